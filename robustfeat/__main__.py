@@ -1,0 +1,6 @@
+"""`python -m robustfeat` is the command `robustfeat`."""
+
+from robustfeat.cli import main
+
+if __name__ == "__main__":
+    main()

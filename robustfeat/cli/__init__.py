@@ -1,0 +1,63 @@
+"""The command `robustfeat`: one module a command; each parses, calls and prints.
+
+Only click is imported here and at the top of the commands' modules, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from robustfeat import __version__
+from robustfeat.errors import RobustFeatError
+
+__all__ = ["cli", "main"]
+
+_COMMANDS = ("embed", "export", "import", "info", "train")
+_TRAIN_EXTRA = {"torch", "torchvision", "onnx", "onnxscript", "pyarrow", "timm"}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"robustfeat.cli.{cmd_name}_command").command
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="robustfeat")
+def cli() -> None:
+    """Robust image features: train, export and embed.
+
+    A model is a folder. MODEL is such a folder, or `builtin` for the model that the package carries.
+
+    \b
+    Exit codes: 0 done, 1 error, 2 wrong usage, 3 done but some inputs failed.
+    """
+
+
+def main() -> None:
+    """Runs the command line; errors of ours are one line on stderr."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        code = exc.exit_code
+    except click.Abort:
+        click.echo("robustfeat: interrupted", err=True)
+        code = 1
+    except RobustFeatError as exc:
+        click.echo(f"robustfeat: {exc}", err=True)
+        code = 1
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.partition(".")[0] not in _TRAIN_EXTRA:
+            raise
+        click.echo(f"robustfeat: this needs {exc.name}: pip install 'robustfeat[train]'", err=True)
+        code = 1
+    sys.exit(code or 0)

@@ -1,0 +1,67 @@
+"""`robustfeat export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("export", short_help="Make a model folder of a training run.")
+@click.argument("run", metavar="RUN")
+@click.option("--out", required=True, metavar="MODEL", help="The folder to make.")
+@click.option("--name", help="The model's name, with its version.  [default: RUN's name]")
+@click.option("--image-size", type=int, help="Side of the network's input in pixels.  [default: the recipe's]")
+@click.option("--crop-pct", type=float, help="Share of the resized image that the crop keeps.  [default: the recipe's]")
+@click.option("--calibration", metavar="FOLDER", help="Images for int8.  [default: 256 of the run's training images]")
+@click.option("--no-int8", is_flag=True, help="Leave the int8 model out.")
+@click.option("--compact", is_flag=True, help="Store the weights once, in fp16; half the size.")
+@click.option("--results", metavar="FILE.json", help="Measured results for the card.")
+@click.option("--terms", help="Terms of use, for the card.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
+def command(
+    run: str,
+    out: str,
+    name: str | None,
+    image_size: int | None,
+    crop_pct: float | None,
+    calibration: str | None,
+    no_int8: bool,
+    compact: bool,
+    results: str | None,
+    terms: str | None,
+    as_json: bool,
+) -> None:
+    """Exports the network of RUN to safetensors and ONNX (fp32 and int8), each checked against PyTorch."""
+    from robustfeat.errors import InputError
+    from robustfeat.training.export import export_run
+
+    measured = None
+    if results:
+        try:
+            measured = json.loads(Path(results).read_text("utf-8"))
+        except (OSError, ValueError) as exc:
+            raise InputError(f"--results {results}: not a JSON file that can be read ({exc})") from exc
+    report = export_run(
+        run,
+        out,
+        name=name,
+        image_size=image_size,
+        crop_pct=crop_pct,
+        calibration=calibration,
+        int8=not no_int8,
+        compact=compact,
+        results=measured,
+        terms=terms,
+    )
+    print_report(out, report.folder.config.name, report.cosines, as_json)
+
+
+def print_report(out: str, name: str, cosines: dict[str, float], as_json: bool) -> None:
+    """What was made, and how close each ONNX file is to PyTorch."""
+    if as_json:
+        click.echo(json.dumps({"out": out, "name": name, "golden_cosine": cosines}))
+    else:
+        checks = ", ".join(f"{precision} cosine {value:.6f}" for precision, value in cosines.items())
+        click.echo(f"{out}: {name}; against PyTorch: {checks}", err=True)

@@ -1,0 +1,63 @@
+"""Every error that robustfeat raises on purpose.
+
+    RobustFeatError
+    ├── DecodeError         an image cannot be turned into pixels
+    ├── InputError          an input (file, folder, option value) is missing or unusable
+    ├── ModelFolderError    a model folder is incomplete, altered, or from a newer version
+    ├── EngineError         the inference engine is missing, or is not what was asked for
+    ├── DataError           a training set or concept map cannot be used
+    ├── TrainingError       training cannot go on (it diverged, or was stopped)
+    ├── CheckpointError     a checkpoint is missing, damaged, or belongs to another run
+    └── ExportError         an exported file disagrees with the network that it came from
+
+Each message is one line: the subject, what was expected, what arrived, and what to do. The command line
+prints it and exits with 1. Wrong arguments to a function raise `ValueError` or `TypeError`.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DecodeError",
+    "EngineError",
+    "ExportError",
+    "InputError",
+    "ModelFolderError",
+    "RobustFeatError",
+    "TrainingError",
+]
+
+
+class RobustFeatError(Exception):
+    """Base of all errors above."""
+
+
+class DecodeError(RobustFeatError):
+    """An image cannot be turned into pixels."""
+
+
+class InputError(RobustFeatError):
+    """An input is missing or unusable."""
+
+
+class ModelFolderError(RobustFeatError):
+    """A model folder is incomplete, altered, or from a newer version."""
+
+
+class EngineError(RobustFeatError):
+    """The inference engine is missing, or is not what was asked for."""
+
+
+class DataError(RobustFeatError):
+    """A training set or concept map cannot be used."""
+
+
+class TrainingError(RobustFeatError):
+    """Training cannot go on."""
+
+
+class CheckpointError(RobustFeatError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class ExportError(RobustFeatError):
+    """An exported file disagrees with the network that it came from."""

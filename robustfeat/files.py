@@ -1,0 +1,69 @@
+"""Outputs appear whole or not at all: written under a temporary name beside the target, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from robustfeat.errors import InputError
+
+__all__ = ["new_file", "new_folder"]
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _explain(target: Path, exc: OSError) -> InputError:
+    return InputError(
+        f"{target}: cannot be written ({exc.strerror or exc}); "
+        "nothing was left behind: free space or choose another place, then run again"
+    )
+
+
+@contextmanager
+def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write to; it becomes `target` when the block ends well and vanishes when it does not.
+
+    Raises:
+        InputError: the file system refuses (full, read-only, missing folder).
+    """
+    target = Path(target)
+    partial = _beside(target)
+    try:
+        yield partial
+        with open(partial, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, target)
+    except OSError as exc:
+        raise _explain(target, exc) from exc
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A fresh folder to fill; it becomes `target` when the block ends well and vanishes when it does not.
+
+    Raises:
+        InputError: `target` exists and is not an empty folder, or the file system refuses.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists already; remove it or choose another --out")
+    partial = _beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        if target.is_dir():
+            target.rmdir()
+        os.replace(partial, target)
+    except OSError as exc:
+        raise _explain(target, exc) from exc
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What a model is and where it lives: config, preprocessing, model folder, card, the built-in model."""

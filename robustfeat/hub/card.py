@@ -1,0 +1,75 @@
+"""The model card, README.md of a model folder, rendered from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from robustfeat.hub.config import ModelConfig
+
+__all__ = ["render_card"]
+
+
+def render_card(config: ModelConfig) -> str:
+    """Markdown with the Hub's metadata in front: what the model is, how to use it, how it was made, how it fares."""
+    contract = config.preprocessing
+    sections = [
+        _front_matter(config),
+        f"# {config.name}\n",
+        f"{config.architecture}, {config.feature_size} features an image, "
+        f"input {contract.image_size} x {contract.image_size} px. {_origin(config)}\n",
+        "## Use\n",
+        "```bash\npip install 'robustfeat[cpu]'\nrobustfeat embed images/ --out feats.npy --model FOLDER\n```\n",
+        "```python\nfrom robustfeat import FeatureExtractor\n\n"
+        'fx = FeatureExtractor.from_pretrained("FOLDER")\n'
+        f'features = fx.embed(["a.jpg"])  # (1, {config.feature_size}) float32\n```\n',
+        "The same folder loads in timm and gives the same features:\n",
+        '```python\nimport timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0).eval()\n```\n',
+        "## Preprocessing\n",
+        f"Upright RGB; the shorter side to {contract.resize_size} px ({contract.interpolation}, antialiased); centre crop "
+        f"{contract.image_size} px; mean {list(contract.mean)}, std {list(contract.std)}. Hash `{contract.hash}`.\n",
+    ]
+    if config.results:
+        sections += ["## Results\n", *(_table(name, rows) for name, rows in config.results.items())]
+    if config.recipe:
+        sections += ["## Recipe\n", _recipe_table(config.recipe)]
+    sections += ["## Terms and limits\n", f"{config.provenance.get('terms', 'not stated')}\n"]
+    sections += [
+        "The features are meant for a linear classifier on top. Robust here means trained against shifts of examples and "
+        "concepts; nothing is claimed against adaptive attacks.\n"
+    ]
+    return "\n".join(sections)
+
+
+def _front_matter(config: ModelConfig) -> str:
+    tags = "\n".join(f"- {tag}" for tag in ("robustfeat", "onnx", "image-feature-extraction"))
+    return (
+        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\nlicense: other\n"
+        f"license_name: see-terms\ntags:\n{tags}\n---\n"
+    )
+
+
+def _origin(config: ModelConfig) -> str:
+    method = config.recipe.get("method")
+    if not method:
+        return f"Imported: {config.provenance.get('source', 'unknown')}."
+    return (
+        f"Pre-trained with {str(method).upper()} ([Qian, Hu and Li, CVPR 2020](https://arxiv.org/abs/1911.04047)) "
+        f"on {config.provenance['data']['images']:,} images in {config.num_classes} classes and "
+        f"{len(config.concepts)} concepts."
+    )
+
+
+def _table(name: str, content: Any) -> str:
+    """A result: text as it is, a list of rows (mappings with the same keys) as a table."""
+    if not isinstance(content, list) or not content or not isinstance(content[0], Mapping):
+        return f"{name}: {content}\n"
+    columns = list(content[0])
+    lines = [f"{name}:\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in content]
+    return "\n".join(lines) + "\n"
+
+
+def _recipe_table(recipe: Mapping[str, Any]) -> str:
+    lines = ["| option | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in recipe.items())]
+    return "\n".join(lines) + "\n"

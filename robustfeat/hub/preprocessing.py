@@ -1,0 +1,239 @@
+"""From the bytes of an image file to the network's input, in NumPy and Pillow alone.
+
+Training's evaluation, bulk embedding and serving all call these functions, so that a vector computed in one
+place equals a vector computed in another. The steps, in order:
+
+1. `decode`: the first frame, EXIF orientation applied, 16 bits scaled to 8, RGB, alpha dropped;
+2. `resize_and_crop`: the shorter side to floor(image_size / crop_pct), antialiased, then the centre square;
+3. `normalise`: to [0, 1], minus the mean, over the standard deviation, channels first.
+
+Steps 2 and 3 give what torchvision's `Resize`, `CenterCrop` and `Normalize` give for a Pillow image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from robustfeat.errors import DecodeError
+
+__all__ = [
+    "FORMATS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MAX_PIXELS",
+    "Preprocessing",
+    "decode",
+    "normalise",
+    "preprocess",
+    "resize_and_crop",
+    "to_rgb",
+]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is read by default, told by content. EPS is never added: reading it starts an interpreter."""
+
+MAX_PIXELS = 100_000_000
+"""Images of more pixels are refused from their header, before anything is decoded."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_CONTRACT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The preprocessing contract of a model: everything that decides the network's input.
+
+    Attributes:
+        image_size: side S of the network's square input, in pixels.
+        crop_pct: the shorter side is resized to floor(S / crop_pct) before the centre crop, as timm does.
+        interpolation: `bilinear` or `bicubic`, antialiased.
+        mean, std: per channel (RGB), for values in [0, 1].
+    """
+
+    image_size: int
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        object.__setattr__(self, "crop_pct", float(self.crop_pct))
+        if not 8 <= self.image_size <= 4096:
+            raise ValueError(f"image_size must be between 8 and 4096; got {self.image_size}")
+        if not 0.1 <= self.crop_pct <= 1.0:
+            raise ValueError(f"crop_pct must be between 0.1 and 1; got {self.crop_pct}")
+        if self.interpolation not in _RESAMPLING:
+            options = " or ".join(_RESAMPLING)
+            raise ValueError(f"interpolation must be {options}; got {self.interpolation!r}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError("mean and std must hold three numbers, those of std positive")
+
+    @property
+    def resize_size(self) -> int:
+        """What the shorter side is resized to, in pixels."""
+        return math.floor(self.image_size / self.crop_pct)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the contract, 64 hex digits; equal hashes mean equal inputs for equal files."""
+        canonical = {"contract": _CONTRACT_VERSION, **asdict(self)}
+        return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        if set(data) != known:
+            odd = sorted(set(data) ^ known)
+            raise ValueError(f"preprocessing needs exactly {sorted(known)}; check {odd}")
+        return cls(**data)
+
+
+def decode(data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Pixels of an image file.
+
+    Args:
+        data: the file's bytes.
+        formats: Pillow's names of the formats that may be read.
+        max_pixels: larger images are refused before they are decoded.
+
+    Returns:
+        (H, W, 3) uint8, RGB, upright.
+
+    Raises:
+        DecodeError: with the reason, in one line.
+    """
+    if not data:
+        raise DecodeError("the file is empty")
+    with warnings.catch_warnings():
+        # Pillow warns of large images and odd metadata; the limit is ours and the metadata is not used.
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=list(formats)) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise DecodeError(f"{width} x {height} is over the limit of {max_pixels:,} pixels")
+                return to_rgb(image)
+        except DecodeError:
+            raise
+        except Image.UnidentifiedImageError:
+            raise DecodeError(f"not an image of these formats: {', '.join(formats)}") from None
+        except Image.DecompressionBombError:
+            raise DecodeError(f"over the limit of {max_pixels:,} pixels") from None
+        except MemoryError:
+            raise DecodeError("out of memory while decoding") from None
+        except Exception as exc:  # Pillow's plugins raise almost anything on damaged files
+            raise DecodeError(f"damaged: {exc or type(exc).__name__}".replace("\n", " ")) from exc
+
+
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Pixels of an open Pillow image: first frame, upright, 8 bits, RGB, alpha dropped.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        DecodeError: the pixel type has no defined range (32-bit integers or floats).
+    """
+    orientation = _orientation(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if orientation in _TRANSPOSE:
+        image = image.transpose(_TRANSPOSE[orientation])
+    return np.array(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged metadata is no reason to lose the picture
+        return 1
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise DecodeError(f"pixel mode {image.mode} has no defined range; save it with 8 or 16 bits a channel")
+    # The high byte: what Pillow itself keeps of a 16-bit RGB file, so grey and colour files agree.
+    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+
+
+def resize_and_crop(pixels: NDArray[np.uint8], contract: Preprocessing) -> NDArray[np.uint8]:
+    """The square that the network sees, still in 8 bits.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+
+    Returns:
+        (S, S, 3) uint8.
+    """
+    height, width = pixels.shape[:2]
+    short, size = contract.resize_size, contract.image_size
+    if width <= height:
+        new_width, new_height = short, int(short * height / width)
+    else:
+        new_width, new_height = int(short * width / height), short
+    image = Image.fromarray(pixels)
+    if (new_width, new_height) != (width, height):
+        image = image.resize((new_width, new_height), _RESAMPLING[contract.interpolation])
+    # round() halves to even, as torchvision's centre crop does.
+    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def normalise(squares: NDArray[np.uint8], contract: Preprocessing) -> NDArray[np.float32]:
+    """(N, S, S, 3) uint8 to (N, 3, S, S) float32, contiguous: ((v / 255) - mean) / std."""
+    mean = np.asarray(contract.mean, np.float32)
+    std = np.asarray(contract.std, np.float32)
+    values = (squares.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+
+def preprocess(images: Sequence[NDArray[np.uint8]], contract: Preprocessing) -> NDArray[np.float32]:
+    """Decoded images to the network's input.
+
+    Args:
+        images: each (H, W, 3) uint8; sizes may differ.
+
+    Returns:
+        (N, 3, S, S) float32.
+    """
+    if not images:
+        return np.empty((0, 3, contract.image_size, contract.image_size), np.float32)
+    return normalise(np.stack([resize_and_crop(pixels, contract) for pixels in images]), contract)

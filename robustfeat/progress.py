@@ -1,0 +1,86 @@
+"""Progress on stderr: one line redrawn on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+__all__ = ["Progress"]
+
+_REDRAW_S = 0.1
+_PLAIN_LINE_S = 10.0
+
+
+class Progress:
+    """Counts `done` of `total` and says how fast it goes and how long is left.
+
+    Args:
+        label: what is being done.
+        total: how many there are.
+        unit: what is counted, in the plural.
+        start: how many were done before (a resumed run); they do not count for the speed.
+        quiet: print nothing.
+        stream: where to print; stderr by default.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        unit: str = "images",
+        *,
+        start: int = 0,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
+        self.done = self._start = start
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._began = self._shown = time.monotonic()
+        self._width = 0
+
+    def advance(self, count: int, note: str = "") -> None:
+        """`count` more are done; `note` is shown behind the numbers."""
+        self.done += count
+        now = time.monotonic()
+        pause = _REDRAW_S if self._terminal else _PLAIN_LINE_S
+        if not self.quiet and now - self._shown >= pause:
+            self._shown = now
+            self._print(self._line(now, note), last=False)
+
+    def finish(self, note: str = "") -> None:
+        """Prints the closing line."""
+        if not self.quiet:
+            self._print(self._line(time.monotonic(), note), last=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, printed above the bar."""
+        if not self.quiet:
+            self._print(text, last=True)
+
+    def _line(self, now: float, note: str) -> str:
+        fresh, elapsed = self.done - self._start, max(now - self._began, 1e-9)
+        speed = fresh / elapsed
+        parts = [f"{self.label} {self.done:,}/{self.total:,} {self.unit}", f"{speed:,.1f}/s"]
+        if self.done < self.total and speed > 0:
+            parts.append(f"{_clock((self.total - self.done) / speed)} left")
+        else:
+            parts.append(_clock(elapsed))
+        return ", ".join([*parts, note] if note else parts)
+
+    def _print(self, line: str, *, last: bool) -> None:
+        if self._terminal:
+            self._stream.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
+            self._width = 0 if last else len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, seconds_left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds_left:02}" if hours else f"{minutes}:{seconds_left:02}"

@@ -1,0 +1,1 @@
+"""Makes models and measures them: concepts, data, network, HRRL, trainer, export. Needs the extra `train`."""

@@ -1,0 +1,79 @@
+"""Checkpoints: all that a run needs to go on exactly, in one file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustfeat.errors import CheckpointError
+from robustfeat.files import new_file
+
+__all__ = ["CHECKPOINT_NAME", "Checkpoint", "load_checkpoint", "save_checkpoint"]
+
+CHECKPOINT_NAME = "checkpoint.pt"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run at the end of a step.
+
+    Attributes:
+        recipe: as `Recipe.to_dict` gives it.
+        data: the training data: `root`, `fingerprint`, `images`, `validation_images`.
+        classes: the C class names.
+        concepts: the K concept names.
+        concept_of_class: C numbers.
+        epoch, step: the next step to make: `step` within `epoch`, both counted from 0.
+        global_step: steps made so far.
+        model, optimizer, objective: their state dicts.
+    """
+
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    classes: list[str]
+    concepts: list[str]
+    concept_of_class: list[int]
+    epoch: int
+    step: int
+    global_step: int
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    objective: dict[str, Any]
+
+
+def save_checkpoint(checkpoint: Checkpoint, run: Path) -> None:
+    """Replaces the run's checkpoint; the old one stays intact until the new one is whole."""
+    with new_file(run / CHECKPOINT_NAME) as partial:
+        try:
+            # Not asdict(): it would copy every tensor.
+            state = {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
+            torch.save({"format_version": _FORMAT_VERSION, **state}, partial)
+        except RuntimeError as exc:  # torch's writer reports a full disk so
+            raise OSError(str(exc).splitlines()[0]) from exc
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint file, or the one in a run's folder. Nothing in the file is executed.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another version.
+    """
+    file = path / CHECKPOINT_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{path}: holds no {CHECKPOINT_NAME}; expected the --out folder of robustfeat train")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as exc:
+        raise CheckpointError(f"{file}: damaged or not a checkpoint of robustfeat train; train again or use another") from exc
+    if not isinstance(state, dict) or "format_version" not in state:
+        raise CheckpointError(f"{file}: not a checkpoint of robustfeat train; expected one written by it")
+    version = state.pop("format_version")
+    names = {item.name for item in fields(Checkpoint)}
+    if version != _FORMAT_VERSION or set(state) != names:
+        raise CheckpointError(f"{file}: format_version {version}; this robustfeat reads {_FORMAT_VERSION}: upgrade robustfeat")
+    return Checkpoint(**state)

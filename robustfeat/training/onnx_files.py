@@ -1,0 +1,185 @@
+"""A feature network as ONNX: one file in fp32, a compact one that shares model.safetensors, and int8."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxscript.optimizer
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import nn
+
+from robustfeat.errors import ExportError
+from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.serving.engine import HASH_KEY
+
+__all__ = ["compact_onnx", "export_onnx", "quantize_onnx"]
+
+_MAX_INLINE = 8192
+"""Constants up to this size (shapes, zero biases) stay in the graph of a compact file."""
+
+
+def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None:
+    """Writes `network` ((N, 3, S, S) to (N, D), in eval mode) as one fp32 file with any batch size.
+
+    Weights keep their names, and BatchNorm its own nodes: engines fuse them when they load the file.
+
+    Raises:
+        ExportError: the network cannot be exported.
+    """
+    side = contract.image_size
+    example = torch.zeros(2, 3, side, side)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _quiet():
+            torch.onnx.export(
+                network,
+                (example,),
+                str(file),
+                dynamo=True,
+                external_data=False,
+                optimize=False,
+                verbose=False,
+                input_names=["pixel_values"],
+                output_names=["features"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+    except Exception as exc:  # the exporter's errors share no base class
+        reason = str(exc).strip().splitlines()[0]
+        raise ExportError(f"this network cannot be exported to ONNX ({reason}); choose another architecture") from exc
+    model = onnx.load(file)
+    # Not the exporter's own optimiser: it folds BatchNorm into the weights, which then are not model.safetensors'.
+    onnxscript.optimizer.fold_constants(model)
+    onnxscript.optimizer.remove_unused_nodes(model)
+    _stamp(model, contract)
+    onnx.save(model, file)
+
+
+def compact_onnx(source: Path, safetensors_file: Path, target: Path) -> None:
+    """Writes a copy of `source` whose weights are external data in `safetensors_file`, which must lie beside `target`.
+
+    fp16 weights are cast to fp32 when the engine loads them; the arithmetic stays fp32.
+
+    Raises:
+        ExportError: a weight of the graph is not in the file.
+    """
+    if safetensors_file.parent != target.parent:
+        raise ValueError("external data must lie in the folder of the ONNX file: engines refuse other places")
+    with open(safetensors_file, "rb") as handle:
+        (header_bytes,) = struct.unpack("<Q", handle.read(8))
+        entries: dict[str, Any] = json.loads(handle.read(header_bytes))
+    start = 8 + header_bytes
+    model = onnx.load(source)
+    graph = model.graph
+    casts = []
+    kept = []
+    for initializer in graph.initializer:
+        entry = entries.get(initializer.name)
+        if entry is None:
+            if np.prod(initializer.dims) > _MAX_INLINE:
+                raise ExportError(f"{source}: the weight {initializer.name} is not in {safetensors_file.name}")
+            kept.append(initializer)
+            continue
+        if list(initializer.dims) != entry["shape"]:
+            raise ExportError(f"{source}: the weight {initializer.name} has another shape than in {safetensors_file.name}")
+        half = entry["dtype"] == "F16"
+        stored = TensorProto(
+            name=initializer.name + ".fp16" if half else initializer.name,
+            dims=initializer.dims,
+            data_type=TensorProto.FLOAT16 if half else TensorProto.FLOAT,
+            data_location=TensorProto.EXTERNAL,
+        )
+        first, last = entry["data_offsets"]
+        for key, value in (("location", safetensors_file.name), ("offset", start + first), ("length", last - first)):
+            stored.external_data.add(key=key, value=str(value))
+        kept.append(stored)
+        if half:
+            casts.append(helper.make_node("Cast", [stored.name], [initializer.name], to=TensorProto.FLOAT))
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*casts, *nodes])
+    del graph.value_info[:]
+    target.write_bytes(model.SerializeToString())
+
+
+def quantize_onnx(
+    source: Path, batches: Sequence[NDArray[np.float32]], contract: Preprocessing, target: Path
+) -> None:
+    """Writes a static int8 (QDQ) copy of `source`, its ranges taken from `batches` of real, prepared images.
+
+    Activations are QUInt8, weights QInt8 per channel with a reduced range, since the full one saturates on
+    processors without VNNI.
+
+    Raises:
+        ExportError: the graph cannot be quantised.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = iter(batches)
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {"pixel_values": batch}
+
+    try:
+        with _quiet(), tempfile.TemporaryDirectory() as scratch:
+            # Shape inference and BatchNorm folded into the convolutions, which are then quantised as one.
+            prepared = Path(scratch, "prepared.onnx")
+            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared),
+                str(target),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                reduce_range=True,
+            )
+    except Exception as exc:  # likewise
+        reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+        raise ExportError(f"this network cannot be quantised ({reason}); pass --no-int8 to leave int8 out") from exc
+    model = onnx.load(target)
+    _stamp(model, contract)
+    onnx.save(model, target)
+
+
+def _stamp(model: onnx.ModelProto, contract: Preprocessing) -> None:
+    """Keeps the preprocessing hash, and drops the traces of the exporting machine (paths, stack traces)."""
+    del model.metadata_props[:]
+    model.metadata_props.add(key=HASH_KEY, value=contract.hash)
+    model.graph.doc_string = model.doc_string = ""
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' chatter is about their own internals; what matters is checked afterwards."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

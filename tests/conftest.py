@@ -1,0 +1,92 @@
+"""Real parts, made once a session: a small training set of photographs, a run, and model folders."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples" / "images"
+
+# No test may reach for the Hub: what would download must fail at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    return EXAMPLES
+
+
+@pytest.fixture(scope="session")
+def example_files() -> list[Path]:
+    return sorted(EXAMPLES.rglob("*.jpg"))
+
+
+@pytest.fixture(scope="session")
+def robustfeat() -> Run:
+    """Runs the command line in a process of its own."""
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "robustfeat", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, **options)  # type: ignore[call-overload]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ (3 photographs a class) and val/ (1), 10 classes, 40 px, with concepts.csv beside them."""
+    root = tmp_path_factory.mktemp("dataset")
+    lines = ["class,concept"]
+    for number, folder in enumerate(sorted(EXAMPLES.iterdir())):
+        lines.append(f"{folder.name},{'upper' if number % 3 else 'other'}")
+        for place, file in enumerate(sorted(folder.glob("*.jpg"))):
+            target = root / ("val" if place == 3 else "train") / folder.name / f"{file.stem}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(file) as image:
+                image.resize((40, 40)).save(target)
+    (root / "concepts.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def train_arguments(dataset: Path, out: Path, **options: object) -> list[str]:
+    """Arguments of a small, exact run: fp32, 5 steps of 6 images an epoch."""
+    values: dict[str, object] = {
+        "out": out,
+        "concepts": dataset / "concepts.csv",
+        "epochs": 2,
+        "batch-size": 6,
+        "image-size": 32,
+        "lr": 0.02,
+        "workers": 0,
+        "threads": 1,
+        "device": "cpu",
+        **options,
+    }
+    return ["train", str(dataset), *(f"--{key}={value}" for key, value in values.items())]
+
+
+@pytest.fixture(scope="session")
+def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory, robustfeat: Run) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    result = robustfeat(*train_arguments(dataset, out))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A freshly trained network, exported (fp32)."""
+    from robustfeat.training.export import export_run
+
+    out = tmp_path_factory.mktemp("models") / "trained"
+    export_run(finished_run, out, int8=False)
+    return out

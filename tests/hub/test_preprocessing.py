@@ -1,0 +1,195 @@
+"""Against torchvision's Resize, CenterCrop and Normalize, on real photographs in every form that users have."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from robustfeat.errors import DecodeError
+from robustfeat.hub.preprocessing import FORMATS, Preprocessing, decode, preprocess, resize_and_crop, to_rgb
+
+
+def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photo(example_files: list[Path]) -> Image.Image:
+    return Image.open(example_files[5]).convert("RGB").resize((201, 267))
+
+
+def torchvision_square(image: Image.Image, contract: Preprocessing) -> np.ndarray:
+    mode = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}[contract.interpolation]
+    transform = v2.Compose(
+        [v2.Resize(contract.resize_size, mode, antialias=True), v2.CenterCrop(contract.image_size), v2.ToImage()]
+    )
+    return transform(image).permute(1, 2, 0).numpy()
+
+
+def torchvision_input(image: Image.Image, contract: Preprocessing) -> np.ndarray:
+    pixels = torch.from_numpy(torchvision_square(image, contract).copy()).permute(2, 0, 1)
+    scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    return v2.functional.normalize(scaled, list(contract.mean), list(contract.std)).numpy()
+
+
+@pytest.mark.parametrize("contract", [
+    Preprocessing(64),
+    Preprocessing(224, 0.875),
+    Preprocessing(96, 0.9, "bicubic"),
+    Preprocessing(232, 0.965),
+])
+def test_photographs_give_torchvisions_input(example_files: list[Path], contract: Preprocessing) -> None:
+    for file in example_files[:12]:
+        image = Image.open(file)
+        ours = preprocess([decode(file.read_bytes())], contract)
+        np.testing.assert_allclose(ours[0], torchvision_input(image.convert("RGB"), contract), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 64), (64, 67), (501, 40), (40, 501), (33, 33), (1, 1), (7, 300)])
+def test_odd_sizes_give_torchvisions_crop(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+    contract = Preprocessing(64, 0.9)
+    np.testing.assert_array_equal(resize_and_crop(pixels, contract), torchvision_square(Image.fromarray(pixels), contract))
+
+
+def test_antialiasing_agrees_with_torchvisions_tensors(photo: Image.Image) -> None:
+    """torchvision's other backend, which resizes float tensors: the same filter within rounding."""
+    contract = Preprocessing(64, 0.875)
+    tensor = v2.functional.to_dtype(v2.functional.to_image(photo), torch.float32, scale=True)
+    resized = v2.functional.center_crop(v2.functional.resize(tensor, [contract.resize_size], antialias=True), [64, 64])
+    ours = resize_and_crop(np.asarray(photo), contract).astype(np.float32) / 255
+    np.testing.assert_allclose(ours, resized.permute(1, 2, 0).numpy(), atol=1.5 / 255)
+
+
+@pytest.mark.parametrize(("mode", "file_format"), [
+    ("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("1", "PNG"), ("P", "PNG"),
+    ("LA", "PNG"), ("RGBA", "PNG"), ("RGB", "WEBP"), ("RGBA", "WEBP"), ("P", "GIF"), ("RGB", "BMP"), ("RGB", "TIFF"),
+    ("CMYK", "TIFF"), ("L", "TIFF"),
+])
+def test_every_form_decodes_to_what_pillow_shows(photo: Image.Image, mode: str, file_format: str) -> None:
+    if "A" in mode:
+        image = photo.convert(mode)
+        image.putalpha(Image.linear_gradient("L").resize(photo.size))
+    else:
+        image = photo.convert(mode)
+    data = encode(image, file_format)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode(data), expected)
+
+
+def test_palette_with_transparency_drops_it(photo: Image.Image) -> None:
+    palette = photo.quantize(32)
+    data = encode(palette, "PNG", transparency=bytes([0, 128] * 16))
+    np.testing.assert_array_equal(decode(data), np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_16_bits_are_scaled_to_8(photo: Image.Image, file_format: str) -> None:
+    grey = np.asarray(photo.convert("L"))
+    data = encode(Image.fromarray(grey.astype(np.uint16) * 257), file_format)
+    np.testing.assert_array_equal(decode(data), np.repeat(grey[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(photo: Image.Image, orientation: int) -> None:
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that a camera would have made
+    stored = photo.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else photo
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decode(encode(stored, "PNG", exif=exif)), np.asarray(photo))
+
+
+def test_animations_give_their_first_frame(photo: Image.Image) -> None:
+    first = photo.quantize(16)
+    data = encode(first, "GIF", save_all=True, append_images=[photo.rotate(90).quantize(16)])
+    np.testing.assert_array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_an_open_image_decodes_as_its_bytes_do(photo: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photo, "JPEG", exif=exif)
+    np.testing.assert_array_equal(to_rgb(Image.open(io.BytesIO(data))), decode(data))
+
+
+def damaged() -> dict[str, tuple[bytes, str]]:
+    noise = Image.effect_noise((80, 60), 60).convert("RGB")
+    jpeg, png = encode(noise, "JPEG"), encode(noise, "PNG")
+    return {
+        "empty": (b"", "empty"),
+        "text": (b"hello", "not an image"),
+        "truncated jpeg": (jpeg[: len(jpeg) // 2], "damaged: .*truncated"),
+        "truncated png": (png[: len(png) // 2], "damaged"),
+        "header alone": (jpeg[:30], "damaged|not an image"),
+        "float": (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "mode F has no defined range"),
+        "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image of these formats"),
+    }
+
+
+@pytest.mark.parametrize("case", damaged())
+def test_damaged_files_give_one_line(case: str) -> None:
+    data, message = damaged()[case]
+    with pytest.raises(DecodeError, match=message) as caught:
+        decode(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_huge_images_are_refused_from_their_header() -> None:
+    # A PNG header that promises 60,000 x 60,000 pixels, with nothing behind it.
+    header = encode(Image.new("L", (1, 1)), "PNG")
+    size = (60_000).to_bytes(4, "big") * 2
+    import zlib
+
+    chunk = b"IHDR" + size + header[24:29]
+    bomb = header[:8] + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + header[33:]
+    with pytest.raises(DecodeError, match="over the limit"):
+        decode(bomb)
+
+
+def test_pixel_limit_is_an_option() -> None:
+    data = encode(Image.new("RGB", (20, 30)), "PNG")
+    with pytest.raises(DecodeError, match="20 x 30 is over the limit of 599 pixels"):
+        decode(data, max_pixels=599)
+    assert decode(data, max_pixels=600).shape == (30, 20, 3)
+
+
+def test_eps_is_never_a_default() -> None:
+    assert "EPS" not in FORMATS
+
+
+def test_hash_changes_with_every_field() -> None:
+    base = Preprocessing(64)
+    others = [
+        Preprocessing(65), Preprocessing(64, 0.9), Preprocessing(64, interpolation="bicubic"),
+        Preprocessing(64, mean=(0.5, 0.5, 0.5)), Preprocessing(64, std=(0.5, 0.5, 0.5)),
+    ]
+    assert len({contract.hash for contract in (base, *others)}) == 6
+    # Pinned: a folder that was published keeps its hash for ever.
+    assert base.hash == "2ca6862ae3504bb5c4b9217f772eda8f26c22332d33cdb0cdbb20bd6dce64477"
+    assert Preprocessing.from_dict(base.to_dict()) == base
+
+
+@pytest.mark.parametrize("change", [
+    {"image_size": 4}, {"crop_pct": 0.0}, {"crop_pct": 1.1}, {"interpolation": "nearest"}, {"std": (1.0, 0.0, 1.0)},
+])
+def test_bad_contracts_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        Preprocessing(**{"image_size": 64, **change})  # type: ignore[arg-type]
+
+
+def test_unknown_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match="antialias"):
+        Preprocessing.from_dict({**Preprocessing(64).to_dict(), "antialias": True})
+
+
+def test_no_images_give_an_empty_batch() -> None:
+    assert preprocess([], Preprocessing(64)).shape == (0, 3, 64, 64)

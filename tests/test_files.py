@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+
+from robustfeat.errors import InputError
+from robustfeat.files import new_file, new_folder
+
+
+def test_new_file_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    with new_file(target) as partial:
+        partial.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_new_file_keeps_the_old_content_when_the_block_fails(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), new_file(target) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_new_file_says_what_to_do_when_the_disk_is_full(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.txt: cannot be written \(No space left on device\)"), new_file(
+        tmp_path / "a.txt"
+    ):
+        with open("/dev/full", "w") as full:
+            full.write("x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_folder_vanishes_when_the_block_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "deep" / "model") as partial:
+        (partial / "half").write_text("x")
+        raise RuntimeError
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_new_folder_refuses_a_folder_with_content(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(InputError, match="exists already"), new_folder(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "x"
