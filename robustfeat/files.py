@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ __all__ = ["new_file", "new_folder"]
 
 
 def _beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    # Always the same name: what a killed process left is overwritten by the next one.
+    return target.with_name(f".{target.name}.partial")
 
 
 def _explain(target: Path, exc: OSError) -> InputError:
@@ -58,6 +58,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     partial = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
         if target.is_dir():

@@ -46,3 +46,16 @@ def test_new_folder_refuses_a_folder_with_content(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already"), new_folder(tmp_path):
         pass
     assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_what_a_killed_process_left_does_not_stay(tmp_path: Path) -> None:
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / "half").write_text("x")
+    (tmp_path / ".a.txt.partial").write_text("half of a longer text")
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "whole").write_text("x")
+    with new_file(tmp_path / "a.txt") as partial:
+        partial.write_text("new")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.txt", "model"]
+    assert [entry.name for entry in (tmp_path / "model").iterdir()] == ["whole"]
+    assert (tmp_path / "a.txt").read_text() == "new"

@@ -198,7 +198,7 @@ def _open_parquet(files: Sequence[Path], classes: tuple[str, ...] | None = None)
     if any(label is None for label in labels):
         raise DataError(f"{files[0].parent}: row {labels.index(None)} has no label; every row needs one")
     if names is None:
-        names = tuple(sorted({str(label) for label in labels}, key=lambda name: (len(name), name)))
+        names = tuple(str(label) for label in sorted(set(labels)))
     classes = classes or names
     if isinstance(labels[0], str) or not _is_range(labels, len(classes)):
         index = {name: number for number, name in enumerate(classes)}

@@ -1,0 +1,137 @@
+"""Linear SVM accuracy of a model folder's features, beside raw pixels, HOG and an untrained network.
+
+    python benchmarks/probe.py MODEL --task cifar10=DATA --train 10000 --test 10000 --baselines --json out.json
+
+For each representation: standard scaling, `LinearSVC(dual=False)` in float64, C chosen on a stratified 10 % of the
+training rows (seed 0), then refitted on all of them. `--held-out` tests on further training rows instead of the test
+split, for choices that must not see it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from robustfeat.hub.config import ModelConfig
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.training.data import ImageSet, open_training_data
+from robustfeat.training.export import Backbone, write_model_folder
+from robustfeat.training.network import build_network
+
+C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def svm_accuracy(x: NDArray[Any], y: NDArray[np.int64], x_test: NDArray[Any], y_test: NDArray[np.int64]) -> tuple[float, float]:
+    """Accuracy on the test rows and the C that the held-out rows chose."""
+    fit, held = train_test_split(np.arange(len(y)), test_size=0.1, stratify=y, random_state=0)
+
+    def score(c: float, rows: NDArray[Any], a: NDArray[Any], b: NDArray[np.int64]) -> float:
+        svm = make_pipeline(StandardScaler(), LinearSVC(C=c, dual=False, max_iter=200))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return float(svm.fit(x[rows], y[rows]).score(a, b))
+
+    best = max(C_GRID, key=lambda c: score(c, fit, x[held], y[held]))
+    return score(best, np.arange(len(y)), x_test, y_test), best
+
+
+def draw(data: ImageSet, count: int, skip: int = 0) -> NDArray[np.int64]:
+    order: NDArray[np.int64] = np.random.default_rng(0).permutation(len(data))[skip : skip + count]
+    return order
+
+
+def network_features(folder: Path, data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    extractor = FeatureExtractor.from_pretrained(folder)
+    return extractor.embed(data.pixels(int(row)) for row in rows).astype(np.float64)
+
+
+def untrained_folder(like: ModelConfig, target: Path) -> Path:
+    """A seeded, untrained ResNet-18 with the same preprocessing."""
+    torch.manual_seed(0)
+    network = build_network(like.num_classes)
+    state = network.state_dict()
+    network.fc = torch.nn.Identity()
+    config = like.replace(name="untrained", recipe={}, results={}, concepts=())
+    write_model_folder(Backbone(network.eval(), state, config), target, calibration=None)
+    return target
+
+
+def squares(data: ImageSet, rows: NDArray[np.int64], side: int = 32) -> list[NDArray[np.uint8]]:
+    return [np.asarray(Image.fromarray(data.pixels(int(row))).resize((side, side))) for row in rows]
+
+
+def pixel_features(data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.stack([square.reshape(-1) / 255.0 for square in squares(data, rows)])
+
+
+def hog_features(data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    from skimage.feature import hog
+
+    return np.stack([hog(square, pixels_per_cell=(4, 4), cells_per_block=(2, 2), channel_axis=-1) for square in squares(data, rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--task", action="append", required=True, metavar="NAME=DATA")
+    parser.add_argument("--train", type=int, default=10_000)
+    parser.add_argument("--test", type=int, default=10_000)
+    parser.add_argument("--held-out", action="store_true", help="test on further training rows")
+    parser.add_argument("--baselines", action="store_true", help="also raw pixels, HOG and an untrained network")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {str(name): Path(name) for name in options.models}
+        if options.baselines:
+            like = FeatureExtractor.from_pretrained(options.models[0]).config
+            folders["untrained network"] = untrained_folder(like, Path(scratch, "untrained"))
+        for task in options.task:
+            name, _, place = task.partition("=")
+            train, test = open_training_data(place)
+            train_rows = draw(train, options.train)
+            if options.held_out:
+                test, test_rows = train, draw(train, options.test, skip=options.train)
+            else:
+                test_rows = draw(test, options.test)
+            representations = {
+                label: lambda data, chosen, folder=folder: network_features(folder, data, chosen)
+                for label, folder in folders.items()
+            }
+            if options.baselines:
+                representations |= {"raw pixels": pixel_features, "HOG": hog_features}
+            for label, represent in representations.items():
+                x, x_test = represent(train, train_rows), represent(test, test_rows)
+                accuracy, c = svm_accuracy(x, train.labels[train_rows], x_test, test.labels[test_rows])
+                row = {
+                    "task": name,
+                    "representation": label,
+                    "accuracy": round(100 * accuracy, 2),
+                    "C": c,
+                    "train": len(train_rows),
+                    "test": len(test_rows),
+                }
+                rows.append(row)
+                print(*(f"{value}" for value in row.values()), sep="\t", flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from robustfeat.errors import DataError, DecodeError
+from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.training.data import EvaluationBatches, TrainingBatches, load_batches, open_training_data
+
+
+def jpeg(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(file: Path, values: list[int], labels: list[object], names: list[str] | None = None) -> None:
+    images = pa.array([{"bytes": jpeg(value), "path": None} for value in values])
+    table = pa.table({"image": images, "label": labels})
+    if names:
+        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, file)
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", [0, 10, 20], [0, 1, 0], ["cat", "dog"])
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", [30, 40], [1, 1], ["cat", "dog"])
+    write_parquet(tmp_path / "validation-00000-of-00001.parquet", [50], [1], ["cat", "dog"])
+    return tmp_path
+
+
+def test_parquet_rows_keep_their_order_across_files(parquet: Path) -> None:
+    train, validation = open_training_data(parquet)
+    assert train.classes == ("cat", "dog")
+    assert train.labels.tolist() == [0, 1, 0, 1, 1]
+    assert [int(train.pixels(row)[0, 0, 0]) for row in range(5)] == [0, 10, 20, 30, 40]
+    assert validation.labels.tolist() == [1]
+    assert train.source.name(3) == "train-00001-of-00002.parquet row 0"
+
+
+def test_parts_limits_the_files(parquet: Path) -> None:
+    assert len(open_training_data(parquet, parts=1)[0]) == 3
+
+
+def test_parquet_with_text_labels(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", [0, 1, 2], ["pear", "apple", "pear"])
+    write_parquet(tmp_path / "test-0.parquet", [3], ["pear"])
+    train, validation = open_training_data(tmp_path)
+    assert (train.classes, train.labels.tolist()) == (("apple", "pear"), [1, 0, 1])
+    assert validation.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(("columns", "message"), [
+    ({"picture": [b"x"], "label": [0]}, "needs the columns image and label|not a Parquet file with the columns"),
+    ({"image": [b"x"], "label": [None]}, "row 0 has no label"),
+    ({"image": [], "label": []}, "holds no rows"),
+])
+def test_bad_parquet_is_explained(tmp_path: Path, columns: dict, message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=message):
+        open_training_data(tmp_path)
+
+
+def test_a_file_that_is_not_parquet_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "train-0.parquet").write_text("junk")
+    with pytest.raises(DataError, match="not a Parquet file"):
+        open_training_data(tmp_path)
+
+
+def test_class_folders(dataset: Path) -> None:
+    train, validation = open_training_data(dataset)
+    assert len(train.classes) == 10
+    assert (len(train), len(validation)) == (30, 10)
+    assert np.bincount(train.labels).tolist() == [3] * 10
+
+
+def test_a_class_that_training_lacks_is_named(dataset: Path, tmp_path: Path) -> None:
+    for split, name in (("train", "a"), ("val", "b")):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "x.png").write_bytes(jpeg(0))
+    with pytest.raises(DataError, match="class 'b' is not in the training split"):
+        open_training_data(tmp_path)
+
+
+def test_without_validation_a_seeded_share_is_held_out(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", list(range(100)), [row % 4 for row in range(100)])
+    train, validation = open_training_data(tmp_path, val_fraction=0.1, seed=3)
+    again = open_training_data(tmp_path, val_fraction=0.1, seed=3)
+    assert (len(train), len(validation)) == (90, 10)
+    assert again[1].fingerprint == validation.fingerprint
+
+    def values(data) -> set[int]:
+        return {int(data.pixels(row)[0, 0, 0]) for row in range(len(data))}
+
+    assert values(train) | values(validation) == set(range(100))
+    assert open_training_data(tmp_path, val_fraction=0.1, seed=4)[1].fingerprint != validation.fingerprint
+
+
+def test_fingerprint_changes_with_the_data(parquet: Path) -> None:
+    before = open_training_data(parquet)[0].fingerprint
+    assert open_training_data(parquet)[0].fingerprint == before
+    write_parquet(parquet / "train-00001-of-00002.parquet", [30, 40], [1, 0], ["cat", "dog"])
+    assert open_training_data(parquet)[0].fingerprint != before
+
+
+def test_training_batches_do_not_depend_on_workers_or_start(dataset: Path) -> None:
+    train, _ = open_training_data(dataset)
+    batches = TrainingBatches(train, 6, 24, seed=1, epoch=2)
+    alone = list(load_batches(batches, 0))
+    workers = list(load_batches(batches, 2))
+    later = list(load_batches(batches, 1, start=3))
+    assert len(alone) == len(workers) == 5
+    for a, b in zip(alone, workers, strict=True):
+        assert a.images.equal(b.images)
+        assert a.labels.equal(b.labels)
+    assert later[0].images.equal(alone[3].images)
+    assert alone[0].images.shape == (6, 3, 24, 24)
+
+
+def test_an_epoch_shows_each_image_once_and_the_next_in_another_order(dataset: Path) -> None:
+    train, _ = open_training_data(dataset)
+    orders = [TrainingBatches(train, 6, 24, seed=1, epoch=epoch)._order.tolist() for epoch in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(30))
+    assert orders[0] != orders[1]
+
+
+def test_crops_are_flipped_for_half_of_the_images(tmp_path: Path) -> None:
+    """An image whose brightness rises to the right shows in each crop whether it was flipped."""
+    root = tmp_path / "train" / "a"
+    root.mkdir(parents=True)
+    gradient = Image.linear_gradient("L").rotate(90).convert("RGB")
+    for number in range(200):
+        gradient.save(root / f"{number}.png")
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    gradient.save(tmp_path / "val" / "a" / "x.png")
+    train, _ = open_training_data(tmp_path)
+    batch = TrainingBatches(train, 200, 16, seed=0, epoch=0)[0]
+    rising = (batch.images[:, 0, 8, -1].int() > batch.images[:, 0, 8, 0].int()).float().mean()
+    assert 0.4 < float(rising) < 0.6
+    spread = batch.images[:, 0, 8].float()
+    assert float((spread.amax(1) - spread.amin(1)).std()) > 10  # crops of many sizes
+
+
+def test_a_damaged_image_leaves_its_neighbours_as_they_are(dataset: Path, tmp_path: Path) -> None:
+    import shutil
+
+    root = Path(shutil.copytree(dataset, tmp_path / "data"))
+    train, _ = open_training_data(root)
+    batches = TrainingBatches(train, 6, 24, seed=1, epoch=0)
+    whole = batches[0]
+    victim = int(batches._order[2])
+    (root / "train" / train.source.name(victim)).write_bytes(b"junk")
+    broken = batches[0]
+    assert len(broken.labels) == 5
+    assert train.source.name(victim) in broken.failures[0]
+    assert broken.images.equal(whole.images[[0, 1, 3, 4, 5]])
+    with pytest.raises(DecodeError, match="not an image"):
+        train.pixels(victim)
+
+
+def test_evaluation_batches_are_the_serving_squares(dataset: Path) -> None:
+    from robustfeat.hub.preprocessing import decode, resize_and_crop
+
+    contract = Preprocessing(32, 0.875)
+    _, validation = open_training_data(dataset)
+    batch = EvaluationBatches(validation, 256, contract)[0]
+    for row in range(len(validation)):
+        expected = resize_and_crop(decode(validation.source.read(row)), contract)
+        np.testing.assert_array_equal(batch.images[row].permute(1, 2, 0).numpy(), expected)

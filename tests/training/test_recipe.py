@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+
+from robustfeat.errors import InputError
+from robustfeat.training.recipe import Recipe, load_recipe, shipped_recipes
+
+
+def test_the_defaults_are_the_papers() -> None:
+    recipe = Recipe()
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.momentum, recipe.weight_decay) == (90, 256, 0.1, 0.9, 1e-4)
+    assert (recipe.q_warmup_steps, recipe.q_warmup_divisor) == (1000, 10)
+    rates = [recipe.learning_rate(epoch) for epoch in (0, 29.9, 30, 59.9, 60, 89)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_the_linear_schedule_rises_and_falls() -> None:
+    recipe = Recipe(schedule="linear", warmup_epochs=2, epochs=12, lr=0.4)
+    assert [recipe.learning_rate(epoch) for epoch in (0, 1, 2, 7, 12)] == pytest.approx([0, 0.2, 0.4, 0.2, 0])
+
+
+def test_image_sizes_grow_with_the_epochs() -> None:
+    recipe = Recipe(image_sizes=((0, 32), (3, 48), (5, 64)))
+    assert [recipe.image_size(epoch) for epoch in range(7)] == [32, 32, 32, 48, 48, 64, 64]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load_and_survive_json(name: str) -> None:
+    recipe = load_recipe(name)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_a_recipe_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('method = "el"\ntau = 0.5\nimage_sizes = [[0, 32]]\nvalidation_size = 32\n')
+    assert load_recipe(str(file)) == Recipe(method="el", tau=0.5, image_sizes=((0, 32),), validation_size=32)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("learning_rate = 1", "unknown key 'learning_rate'; known are"),
+    ("lr = 'fast'", "wrong type"),
+    ("epochs = 0", "epochs must be > 0"),
+    ("tau = -1.0", "tau must be >= 0"),
+    ("schedule = 'cosine'", "schedule must be step or linear"),
+    ("image_sizes = [[1, 32]]", "must start at epoch 0"),
+    ("lr = ", "not valid TOML"),
+])
+def test_bad_recipes_are_explained(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_recipe(str(file))

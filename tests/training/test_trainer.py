@@ -1,0 +1,231 @@
+"""Runs of the trainer: what they write, what they refuse, and that a killed one ends as an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from robustfeat.errors import CheckpointError, DataError, TrainingError
+from robustfeat.training.checkpoint import load_checkpoint
+from robustfeat.training.data import TrainingBatches, open_training_data
+from robustfeat.training.network import build_network
+from robustfeat.training.objective import Objective
+from robustfeat.training.recipe import Recipe
+from robustfeat.training.trainer import train
+from tests.conftest import ROOT, Run, train_arguments
+
+
+def recipe(dataset: Path, **changes: object) -> Recipe:
+    values = {
+        "concepts": str(dataset / "concepts.csv"), "epochs": 2, "batch_size": 6, "lr": 0.02,
+        "image_sizes": ((0, 32),), "validation_size": 32, **changes,
+    }  # fmt: skip
+    return Recipe(**values)  # type: ignore[arg-type]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_parameters(a: Path, b: Path) -> None:
+    first, second = load_checkpoint(a), load_checkpoint(b)
+    assert first.global_step == second.global_step
+    for key, value in first.model.items():
+        assert torch.equal(value, second.model[key]), key
+    for key, state in first.optimizer["state"].items():
+        assert torch.equal(state["momentum_buffer"], second.optimizer["state"][key]["momentum_buffer"])
+    assert torch.equal(first.objective["adversary"]["q"], second.objective["adversary"]["q"])
+
+
+def test_metrics_hold_loss_accuracy_q_and_the_weights_range(finished_run: Path) -> None:
+    lines = metrics(finished_run)
+    assert [line["event"] for line in lines] == ["train", "epoch", "train", "epoch"]
+    line = lines[2]
+    assert {"loss", "objective", "accuracy", "lr", "tau", "q", "weight_min", "weight_max", "images_per_s"} <= set(line)
+    assert sum(line["q"]) == pytest.approx(1, abs=1e-5)
+    assert line["weight_min"] <= 1 <= line["weight_max"]
+    assert line["tau"] == pytest.approx(0.35 * 32 / 224, abs=1e-6)
+    assert lines[3]["step"] == 10
+
+
+def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
+    """The trainer against a loop written out here."""
+    settings = recipe(dataset, method="erm", nesterov=True, weight_decay=1e-3)
+    train(dataset, settings, tmp_path / "run", workers=0, threads=1, quiet=True)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = build_network(10).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    data, _ = open_training_data(dataset)
+    for epoch in range(2):
+        batches = TrainingBatches(data, 6, 32, seed=0, epoch=epoch)
+        for step in range(5):
+            batch = batches[step]
+            loss = functional.cross_entropy(network((batch.images.float() / 255 - mean) / std), batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    saved = load_checkpoint(tmp_path / "run").model
+    assert all(torch.equal(value, saved[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["erm", "el", "cl", "hrrl"])
+def test_each_method_trains_with_bf16(dataset: Path, tmp_path: Path, method: str) -> None:
+    result = train(dataset, recipe(dataset, method=method, precision="bf16", epochs=1), tmp_path / "run", workers=0, quiet=True)
+    assert 0 <= result.validation_accuracy <= 1
+    line = metrics(tmp_path / "run")[0]
+    assert ("q" in line) == (method in {"cl", "hrrl"})
+    assert (line["tau"] > 0) == (method in {"el", "hrrl"})
+
+
+def test_training_learns(dataset: Path, tmp_path: Path) -> None:
+    train(dataset, recipe(dataset, batch_size=30, epochs=20, lr=0.05, min_crop_area=0.9), tmp_path / "run", workers=0, quiet=True)
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+class Doubled(Objective):
+    """A researcher's own: the images as they are, twice the loss."""
+
+    def training_images(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epoch: float) -> torch.Tensor:
+        return images
+
+    def training_loss(self, losses: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+        return 2 * losses.mean()
+
+
+def test_a_method_of_ones_own_is_used(dataset: Path, tmp_path: Path) -> None:
+    mine, plain = tmp_path / "mine", tmp_path / "plain"
+    options = {"weight_decay": 0.0, "epochs": 1}
+    train(dataset, recipe(dataset, method="tests.training.test_trainer:Doubled", lr=0.01, **options), mine, workers=0, quiet=True)
+    train(dataset, recipe(dataset, method="erm", lr=0.02, **options), plain, workers=0, quiet=True)
+    first, second = load_checkpoint(mine).model, load_checkpoint(plain).model
+    torch.testing.assert_close(first["fc.weight"], second["fc.weight"], rtol=1e-4, atol=1e-6)
+    assert metrics(mine)[0]["objective"] == pytest.approx(2 * metrics(mine)[0]["loss"], rel=1e-3)
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "robustfeat", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Until the run has a checkpoint and a metrics line at this step or later."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            return
+        file = run / "metrics.jsonl"
+        if file.exists() and (run / "checkpoint.pt").exists():
+            lines = file.read_text().splitlines()
+            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+                return
+        time.sleep(0.005)
+    raise AssertionError("the run made no progress")
+
+
+def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+    options = {"epochs": 4, "checkpoint-every-s": 0, "workers": 1}
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert robustfeat(*train_arguments(dataset, unbroken, **options), "--quiet").returncode == 0
+    arguments = [*train_arguments(dataset, broken, **options), "--quiet"]
+    for step in (2, 7, 13):
+        process = start(arguments if step == 2 else [*arguments, "--resume"])
+        wait_for_step(process, broken, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = robustfeat(*arguments, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_parameters(unbroken, broken)
+    steps = [line["step"] for line in metrics(broken) if line["event"] == "epoch"]
+    assert steps == [5, 10, 15, 20]
+    assert not list(broken.glob(".*partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_first(dataset: Path, tmp_path: Path, robustfeat: Run, number: signal.Signals) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    options = {"epochs": 30}
+    process = start([*train_arguments(dataset, broken, **options), "--quiet"])
+    wait_for_step(process, broken, 10)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "go on with --resume" in stderr
+    assert len(stderr.splitlines()) == 1
+    assert 10 <= load_checkpoint(broken).global_step < 150
+    assert robustfeat(*train_arguments(dataset, broken, **options), "--resume").returncode == 0
+    assert robustfeat(*train_arguments(dataset, unbroken, **options)).returncode == 0
+    assert_same_parameters(unbroken, broken)
+
+
+def test_a_run_is_not_overwritten(dataset: Path, finished_run: Path) -> None:
+    with pytest.raises(CheckpointError, match="pass --resume"):
+        train(dataset, recipe(dataset), finished_run, workers=0, quiet=True)
+
+
+def test_resume_refuses_another_recipe_or_other_data(dataset: Path, finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"was trained with lr = 0\.02, now it is 0\.5"):
+        train(dataset, recipe(dataset, lr=0.5), run, resume=True, workers=0, quiet=True)
+    other = Path(shutil.copytree(dataset, tmp_path / "data"))
+    next((other / "train" / "hat").iterdir()).unlink()
+    (tmp_path / "data" / "concepts.csv").unlink()
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        train(other, recipe(dataset), run, resume=True, workers=0, quiet=True)
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+def test_a_damaged_checkpoint_is_one_line(dataset: Path, finished_run: Path, tmp_path: Path, damage: bytes | None) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    file = run / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:-5000] if damage is None else damage)
+    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+        train(dataset, recipe(dataset), run, resume=True, workers=0, quiet=True)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    torch.save({"format_version": 1, "recipe": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_damaged_images_are_left_out_and_reported(dataset: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    victim = next((data / "train" / "hat").iterdir())
+    victim.write_bytes(b"junk")
+    result = train(data, recipe(dataset, epochs=1), tmp_path / "run", workers=1, quiet=True)
+    assert len(result.bad_images) == 1
+    assert victim.name in result.bad_images[0]
+
+
+def test_too_many_damaged_images_stop_the_run(dataset: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    for file in (data / "train").rglob("*.png"):
+        file.write_bytes(b"junk")
+    with pytest.raises(DataError, match="cannot be decoded, over 1 %"):
+        train(data, recipe(dataset, epochs=1), tmp_path / "run", workers=0, quiet=True)
+
+
+def test_divergence_is_said_in_one_line(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="training diverged at step"):
+        train(dataset, recipe(dataset, lr=1e30), tmp_path / "run", workers=0, quiet=True)
