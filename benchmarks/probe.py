@@ -36,7 +36,9 @@ from robustfeat.training.network import build_network
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
-def svm_accuracy(x: NDArray[Any], y: NDArray[np.int64], x_test: NDArray[Any], y_test: NDArray[np.int64]) -> tuple[float, float]:
+def svm_accuracy(
+    x: NDArray[Any], y: NDArray[np.int64], x_test: NDArray[Any], y_test: NDArray[np.int64]
+) -> tuple[float, float]:
     """Accuracy on the test rows and the C that the held-out rows chose."""
     fit, held = train_test_split(np.arange(len(y)), test_size=0.1, stratify=y, random_state=0)
 
@@ -82,7 +84,9 @@ def pixel_features(data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float6
 def hog_features(data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     from skimage.feature import hog
 
-    return np.stack([hog(square, pixels_per_cell=(4, 4), cells_per_block=(2, 2), channel_axis=-1) for square in squares(data, rows)])
+    return np.stack(
+        [hog(square, pixels_per_cell=(4, 4), cells_per_block=(2, 2), channel_axis=-1) for square in squares(data, rows)]
+    )
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         InputError: the file system refuses (full, read-only, missing folder).
+
     """
     target = Path(target)
     partial = _beside(target)
@@ -51,6 +52,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         InputError: `target` exists and is not an empty folder, or the file system refuses.
+
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

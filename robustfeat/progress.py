@@ -22,6 +22,7 @@ class Progress:
         start: how many were done before (a resumed run); they do not count for the speed.
         quiet: print nothing.
         stream: where to print; stderr by default.
+
     """
 
     def __init__(

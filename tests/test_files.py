@@ -26,11 +26,12 @@ def test_new_file_keeps_the_old_content_when_the_block_fails(tmp_path: Path) -> 
 
 
 def test_new_file_says_what_to_do_when_the_disk_is_full(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.txt: cannot be written \(No space left on device\)"), new_file(
-        tmp_path / "a.txt"
+    with (
+        pytest.raises(InputError, match=r"a\.txt: cannot be written \(No space left on device\)"),
+        new_file(tmp_path / "a.txt"),
+        open("/dev/full", "w") as full,
     ):
-        with open("/dev/full", "w") as full:
-            full.write("x")
+        full.write("x")
     assert not list(tmp_path.iterdir())
 
 

@@ -33,7 +33,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="robustfeat")
 def cli() -> None:
-    """Robust image features: train, export and embed.
+    r"""Robust image features: train, export and embed.
 
     A model is a folder. MODEL is such a folder, or `builtin` for the model that the package carries.
 

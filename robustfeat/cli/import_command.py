@@ -13,7 +13,9 @@ from robustfeat.cli.export_command import print_report
 @click.option("--weights", metavar="FILE", help="A state dict.  [default: the library's weights, downloaded]")
 @click.option("--name", help="The model's name, with its version.")
 @click.option("--image-size", type=int, help="Side of the network's input in pixels.  [default: the library's]")
-@click.option("--crop-pct", type=float, help="Share of the resized image that the crop keeps.  [default: the library's]")
+@click.option(
+    "--crop-pct", type=float, help="Share of the resized image that the crop keeps.  [default: the library's]"
+)
 @click.option("--calibration", metavar="FOLDER", help="Images for int8, besides the 8 golden ones.")
 @click.option("--no-int8", is_flag=True, help="Leave the int8 model out.")
 @click.option("--terms", help="Terms of use, for the card.")

@@ -11,7 +11,9 @@ import click
 @click.command("train", short_help="Pre-train a network with HRRL or a relative of it.")
 @click.argument("data", metavar="DATA")
 @click.option("--out", required=True, metavar="RUN", help="Folder for the checkpoint and the metrics.")
-@click.option("--config", metavar="RECIPE", help="A shipped recipe's name or a TOML file; the options below override it.")
+@click.option(
+    "--config", metavar="RECIPE", help="A shipped recipe's name or a TOML file; the options below override it."
+)
 @click.option("--method", help="erm, el, cl, hrrl, or package.module:Class.  [default: hrrl]")
 @click.option("--concepts", help="imagenet11, classes, or a CSV file class,concept.  [default: imagenet11]")
 @click.option("--epochs", type=int)
@@ -28,7 +30,13 @@ import click
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processors for the network.")
-@click.option("--checkpoint-every-s", type=float, default=300.0, show_default=True, help="Seconds between checkpoints within an epoch.")
+@click.option(
+    "--checkpoint-every-s",
+    type=float,
+    default=300.0,
+    show_default=True,
+    help="Seconds between checkpoints within an epoch.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(

@@ -13,40 +13,67 @@ __all__ = ["render_card"]
 def render_card(config: ModelConfig) -> str:
     """Markdown with the Hub's metadata in front: what the model is, how to use it, how it was made, how it fares."""
     contract = config.preprocessing
-    sections = [
-        _front_matter(config),
-        f"# {config.name}\n",
-        f"{config.architecture}, {config.feature_size} features an image, "
-        f"input {contract.image_size} x {contract.image_size} px. {_origin(config)}\n",
-        "## Use\n",
-        "```bash\npip install 'robustfeat[cpu]'\nrobustfeat embed images/ --out feats.npy --model FOLDER\n```\n",
-        "```python\nfrom robustfeat import FeatureExtractor\n\n"
-        'fx = FeatureExtractor.from_pretrained("FOLDER")\n'
-        f'features = fx.embed(["a.jpg"])  # (1, {config.feature_size}) float32\n```\n',
-        "The same folder loads in timm and gives the same features:\n",
-        '```python\nimport timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0).eval()\n```\n',
-        "## Preprocessing\n",
-        f"Upright RGB; the shorter side to {contract.resize_size} px ({contract.interpolation}, antialiased); centre crop "
-        f"{contract.image_size} px; mean {list(contract.mean)}, std {list(contract.std)}. Hash `{contract.hash}`.\n",
-    ]
+    card = f"""\
+{_front_matter()}
+# {config.name}
+
+{config.architecture}, {config.feature_size} features an image, input {contract.image_size} px. {_origin(config)}
+
+## Use
+
+```bash
+pip install 'robustfeat[cpu]'
+robustfeat embed images/ --out feats.npy --model FOLDER
+```
+
+```python
+from robustfeat import FeatureExtractor
+
+fx = FeatureExtractor.from_pretrained("FOLDER")
+features = fx.embed(["a.jpg"])  # (1, {config.feature_size}) float32
+```
+
+The same folder loads in timm and gives the same features:
+
+```python
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0).eval()
+```
+
+## Preprocessing
+
+Upright RGB; the shorter side to {contract.resize_size} px ({contract.interpolation}, antialiased); centre crop of
+{contract.image_size} px; mean {list(contract.mean)}, std {list(contract.std)}.
+Hash `{contract.hash}`.
+"""
     if config.results:
-        sections += ["## Results\n", *(_table(name, rows) for name, rows in config.results.items())]
+        card += "\n## Results\n\n" + "\n".join(_table(name, rows) for name, rows in config.results.items())
     if config.recipe:
-        sections += ["## Recipe\n", _recipe_table(config.recipe)]
-    sections += ["## Terms and limits\n", f"{config.provenance.get('terms', 'not stated')}\n"]
-    sections += [
-        "The features are meant for a linear classifier on top. Robust here means trained against shifts of examples and "
-        "concepts; nothing is claimed against adaptive attacks.\n"
-    ]
-    return "\n".join(sections)
+        card += "\n## Recipe\n\n" + _recipe_table(config.recipe)
+    return f"""{card}
+## Terms and limits
+
+{config.provenance.get("terms", "not stated")}
+
+The features are meant for a linear classifier on top. Robust here means trained against shifts of examples and
+concepts; nothing is claimed against adaptive attacks.
+"""
 
 
-def _front_matter(config: ModelConfig) -> str:
-    tags = "\n".join(f"- {tag}" for tag in ("robustfeat", "onnx", "image-feature-extraction"))
-    return (
-        "---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\nlicense: other\n"
-        f"license_name: see-terms\ntags:\n{tags}\n---\n"
-    )
+def _front_matter() -> str:
+    return """\
+---
+library_name: timm
+pipeline_tag: image-feature-extraction
+license: other
+license_name: see-terms
+tags:
+- robustfeat
+- onnx
+- image-feature-extraction
+---
+"""
 
 
 def _origin(config: ModelConfig) -> str:

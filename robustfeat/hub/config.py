@@ -1,4 +1,4 @@
-"""What config.json says about a model: timm's keys, so that other libraries load the folder, and a `robustfeat` block."""
+"""What config.json says about a model: timm's keys, so that other libraries load it, and a `robustfeat` block."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class ModelConfig:
         provenance: where it comes from and under which terms: `source`, `data`, `terms`, `versions`.
         results: measured results, by name.
         files: sha256 of every file but the card and config.json itself, by path within the folder.
+
     """
 
     name: str
@@ -91,6 +92,7 @@ class ModelConfig:
 
         Raises:
             ModelFolderError: it is not a config of ours, is of a newer format, or contradicts itself.
+
         """
         block = data.get("robustfeat") if isinstance(data, dict) else None
         if not isinstance(block, dict):
@@ -100,7 +102,7 @@ class ModelConfig:
         version = block.get("format_version")
         if version != FORMAT_VERSION:
             raise ModelFolderError(
-                f"{source}: format_version must be {FORMAT_VERSION}; got {version!r}: upgrade robustfeat to read this model"
+                f"{source}: format_version must be {FORMAT_VERSION}; got {version!r}: upgrade robustfeat"
             )
         try:
             timm_block = data["pretrained_cfg"]

@@ -43,6 +43,7 @@ class ModelFolder:
 
     Raises:
         ModelFolderError: the folder or a file is missing, or config.json is not ours or of a newer format.
+
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,7 +51,7 @@ class ModelFolder:
         file = self.path / CONFIG
         if not file.is_file():
             raise ModelFolderError(
-                f"{self.path}: not a model folder (no {CONFIG}); expected {BUILTIN} or a folder made by robustfeat export"
+                f"{self.path}: not a model folder (no {CONFIG}); expected {BUILTIN} or what robustfeat export makes"
             )
         try:
             data = json.loads(file.read_text("utf-8"))
@@ -71,6 +72,7 @@ class ModelFolder:
 
         Raises:
             ModelFolderError: there is none, or it was altered.
+
         """
         name = self._find_onnx(precision)
         if name is None:
@@ -92,6 +94,7 @@ class ModelFolder:
 
         Raises:
             ModelFolderError: naming the first file that differs.
+
         """
         for name in self.config.files if names is None else names:
             expected = self.config.files.get(name)
@@ -100,8 +103,8 @@ class ModelFolder:
             actual = file_sha256(self.path / name)
             if actual != expected:
                 raise ModelFolderError(
-                    f"{self.path / name}: altered or truncated (sha256 must be {expected[:12]}..., got {actual[:12]}...); "
-                    "copy or export the model again"
+                    f"{self.path / name}: altered or truncated (sha256 must be {expected[:12]}..., "
+                    f"got {actual[:12]}...); copy or export the model again"
                 )
 
     def size_bytes(self) -> int:
@@ -133,6 +136,7 @@ def resolve_model(name: str | os.PathLike[str] | None) -> ModelFolder:
 
     Raises:
         ModelFolderError: there is no such model.
+
     """
     if name is None or name == BUILTIN:
         return ModelFolder(Path(str(resources.files("robustfeat.hub").joinpath(BUILTIN))))

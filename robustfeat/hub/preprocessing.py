@@ -72,6 +72,7 @@ class Preprocessing:
         crop_pct: the shorter side is resized to floor(S / crop_pct) before the centre crop, as timm does.
         interpolation: `bilinear` or `bicubic`, antialiased.
         mean, std: per channel (RGB), for values in [0, 1].
+
     """
 
     image_size: int
@@ -115,6 +116,7 @@ class Preprocessing:
 
         Raises:
             ValueError: a key is unknown or missing, or a value is out of range.
+
         """
         known = {field.name for field in fields(cls)}
         if set(data) != known:
@@ -136,6 +138,7 @@ def decode(data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int = M
 
     Raises:
         DecodeError: with the reason, in one line.
+
     """
     if not data:
         raise DecodeError("the file is empty")
@@ -168,6 +171,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
     Raises:
         DecodeError: the pixel type has no defined range (32-bit integers or floats).
+
     """
     orientation = _orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -202,6 +206,7 @@ def resize_and_crop(pixels: NDArray[np.uint8], contract: Preprocessing) -> NDArr
 
     Returns:
         (S, S, 3) uint8.
+
     """
     height, width = pixels.shape[:2]
     short, size = contract.resize_size, contract.image_size
@@ -233,6 +238,7 @@ def preprocess(images: Sequence[NDArray[np.uint8]], contract: Preprocessing) -> 
 
     Returns:
         (N, 3, S, S) float32.
+
     """
     if not images:
         return np.empty((0, 3, contract.image_size, contract.image_size), np.float32)

@@ -41,6 +41,7 @@ class EmbeddingResult:
         skipped: files with other suffixes, not in it.
         feature_size: D.
         seconds: wall time.
+
     """
 
     features: Path
@@ -68,6 +69,7 @@ def embed_files(
 
     Raises:
         InputError: `out` is not a .npy path or cannot be written.
+
     """
     out = Path(out)
     if out.suffix != ".npy":
@@ -104,9 +106,7 @@ def embed_files(
     return EmbeddingResult(out, len(images), failed, inputs.skipped, extractor.feature_size, seconds)
 
 
-def _prepared_batches(
-    extractor: FeatureExtractor, images: Sequence[ImageFile]
-) -> Iterator[tuple[int, list[_Row]]]:
+def _prepared_batches(extractor: FeatureExtractor, images: Sequence[ImageFile]) -> Iterator[tuple[int, list[_Row]]]:
     """Batches of fixed row numbers, decoded by threads a few batches ahead of the model."""
 
     def prepare(image: ImageFile) -> _Row:

@@ -35,6 +35,7 @@ class OnnxRuntimeEngine:
     Raises:
         EngineError: ONNX Runtime is missing, or cuda was asked for and the session fell back to the CPU.
         ModelFolderError: ONNX Runtime cannot read the file.
+
     """
 
     name = "onnxruntime"

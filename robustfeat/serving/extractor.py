@@ -30,6 +30,7 @@ class FeatureExtractor:
         config: the model's `ModelConfig`.
         precision: fp32 or int8.
         engine: the engine that runs it.
+
     """
 
     def __init__(self, folder: ModelFolder, engine: OnnxRuntimeEngine, precision: str) -> None:
@@ -58,6 +59,7 @@ class FeatureExtractor:
         Raises:
             ModelFolderError: the folder is missing, damaged, altered or of a newer format.
             EngineError: no engine is installed, it cannot run as asked, or int8 is too far off on this machine.
+
         """
         if engine not in {"auto", "onnxruntime"}:
             raise EngineError(f"engine must be auto or onnxruntime; got {engine!r}")
@@ -80,8 +82,8 @@ class FeatureExtractor:
         expected = folder.config.preprocessing.hash
         if engine.preprocessing_hash != expected:
             raise ModelFolderError(
-                f"{folder.path}: the ONNX file was exported for preprocessing {str(engine.preprocessing_hash)[:12]}..., "
-                f"config.json says {expected[:12]}...; export the model again"
+                f"{folder.path}: the ONNX file was exported for preprocessing "
+                f"{str(engine.preprocessing_hash)[:12]}..., config.json says {expected[:12]}...; export the model again"
             )
         return cls(folder, engine, precision)
 
@@ -103,6 +105,7 @@ class FeatureExtractor:
         Raises:
             DecodeError: an image cannot be read, and `on_error` is `raise`; the message holds its number.
             TypeError: an image is of another kind.
+
         """
         if on_error not in {"raise", "nan"}:
             raise ValueError(f"on_error must be raise or nan; got {on_error!r}")
@@ -126,6 +129,7 @@ class FeatureExtractor:
 
         Raises:
             DecodeError: it cannot be read.
+
         """
         return resize_and_crop(_pixels(image), self.config.preprocessing)
 

@@ -22,6 +22,7 @@ class ImageFile:
     Attributes:
         file: where to read.
         path: relative to the argument's folder, POSIX.
+
     """
 
     file: Path
@@ -52,6 +53,7 @@ def list_images(arguments: Sequence[str | Path]) -> Inputs:
 
     Raises:
         InputError: an argument does not exist, or there is no image at all.
+
     """
     images: list[ImageFile] = []
     skipped = 0
@@ -68,7 +70,9 @@ def list_images(arguments: Sequence[str | Path]) -> Inputs:
     if not images:
         places = ", ".join(str(argument) for argument in arguments)
         aside = f" ({skipped} files with other suffixes)" if skipped else ""
-        raise InputError(f"{places}: no images found{aside}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise InputError(
+            f"{places}: no images found{aside}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
     return Inputs(tuple(images), skipped)
 
 

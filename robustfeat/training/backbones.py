@@ -52,6 +52,7 @@ def import_backbone(
     Raises:
         InputError: no such backbone, or the weights do not fit it.
         ExportError: an exported file disagrees with PyTorch; nothing is left behind.
+
     """
     library, _, architecture = source.partition(":")
     if library == "timm" and architecture:
@@ -108,8 +109,10 @@ def _from_timm(architecture: str, *, pretrained: bool) -> tuple[nn.Module, Prepr
         ) from exc
     settings = timm.data.resolve_model_data_config(network)
     if settings["input_size"][1] != settings["input_size"][2] or settings["crop_mode"] != "center":
-        raise InputError(f"timm:{architecture}: expects {settings['input_size']} with crop mode {settings['crop_mode']}; "
-                         "only centred squares are supported")
+        raise InputError(
+            f"timm:{architecture}: expects {settings['input_size']} with crop mode {settings['crop_mode']}; "
+            "only centred squares are supported"
+        )
     contract = Preprocessing(
         settings["input_size"][1], settings["crop_pct"], settings["interpolation"], settings["mean"], settings["std"]
     )
@@ -165,7 +168,9 @@ def _load_weights(network: nn.Module, file: Path, source: str) -> None:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as exc:
         reason = "no such file" if not file.exists() else "damaged, or not a file of tensors alone"
-        raise InputError(f"--weights {file}: cannot be read ({reason}); expected .safetensors or a saved state dict") from exc
+        raise InputError(
+            f"--weights {file}: cannot be read ({reason}); expected .safetensors or a saved state dict"
+        ) from exc
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     try:

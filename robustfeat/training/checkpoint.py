@@ -30,6 +30,7 @@ class Checkpoint:
         epoch, step: the next step to make: `step` within `epoch`, both counted from 0.
         global_step: steps made so far.
         model, optimizer, objective: their state dicts.
+
     """
 
     recipe: dict[str, Any]
@@ -61,6 +62,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: it is missing, damaged, or of another version.
+
     """
     file = path / CHECKPOINT_NAME if path.is_dir() else path
     if not file.is_file():
@@ -68,11 +70,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as exc:  # what the restricted unpickler raises on damaged files has no common base
-        raise CheckpointError(f"{file}: damaged or not a checkpoint of robustfeat train; train again or use another") from exc
+        raise CheckpointError(
+            f"{file}: damaged or not a checkpoint of robustfeat train; train again or use another"
+        ) from exc
     if not isinstance(state, dict) or "format_version" not in state:
         raise CheckpointError(f"{file}: not a checkpoint of robustfeat train; expected one written by it")
     version = state.pop("format_version")
     names = {item.name for item in fields(Checkpoint)}
     if version != _FORMAT_VERSION or set(state) != names:
-        raise CheckpointError(f"{file}: format_version {version}; this robustfeat reads {_FORMAT_VERSION}: upgrade robustfeat")
+        raise CheckpointError(
+            f"{file}: format_version {version}; this robustfeat reads {_FORMAT_VERSION}: upgrade robustfeat"
+        )
     return Checkpoint(**state)

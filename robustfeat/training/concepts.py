@@ -23,6 +23,7 @@ class ConceptMap:
         names: the K concepts that have classes here, sorted.
         of_class: (C,) int64, the concept of each class.
         empty: concepts of the map without any class here; they are left out, since N / N_k would be infinite.
+
     """
 
     names: tuple[str, ...]
@@ -35,6 +36,7 @@ def load_concepts(source: str) -> dict[str, str]:
 
     Raises:
         DataError: the file is missing, has another header, or gives a class two concepts.
+
     """
     if source == "imagenet11":
         text = resources.files("robustfeat.training").joinpath("concept_maps/imagenet11.csv").read_text("utf-8")
@@ -51,7 +53,9 @@ def load_concepts(source: str) -> dict[str, str]:
     rows = csv.reader(text.splitlines())
     header = [cell.strip() for cell in next(rows, [])]
     if header[:2] != ["class", "concept"]:
-        raise DataError(f"--concepts {source}: the first line must be class,concept; got {','.join(header) or 'nothing'}")
+        raise DataError(
+            f"--concepts {source}: the first line must be class,concept; got {','.join(header) or 'nothing'}"
+        )
     concepts: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
         if not row:
@@ -74,6 +78,7 @@ def assign_concepts(source: str, classes: Sequence[str], counts: NDArray[np.int6
 
     Raises:
         DataError: a class has no concept.
+
     """
     mapping = {name: name for name in classes} if source == "classes" else load_concepts(source)
     missing = [name for name in classes if name not in mapping]

@@ -73,6 +73,7 @@ class ImageSet:
         labels: (N,) int64.
         source: gives each image's bytes and its name for messages.
         fingerprint: sha256 over the classes, the labels and the images' names and sizes.
+
     """
 
     classes: tuple[str, ...]
@@ -88,6 +89,7 @@ class ImageSet:
 
         Raises:
             DecodeError: naming the image.
+
         """
         try:
             return decode(self.source.read(index))
@@ -124,6 +126,7 @@ def open_training_data(
 
     Raises:
         DataError: with what is missing and what would do.
+
     """
     root = Path(root)
     if not root.is_dir():
@@ -135,7 +138,9 @@ def open_training_data(
     else:
         files = sorted(root.glob("train-*.parquet"))
         if not files:
-            raise DataError(f"{root}: holds neither train/ with class folders nor train-*.parquet files; see docs/training.md")
+            raise DataError(
+                f"{root}: holds neither train/ with class folders nor train-*.parquet files; see docs/training.md"
+            )
         train = _open_parquet(files[:parts])
         found = [sorted(root.glob(f"{name}-*.parquet")) for name in _VALIDATION_NAMES]
         validation = next((_open_parquet(names, train.classes) for names in found if names), None)
@@ -143,7 +148,9 @@ def open_training_data(
         order = np.random.default_rng([seed, 0x5EED]).permutation(len(train))
         size = max(1, round(val_fraction * len(train)))
         if not 0 < val_fraction < 1 or size >= len(train):
-            raise DataError(f"{root}: no validation split, and --val-fraction {val_fraction} of {len(train)} images leaves none")
+            raise DataError(
+                f"{root}: no validation split, and --val-fraction {val_fraction} of {len(train)} images leaves none"
+            )
         validation, train = train.subset(np.sort(order[:size])), train.subset(np.sort(order[size:]))
     return train, validation
 
@@ -187,7 +194,9 @@ def _open_parquet(files: Sequence[Path], classes: tuple[str, ...] | None = None)
             reason = str(exc).splitlines()[0]
             raise DataError(f"{file}: not a Parquet file with the columns image and label ({reason})") from exc
         if set(table.column_names) != {"image", "label"}:
-            raise DataError(f"{file}: needs the columns image and label; got {', '.join(table.column_names) or 'others'}")
+            raise DataError(
+                f"{file}: needs the columns image and label; got {', '.join(table.column_names) or 'others'}"
+            )
         names = names or _class_names(table.schema)
         places.append((file.name, len(labels)))
         for chunk in table.column("image").chunks:
@@ -204,7 +213,9 @@ def _open_parquet(files: Sequence[Path], classes: tuple[str, ...] | None = None)
         index = {name: number for number, name in enumerate(classes)}
         odd = next((label for label in labels if str(label) not in index), None)
         if odd is not None:
-            raise DataError(f"{files[0].parent}: label {odd!r} is none of the {len(classes)} classes of the training split")
+            raise DataError(
+                f"{files[0].parent}: label {odd!r} is none of the {len(classes)} classes of the training split"
+            )
         labels = [index[str(label)] for label in labels]
     digest = hashlib.sha256("\n".join(classes).encode())
     digest.update(np.array(labels, np.int64).tobytes())
@@ -238,6 +249,7 @@ class Batch:
         images: (m, 3, S, S) uint8, channels last in memory.
         labels: (m,) int64.
         failures: a line for each image that could not be decoded; such images are left out of the batch.
+
     """
 
     images: Tensor
@@ -274,6 +286,7 @@ class TrainingBatches(Dataset[Batch]):
     Args:
         side: S, the side of the square crops in pixels.
         min_crop_area: crops cover between this share and all of an image's area, at aspect ratios 3/4 to 4/3.
+
     """
 
     def __init__(

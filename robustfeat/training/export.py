@@ -25,7 +25,7 @@ from robustfeat.hub.card import render_card
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import COMPACT_ONNX, GOLDEN_FEATURES, ONNX, WEIGHTS, ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
-from robustfeat.serving.extractor import FeatureExtractor, cosine
+from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs import list_images
 from robustfeat.training.checkpoint import load_checkpoint
 from robustfeat.training.data import open_training_data
@@ -52,6 +52,7 @@ class Backbone:
         state: the state dict with the classifier, as timm's namesake loads it.
         config: without `files`.
         training: the content of training.json.
+
     """
 
     network: nn.Module
@@ -67,6 +68,7 @@ class ExportReport:
     Attributes:
         folder: the result.
         cosines: precision to the smallest cosine against PyTorch over the golden images.
+
     """
 
     folder: ModelFolder
@@ -102,13 +104,15 @@ def export_run(
     Raises:
         CheckpointError, DataError: the run or the calibration images cannot be used.
         ExportError: a file disagrees with PyTorch; nothing is left behind.
+
     """
     run = Path(run)
     checkpoint = load_checkpoint(run)
     recipe = Recipe.from_dict(checkpoint.recipe)
     if checkpoint.epoch < recipe.epochs:
         raise ExportError(
-            f"{run}: training stands at epoch {checkpoint.epoch} of {recipe.epochs}; finish it with robustfeat train --resume"
+            f"{run}: training stands at epoch {checkpoint.epoch} of {recipe.epochs}; "
+            "finish it with robustfeat train --resume"
         )
     contract = recipe.preprocessing(image_size, crop_pct)
     network = build_network(len(checkpoint.classes))
@@ -160,6 +164,7 @@ def write_model_folder(
 
     Raises:
         ExportError: a file disagrees with PyTorch; nothing is left behind.
+
     """
     config, network = backbone.config, backbone.network.eval()
     contract = config.preprocessing
@@ -275,6 +280,7 @@ def folder_images(folder: str | Path) -> list[NDArray[np.uint8]]:
 
     Raises:
         DataError: there is none.
+
     """
     images = []
     for image in list_images([folder]).images:

@@ -35,6 +35,7 @@ def project_simplex(v: Tensor) -> Tensor:
 
     >>> project_simplex(torch.tensor([2.0, 0.0, -1.0]))
     tensor([1., 0., 0.])
+
     """
     if v.ndim != 1 or v.numel() == 0:
         raise ValueError(f"v must be 1-D and not empty; got shape {tuple(v.shape)}")
@@ -83,6 +84,7 @@ def perturb(model: nn.Module, images: Tensor, labels: Tensor, tau: float) -> Ten
         (m, 3, H, W), detached, of the dtype of `images`.
 
     Source: Theorem 2 and Algorithm 1, line 9. The step is not clipped to valid pixels: the paper does not.
+
     """
     if tau == 0:
         return images.detach()
@@ -113,6 +115,7 @@ class ConceptAdversary:
         step: how many updates were made.
 
     q, its gradient and the projection are float64: in float32 (N / N_k)(N_k / N) is not 1 for a quarter of counts.
+
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class ConceptAdversary:
 
         Raises:
             ValueError: a loss is not finite.
+
         """
         self._move_to(losses.device)
         losses = losses.detach().double()
@@ -180,6 +184,7 @@ class ConceptAdversary:
 
         Raises:
             ValueError: the state is of another number of concepts.
+
         """
         if state["q"].shape != self.q.shape:
             raise ValueError(f"the state has {state['q'].numel()} concepts, this adversary {self.q.numel()}")

@@ -33,6 +33,7 @@ class Objective:
         counts: (K,) training examples of each concept.
         examples: perturb the images (example level).
         concepts: weigh the losses by the concept adversary (concept level).
+
     """
 
     def __init__(self, recipe: Recipe, counts: Tensor, *, examples: bool = True, concepts: bool = True) -> None:
@@ -57,6 +58,7 @@ class Objective:
 
         Returns:
             (m, 3, S, S), detached.
+
         """
         return perturb(model, images, labels, self.tau(images.shape[-1], epoch))
 
@@ -69,6 +71,7 @@ class Objective:
 
         Returns:
             The scalar to descend.
+
         """
         if self.adversary is None:
             return losses.mean()
@@ -113,6 +116,7 @@ def create_objective(recipe: Recipe, counts: Tensor) -> Objective:
 
     Raises:
         InputError: there is no such method, or the class cannot be imported.
+
     """
     name = recipe.method
     if name in METHODS:
@@ -125,7 +129,13 @@ def create_objective(recipe: Recipe, counts: Tensor) -> Objective:
     except (ImportError, AttributeError, ValueError) as exc:
         raise InputError(f"--method {name}: cannot be imported ({exc}); is its folder on PYTHONPATH?") from exc
     objective: Objective = factory(recipe, counts)
-    missing = [hook for hook in ("training_images", "training_loss", "state_dict", "load_state_dict", "metrics") if not hasattr(objective, hook)]
+    missing = [
+        hook
+        for hook in ("training_images", "training_loss", "state_dict", "load_state_dict", "metrics")
+        if not hasattr(objective, hook)
+    ]
     if missing:
-        raise InputError(f"--method {name}: lacks {', '.join(missing)}; subclass robustfeat.training.objective.Objective")
+        raise InputError(
+            f"--method {name}: lacks {', '.join(missing)}; subclass robustfeat.training.objective.Objective"
+        )
     return objective

@@ -37,6 +37,7 @@ def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None
 
     Raises:
         ExportError: the network cannot be exported.
+
     """
     side = contract.image_size
     example = torch.zeros(2, 3, side, side)
@@ -73,6 +74,7 @@ def compact_onnx(source: Path, safetensors_file: Path, target: Path) -> None:
 
     Raises:
         ExportError: a weight of the graph is not in the file.
+
     """
     if safetensors_file.parent != target.parent:
         raise ValueError("external data must lie in the folder of the ONNX file: engines refuse other places")
@@ -92,7 +94,9 @@ def compact_onnx(source: Path, safetensors_file: Path, target: Path) -> None:
             kept.append(initializer)
             continue
         if list(initializer.dims) != entry["shape"]:
-            raise ExportError(f"{source}: the weight {initializer.name} has another shape than in {safetensors_file.name}")
+            raise ExportError(
+                f"{source}: the weight {initializer.name} has another shape than in {safetensors_file.name}"
+            )
         half = entry["dtype"] == "F16"
         stored = TensorProto(
             name=initializer.name + ".fp16" if half else initializer.name,
@@ -115,9 +119,7 @@ def compact_onnx(source: Path, safetensors_file: Path, target: Path) -> None:
     target.write_bytes(model.SerializeToString())
 
 
-def quantize_onnx(
-    source: Path, batches: Sequence[NDArray[np.float32]], contract: Preprocessing, target: Path
-) -> None:
+def quantize_onnx(source: Path, batches: Sequence[NDArray[np.float32]], contract: Preprocessing, target: Path) -> None:
     """Writes a static int8 (QDQ) copy of `source`, its ranges taken from `batches` of real, prepared images.
 
     Activations are QUInt8, weights QInt8 per channel with a reduced range, since the full one saturates on
@@ -125,6 +127,7 @@ def quantize_onnx(
 
     Raises:
         ExportError: the graph cannot be quantised.
+
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -37,6 +37,7 @@ class Recipe:
         seed: of the initial weights, the order and the crops.
         val_fraction: share of the training images held out where the data has no validation split.
         parts: use only the first so many Parquet files of the training split (None: all).
+
     """
 
     method: str = "hrrl"
@@ -120,6 +121,7 @@ class Recipe:
 
         Raises:
             InputError: a key is unknown or a value is out of range.
+
         """
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(data) - known)
@@ -142,6 +144,7 @@ def load_recipe(source: str) -> Recipe:
 
     Raises:
         InputError: there is none, or it is not valid.
+
     """
     if source in shipped_recipes():
         text = resources.files("robustfeat.training").joinpath(f"recipes/{source}.toml").read_text("utf-8")

@@ -44,6 +44,7 @@ class TrainingResult:
         run: its folder.
         validation_accuracy: share of validation images classified correctly by the last epoch's parameters.
         bad_images: the images that could not be decoded and were left out.
+
     """
 
     run: Path
@@ -77,6 +78,7 @@ def train(
     Raises:
         DataError, CheckpointError, InputError: see the messages.
         TrainingError: the loss is no longer finite, or a signal stopped the run (its state is saved).
+
     """
     trainer = _Trainer(Path(data), recipe, Path(out), device, workers, threads, checkpoint_every_s, quiet)
     return trainer.run(resume)
@@ -142,7 +144,9 @@ class _Trainer:
         if resume:
             self._load()
         elif (self.out / CHECKPOINT_NAME).exists() or (self.out / METRICS_NAME).exists():
-            raise CheckpointError(f"{self.out}: holds a run already; pass --resume to go on with it or choose another --out")
+            raise CheckpointError(
+                f"{self.out}: holds a run already; pass --resume to go on with it or choose another --out"
+            )
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
@@ -152,7 +156,7 @@ class _Trainer:
         with _stop_on_signal() as stop:
             while self.epoch < self.recipe.epochs:
                 accuracy = self._run_epoch(stop)
-        if accuracy != accuracy:  # resumed after the last epoch
+        if np.isnan(accuracy):  # resumed after the last epoch
             accuracy = self._validate()[1]
         return TrainingResult(self.out, accuracy, tuple(sorted(self.bad_images)))
 
@@ -328,10 +332,13 @@ class _Trainer:
                 f"{self.out}: was trained with {name} = {saved.recipe.get(name)}, now it is {mine[name]}; "
                 "resume with the same options or choose another --out"
             )
-        if saved.data["fingerprint"] != self.data_identity["fingerprint"] or saved.concept_of_class != self.concepts.of_class.tolist():
+        if (
+            saved.data["fingerprint"] != self.data_identity["fingerprint"]
+            or saved.concept_of_class != self.concepts.of_class.tolist()
+        ):
             raise CheckpointError(
-                f"{self.out}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) or concepts; "
-                "resume with the same or choose another --out"
+                f"{self.out}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) "
+                "or concepts; resume with the same or choose another --out"
             )
         self.model.load_state_dict(saved.model)
         self.optimizer.load_state_dict(saved.optimizer)

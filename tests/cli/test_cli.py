@@ -47,7 +47,9 @@ def test_embed_writes_one_row_an_image(robustfeat: Run, examples: Path, tmp_path
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["feats.index.jsonl", "feats.meta.json", "feats.npy"]
 
 
-def test_embed_exits_with_3_when_images_fail(robustfeat: Run, model: Path, example_files: list[Path], tmp_path: Path) -> None:
+def test_embed_exits_with_3_when_images_fail(
+    robustfeat: Run, model: Path, example_files: list[Path], tmp_path: Path
+) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(example_files[0].read_bytes()[:500])
     out = tmp_path / "feats.npy"
@@ -74,27 +76,50 @@ def test_train_export_embed_work_together(robustfeat: Run, finished_run: Path, e
     assert json.loads((tmp_path / "feats.meta.json").read_text())["model"] == "mine-v1"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["embed", "{tmp}/none", "--out", "{tmp}/f.npy"], "no such file or folder"),
-    (["embed", "{tmp}/empty", "--out", "{tmp}/f.npy"], "no images found"),
-    (["embed", "{examples}", "--out", "{tmp}/f.npy", "--model", "{tmp}/empty"], "not a model folder"),
-    (["embed", "{examples}", "--out", "{tmp}/f.csv"], "expected a name ending in .npy"),
-    (["info", "{tmp}/none"], "not a model folder"),
-    (["train", "{tmp}/none", "--out", "{tmp}/run"], "no such folder"),
-    (["train", "{tmp}/empty", "--out", "{tmp}/run"], "holds neither train/"),
-    (["train", "{dataset}", "--out", "{tmp}/run", "--batch-size", "6"], "10 of 10 classes have no concept"),
-    (["train", "{dataset}", "--out", "{tmp}/run", "--concepts", "{tmp}/none.csv", "--batch-size", "6"], "cannot be read"),
-    (["train", "{dataset}", "--out", "{tmp}/run", "--concepts", "classes"], "fewer than one batch of 256"),
-    (["train", "{dataset}", "--out", "{tmp}/run", "--method", "magic", "--concepts", "classes", "--batch-size", "6"], "expected erm, el, cl, hrrl"),
-    (["train", "{dataset}", "--out", "{tmp}/run", "--config", "magic"], "neither a TOML file nor one of"),
-    (["train", "{dataset}", "--out", "{tmp}/run", "--resume", "--concepts", "classes", "--batch-size", "6"], "holds no checkpoint.pt"),
-    (["train", "{dataset}", "--out", "{tmp}/run", "--lr", "-1"], "lr must be > 0"),
-    (["export", "{tmp}/none", "--out", "{tmp}/model"], "holds no checkpoint.pt"),
-    (["export", "{tmp}/junk.pt", "--out", "{tmp}/model"], "damaged or not a checkpoint"),
-    (["import", "resnet18", "--out", "{tmp}/model"], "expected timm:NAME or torchvision:NAME"),
-    (["import", "timm:no_such_net", "--weights", "x", "--out", "{tmp}/model"], "timm:no_such_net"),
-    (["import", "timm:resnet18", "--weights", "{tmp}/junk.pt", "--out", "{tmp}/model"], "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "{tmp}/none", "--out", "{tmp}/f.npy"], "no such file or folder"),
+        (["embed", "{tmp}/empty", "--out", "{tmp}/f.npy"], "no images found"),
+        (["embed", "{examples}", "--out", "{tmp}/f.npy", "--model", "{tmp}/empty"], "not a model folder"),
+        (["embed", "{examples}", "--out", "{tmp}/f.csv"], "expected a name ending in .npy"),
+        (["info", "{tmp}/none"], "not a model folder"),
+        (["train", "{tmp}/none", "--out", "{tmp}/run"], "no such folder"),
+        (["train", "{tmp}/empty", "--out", "{tmp}/run"], "holds neither train/"),
+        (["train", "{dataset}", "--out", "{tmp}/run", "--batch-size", "6"], "10 of 10 classes have no concept"),
+        (
+            ["train", "{dataset}", "--out", "{tmp}/run", "--concepts", "{tmp}/none.csv", "--batch-size", "6"],
+            "cannot be read",
+        ),
+        (["train", "{dataset}", "--out", "{tmp}/run", "--concepts", "classes"], "fewer than one batch of 256"),
+        (
+            [
+                "train",
+                "{dataset}",
+                "--out",
+                "{tmp}/run",
+                "--method",
+                "magic",
+                "--concepts",
+                "classes",
+                "--batch-size",
+                "6",
+            ],
+            "expected erm, el, cl, hrrl",
+        ),
+        (["train", "{dataset}", "--out", "{tmp}/run", "--config", "magic"], "neither a TOML file nor one of"),
+        (
+            ["train", "{dataset}", "--out", "{tmp}/run", "--resume", "--concepts", "classes", "--batch-size", "6"],
+            "holds no checkpoint.pt",
+        ),
+        (["train", "{dataset}", "--out", "{tmp}/run", "--lr", "-1"], "lr must be > 0"),
+        (["export", "{tmp}/none", "--out", "{tmp}/model"], "holds no checkpoint.pt"),
+        (["export", "{tmp}/junk.pt", "--out", "{tmp}/model"], "damaged or not a checkpoint"),
+        (["import", "resnet18", "--out", "{tmp}/model"], "expected timm:NAME or torchvision:NAME"),
+        (["import", "timm:no_such_net", "--weights", "x", "--out", "{tmp}/model"], "timm:no_such_net"),
+        (["import", "timm:resnet18", "--weights", "{tmp}/junk.pt", "--out", "{tmp}/model"], "cannot be read"),
+    ],
+)
 def test_errors_are_one_line_and_leave_nothing(
     robustfeat: Run, tmp_path: Path, dataset: Path, examples: Path, arguments: list[str], message: str
 ) -> None:
@@ -107,7 +132,9 @@ def test_errors_are_one_line_and_leave_nothing(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["empty", "junk.pt"]
 
 
-@pytest.mark.parametrize("arguments", [["embed"], ["embed", "a.jpg"], ["nonsense"], ["train", ".", "--precision", "fp8", "--out", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["embed"], ["embed", "a.jpg"], ["nonsense"], ["train", ".", "--precision", "fp8", "--out", "x"]]
+)
 def test_wrong_usage_exits_with_2(robustfeat: Run, arguments: list[str]) -> None:
     result = robustfeat(*arguments)
     assert result.returncode == 2
@@ -118,7 +145,9 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_a_full_disk_gives_one_line_and_keeps_the_old_file(robustfeat: Run, model: Path, examples: Path, tmp_path: Path) -> None:
+def test_a_full_disk_gives_one_line_and_keeps_the_old_file(
+    robustfeat: Run, model: Path, examples: Path, tmp_path: Path
+) -> None:
     """40 rows of 512 float32 are 82 kB and fit; a hundred do not."""
     out = tmp_path / "out" / "feats.npy"
     out.parent.mkdir()

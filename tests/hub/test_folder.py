@@ -29,8 +29,15 @@ def edit_config(folder: Path, change: Callable[[dict], None]) -> None:
 
 def test_config_is_read_as_it_was_written(tmp_path: Path) -> None:
     config = ModelConfig(
-        name="a-v1", architecture="resnet18", feature_size=512, num_classes=10, preprocessing=Preprocessing(96, 0.9),
-        concepts=("Bird", "Dog"), recipe={"method": "hrrl"}, provenance={"terms": "none"}, results={"CIFAR-10": "60 %"},
+        name="a-v1",
+        architecture="resnet18",
+        feature_size=512,
+        num_classes=10,
+        preprocessing=Preprocessing(96, 0.9),
+        concepts=("Bird", "Dog"),
+        recipe={"method": "hrrl"},
+        provenance={"terms": "none"},
+        results={"CIFAR-10": "60 %"},
     )
     folder = seal_folder(tmp_path, config, "# card\n")
     assert folder.config == config
@@ -49,7 +56,9 @@ def test_an_edited_card_is_fine(copy: Path) -> None:
     ModelFolder(copy).verify()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "onnx/model.onnx", "golden/dress.jpg", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "onnx/model.onnx", "golden/dress.jpg", "preprocessor_config.json"]
+)
 def test_an_altered_file_is_named(copy: Path, name: str) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1

@@ -40,12 +40,15 @@ def torchvision_input(image: Image.Image, contract: Preprocessing) -> np.ndarray
     return v2.functional.normalize(scaled, list(contract.mean), list(contract.std)).numpy()
 
 
-@pytest.mark.parametrize("contract", [
-    Preprocessing(64),
-    Preprocessing(224, 0.875),
-    Preprocessing(96, 0.9, "bicubic"),
-    Preprocessing(232, 0.965),
-])
+@pytest.mark.parametrize(
+    "contract",
+    [
+        Preprocessing(64),
+        Preprocessing(224, 0.875),
+        Preprocessing(96, 0.9, "bicubic"),
+        Preprocessing(232, 0.965),
+    ],
+)
 def test_photographs_give_torchvisions_input(example_files: list[Path], contract: Preprocessing) -> None:
     for file in example_files[:12]:
         image = Image.open(file)
@@ -58,7 +61,9 @@ def test_odd_sizes_give_torchvisions_crop(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
     contract = Preprocessing(64, 0.9)
-    np.testing.assert_array_equal(resize_and_crop(pixels, contract), torchvision_square(Image.fromarray(pixels), contract))
+    np.testing.assert_array_equal(
+        resize_and_crop(pixels, contract), torchvision_square(Image.fromarray(pixels), contract)
+    )
 
 
 def test_antialiasing_agrees_with_torchvisions_tensors(photo: Image.Image) -> None:
@@ -70,11 +75,27 @@ def test_antialiasing_agrees_with_torchvisions_tensors(photo: Image.Image) -> No
     np.testing.assert_allclose(ours, resized.permute(1, 2, 0).numpy(), atol=1.5 / 255)
 
 
-@pytest.mark.parametrize(("mode", "file_format"), [
-    ("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("1", "PNG"), ("P", "PNG"),
-    ("LA", "PNG"), ("RGBA", "PNG"), ("RGB", "WEBP"), ("RGBA", "WEBP"), ("P", "GIF"), ("RGB", "BMP"), ("RGB", "TIFF"),
-    ("CMYK", "TIFF"), ("L", "TIFF"),
-])
+@pytest.mark.parametrize(
+    ("mode", "file_format"),
+    [
+        ("RGB", "JPEG"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "PNG"),
+        ("L", "PNG"),
+        ("1", "PNG"),
+        ("P", "PNG"),
+        ("LA", "PNG"),
+        ("RGBA", "PNG"),
+        ("RGB", "WEBP"),
+        ("RGBA", "WEBP"),
+        ("P", "GIF"),
+        ("RGB", "BMP"),
+        ("RGB", "TIFF"),
+        ("CMYK", "TIFF"),
+        ("L", "TIFF"),
+    ],
+)
 def test_every_form_decodes_to_what_pillow_shows(photo: Image.Image, mode: str, file_format: str) -> None:
     if "A" in mode:
         image = photo.convert(mode)
@@ -169,8 +190,11 @@ def test_eps_is_never_a_default() -> None:
 def test_hash_changes_with_every_field() -> None:
     base = Preprocessing(64)
     others = [
-        Preprocessing(65), Preprocessing(64, 0.9), Preprocessing(64, interpolation="bicubic"),
-        Preprocessing(64, mean=(0.5, 0.5, 0.5)), Preprocessing(64, std=(0.5, 0.5, 0.5)),
+        Preprocessing(65),
+        Preprocessing(64, 0.9),
+        Preprocessing(64, interpolation="bicubic"),
+        Preprocessing(64, mean=(0.5, 0.5, 0.5)),
+        Preprocessing(64, std=(0.5, 0.5, 0.5)),
     ]
     assert len({contract.hash for contract in (base, *others)}) == 6
     # Pinned: a folder that was published keeps its hash for ever.
@@ -178,9 +202,16 @@ def test_hash_changes_with_every_field() -> None:
     assert Preprocessing.from_dict(base.to_dict()) == base
 
 
-@pytest.mark.parametrize("change", [
-    {"image_size": 4}, {"crop_pct": 0.0}, {"crop_pct": 1.1}, {"interpolation": "nearest"}, {"std": (1.0, 0.0, 1.0)},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": 4},
+        {"crop_pct": 0.0},
+        {"crop_pct": 1.1},
+        {"interpolation": "nearest"},
+        {"std": (1.0, 0.0, 1.0)},
+    ],
+)
 def test_bad_contracts_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must"):
         Preprocessing(**{"image_size": 64, **change})  # type: ignore[arg-type]

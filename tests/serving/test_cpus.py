@@ -8,7 +8,10 @@ from robustfeat.serving.cpus import available_cpus
 CORES = len(os.sched_getaffinity(0))
 
 
-@pytest.mark.parametrize(("content", "expected"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", CORES), ("9900000 100000", CORES)])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("100000 100000", 1), ("50000 100000", 1), ("max 100000", CORES), ("9900000 100000", CORES)],
+)
 def test_the_quota_of_cgroup_v2_counts(tmp_path: Path, content: str, expected: int) -> None:
     (tmp_path / "cpu.max").write_text(content + "\n")
     assert available_cpus(tmp_path) == expected

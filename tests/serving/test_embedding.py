@@ -45,7 +45,9 @@ def read_index(out: Path) -> list[dict]:
     return [json.loads(line) for line in out.with_suffix(".index.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_each_image_is_one_row_in_the_byte_order_of_its_path(extractor: FeatureExtractor, photos: Path, tmp_path: Path) -> None:
+def test_each_image_is_one_row_in_the_byte_order_of_its_path(
+    extractor: FeatureExtractor, photos: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "feats.npy"
     result = embed_files(extractor, list_images([photos]), out, quiet=True)
     features, index = np.load(out, mmap_mode="r"), read_index(out)
@@ -78,7 +80,9 @@ def test_meta_says_which_model_made_the_features(extractor: FeatureExtractor, ph
     assert meta["engine"] == "onnxruntime"
 
 
-def test_more_images_than_a_few_batches_stay_in_order(extractor: FeatureExtractor, tmp_path: Path, example_files: list[Path]) -> None:
+def test_more_images_than_a_few_batches_stay_in_order(
+    extractor: FeatureExtractor, tmp_path: Path, example_files: list[Path]
+) -> None:
     root = tmp_path / "many"
     root.mkdir()
     for number in range(300):
@@ -97,7 +101,9 @@ def test_outputs_of_two_runs_are_byte_identical(extractor: FeatureExtractor, pho
     assert (tmp_path / "a.index.jsonl").read_bytes() == (tmp_path / "b.index.jsonl").read_bytes()
 
 
-def test_names_that_are_not_utf8_keep_their_bytes(extractor: FeatureExtractor, tmp_path: Path, example_files: list[Path]) -> None:
+def test_names_that_are_not_utf8_keep_their_bytes(
+    extractor: FeatureExtractor, tmp_path: Path, example_files: list[Path]
+) -> None:
     root = tmp_path / "odd"
     root.mkdir()
     shutil.copy(example_files[0], os.fsencode(root) + b"/\xff.jpg")

@@ -56,13 +56,18 @@ def test_a_bad_image_is_a_row_of_nan_when_asked(extractor: FeatureExtractor, exa
     assert np.isnan(mixed[[1, 2]]).all()
 
 
-@pytest.mark.parametrize(("image", "message"), [
-    (b"junk", "image 1: not an image"),
-    ("/no/such.jpg", "image 1: /no/such.jpg: No such file"),
-    (np.zeros((4, 4)), r"image 1: an array must be \(H, W, 3\) uint8"),
-    (np.zeros((0, 4, 3), np.uint8), "image 1: an array must be"),
-])
-def test_a_bad_image_is_named(extractor: FeatureExtractor, example_files: list[Path], image: object, message: str) -> None:
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (b"junk", "image 1: not an image"),
+        ("/no/such.jpg", "image 1: /no/such.jpg: No such file"),
+        (np.zeros((4, 4)), r"image 1: an array must be \(H, W, 3\) uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "image 1: an array must be"),
+    ],
+)
+def test_a_bad_image_is_named(
+    extractor: FeatureExtractor, example_files: list[Path], image: object, message: str
+) -> None:
     with pytest.raises(DecodeError, match=message):
         extractor.embed([example_files[0], image])
 

@@ -46,12 +46,15 @@ def test_a_class_without_a_concept_is_named(tmp_path: Path) -> None:
         assign_concepts(str(file), ["cat", "car"], np.array([1, 1]))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "first line must be class,concept; got nothing"),
-    ("name,group\na,b\n", "got name,group"),
-    ("class,concept\ncat\n", "line 2 needs"),
-    ("class,concept\ncat,A\ncat,B\n", "line 3 gives class 'cat' a second concept, 'B'"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "first line must be class,concept; got nothing"),
+        ("name,group\na,b\n", "got name,group"),
+        ("class,concept\ncat\n", "line 2 needs"),
+        ("class,concept\ncat,A\ncat,B\n", "line 3 gives class 'cat' a second concept, 'B'"),
+    ],
+)
 def test_a_bad_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "c.csv"
     file.write_text(text)

@@ -59,11 +59,14 @@ def test_parquet_with_text_labels(tmp_path: Path) -> None:
     assert validation.labels.tolist() == [1]
 
 
-@pytest.mark.parametrize(("columns", "message"), [
-    ({"picture": [b"x"], "label": [0]}, "needs the columns image and label|not a Parquet file with the columns"),
-    ({"image": [b"x"], "label": [None]}, "row 0 has no label"),
-    ({"image": [], "label": []}, "holds no rows"),
-])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"picture": [b"x"], "label": [0]}, "needs the columns image and label|not a Parquet file with the columns"),
+        ({"image": [b"x"], "label": [None]}, "row 0 has no label"),
+        ({"image": [], "label": []}, "holds no rows"),
+    ],
+)
 def test_bad_parquet_is_explained(tmp_path: Path, columns: dict, message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
     with pytest.raises(DataError, match=message):

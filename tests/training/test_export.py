@@ -111,7 +111,9 @@ def test_nothing_in_a_folder_tells_of_the_machine_that_made_it(model: Path, fini
     assert not any(node.doc_string or node.metadata_props for node in graph.node)
 
 
-def test_a_compact_folder_stores_its_weights_once(finished_run: Path, model: Path, tmp_path: Path, example_files: list[Path]) -> None:
+def test_a_compact_folder_stores_its_weights_once(
+    finished_run: Path, model: Path, tmp_path: Path, example_files: list[Path]
+) -> None:
     report = export_run(finished_run, tmp_path / "compact", int8=False, compact=True)
     assert report.cosines["fp32"] >= 0.9999
     assert report.folder.size_bytes() < 0.3 * ModelFolder(model).size_bytes()
@@ -126,7 +128,9 @@ def test_image_size_and_crop_can_be_chosen(finished_run: Path, tmp_path: Path) -
     assert (contract.image_size, contract.resize_size) == (48, 64)
 
 
-def test_int8_is_calibrated_on_the_runs_images(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_calibrated_on_the_runs_images(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The bound is lowered: a network after ten steps is no judge of int8's exactness."""
     monkeypatch.setitem(export_module.MIN_COSINE, "int8", 0.5)
     report = export_run(finished_run, tmp_path / "model")

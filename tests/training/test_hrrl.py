@@ -53,7 +53,9 @@ def test_projection_shares_ties_equally() -> None:
     assert torch.equal(project_simplex(torch.tensor([3.0, 3.0, -1.0])), torch.tensor([0.5, 0.5, 0.0]))
 
 
-@pytest.mark.parametrize("v", [torch.zeros(0), torch.zeros(2, 2), torch.tensor([0.0, math.nan]), torch.tensor([math.inf])])
+@pytest.mark.parametrize(
+    "v", [torch.zeros(0), torch.zeros(2, 2), torch.tensor([0.0, math.nan]), torch.tensor([math.inf])]
+)
 def test_projection_refuses_what_it_cannot_project(v: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="v must be"):
         project_simplex(v)
@@ -182,7 +184,9 @@ def test_adversary_settles_at_the_maximiser_of_equation_4() -> None:
     torch.testing.assert_close(adversary.q, torch.tensor([0.75, 0.25], dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"lam": 0}, {"lam": math.inf}, {"lam": 1, "c": 0.5}, {"lam": 1, "reference": torch.ones(5)}])
+@pytest.mark.parametrize(
+    "options", [{"lam": 0}, {"lam": math.inf}, {"lam": 1, "c": 0.5}, {"lam": 1, "reference": torch.ones(5)}]
+)
 def test_adversary_refuses_bad_arguments(options) -> None:
     with pytest.raises(ValueError, match="must"):
         ConceptAdversary(COUNTS, **options)

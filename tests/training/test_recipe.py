@@ -8,7 +8,13 @@ from robustfeat.training.recipe import Recipe, load_recipe, shipped_recipes
 
 def test_the_defaults_are_the_papers() -> None:
     recipe = Recipe()
-    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.momentum, recipe.weight_decay) == (90, 256, 0.1, 0.9, 1e-4)
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.momentum, recipe.weight_decay) == (
+        90,
+        256,
+        0.1,
+        0.9,
+        1e-4,
+    )
     assert (recipe.q_warmup_steps, recipe.q_warmup_divisor) == (1000, 10)
     rates = [recipe.learning_rate(epoch) for epoch in (0, 29.9, 30, 59.9, 60, 89)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
@@ -36,15 +42,18 @@ def test_a_recipe_file_is_read(tmp_path: Path) -> None:
     assert load_recipe(str(file)) == Recipe(method="el", tau=0.5, image_sizes=((0, 32),), validation_size=32)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("learning_rate = 1", "unknown key 'learning_rate'; known are"),
-    ("lr = 'fast'", "wrong type"),
-    ("epochs = 0", "epochs must be > 0"),
-    ("tau = -1.0", "tau must be >= 0"),
-    ("schedule = 'cosine'", "schedule must be step or linear"),
-    ("image_sizes = [[1, 32]]", "must start at epoch 0"),
-    ("lr = ", "not valid TOML"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate = 1", "unknown key 'learning_rate'; known are"),
+        ("lr = 'fast'", "wrong type"),
+        ("epochs = 0", "epochs must be > 0"),
+        ("tau = -1.0", "tau must be >= 0"),
+        ("schedule = 'cosine'", "schedule must be step or linear"),
+        ("image_sizes = [[1, 32]]", "must start at epoch 0"),
+        ("lr = ", "not valid TOML"),
+    ],
+)
 def test_bad_recipes_are_explained(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(text)

@@ -84,7 +84,14 @@ def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["erm", "el", "cl", "hrrl"])
 def test_each_method_trains_with_bf16(dataset: Path, tmp_path: Path, method: str) -> None:
-    result = train(dataset, recipe(dataset, method=method, precision="bf16", epochs=1), tmp_path / "run", workers=0, quiet=True)
+    result = train(
+        dataset,
+        recipe(dataset, method=method, precision="bf16", epochs=1),
+        tmp_path / "run",
+        workers=0,
+        threads=1,
+        quiet=True,
+    )
     assert 0 <= result.validation_accuracy <= 1
     line = metrics(tmp_path / "run")[0]
     assert ("q" in line) == (method in {"cl", "hrrl"})
@@ -92,7 +99,14 @@ def test_each_method_trains_with_bf16(dataset: Path, tmp_path: Path, method: str
 
 
 def test_training_learns(dataset: Path, tmp_path: Path) -> None:
-    train(dataset, recipe(dataset, batch_size=30, epochs=20, lr=0.05, min_crop_area=0.9), tmp_path / "run", workers=0, quiet=True)
+    train(
+        dataset,
+        recipe(dataset, batch_size=30, epochs=20, lr=0.05, min_crop_area=0.9),
+        tmp_path / "run",
+        workers=0,
+        threads=1,
+        quiet=True,
+    )
     losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
     assert losses[-1] < 0.7 * losses[0]
 
@@ -100,7 +114,9 @@ def test_training_learns(dataset: Path, tmp_path: Path) -> None:
 class Doubled(Objective):
     """A researcher's own: the images as they are, twice the loss."""
 
-    def training_images(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epoch: float) -> torch.Tensor:
+    def training_images(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epoch: float
+    ) -> torch.Tensor:
         return images
 
     def training_loss(self, losses: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
@@ -110,8 +126,15 @@ class Doubled(Objective):
 def test_a_method_of_ones_own_is_used(dataset: Path, tmp_path: Path) -> None:
     mine, plain = tmp_path / "mine", tmp_path / "plain"
     options = {"weight_decay": 0.0, "epochs": 1}
-    train(dataset, recipe(dataset, method="tests.training.test_trainer:Doubled", lr=0.01, **options), mine, workers=0, quiet=True)
-    train(dataset, recipe(dataset, method="erm", lr=0.02, **options), plain, workers=0, quiet=True)
+    train(
+        dataset,
+        recipe(dataset, method="tests.training.test_trainer:Doubled", lr=0.01, **options),
+        mine,
+        workers=0,
+        threads=1,
+        quiet=True,
+    )
+    train(dataset, recipe(dataset, method="erm", lr=0.02, **options), plain, workers=0, threads=1, quiet=True)
     first, second = load_checkpoint(mine).model, load_checkpoint(plain).model
     torch.testing.assert_close(first["fc.weight"], second["fc.weight"], rtol=1e-4, atol=1e-6)
     assert metrics(mine)[0]["objective"] == pytest.approx(2 * metrics(mine)[0]["loss"], rel=1e-3)
@@ -157,7 +180,9 @@ def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(dataset: Path, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_a_checkpoint_first(dataset: Path, tmp_path: Path, robustfeat: Run, number: signal.Signals) -> None:
+def test_a_signal_saves_a_checkpoint_first(
+    dataset: Path, tmp_path: Path, robustfeat: Run, number: signal.Signals
+) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     options = {"epochs": 30}
     process = start([*train_arguments(dataset, broken, **options), "--quiet"])
@@ -175,27 +200,29 @@ def test_a_signal_saves_a_checkpoint_first(dataset: Path, tmp_path: Path, robust
 
 def test_a_run_is_not_overwritten(dataset: Path, finished_run: Path) -> None:
     with pytest.raises(CheckpointError, match="pass --resume"):
-        train(dataset, recipe(dataset), finished_run, workers=0, quiet=True)
+        train(dataset, recipe(dataset), finished_run, workers=0, threads=1, quiet=True)
 
 
 def test_resume_refuses_another_recipe_or_other_data(dataset: Path, finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"was trained with lr = 0\.02, now it is 0\.5"):
-        train(dataset, recipe(dataset, lr=0.5), run, resume=True, workers=0, quiet=True)
+        train(dataset, recipe(dataset, lr=0.5), run, resume=True, workers=0, threads=1, quiet=True)
     other = Path(shutil.copytree(dataset, tmp_path / "data"))
     next((other / "train" / "hat").iterdir()).unlink()
     (tmp_path / "data" / "concepts.csv").unlink()
     with pytest.raises(CheckpointError, match="was trained on other data"):
-        train(other, recipe(dataset), run, resume=True, workers=0, quiet=True)
+        train(other, recipe(dataset), run, resume=True, workers=0, threads=1, quiet=True)
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
-def test_a_damaged_checkpoint_is_one_line(dataset: Path, finished_run: Path, tmp_path: Path, damage: bytes | None) -> None:
+def test_a_damaged_checkpoint_is_one_line(
+    dataset: Path, finished_run: Path, tmp_path: Path, damage: bytes | None
+) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     file = run / "checkpoint.pt"
     file.write_bytes(file.read_bytes()[:-5000] if damage is None else damage)
     with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
-        train(dataset, recipe(dataset), run, resume=True, workers=0, quiet=True)
+        train(dataset, recipe(dataset), run, resume=True, workers=0, threads=1, quiet=True)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -213,7 +240,7 @@ def test_damaged_images_are_left_out_and_reported(dataset: Path, tmp_path: Path)
     data = Path(shutil.copytree(dataset, tmp_path / "data"))
     victim = next((data / "train" / "hat").iterdir())
     victim.write_bytes(b"junk")
-    result = train(data, recipe(dataset, epochs=1), tmp_path / "run", workers=1, quiet=True)
+    result = train(data, recipe(dataset, epochs=1), tmp_path / "run", workers=1, threads=1, quiet=True)
     assert len(result.bad_images) == 1
     assert victim.name in result.bad_images[0]
 
@@ -223,9 +250,9 @@ def test_too_many_damaged_images_stop_the_run(dataset: Path, tmp_path: Path) -> 
     for file in (data / "train").rglob("*.png"):
         file.write_bytes(b"junk")
     with pytest.raises(DataError, match="cannot be decoded, over 1 %"):
-        train(data, recipe(dataset, epochs=1), tmp_path / "run", workers=0, quiet=True)
+        train(data, recipe(dataset, epochs=1), tmp_path / "run", workers=0, threads=1, quiet=True)
 
 
 def test_divergence_is_said_in_one_line(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="training diverged at step"):
-        train(dataset, recipe(dataset, lr=1e30), tmp_path / "run", workers=0, quiet=True)
+        train(dataset, recipe(dataset, lr=1e30), tmp_path / "run", workers=0, threads=1, quiet=True)
