@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,8 @@ def main() -> None:
                 test, test_rows = train, draw(train, options.test, skip=options.train)
             else:
                 test_rows = draw(test, options.test)
-            representations = {
-                label: lambda data, chosen, folder=folder: network_features(folder, data, chosen)
-                for label, folder in folders.items()
+            representations: dict[str, Callable[[ImageSet, NDArray[np.int64]], NDArray[np.float64]]] = {
+                label: partial(network_features, folder) for label, folder in folders.items()
             }
             if options.baselines:
                 representations |= {"raw pixels": pixel_features, "HOG": hog_features}
@@ -134,8 +134,8 @@ def main() -> None:
                 rows.append(row)
                 print(*(f"{value}" for value in row.values()), sep="\t", flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps({"Linear SVM accuracy": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -24,6 +24,7 @@ __all__ = [
     "ModelFolderError",
     "RobustFeatError",
     "TrainingError",
+    "first_line",
 ]
 
 
@@ -61,3 +62,8 @@ class CheckpointError(RobustFeatError):
 
 class ExportError(RobustFeatError):
     """An exported file disagrees with the network that it came from."""
+
+
+def first_line(exc: BaseException) -> str:
+    """What a library's exception says, in one line."""
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

@@ -31,7 +31,6 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         InputError: the file system refuses (full, read-only, missing folder).
-
     """
     target = Path(target)
     partial = _beside(target)
@@ -52,9 +51,8 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         InputError: `target` exists and is not an empty folder, or the file system refuses.
-
     """
-    target = Path(target)
+    target = Path(target).absolute()  # so that `.` has a name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: exists already; remove it or choose another --out")
     partial = _beside(target)

@@ -22,7 +22,6 @@ class Progress:
         start: how many were done before (a resumed run); they do not count for the speed.
         quiet: print nothing.
         stream: where to print; stderr by default.
-
     """
 
     def __init__(

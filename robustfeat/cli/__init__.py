@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 import click
 
@@ -16,7 +17,10 @@ from robustfeat.errors import RobustFeatError
 __all__ = ["cli", "main"]
 
 _COMMANDS = ("embed", "export", "import", "info", "train")
-_TRAIN_EXTRA = {"torch", "torchvision", "onnx", "onnxscript", "pyarrow", "timm"}
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    **dict.fromkeys(("onnx", "onnxscript", "pyarrow", "safetensors", "timm", "torch", "torchvision"), "train"),
+}
 
 
 class _LazyGroup(click.Group):
@@ -44,6 +48,8 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line; errors of ours are one line on stderr."""
+    # Of large images and odd metadata; what matters of it becomes an error of ours.
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as exc:
@@ -56,8 +62,9 @@ def main() -> None:
         click.echo(f"robustfeat: {exc}", err=True)
         code = 1
     except ModuleNotFoundError as exc:
-        if exc.name is None or exc.name.partition(".")[0] not in _TRAIN_EXTRA:
+        extra = _EXTRAS.get((exc.name or "").partition(".")[0])
+        if extra is None:
             raise
-        click.echo(f"robustfeat: this needs {exc.name}: pip install 'robustfeat[train]'", err=True)
+        click.echo(f"robustfeat: this needs {exc.name}: pip install 'robustfeat[{extra}]'", err=True)
         code = 1
     sys.exit(code or 0)

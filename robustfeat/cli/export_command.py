@@ -43,6 +43,8 @@ def command(
             measured = json.loads(Path(results).read_text("utf-8"))
         except (OSError, ValueError) as exc:
             raise InputError(f"--results {results}: not a JSON file that can be read ({exc})") from exc
+        if not isinstance(measured, dict):
+            raise InputError(f"--results {results}: expected an object, a title to text or to a list of rows")
     report = export_run(
         run,
         out,

@@ -32,7 +32,6 @@ class ModelConfig:
         provenance: where it comes from and under which terms: `source`, `data`, `terms`, `versions`.
         results: measured results, by name.
         files: sha256 of every file but the card and config.json itself, by path within the folder.
-
     """
 
     name: str
@@ -92,7 +91,6 @@ class ModelConfig:
 
         Raises:
             ModelFolderError: it is not a config of ours, is of a newer format, or contradicts itself.
-
         """
         block = data.get("robustfeat") if isinstance(data, dict) else None
         if not isinstance(block, dict):
@@ -101,9 +99,9 @@ class ModelConfig:
             )
         version = block.get("format_version")
         if version != FORMAT_VERSION:
-            raise ModelFolderError(
-                f"{source}: format_version must be {FORMAT_VERSION}; got {version!r}: upgrade robustfeat"
-            )
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            remedy = "upgrade robustfeat" if newer else "export the model again"
+            raise ModelFolderError(f"{source}: format_version must be {FORMAT_VERSION}; got {version!r}: {remedy}")
         try:
             timm_block = data["pretrained_cfg"]
             config = cls(
@@ -124,6 +122,11 @@ class ModelConfig:
             raise ModelFolderError(f"{source}: the key {exc} is missing; export the model again") from exc
         except (TypeError, ValueError, AttributeError) as exc:
             raise ModelFolderError(f"{source}: {exc}; export the model again") from exc
+        if timm_block != config.to_dict()["pretrained_cfg"]:
+            raise ModelFolderError(
+                f"{source}: pretrained_cfg and robustfeat.preprocessing disagree: other libraries would give other "
+                "features; export the model again"
+            )
         if block.get("preprocessing_hash") != config.preprocessing.hash:
             raise ModelFolderError(
                 f"{source}: preprocessing_hash must be {config.preprocessing.hash[:12]}... for these settings; "

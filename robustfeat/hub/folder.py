@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import ModelFolderError
+from robustfeat.errors import ModelFolderError, first_line
 from robustfeat.hub.config import ModelConfig
 
 __all__ = ["BUILTIN", "ModelFolder", "resolve_model", "seal_folder"]
@@ -43,7 +43,6 @@ class ModelFolder:
 
     Raises:
         ModelFolderError: the folder or a file is missing, or config.json is not ours or of a newer format.
-
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,7 +58,9 @@ class ModelFolder:
             raise ModelFolderError(f"{file}: not valid JSON ({exc}); export the model again") from exc
         self.config = ModelConfig.from_dict(data, str(file))
         for name in self.config.files:
-            if not (self.path / name).is_file() or ".." in Path(name).parts or Path(name).is_absolute():
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise ModelFolderError(f"{file}: lists {name!r}, which lies outside the folder; do not use this model")
+            if not (self.path / name).is_file():
                 raise ModelFolderError(f"{self.path}: {name} is missing; copy or export the model again")
 
     @property
@@ -72,7 +73,6 @@ class ModelFolder:
 
         Raises:
             ModelFolderError: there is none, or it was altered.
-
         """
         name = self._find_onnx(precision)
         if name is None:
@@ -86,7 +86,15 @@ class ModelFolder:
         """The golden images' bytes and the (n, D) float32 features that this model must give for them."""
         names = sorted(name for name in self.config.files if name.startswith("golden/") and name != GOLDEN_FEATURES)
         self.verify([*names, GOLDEN_FEATURES])
-        features: NDArray[np.float32] = np.load(self.path / GOLDEN_FEATURES, allow_pickle=False)
+        try:
+            features: NDArray[np.float32] = np.load(self.path / GOLDEN_FEATURES, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as exc:
+            raise ModelFolderError(f"{self.path / GOLDEN_FEATURES}: not an array ({first_line(exc)})") from exc
+        if not names or features.shape != (len(names), self.config.feature_size):
+            raise ModelFolderError(
+                f"{self.path / GOLDEN_FEATURES}: must be {(len(names), self.config.feature_size)}; "
+                f"got {features.shape}; export the model again"
+            )
         return [(self.path / name).read_bytes() for name in names], features
 
     def verify(self, names: Iterable[str] | None = None) -> None:
@@ -94,7 +102,6 @@ class ModelFolder:
 
         Raises:
             ModelFolderError: naming the first file that differs.
-
         """
         for name in self.config.files if names is None else names:
             expected = self.config.files.get(name)
@@ -136,14 +143,16 @@ def resolve_model(name: str | os.PathLike[str] | None) -> ModelFolder:
 
     Raises:
         ModelFolderError: there is no such model.
-
     """
-    if name is None or name == BUILTIN:
+    if name is None or os.fspath(name) == BUILTIN:
         return ModelFolder(Path(str(resources.files("robustfeat.hub").joinpath(BUILTIN))))
-    return ModelFolder(name)
+    return ModelFolder(Path(name))
 
 
 def file_sha256(path: Path) -> str:
     """64 hex digits."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as exc:
+        raise ModelFolderError(f"{path}: cannot be read ({exc.strerror})") from exc

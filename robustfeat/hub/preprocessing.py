@@ -16,16 +16,15 @@ import hashlib
 import io
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from robustfeat.errors import DecodeError
+from robustfeat.errors import DecodeError, first_line
 
 __all__ = [
     "FORMATS",
@@ -72,7 +71,6 @@ class Preprocessing:
         crop_pct: the shorter side is resized to floor(S / crop_pct) before the centre crop, as timm does.
         interpolation: `bilinear` or `bicubic`, antialiased.
         mean, std: per channel (RGB), for values in [0, 1].
-
     """
 
     image_size: int
@@ -116,7 +114,6 @@ class Preprocessing:
 
         Raises:
             ValueError: a key is unknown or missing, or a value is out of range.
-
         """
         known = {field.name for field in fields(cls)}
         if set(data) != known:
@@ -138,41 +135,36 @@ def decode(data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int = M
 
     Raises:
         DecodeError: with the reason, in one line.
-
     """
     if not data:
         raise DecodeError("the file is empty")
-    with warnings.catch_warnings():
-        # Pillow warns of large images and odd metadata; the limit is ours and the metadata is not used.
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(data), formats=list(formats)) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise DecodeError(f"{width} x {height} is over the limit of {max_pixels:,} pixels")
-                return to_rgb(image)
-        except DecodeError:
-            raise
-        except Image.UnidentifiedImageError:
-            raise DecodeError(f"not an image of these formats: {', '.join(formats)}") from None
-        except Image.DecompressionBombError:
-            raise DecodeError(f"over the limit of {max_pixels:,} pixels") from None
-        except MemoryError:
-            raise DecodeError("out of memory while decoding") from None
-        except Exception as exc:  # Pillow's plugins raise almost anything on damaged files
-            raise DecodeError(f"damaged: {exc or type(exc).__name__}".replace("\n", " ")) from exc
+    try:
+        with Image.open(io.BytesIO(data), formats=list(formats)) as image:
+            return to_rgb(image, max_pixels=max_pixels)
+    except DecodeError:
+        raise
+    except UnidentifiedImageError:
+        raise DecodeError(f"not an image of these formats: {', '.join(formats)}") from None
+    except Image.DecompressionBombError:
+        raise DecodeError(f"over the limit of {max_pixels:,} pixels") from None
+    except MemoryError:
+        raise DecodeError("out of memory while decoding") from None
+    except Exception as exc:  # Pillow's plugins raise almost anything on damaged files
+        raise DecodeError(f"damaged: {first_line(exc)}") from exc
 
 
-def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Pixels of an open Pillow image: first frame, upright, 8 bits, RGB, alpha dropped.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        DecodeError: the pixel type has no defined range (32-bit integers or floats).
-
+        DecodeError: too many pixels, or a pixel type without a defined range (32-bit integers or floats).
     """
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DecodeError(f"{width} x {height} is over the limit of {max_pixels:,} pixels")
     orientation = _orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
@@ -207,6 +199,8 @@ def resize_and_crop(pixels: NDArray[np.uint8], contract: Preprocessing) -> NDArr
     Returns:
         (S, S, 3) uint8.
 
+    Raises:
+        DecodeError: so elongated that the resized image would be over `MAX_PIXELS`.
     """
     height, width = pixels.shape[:2]
     short, size = contract.resize_size, contract.image_size
@@ -214,6 +208,8 @@ def resize_and_crop(pixels: NDArray[np.uint8], contract: Preprocessing) -> NDArr
         new_width, new_height = short, int(short * height / width)
     else:
         new_width, new_height = int(short * width / height), short
+    if new_width * new_height > MAX_PIXELS:
+        raise DecodeError(f"{width} x {height} is too elongated to be resized to {short} px")
     image = Image.fromarray(pixels)
     if (new_width, new_height) != (width, height):
         image = image.resize((new_width, new_height), _RESAMPLING[contract.interpolation])
@@ -238,7 +234,6 @@ def preprocess(images: Sequence[NDArray[np.uint8]], contract: Preprocessing) -> 
 
     Returns:
         (N, 3, S, S) float32.
-
     """
     if not images:
         return np.empty((0, 3, contract.image_size, contract.image_size), np.float32)

@@ -41,7 +41,6 @@ class EmbeddingResult:
         skipped: files with other suffixes, not in it.
         feature_size: D.
         seconds: wall time.
-
     """
 
     features: Path
@@ -69,7 +68,6 @@ def embed_files(
 
     Raises:
         InputError: `out` is not a .npy path or cannot be written.
-
     """
     out = Path(out)
     if out.suffix != ".npy":
@@ -119,6 +117,8 @@ def _prepared_batches(extractor: FeatureExtractor, images: Sequence[ImageFile]) 
             return _Row(extractor.prepare(data), digest, None)
         except DecodeError as exc:
             return _Row(None, digest, str(exc))
+        except MemoryError:
+            return _Row(None, digest, "out of memory while resizing")
 
     starts = iter(range(0, len(images), BATCH_SIZE))
     with ThreadPoolExecutor(available_cpus(), "decode") as pool:

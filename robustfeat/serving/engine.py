@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import EngineError, ModelFolderError
+from robustfeat.errors import EngineError, ModelFolderError, first_line
 from robustfeat.serving.cpus import available_cpus
 
 __all__ = ["HASH_KEY", "OnnxRuntimeEngine"]
@@ -30,12 +30,12 @@ class OnnxRuntimeEngine:
         name: `onnxruntime`.
         version: of ONNX Runtime.
         device: cpu or cuda, what the session runs on.
+        input_shape, output_shape: of `pixel_values` and `features`; a free dimension is its name.
         preprocessing_hash: from the file's metadata; None where it holds none.
 
     Raises:
         EngineError: ONNX Runtime is missing, or cuda was asked for and the session fell back to the CPU.
         ModelFolderError: ONNX Runtime cannot read the file.
-
     """
 
     name = "onnxruntime"
@@ -63,7 +63,7 @@ class OnnxRuntimeEngine:
         try:
             self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=providers)
         except Exception as exc:  # ONNX Runtime's exceptions share no base class of their own
-            raise ModelFolderError(f"{file}: ONNX Runtime cannot load it ({str(exc).splitlines()[0]})") from exc
+            raise ModelFolderError(f"{file}: ONNX Runtime cannot load it ({first_line(exc)})") from exc
         # The GPU build falls back to the CPU silently; only the session knows.
         self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         if device == "cuda" and self.device != "cuda":
@@ -71,6 +71,14 @@ class OnnxRuntimeEngine:
                 "device cuda: ONNX Runtime runs on the CPU here; install 'robustfeat[gpu]' without onnxruntime "
                 "and check the NVIDIA driver, or use device cpu"
             )
+        inputs = {value.name: list(value.shape) for value in self._session.get_inputs()}
+        outputs = {value.name: list(value.shape) for value in self._session.get_outputs()}
+        if "pixel_values" not in inputs or "features" not in outputs:
+            raise ModelFolderError(
+                f"{file}: needs an input pixel_values and an output features; it has {', '.join([*inputs, *outputs])}"
+            )
+        self.input_shape: list[int | str] = inputs["pixel_values"]
+        self.output_shape: list[int | str] = outputs["features"]
         self.preprocessing_hash: str | None = self._session.get_modelmeta().custom_metadata_map.get(HASH_KEY)
 
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:

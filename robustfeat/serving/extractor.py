@@ -30,7 +30,6 @@ class FeatureExtractor:
         config: the model's `ModelConfig`.
         precision: fp32 or int8.
         engine: the engine that runs it.
-
     """
 
     def __init__(self, folder: ModelFolder, engine: OnnxRuntimeEngine, precision: str) -> None:
@@ -59,14 +58,13 @@ class FeatureExtractor:
         Raises:
             ModelFolderError: the folder is missing, damaged, altered or of a newer format.
             EngineError: no engine is installed, it cannot run as asked, or int8 is too far off on this machine.
-
         """
         if engine not in {"auto", "onnxruntime"}:
             raise EngineError(f"engine must be auto or onnxruntime; got {engine!r}")
         extractor = cls.open(resolve_model(name), precision, device=device, threads=threads)
         if precision == "int8":
             worst = extractor.golden_cosine()
-            if worst < MIN_INT8_COSINE:
+            if not worst >= MIN_INT8_COSINE:
                 raise EngineError(
                     f"{extractor.folder.path}: int8 is too inexact on this processor (cosine {worst:.4f} on a golden "
                     f"image, {MIN_INT8_COSINE} needed); use fp32"
@@ -79,6 +77,12 @@ class FeatureExtractor:
     ) -> FeatureExtractor:
         """As `from_pretrained`, without asking whether int8 is exact enough."""
         engine = OnnxRuntimeEngine(folder.onnx(precision), device=device, threads=threads)
+        side, size = folder.config.preprocessing.image_size, folder.config.feature_size
+        if engine.input_shape[1:] != [3, side, side] or engine.output_shape[1:] != [size]:
+            raise ModelFolderError(
+                f"{folder.path}: config.json promises {side} px in and {size} features out, the ONNX file has "
+                f"{engine.input_shape} and {engine.output_shape}; export the model again"
+            )
         expected = folder.config.preprocessing.hash
         if engine.preprocessing_hash != expected:
             raise ModelFolderError(
@@ -105,7 +109,6 @@ class FeatureExtractor:
         Raises:
             DecodeError: an image cannot be read, and `on_error` is `raise`; the message holds its number.
             TypeError: an image is of another kind.
-
         """
         if on_error not in {"raise", "nan"}:
             raise ValueError(f"on_error must be raise or nan; got {on_error!r}")
@@ -129,7 +132,6 @@ class FeatureExtractor:
 
         Raises:
             DecodeError: it cannot be read.
-
         """
         return resize_and_crop(_pixels(image), self.config.preprocessing)
 
@@ -149,9 +151,10 @@ class FeatureExtractor:
 
 
 def cosine(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Row-wise cosine similarity of two (n, D) arrays: (n,) float64."""
+    """Row-wise cosine similarity of two (n, D) arrays: (n,) float64, NaN where a row is zero."""
     x, y = a.astype(np.float64), b.astype(np.float64)
-    similarity: NDArray[np.float64] = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+    with np.errstate(invalid="ignore"):
+        similarity: NDArray[np.float64] = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
     return similarity
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from robustfeat.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFile", "Inputs", "list_images"]
+__all__ = ["IMAGE_SUFFIXES", "ImageFile", "Inputs", "list_folder", "list_images"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
@@ -22,7 +22,6 @@ class ImageFile:
     Attributes:
         file: where to read.
         path: relative to the argument's folder, POSIX.
-
     """
 
     file: Path
@@ -53,14 +52,13 @@ def list_images(arguments: Sequence[str | Path]) -> Inputs:
 
     Raises:
         InputError: an argument does not exist, or there is no image at all.
-
     """
     images: list[ImageFile] = []
     skipped = 0
     for argument in arguments:
         root = Path(argument)
         if root.is_dir():
-            found, others = _walk(root)
+            found, others = list_folder(root)
             images.extend(found)
             skipped += others
         elif os.path.lexists(root):
@@ -76,7 +74,8 @@ def list_images(arguments: Sequence[str | Path]) -> Inputs:
     return Inputs(tuple(images), skipped)
 
 
-def _walk(root: Path) -> tuple[list[ImageFile], int]:
+def list_folder(root: Path) -> tuple[list[ImageFile], int]:
+    """The images under `root` in the byte order of their relative path, and the number of other files."""
     images: list[ImageFile] = []
     skipped = 0
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
 import torch
 import torchvision
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from robustfeat.errors import InputError
+from robustfeat.errors import InputError, first_line
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.export import Backbone, ExportReport, folder_images, write_model_folder
@@ -52,28 +51,24 @@ def import_backbone(
     Raises:
         InputError: no such backbone, or the weights do not fit it.
         ExportError: an exported file disagrees with PyTorch; nothing is left behind.
-
     """
     library, _, architecture = source.partition(":")
     if library == "timm" and architecture:
-        network, contract = _from_timm(architecture, pretrained=weights is None)
+        network, settings = _from_timm(architecture, pretrained=weights is None)
     elif library == "torchvision" and architecture:
-        network, contract = _from_torchvision(architecture, pretrained=weights is None)
+        network, settings = _from_torchvision(architecture, pretrained=weights is None)
     else:
         raise InputError(f"{source}: expected timm:NAME or torchvision:NAME, such as timm:resnet50")
+    if image_size is not None:
+        settings["image_size"] = image_size
+    if crop_pct is not None:
+        settings["crop_pct"] = crop_pct
+    try:
+        contract = Preprocessing(**settings)
+    except ValueError as exc:
+        raise InputError(f"{source}: {exc}") from exc
     if weights is not None:
         _load_weights(network, Path(weights), source)
-    if image_size or crop_pct:
-        try:
-            contract = Preprocessing(
-                image_size or contract.image_size,
-                crop_pct or contract.crop_pct,
-                contract.interpolation,
-                contract.mean,
-                contract.std,
-            )
-        except ValueError as exc:
-            raise InputError(f"{source}: {exc}") from exc
     timm_config: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     state: dict[str, Tensor] = network.state_dict()
     features = copy.deepcopy(network)
@@ -98,29 +93,30 @@ def import_backbone(
     return write_model_folder(Backbone(features.eval(), state, config), out, calibration=images)
 
 
-def _from_timm(architecture: str, *, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+def _from_timm(architecture: str, *, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The network and the fields of its `Preprocessing`."""
     try:
         network = timm.create_model(architecture, pretrained=pretrained).eval()
     except RuntimeError as exc:
-        raise InputError(f"timm:{architecture}: {str(exc).splitlines()[0]}; see timm.list_models()") from exc
+        raise InputError(f"timm:{architecture}: {first_line(exc)}; see timm.list_models()") from exc
     except OSError as exc:
         raise InputError(
-            f"timm:{architecture}: its weights cannot be downloaded ({str(exc).splitlines()[0]}); pass --weights FILE"
+            f"timm:{architecture}: its weights cannot be downloaded ({first_line(exc)}); pass --weights FILE"
         ) from exc
-    settings = timm.data.resolve_model_data_config(network)
+    settings = resolve_model_data_config(network)
     if settings["input_size"][1] != settings["input_size"][2] or settings["crop_mode"] != "center":
         raise InputError(
             f"timm:{architecture}: expects {settings['input_size']} with crop mode {settings['crop_mode']}; "
             "only centred squares are supported"
         )
-    contract = Preprocessing(
-        settings["input_size"][1], settings["crop_pct"], settings["interpolation"], settings["mean"], settings["std"]
-    )
-    return network, contract
+    return network, {
+        "image_size": settings["input_size"][1],
+        **{key: settings[key] for key in ("crop_pct", "interpolation", "mean", "std")},
+    }
 
 
-def _from_torchvision(architecture: str, *, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
-    """The network as timm's namesake, so that the folder loads there too."""
+def _from_torchvision(architecture: str, *, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The network as timm's namesake, so that the folder loads there too, and the fields of its `Preprocessing`."""
     try:
         choices = torchvision.models.get_model_weights(architecture)
     except ValueError as exc:
@@ -141,15 +137,15 @@ def _from_torchvision(architecture: str, *, pretrained: bool) -> tuple[nn.Module
             "other library; import it as timm:NAME instead"
         ) from exc
     if not pretrained or default is None:
-        return network, Preprocessing(224, 0.875)
+        return network, {"image_size": 224, "crop_pct": 0.875}
     preset = default.transforms()
-    return network, Preprocessing(
-        preset.crop_size[0],
-        _crop_pct(preset.crop_size[0], preset.resize_size[0]),
-        preset.interpolation.value,
-        tuple(preset.mean),
-        tuple(preset.std),
-    )
+    return network, {
+        "image_size": preset.crop_size[0],
+        "crop_pct": _crop_pct(preset.crop_size[0], preset.resize_size[0]),
+        "interpolation": preset.interpolation.value,
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+    }
 
 
 def _crop_pct(crop: int, resize: int) -> float:
@@ -162,11 +158,12 @@ def _crop_pct(crop: int, resize: int) -> float:
 
 def _load_weights(network: nn.Module, file: Path, source: str) -> None:
     try:
+        state: Any
         if file.suffix == ".safetensors":
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as exc:
+    except Exception as exc:  # what the readers raise on damaged files has no common base
         reason = "no such file" if not file.exists() else "damaged, or not a file of tensors alone"
         raise InputError(
             f"--weights {file}: cannot be read ({reason}); expected .safetensors or a saved state dict"
@@ -186,7 +183,7 @@ def _feature_size(network: nn.Module, contract: Preprocessing, source: str) -> i
         with torch.no_grad():
             shape = network.eval()(torch.zeros(1, 3, side, side)).shape
     except (RuntimeError, AssertionError) as exc:
-        raise InputError(f"{source}: cannot take {side} px images ({str(exc).splitlines()[0]})") from exc
+        raise InputError(f"{source}: cannot take {side} px images ({first_line(exc)})") from exc
     if len(shape) != 2:
         raise InputError(f"{source}: gives features of shape {tuple(shape[1:])}, not a vector; choose another network")
     return int(shape[1])

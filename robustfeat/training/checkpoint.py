@@ -30,7 +30,6 @@ class Checkpoint:
         epoch, step: the next step to make: `step` within `epoch`, both counted from 0.
         global_step: steps made so far.
         model, optimizer, objective: their state dicts.
-
     """
 
     recipe: dict[str, Any]
@@ -62,7 +61,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: it is missing, damaged, or of another version.
-
     """
     file = path / CHECKPOINT_NAME if path.is_dir() else path
     if not file.is_file():

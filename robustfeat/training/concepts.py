@@ -23,7 +23,6 @@ class ConceptMap:
         names: the K concepts that have classes here, sorted.
         of_class: (C,) int64, the concept of each class.
         empty: concepts of the map without any class here; they are left out, since N / N_k would be infinite.
-
     """
 
     names: tuple[str, ...]
@@ -36,7 +35,6 @@ def load_concepts(source: str) -> dict[str, str]:
 
     Raises:
         DataError: the file is missing, has another header, or gives a class two concepts.
-
     """
     if source == "imagenet11":
         text = resources.files("robustfeat.training").joinpath("concept_maps/imagenet11.csv").read_text("utf-8")
@@ -78,7 +76,6 @@ def assign_concepts(source: str, classes: Sequence[str], counts: NDArray[np.int6
 
     Raises:
         DataError: a class has no concept.
-
     """
     mapping = {name: name for name in classes} if source == "classes" else load_concepts(source)
     missing = [name for name in classes if name not in mapping]

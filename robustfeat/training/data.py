@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from robustfeat.errors import DataError, DecodeError
+from robustfeat.errors import DataError, DecodeError, TrainingError, first_line
 from robustfeat.hub.preprocessing import Preprocessing, decode, resize_and_crop
-from robustfeat.serving.inputs import IMAGE_SUFFIXES
+from robustfeat.serving.inputs import IMAGE_SUFFIXES, list_folder
 
 __all__ = ["Batch", "EvaluationBatches", "ImageSet", "TrainingBatches", "load_batches", "open_training_data"]
 
@@ -73,7 +75,6 @@ class ImageSet:
         labels: (N,) int64.
         source: gives each image's bytes and its name for messages.
         fingerprint: sha256 over the classes, the labels and the images' names and sizes.
-
     """
 
     classes: tuple[str, ...]
@@ -89,7 +90,6 @@ class ImageSet:
 
         Raises:
             DecodeError: naming the image.
-
         """
         try:
             return decode(self.source.read(index))
@@ -126,7 +126,6 @@ def open_training_data(
 
     Raises:
         DataError: with what is missing and what would do.
-
     """
     root = Path(root)
     if not root.is_dir():
@@ -141,9 +140,12 @@ def open_training_data(
             raise DataError(
                 f"{root}: holds neither train/ with class folders nor train-*.parquet files; see docs/training.md"
             )
-        train = _open_parquet(files[:parts])
+        table = _read_parquet(files[:parts])
+        names = table.class_names or tuple(str(label) for label in sorted(set(table.labels)))
+        train = table.to_image_set(names, indexed=table.class_names is not None)
         found = [sorted(root.glob(f"{name}-*.parquet")) for name in _VALIDATION_NAMES]
-        validation = next((_open_parquet(names, train.classes) for names in found if names), None)
+        held_out = next((_read_parquet(files) for files in found if files), None)
+        validation = held_out.to_image_set(names, indexed=table.class_names is not None) if held_out else None
     if validation is None:
         order = np.random.default_rng([seed, 0x5EED]).permutation(len(train))
         size = max(1, round(val_fraction * len(train)))
@@ -167,19 +169,53 @@ def _open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSe
     labels: list[int] = []
     digest = hashlib.sha256("\n".join(classes).encode())
     for label, name in enumerate(classes):
-        folder = root / name
-        entries = sorted(folder.rglob("*")) if folder.is_dir() else []
-        for entry in entries:
-            if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith("."):
-                names.append(entry.relative_to(root).as_posix())
-                labels.append(label)
-                digest.update(f"{names[-1]}\0{entry.stat().st_size}\n".encode(errors="surrogateescape"))
+        images = list_folder(root / name)[0] if (root / name).is_dir() else []
+        for image in images:
+            names.append(f"{name}/{os.fsdecode(image.path)}")
+            labels.append(label)
+            # A dangling link has no size; it is left out, and named, when its turn comes.
+            size = image.file.stat().st_size if image.file.exists() else -1
+            digest.update(f"{names[-1]}\0{size}\n".encode(errors="surrogateescape"))
     if not names:
         raise DataError(f"{root}: holds no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
     return ImageSet(classes, np.array(labels, np.int64), _Files(root, names), digest.hexdigest())
 
 
-def _open_parquet(files: Sequence[Path], classes: tuple[str, ...] | None = None) -> ImageSet:
+@dataclass(frozen=True)
+class _ParquetSplit:
+    """The rows of a split's files.
+
+    Attributes:
+        labels: as they stand in the files, numbers or text.
+        class_names: from the files' metadata, where they have it.
+    """
+
+    files: Sequence[Path]
+    source: _Rows
+    labels: list[Any]
+    class_names: tuple[str, ...] | None
+
+    def to_image_set(self, classes: tuple[str, ...], *, indexed: bool) -> ImageSet:
+        """Labels as numbers within `classes`; `indexed`: numbers in the files are such numbers already."""
+        own_names = dict(enumerate(self.class_names or classes))
+        index = {name: number for number, name in enumerate(classes)}
+        numbers = []
+        for row, label in enumerate(self.labels):
+            try:
+                numbers.append(index[own_names[label] if indexed and isinstance(label, int) else str(label)])
+            except KeyError:
+                raise DataError(
+                    f"{self.source.name(row)}: label {label!r} is none of the training split's {len(classes)} classes"
+                ) from None
+        labels = np.array(numbers, np.int64)
+        digest = hashlib.sha256("\n".join(classes).encode())
+        digest.update(labels.tobytes())
+        for file in self.files:
+            digest.update(f"{file.name}\0{file.stat().st_size}\n".encode())
+        return ImageSet(classes, labels, self.source, digest.hexdigest())
+
+
+def _read_parquet(files: Sequence[Path]) -> _ParquetSplit:
     import pyarrow
     import pyarrow.parquet
 
@@ -191,12 +227,10 @@ def _open_parquet(files: Sequence[Path], classes: tuple[str, ...] | None = None)
         try:
             table = pyarrow.parquet.read_table(file, columns=["image", "label"])
         except (pyarrow.ArrowException, OSError) as exc:
-            reason = str(exc).splitlines()[0]
-            raise DataError(f"{file}: not a Parquet file with the columns image and label ({reason})") from exc
+            raise DataError(f"{file}: not a Parquet file with the columns image and label ({first_line(exc)})") from exc
         if set(table.column_names) != {"image", "label"}:
-            raise DataError(
-                f"{file}: needs the columns image and label; got {', '.join(table.column_names) or 'others'}"
-            )
+            got = ", ".join(table.column_names) or "others"
+            raise DataError(f"{file}: needs the columns image and label; got {got}")
         names = names or _class_names(table.schema)
         places.append((file.name, len(labels)))
         for chunk in table.column("image").chunks:
@@ -204,28 +238,9 @@ def _open_parquet(files: Sequence[Path], classes: tuple[str, ...] | None = None)
         labels.extend(table.column("label").to_pylist())
     if not labels:
         raise DataError(f"{files[0]}: holds no rows; expected images and their labels")
-    if any(label is None for label in labels):
+    if None in labels:
         raise DataError(f"{files[0].parent}: row {labels.index(None)} has no label; every row needs one")
-    if names is None:
-        names = tuple(str(label) for label in sorted(set(labels)))
-    classes = classes or names
-    if isinstance(labels[0], str) or not _is_range(labels, len(classes)):
-        index = {name: number for number, name in enumerate(classes)}
-        odd = next((label for label in labels if str(label) not in index), None)
-        if odd is not None:
-            raise DataError(
-                f"{files[0].parent}: label {odd!r} is none of the {len(classes)} classes of the training split"
-            )
-        labels = [index[str(label)] for label in labels]
-    digest = hashlib.sha256("\n".join(classes).encode())
-    digest.update(np.array(labels, np.int64).tobytes())
-    for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\n".encode())
-    return ImageSet(classes, np.array(labels, np.int64), _Rows(chunks, places), digest.hexdigest())
-
-
-def _is_range(labels: Sequence[int], count: int) -> bool:
-    return min(labels) >= 0 and max(labels) < count
+    return _ParquetSplit(files, _Rows(chunks, places), labels, names)
 
 
 def _class_names(schema: Any) -> tuple[str, ...] | None:
@@ -249,7 +264,6 @@ class Batch:
         images: (m, 3, S, S) uint8, channels last in memory.
         labels: (m,) int64.
         failures: a line for each image that could not be decoded; such images are left out of the batch.
-
     """
 
     images: Tensor
@@ -286,7 +300,6 @@ class TrainingBatches(Dataset[Batch]):
     Args:
         side: S, the side of the square crops in pixels.
         min_crop_area: crops cover between this share and all of an image's area, at aspect ratios 3/4 to 4/3.
-
     """
 
     def __init__(
@@ -335,7 +348,11 @@ class EvaluationBatches(Dataset[Batch]):
 
 
 def load_batches(batches: Dataset[Batch], workers: int, start: int = 0) -> Iterator[Batch]:
-    """Items `start` onwards in order, prepared by `workers` processes (0: in this one)."""
+    """Items `start` onwards in order, prepared by `workers` processes (0: in this one).
+
+    Raises:
+        TrainingError: a worker died.
+    """
     steps = range(start, len(batches))  # type: ignore[arg-type]
     loader = DataLoader(
         batches,
@@ -345,5 +362,19 @@ def load_batches(batches: Dataset[Batch], workers: int, start: int = 0) -> Itera
         # Forked workers share the images in memory; other start methods would copy them into each.
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except RuntimeError as exc:
+        if "DataLoader worker" not in str(exc):
+            raise
+        raise TrainingError(
+            "a process that decodes images died (out of memory?); pass fewer --workers, then go on with --resume"
+        ) from exc
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the process group reaches workers, too; the parent still needs them to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import robustfeat
-from robustfeat.errors import DataError, DecodeError, ExportError
+from robustfeat.errors import DataError, DecodeError, ExportError, InputError
 from robustfeat.files import new_folder
 from robustfeat.hub.card import render_card
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import COMPACT_ONNX, GOLDEN_FEATURES, ONNX, WEIGHTS, ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
-from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.extractor import FeatureExtractor, cosine
 from robustfeat.serving.inputs import list_images
 from robustfeat.training.checkpoint import load_checkpoint
 from robustfeat.training.data import open_training_data
@@ -52,7 +52,6 @@ class Backbone:
         state: the state dict with the classifier, as timm's namesake loads it.
         config: without `files`.
         training: the content of training.json.
-
     """
 
     network: nn.Module
@@ -68,7 +67,6 @@ class ExportReport:
     Attributes:
         folder: the result.
         cosines: precision to the smallest cosine against PyTorch over the golden images.
-
     """
 
     folder: ModelFolder
@@ -104,7 +102,6 @@ def export_run(
     Raises:
         CheckpointError, DataError: the run or the calibration images cannot be used.
         ExportError: a file disagrees with PyTorch; nothing is left behind.
-
     """
     run = Path(run)
     checkpoint = load_checkpoint(run)
@@ -114,7 +111,12 @@ def export_run(
             f"{run}: training stands at epoch {checkpoint.epoch} of {recipe.epochs}; "
             "finish it with robustfeat train --resume"
         )
-    contract = recipe.preprocessing(image_size, crop_pct)
+    try:
+        contract = recipe.preprocessing(image_size, crop_pct)
+    except ValueError as exc:
+        raise InputError(f"{run}: {exc}") from exc
+    # A folder is published: what it says of the recipe must not tell of this machine's paths.
+    told = {**checkpoint.recipe, "concepts": Path(recipe.concepts).name}
     network = build_network(len(checkpoint.classes))
     network.load_state_dict(checkpoint.model)
     classifier = network.get_submodule("fc")
@@ -128,7 +130,7 @@ def export_run(
         num_classes=len(checkpoint.classes),
         preprocessing=contract,
         concepts=tuple(checkpoint.concepts),
-        recipe=checkpoint.recipe,
+        recipe=told,
         provenance={
             "source": "robustfeat train",
             "data": {key: value for key, value in checkpoint.data.items() if key != "root"},
@@ -138,7 +140,7 @@ def export_run(
         results=dict(results or {}),
     )
     training = {
-        "recipe": checkpoint.recipe,
+        "recipe": told,
         "classes": checkpoint.classes,
         "concepts": checkpoint.concepts,
         "concept_of_class": checkpoint.concept_of_class,
@@ -164,7 +166,6 @@ def write_model_folder(
 
     Raises:
         ExportError: a file disagrees with PyTorch; nothing is left behind.
-
     """
     config, network = backbone.config, backbone.network.eval()
     contract = config.preprocessing
@@ -175,14 +176,20 @@ def write_model_folder(
             state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
         # Not save_file: it makes the file readable by its owner alone.
         (path / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
-        # PyTorch's answers come from the written weights, so that rounding is part of what is checked.
-        network.load_state_dict(load_file(path / WEIGHTS), strict=False)
-
         golden = _write_golden(path)
         inputs = preprocess(golden, contract)
+        before = _torch_features(network, inputs)
+        # PyTorch's answers come from the written weights, the classifier left aside.
+        missing = network.load_state_dict(load_file(path / WEIGHTS), strict=False).missing_keys
+        assert not missing, missing
         expected = _torch_features(network, inputs)
         if expected.shape != (len(golden), config.feature_size) or not np.isfinite(expected).all():
             raise ExportError(f"{config.name}: PyTorch gives {expected.shape} features or values that are not finite")
+        if not (worst := float(cosine(before, expected).min())) >= MIN_COSINE["fp32"]:
+            raise ExportError(
+                f"{config.name}: rounding the weights changes the features (cosine {worst:.5f} on a golden image, "
+                f"{MIN_COSINE['fp32']} needed); nothing was written: export without --compact"
+            )
         np.save(path / GOLDEN_FEATURES, expected)
 
         single = path / ONNX["fp32"]
@@ -264,7 +271,7 @@ def _training_images(data: Mapping[str, Any], recipe: Recipe) -> list[NDArray[np
     if train.fingerprint != data["fingerprint"]:
         raise DataError(f"{data['root']}: has changed since training; pass --calibration FOLDER or --no-int8")
     order = np.random.default_rng(0).permutation(len(train))
-    images = []
+    images: list[NDArray[np.uint8]] = []
     for index in order[: 2 * CALIBRATION_IMAGES]:
         if len(images) == CALIBRATION_IMAGES:
             break
@@ -280,7 +287,6 @@ def folder_images(folder: str | Path) -> list[NDArray[np.uint8]]:
 
     Raises:
         DataError: there is none.
-
     """
     images = []
     for image in list_images([folder]).images:

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ConceptAdversary", "perturb", "project_simplex"]
+__all__ = ["ConceptAdversary", "DivergedError", "perturb", "project_simplex"]
+
+
+class DivergedError(ValueError):
+    """The losses are no longer finite."""
 
 
 def project_simplex(v: Tensor) -> Tensor:
@@ -35,12 +39,11 @@ def project_simplex(v: Tensor) -> Tensor:
 
     >>> project_simplex(torch.tensor([2.0, 0.0, -1.0]))
     tensor([1., 0., 0.])
-
     """
     if v.ndim != 1 or v.numel() == 0:
         raise ValueError(f"v must be 1-D and not empty; got shape {tuple(v.shape)}")
     if not bool(torch.isfinite(v).all()):
-        raise ValueError("v must be finite; got NaN or infinity: the losses have diverged")
+        raise ValueError("v must be finite; got NaN or infinity")
     # Shifting by a constant leaves the projection unchanged and keeps the sums exact for large v.
     values = v.double() - v.double().max()
     descending, _ = torch.sort(values, descending=True)
@@ -84,7 +87,6 @@ def perturb(model: nn.Module, images: Tensor, labels: Tensor, tau: float) -> Ten
         (m, 3, H, W), detached, of the dtype of `images`.
 
     Source: Theorem 2 and Algorithm 1, line 9. The step is not clipped to valid pixels: the paper does not.
-
     """
     if tau == 0:
         return images.detach()
@@ -115,7 +117,6 @@ class ConceptAdversary:
         step: how many updates were made.
 
     q, its gradient and the projection are float64: in float32 (N / N_k)(N_k / N) is not 1 for a quarter of counts.
-
     """
 
     def __init__(
@@ -163,14 +164,16 @@ class ConceptAdversary:
             concepts: (m,) int64.
 
         Raises:
-            ValueError: a loss is not finite.
-
+            DivergedError: a loss is not finite.
         """
         self._move_to(losses.device)
         losses = losses.detach().double()
+        if not bool(torch.isfinite(losses).all()):
+            raise DivergedError("a loss is not finite")
         t = self.step + 1
         rate = 1 / (self.lam * t * (self.c if t <= self.warmup_steps else 1.0))
-        sums = torch.zeros_like(self.q).index_add_(0, concepts, losses)
+        # A product, not index_add_: that sums in no fixed order on a GPU.
+        sums = functional.one_hot(concepts, len(self.q)).double().T @ losses
         gradient = self._n_over_nk * sums / losses.numel() - self.lam * (self.q - self.reference)
         self.q = project_simplex(self.q + rate * gradient)
         self.step = t
@@ -184,7 +187,6 @@ class ConceptAdversary:
 
         Raises:
             ValueError: the state is of another number of concepts.
-
         """
         if state["q"].shape != self.q.shape:
             raise ValueError(f"the state has {state['q'].numel()} concepts, this adversary {self.q.numel()}")

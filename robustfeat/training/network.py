@@ -10,4 +10,5 @@ __all__ = ["build_network"]
 
 def build_network(classes: int) -> nn.Module:
     """ResNet-18 with `classes` outputs, randomly initialised; torchvision's parameter names (timm's are the same)."""
-    return resnet18(num_classes=classes)
+    network: nn.Module = resnet18(num_classes=classes)
+    return network

@@ -33,7 +33,6 @@ class Objective:
         counts: (K,) training examples of each concept.
         examples: perturb the images (example level).
         concepts: weigh the losses by the concept adversary (concept level).
-
     """
 
     def __init__(self, recipe: Recipe, counts: Tensor, *, examples: bool = True, concepts: bool = True) -> None:
@@ -58,7 +57,6 @@ class Objective:
 
         Returns:
             (m, 3, S, S), detached.
-
         """
         return perturb(model, images, labels, self.tau(images.shape[-1], epoch))
 
@@ -71,7 +69,6 @@ class Objective:
 
         Returns:
             The scalar to descend.
-
         """
         if self.adversary is None:
             return losses.mean()
@@ -116,7 +113,6 @@ def create_objective(recipe: Recipe, counts: Tensor) -> Objective:
 
     Raises:
         InputError: there is no such method, or the class cannot be imported.
-
     """
     name = recipe.method
     if name in METHODS:

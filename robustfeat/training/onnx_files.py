@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import nn
 
-from robustfeat.errors import ExportError
+from robustfeat.errors import ExportError, first_line
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.serving.engine import HASH_KEY
 
@@ -37,7 +37,6 @@ def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None
 
     Raises:
         ExportError: the network cannot be exported.
-
     """
     side = contract.image_size
     example = torch.zeros(2, 3, side, side)
@@ -57,8 +56,9 @@ def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except Exception as exc:  # the exporter's errors share no base class
-        reason = str(exc).strip().splitlines()[0]
-        raise ExportError(f"this network cannot be exported to ONNX ({reason}); choose another architecture") from exc
+        raise ExportError(
+            f"this network cannot be exported to ONNX ({first_line(exc)}); choose another architecture"
+        ) from exc
     model = onnx.load(file)
     # Not the exporter's own optimiser: it folds BatchNorm into the weights, which then are not model.safetensors'.
     onnxscript.optimizer.fold_constants(model)
@@ -74,7 +74,6 @@ def compact_onnx(source: Path, safetensors_file: Path, target: Path) -> None:
 
     Raises:
         ExportError: a weight of the graph is not in the file.
-
     """
     if safetensors_file.parent != target.parent:
         raise ValueError("external data must lie in the folder of the ONNX file: engines refuse other places")
@@ -127,7 +126,6 @@ def quantize_onnx(source: Path, batches: Sequence[NDArray[np.float32]], contract
 
     Raises:
         ExportError: the graph cannot be quantised.
-
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -156,8 +154,9 @@ def quantize_onnx(source: Path, batches: Sequence[NDArray[np.float32]], contract
                 reduce_range=True,
             )
     except Exception as exc:  # likewise
-        reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        raise ExportError(f"this network cannot be quantised ({reason}); pass --no-int8 to leave int8 out") from exc
+        raise ExportError(
+            f"this network cannot be quantised ({first_line(exc)}); pass --no-int8 to leave int8 out"
+        ) from exc
     model = onnx.load(target)
     _stamp(model, contract)
     onnx.save(model, target)

@@ -15,6 +15,25 @@ from robustfeat.hub.preprocessing import Preprocessing
 __all__ = ["Recipe", "load_recipe", "shipped_recipes"]
 
 
+_INTEGERS = frozenset({"epochs", "batch_size", "q_warmup_steps", "seed"})
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("epochs", 1, 100_000),
+    ("batch_size", 2, 1_000_000),
+    ("lr", 1e-12, 1e30),
+    ("momentum", 0, 0.999999),
+    ("weight_decay", 0, 1e6),
+    ("warmup_epochs", 0, 100_000),
+    ("min_crop_area", 1e-6, 1),
+    ("tau", 0, 1e6),
+    ("tau_ramp_epochs", 0, 100_000),
+    ("lam", 1e-12, 1e30),
+    ("q_warmup_steps", 0, 1e12),
+    ("q_warmup_divisor", 1, 1e12),
+    ("seed", 0, 2**40),
+    ("val_fraction", 0, 1),
+)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a run's result besides its data. The defaults are the paper's, for ImageNet.
@@ -37,7 +56,6 @@ class Recipe:
         seed: of the initial weights, the order and the crops.
         val_fraction: share of the training images held out where the data has no validation split.
         parts: use only the first so many Parquet files of the training split (None: all).
-
     """
 
     method: str = "hrrl"
@@ -68,12 +86,16 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(int(epoch) for epoch in self.milestones))
         object.__setattr__(self, "image_sizes", tuple((int(first), int(side)) for first, side in self.image_sizes))
-        positive = ("epochs", "batch_size", "lr", "lam", "tau_ramp_epochs", "warmup_epochs", "tau", "weight_decay")
-        for name in positive:
+        for name, least, most in _RANGES:
             value = getattr(self, name)
-            least = 0 if name in {"tau_ramp_epochs", "warmup_epochs", "tau", "weight_decay"} else None
-            if not value < float("inf") or (value < 0 if least == 0 else value <= 0):
-                raise InputError(f"recipe: {name} must be {'>= 0' if least == 0 else '> 0'} and finite; got {value}")
+            kind = int if name in _INTEGERS else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+                whole = "a whole number " if name in _INTEGERS else ""
+                raise InputError(f"recipe: {name} must be {whole}from {least:g} to {most:g}; got {value!r}")
+        if self.parts is not None and (not isinstance(self.parts, int) or self.parts < 1):
+            raise InputError(f"recipe: parts must be a whole number >= 1; got {self.parts!r}")
+        if self.nesterov and not self.momentum:
+            raise InputError("recipe: nesterov needs a momentum above 0")
         starts = [first for first, _ in self.image_sizes]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise InputError(f"recipe: image_sizes must start at epoch 0 and ascend; got {self.image_sizes}")
@@ -83,8 +105,6 @@ class Recipe:
             raise InputError(f"recipe: schedule must be step or linear; got {self.schedule!r}")
         if self.precision not in {"fp32", "bf16"}:
             raise InputError(f"recipe: precision must be fp32 or bf16; got {self.precision!r}")
-        if not 0 < self.min_crop_area <= 1:
-            raise InputError(f"recipe: min_crop_area must be in (0, 1]; got {self.min_crop_area}")
         try:
             self.preprocessing()
         except ValueError as exc:
@@ -100,11 +120,14 @@ class Recipe:
             return self.lr * epoch / self.warmup_epochs
         if self.schedule == "step":
             return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
-        return self.lr * max(0.0, (self.epochs - epoch) / (self.epochs - self.warmup_epochs))
+        return self.lr * min(1.0, max(0.0, (self.epochs - epoch) / max(self.epochs - self.warmup_epochs, 1e-9)))
 
     def preprocessing(self, image_size: int | None = None, crop_pct: float | None = None) -> Preprocessing:
         """The contract that the trained model is evaluated and exported with."""
-        return Preprocessing(image_size or self.validation_size, crop_pct or self.crop_pct)
+        return Preprocessing(
+            self.validation_size if image_size is None else image_size,
+            self.crop_pct if crop_pct is None else crop_pct,
+        )
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed."""
@@ -121,7 +144,6 @@ class Recipe:
 
         Raises:
             InputError: a key is unknown or a value is out of range.
-
         """
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(data) - known)
@@ -144,7 +166,6 @@ def load_recipe(source: str) -> Recipe:
 
     Raises:
         InputError: there is none, or it is not valid.
-
     """
     if source in shipped_recipes():
         text = resources.files("robustfeat.training").joinpath(f"recipes/{source}.toml").read_text("utf-8")

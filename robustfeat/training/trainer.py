@@ -25,6 +25,7 @@ from robustfeat.serving.cpus import available_cpus
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint, save_checkpoint
 from robustfeat.training.concepts import assign_concepts
 from robustfeat.training.data import EvaluationBatches, TrainingBatches, load_batches, open_training_data
+from robustfeat.training.hrrl import DivergedError
 from robustfeat.training.network import build_network
 from robustfeat.training.objective import create_objective
 from robustfeat.training.recipe import Recipe
@@ -44,7 +45,6 @@ class TrainingResult:
         run: its folder.
         validation_accuracy: share of validation images classified correctly by the last epoch's parameters.
         bad_images: the images that could not be decoded and were left out.
-
     """
 
     run: Path
@@ -78,7 +78,6 @@ def train(
     Raises:
         DataError, CheckpointError, InputError: see the messages.
         TrainingError: the loss is no longer finite, or a signal stopped the run (its state is saved).
-
     """
     trainer = _Trainer(Path(data), recipe, Path(out), device, workers, threads, checkpoint_every_s, quiet)
     return trainer.run(resume)
@@ -117,14 +116,18 @@ class _Trainer:
         self.concepts = assign_concepts(recipe.concepts, classes, class_counts)
         concept_counts = np.bincount(self.concepts.of_class, weights=class_counts, minlength=len(self.concepts.names))
         self.data_identity: dict[str, Any] = {
-            "root": str(data),
+            "root": str(data.resolve()),
             "fingerprint": self.train_set.fingerprint,
             "images": len(self.train_set),
             "validation_images": len(self.validation_set),
         }
 
+        if recipe.precision == "fp32":
+            # Exact resume needs the same kernels each time, and fp32 means fp32.
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.allow_tf32 = False
         torch.manual_seed(recipe.seed)
-        self.model = build_network(len(classes)).to(self.device, memory_format=torch.channels_last)
+        self.model = build_network(len(classes)).to(memory_format=torch.channels_last).to(self.device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=recipe.lr,
@@ -138,7 +141,7 @@ class _Trainer:
         self.mean = torch.tensor(contract.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(contract.std, device=self.device).view(1, 3, 1, 1)
         self.epoch = self.step = self.global_step = 0
-        self.bad_images: set[str] = set()
+        self.bad_images: dict[str, set[str]] = {"training": set(), "validation": set()}
 
     def run(self, resume: bool) -> TrainingResult:
         if resume:
@@ -152,13 +155,16 @@ class _Trainer:
         except OSError as exc:
             raise InputError(f"--out {self.out}: cannot be made ({exc.strerror})") from exc
         self._introduce()
+        if not resume:
+            # At once: a run that is killed before its first epoch ends can then be resumed, too.
+            self._save()
         accuracy = float("nan")
         with _stop_on_signal() as stop:
             while self.epoch < self.recipe.epochs:
                 accuracy = self._run_epoch(stop)
         if np.isnan(accuracy):  # resumed after the last epoch
             accuracy = self._validate()[1]
-        return TrainingResult(self.out, accuracy, tuple(sorted(self.bad_images)))
+        return TrainingResult(self.out, accuracy, tuple(sorted(set().union(*self.bad_images.values()))))
 
     def _introduce(self) -> None:
         recipe, say = self.recipe, self.progress.say
@@ -189,15 +195,16 @@ class _Trainer:
         window = _Window(self.device)
         self.model.train()
         for batch in load_batches(batches, self.workers, self.step):
-            self._note_failures(batch.failures, len(self.train_set))
-            if len(batch.labels):
-                self._train_step(batch.images, batch.labels, self.epoch + self.step / steps, window)
+            self._note_failures(batch.failures, "training", len(self.train_set))
+            at = self.epoch + self.step / steps
+            if len(batch.labels) > 1:  # BatchNorm needs two
+                self._train_step(batch.images, batch.labels, at, window)
             self.step += 1
             self.global_step += 1
             last = self.step == steps
             due = time.monotonic() - saved_at > self.checkpoint_every_s
             if last or due or stop.requested or self.global_step % _LOG_EVERY_STEPS == 0:
-                self._log_window(window, side, self.epoch + self.step / steps)
+                self._log_window(window, side, at)
                 window = _Window(self.device)
             self.progress.advance(recipe.batch_size, self._note)
             if (due or stop.requested) and not last:
@@ -206,6 +213,8 @@ class _Trainer:
                 stop.check(self.out)
         self.epoch, self.step = self.epoch + 1, 0
         loss, accuracy = self._validate()
+        if not np.isfinite(loss):
+            raise self._diverged(f"the validation loss is {loss}")
         self._log("epoch", epoch=self.epoch, validation_loss=round(loss, 5), validation_accuracy=round(accuracy, 5))
         self.progress.finish(f"validation accuracy {accuracy:.2%}")
         self._save()
@@ -216,6 +225,8 @@ class _Trainer:
     def _train_step(self, images: Tensor, labels: Tensor, epoch: float, window: _Window) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(epoch)
+        # Methods that draw random numbers draw the same ones after a resume.
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
         x, labels = self._to_input(images), labels.to(self.device, non_blocking=True)
         concepts = self.concept_of_class[labels]
         try:
@@ -224,7 +235,7 @@ class _Trainer:
                 logits = self.model(x.contiguous(memory_format=torch.channels_last)).float()
             losses = functional.cross_entropy(logits, labels, reduction="none")
             loss = self.objective.training_loss(losses, concepts)
-        except ValueError as exc:
+        except DivergedError as exc:
             raise self._diverged(str(exc)) from exc
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -238,7 +249,7 @@ class _Trainer:
         loss = correct = count = 0.0
         with torch.no_grad():
             for batch in load_batches(EvaluationBatches(self.validation_set, 256, contract), self.workers):
-                self._note_failures(batch.failures, len(self.validation_set))
+                self._note_failures(batch.failures, "validation", len(self.validation_set))
                 labels = batch.labels.to(self.device)
                 with self._autocast():
                     logits = self.model(self._to_input(batch.images)).float()
@@ -257,15 +268,16 @@ class _Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
-    def _note_failures(self, failures: tuple[str, ...], total: int) -> None:
+    def _note_failures(self, failures: tuple[str, ...], split: str, total: int) -> None:
+        bad = self.bad_images[split]
         for line in failures:
-            if line not in self.bad_images:
-                self.bad_images.add(line)
+            if line not in bad:
+                bad.add(line)
                 self.progress.say(f"left out: {line}")
-        if len(self.bad_images) > max(10, _MAX_BAD_SHARE * total):
+        if len(bad) > max(10, _MAX_BAD_SHARE * total):
             raise DataError(
-                f"{len(self.bad_images)} images cannot be decoded, over 1 % of {total}; "
-                f"first {min(self.bad_images)}; repair or remove them, then train again"
+                f"{len(bad)} {split} images cannot be decoded, over 1 % of {total}; "
+                f"first {min(bad)}; repair or remove them, then train again"
             )
 
     def _log_window(self, window: _Window, side: int, epoch: float) -> None:

@@ -112,7 +112,7 @@ def test_train_export_embed_work_together(robustfeat: Run, finished_run: Path, e
             ["train", "{dataset}", "--out", "{tmp}/run", "--resume", "--concepts", "classes", "--batch-size", "6"],
             "holds no checkpoint.pt",
         ),
-        (["train", "{dataset}", "--out", "{tmp}/run", "--lr", "-1"], "lr must be > 0"),
+        (["train", "{dataset}", "--out", "{tmp}/run", "--lr", "-1"], "lr must be from"),
         (["export", "{tmp}/none", "--out", "{tmp}/model"], "holds no checkpoint.pt"),
         (["export", "{tmp}/junk.pt", "--out", "{tmp}/model"], "damaged or not a checkpoint"),
         (["import", "resnet18", "--out", "{tmp}/model"], "expected timm:NAME or torchvision:NAME"),
@@ -164,7 +164,7 @@ def test_a_full_disk_during_training_gives_one_line(robustfeat: Run, dataset: Pa
     result = robustfeat(*train_arguments(dataset, tmp_path / "run"), "--quiet", preexec_fn=limit_file_size)
     assert result.returncode == 1
     assert "checkpoint.pt: cannot be written" in only_line(result.stderr)
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_full_disk_during_export_leaves_nothing(robustfeat: Run, finished_run: Path, tmp_path: Path) -> None:

@@ -224,3 +224,10 @@ def test_unknown_keys_are_refused() -> None:
 
 def test_no_images_give_an_empty_batch() -> None:
     assert preprocess([], Preprocessing(64)).shape == (0, 3, 64, 64)
+
+
+def test_elongated_images_are_refused_before_they_are_resized() -> None:
+    """Some hundred bytes that a resize of the shorter side would blow up to 180 million pixels."""
+    pixels = np.zeros((60_000, 1, 3), np.uint8)
+    with pytest.raises(DecodeError, match="1 x 60000 is too elongated"):
+        resize_and_crop(pixels, Preprocessing(224))

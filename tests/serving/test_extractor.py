@@ -117,6 +117,20 @@ def test_unknown_engines_and_devices_are_refused(model: Path, options: dict[str,
         FeatureExtractor.from_pretrained(model, **options)  # type: ignore[arg-type]
 
 
+def test_without_onnx_runtime_exporting_says_what_is_missing(tmp_path: Path) -> None:
+    for arguments in (["export", "run"], ["import", "timm:resnet18"]):
+        code = (
+            "import sys; sys.modules['onnxruntime'] = None\n"
+            "from robustfeat.cli import main\n"
+            f"sys.argv = ['robustfeat', *{arguments!r}, '--out', {str(tmp_path / 'x')!r}]\n"
+            "main()"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert "pip install 'robustfeat[cpu]'" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_without_onnx_runtime_one_line_names_both_wheels(model: Path) -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"

@@ -59,6 +59,28 @@ def test_parquet_with_text_labels(tmp_path: Path) -> None:
     assert validation.labels.tolist() == [1]
 
 
+def test_numbers_without_names_mean_the_same_in_both_splits(tmp_path: Path) -> None:
+    """Labels 1 to 3: a validation split that holds only 1 and 2 must not take them for positions."""
+    write_parquet(tmp_path / "train-0.parquet", [0, 1, 2], [3, 1, 2])
+    write_parquet(tmp_path / "validation-0.parquet", [3, 4], [1, 2])
+    train, validation = open_training_data(tmp_path)
+    assert (train.classes, train.labels.tolist()) == (("1", "2", "3"), [2, 0, 1])
+    assert validation.labels.tolist() == [0, 1]
+
+
+def test_names_in_another_order_are_matched_by_name(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", [0, 1], [0, 1], ["cat", "dog"])
+    write_parquet(tmp_path / "validation-0.parquet", [2], [0], ["dog", "cat"])
+    assert open_training_data(tmp_path)[1].labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("label", [7, -1])
+def test_a_label_outside_the_names_is_named(tmp_path: Path, label: int) -> None:
+    write_parquet(tmp_path / "train-0.parquet", [0, 1, 2], [0, 1, label], ["cat", "dog"])
+    with pytest.raises(DataError, match=rf"train-0\.parquet row 2: label {label} is none of"):
+        open_training_data(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

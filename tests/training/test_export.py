@@ -99,10 +99,10 @@ def test_training_json_tells_how_the_model_was_made(model: Path) -> None:
     assert "root" not in training["data"]
 
 
-def test_nothing_in_a_folder_tells_of_the_machine_that_made_it(model: Path, finished_run: Path) -> None:
+def test_nothing_in_a_folder_tells_of_the_machine_that_made_it(model: Path, finished_run: Path, dataset: Path) -> None:
     import onnx
 
-    places = [str(finished_run.parent), str(Path(export_module.__file__).parents[2])]
+    places = [str(dataset), str(finished_run.parent), str(Path(export_module.__file__).parents[2])]
     for file in model.rglob("*"):
         if file.is_file():
             data = file.read_bytes()

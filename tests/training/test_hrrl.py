@@ -201,6 +201,7 @@ def test_h_of_s_peaks_where_figure_2_says() -> None:
     s = np.arange(2, 20_000)
     peaks = [int(s[np.argmax(mu * np.sqrt(np.log(s) / 2) - np.sqrt(s))]) for mu in (100, 150, 200, 300)]
     assert peaks == [755, 1534, 2550, 5253]
+    assert peaks[0] < Recipe().q_warmup_steps < peaks[-1]
 
 
 def test_huge_lambda_without_perturbation_is_plain_sgd_bit_for_bit(network: nn.Module) -> None:

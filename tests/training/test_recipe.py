@@ -25,6 +25,11 @@ def test_the_linear_schedule_rises_and_falls() -> None:
     assert [recipe.learning_rate(epoch) for epoch in (0, 1, 2, 7, 12)] == pytest.approx([0, 0.2, 0.4, 0.2, 0])
 
 
+def test_a_run_that_is_all_warm_up_has_a_rate_at_its_end() -> None:
+    recipe = Recipe(schedule="linear", warmup_epochs=1, epochs=1, lr=0.4)
+    assert [recipe.learning_rate(epoch) for epoch in (0.5, 1.0)] == pytest.approx([0.2, 0])
+
+
 def test_image_sizes_grow_with_the_epochs() -> None:
     recipe = Recipe(image_sizes=((0, 32), (3, 48), (5, 64)))
     assert [recipe.image_size(epoch) for epoch in range(7)] == [32, 32, 32, 48, 48, 64, 64]
@@ -46,9 +51,13 @@ def test_a_recipe_file_is_read(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("learning_rate = 1", "unknown key 'learning_rate'; known are"),
-        ("lr = 'fast'", "wrong type"),
-        ("epochs = 0", "epochs must be > 0"),
-        ("tau = -1.0", "tau must be >= 0"),
+        ("lr = 'fast'", "lr must be from"),
+        ("epochs = 0", "epochs must be a whole number from 1"),
+        ("tau = -1.0", "tau must be from 0"),
+        ("seed = -1", "seed must be a whole number from 0"),
+        ("epochs = 2.5", "epochs must be a whole number from 1"),
+        ("parts = 0", "parts must be a whole number >= 1"),
+        ("nesterov = true\nmomentum = 0", "nesterov needs a momentum"),
         ("schedule = 'cosine'", "schedule must be step or linear"),
         ("image_sizes = [[1, 32]]", "must start at epoch 0"),
         ("lr = ", "not valid TOML"),

@@ -142,7 +142,11 @@ def test_a_method_of_ones_own_is_used(dataset: Path, tmp_path: Path) -> None:
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "robustfeat", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "robustfeat", *arguments],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -170,7 +174,7 @@ def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(dataset: Path, tmp
         process = start(arguments if step == 2 else [*arguments, "--resume"])
         wait_for_step(process, broken, step)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     result = robustfeat(*arguments, "--resume")
     assert result.returncode == 0, result.stderr
     assert_same_parameters(unbroken, broken)
@@ -179,15 +183,27 @@ def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(dataset: Path, tmp
     assert not list(broken.glob(".*partial"))
 
 
+def test_a_run_killed_before_its_first_epoch_ended_resumes(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+    arguments = [*train_arguments(dataset, tmp_path / "run", epochs=1), "--quiet"]
+    process = start(arguments)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert robustfeat(*arguments, "--resume").returncode == 0
+    assert load_checkpoint(tmp_path / "run").global_step == 5
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_first(
     dataset: Path, tmp_path: Path, robustfeat: Run, number: signal.Signals
 ) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    options = {"epochs": 30}
+    options = {"epochs": 30, "workers": 1}
     process = start([*train_arguments(dataset, broken, **options), "--quiet"])
     wait_for_step(process, broken, 10)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal or a job scheduler does: the workers get it, too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "go on with --resume" in stderr
@@ -251,6 +267,18 @@ def test_too_many_damaged_images_stop_the_run(dataset: Path, tmp_path: Path) -> 
         file.write_bytes(b"junk")
     with pytest.raises(DataError, match="cannot be decoded, over 1 %"):
         train(data, recipe(dataset, epochs=1), tmp_path / "run", workers=0, threads=1, quiet=True)
+
+
+def test_damaged_images_count_against_their_own_split(dataset: Path, tmp_path: Path) -> None:
+    """11 of 1,200 training images are under 1 %, though they outnumber 1 % of the 10 validation images."""
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    for file in sorted((data / "train").rglob("*.png")):
+        for copy in range(40):
+            shutil.copy(file, file.with_name(f"{file.stem}-{copy}.png"))
+    for file in sorted((data / "train").rglob("*-7.png"))[:11]:
+        file.write_bytes(b"junk")
+    result = train(data, recipe(dataset, epochs=1, batch_size=615), tmp_path / "run", workers=0, threads=1, quiet=True)
+    assert len(result.bad_images) == 11
 
 
 def test_divergence_is_said_in_one_line(dataset: Path, tmp_path: Path) -> None:
