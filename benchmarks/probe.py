@@ -34,7 +34,7 @@ from robustfeat.training.data import ImageSet, open_training_data
 from robustfeat.training.export import Backbone, write_model_folder
 from robustfeat.training.network import build_network
 
-C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
+C_GRID = (1e-4, 1e-3, 1e-2)
 
 
 def svm_accuracy(
@@ -74,19 +74,22 @@ def untrained_folder(like: ModelConfig, target: Path) -> Path:
     return target
 
 
-def squares(data: ImageSet, rows: NDArray[np.int64], side: int = 32) -> list[NDArray[np.uint8]]:
+def squares(data: ImageSet, rows: NDArray[np.int64], side: int) -> list[NDArray[np.uint8]]:
     return [np.asarray(Image.fromarray(data.pixels(int(row))).resize((side, side))) for row in rows]
 
 
 def pixel_features(data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    return np.stack([square.reshape(-1) / 255.0 for square in squares(data, rows)])
+    return np.stack([square.reshape(-1) / 255.0 for square in squares(data, rows, 16)])
 
 
 def hog_features(data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     from skimage.feature import hog
 
     return np.stack(
-        [hog(square, pixels_per_cell=(4, 4), cells_per_block=(2, 2), channel_axis=-1) for square in squares(data, rows)]
+        [
+            hog(square, pixels_per_cell=(8, 8), cells_per_block=(2, 2), channel_axis=-1)
+            for square in squares(data, rows, 32)
+        ]
     )
 
 
@@ -119,7 +122,7 @@ def main() -> None:
                 label: partial(network_features, folder) for label, folder in folders.items()
             }
             if options.baselines:
-                representations |= {"raw pixels": pixel_features, "HOG": hog_features}
+                representations |= {"raw pixels at 16 px": pixel_features, "HOG at 32 px": hog_features}
             for label, represent in representations.items():
                 x, x_test = represent(train, train_rows), represent(test, test_rows)
                 accuracy, c = svm_accuracy(x, train.labels[train_rows], x_test, test.labels[test_rows])

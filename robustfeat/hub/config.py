@@ -122,14 +122,14 @@ class ModelConfig:
             raise ModelFolderError(f"{source}: the key {exc} is missing; export the model again") from exc
         except (TypeError, ValueError, AttributeError) as exc:
             raise ModelFolderError(f"{source}: {exc}; export the model again") from exc
-        if timm_block != config.to_dict()["pretrained_cfg"]:
-            raise ModelFolderError(
-                f"{source}: pretrained_cfg and robustfeat.preprocessing disagree: other libraries would give other "
-                "features; export the model again"
-            )
         if block.get("preprocessing_hash") != config.preprocessing.hash:
             raise ModelFolderError(
                 f"{source}: preprocessing_hash must be {config.preprocessing.hash[:12]}... for these settings; "
                 f"got {str(block.get('preprocessing_hash'))[:12]}...: the settings were edited; export the model again"
+            )
+        if timm_block != config.to_dict()["pretrained_cfg"]:
+            raise ModelFolderError(
+                f"{source}: pretrained_cfg and robustfeat.preprocessing disagree: other libraries would give other "
+                "features; export the model again"
             )
         return config

@@ -98,6 +98,12 @@ def test_an_edited_preprocessing_is_refused(copy: Path) -> None:
         ModelFolder(copy)
 
 
+def test_a_config_that_contradicts_itself_is_refused(copy: Path) -> None:
+    edit_config(copy, lambda data: data["pretrained_cfg"].update(crop_pct=0.5))
+    with pytest.raises(ModelFolderError, match="pretrained_cfg and robustfeat.preprocessing disagree"):
+        ModelFolder(copy)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"robustfeat": {"format_version": 1}}'])
 def test_a_config_of_another_kind_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)

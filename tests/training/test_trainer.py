@@ -200,7 +200,7 @@ def test_a_signal_saves_a_checkpoint_first(
     dataset: Path, tmp_path: Path, robustfeat: Run, number: signal.Signals
 ) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    options = {"epochs": 30, "workers": 1}
+    options = {"epochs": 12, "workers": 1}
     process = start([*train_arguments(dataset, broken, **options), "--quiet"])
     wait_for_step(process, broken, 10)
     os.killpg(process.pid, number)  # as a terminal or a job scheduler does: the workers get it, too
@@ -208,7 +208,7 @@ def test_a_signal_saves_a_checkpoint_first(
     assert process.returncode == 1
     assert "go on with --resume" in stderr
     assert len(stderr.splitlines()) == 1
-    assert 10 <= load_checkpoint(broken).global_step < 150
+    assert 10 <= load_checkpoint(broken).global_step < 60
     assert robustfeat(*train_arguments(dataset, broken, **options), "--resume").returncode == 0
     assert robustfeat(*train_arguments(dataset, unbroken, **options)).returncode == 0
     assert_same_parameters(unbroken, broken)
