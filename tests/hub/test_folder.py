@@ -100,7 +100,7 @@ def test_an_edited_preprocessing_is_refused(copy: Path) -> None:
 
 def test_a_config_that_contradicts_itself_is_refused(copy: Path) -> None:
     edit_config(copy, lambda data: data["pretrained_cfg"].update(crop_pct=0.5))
-    with pytest.raises(ModelFolderError, match=r"pretrained_cfg and robustfeat\\.preprocessing disagree"):
+    with pytest.raises(ModelFolderError, match=r"pretrained_cfg and robustfeat\.preprocessing disagree"):
         ModelFolder(copy)
 
 
