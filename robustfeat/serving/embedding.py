@@ -109,7 +109,7 @@ def _prepared_batches(extractor: FeatureExtractor, images: Sequence[ImageFile]) 
 
     def prepare(image: ImageFile) -> _Row:
         try:
-            data = image.file.read_bytes()
+            data = image.read()
         except OSError as exc:
             return _Row(None, None, exc.strerror or str(exc))
         digest = hashlib.sha256(data).hexdigest()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,16 @@ class ImageFile:
 
     file: Path
     path: bytes
+
+    def read(self) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            OSError: it cannot be read, or is no regular file (reading a pipe or a device might never end).
+        """
+        if not stat.S_ISREG(self.file.stat().st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return self.file.read_bytes()
 
     def index_fields(self) -> dict[str, str]:
         """`path`, and `path_bytes` (base64) where the name is not UTF-8."""

@@ -291,7 +291,7 @@ def folder_images(folder: str | Path) -> list[NDArray[np.uint8]]:
     images = []
     for image in list_images([folder]).images:
         try:
-            images.append(decode(image.file.read_bytes()))
+            images.append(decode(image.read()))
         except (DecodeError, OSError):
             continue
         if len(images) == CALIBRATION_IMAGES:

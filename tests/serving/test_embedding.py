@@ -121,6 +121,18 @@ def test_a_file_named_itself_is_always_a_row(tmp_path: Path, example_files: list
     assert [image.path for image in found.images] == [b"photo.dat", example_files[1].name.encode(), b"gone.jpg"]
 
 
+def test_pipes_are_failed_rows_and_do_not_hang(
+    extractor: FeatureExtractor, tmp_path: Path, example_files: list[Path]
+) -> None:
+    root = tmp_path / "odd"
+    root.mkdir()
+    os.mkfifo(root / "pipe.jpg")
+    shutil.copy(example_files[0], root / "photo.jpg")
+    out = tmp_path / "feats.npy"
+    embed_files(extractor, list_images([root]), out, quiet=True)
+    assert [row["error"] for row in read_index(out)] == [None, "not a regular file"]
+
+
 @pytest.mark.parametrize("out", ["feats.csv", "feats", "no/such/feats.npy"])
 def test_a_bad_out_is_refused(extractor: FeatureExtractor, photos: Path, tmp_path: Path, out: str) -> None:
     with pytest.raises(InputError, match="--out"):
