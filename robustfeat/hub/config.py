@@ -120,7 +120,7 @@ class ModelConfig:
             )
         except KeyError as exc:
             raise ModelFolderError(f"{source}: the key {exc} is missing; export the model again") from exc
-        except (TypeError, ValueError, AttributeError) as exc:
+        except (TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ModelFolderError(f"{source}: {exc}; export the model again") from exc
         if block.get("preprocessing_hash") != config.preprocessing.hash:
             raise ModelFolderError(

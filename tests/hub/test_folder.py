@@ -98,6 +98,15 @@ def test_an_edited_preprocessing_is_refused(copy: Path) -> None:
         ModelFolder(copy)
 
 
+@pytest.mark.parametrize(
+    "change", [{"feature_size": float("inf")}, {"files": [1]}, {"preprocessing": [1]}, {"concepts": None}]
+)
+def test_a_config_with_values_of_other_kinds_is_refused(copy: Path, change: dict) -> None:
+    edit_config(copy, lambda data: data["robustfeat"].update(change))
+    with pytest.raises(ModelFolderError, match="export the model again"):
+        ModelFolder(copy)
+
+
 def test_a_config_that_contradicts_itself_is_refused(copy: Path) -> None:
     edit_config(copy, lambda data: data["pretrained_cfg"].update(crop_pct=0.5))
     with pytest.raises(ModelFolderError, match=r"pretrained_cfg and robustfeat\.preprocessing disagree"):
