@@ -60,7 +60,7 @@ def draw(data: ImageSet, count: int, skip: int = 0) -> NDArray[np.int64]:
 
 def network_features(folder: Path, data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     extractor = FeatureExtractor.from_pretrained(folder)
-    return extractor.embed(data.pixels(int(row)) for row in rows).astype(np.float64)
+    return extractor.embed(data.image(int(row)) for row in rows).astype(np.float64)
 
 
 def untrained_folder(like: ModelConfig, target: Path) -> Path:
@@ -75,7 +75,7 @@ def untrained_folder(like: ModelConfig, target: Path) -> Path:
 
 
 def squares(data: ImageSet, rows: NDArray[np.int64], side: int) -> list[NDArray[np.uint8]]:
-    return [np.asarray(Image.fromarray(data.pixels(int(row))).resize((side, side))) for row in rows]
+    return [np.asarray(data.image(int(row)).resize((side, side))) for row in rows]
 
 
 def pixel_features(data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:

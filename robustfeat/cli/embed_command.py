@@ -8,54 +8,110 @@ import click
 
 
 @click.command("embed", short_help="Turn images into features.")
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("--out", required=True, metavar="FEATS.npy", help="Where to write the features.")
+@click.argument("inputs", nargs=-1, metavar="[INPUT]...")
+@click.option("--out", required=True, metavar="FEATS", help="Where to write: a .npy, .parquet or .safetensors file.")
 @click.option("--model", default="builtin", show_default=True, help="A model folder, or builtin.")
-@click.option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True)
-@click.option("--engine", type=click.Choice(["auto", "onnxruntime"]), default="auto", show_default=True)
+@click.option("--files-from", metavar="FILE", help="Read more INPUTs from FILE, one a line; - for stdin.")
+@click.option("--null", is_flag=True, help="The lines of --files-from end in NUL.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", show_default=True)
+@click.option("--engine", type=click.Choice(["auto", "onnxruntime", "openvino"]), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--decoding",
+    type=click.Choice(["exact", "scaled"]),
+    default="exact",
+    show_default=True,
+    help="scaled decodes large JPEGs at a fraction of their size: faster, slightly other features.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Processors for the model.  [default: all granted]")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that decode.  [default: all processors granted]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.  [default: by the model's input]")
+@click.option(
+    "--on-error",
+    type=click.Choice(["nan", "stop"]),
+    default="nan",
+    show_default=True,
+    help="An image that fails is a row of NaN, or stops the run.",
+)
+@click.option("--append", is_flag=True, help="Add the inputs that FEATS does not hold yet.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left, and begin anew.")
+@click.option(
+    "--shard-rows",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Rows between two points that a killed run goes on from.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(
     inputs: tuple[str, ...],
     out: str,
     model: str,
+    files_from: str | None,
+    null: bool,
     precision: str,
     engine: str,
     device: str,
+    decoding: str,
     threads: int | None,
+    workers: int | None,
+    batch_size: int | None,
+    on_error: str,
+    append: bool,
+    restart: bool,
+    shard_rows: int,
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Embeds image files and folders of images: one float32 row for each image.
+    """Embeds images: one float32 row for each.
 
-    Beside FEATS.npy come FEATS.index.jsonl (which row is which file, and what failed) and FEATS.meta.json (which
-    model made it). An image that cannot be read is a row of NaN, and the exit code is then 3.
+    An INPUT is a folder, an image, a quoted glob, FILE.tar, FILE.parquet (or FILE.parquet:COLUMN), or - for a list on
+    stdin; each may also be a URL such as s3://bucket/photos.
+
+    Beside FEATS come NAME.index.jsonl (which row is which file, and what failed) and NAME.meta.json (which model made
+    it). An image that cannot be read is a row of NaN, and the exit code is then 3. A run that was killed goes on when
+    the same command is given again.
     """
+    from robustfeat.serving.cpus import available_cpus
     from robustfeat.serving.embedding import embed_files
     from robustfeat.serving.extractor import FeatureExtractor
-    from robustfeat.serving.inputs import list_images
+    from robustfeat.serving.inputs import list_inputs
 
-    found = list_images(inputs)
+    if not inputs and files_from is None:
+        raise click.UsageError("Missing argument 'INPUT...', or --files-from.")
+    threads = threads or available_cpus()
     extractor = FeatureExtractor.from_pretrained(
-        model, precision=precision, engine=engine, device=device, threads=threads
+        model, precision=precision, engine=engine, device=device, threads=threads, streams=threads, decoding=decoding
     )
-    result = embed_files(extractor, found, out, quiet=quiet)
+    with list_inputs(inputs, files_from=files_from, null=null) as found:
+        result = embed_files(
+            extractor,
+            found,
+            out,
+            batch_size=batch_size,
+            workers=workers,
+            on_error=on_error,
+            restart=restart,
+            append=append,
+            shard_rows=shard_rows,
+            quiet=quiet,
+        )
     if as_json:
         summary = {
-            "out": str(result.features),
+            "out": result.features,
             "images": result.images,
             "feature_size": result.feature_size,
             "failed": result.failed,
             "skipped": result.skipped,
+            **({"known": result.known} if append else {}),
             "seconds": round(result.seconds, 3),
         }
         click.echo(json.dumps(summary))
     elif not quiet:
-        click.echo(f"{result.features}: {result.images} x {result.feature_size} float32", err=True)
+        known = f" ({result.known:,} inputs were there already)" if append else ""
+        click.echo(f"{result.features}: {result.images} x {result.feature_size} float32{known}", err=True)
     if result.failed:
-        index = result.features.with_suffix(".index.jsonl")
-        click.echo(f"robustfeat: {result.failed} of {result.images} images failed; {index} says why", err=True)
+        click.echo(f"robustfeat: {result.failed} of {result.images} images failed; {result.index} says why", err=True)
         return 3
     return 0

@@ -1,33 +1,42 @@
-"""Bulk embedding: image files to `feats.npy`, with an index and a description beside it."""
+"""Bulk embedding: image files to a file of features, with an index and a description beside it.
+
+Rows are embedded in shards. Each is written whole to a folder beside the output, `.NAME.shards`; a killed run goes on
+behind the last one. When all are there, they are joined to the output files, and the folder is deleted.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
-import platform
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import PIL
-from numpy.typing import NDArray
-
-import robustfeat
-from robustfeat.errors import DecodeError, InputError
-from robustfeat.files import new_file
+from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.progress import Progress
-from robustfeat.serving.cpus import available_cpus
-from robustfeat.serving.extractor import BATCH_SIZE, FeatureExtractor
-from robustfeat.serving.inputs import ImageFile, Inputs
+from robustfeat.serving.decoders import DEADLINE_S
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.inputs import InputList
+from robustfeat.serving.job import (
+    JOB_FILE,
+    Job,
+    Places,
+    claim_folder,
+    finished_shards,
+    identify,
+    join_shards,
+    read_existing,
+    unknown_inputs,
+)
+from robustfeat.serving.pipeline import Pipeline
+from robustfeat.serving.storage import LocalFolder, RemoteFolder, open_folder
 
-__all__ = ["EmbeddingResult", "embed_files"]
+__all__ = ["SHARD_ROWS", "EmbeddingResult", "embed_files", "write_shards"]
 
-_BATCHES_AHEAD = 4
+SHARD_ROWS = 4096
+"""Rows between two points that a killed run can go on from."""
 
 
 @dataclass(frozen=True)
@@ -35,134 +44,162 @@ class EmbeddingResult:
     """What was written.
 
     Attributes:
-        features: the .npy file.
-        images: rows in it.
-        failed: how many of them are NaN.
-        skipped: files with other suffixes, not in it.
+        features, index, meta: the three files.
+        images: rows in them.
+        failed: how many of those are NaN.
+        skipped: files with other suffixes, not in them.
+        known: inputs that an appended file held already.
         feature_size: D.
         seconds: wall time.
     """
 
-    features: Path
+    features: str
+    index: str
+    meta: str
     images: int
     failed: int
     skipped: int
+    known: int
     feature_size: int
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Row:
-    square: NDArray[np.uint8] | None
-    sha256: str | None
-    error: str | None
-
-
 def embed_files(
-    extractor: FeatureExtractor, inputs: Inputs, out: str | Path, *, quiet: bool = False
+    extractor: FeatureExtractor,
+    inputs: InputList,
+    out: str | Path,
+    *,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    on_error: str = "nan",
+    restart: bool = False,
+    append: bool = False,
+    shard_rows: int = SHARD_ROWS,
+    deadline_s: float = DEADLINE_S,
+    ray: str | None = None,
+    quiet: bool = False,
 ) -> EmbeddingResult:
     """Embeds every image of `inputs` into `out`, row by row in their order.
 
-    Writes `out` (.npy, (n, D) float32; a failed image is a row of NaN) and, beside it, NAME.index.jsonl (row, path,
-    sha256 of the bytes, error or null) and NAME.meta.json. All three appear once they are complete.
+    Writes `out`, (n, D) float32 as .npy, .safetensors (tensor `features`) or .parquet (path, features, error), where a
+    failed image is a row of NaN; and beside it NAME.index.jsonl (row, path, sha256 of the bytes, error or null) and
+    NAME.meta.json. They appear once they are complete. A call that was killed goes on where it was when it is
+    repeated, and its files are then the same, byte for byte, as those of an unbroken one.
+
+    Args:
+        extractor: made with `streams` equal to its threads, for the best throughput.
+        inputs: from `list_inputs`.
+        out: a path, or a URL of fsspec.
+        batch_size: the extractor's by default.
+        workers: decoder processes; by default what the cgroup grants.
+        on_error: `nan`, or `stop` at the first image that fails.
+        restart: discard what an unfinished run has left.
+        append: add the inputs that `out` does not hold yet (by path), as further rows.
+        shard_rows: how many rows a killed run may lose.
+        deadline_s: an image that takes longer is a failed row.
+        ray: run on Ray, at this address (`auto`: the running cluster, or one on this machine).
+        quiet: no progress.
 
     Raises:
-        InputError: `out` is not a .npy path or cannot be written.
+        InputError: `out` cannot be written, an unfinished run there differs from this one, `append` has nothing to
+            add to, or an image failed and `on_error` is `stop`.
+        EngineError: no decoder process can be started.
     """
-    out = Path(out)
-    if out.suffix != ".npy":
-        raise InputError(f"--out {out}: expected a name ending in .npy")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-    images = inputs.images
-    progress = Progress("embed", len(images), quiet=quiet)
-    began, failed = time.monotonic(), 0
-    shape = (len(images), extractor.feature_size)
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    with (
-        new_file(out.with_suffix(".meta.json")) as meta_file,
-        new_file(out.with_suffix(".index.jsonl")) as index_file,
-        new_file(out) as features_file,
-        # Plain appends: a full disk is then an error to report, where a memory map would crash the process.
-        open(features_file, "wb") as features_handle,
-        open(index_file, "w", encoding="utf-8") as index_handle,
-    ):
-        np.lib.format.write_array_header_1_0(features_handle, header)
-        for first, rows in _prepared_batches(extractor, images):
-            features = extractor.embed_prepared([row.square for row in rows])
-            features_handle.write(features.astype("<f4", copy=False).tobytes())
-            for offset, row in enumerate(rows):
-                record = {"row": first + offset, **images[first + offset].index_fields()}
-                line = {**record, "sha256": row.sha256, "error": row.error}
-                index_handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-            failed += sum(row.error is not None for row in rows)
-            progress.advance(len(rows), f"{failed} failed" if failed else "")
-        seconds = time.monotonic() - began
-        meta = _describe(extractor, inputs, failed, seconds)
-        meta_file.write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
-    progress.finish(f"{failed} failed" if failed else "")
-    return EmbeddingResult(out, len(images), failed, inputs.skipped, extractor.feature_size, seconds)
-
-
-def _prepared_batches(extractor: FeatureExtractor, images: Sequence[ImageFile]) -> Iterator[tuple[int, list[_Row]]]:
-    """Batches of fixed row numbers, decoded by threads a few batches ahead of the model."""
-
-    def prepare(image: ImageFile) -> _Row:
+    if on_error not in {"nan", "stop"}:
+        raise ValueError(f"on_error must be nan or stop; got {on_error!r}")
+    places = Places.of(str(out))
+    began = time.monotonic()
+    batch_size = batch_size or extractor.batch_size
+    existing = read_existing(places, extractor) if append else None
+    with unknown_inputs(inputs, places, existing) if existing else nullcontext(inputs) as fresh:
+        identity = identify(extractor, fresh, batch_size) | {"appended_to": existing.sha256 if existing else None}
+        shard_rows = -(-shard_rows // batch_size) * batch_size
+        job = Job(len(fresh), existing.rows if existing else 0, shard_rows, identity)
+        folder = open_folder(places.shards)
+        done = claim_folder(folder, job, places, restart=restart)
+        pending = [number for number in range(job.shards) if number not in done]
+        before = sum(len(job.rows(number)) for number in done)
+        progress = Progress("embed", job.images, start=before, quiet=quiet)
+        if done:
+            progress.say(f"going on: {before:,} of {job.images:,} images were embedded before")
+        failed = 0
         try:
-            data = image.read()
-        except OSError as exc:
-            return _Row(None, None, exc.strerror or str(exc))
-        digest = hashlib.sha256(data).hexdigest()
-        try:
-            return _Row(extractor.prepare(data), digest, None)
-        except DecodeError as exc:
-            return _Row(None, digest, str(exc))
-        except MemoryError:
-            return _Row(None, digest, "out of memory while resizing")
+            if ray is None:
+                with Pipeline(extractor, batch_size=batch_size, workers=workers, deadline_s=deadline_s) as pipeline:
+                    for rows, bad in write_shards(pipeline, fresh, folder, job, pending, stop=on_error == "stop"):
+                        failed += bad
+                        progress.advance(rows, f"{failed:,} failed" if failed else "")
+            progress.finish(f"{failed:,} failed" if failed else "")
+            seconds = time.monotonic() - began
+            speed = (job.images - before) / max(seconds, 1e-9)
+            timing = {"seconds": round(seconds, 3), "images_per_s": round(speed, 1)}
+            images, failed = join_shards(
+                places, folder, job, extractor.feature_size, existing, skipped=inputs.skipped, timing=timing
+            )
+        except BaseException as exc:
+            kept = sum(len(job.rows(number)) for number in finished_shards(folder))
+            if not kept:
+                folder.remove(JOB_FILE)
+            if isinstance(exc, OSError):
+                raise InputError(f"{out}: cannot be written ({exc.strerror or exc}); {_advice(kept, job)}") from exc
+            if kept and not isinstance(exc, RobustFeatError):
+                progress.say(_advice(kept, job))
+            raise
+        return EmbeddingResult(
+            features=places.features,
+            index=places.index,
+            meta=places.meta,
+            images=images,
+            failed=failed,
+            skipped=inputs.skipped,
+            known=len(inputs) - len(fresh),
+            feature_size=extractor.feature_size,
+            seconds=time.monotonic() - began,
+        )
 
-    starts = iter(range(0, len(images), BATCH_SIZE))
-    with ThreadPoolExecutor(available_cpus(), "decode") as pool:
-        waiting: deque[tuple[int, list[Future[_Row]]]] = deque()
 
-        def enqueue() -> None:
-            first = next(starts, None)
-            if first is not None:
-                waiting.append((first, [pool.submit(prepare, image) for image in images[first : first + BATCH_SIZE]]))
-
-        for _ in range(_BATCHES_AHEAD):
-            enqueue()
-        try:
-            while waiting:
-                first, futures = waiting.popleft()
-                rows = [future.result() for future in futures]
-                enqueue()
-                yield first, rows
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def _advice(kept: int, job: Job) -> str:
+    if not kept:
+        return "nothing was left behind: free space or choose another place, then run again"
+    return f"{kept:,} of {job.images:,} images are kept: the same command goes on from there"
 
 
-def _describe(extractor: FeatureExtractor, inputs: Inputs, failed: int, seconds: float) -> dict[str, Any]:
-    config = extractor.config
-    return {
-        "model": config.name,
-        "revision": None,
-        "files": dict(config.files),
-        "precision": extractor.precision,
-        "engine": extractor.engine.name,
-        "device": extractor.engine.device,
-        "preprocessing_hash": config.preprocessing.hash,
-        "feature_size": extractor.feature_size,
-        "batch_size": BATCH_SIZE,
-        "versions": {
-            "robustfeat": robustfeat.__version__,
-            extractor.engine.name: extractor.engine.version,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-            "python": platform.python_version(),
-        },
-        "images": len(inputs.images),
-        "failed": failed,
-        "skipped": inputs.skipped,
-        "seconds": round(seconds, 3),
-        "images_per_s": round(len(inputs.images) / max(seconds, 1e-9), 1),
-    }
+def write_shards(
+    pipeline: Pipeline,
+    inputs: InputList,
+    folder: LocalFolder | RemoteFolder,
+    job: Job,
+    numbers: Sequence[int],
+    *,
+    origin: int = 0,
+    stop: bool = False,
+) -> Iterator[tuple[int, int]]:
+    """Embeds shards and writes each to `folder`: NUMBER.f32, the features, and then NUMBER.jsonl, the index.
+
+    Args:
+        inputs: those of shard `origin` and the following ones.
+        numbers: the shards to embed, ascending.
+        stop: raise at the first image that fails.
+
+    Yields:
+        Batch by batch, the rows and how many of them failed.
+    """
+    offset = origin * job.shard_rows
+    # Neighbouring shards in one go, so that the pipeline never runs empty.
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        shards = [number for _, number in run]
+        number = shards[0]
+        features: list[bytes] = []
+        index: list[bytes] = []
+        start, end = job.rows(number).start - offset, job.rows(shards[-1]).stop - offset
+        for batch in pipeline.embed(inputs, start, end, first_row=job.first_row + offset):
+            if stop and batch.failed:
+                record = json.loads(batch.index.splitlines()[batch.failed[0]])
+                raise InputError(f"{record['path']}: {record['error']} (row {record['row']}); stopped, as asked")
+            features.append(batch.features.astype("<f4", copy=False).tobytes())
+            index.append(batch.index)
+            if batch.first + len(batch.features) - job.first_row == job.rows(number).stop:
+                folder.write(f"{number:06}.f32", *features)
+                folder.write(f"{number:06}.jsonl", *index)
+                features, index, number = [], [], number + 1
+            yield len(batch.features), len(batch.failed)

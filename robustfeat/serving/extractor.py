@@ -13,27 +13,29 @@ from PIL import Image
 
 from robustfeat.errors import DecodeError, EngineError, ModelFolderError
 from robustfeat.hub.folder import ModelFolder, resolve_model
-from robustfeat.hub.preprocessing import decode, normalise, resize_and_crop, to_rgb
-from robustfeat.serving.engine import OnnxRuntimeEngine
+from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_crop, to_rgb
+from robustfeat.serving.engine import Engine, open_engine
 
-__all__ = ["FeatureExtractor", "cosine"]
+__all__ = ["DECODINGS", "FeatureExtractor", "cosine"]
 
-BATCH_SIZE = 32
-MIN_INT8_COSINE = 0.99
-"""int8 saturates on some processors; a model whose golden images fall below this is refused on this machine."""
+DECODINGS = ("exact", "scaled")
+MIN_COSINE = 0.99
+"""int8 saturates on some processors; a precision with which a golden image falls below this is refused there."""
 
 
 class FeatureExtractor:
     """Turns images into features with one model; make it with `from_pretrained`.
 
     Attributes:
-        config: the model's `ModelConfig`.
-        precision: fp32 or int8.
+        folder: the model.
+        config: its `ModelConfig`.
+        precision: fp32, bf16 or int8.
         engine: the engine that runs it.
+        decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size.
     """
 
-    def __init__(self, folder: ModelFolder, engine: OnnxRuntimeEngine, precision: str) -> None:
-        self.folder, self.engine, self.precision = folder, engine, precision
+    def __init__(self, folder: ModelFolder, engine: Engine, precision: str, decoding: str) -> None:
+        self.folder, self.engine, self.precision, self.decoding = folder, engine, precision, decoding
         self.config = folder.config
 
     @classmethod
@@ -45,56 +47,82 @@ class FeatureExtractor:
         engine: str = "auto",
         device: str = "auto",
         threads: int | None = None,
+        streams: int | None = None,
+        decoding: str = "exact",
     ) -> FeatureExtractor:
         """Loads a model.
 
         Args:
             name: None or `builtin` for the model that the package carries, or a model folder.
-            precision: fp32, or int8 where the folder holds it.
-            engine: auto or onnxruntime.
+            precision: fp32; int8 where the folder holds it; bf16 with OpenVINO on processors that have it.
+            engine: auto (ONNX Runtime, OpenVINO for bf16), onnxruntime or openvino.
             device: auto, cpu or cuda.
             threads: processors for the model; by default what the cgroup grants.
+            streams: batches side by side, each on `threads / streams` processors. One by default, which answers
+                soonest; as many as threads give the best throughput (`embed_files` needs such an extractor).
+            decoding: exact, or scaled: JPEGs of at least four times the size needed are decoded at a fraction of it,
+                several times as fast, and the features move a little.
 
         Raises:
             ModelFolderError: the folder is missing, damaged, altered or of a newer format.
-            EngineError: no engine is installed, it cannot run as asked, or int8 is too far off on this machine.
+            EngineError: no engine is installed, it cannot run as asked, or the precision is too far off here.
         """
-        if engine not in {"auto", "onnxruntime"}:
-            raise EngineError(f"engine must be auto or onnxruntime; got {engine!r}")
-        extractor = cls.open(resolve_model(name), precision, device=device, threads=threads)
-        if precision == "int8":
+        folder = resolve_model(name)
+        extractor = cls.open(
+            folder, precision, engine=engine, device=device, threads=threads, streams=streams, decoding=decoding
+        )
+        if precision != "fp32":
             worst = extractor.golden_cosine()
-            if not worst >= MIN_INT8_COSINE:
+            if not worst >= MIN_COSINE:
                 raise EngineError(
-                    f"{extractor.folder.path}: int8 is too inexact on this processor (cosine {worst:.4f} on a golden "
-                    f"image, {MIN_INT8_COSINE} needed); use fp32"
+                    f"{folder.path}: {precision} is too inexact on this processor (cosine {worst:.4f} on a golden "
+                    f"image, {MIN_COSINE} needed); use fp32"
                 )
         return extractor
 
     @classmethod
     def open(
-        cls, folder: ModelFolder, precision: str = "fp32", *, device: str = "auto", threads: int | None = None
+        cls,
+        folder: ModelFolder,
+        precision: str = "fp32",
+        *,
+        engine: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        streams: int | None = None,
+        decoding: str = "exact",
     ) -> FeatureExtractor:
-        """As `from_pretrained`, without asking whether int8 is exact enough."""
-        engine = OnnxRuntimeEngine(folder.onnx(precision), device=device, threads=threads)
+        """As `from_pretrained`, without asking whether the precision is exact enough."""
+        if decoding not in DECODINGS:
+            raise EngineError(f"decoding must be {' or '.join(DECODINGS)}; got {decoding!r}")
+        file = folder.onnx("fp32" if precision == "bf16" else precision)
+        session = open_engine(engine, file, precision, device=device, threads=threads, streams=streams)
         side, size = folder.config.preprocessing.image_size, folder.config.feature_size
-        if engine.input_shape[1:] != [3, side, side] or engine.output_shape[1:] != [size]:
+        if session.input_shape[1:] != [3, side, side] or session.output_shape[1:] != [size]:
             raise ModelFolderError(
                 f"{folder.path}: config.json promises {side} px in and {size} features out, the ONNX file has "
-                f"{engine.input_shape} and {engine.output_shape}; export the model again"
+                f"{session.input_shape} and {session.output_shape}; export the model again"
             )
         expected = folder.config.preprocessing.hash
-        if engine.preprocessing_hash != expected:
+        if session.preprocessing_hash != expected:
+            found = str(session.preprocessing_hash)
             raise ModelFolderError(
-                f"{folder.path}: the ONNX file was exported for preprocessing "
-                f"{str(engine.preprocessing_hash)[:12]}..., config.json says {expected[:12]}...; export the model again"
+                f"{folder.path}: the ONNX file was exported for preprocessing {found[:12]}..., "
+                f"config.json says {expected[:12]}...; export the model again"
             )
-        return cls(folder, engine, precision)
+        return cls(folder, session, precision, decoding)
 
     @property
     def feature_size(self) -> int:
         """D, the length of a feature vector."""
         return self.config.feature_size
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch where nobody says otherwise: enough to be fast, few enough to stay in the cache."""
+        if self.engine.device == "cuda":
+            return 128
+        return min(64, max(8, 2**17 // self.config.preprocessing.image_size**2))
 
     def embed(self, images: Iterable[Any], *, on_error: str = "raise") -> NDArray[np.float32]:
         """Features of images.
@@ -115,16 +143,18 @@ class FeatureExtractor:
         if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
             raise TypeError(f"images must be a list of images; got one {type(images).__name__}: put it in a list")
         parts: list[NDArray[np.float32]] = []
-        for first, group in _groups(images, BATCH_SIZE):
-            squares: list[NDArray[np.uint8] | None] = []
+        side = self.config.preprocessing.image_size
+        for first, group in _groups(images, self.batch_size):
+            squares = np.zeros((len(group), side, side, 3), np.uint8)
+            failed: list[int] = []
             for offset, image in enumerate(group):
                 try:
-                    squares.append(self.prepare(image))
+                    squares[offset] = self.prepare(image)
                 except DecodeError as exc:
                     if on_error == "raise":
                         raise DecodeError(f"image {first + offset}: {exc}") from exc
-                    squares.append(None)
-            parts.append(self.embed_prepared(squares))
+                    failed.append(offset)
+            parts.append(self.embed_prepared(squares, failed))
         return np.concatenate(parts) if parts else np.empty((0, self.feature_size), np.float32)
 
     def prepare(self, image: Any) -> NDArray[np.uint8]:
@@ -133,15 +163,35 @@ class FeatureExtractor:
         Raises:
             DecodeError: it cannot be read.
         """
-        return resize_and_crop(_pixels(image), self.config.preprocessing)
+        contract, scaled = self.config.preprocessing, self.decoding == "scaled"
+        if isinstance(image, (str, os.PathLike)):
+            try:
+                return prepare_square(Path(image).read_bytes(), contract, scaled=scaled)
+            except OSError as exc:
+                raise DecodeError(f"{image}: {exc.strerror}") from exc
+            except DecodeError as exc:
+                raise DecodeError(f"{image}: {exc}") from exc
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            return prepare_square(bytes(image), contract, scaled=scaled)
+        if isinstance(image, Image.Image):
+            try:
+                return resize_and_crop(to_rgb(image), contract)
+            except (OSError, SyntaxError, ValueError) as exc:  # an open image is read from its file only now
+                raise DecodeError(f"damaged: {exc}") from exc
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+                raise DecodeError(f"an array must be (H, W, 3) uint8 RGB; got {image.shape} {image.dtype}")
+            return resize_and_crop(Image.fromarray(image), contract)
+        raise TypeError(f"an image must be a path, bytes, a Pillow image or an array; got {type(image).__name__}")
 
-    def embed_prepared(self, squares: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.float32]:
-        """One batch of squares from `prepare` to (n, D) float32; None gives a row of NaN."""
-        features = np.full((len(squares), self.feature_size), np.nan, np.float32)
-        good = [row for row, square in enumerate(squares) if square is not None]
-        if good:
-            stacked = np.stack([square for square in squares if square is not None])
-            features[good] = self.engine.run(normalise(stacked, self.config.preprocessing))
+    def embed_prepared(self, squares: NDArray[np.uint8], failed: Sequence[int] = ()) -> NDArray[np.float32]:
+        """One batch of squares from `prepare`, (n, S, S, 3) uint8, to (n, D) float32.
+
+        A failed image keeps its slot (whatever pixels stand there), so that its neighbours' vectors do not depend on
+        it; its own row is NaN.
+        """
+        features = self.engine.run(normalise(squares, self.config.preprocessing))
+        features[list(failed)] = np.nan
         return features
 
     def golden_cosine(self) -> float:
@@ -156,28 +206,6 @@ def cosine(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> NDArra
     with np.errstate(invalid="ignore"):
         similarity: NDArray[np.float64] = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
     return similarity
-
-
-def _pixels(image: Any) -> NDArray[np.uint8]:
-    if isinstance(image, (str, os.PathLike)):
-        try:
-            return decode(Path(image).read_bytes())
-        except OSError as exc:
-            raise DecodeError(f"{image}: {exc.strerror}") from exc
-        except DecodeError as exc:
-            raise DecodeError(f"{image}: {exc}") from exc
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return decode(bytes(image))
-    if isinstance(image, Image.Image):
-        try:
-            return to_rgb(image)
-        except (OSError, SyntaxError, ValueError) as exc:  # an open image is read from its file only now
-            raise DecodeError(f"damaged: {exc}") from exc
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise DecodeError(f"an array must be (H, W, 3) uint8 RGB; got {image.shape} {image.dtype}")
-        return image
-    raise TypeError(f"an image must be a path, bytes, a Pillow image or an array; got {type(image).__name__}")
 
 
 def _groups(images: Iterable[Any], size: int) -> Iterator[tuple[int, list[Any]]]:

@@ -1,108 +1,370 @@
-"""Which images a command's arguments name, in which order."""
+"""Which images a command's arguments name, in which order. The list lies on disk: it may have any length."""
 
 from __future__ import annotations
 
-import base64
-import errno
+import glob
+import hashlib
+import heapq
+import itertools
 import os
-import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import IO
 
-from robustfeat.errors import InputError
+from robustfeat.errors import InputError, first_line
+from robustfeat.serving.sources import ImageSource, image_column, is_remote, open_remote
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFile", "Inputs", "list_folder", "list_images"]
+__all__ = ["IMAGE_SUFFIXES", "InputList", "list_folder", "list_inputs"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
+_PARQUET = re.compile(r"(?P<file>.*\.parquet)(:(?P<column>[^:/]+))?", re.IGNORECASE | re.DOTALL)
+_COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
+_SORT_ROWS = 20_000
+_MERGE_RUNS = 64
+_OFFSET_EVERY = 4096
 
-@dataclass(frozen=True)
-class ImageFile:
-    """One row of the output.
+
+class InputList:
+    """The images to embed, one line each in an unnamed temporary file; close it, or use it in a `with` block.
 
     Attributes:
-        file: where to read.
-        path: relative to the argument's folder, POSIX.
+        skipped: files with other suffixes that lay between them.
+        sha256: of the list: equal for equal lists of the same files.
+
+    Args:
+        folder: where the temporary file lies; the system's folder for those by default.
     """
 
-    file: Path
-    path: bytes
+    def __init__(self, images: Iterable[ImageSource] = (), *, folder: Path | None = None) -> None:
+        self.skipped = 0
+        self._count = 0
+        self._digest = hashlib.sha256()
+        self._offsets: list[int] = []
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the list
+        for image in images:
+            self.append(image)
 
-    def read(self) -> bytes:
-        """The file's bytes.
+    def __len__(self) -> int:
+        return self._count
 
-        Raises:
-            OSError: it cannot be read, or is no regular file (reading a pipe or a device might never end).
-        """
-        if not stat.S_ISREG(self.file.stat().st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return self.file.read_bytes()
+    def __enter__(self) -> InputList:
+        return self
 
-    def index_fields(self) -> dict[str, str]:
-        """`path`, and `path_bytes` (base64) where the name is not UTF-8."""
-        try:
-            return {"path": self.path.decode("utf-8")}
-        except UnicodeDecodeError:
-            lossy = self.path.decode("utf-8", "replace")
-            return {"path": lossy, "path_bytes": base64.b64encode(self.path).decode("ascii")}
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the disk space."""
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        """64 hex digits."""
+        return self._digest.hexdigest()
+
+    def append(self, image: ImageSource) -> None:
+        """Adds a row at the end."""
+        if self._count % _OFFSET_EVERY == 0:
+            self._offsets.append(self._file.seek(0, os.SEEK_END))
+        line = image.to_line()
+        self._digest.update(line)
+        self._file.write(line)
+        self._count += 1
+
+    def lines(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """Rows `start` to `stop` as lines of `ImageSource.to_line`. Only one such iterator may run at a time."""
+        stop = self._count if stop is None else min(stop, self._count)
+        if start >= stop:
+            return
+        self._file.seek(self._offsets[start // _OFFSET_EVERY])
+        yield from itertools.islice(self._file, start % _OFFSET_EVERY, start % _OFFSET_EVERY + stop - start)
+
+    def __iter__(self) -> Iterator[ImageSource]:
+        return map(ImageSource.from_line, self.lines())
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The images to embed, and how many other files lay between them."""
+def list_inputs(
+    arguments: Sequence[str | Path],
+    *,
+    files_from: str | Path | None = None,
+    null: bool = False,
+    folder: Path | None = None,
+) -> InputList:
+    """The images that the arguments name, in the order of the arguments.
 
-    images: tuple[ImageFile, ...]
-    skipped: int
+    An argument is one of these, local or at a URL that fsspec knows (s3://, gs://, hf://, ...):
 
+    - a folder: every file in it with an image suffix, in the byte order of the relative path, dangling links and
+      unreadable files included; other suffixes are counted as skipped, hidden files and folders ignored;
+    - a file, always a row; a glob, whose files are rows and whose folders are read as such;
+    - FILE.tar: its members with an image suffix; FILE.parquet, or FILE.parquet:COLUMN: its rows;
+    - `-`: the same as `files_from="-"`.
 
-def list_images(arguments: Sequence[str | Path]) -> Inputs:
-    """Images in the order of the arguments, within a folder in the byte order of their relative path.
-
-    In a folder every file with an image suffix is a row, dangling links and unreadable ones included; files with
-    another suffix are counted as skipped; hidden files and folders are ignored. A file named itself is always a row.
+    Args:
+        arguments: as above.
+        files_from: a file with more of them, one a line, `-` for stdin. A file that is missing is a failed row there.
+        null: the lines of `files_from` end in NUL.
+        folder: see `InputList`.
 
     Raises:
-        InputError: an argument does not exist, or there is no image at all.
+        InputError: an argument does not exist or cannot be read, or there is no image at all.
     """
-    images: list[ImageFile] = []
-    skipped = 0
-    for argument in arguments:
-        root = Path(argument)
-        if root.is_dir():
-            found, others = list_folder(root)
-            images.extend(found)
-            skipped += others
-        elif os.path.lexists(root):
-            images.append(ImageFile(root, os.fsencode(root.name)))
-        else:
-            raise InputError(f"{root}: no such file or folder; expected a folder of images or an image file")
-    if not images:
-        places = ", ".join(str(argument) for argument in arguments)
-        aside = f" ({skipped} files with other suffixes)" if skipped else ""
-        raise InputError(
-            f"{places}: no images found{aside}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
-        )
-    return Inputs(tuple(images), skipped)
+    listing = InputList(folder=folder)
+    try:
+        for argument in map(str, arguments):
+            if argument == "-":
+                _list_lines("-", null, listing)
+            else:
+                _list_argument(argument, listing)
+        if files_from is not None:
+            _list_lines(str(files_from), null, listing)
+        if not len(listing):
+            places = ", ".join(map(str, arguments)) or str(files_from)
+            aside = f" ({listing.skipped} files with other suffixes)" if listing.skipped else ""
+            raise InputError(
+                f"{places}: no images found{aside}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}, "
+                "or archives named themselves: FILE.tar, FILE.parquet"
+            )
+    except BaseException:
+        listing.close()
+        raise
+    return listing
 
 
-def list_folder(root: Path) -> tuple[list[ImageFile], int]:
+def list_folder(root: Path) -> tuple[list[ImageSource], int]:
     """The images under `root` in the byte order of their relative path, and the number of other files."""
-    images: list[ImageFile] = []
-    skipped = 0
+    listing = InputList()
+    with listing:
+        _list_argument(os.fspath(root), listing)
+        return list(listing), listing.skipped
 
-    def refuse(exc: OSError) -> None:
-        raise InputError(f"{exc.filename}: cannot be listed ({exc.strerror}); make it readable or leave it out")
 
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if name.startswith("."):
+def _list_argument(argument: str, listing: InputList) -> None:
+    argument = argument.removeprefix("file://")
+    if is_remote(argument):
+        _list_remote(argument, listing)
+    elif os.path.isdir(argument):
+        _extend_sorted(listing, _walk(argument, listing))
+    elif os.path.lexists(argument):
+        _list_file(argument, os.path.basename(argument), listing)
+    elif (match := _PARQUET.fullmatch(argument)) and match["column"] and os.path.exists(match["file"]):
+        _list_file(argument, os.path.basename(match["file"]), listing)
+    elif glob.has_magic(argument):
+        _extend_sorted(listing, _glob(argument, listing))
+    else:
+        raise InputError(f"{argument}: no such file or folder; expected a folder of images or an image file")
+
+
+def _list_file(file: str, path: str, listing: InputList) -> None:
+    """One file, local or remote: an image, or an archive of images. `path` is what the index calls it."""
+    if (match := _PARQUET.fullmatch(file)) is not None:
+        name, place = path.removesuffix(f":{match['column']}"), match["file"]
+        place = place if is_remote(place) else os.path.abspath(place)
+        column, rows = image_column(place, match["column"])
+        for row in range(rows):
+            # Nine digits: the byte order of the paths is then the order of the rows.
+            listing.append(ImageSource(f"{name}/{row:09}", place, "parquet", row, 0, column))
+    elif file.lower().endswith(".tar"):
+        _extend_sorted(listing, _tar_members(file, path, listing))
+    elif _COMPRESSED_TAR.search(file):
+        raise InputError(f"{file}: a compressed archive cannot be read at random; decompress it to a .tar first")
+    else:
+        listing.append(ImageSource(path, file if is_remote(file) else os.path.abspath(file)))
+
+
+def _list_lines(place: str, null: bool, listing: InputList) -> None:
+    try:
+        with sys.stdin.buffer if place == "-" else open(place, "rb") as handle:
+            for line in _split(handle, b"\0" if null else b"\n"):
+                entry = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if not len(listing) else line)
+                entry = entry if null else entry.removesuffix("\r")
+                if not entry:
+                    continue
+                if not is_remote(entry) and os.path.isdir(entry):
+                    prefix = entry.rstrip("/") + "/"
+                    _extend_sorted(listing, _walk(entry, listing, prefix))
+                else:
+                    _list_file(entry, entry.removeprefix("./"), listing)
+    except OSError as exc:
+        raise InputError(f"--files-from {place}: cannot be read ({exc.strerror})") from exc
+
+
+def _split(handle: IO[bytes], separator: bytes) -> Iterator[bytes]:
+    if separator == b"\n":
+        for line in handle:
+            yield line.removesuffix(b"\n")
+        return
+    rest = b""
+    while block := handle.read(2**16):
+        *lines, rest = (rest + block).split(separator)
+        yield from lines
+    yield rest
+
+
+def _is_image(name: str, listing: InputList) -> bool:
+    """Whether a file found in a folder or an archive is a row; counts it as skipped if its suffix says no."""
+    if name.startswith("."):
+        return False
+    if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        return True
+    listing.skipped += 1
+    return False
+
+
+def _walk(root: str, listing: InputList, prefix: str = "") -> Iterator[ImageSource]:
+    base = os.path.abspath(root)
+    # Linked folders are followed; a folder inside itself is not.
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while waiting:
+        relative, above = waiting.pop()
+        folder = os.path.join(base, relative)
+        try:
+            status = os.stat(folder)
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                listing.skipped += 1
                 continue
-            if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
-                skipped += 1
-                continue
-            file = Path(folder, name)
-            images.append(ImageFile(file, os.fsencode(file.relative_to(root).as_posix())))
-    images.sort(key=lambda image: image.path)
-    return images, skipped
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = f"{relative}/{entry.name}" if relative else entry.name
+                    if entry.is_dir():
+                        if not entry.name.startswith("."):
+                            waiting.append((path, above | {here}))
+                    elif _is_image(entry.name, listing):
+                        yield ImageSource(prefix + path, os.path.join(base, path))
+        except OSError as exc:
+            place = os.path.join(root, relative) if relative else root
+            raise InputError(f"{place}: cannot be listed ({exc.strerror}); make it readable or leave it out") from exc
+
+
+def _glob(pattern: str, listing: InputList) -> Iterator[ImageSource]:
+    folder = _fixed_folder(pattern)
+    for match in glob.iglob(pattern, recursive=True):
+        path = os.path.relpath(match, folder or ".")
+        if not os.path.isdir(match):
+            yield from _sources_of(match, path, listing)
+        elif "**" not in pattern:  # there, what lies in a folder matches by itself
+            yield from _walk(match, listing, f"{path}/")
+
+
+def _sources_of(file: str, path: str, listing: InputList) -> Iterator[ImageSource]:
+    with InputList() as found:
+        _list_file(file, path, found)
+        listing.skipped += found.skipped
+        yield from found
+
+
+def _fixed_folder(pattern: str) -> str:
+    """The part of a pattern before its first folder with a wildcard: what the paths of its files are relative to."""
+    parts = pattern.split("/")
+    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    return "/".join(parts[:fixed]) or ("/" if pattern.startswith("/") else "")
+
+
+def _tar_members(file: str, path: str, listing: InputList) -> Iterator[ImageSource]:
+    place = file if is_remote(file) else os.path.abspath(file)
+    try:
+        if is_remote(file):
+            filesystem, remote = open_remote(file)
+            handle = filesystem.open(remote, "rb")
+            length = int(filesystem.size(remote) or 0)
+        else:
+            handle = open(file, "rb")  # noqa: SIM115 - closed below, as the remote one is
+            length = os.fstat(handle.fileno()).st_size
+        with handle, tarfile.open(fileobj=handle, mode="r:") as archive:
+            end = 0
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined] # or each would stay in memory
+                end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
+                name = member.name.removeprefix("./")
+                if member.isdir() or any(part.startswith(".") for part in name.split("/")[:-1]):
+                    continue
+                if not _is_image(name.rpartition("/")[2], listing):
+                    continue
+                if member.isreg() and not member.issparse():
+                    yield ImageSource(f"{path}/{name}", place, "tar", member.offset_data, member.size)
+                else:
+                    reason = "a link or special member of the archive"
+                    yield ImageSource(f"{path}/{name}", place, "failed", detail=reason)
+            # tarfile takes a header that is cut short for the end.
+            if end < length:
+                handle.seek(end)
+                if handle.read(512).strip(b"\0"):
+                    raise InputError(f"{file}: the archive is damaged after byte {end:,}; copy or pack it again")
+    except (OSError, tarfile.TarError) as exc:
+        raise InputError(f"{file}: not a readable tar archive ({first_line(exc)})") from exc
+
+
+def _list_remote(url: str, listing: InputList) -> None:
+    match = _PARQUET.fullmatch(url)
+    filesystem, path = open_remote(match["file"] if match else url)
+
+    def walk(root: str, prefix: str = "") -> Iterator[ImageSource]:
+        root = root.rstrip("/")
+        for folder, _, names in filesystem.walk(root, on_error="raise"):
+            for name in filter(None, names):
+                place = f"{folder.rstrip('/')}/{name}"
+                relative = place[len(root) :].lstrip("/")
+                hidden = any(part.startswith(".") for part in relative.split("/")[:-1])
+                if not hidden and _is_image(name, listing):
+                    yield ImageSource(prefix + relative, filesystem.unstrip_protocol(place))
+
+    def matches() -> Iterator[ImageSource]:
+        root = _fixed_folder(path).rstrip("/")
+        for place, info in filesystem.glob(path, detail=True).items():
+            relative = place[len(root) :].lstrip("/")
+            if info["type"] != "directory":
+                yield from _sources_of(filesystem.unstrip_protocol(place), relative, listing)
+            elif "**" not in path:
+                yield from walk(place, f"{relative}/")
+
+    try:
+        if filesystem.isfile(path):
+            _list_file(url, url.rpartition("/")[2], listing)
+        elif glob.has_magic(path):
+            _extend_sorted(listing, matches())
+        elif filesystem.isdir(path):
+            _extend_sorted(listing, walk(path))
+        else:
+            raise InputError(f"{url}: no such file or folder")
+    except InputError:
+        raise
+    except Exception as exc:  # each filesystem has its own
+        raise InputError(f"{url}: cannot be listed ({type(exc).__name__}: {first_line(exc)})") from exc
+
+
+def _extend_sorted(listing: InputList, images: Iterable[ImageSource]) -> None:
+    """Appends in the byte order of the paths, holding `_SORT_ROWS` of them in memory: a merge sort on disk."""
+
+    def key(image: ImageSource) -> bytes:
+        return os.fsencode(image.path)
+
+    images = iter(images)
+    first = sorted(itertools.islice(images, _SORT_ROWS), key=key)
+    if len(first) < _SORT_ROWS:
+        for image in first:
+            listing.append(image)
+        return
+    runs = [InputList(first)]
+    del first
+    try:
+        while chunk := sorted(itertools.islice(images, _SORT_ROWS), key=key):
+            runs.append(InputList(chunk))
+            if len(runs) == _MERGE_RUNS:
+                merged = InputList(heapq.merge(*runs, key=key))
+                for run in runs:
+                    run.close()
+                runs = [merged]
+        for image in heapq.merge(*runs, key=key):
+            listing.append(image)
+    finally:
+        for run in runs:
+            run.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -85,8 +84,8 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pixels(self, index: int) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8.
+    def image(self, index: int) -> Image.Image:
+        """RGB, upright.
 
         Raises:
             DecodeError: naming the image.
@@ -171,10 +170,10 @@ def _open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSe
     for label, name in enumerate(classes):
         images = list_folder(root / name)[0] if (root / name).is_dir() else []
         for image in images:
-            names.append(f"{name}/{os.fsdecode(image.path)}")
+            names.append(f"{name}/{image.path}")
             labels.append(label)
             # A dangling link has no size; it is left out, and named, when its turn comes.
-            size = image.file.stat().st_size if image.file.exists() else -1
+            size = Path(image.file).stat().st_size if Path(image.file).exists() else -1
             digest.update(f"{names[-1]}\0{size}\n".encode(errors="surrogateescape"))
     if not names:
         raise DataError(f"{root}: holds no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
@@ -274,7 +273,7 @@ class Batch:
 def _collect(
     data: ImageSet,
     indices: NDArray[np.int64],
-    view: Callable[[NDArray[np.uint8], int], NDArray[np.uint8]],
+    view: Callable[[Image.Image, int], NDArray[np.uint8]],
     side: int,
 ) -> Batch:
     """`view` maps an image and its place in the batch to (side, side, 3)."""
@@ -283,7 +282,7 @@ def _collect(
     failures: list[str] = []
     for place, index in enumerate(indices):
         try:
-            squares[len(kept)] = view(data.pixels(int(index)), place)
+            squares[len(kept)] = view(data.image(int(index)), place)
             kept.append(int(index))
         except DecodeError as exc:
             failures.append(str(exc))
@@ -316,18 +315,16 @@ class TrainingBatches(Dataset[Batch]):
         indices = self._order[step * self._batch_size : (step + 1) * self._batch_size]
         rng = np.random.default_rng([self._seed, self._epoch, step])
         draws = rng.random((len(indices), 5))
-        return _collect(self._data, indices, lambda pixels, place: self._crop(pixels, draws[place]), self._side)
+        return _collect(self._data, indices, lambda image, place: self._crop(image, draws[place]), self._side)
 
-    def _crop(self, pixels: NDArray[np.uint8], draw: NDArray[np.float64]) -> NDArray[np.uint8]:
-        height, width = pixels.shape[:2]
+    def _crop(self, image: Image.Image, draw: NDArray[np.float64]) -> NDArray[np.uint8]:
+        width, height = image.size
         area = height * width * (self._min_crop_area + (1 - self._min_crop_area) * draw[0])
         ratio = math.exp((2 * draw[1] - 1) * math.log(4 / 3))
         w, h = min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)
         left, top = draw[2] * (width - w), draw[3] * (height - h)
-        image = Image.fromarray(pixels).resize(
-            (self._side, self._side), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
-        )
-        square = np.asarray(image)
+        size = (self._side, self._side)
+        square = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)))
         return square[:, ::-1] if draw[4] < 0.5 else square
 
 
@@ -344,7 +341,7 @@ class EvaluationBatches(Dataset[Batch]):
         stop = min((step + 1) * self._batch_size, len(self._data))
         indices = np.arange(step * self._batch_size, stop)
         contract = self._contract
-        return _collect(self._data, indices, lambda pixels, _: resize_and_crop(pixels, contract), contract.image_size)
+        return _collect(self._data, indices, lambda image, _: resize_and_crop(image, contract), contract.image_size)
 
 
 def load_batches(batches: Dataset[Batch], workers: int, start: int = 0) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import COMPACT_ONNX, GOLDEN_FEATURES, ONNX, WEIGHTS, ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
 from robustfeat.serving.extractor import FeatureExtractor, cosine
-from robustfeat.serving.inputs import list_images
+from robustfeat.serving.inputs import list_inputs
 from robustfeat.training.checkpoint import load_checkpoint
 from robustfeat.training.data import open_training_data
 from robustfeat.training.network import build_network
@@ -156,7 +157,7 @@ def export_run(
 
 
 def write_model_folder(
-    backbone: Backbone, out: str | Path, *, calibration: Sequence[NDArray[np.uint8]] | None, compact: bool = False
+    backbone: Backbone, out: str | Path, *, calibration: Sequence[Image.Image] | None, compact: bool = False
 ) -> ExportReport:
     """Writes the folder, checks it and only then gives it its name.
 
@@ -241,7 +242,7 @@ def golden_images() -> list[tuple[str, bytes]]:
     return [(entry.name, entry.read_bytes()) for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)]
 
 
-def _write_golden(path: Path) -> list[NDArray[np.uint8]]:
+def _write_golden(path: Path) -> list[Image.Image]:
     (path / "golden").mkdir()
     images = golden_images()
     for name, data in images:
@@ -261,7 +262,7 @@ def _preprocessor_config(contract: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _training_images(data: Mapping[str, Any], recipe: Recipe) -> list[NDArray[np.uint8]]:
+def _training_images(data: Mapping[str, Any], recipe: Recipe) -> list[Image.Image]:
     try:
         train, _ = open_training_data(
             data["root"], val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts
@@ -271,31 +272,32 @@ def _training_images(data: Mapping[str, Any], recipe: Recipe) -> list[NDArray[np
     if train.fingerprint != data["fingerprint"]:
         raise DataError(f"{data['root']}: has changed since training; pass --calibration FOLDER or --no-int8")
     order = np.random.default_rng(0).permutation(len(train))
-    images: list[NDArray[np.uint8]] = []
+    images: list[Image.Image] = []
     for index in order[: 2 * CALIBRATION_IMAGES]:
         if len(images) == CALIBRATION_IMAGES:
             break
         try:
-            images.append(train.pixels(int(index)))
+            images.append(train.image(int(index)))
         except DecodeError:
             continue
     return images
 
 
-def folder_images(folder: str | Path) -> list[NDArray[np.uint8]]:
+def folder_images(folder: str | Path) -> list[Image.Image]:
     """The first images of a folder that can be decoded, for calibration.
 
     Raises:
         DataError: there is none.
     """
     images = []
-    for image in list_images([folder]).images:
-        try:
-            images.append(decode(image.read()))
-        except (DecodeError, OSError):
-            continue
-        if len(images) == CALIBRATION_IMAGES:
-            break
+    with list_inputs([folder]) as listed:
+        for image in listed:
+            try:
+                images.append(decode(image.read()))
+            except (DecodeError, OSError):
+                continue
+            if len(images) == CALIBRATION_IMAGES:
+                break
     if not images:
         raise DataError(f"--calibration {folder}: none of its images can be decoded")
     return images

@@ -1,0 +1,166 @@
+"""The program of a decoder process: image files in, squares in shared memory out.
+
+`robustfeat.serving.decoders` starts it and speaks with it. An image that crashes or hangs it costs that image alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import resource
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from robustfeat.errors import DecodeError, InputError
+from robustfeat.hub.preprocessing import Preprocessing, prepare_square
+from robustfeat.serving.sources import ImageSource, is_remote
+
+__all__ = ["MEMORY_BYTES", "Decoded", "SharedSquares", "Task", "serve"]
+
+MEMORY_BYTES = 4 * 2**30
+"""What decoding one image may take; one that needs more is a failed row."""
+
+_REMOTE_READS = 16
+_HEARTBEAT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """Neighbouring rows to decode.
+
+    Attributes:
+        first: number of the first row.
+        place: where in the shared memory its square goes; the others follow.
+        lines: `ImageSource.to_line` of each.
+        data: the encoded images of rows of Parquet files, which the parent reads; None without such rows.
+        lost: rows of this task that brought down a decoder before, with the reason.
+    """
+
+    first: int
+    place: int
+    lines: Sequence[bytes]
+    data: Sequence[bytes | None] | None
+    lost: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The answer to a task.
+
+    Attributes:
+        index: the rows' lines of the index file.
+        failed: offsets of the rows without a square.
+        stopped: why the whole run cannot go on; None if it can.
+    """
+
+    index: bytes
+    failed: tuple[int, ...]
+    stopped: str | None = None
+
+
+class SharedSquares:
+    """Memory that decoders and their parent share.
+
+    Attributes:
+        progress: (decoders, 2) int64: the offset in its task that each is at, and a count that moves while it lives.
+        squares: (places, S, S, 3) uint8.
+    """
+
+    def __init__(self, descriptor: int, decoders: int, places: int, side: int) -> None:
+        head = decoders * 2 * 8
+        self.size = head + places * side * side * 3
+        memory = mmap.mmap(descriptor, self.size)
+        self.progress = np.frombuffer(memory, np.int64, decoders * 2).reshape(decoders, 2)
+        self.squares = np.frombuffer(memory, np.uint8, offset=head).reshape(places, side, side, 3)
+
+
+def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contract: str, scaled: bool) -> None:
+    """Answers tasks until the parent hangs up."""
+    # Ctrl+C reaches the whole process group; the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    preprocessing = Preprocessing.from_dict(json.loads(contract))
+    shared = SharedSquares(memory, decoders, places, preprocessing.image_size)
+    limit = MEMORY_BYTES + shared.size
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+    connection = Connection(pipe)
+    decoder = _Decoder(shared, number, preprocessing, scaled)
+    try:
+        connection.send("ready")
+        while True:
+            task = connection.recv()
+            connection.send(decoder.run(task))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+class _Decoder:
+    def __init__(self, shared: SharedSquares, number: int, contract: Preprocessing, scaled: bool) -> None:
+        self._squares, self._progress = shared.squares, shared.progress[number]
+        self._contract, self._scaled = contract, scaled
+        self._readers: ThreadPoolExecutor | None = None
+
+    def run(self, task: Task) -> Decoded:
+        index: list[str] = []
+        failed: list[int] = []
+        sources = [ImageSource.from_line(line) for line in task.lines]
+        try:
+            for offset, (source, data) in enumerate(zip(sources, self._read(sources, task), strict=True)):
+                digest, error = self._decode(data, task.place + offset) if isinstance(data, bytes) else (None, data)
+                if error is not None:
+                    failed.append(offset)
+                record: dict[str, Any] = {"row": task.first + offset, **source.index_fields()}
+                index.append(json.dumps({**record, "sha256": digest, "error": error}, ensure_ascii=False) + "\n")
+        except InputError as exc:
+            return Decoded(b"", (), str(exc))
+        return Decoded("".join(index).encode(), tuple(failed))
+
+    def _decode(self, data: bytes, place: int) -> tuple[str, str | None]:
+        digest = hashlib.sha256(data).hexdigest()
+        try:
+            self._squares[place] = prepare_square(data, self._contract, scaled=self._scaled)
+        except DecodeError as exc:
+            error = str(exc)
+        except MemoryError:
+            error = "out of memory while resizing"
+        else:
+            return digest, None
+        self._squares[place] = 0  # so that the batch, and with it its neighbours' last bits, are always the same
+        return digest, error
+
+    def _read(self, sources: Sequence[ImageSource], task: Task) -> Iterator[bytes | str]:
+        """The bytes of each image, or the reason why there are none; sets the progress as it goes."""
+        coming: dict[int, Future[bytes]] = {}
+        if any(is_remote(source.file) and source.kind != "parquet" for source in sources):
+            # Storage far away answers slowly, but many at a time.
+            self._readers = self._readers or ThreadPoolExecutor(_REMOTE_READS)
+            coming = {offset: self._readers.submit(source.read) for offset, source in enumerate(sources)}
+        for offset, source in enumerate(sources):
+            self._progress[:] = offset, self._progress[1] + 1
+            if offset in task.lost:
+                self._squares[task.place + offset] = 0
+                yield task.lost[offset]
+                continue
+            try:
+                if offset in coming:
+                    while not wait([coming[offset]], _HEARTBEAT_S).done:
+                        self._progress[1] += 1  # waiting is not hanging
+                    yield coming[offset].result()
+                elif source.kind == "parquet":
+                    data = task.data[offset] if task.data is not None else None
+                    yield "the row holds no image" if data is None else data
+                else:
+                    yield source.read()
+            except OSError as exc:
+                self._squares[task.place + offset] = 0
+                yield exc.strerror or str(exc)
+            except (MemoryError, ValueError) as exc:
+                self._squares[task.place + offset] = 0
+                yield "out of memory while reading" if isinstance(exc, MemoryError) else str(exc)

@@ -1,0 +1,232 @@
+"""Where the bytes of an image lie, and how they are read: files, members of tar archives, rows of Parquet files."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from robustfeat.errors import InputError, first_line
+
+__all__ = ["MAX_FILE_BYTES", "ImageSource", "ParquetImages", "image_column", "is_remote", "open_remote"]
+
+MAX_FILE_BYTES = 512 * 2**20
+"""Files of more bytes are failed rows; so is one that never ends."""
+
+_REMOTE_TRIES = 4
+_MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """One row of the output.
+
+    Attributes:
+        path: what the index calls it, POSIX; names that are not UTF-8 hold their bytes as lone surrogates
+            (`os.fsdecode`).
+        file: the file that holds it: an absolute path, or a URL of fsspec.
+        kind: file, tar, parquet, or `failed`, then `detail` says why.
+        at, size: tar: where its bytes lie; parquet: `at` is the row.
+        detail: parquet: the column.
+    """
+
+    path: str
+    file: str
+    kind: str = "file"
+    at: int = 0
+    size: int = 0
+    detail: str = ""
+
+    def to_line(self) -> bytes:
+        """One line of ASCII JSON."""
+        return json.dumps(astuple(self), separators=(",", ":")).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> ImageSource:
+        """The inverse of `to_line`."""
+        return cls(*json.loads(line))
+
+    def index_fields(self) -> dict[str, str]:
+        """`path`, and `path_bytes` (base64) where the name is not UTF-8."""
+        raw = os.fsencode(self.path)
+        try:
+            return {"path": raw.decode("utf-8")}
+        except UnicodeDecodeError:
+            return {"path": raw.decode("utf-8", "replace"), "path_bytes": base64.b64encode(raw).decode("ascii")}
+
+    def read(self) -> bytes:
+        """The image file's bytes. Rows of Parquet files come from `ParquetImages` instead.
+
+        Raises:
+            OSError: it cannot be read, is no regular file (a pipe or a device might never end) or is too large.
+            InputError: remote storage does not answer.
+        """
+        if self.kind == "failed":
+            raise OSError(errno.EINVAL, self.detail)
+        if self.kind == "tar" and self.size > MAX_FILE_BYTES:
+            raise _too_large()
+        if is_remote(self.file):
+            return self._read_remote()
+        # O_NONBLOCK: opening a pipe would wait for its writer.
+        descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb", buffering=0) as handle:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            if self.kind == "tar":
+                data = os.pread(descriptor, self.size, self.at)
+                if len(data) < self.size:
+                    raise OSError(errno.EIO, "the archive ends before this member does")
+                return data
+            if status.st_size > MAX_FILE_BYTES:
+                raise _too_large()
+            # Files of /proc have no size and some of them no end.
+            data = handle.read(status.st_size) if status.st_size else b""
+            rest = handle.read(MAX_FILE_BYTES + 1 - len(data)) if len(data) == status.st_size else b""
+            if len(rest) + len(data) > MAX_FILE_BYTES:
+                raise _too_large()
+            return data + rest if rest else data
+
+    def _read_remote(self) -> bytes:
+        start, end = (self.at, self.at + self.size) if self.kind == "tar" else (0, MAX_FILE_BYTES + 1)
+        for attempt in range(_REMOTE_TRIES):
+            try:
+                filesystem, path = open_remote(self.file)
+                data: bytes = filesystem.cat_file(path, start=start, end=end)
+                break
+            except _MISSING as exc:
+                raise OSError(errno.ENOENT, first_line(exc)) from exc
+            except InputError:
+                raise
+            except Exception as exc:  # each filesystem has its own; all that is left is the network's fault
+                if attempt == _REMOTE_TRIES - 1:
+                    raise InputError(f"{self.file}: cannot be read ({type(exc).__name__}: {first_line(exc)})") from exc
+                time.sleep(2**attempt / 2)
+        if len(data) > MAX_FILE_BYTES:
+            raise _too_large()
+        if self.kind == "tar" and len(data) < self.size:
+            raise OSError(errno.EIO, "the archive ends before this member does")
+        return data
+
+
+def _too_large() -> OSError:
+    return OSError(errno.EFBIG, f"over the limit of {MAX_FILE_BYTES:,} bytes")
+
+
+def is_remote(place: str) -> bool:
+    """Whether that is a URL rather than a path."""
+    return "://" in place
+
+
+def open_remote(url: str) -> tuple[Any, str]:
+    """The filesystem of a URL, by fsspec (which caches them), and the path in it.
+
+    Raises:
+        InputError: the scheme is unknown, or its package is missing.
+    """
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except ImportError as exc:
+        raise InputError(f"{url}: {first_line(exc)}") from exc
+    except ValueError as exc:
+        raise InputError(f"{url}: {first_line(exc)}; expected a path, or s3://, gs:// or hf://") from exc
+    return filesystem, str(path)
+
+
+class ParquetImages:
+    """Reads rows of one Parquet file in ascending order, keeping one batch of rows in memory."""
+
+    _ROWS = 64
+
+    def __init__(self, file: str, column: str) -> None:
+        self.file, self.column = file, column
+        self._rows: Iterator[bytes | None] | None = None
+        self._next = 0
+
+    def read(self, row: int) -> bytes | None:
+        """The encoded image of that row; None where it holds none.
+
+        Raises:
+            InputError: the file cannot be read (any longer).
+        """
+        try:
+            if self._rows is None or not 0 <= row - self._next < 10 * self._ROWS:
+                self._rows, self._next = self._from(row), row
+            for _ in range(self._next, row):
+                next(self._rows)
+            self._next = row + 1
+            return next(self._rows)
+        except (OSError, ValueError, StopIteration) as exc:
+            raise InputError(f"{self.file}: cannot be read ({first_line(exc)})") from exc
+
+    def _from(self, row: int) -> Iterator[bytes | None]:
+        import pyarrow
+        from pyarrow import compute, parquet
+
+        with _open_parquet(self.file) as handle:
+            file = parquet.ParquetFile(handle, pre_buffer=False)
+            group, first = 0, 0
+            while row >= first + file.metadata.row_group(group).num_rows:
+                first += file.metadata.row_group(group).num_rows
+                group += 1
+            groups = list(range(group, file.metadata.num_row_groups))
+            skip = row - first
+            for batch in file.iter_batches(self._ROWS, row_groups=groups, columns=[self.column]):
+                values = batch.column(0)
+                if pyarrow.types.is_struct(values.type):
+                    values = compute.struct_field(values, "bytes")
+                for value in values[skip:]:
+                    yield value.as_py()
+                skip = max(0, skip - len(values))
+
+
+def image_column(file: str, column: str | None) -> tuple[str, int]:
+    """The column of a Parquet file that holds encoded images, and the number of rows.
+
+    Images are a binary column, or a struct with a binary field `bytes` as Hugging Face writes them.
+
+    Raises:
+        InputError: the file cannot be read, has no such column, or has several and none was named.
+    """
+    import pyarrow
+    from pyarrow import parquet, types
+
+    def holds_images(field: Any) -> bool:
+        kind = field.type
+        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    try:
+        with _open_parquet(file) as handle:
+            found = parquet.ParquetFile(handle)
+            schema, rows = found.schema_arrow, found.metadata.num_rows
+    except (OSError, pyarrow.ArrowInvalid) as exc:
+        raise InputError(f"{file}: not a readable Parquet file ({first_line(exc)})") from exc
+    names = [field.name for field in schema if holds_images(field)]
+    if column is None and len(names) > 1 and "image" in names:
+        column = "image"
+    if column is None and len(names) == 1:
+        column = names[0]
+    if column not in names:
+        wanted = f"no column {column!r} of image bytes" if column else "no single column of image bytes"
+        columns = ", ".join(names) or "none"
+        raise InputError(f"{file}: has {wanted}; it has {columns}: name one as {os.path.basename(file)}:COLUMN")
+    return str(column), int(rows)
+
+
+def _open_parquet(file: str) -> Any:
+    import pyarrow
+
+    if is_remote(file):
+        filesystem, path = open_remote(file)
+        return filesystem.open(path, "rb")
+    return pyarrow.OSFile(file, "rb")
