@@ -145,6 +145,8 @@ def embed_files(
             if kept and not isinstance(exc, RobustFeatError):
                 progress.say(_advice(kept, job))
             raise
+        finally:
+            folder.release()
         return EmbeddingResult(
             features=places.features,
             index=places.index,

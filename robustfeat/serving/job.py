@@ -148,6 +148,7 @@ def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *
                 for key in sorted({*found, *mine})
                 if found.get(key) != mine.get(key)
             ]
+            folder.release()
             raise InputError(
                 f"{places.features}: an unfinished run is there with other settings ({'; '.join(changes)}); "
                 "repeat that command to finish it, or pass --restart to discard it"
@@ -187,6 +188,9 @@ def join_shards(
     Done again after a kill at any point, it ends with the same files: those of rows that were there before begin
     with the same bytes before and after, and the meta file, which tells them apart, comes last.
     """
+    if existing and not job.images:
+        folder.remove(JOB_FILE)
+        return existing.rows, int(existing.meta["failed"])
     images = job.first_row + job.images
     identity = {key: value for key, value in job.identity.items() if key != "appended_to"}
     about = {

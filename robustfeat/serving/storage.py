@@ -31,12 +31,18 @@ class LocalFolder:
         """
         import fcntl
 
+        self.release()
         self.place.mkdir(exist_ok=True)
-        self._lock = open(self.place / "lock", "wb")  # noqa: SIM115 - held until `remove` or the end
+        self._lock = open(self.place / "lock", "wb")  # noqa: SIM115 - held until `release`
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             raise InputError(f"{self.place}: another process is writing it; wait for it, or stop it") from exc
+
+    def release(self) -> None:
+        """Ends the claim of `create`."""
+        if self._lock:
+            self._lock.close()
 
     def names(self) -> set[str]:
         """Files that are complete; none where the folder is missing."""
@@ -88,6 +94,9 @@ class RemoteFolder:
     def create(self) -> None:
         """Makes the folder, for storage that has such."""
         self._filesystem.makedirs(self._path, exist_ok=True)
+
+    def release(self) -> None:
+        """There is no claim on remote storage: two runs at once are the caller's to avoid."""
 
     def names(self) -> set[str]:
         """Files that are complete; none where the folder is missing."""
