@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ EXAMPLES = ROOT / "examples" / "images"
 
 # No test may reach for the Hub: what would download must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What is measured once and kept is kept for this session.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="robustfeat-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

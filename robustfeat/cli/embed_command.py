@@ -77,6 +77,7 @@ def command(
     from robustfeat.serving.embedding import embed_files
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.inputs import list_inputs
+    from robustfeat.serving.speeds import fastest_way
 
     if not inputs and files_from is None:
         raise click.UsageError("Missing argument 'INPUT...', or --files-from.")
@@ -85,6 +86,14 @@ def command(
         model, precision=precision, engine=engine, device=device, threads=threads, streams=threads, decoding=decoding
     )
     with list_inputs(inputs, files_from=files_from, null=null) as found:
+        if not quiet and (faster := fastest_way(extractor)):
+            way, gain = faster
+            switch = f"--engine {way.engine} " if way.engine != extractor.engine.name else ""
+            click.echo(
+                f"faster here: {switch}--precision {way.precision} runs the model {gain:.1f} x as fast, "
+                f"at cosine {way.cosine:.4f} on the golden images",
+                err=True,
+            )
         result = embed_files(
             extractor,
             found,

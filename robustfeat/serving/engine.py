@@ -85,8 +85,6 @@ def open_engine(
     """
     if name not in {"auto", *ENGINES}:
         raise EngineError(f"engine must be auto, {' or '.join(ENGINES)}; got {name!r}")
-    if precision not in PRECISIONS:
-        raise EngineError(f"precision must be {', '.join(PRECISIONS)}; got {precision!r}")
     if device not in DEVICES:
         raise EngineError(f"device must be {', '.join(DEVICES)}; got {device!r}")
     if name == "auto":

@@ -14,7 +14,7 @@ from PIL import Image
 from robustfeat.errors import DecodeError, EngineError, ModelFolderError
 from robustfeat.hub.folder import ModelFolder, resolve_model
 from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_crop, to_rgb
-from robustfeat.serving.engine import Engine, open_engine
+from robustfeat.serving.engine import PRECISIONS, Engine, open_engine
 
 __all__ = ["DECODINGS", "FeatureExtractor", "cosine"]
 
@@ -93,6 +93,8 @@ class FeatureExtractor:
         decoding: str = "exact",
     ) -> FeatureExtractor:
         """As `from_pretrained`, without asking whether the precision is exact enough."""
+        if precision not in PRECISIONS:
+            raise EngineError(f"precision must be {', '.join(PRECISIONS)}; got {precision!r}")
         if decoding not in DECODINGS:
             raise EngineError(f"decoding must be {' or '.join(DECODINGS)}; got {decoding!r}")
         file = folder.onnx("fp32" if precision == "bf16" else precision)

@@ -193,9 +193,7 @@ def join_shards(
         return existing.rows, int(existing.meta["failed"])
     images = job.first_row + job.images
     identity = {key: value for key, value in job.identity.items() if key != "appended_to"}
-    about = {
-        key: str(identity[key]) for key in ("model", "precision", "engine", "preprocessing_hash", "inputs_sha256")
-    } | {"index": places.index.rpartition("/")[2]}
+    about = {key: str(identity[key]) for key in ("model", "precision", "engine", "preprocessing_hash")}
 
     def old_index() -> Iterator[bytes]:
         if existing:

@@ -12,7 +12,15 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from robustfeat.errors import DecodeError
-from robustfeat.hub.preprocessing import FORMATS, Preprocessing, decode, prepare_square, preprocess, resize_and_crop, to_rgb
+from robustfeat.hub.preprocessing import (
+    FORMATS,
+    Preprocessing,
+    decode,
+    prepare_square,
+    preprocess,
+    resize_and_crop,
+    to_rgb,
+)
 
 
 def encode(image: Image.Image, file_format: str, **options: object) -> bytes:

@@ -133,7 +133,7 @@ def test_without_onnx_runtime_exporting_says_what_is_missing(tmp_path: Path) -> 
 
 def test_without_onnx_runtime_one_line_names_both_wheels(model: Path) -> None:
     code = (
-        "import sys; sys.modules['onnxruntime'] = None\n"
+        "import sys; sys.modules['onnxruntime'] = sys.modules['openvino'] = None\n"
         "from robustfeat.cli import cli, main\n"
         f"sys.argv = ['robustfeat', 'embed', {str(model / 'golden')!r}, '--out', 'x.npy', '--model', {str(model)!r}]\n"
         "main()"

@@ -1,0 +1,133 @@
+"""Every engine and precision against PyTorch's answers, and against each other."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from robustfeat import FeatureExtractor
+from robustfeat.errors import EngineError, ModelFolderError
+from robustfeat.hub.folder import resolve_model
+from robustfeat.serving.engine import open_engine
+from robustfeat.serving.extractor import cosine
+
+WAYS = [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "int8")]
+
+
+def has_bf16() -> bool:
+    flags = Path("/proc/cpuinfo").read_text()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@pytest.mark.parametrize(("engine", "precision"), WAYS)
+@pytest.mark.parametrize("streams", [1, 2])
+def test_golden_images_give_pytorchs_features(engine: str, precision: str, streams: int) -> None:
+    extractor = FeatureExtractor.from_pretrained(engine=engine, precision=precision, threads=2, streams=streams)
+    assert (extractor.engine.name, extractor.engine.threads, extractor.engine.streams) == (engine, 2, streams)
+    assert extractor.golden_cosine() >= (0.9999 if precision == "fp32" else 0.998)
+
+
+def test_bf16_runs_on_openvino_or_is_refused(example_files: list[Path]) -> None:
+    with pytest.raises(EngineError, match="ONNX Runtime has no bf16"):
+        FeatureExtractor.from_pretrained(engine="onnxruntime", precision="bf16")
+    if not has_bf16():
+        with pytest.raises(EngineError, match="no bf16 instructions"):
+            FeatureExtractor.from_pretrained(precision="bf16")
+        return
+    extractor = FeatureExtractor.from_pretrained(precision="bf16")
+    assert extractor.engine.name == "openvino"
+    exact = FeatureExtractor.from_pretrained(engine="openvino").embed(example_files)
+    rounded = extractor.embed(example_files)
+    assert cosine(exact, rounded).min() >= 0.999
+    assert not np.array_equal(exact, rounded)  # it is not fp32 under another name
+
+
+@pytest.mark.parametrize(("engine", "precision"), WAYS)
+def test_a_vector_is_the_same_alone_and_in_any_batch(engine: str, precision: str, example_files: list[Path]) -> None:
+    extractor = FeatureExtractor.from_pretrained(engine=engine, precision=precision)
+    together = extractor.embed(example_files)
+    alone = np.concatenate([extractor.embed([file]) for file in example_files[::5]])
+    assert cosine(together[::5], alone).min() >= 0.999999
+
+
+def test_a_failed_row_keeps_its_slot(example_files: list[Path]) -> None:
+    extractor = FeatureExtractor.from_pretrained()
+    images: list[object] = [*example_files[:4], b"junk", *example_files[4:8]]
+    mixed = extractor.embed(images, on_error="nan")
+    good = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert np.isnan(mixed[4]).all()
+    other = extractor.embed([*example_files[:4], example_files[20], *example_files[4:8]])
+    np.testing.assert_array_equal(mixed[good], other[good])  # whatever lies in the slot
+
+
+def test_scaled_decoding_stays_near(example_files: list[Path]) -> None:
+    """The examples are 400 px wide: at 64 px they are decoded at half that."""
+    exact = FeatureExtractor.from_pretrained().embed(example_files)
+    scaled = FeatureExtractor.from_pretrained(decoding="scaled").embed(example_files)
+    similarity = cosine(exact, scaled)
+    assert similarity.min() >= 0.98
+    assert np.median(similarity) >= 0.999
+    assert similarity.max() < 1 - 1e-9  # it really decodes in another way
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "tensorrt"}, "engine must be auto, onnxruntime or openvino; got 'tensorrt'"),
+        ({"precision": "fp16"}, "precision must be fp32, bf16, int8; got 'fp16'"),
+        ({"device": "tpu"}, "device must be auto, cpu, cuda; got 'tpu'"),
+        ({"decoding": "fast"}, "decoding must be exact or scaled; got 'fast'"),
+        ({"engine": "openvino", "device": "cuda"}, "OpenVINO does not run on cuda"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, str], message: str) -> None:
+    with pytest.raises((EngineError, ModelFolderError), match=message):
+        FeatureExtractor.from_pretrained(**options)  # type: ignore[arg-type]
+
+
+def test_openvino_refuses_what_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"junk")
+    with pytest.raises(ModelFolderError, match="OpenVINO cannot load it"):
+        open_engine("openvino", file, "fp32")
+
+
+def test_a_missing_engine_is_named() -> None:
+    code = (
+        "import sys; sys.modules['{0}'] = None\n"
+        "from robustfeat import FeatureExtractor\n"
+        "try: FeatureExtractor.from_pretrained(engine='{0}')\n"
+        "except Exception as exc: print(type(exc).__name__, exc)"
+    )
+    for engine, extra in (("openvino", "openvino"), ("onnxruntime", "cpu")):
+        said = subprocess.run([sys.executable, "-c", code.format(engine)], capture_output=True, text=True, check=True)
+        assert said.stdout.startswith("EngineError")
+        assert f"robustfeat[{extra}]" in said.stdout
+
+
+def test_openvino_serves_alone_where_onnx_runtime_is_missing() -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from robustfeat import FeatureExtractor\n"
+        "print(FeatureExtractor.from_pretrained().engine.name)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "openvino\n"
+
+
+def test_openvino_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
+    """Its telemetry would write there, and call home."""
+    code = "from robustfeat import FeatureExtractor; FeatureExtractor.from_pretrained(engine='openvino')"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compact_folder_loads_in_openvino_from_anywhere(tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(resolve_model(None).path, copy)
+    assert FeatureExtractor.from_pretrained(copy, engine="openvino").golden_cosine() >= 0.9999
