@@ -5,6 +5,8 @@
 For each representation: standard scaling, `LinearSVC(dual=False)` in float64, C chosen on a stratified 10 % of the
 training rows (seed 0), then refitted on all of them. `--held-out` tests on further training rows instead of the test
 split, for choices that must not see it.
+`--way openvino:int8:exact` (engine, precision, decoding; may be repeated) shows what that way costs against
+onnxruntime:fp32:exact.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
@@ -58,9 +59,10 @@ def draw(data: ImageSet, count: int, skip: int = 0) -> NDArray[np.int64]:
     return order
 
 
-def network_features(folder: Path, data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    extractor = FeatureExtractor.from_pretrained(folder)
-    return extractor.embed(data.image(int(row)) for row in rows).astype(np.float64)
+def network_features(folder: Path, way: str, data: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    engine, precision, decoding = way.split(":")
+    extractor = FeatureExtractor.from_pretrained(folder, engine=engine, precision=precision, decoding=decoding)
+    return extractor.embed(data.source.read(int(row)) for row in rows).astype(np.float64)
 
 
 def untrained_folder(like: ModelConfig, target: Path) -> Path:
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=10_000)
     parser.add_argument("--test", type=int, default=10_000)
     parser.add_argument("--held-out", action="store_true", help="test on further training rows")
+    parser.add_argument("--way", action="append", metavar="ENGINE:PRECISION:DECODING")
     parser.add_argument("--baselines", action="store_true", help="also raw pixels, HOG and an untrained network")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -119,7 +122,9 @@ def main() -> None:
             else:
                 test_rows = draw(test, options.test)
             representations: dict[str, Callable[[ImageSet, NDArray[np.int64]], NDArray[np.float64]]] = {
-                label: partial(network_features, folder) for label, folder in folders.items()
+                f"{label} {way}" if options.way else label: partial(network_features, folder, way)
+                for label, folder in folders.items()
+                for way in options.way or ["onnxruntime:fp32:exact"]
             }
             if options.baselines:
                 representations |= {"raw pixels at 16 px": pixel_features, "HOG at 32 px": hog_features}

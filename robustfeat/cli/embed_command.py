@@ -77,10 +77,12 @@ def command(
     from robustfeat.serving.embedding import embed_files
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.inputs import list_inputs
+    from robustfeat.serving.job import Places
     from robustfeat.serving.speeds import fastest_way
 
     if not inputs and files_from is None:
         raise click.UsageError("Missing argument 'INPUT...', or --files-from.")
+    Places.of(out)  # a wrong name is said at once
     threads = threads or available_cpus()
     extractor = FeatureExtractor.from_pretrained(
         model, precision=precision, engine=engine, device=device, threads=threads, streams=threads, decoding=decoding
