@@ -10,10 +10,12 @@
 - drift: cosine of the features to those behind timm's own preprocessing; photographs rotated by EXIF, which timm
   ignores, are left out.
 - corrupt: every 100th file is a truncated JPEG, a text or empty.
-- memory (takes minutes; only with --memory or --only): anonymous memory of all processes, sampled every 0.1 s.
+- memory (takes minutes; only with --memory or --only): peak anonymous memory of all processes, sampled every 0.1 s,
+  with the first model and small photographs.
 
-Everything is measured in turn, round by round; tables give the median over the rounds, and ratios within a round.
-fastembed and lightly-train are run by `--peers-python`, an interpreter of an environment that has them.
+Rates are measured in turn, round by round; tables give the median over the rounds, and that of ratios within a round.
+fastembed and lightly-train are run by `--peers-python`, an interpreter of an environment that has them. They need no
+download: fastembed is given the network under a name that it knows, lightly-train a checkpoint made of it.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ FLAGS = "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_tile amx_int8 amx_bf1
 VERSIONS = ("robustfeat", "numpy", "pillow", "onnxruntime", "openvino", "torch", "torchvision", "timm")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
 CORES = available_cpus()
+MIN_SECONDS = 3
 
 
 class Way(NamedTuple):
@@ -100,7 +103,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.scratch.mkdir()
-        self.environment = {**os.environ, **OFFLINE, "LIGHTLY_TRAIN_CACHE_DIR": str(self.scratch / "cache")}
+        caches = dict.fromkeys(("LIGHTLY_TRAIN_CACHE_DIR", "FASTEMBED_CACHE_PATH"), str(self.scratch / "cache"))
+        self.environment = {**os.environ, **OFFLINE, **caches}
         whole = len(self.photos)
         # Whole repetitions, so that long and short runs are of the same mixture.
         long = whole * math.ceil(self.images * 64 / max(64, self.contract.image_size) / whole)
@@ -216,6 +220,8 @@ class Bench:
 
     def _steady(self, seconds: Callable[[Path], float], kind: str) -> float:
         short, long = seconds(self.links(kind, "short")), seconds(self.links(kind, "long"))
+        if long - short < MIN_SECONDS:
+            self.missing[f"{self.name}: {kind}"] = f"runs differ by under {MIN_SECONDS} s: raise --images"
         return (self.counts["long"] - self.counts["short"]) / (long - short)
 
     def _run(self, command: list[str]) -> tuple[float, str]:
@@ -258,13 +264,14 @@ def jobs_of(bench: Bench, sections: set[str], seconds: float, pool: ProcessPoolE
     return jobs | {(bench.name, "clean", str(way)): partial(bench.embed_rate, way, "clean") for way in ways}
 
 
-def measure(jobs: Jobs, rounds: int) -> Rates:
-    """Images a second, round by round."""
+def measure(jobs: Jobs, rounds: int) -> Iterator[Rates]:
+    """Images a second, after each round those of all rounds so far."""
     rates: Rates = {key: [] for key in jobs}
-    for number, (key, job) in itertools.product(range(rounds), jobs.items()):
-        rates[key].append(job())
-        print(f"round {number + 1}:", *key, f"{rates[key][-1]:.1f}/s", file=sys.stderr, flush=True)
-    return rates
+    for number in range(rounds):
+        for key, job in jobs.items():
+            rates[key].append(job())
+            print(f"round {number + 1}:", *key, f"{rates[key][-1]:.1f}/s", file=sys.stderr, flush=True)
+        yield rates
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> str:
@@ -383,10 +390,9 @@ def hardware() -> dict[str, Any]:
 
 
 def print_table(title: str, rows: Rows) -> None:
-    print(f"\n### {title}\n")
     if rows:
         lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-        print(*("| " + " | ".join(map(str, line)) + " |" for line in lines), sep="\n", flush=True)
+        print(f"\n### {title}\n", *("| " + " | ".join(map(str, line)) + " |" for line in lines), sep="\n", flush=True)
 
 
 def main() -> None:
@@ -425,11 +431,14 @@ def main() -> None:
         "rates": {},
     }
 
+    def save() -> None:
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
+
     def add(title: str, rows: Rows) -> None:
         report["tables"][title] = rows
         print_table(title, rows)
-        if options.out:
-            options.out.write_text(json.dumps(report, indent=2) + "\n")
+        save()
 
     spawn = get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(CORES, mp_context=spawn) as pool:
@@ -442,8 +451,10 @@ def main() -> None:
             if "drift" in sections:
                 add(f"{bench.name}: cosine to the features behind timm's preprocessing", drift_rows(bench))
         jobs = [jobs_of(bench, sections, options.seconds, pool) for bench in benches]
-        rates = measure({key: job for some in jobs for key, job in some.items()}, options.rounds)
-        report["rates"] = {": ".join(key): [round(rate, 2) for rate in values] for key, values in rates.items()}
+        rates: Rates = {}
+        for rates in measure({key: job for some in jobs for key, job in some.items()}, options.rounds):
+            report["rates"] = {": ".join(key): [round(rate, 2) for rate in values] for key, values in rates.items()}
+            save()
         for bench in benches:
             if "speed" in sections:
                 add(f"{bench.name}: images/s", speed_rows(bench, rates))
@@ -458,7 +469,10 @@ def main() -> None:
             add(f"{benches[0].name}: peak memory", memory_rows(benches[0], options.memory_counts))
         for bench in benches:
             report["versions_of_peers"] |= bench.versions
-        add("Not measured", [{"what": what, "why": why} for bench in benches for what, why in bench.missing.items()])
+        add(
+            "Not measured, or too short to trust",
+            [{"what": what, "why": why} for bench in benches for what, why in bench.missing.items()],
+        )
 
 
 if __name__ == "__main__":

@@ -213,18 +213,17 @@ def lightly_way(job: Job) -> Features:
     return features
 
 
-WAYS: dict[str, tuple[str, Callable[[Job], Features]]] = {
-    "torchvision": ("torchvision", torchvision_way),
-    "timm": ("timm", timm_way),
-    "onnxruntime": ("onnxruntime", onnxruntime_way),
-    "fastembed": ("fastembed", lambda job: fastembed_way(job, None)),
-    "fastembed, parallel": ("fastembed", lambda job: fastembed_way(job, job.workers)),
-    "lightly-train": ("lightly_train", lightly_way),
-    "not antialiased": ("torchvision", lambda job: torch_loop(job, partial(not_antialiased, job.config))),
-    "OpenCV": ("cv2", lambda job: torch_loop(job, partial(opencv, job.config))),
-    "squashed": ("torchvision", lambda job: torch_loop(job, partial(squashed, job.config))),
+WAYS: dict[str, Callable[[Job], Features]] = {
+    "torchvision": torchvision_way,
+    "timm": timm_way,
+    "onnxruntime": onnxruntime_way,
+    "fastembed": lambda job: fastembed_way(job, None),
+    "fastembed, parallel": lambda job: fastembed_way(job, job.workers),
+    "lightly-train": lightly_way,
+    "not antialiased": lambda job: torch_loop(job, partial(not_antialiased, job.config)),
+    "OpenCV": lambda job: torch_loop(job, partial(opencv, job.config)),
+    "squashed": lambda job: torch_loop(job, partial(squashed, job.config)),
 }
-"""Each way's package and function."""
 
 PACKAGES = ("torch", "timm", "onnxruntime", "fastembed", "lightly", "opencv", "pillow", "numpy")
 
@@ -240,7 +239,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     job = Job(options.photos, options.model, options.onnx, options.work, options.workers)
-    np.save(options.out, WAYS[options.way][1](job))
+    np.save(options.out, WAYS[options.way](job))
     installed = {found.metadata["Name"].lower(): found.version for found in metadata.distributions()}
     print(json.dumps({name: installed[name] for name in sorted(installed) if name.startswith(PACKAGES)}))
 

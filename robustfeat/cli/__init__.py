@@ -19,7 +19,9 @@ __all__ = ["cli", "main"]
 _COMMANDS = ("embed", "export", "import", "info", "train")
 _EXTRAS = {
     "onnxruntime": "cpu",
-    **dict.fromkeys(("onnx", "onnxscript", "pyarrow", "safetensors", "timm", "torch", "torchvision"), "train"),
+    "ray": "ray",
+    "pyarrow": "parquet",
+    **dict.fromkeys(("onnx", "onnxscript", "safetensors", "timm", "torch", "torchvision"), "train"),
 }
 
 

@@ -42,6 +42,13 @@ import click
     show_default=True,
     help="Rows between two points that a killed run goes on from.",
 )
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Run on Ray: on the cluster whose head is HOST:PORT, on the one running here, or on one of its own.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(
@@ -61,6 +68,7 @@ def command(
     append: bool,
     restart: bool,
     shard_rows: int,
+    ray: str | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -106,6 +114,7 @@ def command(
             restart=restart,
             append=append,
             shard_rows=shard_rows,
+            ray=ray,
             quiet=quiet,
         )
     if as_json:

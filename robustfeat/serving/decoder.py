@@ -141,7 +141,8 @@ class _Decoder:
         if any(is_remote(source.file) and source.kind != "parquet" for source in sources):
             # Storage far away answers slowly, but many at a time.
             self._readers = self._readers or ThreadPoolExecutor(_REMOTE_READS)
-            coming = {offset: self._readers.submit(source.read) for offset, source in enumerate(sources)}
+            reading = {offset: source for offset, source in enumerate(sources) if source.kind != "parquet"}
+            coming = {offset: self._readers.submit(source.read) for offset, source in reading.items()}
         for offset, source in enumerate(sources):
             self._progress[:] = offset, self._progress[1] + 1
             if offset in task.lost:

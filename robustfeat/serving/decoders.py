@@ -148,6 +148,8 @@ class DecoderPool:
             self._own.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
                 stdin=subprocess.DEVNULL,
+                # It multiplies no matrices; each thread of NumPy's library would hold memory.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                 pass_fds=(theirs.fileno(), self._memory),
             )
             theirs.close()

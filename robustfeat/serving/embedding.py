@@ -10,9 +10,11 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.progress import Progress
@@ -124,11 +126,28 @@ def embed_files(
             progress.say(f"going on: {before:,} of {job.images:,} images were embedded before")
         failed = 0
         try:
-            if ray is None:
-                with Pipeline(extractor, batch_size=batch_size, workers=workers, deadline_s=deadline_s) as pipeline:
-                    for rows, bad in write_shards(pipeline, fresh, folder, job, pending, stop=on_error == "stop"):
-                        failed += bad
-                        progress.advance(rows, f"{failed:,} failed" if failed else "")
+            stop = on_error == "stop"
+            with ExitStack() as stack:
+                if ray is None:
+                    pipeline = Pipeline(extractor, batch_size=batch_size, workers=workers, deadline_s=deadline_s)
+                    counts = write_shards(stack.enter_context(pipeline), fresh, folder, job, pending, stop=stop)
+                else:
+                    from robustfeat.serving.ray_embedding import embed_on_ray
+
+                    counts = embed_on_ray(
+                        extractor,
+                        fresh,
+                        places.shards,
+                        job,
+                        pending,
+                        ray,
+                        workers=workers,
+                        deadline_s=deadline_s,
+                        stop=stop,
+                    )
+                for rows, bad in counts:
+                    failed += bad
+                    progress.advance(rows, f"{failed:,} failed" if failed else "")
             progress.finish(f"{failed:,} failed" if failed else "")
             seconds = time.monotonic() - began
             speed = (job.images - before) / max(seconds, 1e-9)
@@ -137,9 +156,11 @@ def embed_files(
                 places, folder, job, extractor.feature_size, existing, skipped=inputs.skipped, timing=timing
             )
         except BaseException as exc:
-            kept = sum(len(job.rows(number)) for number in finished_shards(folder))
-            if not kept:
-                folder.remove(JOB_FILE)
+            kept = 0
+            with suppress(RobustFeatError, OSError):  # storage may be what failed
+                kept = sum(len(job.rows(number)) for number in finished_shards(folder))
+                if not kept:
+                    folder.remove(JOB_FILE)
             if isinstance(exc, OSError):
                 raise InputError(f"{out}: cannot be written ({exc.strerror or exc}); {_advice(kept, job)}") from exc
             if kept and not isinstance(exc, RobustFeatError):
@@ -187,21 +208,23 @@ def write_shards(
         Batch by batch, the rows and how many of them failed.
     """
     offset = origin * job.shard_rows
+    # One block of memory for all shards: many small ones would leave holes that add up over hours.
+    features = np.empty((job.shard_rows, job.identity["feature_size"]), "<f4")
     # Neighbouring shards in one go, so that the pipeline never runs empty.
     for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         shards = [number for _, number in run]
-        number = shards[0]
-        features: list[bytes] = []
+        number, filled = shards[0], 0
         index: list[bytes] = []
         start, end = job.rows(number).start - offset, job.rows(shards[-1]).stop - offset
         for batch in pipeline.embed(inputs, start, end, first_row=job.first_row + offset):
             if stop and batch.failed:
                 record = json.loads(batch.index.splitlines()[batch.failed[0]])
                 raise InputError(f"{record['path']}: {record['error']} (row {record['row']}); stopped, as asked")
-            features.append(batch.features.astype("<f4", copy=False).tobytes())
+            features[filled : filled + len(batch.features)] = batch.features
+            filled += len(batch.features)
             index.append(batch.index)
-            if batch.first + len(batch.features) - job.first_row == job.rows(number).stop:
-                folder.write(f"{number:06}.f32", *features)
+            if filled == len(job.rows(number)):
+                folder.write(f"{number:06}.f32", features[:filled].data.cast("B"))
                 folder.write(f"{number:06}.jsonl", *index)
-                features, index, number = [], [], number + 1
+                number, filled, index = number + 1, 0, []
             yield len(batch.features), len(batch.failed)

@@ -132,6 +132,8 @@ class OnnxRuntimeEngine:
                 "device cuda: ONNX Runtime runs on the CPU here; install 'robustfeat[gpu]' without onnxruntime "
                 "and check the NVIDIA driver, or use device cpu"
             )
+        if self.device == "cuda":
+            self.streams = min(streams, 2)  # one computes while the other's batch is prepared
         inputs = {value.name: list(value.shape) for value in self._session.get_inputs()}
         outputs = {value.name: list(value.shape) for value in self._session.get_outputs()}
         _check_names(file, inputs, outputs)

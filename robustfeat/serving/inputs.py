@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import heapq
@@ -11,10 +12,10 @@ import re
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.sources import ImageSource, image_column, is_remote, open_remote
@@ -183,8 +184,8 @@ def _list_file(file: str, path: str, listing: InputList) -> None:
 def _list_lines(place: str, null: bool, listing: InputList) -> None:
     try:
         with sys.stdin.buffer if place == "-" else open(place, "rb") as handle:
-            for line in _split(handle, b"\0" if null else b"\n"):
-                entry = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if not len(listing) else line)
+            for number, line in enumerate(_split(handle, b"\0" if null else b"\n")):
+                entry = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).removeprefix("file://")
                 entry = entry if null else entry.removesuffix("\r")
                 if not entry:
                     continue
@@ -219,6 +220,13 @@ def _is_image(name: str, listing: InputList) -> bool:
     return False
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where this user may not look
+        return False
+
+
 def _walk(root: str, listing: InputList, prefix: str = "") -> Iterator[ImageSource]:
     base = os.path.abspath(root)
     # Linked folders are followed; a folder inside itself is not.
@@ -235,7 +243,7 @@ def _walk(root: str, listing: InputList, prefix: str = "") -> Iterator[ImageSour
             with os.scandir(folder) as entries:
                 for entry in entries:
                     path = f"{relative}/{entry.name}" if relative else entry.name
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         if not entry.name.startswith("."):
                             waiting.append((path, above | {here}))
                     elif _is_image(entry.name, listing):
@@ -246,13 +254,71 @@ def _walk(root: str, listing: InputList, prefix: str = "") -> Iterator[ImageSour
 
 
 def _glob(pattern: str, listing: InputList) -> Iterator[ImageSource]:
-    folder = _fixed_folder(pattern)
-    for match in glob.iglob(pattern, recursive=True):
-        path = os.path.relpath(match, folder or ".")
-        if not os.path.isdir(match):
+    root = _fixed_folder(pattern)
+
+    def is_above(status: os.stat_result, folder: str) -> bool:
+        inner = folder[len(root) :].strip("/").split("/")
+        return any(
+            os.path.samestat(status, os.stat(os.path.join(root or ".", *inner[:depth])))
+            for depth in range(len(inner) + 1)
+        )
+
+    def entries(folder: str) -> Iterator[tuple[str, bool]]:
+        try:
+            with os.scandir(folder or ".") as found:
+                for entry in found:
+                    is_folder = _is_folder(entry)
+                    if not (is_folder and entry.is_symlink() and is_above(entry.stat(), folder)):
+                        yield entry.name, is_folder
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as exc:
+            raise InputError(f"{folder}: cannot be listed ({exc.strerror}); make it readable or leave it out") from exc
+
+    for match, is_folder in _matches(entries, root, pattern):
+        path = match[len(root) :].lstrip("/")
+        if not is_folder:
             yield from _sources_of(match, path, listing)
         elif "**" not in pattern:  # there, what lies in a folder matches by itself
             yield from _walk(match, listing, f"{path}/")
+
+
+def _matches(
+    entries: Callable[[str], Iterable[tuple[str, bool]]], root: str, pattern: str
+) -> Iterator[tuple[str, bool]]:
+    """What matches: paths, and whether each is a folder.
+
+    By the rules of `glob.iglob(recursive=True)`, which itself follows linked folders in circles.
+
+    Args:
+        entries: what lies in a folder: names, and whether each is a folder; nothing where there is no such folder.
+        root: the part of the pattern that has no wildcards.
+        pattern: all of it.
+    """
+
+    def under(folder: str, parts: Sequence[str]) -> Iterator[tuple[str, bool]]:
+        part, *rest = parts
+        if rest and not glob.has_magic(part):
+            yield from under(os.path.join(folder, part), rest)
+            return
+        if part == "**" and rest:
+            yield from under(folder, rest)
+        for name, is_folder in list(entries(folder)):
+            place = os.path.join(folder, name)
+            if name.startswith(".") and not part.startswith("."):
+                continue
+            if part == "**" and is_folder:
+                yield from under(place, parts)
+            elif part == "**" or fnmatch.fnmatchcase(name, part):
+                if not rest:
+                    yield place, is_folder
+                elif is_folder and part != "**":
+                    yield from under(place, rest)
+
+    wanted = [part for part in pattern[len(root) :].split("/") if part]
+    for place, is_folder in under(root, wanted):
+        if is_folder or not pattern.endswith("/"):
+            yield place, is_folder
 
 
 def _sources_of(file: str, path: str, listing: InputList) -> Iterator[ImageSource]:
@@ -308,37 +374,60 @@ def _list_remote(url: str, listing: InputList) -> None:
     filesystem, path = open_remote(match["file"] if match else url)
 
     def walk(root: str, prefix: str = "") -> Iterator[ImageSource]:
-        root = root.rstrip("/")
-        for folder, _, names in filesystem.walk(root, on_error="raise"):
-            for name in filter(None, names):
-                place = f"{folder.rstrip('/')}/{name}"
-                relative = place[len(root) :].lstrip("/")
-                hidden = any(part.startswith(".") for part in relative.split("/")[:-1])
-                if not hidden and _is_image(name, listing):
-                    yield ImageSource(prefix + relative, filesystem.unstrip_protocol(place))
+        waiting = [""]
+        while waiting:
+            relative = waiting.pop()
+            for name, is_folder in _remote_entries(filesystem, f"{root}/{relative}".rstrip("/")):
+                place = f"{relative}{name}"
+                if is_folder:
+                    if not name.startswith("."):
+                        waiting.append(f"{place}/")
+                elif _is_image(name, listing):
+                    yield ImageSource(prefix + place, filesystem.unstrip_protocol(f"{root}/{place}"))
 
     def matches() -> Iterator[ImageSource]:
-        root = _fixed_folder(path).rstrip("/")
-        for place, info in filesystem.glob(path, detail=True).items():
+        root = _fixed_folder(path)
+        pattern = f"{path}/" if url.endswith("/") else path
+        for place, is_folder in _matches(lambda folder: _remote_entries(filesystem, folder), root, pattern):
             relative = place[len(root) :].lstrip("/")
-            if info["type"] != "directory":
+            if not is_folder:
                 yield from _sources_of(filesystem.unstrip_protocol(place), relative, listing)
-            elif "**" not in path:
+            elif "**" not in pattern:
                 yield from walk(place, f"{relative}/")
 
     try:
-        if filesystem.isfile(path):
+        filesystem.invalidate_cache()
+        try:
+            kind = filesystem.info(path)["type"]  # `isfile` and `isdir` say no when the network fails
+        except FileNotFoundError:
+            kind = None
+        if kind == "directory":
+            _extend_sorted(listing, walk(path))
+        elif kind is not None:
             _list_file(url, url.rpartition("/")[2], listing)
         elif glob.has_magic(path):
             _extend_sorted(listing, matches())
-        elif filesystem.isdir(path):
-            _extend_sorted(listing, walk(path))
         else:
             raise InputError(f"{url}: no such file or folder")
     except InputError:
         raise
     except Exception as exc:  # each filesystem has its own
         raise InputError(f"{url}: cannot be listed ({type(exc).__name__}: {first_line(exc)})") from exc
+
+
+def _remote_entries(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
+    """What lies in a folder: names, and whether each is a folder itself; nothing where there is no such folder.
+
+    fsspec's own `walk` and `glob` leave out, without a word, what they fail to list.
+    """
+    try:
+        found = filesystem.ls(folder, detail=True)
+    except FileNotFoundError:
+        return
+    for info in found:
+        place = info["name"].rstrip("/")
+        if place.strip("/") != folder.strip("/"):  # S3 may hold an empty object in the folder's own name
+            yield place.rpartition("/")[2], info["type"] == "directory"
 
 
 def _extend_sorted(listing: InputList, images: Iterable[ImageSource]) -> None:

@@ -153,6 +153,7 @@ class Pipeline:
     def _run(self, batch: _Batch) -> None:
         try:
             decoded = [future.result() for future in batch.parts]
+            batch.parts.clear()  # they refer to the batch: left to the garbage collector, results would pile up
             sizes = itertools.accumulate((answer.index.count(b"\n") for answer in decoded), initial=0)
             failed = [size + offset for size, answer in zip(sizes, decoded, strict=False) for offset in answer.failed]
             place = batch.slot * self._batch_size

@@ -21,6 +21,8 @@ MAX_FILE_BYTES = 512 * 2**20
 
 _REMOTE_TRIES = 4
 _MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PACKAGES = {"s3": "robustfeat[s3]", "gs": "robustfeat[gs]", "hf": "huggingface_hub"}
+_REFUSED_TO_ALL = {"ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed", "SignatureDoesNotMatch"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +96,23 @@ class ImageSource:
             return data + rest if rest else data
 
     def _read_remote(self) -> bytes:
+        if self.kind == "tar" and not self.size:
+            return b""  # storage takes an empty range for the whole archive
         start, end = (self.at, self.at + self.size) if self.kind == "tar" else (0, MAX_FILE_BYTES + 1)
+        filesystem, path = open_remote(self.file)
         for attempt in range(_REMOTE_TRIES):
             try:
-                filesystem, path = open_remote(self.file)
                 data: bytes = filesystem.cat_file(path, start=start, end=end)
                 break
-            except _MISSING as exc:
-                raise OSError(errno.ENOENT, first_line(exc)) from exc
-            except InputError:
-                raise
-            except Exception as exc:  # each filesystem has its own; all that is left is the network's fault
+            except Exception as exc:  # each filesystem has its own
+                if isinstance(exc, MemoryError):
+                    raise
+                if isinstance(exc, _MISSING) and not _refused_to_all(exc):
+                    reason = "not found" if isinstance(exc, FileNotFoundError) else "cannot be read"
+                    raise OSError(errno.ENOENT, f"{reason} ({first_line(exc)})") from exc
+                if self.kind == "file" and _is_empty(filesystem, path):
+                    return b""  # of which there is no range
+                # All that is left is the network's fault.
                 if attempt == _REMOTE_TRIES - 1:
                     raise InputError(f"{self.file}: cannot be read ({type(exc).__name__}: {first_line(exc)})") from exc
                 time.sleep(2**attempt / 2)
@@ -113,6 +121,19 @@ class ImageSource:
         if self.kind == "tar" and len(data) < self.size:
             raise OSError(errno.EIO, "the archive ends before this member does")
         return data
+
+
+def _refused_to_all(exc: Exception) -> bool:
+    """Whether it is the credentials that S3 refuses, which is no image's fault."""
+    answer = getattr(exc.__cause__, "response", None)
+    return isinstance(answer, dict) and answer.get("Error", {}).get("Code") in _REFUSED_TO_ALL
+
+
+def _is_empty(filesystem: Any, path: str) -> bool:
+    try:
+        return bool(filesystem.size(path) == 0)
+    except Exception:
+        return False
 
 
 def _too_large() -> OSError:
@@ -130,15 +151,18 @@ def open_remote(url: str) -> tuple[Any, str]:
     Raises:
         InputError: the scheme is unknown, or its package is missing.
     """
-    import fsspec
-
+    scheme = url.partition("://")[0]
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        import fsspec
+
+        # Not `url_to_fs`, which takes :: in the name of a file for a chain of URLs.
+        kind = fsspec.get_filesystem_class(scheme)
+        return kind(**kind._get_kwargs_from_urls(url)), str(kind._strip_protocol(url))
     except ImportError as exc:
-        raise InputError(f"{url}: {first_line(exc)}") from exc
+        package = _PACKAGES.get(scheme, "fsspec")
+        raise InputError(f"{url}: {first_line(exc)} (pip install '{package}')") from exc
     except ValueError as exc:
         raise InputError(f"{url}: {first_line(exc)}; expected a path, or s3://, gs:// or hf://") from exc
-    return filesystem, str(path)
 
 
 class ParquetImages:
@@ -164,7 +188,9 @@ class ParquetImages:
                 next(self._rows)
             self._next = row + 1
             return next(self._rows)
-        except (OSError, ValueError, StopIteration) as exc:
+        except InputError:
+            raise
+        except Exception as exc:  # each filesystem has its own
             raise InputError(f"{self.file}: cannot be read ({first_line(exc)})") from exc
 
     def _from(self, row: int) -> Iterator[bytes | None]:
@@ -196,7 +222,6 @@ def image_column(file: str, column: str | None) -> tuple[str, int]:
     Raises:
         InputError: the file cannot be read, has no such column, or has several and none was named.
     """
-    import pyarrow
     from pyarrow import parquet, types
 
     def holds_images(field: Any) -> bool:
@@ -209,7 +234,9 @@ def image_column(file: str, column: str | None) -> tuple[str, int]:
         with _open_parquet(file) as handle:
             found = parquet.ParquetFile(handle)
             schema, rows = found.schema_arrow, found.metadata.num_rows
-    except (OSError, pyarrow.ArrowInvalid) as exc:
+    except InputError:
+        raise
+    except Exception as exc:  # each filesystem has its own
         raise InputError(f"{file}: not a readable Parquet file ({first_line(exc)})") from exc
     names = [field.name for field in schema if holds_images(field)]
     if column is None and len(names) > 1 and "image" in names:

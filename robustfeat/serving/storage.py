@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,7 +56,7 @@ class LocalFolder:
         """A file's bytes."""
         return (self.place / name).read_bytes()
 
-    def write(self, name: str, *parts: bytes) -> None:
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
         """Makes or replaces a file."""
         new = self.place / f"{name}.new"
         try:
@@ -93,35 +94,45 @@ class RemoteFolder:
 
     def create(self) -> None:
         """Makes the folder, for storage that has such."""
-        self._filesystem.makedirs(self._path, exist_ok=True)
+        # Not `makedirs`: for S3 it makes the bucket, if need be. What is wrong shows when the first file is written.
+        with self._explaining("written"), suppress(OSError):
+            self._filesystem.mkdir(self._path, create_parents=False)
 
     def release(self) -> None:
         """There is no claim on remote storage: two runs at once are the caller's to avoid."""
 
     def names(self) -> set[str]:
         """Files that are complete; none where the folder is missing."""
-        self._filesystem.invalidate_cache(self._path)
-        try:
-            return {entry.rstrip("/").rpartition("/")[2] for entry in self._filesystem.ls(self._path, detail=False)}
-        except FileNotFoundError:
-            return set()
+        with self._explaining("listed"):
+            self._filesystem.invalidate_cache(self._path)
+            try:
+                self._filesystem.info(self._path)  # or s3fs lists all that lies beside a missing folder
+                return {entry.rstrip("/").rpartition("/")[2] for entry in self._filesystem.ls(self._path, detail=False)}
+            except FileNotFoundError:
+                return set()
 
     def read(self, name: str) -> bytes:
         """A file's bytes."""
-        data: bytes = self._filesystem.cat_file(f"{self._path}/{name}")
+        with self._explaining("read"):
+            data: bytes = self._filesystem.cat_file(f"{self._path}/{name}")
         return data
 
-    def write(self, name: str, *parts: bytes) -> None:
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
         """Makes or replaces a file."""
-        self._filesystem.pipe_file(f"{self._path}/{name}", b"".join(parts))
+        with self._explaining("written"):
+            self._filesystem.pipe_file(f"{self._path}/{name}", b"".join(parts))
 
     def remove(self, first: str) -> None:
         """Deletes the folder, `first` (the file without which it means nothing) before all others."""
-        with suppress(FileNotFoundError):
-            self._filesystem.rm_file(f"{self._path}/{first}")
-        self._filesystem.invalidate_cache(self._path)
-        with suppress(FileNotFoundError):
-            self._filesystem.rm(self._path, recursive=True)
+        with self._explaining("deleted"):
+            with suppress(FileNotFoundError):
+                self._filesystem.rm_file(f"{self._path}/{first}")
+            self._filesystem.invalidate_cache(self._path)
+            with suppress(FileNotFoundError):
+                self._filesystem.rm(self._path, recursive=True)
+
+    def _explaining(self, what: str) -> AbstractContextManager[None]:
+        return _explaining(self.place, what)
 
 
 def open_folder(place: str) -> LocalFolder | RemoteFolder:
@@ -134,16 +145,24 @@ def file_exists(place: str) -> bool:
     if not is_remote(place):
         return Path(place).is_file()
     filesystem, path = open_remote(place)
-    filesystem.invalidate_cache()
-    return bool(filesystem.isfile(path))
+    with _explaining(place, "found"):
+        filesystem.invalidate_cache()
+        try:
+            return bool(filesystem.info(path)["type"] == "file")  # `isfile` says no when the network fails
+        except FileNotFoundError:
+            return False
 
 
-def open_input(place: str) -> Any:
+@contextmanager
+def open_input(place: str) -> Iterator[Any]:
     """A file, opened for reading at random."""
     if not is_remote(place):
-        return open(place, "rb")
+        with open(place, "rb") as handle:
+            yield handle
+        return
     filesystem, path = open_remote(place)
-    return filesystem.open(path, "rb")
+    with _explaining(place, "read"), filesystem.open(path, "rb") as handle:
+        yield handle
 
 
 @contextmanager
@@ -158,16 +177,23 @@ def open_output(place: str) -> Iterator[Any]:
             yield handle
         return
     filesystem, path = open_remote(place)
-    try:
+    with _explaining(place, "written"):
         handle = filesystem.open(path, "wb", autocommit=False)
         try:
             yield handle
             handle.close()
+            handle.commit()
         except BaseException:
             handle.discard()
             raise
-        handle.commit()
-    except InputError:
+
+
+@contextmanager
+def _explaining(place: str, what: str) -> Iterator[None]:
+    """Makes every error of remote storage one of ours: each filesystem has its own."""
+    try:
+        yield
+    except (InputError, ValueError, KeyError, TypeError, struct.error):  # what the block made of the bytes
         raise
-    except Exception as exc:  # each filesystem has its own
-        raise InputError(f"{place}: cannot be written ({type(exc).__name__}: {first_line(exc)})") from exc
+    except Exception as exc:
+        raise InputError(f"{place}: cannot be {what} ({type(exc).__name__}: {first_line(exc)})") from exc
