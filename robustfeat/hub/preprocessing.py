@@ -52,6 +52,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ORIENTATION_TAG = 0x0112
+_PHOTOMETRIC_TAG = 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -170,12 +171,12 @@ def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise DecodeError(f"{width} x {height} is over the limit of {max_pixels:,} pixels")
+    image.load()  # first: a TIFF is turned by Pillow as it loads, and its orientation is then gone
     orientation = _orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     if image.mode != "RGB":
         image = image.convert("RGB")
-    image.load()  # where the errors of a damaged file belong
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
@@ -190,6 +191,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise DecodeError(f"pixel mode {image.mode} has no defined range; save it with 8 or 16 bits a channel")
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0:
+        values = 65535 - values  # white is zero; Pillow sees to it at 8 bits alone
     # The high byte: what Pillow itself keeps of a 16-bit RGB file, so grey and colour files agree.
     return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
