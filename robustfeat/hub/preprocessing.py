@@ -52,7 +52,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ORIENTATION_TAG = 0x0112
-_PHOTOMETRIC_TAG = 262
+_BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -191,10 +191,12 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise DecodeError(f"pixel mode {image.mode} has no defined range; save it with 8 or 16 bits a channel")
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0:
-        values = 65535 - values  # white is zero; Pillow sees to it at 8 bits alone
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, which Pillow leaves as it is beyond 8 bits
+    bits = 12 if tags.get(_BITS_TAG) == (12,) else 16
+    if tags.get(_PHOTOMETRIC_TAG) == 0:
+        values = 2**bits - 1 - values.astype(np.int32)  # white is zero
     # The high byte: what Pillow itself keeps of a 16-bit RGB file, so grey and colour files agree.
-    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+    return Image.fromarray((values.astype(np.uint32) >> (bits - 8)).astype(np.uint8))
 
 
 def resize_and_crop(image: Image.Image, contract: Preprocessing) -> NDArray[np.uint8]:

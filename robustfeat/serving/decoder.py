@@ -10,6 +10,7 @@ import json
 import mmap
 import resource
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contr
     """Answers tasks until the parent hangs up."""
     # Ctrl+C reaches the whole process group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Of large images and odd metadata; what matters of it becomes the row's error.
+    warnings.filterwarnings("ignore", module="PIL")
     preprocessing = Preprocessing.from_dict(json.loads(contract))
     shared = SharedSquares(memory, decoders, places, preprocessing.image_size)
     limit = MEMORY_BYTES + shared.size

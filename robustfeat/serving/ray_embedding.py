@@ -81,6 +81,7 @@ def embed_on_ray(
         model=BUILTIN if builtin else os.fspath(extractor.folder.path.absolute()),
         shards=place if is_remote(place) else os.path.abspath(place),  # noqa: PTH100 - a path as text, as in `Places`
         job=job,
+        streams=extractor.engine.streams,
         workers=workers,
         deadline_s=deadline_s,
         stop=stop,
@@ -104,6 +105,7 @@ class _Plan:
     model: str
     shards: str
     job: Job
+    streams: int
     workers: int | None
     deadline_s: float
     stop: bool
@@ -193,6 +195,7 @@ class _ShardWriter:
 
         (shard,) = batch.to_pylist()
         answer = {"rows": 0, "failed": 0, "error": "", "text": "", "code": 0}
+        host = socket.gethostname()
         try:
             if self._pipeline is None:
                 self._count_losses(shard["number"])
@@ -201,11 +204,11 @@ class _ShardWriter:
         except RobustFeatError as exc:
             answer |= {"error": type(exc).__name__, "text": str(exc)}
         except OSError as exc:
-            text = f"{exc.strerror or first_line(exc)}, on {socket.gethostname()}"
+            text = f"{exc.strerror or first_line(exc)}, on {host}"
             answer |= {"error": "OSError", "text": text, "code": exc.errno or 0}
         except Exception as exc:
             traceback.print_exc()  # to Ray's logs
-            text = f"Ray: an actor failed on {socket.gethostname()} ({type(exc).__name__}: {first_line(exc)}); see its logs"
+            text = f"Ray: an actor failed on {host} ({type(exc).__name__}: {first_line(exc)}); Ray's logs say more"
             answer |= {"error": "EngineError", "text": text}
         return pyarrow.table({name: [value] for name, value in answer.items()})
 
@@ -235,7 +238,7 @@ class _ShardWriter:
             engine=identity["engine"],
             device=identity["device"],
             threads=identity["threads"],
-            streams=identity["threads"],
+            streams=plan.streams,
             decoding=identity["decoding"],
         )
         with InputList() as none:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from robustfeat import FeatureExtractor
 from robustfeat.errors import EngineError, InputError
 from robustfeat.serving.embedding import EmbeddingResult, embed_files
 from robustfeat.serving.inputs import list_inputs
-from robustfeat.serving.ray_embedding import plan_pool
+from robustfeat.serving.job import Job
+from robustfeat.serving.ray_embedding import _Plan, _ShardWriter, plan_pool
 from tests.conftest import Run
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -132,14 +134,6 @@ def test_without_ray_the_command_says_what_to_install(robustfeat: Run, photos: P
     assert list(tmp_path.iterdir()) == [fake.parent]
 
 
-def test_ray_writes_the_bytes_of_one_process(cluster: str, embed: Embed, local: Path, tmp_path: Path) -> None:
-    out = tmp_path / "feats.npy"
-    result = embed(out, ray="auto")
-    assert (result.images, result.failed) == (101, 1)
-    assert written(out) == written(local)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["feats.index.jsonl", "feats.meta.json", "feats.npy"]
-
-
 def test_ray_goes_on_with_what_a_stopped_run_has_left(
     cluster: str, embed: Embed, photos: Path, local: Path, tmp_path: Path, robustfeat: Run
 ) -> None:
@@ -160,7 +154,8 @@ def test_ray_goes_on_with_what_a_stopped_run_has_left(
     result = robustfeat("embed", photos, "--out", out, *options, env=environment)
     said = result.stderr.splitlines()
     assert result.returncode == 3, said
-    assert f"going on: {4 * len(kept)} of 101 images were embedded before" in said
+    (before,) = (int(line.split()[2]) for line in said if line.startswith("going on: "))
+    assert before >= 4 * len(kept)
     ours = ("faster here", "going on", "embed ", f"{out}: 101 x 512", "robustfeat: 1 of 101 images failed")
     assert [line for line in said if not line.startswith(ours)] == []  # and nothing of Ray's
     assert written(out) == written(local)
@@ -182,7 +177,9 @@ def actor_processes() -> list[int]:
     return found
 
 
-def test_a_killed_actor_costs_nothing(cluster: str, embed: Embed, local: Path, tmp_path: Path) -> None:
+def test_ray_writes_the_bytes_of_one_process_though_its_actors_are_killed(
+    cluster: str, embed: Embed, local: Path, tmp_path: Path
+) -> None:
     out, killed = tmp_path / "feats.npy", []
 
     def kill() -> None:
@@ -195,7 +192,22 @@ def test_a_killed_actor_costs_nothing(cluster: str, embed: Embed, local: Path, t
 
     killer = threading.Thread(target=kill)
     killer.start()
-    embed(out, ray="auto")
+    result = embed(out, ray="auto")
     killer.join()
     assert killed
+    assert (result.images, result.failed) == (101, 1)
     assert written(out) == written(local)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["feats.index.jsonl", "feats.meta.json", "feats.npy"]
+
+
+def test_a_shard_that_kills_every_actor_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = _Plan("builtin", str(tmp_path), Job(20, 0, 4, {}), streams=1, workers=None, deadline_s=60, stop=False)
+    restarted = SimpleNamespace(was_current_actor_reconstructed=False)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: restarted)
+    for _ in range(9):
+        _ShardWriter(plan)._count_losses(2)  # of new actors: nobody has died
+    restarted.was_current_actor_reconstructed = True
+    for number in (2, 3, 2, 3):
+        _ShardWriter(plan)._count_losses(number)
+    with pytest.raises(EngineError, match="3 actors died over the inputs 8 to 11"):
+        _ShardWriter(plan)._count_losses(2)
