@@ -13,6 +13,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -92,7 +93,8 @@ def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contr
     shared = SharedSquares(memory, decoders, places, preprocessing.image_size)
     limit = MEMORY_BYTES + shared.size
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+    with suppress(OSError, ValueError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
     connection = Connection(pipe)
     decoder = _Decoder(shared, number, preprocessing, scaled)
     try:

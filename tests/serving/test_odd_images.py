@@ -182,7 +182,6 @@ SHOWN: dict[str, Callable[[Picture], Picture]] = {
     **dict.fromkeys(["fax.tif", "one-bit.png"], lambda p: p.convert("1")),
     **dict.fromkeys([name for name in GOOD if name.startswith("grey")], lambda p: p.convert("L")),
 }
-BUGS = {"grey12.tif": pytest.mark.xfail(reason="12 bits are taken for 16", raises=AssertionError, strict=True)}
 
 FOREIGN = "not an image of these formats: JPEG, PNG"
 TRUNCATED = "damaged: image file is truncated"
@@ -328,7 +327,7 @@ def test_every_file_is_one_row_and_nothing_is_left_behind(corpus: Corpus) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=BUGS.get(name, ())) for name in GOOD])
+@pytest.mark.parametrize("name", GOOD)
 def test_row_is_right_when_the_image_is_odd(corpus: Corpus, extractor: FeatureExtractor, name: str) -> None:
     record, data = corpus.records[name], (corpus.arguments[0] / name).read_bytes()
     vector = corpus.features[[record["row"]]]
@@ -368,7 +367,6 @@ def test_command_exits_with_3_when_images_failed(corpus: Corpus, command: Comple
     np.testing.assert_allclose(np.load(out), corpus.features, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.xfail(reason="decoder processes print Pillow's warnings", raises=AssertionError, strict=True)
 def test_command_says_one_line_when_images_are_odd(command: Completed) -> None:
     assert len(command.stderr.splitlines()) == 1
 
