@@ -61,7 +61,9 @@ def main() -> None:
         click.echo("robustfeat: interrupted", err=True)
         code = 1
     except RobustFeatError as exc:
-        click.echo(f"robustfeat: {exc}", err=True)
+        # One line, also where it names a file whose name has two.
+        text = "".join(part if part.isprintable() else repr(part)[1:-1] for part in str(exc))
+        click.echo(f"robustfeat: {text}", err=True)
         code = 1
     except ModuleNotFoundError as exc:
         extra = _EXTRAS.get((exc.name or "").partition(".")[0])

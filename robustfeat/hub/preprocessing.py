@@ -52,7 +52,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ORIENTATION_TAG = 0x0112
-_BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
+_BITS_TAG, _PHOTOMETRIC_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -189,9 +189,10 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    if values.dtype.kind == "f" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise DecodeError(f"pixel mode {image.mode} has no defined range; save it with 8 or 16 bits a channel")
     tags = getattr(image, "tag_v2", {})  # of a TIFF, which Pillow leaves as it is beyond 8 bits
+    signed = tags.get(_SAMPLE_FORMAT_TAG) == (2,)
+    if signed or values.dtype.kind == "f" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise DecodeError(f"pixel mode {image.mode} has no defined range; save it with 8 or 16 bits a channel")
     bits = 12 if tags.get(_BITS_TAG) == (12,) else 16
     if tags.get(_PHOTOMETRIC_TAG) == 0:
         values = 2**bits - 1 - values.astype(np.int32)  # white is zero

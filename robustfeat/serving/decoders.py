@@ -145,14 +145,19 @@ class DecoderPool:
                 f"import sys; sys.path[:] = {sys.path!r}; from robustfeat.serving.decoder import serve; "
                 f"serve(*{arguments!r}, {self._scaled!r})"
             )
-            self._own.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code],
-                stdin=subprocess.DEVNULL,
-                # It multiplies no matrices; each thread of NumPy's library would hold memory.
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-                pass_fds=(theirs.fileno(), self._memory),
-            )
-            theirs.close()
+            try:
+                self._own.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", code],
+                    stdin=subprocess.DEVNULL,
+                    # It multiplies no matrices; each thread of NumPy's library would hold memory.
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                    pass_fds=(theirs.fileno(), self._memory),
+                )
+            except OSError as exc:
+                ours.close()
+                raise EngineError(f"a decoder process could not be started ({exc.strerror}); free memory") from exc
+            finally:
+                theirs.close()
             self._own.connection = ours
             self._processes.add(self._own.process)
         if not _says_ready(ours):

@@ -76,7 +76,12 @@ class ImageSource:
         if is_remote(self.file):
             return self._read_remote()
         # O_NONBLOCK: opening a pipe would wait for its writer.
-        descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:  # a socket
+                raise OSError(errno.EINVAL, "not a regular file") from exc
+            raise
         with open(descriptor, "rb", buffering=0) as handle:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):

@@ -152,6 +152,11 @@ def test_an_open_image_decodes_as_its_bytes_do(photo: Image.Image) -> None:
     np.testing.assert_array_equal(to_rgb(Image.open(io.BytesIO(data))), decode(data))
 
 
+def signed_tiff() -> bytes:
+    """Pillow reads it as if it were unsigned."""
+    return encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF", tiffinfo={339: 2})
+
+
 def damaged() -> dict[str, tuple[bytes, str]]:
     noise = Image.effect_noise((80, 60), 60).convert("RGB")
     jpeg, png = encode(noise, "JPEG"), encode(noise, "PNG")
@@ -162,6 +167,7 @@ def damaged() -> dict[str, tuple[bytes, str]]:
         "truncated png": (png[: len(png) // 2], "damaged"),
         "header alone": (jpeg[:30], "damaged|not an image"),
         "float": (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "mode F has no defined range"),
+        "signed": (signed_tiff(), "mode I has no defined range"),
         "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image of these formats"),
     }
 
