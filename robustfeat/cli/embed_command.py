@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
@@ -86,6 +87,7 @@ def command(
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.inputs import list_inputs
     from robustfeat.serving.job import Places
+    from robustfeat.serving.sources import is_remote
     from robustfeat.serving.speeds import fastest_way
 
     if not inputs and files_from is None:
@@ -95,7 +97,8 @@ def command(
     extractor = FeatureExtractor.from_pretrained(
         model, precision=precision, engine=engine, device=device, threads=threads, streams=threads, decoding=decoding
     )
-    with list_inputs(inputs, files_from=files_from, null=null) as found:
+    scratch = None if is_remote(out) else Path(out).parent
+    with list_inputs(inputs, files_from=files_from, null=null, folder=scratch) as found:
         if not quiet and (faster := fastest_way(extractor)):
             way, gain = faster
             switch = f"--engine {way.engine} " if way.engine != extractor.engine.name else ""

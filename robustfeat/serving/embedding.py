@@ -20,7 +20,7 @@ from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.progress import Progress
 from robustfeat.serving.decoders import DEADLINE_S
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.inputs import InputList
+from robustfeat.serving.input_list import InputList
 from robustfeat.serving.job import (
     JOB_FILE,
     Job,

@@ -1,95 +1,27 @@
-"""Which images a command's arguments name, in which order. The list lies on disk: it may have any length."""
+"""Which images a command's arguments name, in which order."""
 
 from __future__ import annotations
 
 import fnmatch
 import glob
-import hashlib
-import heapq
-import itertools
 import os
 import re
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from robustfeat.errors import InputError, first_line
+from robustfeat.serving.input_list import InputList
 from robustfeat.serving.sources import ImageSource, image_column, is_remote, open_remote
 
-__all__ = ["IMAGE_SUFFIXES", "InputList", "list_folder", "list_inputs"]
+__all__ = ["IMAGE_SUFFIXES", "list_folder", "list_inputs"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 _PARQUET = re.compile(r"(?P<file>.*\.parquet)(:(?P<column>[^:/]+))?", re.IGNORECASE | re.DOTALL)
 _COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
-_SORT_ROWS = 20_000
-_MERGE_RUNS = 64
-_OFFSET_EVERY = 4096
-
-
-class InputList:
-    """The images to embed, one line each in an unnamed temporary file; close it, or use it in a `with` block.
-
-    Attributes:
-        skipped: files with other suffixes that lay between them.
-        sha256: of the list: equal for equal lists of the same files.
-
-    Args:
-        folder: where the temporary file lies; the system's folder for those by default.
-    """
-
-    def __init__(self, images: Iterable[ImageSource] = (), *, folder: Path | None = None) -> None:
-        self.skipped = 0
-        self._count = 0
-        self._digest = hashlib.sha256()
-        self._offsets: list[int] = []
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the list
-        for image in images:
-            self.append(image)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __enter__(self) -> InputList:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Frees the disk space."""
-        self._file.close()
-
-    @property
-    def sha256(self) -> str:
-        """64 hex digits."""
-        return self._digest.hexdigest()
-
-    def append(self, image: ImageSource) -> None:
-        """Adds a row at the end."""
-        if self._count % _OFFSET_EVERY == 0:
-            self._offsets.append(self._file.seek(0, os.SEEK_END))
-        line = image.to_line()
-        self._digest.update(line)
-        self._file.write(line)
-        self._count += 1
-
-    def lines(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """Rows `start` to `stop` as lines of `ImageSource.to_line`. Only one such iterator may run at a time."""
-        stop = self._count if stop is None else min(stop, self._count)
-        if start >= stop:
-            return
-        self._file.seek(self._offsets[start // _OFFSET_EVERY])
-        yield from itertools.islice(self._file, start % _OFFSET_EVERY, start % _OFFSET_EVERY + stop - start)
-
-    def __iter__(self) -> Iterator[ImageSource]:
-        return map(ImageSource.from_line, self.lines())
 
 
 def list_inputs(
@@ -118,7 +50,12 @@ def list_inputs(
     Raises:
         InputError: an argument does not exist or cannot be read, or there is no image at all.
     """
-    listing = InputList(folder=folder)
+    try:
+        listing = InputList(folder=folder)
+    except OSError as exc:
+        raise InputError(
+            f"{folder}: the list of inputs cannot be written ({exc.strerror}); choose another --out"
+        ) from exc
     try:
         for argument in map(str, arguments):
             if argument == "-":
@@ -134,8 +71,10 @@ def list_inputs(
                 f"{places}: no images found{aside}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}, "
                 "or archives named themselves: FILE.tar, FILE.parquet"
             )
-    except BaseException:
+    except BaseException as exc:
         listing.close()
+        if isinstance(exc, OSError):
+            raise InputError(f"the list of inputs cannot be written ({exc.strerror or exc}); free space") from exc
         raise
     return listing
 
@@ -153,13 +92,13 @@ def _list_argument(argument: str, listing: InputList) -> None:
     if is_remote(argument):
         _list_remote(argument, listing)
     elif os.path.isdir(argument):
-        _extend_sorted(listing, _walk(argument, listing))
+        listing.extend_sorted(_walk(argument, listing))
     elif os.path.lexists(argument):
         _list_file(argument, os.path.basename(argument), listing)
     elif (match := _PARQUET.fullmatch(argument)) and match["column"] and os.path.exists(match["file"]):
         _list_file(argument, os.path.basename(match["file"]), listing)
     elif glob.has_magic(argument):
-        _extend_sorted(listing, _glob(argument, listing))
+        listing.extend_sorted(_glob(argument, listing))
     else:
         raise InputError(f"{argument}: no such file or folder; expected a folder of images or an image file")
 
@@ -174,7 +113,7 @@ def _list_file(file: str, path: str, listing: InputList) -> None:
             # Nine digits: the byte order of the paths is then the order of the rows.
             listing.append(ImageSource(f"{name}/{row:09}", place, "parquet", row, 0, column))
     elif file.lower().endswith(".tar"):
-        _extend_sorted(listing, _tar_members(file, path, listing))
+        listing.extend_sorted(_tar_members(file, path, listing))
     elif _COMPRESSED_TAR.search(file):
         raise InputError(f"{file}: a compressed archive cannot be read at random; decompress it to a .tar first")
     else:
@@ -191,7 +130,7 @@ def _list_lines(place: str, null: bool, listing: InputList) -> None:
                     continue
                 if not is_remote(entry) and os.path.isdir(entry):
                     prefix = entry.rstrip("/") + "/"
-                    _extend_sorted(listing, _walk(entry, listing, prefix))
+                    listing.extend_sorted(_walk(entry, listing, prefix))
                 else:
                     _list_file(entry, entry.removeprefix("./"), listing)
     except OSError as exc:
@@ -402,11 +341,11 @@ def _list_remote(url: str, listing: InputList) -> None:
         except FileNotFoundError:
             kind = None
         if kind == "directory":
-            _extend_sorted(listing, walk(path))
+            listing.extend_sorted(walk(path))
         elif kind is not None:
             _list_file(url, url.rpartition("/")[2], listing)
         elif glob.has_magic(path):
-            _extend_sorted(listing, matches())
+            listing.extend_sorted(matches())
         else:
             raise InputError(f"{url}: no such file or folder")
     except InputError:
@@ -428,32 +367,3 @@ def _remote_entries(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
         place = info["name"].rstrip("/")
         if place.strip("/") != folder.strip("/"):  # S3 may hold an empty object in the folder's own name
             yield place.rpartition("/")[2], info["type"] == "directory"
-
-
-def _extend_sorted(listing: InputList, images: Iterable[ImageSource]) -> None:
-    """Appends in the byte order of the paths, holding `_SORT_ROWS` of them in memory: a merge sort on disk."""
-
-    def key(image: ImageSource) -> bytes:
-        return os.fsencode(image.path)
-
-    images = iter(images)
-    first = sorted(itertools.islice(images, _SORT_ROWS), key=key)
-    if len(first) < _SORT_ROWS:
-        for image in first:
-            listing.append(image)
-        return
-    runs = [InputList(first)]
-    del first
-    try:
-        while chunk := sorted(itertools.islice(images, _SORT_ROWS), key=key):
-            runs.append(InputList(chunk))
-            if len(runs) == _MERGE_RUNS:
-                merged = InputList(heapq.merge(*runs, key=key))
-                for run in runs:
-                    run.close()
-                runs = [merged]
-        for image in heapq.merge(*runs, key=key):
-            listing.append(image)
-    finally:
-        for run in runs:
-            run.close()

@@ -19,7 +19,7 @@ import robustfeat
 from robustfeat.errors import InputError
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.formats import FORMATS, Block, read_features
-from robustfeat.serving.inputs import InputList
+from robustfeat.serving.input_list import InputList
 from robustfeat.serving.sources import is_remote
 from robustfeat.serving.storage import LocalFolder, RemoteFolder, file_exists, open_input, open_output
 

@@ -21,7 +21,7 @@ from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.decoder import Decoded, Task
 from robustfeat.serving.decoders import DEADLINE_S, DecoderPool
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.inputs import InputList
+from robustfeat.serving.input_list import InputList
 from robustfeat.serving.sources import ImageSource, ParquetImages
 
 __all__ = ["EmbeddedBatch", "Pipeline"]

@@ -23,7 +23,7 @@ from robustfeat.hub.folder import BUILTIN, resolve_model
 from robustfeat.serving.decoders import DEADLINE_S
 from robustfeat.serving.embedding import write_shards
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.inputs import InputList
+from robustfeat.serving.input_list import InputList
 from robustfeat.serving.job import Job, identify
 from robustfeat.serving.pipeline import Pipeline
 from robustfeat.serving.sources import ImageSource, is_remote

@@ -20,9 +20,10 @@ from pyarrow import parquet
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError
-from robustfeat.serving import inputs
+from robustfeat.serving import input_list
 from robustfeat.serving.embedding import embed_files
-from robustfeat.serving.inputs import InputList, list_folder, list_inputs
+from robustfeat.serving.input_list import InputList
+from robustfeat.serving.inputs import list_folder, list_inputs
 from robustfeat.serving.sources import ImageSource, ParquetImages
 from tests.conftest import ROOT
 
@@ -395,8 +396,8 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 def test_folders_that_do_not_fit_in_memory_are_sorted_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, runs: int
 ) -> None:
-    monkeypatch.setattr(inputs, "_SORT_ROWS", rows)
-    monkeypatch.setattr(inputs, "_MERGE_RUNS", runs)
+    monkeypatch.setattr(input_list, "_SORT_ROWS", rows)
+    monkeypatch.setattr(input_list, "_MERGE_RUNS", runs)
     names = [f"{'aZ-é_0'[number * 5 % 6]}{number % 9}{'/' * (number % 3 > 0)}{number}.jpg" for number in range(199)]
     names.append(os.fsdecode(b"a\xff.jpg"))
     assert len({*names}) == 200
@@ -411,8 +412,8 @@ def test_folders_that_do_not_fit_in_memory_are_sorted_on_disk(
 def test_members_of_one_name_stay_in_order_when_sorted_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, runs: int
 ) -> None:
-    monkeypatch.setattr(inputs, "_SORT_ROWS", rows)
-    monkeypatch.setattr(inputs, "_MERGE_RUNS", runs)
+    monkeypatch.setattr(input_list, "_SORT_ROWS", rows)
+    monkeypatch.setattr(input_list, "_MERGE_RUNS", runs)
     place = pack(tmp_path / "shard.tar", *((f"{number % 5}.jpg", bytes([number])) for number in range(50)))
     expected = sorted(range(50), key=lambda number: number % 5)
     assert [image.read()[0] for image in listed(place)] == expected

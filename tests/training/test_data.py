@@ -42,7 +42,7 @@ def test_parquet_rows_keep_their_order_across_files(parquet: Path) -> None:
     train, validation = open_training_data(parquet)
     assert train.classes == ("cat", "dog")
     assert train.labels.tolist() == [0, 1, 0, 1, 1]
-    assert [int(train.pixels(row)[0, 0, 0]) for row in range(5)] == [0, 10, 20, 30, 40]
+    assert [train.image(row).getpixel((0, 0))[0] for row in range(5)] == [0, 10, 20, 30, 40]
     assert validation.labels.tolist() == [1]
     assert train.source.name(3) == "train-00001-of-00002.parquet row 0"
 
@@ -124,7 +124,7 @@ def test_without_validation_a_seeded_share_is_held_out(tmp_path: Path) -> None:
     assert again[1].fingerprint == validation.fingerprint
 
     def values(data) -> set[int]:
-        return {int(data.pixels(row)[0, 0, 0]) for row in range(len(data))}
+        return {data.image(row).getpixel((0, 0))[0] for row in range(len(data))}
 
     assert values(train) | values(validation) == set(range(100))
     assert open_training_data(tmp_path, val_fraction=0.1, seed=4)[1].fingerprint != validation.fingerprint
@@ -189,7 +189,7 @@ def test_a_damaged_image_leaves_its_neighbours_as_they_are(dataset: Path, tmp_pa
     assert train.source.name(victim) in broken.failures[0]
     assert broken.images.equal(whole.images[[0, 1, 3, 4, 5]])
     with pytest.raises(DecodeError, match="not an image"):
-        train.pixels(victim)
+        train.image(victim)
 
 
 def test_evaluation_batches_are_the_serving_squares(dataset: Path) -> None:
