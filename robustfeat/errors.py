@@ -4,6 +4,7 @@
     ├── DecodeError         an image cannot be turned into pixels
     ├── InputError          an input (file, folder, option value) is missing or unusable
     ├── ModelFolderError    a model folder is incomplete, altered, or from a newer version
+    ├── HeadError           a head is incomplete, altered, or from a newer version
     ├── EngineError         the inference engine is missing, or is not what was asked for
     ├── DataError           a training set or concept map cannot be used
     ├── TrainingError       training cannot go on (it diverged, or was stopped)
@@ -20,6 +21,7 @@ __all__ = [
     "DecodeError",
     "EngineError",
     "ExportError",
+    "HeadError",
     "InputError",
     "ModelFolderError",
     "RobustFeatError",
@@ -42,6 +44,10 @@ class InputError(RobustFeatError):
 
 class ModelFolderError(RobustFeatError):
     """A model folder is incomplete, altered, or from a newer version."""
+
+
+class HeadError(RobustFeatError):
+    """A head is incomplete, altered, or from a newer version."""
 
 
 class EngineError(RobustFeatError):

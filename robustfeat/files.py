@@ -10,7 +10,7 @@ from pathlib import Path
 
 from robustfeat.errors import InputError
 
-__all__ = ["new_file", "new_folder"]
+__all__ = ["new_file", "new_folder", "require_new"]
 
 
 def _beside(target: Path) -> Path:
@@ -45,6 +45,17 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def require_new(target: str | os.PathLike[str]) -> None:
+    """Asks what `new_folder` will ask, before the work whose result goes there.
+
+    Raises:
+        InputError: `target` exists and is not an empty folder.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists already; remove it or choose another place")
+
+
 @contextmanager
 def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A fresh folder to fill; it becomes `target` when the block ends well and vanishes when it does not.
@@ -53,8 +64,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: `target` exists and is not an empty folder, or the file system refuses.
     """
     target = Path(target).absolute()  # so that `.` has a name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists already; remove it or choose another --out")
+    require_new(target)
     partial = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ Only click is imported here and at the top of the commands' modules, so that `--
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 
@@ -16,7 +17,7 @@ from robustfeat.errors import RobustFeatError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = ("embed", "export", "import", "info", "train")
+_COMMANDS = ("embed", "export", "import", "info", "svm", "train")
 _EXTRAS = {
     "onnxruntime": "cpu",
     "ray": "ray",
@@ -59,6 +60,9 @@ def main() -> None:
         code = exc.exit_code
     except click.Abort:
         click.echo("robustfeat: interrupted", err=True)
+        code = 1
+    except BrokenPipeError:  # who read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except RobustFeatError as exc:
         # One line, also where it names a file whose name has two.

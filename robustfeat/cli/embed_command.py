@@ -7,26 +7,15 @@ from pathlib import Path
 
 import click
 
+from robustfeat.cli.extraction import Extraction, extraction_options
+
 
 @click.command("embed", short_help="Turn images into features.")
 @click.argument("inputs", nargs=-1, metavar="[INPUT]...")
 @click.option("--out", required=True, metavar="FEATS", help="Where to write: a .npy, .parquet or .safetensors file.")
-@click.option("--model", default="builtin", show_default=True, help="A model folder, or builtin.")
+@extraction_options
 @click.option("--files-from", metavar="FILE", help="Read more INPUTs from FILE, one a line; - for stdin.")
 @click.option("--null", is_flag=True, help="The lines of --files-from end in NUL.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", show_default=True)
-@click.option("--engine", type=click.Choice(["auto", "onnxruntime", "openvino"]), default="auto", show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--decoding",
-    type=click.Choice(["exact", "scaled"]),
-    default="exact",
-    show_default=True,
-    help="scaled decodes large JPEGs at a fraction of their size: faster, slightly other features.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Processors for the model.  [default: all granted]")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes that decode.  [default: all processors granted]")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.  [default: by the model's input]")
 @click.option(
     "--on-error",
     type=click.Choice(["nan", "stop"]),
@@ -55,16 +44,9 @@ import click
 def command(
     inputs: tuple[str, ...],
     out: str,
-    model: str,
+    extraction: Extraction,
     files_from: str | None,
     null: bool,
-    precision: str,
-    engine: str,
-    device: str,
-    decoding: str,
-    threads: int | None,
-    workers: int | None,
-    batch_size: int | None,
     on_error: str,
     append: bool,
     restart: bool,
@@ -82,9 +64,7 @@ def command(
     it). An image that cannot be read is a row of NaN, and the exit code is then 3. A run that was killed goes on when
     the same command is given again.
     """
-    from robustfeat.serving.cpus import available_cpus
     from robustfeat.serving.embedding import embed_files
-    from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.inputs import list_inputs
     from robustfeat.serving.job import Places
     from robustfeat.serving.sources import is_remote
@@ -93,10 +73,7 @@ def command(
     if not inputs and files_from is None:
         raise click.UsageError("Missing argument 'INPUT...', or --files-from.")
     Places.of(out)  # a wrong name is said at once
-    threads = threads or available_cpus()
-    extractor = FeatureExtractor.from_pretrained(
-        model, precision=precision, engine=engine, device=device, threads=threads, streams=threads, decoding=decoding
-    )
+    extractor = extraction.open()
     scratch = None if is_remote(out) else Path(out).parent
     with list_inputs(inputs, files_from=files_from, null=null, folder=scratch) as found:
         if not quiet and (faster := fastest_way(extractor)):
@@ -111,8 +88,8 @@ def command(
             extractor,
             found,
             out,
-            batch_size=batch_size,
-            workers=workers,
+            batch_size=extraction.batch_size,
+            workers=extraction.workers,
             on_error=on_error,
             restart=restart,
             append=append,

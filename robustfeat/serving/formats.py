@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
+from robustfeat.serving.sources import is_remote
 from robustfeat.serving.storage import open_input, open_output
 
-__all__ = ["FORMATS", "Block", "FeatureFormat", "read_features"]
+__all__ = ["FORMATS", "Block", "FeatureFormat", "map_features", "read_features"]
 
 _READ_BYTES = 2**23
 
@@ -136,3 +138,31 @@ def read_features(place: str, suffix: str, feature_size: int, rows: int) -> Iter
         yield from FORMATS[suffix].read(place, feature_size, rows)
     except (OSError, ValueError, KeyError, TypeError, struct.error) as exc:
         raise InputError(f"{place}: not the features that its meta file describes ({first_line(exc)})") from exc
+
+
+def map_features(place: str, suffix: str, feature_size: int, rows: int) -> NDArray[np.float32]:
+    """All features of a file, (rows, D), memory-mapped: those of .parquet and remote files by way of a temporary file.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    expected = (rows, feature_size)
+    if suffix == ".npy" and not is_remote(place):
+        try:
+            values: NDArray[np.float32] = np.load(place, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as exc:
+            raise InputError(f"{place}: not a NumPy array ({first_line(exc)})") from exc
+        if values.shape != expected or values.dtype != np.float32:
+            raise InputError(
+                f"{place}: holds {values.shape} {values.dtype}, its meta and index files describe {expected} float32; "
+                "the files do not belong together: embed the images again"
+            )
+        return values
+    try:
+        with tempfile.TemporaryFile(prefix="robustfeat-") as copy:
+            for block in read_features(place, suffix, feature_size, rows):
+                copy.write(block.data.cast("B"))
+            copy.flush()
+            return np.memmap(copy, "<f4", "r", shape=expected)
+    except OSError as exc:
+        raise InputError(f"{place}: no room for a temporary copy ({exc.strerror}); free space, or use .npy") from exc

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.input_list import InputList
-from robustfeat.serving.sources import ImageSource, image_column, is_remote, open_remote
+from robustfeat.serving.sources import ImageSource, image_column, is_remote, open_remote, parquet_path
 
 __all__ = ["IMAGE_SUFFIXES", "list_folder", "list_inputs"]
 
@@ -110,8 +110,7 @@ def _list_file(file: str, path: str, listing: InputList) -> None:
         place = place if is_remote(place) else os.path.abspath(place)
         column, rows = image_column(place, match["column"])
         for row in range(rows):
-            # Nine digits: the byte order of the paths is then the order of the rows.
-            listing.append(ImageSource(f"{name}/{row:09}", place, "parquet", row, 0, column))
+            listing.append(ImageSource(parquet_path(name, row), place, "parquet", row, 0, column))
     elif file.lower().endswith(".tar"):
         listing.extend_sorted(_tar_members(file, path, listing))
     elif _COMPRESSED_TAR.search(file):

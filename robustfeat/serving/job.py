@@ -50,21 +50,21 @@ class Places:
     suffix: str
 
     @classmethod
-    def of(cls, out: str) -> Places:
-        """Those of one --out.
+    def of(cls, out: str, argument: str = "--out") -> Places:
+        """Those of one file of features, given as `argument`.
 
         Raises:
             InputError: the suffix is unknown or the folder missing.
         """
         stem, dot, ending = out.rpartition(".")
         if dot + ending not in FORMATS or not stem.rpartition("/")[2]:
-            raise InputError(f"--out {out}: expected a name ending in {', '.join(FORMATS)}")
+            raise InputError(f"{argument} {out}: expected a name ending in {', '.join(FORMATS)}")
         folder, slash, name = out.rpartition("/")
         if not is_remote(out):
             if not Path(folder or ".").is_dir():
-                raise InputError(f"--out {out}: the folder {folder} does not exist; make it first")
+                raise InputError(f"{argument} {out}: the folder {folder} does not exist; make it first")
             if Path(out).is_dir():
-                raise InputError(f"--out {out}: is a folder; name a file")
+                raise InputError(f"{argument} {out}: is a folder; name a file")
         return cls(out, f"{stem}.index.jsonl", f"{stem}.meta.json", f"{folder}{slash}.{name}.shards", dot + ending)
 
 

@@ -14,7 +14,18 @@ from typing import Any
 
 from robustfeat.errors import InputError, first_line
 
-__all__ = ["MAX_FILE_BYTES", "ImageSource", "ParquetImages", "image_column", "is_remote", "open_remote"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "ImageSource",
+    "ParquetImages",
+    "class_names",
+    "image_column",
+    "is_remote",
+    "open_parquet",
+    "open_remote",
+    "parquet_path",
+    "path_of_index",
+]
 
 MAX_FILE_BYTES = 512 * 2**20
 """Files of more bytes are failed rows; so is one that never ends."""
@@ -128,6 +139,30 @@ class ImageSource:
         return data
 
 
+def path_of_index(record: dict[str, Any]) -> str:
+    """The inverse of `ImageSource.index_fields`: the path of a line of the index."""
+    raw = record.get("path_bytes")
+    return str(record["path"]) if raw is None else os.fsdecode(base64.b64decode(raw))
+
+
+def parquet_path(name: str, row: int) -> str:
+    """What the index calls a row of a Parquet file.
+
+    Nine digits: the byte order of the paths is then the order of the rows.
+    """
+    return f"{name}/{row:09}"
+
+
+def class_names(schema: Any, column: str) -> tuple[str, ...] | None:
+    """The class names of a column of numbers, which Hugging Face `datasets` keeps in the schema's metadata."""
+    raw = (schema.metadata or {}).get(b"huggingface")
+    try:
+        names = json.loads(raw or b"{}")["info"]["features"][column].get("names")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return tuple(names) if names else None
+
+
 def _refused_to_all(exc: Exception) -> bool:
     """Whether it is the credentials that S3 refuses, which is no image's fault."""
     answer = getattr(exc.__cause__, "response", None)
@@ -202,7 +237,7 @@ class ParquetImages:
         import pyarrow
         from pyarrow import compute, parquet
 
-        with _open_parquet(self.file) as handle:
+        with open_parquet(self.file) as handle:
             file = parquet.ParquetFile(handle, pre_buffer=False)
             group, first = 0, 0
             while row >= first + file.metadata.row_group(group).num_rows:
@@ -236,7 +271,7 @@ def image_column(file: str, column: str | None) -> tuple[str, int]:
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
     try:
-        with _open_parquet(file) as handle:
+        with open_parquet(file) as handle:
             found = parquet.ParquetFile(handle)
             schema, rows = found.schema_arrow, found.metadata.num_rows
     except InputError:
@@ -255,7 +290,8 @@ def image_column(file: str, column: str | None) -> tuple[str, int]:
     return str(column), int(rows)
 
 
-def _open_parquet(file: str) -> Any:
+def open_parquet(file: str) -> Any:
+    """A Parquet file, opened for pyarrow, local or remote."""
     import pyarrow
 
     if is_remote(file):

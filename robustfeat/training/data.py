@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from robustfeat.errors import DataError, DecodeError, TrainingError, first_line
 from robustfeat.hub.preprocessing import Preprocessing, decode, resize_and_crop
 from robustfeat.serving.inputs import IMAGE_SUFFIXES, list_folder
+from robustfeat.serving.sources import class_names
 
 __all__ = ["Batch", "EvaluationBatches", "ImageSet", "TrainingBatches", "load_batches", "open_training_data"]
 
@@ -230,7 +230,7 @@ def _read_parquet(files: Sequence[Path]) -> _ParquetSplit:
         if set(table.column_names) != {"image", "label"}:
             got = ", ".join(table.column_names) or "others"
             raise DataError(f"{file}: needs the columns image and label; got {got}")
-        names = names or _class_names(table.schema)
+        names = names or class_names(table.schema, "label")
         places.append((file.name, len(labels)))
         for chunk in table.column("image").chunks:
             chunks.append(chunk.field("bytes") if pyarrow.types.is_struct(chunk.type) else chunk)
@@ -240,19 +240,6 @@ def _read_parquet(files: Sequence[Path]) -> _ParquetSplit:
     if None in labels:
         raise DataError(f"{files[0].parent}: row {labels.index(None)} has no label; every row needs one")
     return _ParquetSplit(files, _Rows(chunks, places), labels, names)
-
-
-def _class_names(schema: Any) -> tuple[str, ...] | None:
-    """Class names that Hugging Face `datasets` keeps in the schema's metadata."""
-    raw = (schema.metadata or {}).get(b"huggingface")
-    if raw is None:
-        return None
-    try:
-        label = json.loads(raw)["info"]["features"]["label"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    names = label.get("names")
-    return tuple(names) if names else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,92 @@
+"""The options of commands that embed images, and what they mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from robustfeat.serving.extractor import FeatureExtractor
+
+__all__ = ["Extraction", "extraction_options"]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How images are embedded, as the command line says.
+
+    Attributes:
+        model: a model folder, or builtin.
+        precision, engine, device, decoding, threads: as `FeatureExtractor.from_pretrained` takes them.
+        workers, batch_size: as `embed_files` takes them.
+        given: the options that were typed, for commands that may not need them.
+    """
+
+    model: str
+    precision: str
+    engine: str
+    device: str
+    decoding: str
+    threads: int | None
+    workers: int | None
+    batch_size: int | None
+    given: tuple[str, ...] = field(default=(), compare=False)
+
+    def open(self, *, throughput: bool = True) -> FeatureExtractor:
+        """The extractor: for the best throughput, or for the soonest answer to a single image."""
+        from robustfeat.serving.cpus import available_cpus
+        from robustfeat.serving.extractor import FeatureExtractor
+
+        threads = self.threads or available_cpus()
+        return FeatureExtractor.from_pretrained(
+            self.model,
+            precision=self.precision,
+            engine=self.engine,
+            device=self.device,
+            threads=threads,
+            streams=threads if throughput else None,
+            decoding=self.decoding,
+        )
+
+
+_OPTIONS = (
+    click.option("--model", default="builtin", show_default=True, help="A model folder, or builtin."),
+    click.option("--precision", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", show_default=True),
+    click.option("--engine", type=click.Choice(["auto", "onnxruntime", "openvino"]), default="auto", show_default=True),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option(
+        "--decoding",
+        type=click.Choice(["exact", "scaled"]),
+        default="exact",
+        show_default=True,
+        help="scaled decodes large JPEGs at a fraction of their size: faster, slightly other features.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="Processors for the model.  [default: all granted]"),
+    click.option(
+        "--workers", type=click.IntRange(min=1), help="Processes that decode.  [default: all processors granted]"
+    ),
+    click.option(
+        "--batch-size", type=click.IntRange(min=1), help="Images in a batch.  [default: by the model's input]"
+    ),
+)
+
+
+def extraction_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command these options, as one argument `extraction`."""
+
+    @functools.wraps(command)
+    def collected(**options: Any) -> Any:
+        context = click.get_current_context()
+        names = [entry.name for entry in fields(Extraction) if entry.name != "given"]
+        typed = click.core.ParameterSource.COMMANDLINE
+        given = tuple(name for name in names if context.get_parameter_source(name) is typed)
+        extraction = Extraction(**{name: options.pop(name) for name in names}, given=given)
+        return command(extraction=extraction, **options)
+
+    for option in reversed(_OPTIONS):
+        collected = option(collected)
+    return collected

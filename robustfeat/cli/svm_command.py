@@ -1,0 +1,278 @@
+"""`robustfeat svm`: heads that turn features into answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from robustfeat.cli.extraction import Extraction, extraction_options
+
+if TYPE_CHECKING:
+    from robustfeat.serving.heads.features import Features
+    from robustfeat.serving.heads.labels import Labels
+    from robustfeat.serving.heads.report import Report
+
+_SHOWN_CLASSES = 60
+
+_inputs = click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_quiet = click.option("--quiet", is_flag=True, help="No progress, no report on stderr.")
+
+
+def _labels_option(**settings: Any) -> Callable[..., Any]:
+    what = "folder (the first folder of each path), FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN; may be repeated."
+    return click.option("--labels", multiple=True, metavar="LABELS", help=what, **settings)
+
+
+@click.group("svm", short_help="Turn features into answers: fit, predict, score.")
+def command() -> None:
+    """Fits linear classifiers on features, and answers with them.
+
+    A HEAD is a folder that `svm fit` makes. INPUT is a file of features (with the index and meta files that `embed`
+    writes beside it), or images as `embed` takes them; those are embedded first. For very many images run `embed`
+    first: it goes on after a stop.
+    """
+
+
+@command.command("fit", short_help="Learn a head from labelled features or images.")
+@_inputs
+@_labels_option(required=True)
+@click.option("--out", required=True, metavar="HEAD", help="The folder to make.")
+@click.option(
+    "--kind",
+    type=click.Choice(["svm", "logistic", "naive-bayes", "nearest-mean"]),
+    default="svm",
+    show_default=True,
+    help="What to fit.",
+)
+@click.option("--C", "c", type=click.FloatRange(min=0, min_open=True), help="Instead of choosing from 0.001 to 10.")
+@click.option("--scaling", type=click.Choice(["none", "l2", "standard"]), help="Instead of choosing one.")
+@click.option("--multi-label", is_flag=True, help="An image may have several labels: cat|dog, or a list.")
+@extraction_options
+@_json
+@_quiet
+def fit_command(
+    inputs: tuple[str, ...],
+    labels: tuple[str, ...],
+    out: str,
+    kind: str,
+    c: float | None,
+    scaling: str | None,
+    multi_label: bool,
+    extraction: Extraction,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Learns a head from features or images and their labels, and writes it to a new folder.
+
+    Rows are matched with labels by path. Images without a label are not embedded, failed rows are left out. C and
+    scaling are chosen on a stratified 10 % of the rows, held out with seed 0; then all rows are fitted. What the
+    choice reached on the held-out rows is in report.md, and the confusion matrix in confusion.png.
+
+    The exit code is 3 if labelled images failed.
+    """
+    from robustfeat.files import new_folder, require_new
+    from robustfeat.serving.heads.fitting import C_GRID, fit_head
+    from robustfeat.serving.heads.head import SCALINGS
+    from robustfeat.serving.heads.labels import match_labels, read_labels
+
+    if c is not None and kind in {"naive-bayes", "nearest-mean"}:
+        raise click.UsageError(f"--kind {kind} has no --C")
+    require_new(out)
+    known = read_labels(labels, multi_label=multi_label)
+    features = _open(inputs, extraction, quiet, only=known)
+    labelled = match_labels(features, known, multi_label=multi_label)
+    _say(labelled.summary(), quiet)
+    head, report = fit_head(
+        features,
+        labelled,
+        kind=kind,
+        cs=C_GRID if c is None else (c,),
+        scalings=tuple(SCALINGS) if scaling is None else (scaling,),
+        threads=extraction.threads,
+        quiet=quiet,
+    )
+    with new_folder(out) as folder:
+        head.write(folder)
+        if report:
+            report.write(folder, "held out")
+    chosen = "" if head.selection["C"] is None else f"C {head.selection['C']:g}, "
+    _say(f"chosen: {chosen}{head.scaling} scaling", quiet)
+    if not head.selection["converged"]:
+        _say("the solver stopped before its end: a smaller --C, or --scaling standard, may help", quiet)
+    if report is None:
+        _say("every class has one row: nothing could be held out, so nothing is known of its accuracy", quiet)
+    else:
+        _show(report, "held out", quiet)
+    _say(f"{out}: {head.kind} head, {len(head.classes)} classes", quiet)
+    if as_json:
+        summary = {"out": out, "rows": len(labelled.rows), "failed": labelled.failed, **head.selection, **head.scores}
+        click.echo(json.dumps(summary))
+    return _left_out(labelled.failed)
+
+
+@command.command("predict", short_help="Answer for features or images.")
+@click.argument("head", metavar="HEAD")
+@_inputs
+@click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
+@click.option("--probabilities", is_flag=True, help="Calibrated probabilities beside the margins.")
+@click.option("--suggest", type=click.IntRange(min=1), metavar="N", help="List the N least certain, to label next.")
+@_labels_option()
+@extraction_options
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout.")
+@_quiet
+def predict_command(
+    head: str,
+    inputs: tuple[str, ...],
+    out: str | None,
+    probabilities: bool,
+    suggest: int | None,
+    labels: tuple[str, ...],
+    extraction: Extraction,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Predicts the class of every row, as CSV: path, prediction, error, and the margin of each class.
+
+    A failed image has no prediction, and the exit code is then 3. --suggest lists paths and predictions: on stdout if
+    the predictions go to --out, else on stderr; paths that --labels names are left out of it.
+    """
+    from robustfeat.files import new_file
+    from robustfeat.serving.heads.head import Head
+    from robustfeat.serving.heads.labels import SEPARATOR, read_labels
+    from robustfeat.serving.heads.predictions import Suggestions, predict_rows, to_csv, to_jsonl
+
+    if out is not None and not out.endswith((".csv", ".jsonl")):
+        raise click.UsageError(f"--out {out}: expected a name ending in .csv or .jsonl")
+    if labels and suggest is None:
+        raise click.UsageError("--labels says what --suggest need not list; pass --suggest N too")
+    opened = Head.load(head)
+    known = read_labels(labels, multi_label=opened.multi_label) if labels else None
+    features = _open(inputs, extraction, quiet, head=opened, head_place=head)
+    suggestions = Suggestions(suggest or 0, (lambda path: known.of(path) is not None) if known else lambda path: False)
+    predictions = predict_rows(opened, features, probabilities=probabilities)
+    if suggest:
+        predictions = suggestions.watch(predictions)
+    if as_json or (out or "").endswith(".jsonl"):
+        lines = to_jsonl(opened, predictions)
+    else:
+        lines = to_csv(opened, predictions, probabilities=probabilities)
+    if out is None:
+        sys.stdout.writelines(lines)
+    else:
+        with new_file(out) as partial, open(partial, "w", encoding="utf-8", newline="") as handle:
+            handle.writelines(lines)
+    if suggest:
+        listed = "\n".join(
+            f"{one.path},{SEPARATOR.join(map(str, one.labels))},{one.certainty:.6g}" for one in suggestions.found()
+        )
+        click.echo(f"path,prediction,certainty\n{listed}", err=out is None)
+    if out:
+        _say(f"{out}: {len(features):,} predictions", quiet)
+    return _left_out(len(features.errors))
+
+
+@command.command("score", short_help="Measure a head on labelled features or images.")
+@click.argument("head", metavar="HEAD")
+@_inputs
+@_labels_option(required=True)
+@click.option("--report", "report_folder", metavar="FOLDER", help="Write report.md and confusion.png there.")
+@extraction_options
+@_json
+@_quiet
+def score_command(
+    head: str,
+    inputs: tuple[str, ...],
+    labels: tuple[str, ...],
+    report_folder: str | None,
+    extraction: Extraction,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Prints the accuracy on the labelled rows, a fraction of 1.
+
+    Failed rows are left out, and the exit code is then 3. With several labels a row, a row counts if all are right.
+    """
+    import numpy as np
+
+    from robustfeat.files import require_new
+    from robustfeat.serving.heads.head import Head
+    from robustfeat.serving.heads.labels import match_labels, read_labels
+    from robustfeat.serving.heads.report import Report
+
+    if report_folder:
+        require_new(report_folder)
+    opened = Head.load(head)
+    known = read_labels(labels, multi_label=opened.multi_label)
+    features = _open(inputs, extraction, quiet, head=opened, head_place=head, only=known)
+    classes = [str(name) for name in opened.classes]
+    labelled = match_labels(features, known, multi_label=opened.multi_label, classes=classes)
+    _say(labelled.summary(), quiet)
+    margins = opened.margins_of_rows(features.values, labelled.rows)
+    predicted = margins > 0 if opened.multi_label else np.asarray(margins.argmax(1))
+    report = Report.of(predicted, labelled.targets, classes)
+    _show(report, "score", quiet)
+    if report_folder:
+        report.save(report_folder, "score")
+    if as_json:
+        extra = {"failed": labelled.failed, "unlabelled": labelled.unlabelled, "missing": len(labelled.missing)}
+        click.echo(json.dumps(report.to_dict() | extra))
+    else:
+        click.echo(report.accuracy)
+    return _left_out(labelled.failed)
+
+
+def _open(
+    inputs: tuple[str, ...],
+    extraction: Extraction,
+    quiet: bool,
+    *,
+    head: Any = None,
+    head_place: str = "",
+    only: Labels | None = None,
+) -> Features:
+    """The features that INPUT names or whose images it names; of the latter those alone that have labels in `only`."""
+    from robustfeat.serving.heads.features import embed_features, is_feature_file, open_features
+    from robustfeat.serving.heads.identity import ModelIdentity
+    from robustfeat.serving.heads.labels import labelled_inputs
+    from robustfeat.serving.inputs import list_inputs
+
+    features: Features
+    if any(is_feature_file(place) for place in inputs):
+        if len(inputs) > 1:
+            raise click.UsageError(f"features come alone; got {len(inputs)} INPUTs")
+        typed = [name for name in extraction.given if name != "threads"]
+        if typed:
+            raise click.UsageError(f"--{typed[0].replace('_', '-')} is for images; {inputs[0]} holds features")
+        features = open_features(inputs[0])
+        if head is not None:
+            head.require_model(features.model, head_place, features.place)
+        return features
+    extractor = extraction.open()
+    if head is not None:  # before the work of embedding
+        head.require_model(ModelIdentity.of_extractor(extractor), head_place, f"--model {extraction.model}")
+    with list_inputs(inputs) as found, labelled_inputs(found, only) if only else nullcontext(found) as wanted:
+        return embed_features(
+            extractor, wanted, quiet=quiet, batch_size=extraction.batch_size, workers=extraction.workers
+        )
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        click.echo(text, err=True)
+
+
+def _show(report: Report, title: str, quiet: bool) -> None:
+    text = report.to_text(title)
+    _say(text if len(report.classes) <= _SHOWN_CLASSES else text.splitlines()[0], quiet)
+
+
+def _left_out(failed: int) -> int:
+    if failed:
+        click.echo(f"robustfeat: {failed:,} images failed and were left out", err=True)
+    return 3 if failed else 0

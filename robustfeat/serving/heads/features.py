@@ -1,0 +1,140 @@
+"""Features with the names of their rows: what `embed` has written, or what images give now."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import InputError
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.formats import FORMATS, map_features
+from robustfeat.serving.heads.identity import ModelIdentity
+from robustfeat.serving.input_list import InputList
+from robustfeat.serving.job import Places
+from robustfeat.serving.sources import path_of_index
+from robustfeat.serving.storage import file_exists, open_input
+
+__all__ = ["CHUNK_ROWS", "Features", "embed_features", "is_feature_file", "open_features"]
+
+CHUNK_ROWS = 4096
+"""Rows that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """The rows of a file of features.
+
+    Attributes:
+        place: where they lie, for messages.
+        values: (n, D) float32, memory-mapped; failed rows are NaN.
+        paths: n names, as the index has them.
+        errors: why rows failed, by row.
+        model: what made them.
+    """
+
+    place: str
+    values: NDArray[np.float32]
+    paths: Sequence[str]
+    errors: dict[int, str]
+    model: ModelIdentity
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def chunks(self) -> Iterator[tuple[range, NDArray[np.float32]]]:
+        """All rows, some at a time.
+
+        Raises:
+            InputError: a row is not finite that the index does not call failed.
+        """
+        for start in range(0, len(self), CHUNK_ROWS):
+            rows = range(start, min(start + CHUNK_ROWS, len(self)))
+            values = self.values[rows.start : rows.stop]
+            self._require_finite(rows, values)
+            yield rows, values
+
+    def check(self) -> None:
+        """Reads all rows once.
+
+        Raises:
+            InputError: as `chunks`.
+        """
+        for _ in self.chunks():
+            pass
+
+    def _require_finite(self, rows: Sequence[int], values: NDArray[np.float32]) -> None:
+        for place in np.flatnonzero(~np.isfinite(values).all(1)):
+            row = rows[int(place)]
+            if row not in self.errors:
+                raise InputError(
+                    f"{self.place}: row {row} ({self.paths[row]}) is not finite, and the index knows no error of it; "
+                    "embed the images again"
+                )
+
+
+def is_feature_file(place: str) -> bool:
+    """Whether an argument names features rather than images (a Parquet file may hold either)."""
+    suffix = Path(place).suffix
+    if suffix not in FORMATS:
+        return False
+    return suffix != ".parquet" or file_exists(Places.of(place).meta)
+
+
+def open_features(place: str) -> Features:
+    """Features that `embed` has written, with the index and the meta file beside them.
+
+    Raises:
+        InputError: a file is missing, or they do not belong together.
+    """
+    places = Places.of(place, "features")
+    for file in (places.features, places.index, places.meta):
+        if not file_exists(file):
+            raise InputError(
+                f"{file}: no such file; expected what robustfeat embed writes: "
+                f"{Path(place).name} with its index and meta files beside it"
+            )
+    try:
+        with open_input(places.meta) as handle:
+            meta = json.loads(handle.read())
+        model, images = ModelIdentity.of_meta(meta), int(meta["images"])
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise InputError(f"{places.meta}: not what robustfeat embed writes ({exc!r})") from exc
+    paths: list[str] = []
+    errors: dict[int, str] = {}
+    with open_input(places.index) as handle:
+        for row, line in enumerate(handle):
+            try:
+                record = json.loads(line)
+                paths.append(path_of_index(record))
+                if record["row"] != row:
+                    raise ValueError(f"row {record['row']} in line {row + 1}")
+                if record["error"] is not None:
+                    errors[row] = str(record["error"])
+            except (ValueError, KeyError, TypeError) as exc:
+                raise InputError(f"{places.index}: not what robustfeat embed writes ({exc})") from exc
+    if len(paths) != images:
+        raise InputError(
+            f"{places.index}: has {len(paths):,} rows, {places.meta} says {images:,}; "
+            "the files do not belong together: embed the images again"
+        )
+    values = map_features(places.features, places.suffix, model.feature_size, images)
+    return Features(place, values, paths, errors, model)
+
+
+def embed_features(extractor: FeatureExtractor, inputs: InputList, *, quiet: bool = False, **options: Any) -> Features:
+    """Features of images, in a temporary file that goes with them. `options` are those of `embed_files`."""
+    from robustfeat.serving.embedding import embed_files
+
+    with tempfile.TemporaryDirectory(prefix="robustfeat-") as scratch:
+        out = str(Path(scratch) / "images.npy")
+        embed_files(extractor, inputs, out, quiet=quiet, **options)
+        # The mapping holds the bytes when the name is gone.
+        opened = open_features(out)
+    return Features("the images", opened.values, opened.paths, opened.errors, opened.model)

@@ -1,0 +1,345 @@
+"""Fitting heads: one way of choosing C and scaling for all of robustfeat, and the final fit on all rows."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import InputError
+from robustfeat.progress import Progress
+from robustfeat.serving.cpus import available_cpus
+from robustfeat.serving.heads.calibration import calibrate
+from robustfeat.serving.heads.features import Features
+from robustfeat.serving.heads.head import KINDS, SCALINGS, Array, Head
+from robustfeat.serving.heads.labels import LabelledRows
+from robustfeat.serving.heads.large import LargeSet
+from robustfeat.serving.heads.report import Report
+
+__all__ = ["C_GRID", "HELD_OUT", "Candidate", "Selection", "fit_head", "hold_out", "select"]
+
+C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+HELD_OUT = 0.1
+
+LARGE = 2**26
+"""Sets of more values than this (131,072 rows of 512) are read from disk again and again instead of held in memory."""
+
+_WORKING_BYTES = 2**31
+_BYTES_PER_VALUE = 24  # a scaled copy, and what liblinear makes of it
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was tried.
+
+    Attributes:
+        scaling: one of `SCALINGS`.
+        c: None for kinds that have no such thing.
+        score: on the held-out rows: accuracy; with several labels a row, the mean over labels of F1. NaN without any.
+        converged: whether the solver came to its end.
+    """
+
+    scaling: str
+    c: float | None
+    score: float
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen.
+
+    Attributes:
+        best: the setting with the best score, the first one of equals.
+        candidates: all of them, in the order of the grid: by scaling, then by C.
+        fit, held: (m,) int64, the places of the rows that they were fitted on and scored by.
+        head: the best one, fitted on `fit`; its classes are numbers.
+    """
+
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    fit: NDArray[np.int64]
+    held: NDArray[np.int64]
+    head: Head
+
+
+class _Set(Protocol):
+    """Rows to fit on, in memory or not."""
+
+    workers: int
+
+    def fit(self, scaling: str, c: float | None, places: NDArray[np.int64]) -> tuple[Head, bool]: ...
+    def rows(self, places: NDArray[np.int64]) -> Iterator[NDArray[Any]]: ...
+
+
+class _SetInMemory:
+    """Fits by scikit-learn."""
+
+    def __init__(self, values: NDArray[Any], targets: NDArray[Any], kind: str, threads: int) -> None:
+        self._x = np.asarray(values, np.float64)
+        self._targets, self._kind = targets, kind
+        self.workers = max(1, min(threads, _WORKING_BYTES // max(1, self._x.size * _BYTES_PER_VALUE)))
+
+    def fit(self, scaling: str, c: float | None, places: NDArray[np.int64]) -> tuple[Head, bool]:
+        from sklearn.multiclass import OneVsRestClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import Normalizer, StandardScaler
+
+        classifier = _classifier(self._kind, c)
+        if self._targets.ndim == 2:
+            classifier = OneVsRestClassifier(classifier)
+        scaler = {"none": None, "l2": Normalizer(), "standard": StandardScaler()}[scaling]
+        pipeline = make_pipeline(scaler, classifier)
+        pipeline.fit(self._x[places], self._targets[places])
+        parts = getattr(classifier, "estimators_", [classifier])
+        spent = max((int(np.max(getattr(part, "n_iter_", 0))) for part in parts), default=0)
+        return Head.from_sklearn(pipeline), spent < getattr(parts[0], "max_iter", math.inf)
+
+    def rows(self, places: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        yield self._x[places]
+
+
+def _classifier(kind: str, c: float | None) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.naive_bayes import GaussianNB
+    from sklearn.neighbors import NearestCentroid
+    from sklearn.svm import LinearSVC
+
+    if kind == "svm":
+        return LinearSVC(C=c, dual=False)
+    if kind == "logistic":
+        return LogisticRegression(C=c, max_iter=1000)
+    return GaussianNB() if kind == "naive-bayes" else NearestCentroid()
+
+
+def hold_out(targets: NDArray[Any], seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Parts rows for a selection: 10 % of them, stratified.
+
+    What is alone in its class is never held out. Where 10 % are fewer rows than classes, one row of each class is.
+
+    Args:
+        targets: (m,) int64, or (m, K) bool; the latter are stratified by their sets of labels.
+        seed: of the draw.
+
+    Returns:
+        The places to fit on, and those held out; none of the latter where every class has one row.
+    """
+    from sklearn.model_selection import train_test_split
+
+    ids = targets if targets.ndim == 1 else np.unique(targets, axis=0, return_inverse=True)[1].reshape(-1)
+    counts = np.bincount(ids)
+    shared = np.flatnonzero(counts[ids] >= 2)
+    classes = int((counts >= 2).sum())
+    if not classes:
+        return np.arange(len(ids)), np.empty(0, np.int64)
+    if math.ceil(HELD_OUT * len(shared)) >= classes:
+        fit, held = train_test_split(shared, test_size=HELD_OUT, stratify=ids[shared], random_state=seed)
+        return np.concatenate([fit, np.flatnonzero(counts[ids] < 2)]), held
+    draw = np.random.default_rng(seed)
+    held = np.array([draw.choice(np.flatnonzero(ids == one)) for one in np.flatnonzero(counts >= 2)])
+    return np.setdiff1d(np.arange(len(ids)), held), held
+
+
+def select(
+    values: NDArray[Any],
+    targets: NDArray[Any],
+    *,
+    kind: str = "svm",
+    rows: NDArray[np.int64] | None = None,
+    cs: Sequence[float] = C_GRID,
+    scalings: Sequence[str] = tuple(SCALINGS),
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Selection:
+    """Chooses C and scaling on held-out rows.
+
+    Features are float64; the SVM is scikit-learn's `LinearSVC(C=c, dual=False)`, and for sets of more than `LARGE`
+    values the same minimum found by L-BFGS.
+
+    Args:
+        values: (n, D) features, possibly memory-mapped.
+        targets: (m,) int64 from 0, or (m, K) bool for several labels a row.
+        kind: one of `KINDS`.
+        rows: (m,) the rows that the targets are of, ascending; all by default.
+        cs, scalings: the grid; kinds without C try the scalings alone.
+        seed: of the held-out rows.
+        threads: processors; by default what the cgroup grants.
+        progress: is advanced by one a candidate.
+    """
+    data = _open_set(values, targets, kind, rows, threads, progress)
+    return _select(data, targets, kind, cs, scalings, seed, threads, progress)
+
+
+def _open_set(
+    values: NDArray[Any],
+    targets: NDArray[Any],
+    kind: str,
+    rows: NDArray[np.int64] | None,
+    threads: int | None,
+    progress: Progress | None,
+) -> _Set:
+    rows = np.arange(len(values)) if rows is None else rows
+    if len(rows) * values.shape[1] > LARGE:
+        return LargeSet(values, rows, targets, kind, progress)
+    return _SetInMemory(values[rows], targets, kind, threads or available_cpus())
+
+
+def _select(
+    data: _Set,
+    targets: NDArray[Any],
+    kind: str,
+    cs: Sequence[float],
+    scalings: Sequence[str],
+    seed: int,
+    threads: int | None,
+    progress: Progress | None,
+) -> Selection:
+    fit, held = hold_out(targets, seed)
+    grid = [(scaling, c) for scaling in scalings for c in (cs if KINDS[kind].linear else [None])]
+
+    def attempt(setting: tuple[str, float | None]) -> tuple[Candidate, Head]:
+        head, converged = data.fit(*setting, fit)
+        score = math.nan
+        if len(held):
+            score = _score(np.concatenate([head.predict(part) for part in data.rows(held)]), targets[held])
+        if progress:
+            progress.advance(1)
+        return Candidate(*setting, score, converged), head
+
+    tried = _run([partial(attempt, setting) for setting in grid], data.workers, threads)
+    candidates = tuple(candidate for candidate, _ in tried)
+    if not len(held):
+        best = grid.index(("none", 1.0)) if ("none", 1.0) in grid else 0
+    else:
+        best = max(range(len(grid)), key=lambda at: candidates[at].score)  # the first one of equals
+    return Selection(candidates[best], candidates, fit, held, tried[best][1])
+
+
+def _run(tasks: Sequence[Callable[[], Any]], workers: int, threads: int | None) -> list[Any]:
+    with _quiet(threads or available_cpus(), workers), ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _quiet(threads: int, workers: int) -> Iterator[None]:
+    """Says of a solver that stopped early in the report instead; keeps BLAS within the processors granted."""
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    with warnings.catch_warnings(), threadpool_limits(max(1, threads // workers)):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+def _score(predicted: NDArray[Any], targets: NDArray[Any]) -> float:
+    from sklearn.metrics import f1_score
+
+    if targets.ndim == 2:
+        return float(f1_score(targets, predicted, average="macro", zero_division=0))
+    return float(np.mean(predicted == targets))
+
+
+def fit_head(
+    features: Features,
+    labelled: LabelledRows,
+    *,
+    kind: str = "svm",
+    cs: Sequence[float] = C_GRID,
+    scalings: Sequence[str] = tuple(SCALINGS),
+    threads: int | None = None,
+    quiet: bool = True,
+) -> tuple[Head, Report | None]:
+    """Selects, calibrates and scores on held-out rows, then fits on all.
+
+    Args:
+        features: the rows.
+        labelled: which have which labels.
+        kind: one of `KINDS`.
+        cs, scalings: what to choose from.
+        threads: processors; by default what the cgroup grants.
+        quiet: no progress.
+
+    Returns:
+        The head, and what its settings reach on the held-out rows when fitted on the others; None where every class
+        has a single row. The same rows chose the settings, so that a test on further images may come out lower.
+
+    Raises:
+        InputError: the rows are of one class.
+    """
+    targets, classes = labelled.targets, labelled.classes
+    _require_two(features, labelled)
+    grid = len(scalings) * (len(cs) if KINDS[kind].linear else 1)
+    progress = Progress("fit", grid + 1, "fits", quiet=quiet)
+    data = _open_set(features.values, targets, kind, labelled.rows, threads, progress)
+    selection = _select(data, targets, kind, cs, scalings, 0, threads, progress)
+    report, calibration = None, {}
+    if len(selection.held):
+        held, answers = selection.held, targets[selection.held]
+        raw = np.concatenate([selection.head.raw_margins(part) for part in data.rows(held)])
+        calibration = calibrate(raw, answers)
+        predicted = np.concatenate([selection.head.predict(part) for part in data.rows(held)])
+        report = Report.of(predicted, answers, classes)
+    everything = np.arange(len(targets))
+    ((head, converged),) = _run([lambda: data.fit(selection.best.scaling, selection.best.c, everything)], 1, threads)
+    progress.advance(1)
+    progress.finish()
+    head = replace(
+        head,
+        classes=classes,
+        arrays=dict(head.arrays) | calibration,
+        model=features.model,
+        selection=_describe(selection, labelled, converged=converged),
+        scores={"held_out": report.to_dict()} if report else {},
+    )
+    return head, report
+
+
+def _require_two(features: Features, labelled: LabelledRows) -> None:
+    if labelled.targets.ndim == 1:
+        if len(labelled.classes) < 2:
+            raise InputError(
+                f"{features.place}: all {len(labelled.rows):,} labelled rows are of one class, "
+                f"{labelled.classes[0]!r}; a head needs two"
+            )
+        return
+    share: Array = labelled.targets.mean(0)
+    for name, part in zip(labelled.classes, share, strict=True):
+        if part in (0.0, 1.0):
+            raise InputError(
+                f"{features.place}: label {name!r} is on {'every' if part else 'no'} labelled row; "
+                "a head needs rows with and without it"
+            )
+    if not labelled.classes:
+        raise InputError(f"{features.place}: no labelled row has a label")
+
+
+def _describe(selection: Selection, labelled: LabelledRows, *, converged: bool) -> dict[str, Any]:
+    def record(candidate: Candidate) -> dict[str, Any]:
+        score = None if math.isnan(candidate.score) else candidate.score
+        return {"scaling": candidate.scaling, "C": candidate.c, "score": score, "converged": candidate.converged}
+
+    return {
+        "C": selection.best.c,
+        "scaling": selection.best.scaling,
+        "measure": "accuracy" if labelled.targets.ndim == 1 else "macro F1",
+        "candidates": [record(candidate) for candidate in selection.candidates],
+        "seed": 0,
+        "rows_fit": len(selection.fit),
+        "rows_held_out": len(selection.held),
+        "rows": len(labelled.rows),
+        "converged": converged,
+    }

@@ -1,0 +1,385 @@
+"""`Head`: what turns features into answers. A folder of numbers and names, with nothing in it to execute.
+
+    head.json          classes, kind, scaling, how it was selected, which model's features it takes, scores
+    head.safetensors   coefficients, means and the like; scaling; calibration; all float64
+
+Each file holds a sha256 of the other, so that neither changes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import HeadError, InputError, first_line
+from robustfeat.files import new_folder
+from robustfeat.serving.heads.features import CHUNK_ROWS, Features
+from robustfeat.serving.heads.identity import ModelIdentity
+
+__all__ = ["KINDS", "SCALINGS", "Head"]
+
+FORMAT_VERSION = 1
+"""Heads of a newer version are refused."""
+
+JSON, TENSORS = "head.json", "head.safetensors"
+
+Array = NDArray[np.float64]
+Arrays = Mapping[str, Array]
+
+SCALINGS: dict[str, tuple[str, ...]] = {"none": (), "l2": (), "standard": ("scaling.mean", "scaling.scale")}
+"""What is done to features first, and the (D,) arrays that it needs."""
+
+
+def _linear(arrays: Arrays, x: Array) -> Array:
+    margins: Array = x @ arrays["coefficients"].T + arrays["intercepts"]
+    return margins
+
+
+def _naive_bayes(arrays: Arrays, x: Array) -> Array:
+    """Logarithm of p(x, class) of independent Gaussians."""
+    columns = [
+        np.log(prior) - 0.5 * np.log(2 * np.pi * variance).sum() - 0.5 * ((x - mean) ** 2 / variance).sum(1)
+        for mean, variance, prior in zip(arrays["means"], arrays["variances"], arrays["priors"], strict=True)
+    ]
+    return np.stack(columns, 1)
+
+
+def _nearest_mean(arrays: Arrays, x: Array) -> Array:
+    """Minus the squared distance."""
+    return np.stack([-((x - mean) ** 2).sum(1) for mean in arrays["means"]], 1)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a kind of head computes.
+
+    Attributes:
+        shapes: its arrays; `K` stands for the classes, `D` for the features.
+        margins: arrays and scaled (n, D) to (n, K), or to (n, 1) for two classes with one row of coefficients.
+        linear: one row of coefficients parts two classes; otherwise each class has an entry.
+    """
+
+    shapes: Mapping[str, tuple[str, ...]]
+    margins: Callable[[Arrays, Array], Array]
+    linear: bool
+
+
+_COEFFICIENTS = {"coefficients": ("K", "D"), "intercepts": ("K",)}
+KINDS = {
+    "svm": _Kind(_COEFFICIENTS, _linear, True),
+    "logistic": _Kind(_COEFFICIENTS, _linear, True),
+    "naive-bayes": _Kind({"means": ("K", "D"), "variances": ("K", "D"), "priors": ("K",)}, _naive_bayes, False),
+    "nearest-mean": _Kind({"means": ("K", "D")}, _nearest_mean, False),
+}
+"""Linear SVM, logistic regression, Gaussian naive Bayes and nearest class mean."""
+
+_CALIBRATION = ("calibration.scale", "calibration.offset")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier of features.
+
+    With several labels a row, a linear kind has one row of coefficients a label; the others have arrays of a further
+    axis, (K, 2, ...), for the rows without and with that label.
+
+    Attributes:
+        kind: one of `KINDS`.
+        classes: K names, or numbers.
+        scaling: one of `SCALINGS`.
+        arrays: float64, by name: those of the kind and the scaling, and calibration where there is one.
+        multi_label: whether a row may have several labels, or none.
+        model: whose features these are; None where that is not known (then it is not checked).
+        selection: how C and scaling were chosen.
+        scores: what was measured.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    kind: str
+    classes: tuple[str | int, ...]
+    scaling: str
+    arrays: Arrays
+    multi_label: bool = False
+    model: ModelIdentity | None = None
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be {', '.join(KINDS)}; got {self.kind!r}")
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling must be {', '.join(SCALINGS)}; got {self.scaling!r}")
+        count = len(self.classes)
+        if count < (1 if self.multi_label else 2) or len(set(self.classes)) != count:
+            raise ValueError(f"classes must be at least two, and different; got {list(self.classes)[:10]}")
+        if {type(name) for name in self.classes} not in ({str}, {int}):
+            raise ValueError("classes must be all text or all whole numbers")
+        kind = KINDS[self.kind]
+        allowed = {*kind.shapes, *SCALINGS[self.scaling], *_CALIBRATION}
+        optional = set(_CALIBRATION) if not set(_CALIBRATION) & set(self.arrays) else set()
+        if not allowed - optional <= set(self.arrays) <= allowed:
+            raise ValueError(
+                f"a {self.kind} head with {self.scaling} scaling has {sorted(allowed)}; got {sorted(self.arrays)}"
+            )
+        rows = 1 if kind.linear and count == 2 and not self.multi_label else count
+        for name, shape in kind.shapes.items():
+            leading = [rows, 2] if self.multi_label and not kind.linear else [rows]
+            self._require(name, (*leading, *(self.feature_size for axis in shape if axis == "D")))
+        for name in SCALINGS[self.scaling]:
+            self._require(name, (self.feature_size,))
+        for name in set(_CALIBRATION) & set(self.arrays):
+            self._require(name, (rows,))
+        if self.model is not None and self.model.feature_size != self.feature_size:
+            raise ValueError(f"the model gives {self.model.feature_size} features, the arrays take {self.feature_size}")
+
+    def _require(self, name: str, shape: tuple[int, ...]) -> None:
+        array = self.arrays[name]
+        if array.shape != shape or array.dtype != np.float64 or not np.isfinite(array).all():
+            raise ValueError(f"{name} must be {shape} finite float64; got {array.shape} {array.dtype}")
+        if name in {"variances", "priors", "scaling.scale"} and not (array > 0).all():
+            raise ValueError(f"{name} must be above zero")
+
+    @classmethod
+    def from_sklearn(cls, estimator: Any, *, model: ModelIdentity | None = None, **about: Any) -> Head:
+        """A fitted scikit-learn classifier as a head: see `convert.from_sklearn`."""
+        from robustfeat.serving.heads.convert import from_sklearn
+
+        return from_sklearn(estimator, model=model, **about)
+
+    def to_sklearn(self) -> Any:
+        """This head as a fitted scikit-learn pipeline: see `convert.to_sklearn`."""
+        from robustfeat.serving.heads.convert import to_sklearn
+
+        return to_sklearn(self)
+
+    @property
+    def feature_size(self) -> int:
+        """D."""
+        return int(self.arrays["coefficients" if KINDS[self.kind].linear else "means"].shape[-1])
+
+    def scale(self, features: NDArray[Any]) -> Array:
+        """(n, D) features to (n, D) float64 as the classifier takes them."""
+        x = np.asarray(features, np.float64)
+        if self.scaling == "l2":
+            norms = np.sqrt(np.einsum("ij,ij->i", x, x))
+            return x / np.where(norms == 0, 1.0, norms)[:, None]
+        if self.scaling == "standard":
+            return (x - self.arrays["scaling.mean"]) / self.arrays["scaling.scale"]
+        return x
+
+    def margins(self, features: NDArray[Any] | Features) -> Array:
+        """How much each class is favoured.
+
+        Args:
+            features: (n, D) float; or `Features`, whose model is checked.
+
+        Returns:
+            (n, K): the largest one of a row is its class; with several labels, those above zero. Two classes parted by
+            one row of coefficients have margins -m and m.
+
+        Raises:
+            InputError: the features are another model's.
+            ValueError: they have another shape, or are not finite.
+        """
+        values = self._values(features)
+        return self.margins_of_rows(values, np.arange(len(values)))
+
+    def margins_of_rows(self, values: NDArray[Any], rows: NDArray[np.int64]) -> Array:
+        """`margins` of some rows of an array that may be on disk, in their order."""
+        starts = range(0, len(rows), CHUNK_ROWS)
+        parts = [self._margins(values[rows[start : start + CHUNK_ROWS]]) for start in starts]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.classes)))
+
+    def _values(self, features: NDArray[Any] | Features) -> NDArray[Any]:
+        if isinstance(features, Features):
+            self.require_model(features.model, "this head", features.place)
+            return features.values
+        values = np.asarray(features)
+        if values.ndim != 2 or values.shape[1] != self.feature_size:
+            raise ValueError(f"features must be (n, {self.feature_size}); got {values.shape}")
+        return values
+
+    def require_model(self, model: ModelIdentity, mine: str, theirs: str) -> None:
+        """Refuses another model's features.
+
+        Raises:
+            InputError: saying both.
+        """
+        if self.model is not None:
+            self.model.require(model, mine, theirs)
+        elif model.feature_size != self.feature_size:
+            raise InputError(f"{mine}: takes {self.feature_size} features, {theirs} has {model.feature_size}")
+
+    def raw_margins(self, features: NDArray[Any]) -> Array:
+        """`margins`, but (n, 1) where one row of coefficients parts two classes."""
+        x = self.scale(features)
+        if not np.isfinite(x).all():
+            raise ValueError("features must be finite; leave failed rows out")
+        margins = KINDS[self.kind].margins
+        if self.multi_label and not KINDS[self.kind].linear:
+            names = list(KINDS[self.kind].shapes)
+            pairs = [
+                margins({name: self.arrays[name][label] for name in names}, x) for label in range(len(self.classes))
+            ]
+            return np.stack([pair[:, 1] - pair[:, 0] for pair in pairs], 1)
+        return margins(self.arrays, x)
+
+    def _margins(self, features: NDArray[Any]) -> Array:
+        margins = self.raw_margins(features)
+        if margins.shape[1] == 1 and not self.multi_label:
+            return np.concatenate([-margins, margins], 1)
+        return margins
+
+    def predict(self, features: NDArray[Any] | Features) -> NDArray[Any]:
+        """The class of each row, (n,); with several labels, (n, K) bool.
+
+        Raises:
+            InputError, ValueError: as `margins`.
+        """
+        return self.decide(self.margins(features))
+
+    def decide(self, margins: Array) -> NDArray[Any]:
+        """Predictions from `margins`."""
+        if self.multi_label:
+            return np.asarray(margins > 0)
+        chosen: NDArray[Any] = np.array(self.classes)[margins.argmax(1)]
+        return chosen
+
+    def probabilities(self, features: NDArray[Any] | Features) -> Array:
+        """Calibrated probabilities, (n, K): rows add up to 1, but with several labels, where each stands alone.
+
+        Raises:
+            InputError, ValueError: as `margins`.
+            HeadError: this head has no calibration.
+        """
+        return self.calibrate(self.margins(features))
+
+    def calibrate(self, margins: Array) -> Array:
+        """Probabilities from `margins`.
+
+        Raises:
+            HeadError: this head has no calibration.
+        """
+        if "calibration.scale" not in self.arrays:
+            raise HeadError("this head has no calibration, which svm fit makes from held-out rows; fit it again")
+        scale, offset = self.arrays["calibration.scale"], self.arrays["calibration.offset"]
+        if self.multi_label:
+            return _sigmoid(margins * scale + offset)
+        if len(scale) == 1:
+            second = _sigmoid(margins[:, 1] * scale + offset)
+            return np.stack([1 - second, second], 1)
+        logits = margins * scale + offset
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities: Array = powers / powers.sum(1, keepdims=True)
+        return probabilities
+
+    def certainty(self, margins: Array) -> Array:
+        """(n,): the largest margin minus the second one; with several labels, the smallest distance from zero."""
+        if self.multi_label:
+            distance: Array = np.abs(margins).min(1)
+            return distance
+        top = np.partition(margins, -2, axis=1)
+        gap: Array = top[:, -1] - top[:, -2]
+        return gap
+
+    def save(self, target: str | os.PathLike[str]) -> None:
+        """Writes the head as a new folder.
+
+        Raises:
+            InputError: there is something already, or it cannot be written.
+        """
+        with new_folder(target) as folder:
+            self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """Writes the two files."""
+        from safetensors.numpy import save
+
+        about = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "classes": list(self.classes),
+            "multi_label": self.multi_label,
+            "scaling": self.scaling,
+            "feature_size": self.feature_size,
+            "model": self.model.to_dict() if self.model else None,
+            "selection": dict(self.selection),
+            "scores": dict(self.scores),
+        }
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        data = save(arrays, metadata={"head_sha256": _digest(about)})
+        (folder / TENSORS).write_bytes(data)
+        about[f"{TENSORS}_sha256"] = hashlib.sha256(data).hexdigest()
+        (folder / JSON).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, place: str | os.PathLike[str]) -> Head:
+        """Reads a head's folder.
+
+        Raises:
+            HeadError: it is missing, damaged, altered or of a newer format.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        folder = Path(place)
+        try:
+            text = (folder / JSON).read_text("utf-8")
+            data = (folder / TENSORS).read_bytes()
+        except FileNotFoundError as exc:
+            raise HeadError(
+                f"{folder}: not a head (no {Path(exc.filename).name}); expected what svm fit makes"
+            ) from exc
+        except (OSError, UnicodeDecodeError) as exc:
+            raise HeadError(f"{folder}: cannot be read ({first_line(exc)})") from exc
+        try:
+            about = json.loads(text)
+            version = about["format_version"]
+            if version != FORMAT_VERSION:
+                raise HeadError(
+                    f"{folder / JSON}: format_version must be {FORMAT_VERSION}; got {version!r}; update robustfeat"
+                )
+            expected = about.pop(f"{TENSORS}_sha256")
+            actual = hashlib.sha256(data).hexdigest()
+            if actual != expected:
+                raise HeadError(
+                    f"{folder / TENSORS}: altered or truncated (sha256 must be {str(expected)[:12]}..., got "
+                    f"{actual[:12]}...); copy or fit the head again"
+                )
+            length = int.from_bytes(data[:8], "little")
+            kept = json.loads(data[8 : 8 + length])["__metadata__"]["head_sha256"]
+            if kept != _digest(about):
+                raise HeadError(f"{folder / JSON}: altered since it was written; copy or fit the head again")
+            return cls(
+                kind=about["kind"],
+                classes=tuple(about["classes"]),
+                scaling=about["scaling"],
+                arrays=load(data),
+                multi_label=bool(about["multi_label"]),
+                model=ModelIdentity.from_dict(about["model"]) if about["model"] else None,
+                selection=about["selection"],
+                scores=about["scores"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as exc:
+            raise HeadError(f"{folder}: not a valid head ({first_line(exc)}); copy or fit it again") from exc
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _sigmoid(x: Array) -> Array:
+    from scipy.special import expit
+
+    result: Array = expit(x)
+    return result

@@ -1,0 +1,311 @@
+"""Labels: read from class folders, CSV or Parquet, and matched with rows of features by path."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import InputError, first_line
+from robustfeat.serving.heads.features import Features
+from robustfeat.serving.input_list import InputList
+from robustfeat.serving.inputs import IMAGE_SUFFIXES
+from robustfeat.serving.sources import class_names, open_parquet, parquet_path
+
+__all__ = ["SEPARATOR", "LabelledRows", "Labels", "labelled_inputs", "match_labels", "read_labels"]
+
+SEPARATOR = "|"
+"""Between several labels of one image in a cell."""
+
+_PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
+_LABEL_COLUMNS = ("label", "labels", "class")
+_FILE = re.compile(r"(?P<file>.*\.(?P<kind>csv|parquet))(:(?P<column>.+))?", re.IGNORECASE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels by path.
+
+    Attributes:
+        source: where they come from, for messages.
+        by_path: path to labels, one or several; None where the first folder of each path is its label.
+    """
+
+    source: str
+    by_path: Mapping[str, tuple[str, ...]] | None
+
+    def of(self, path: str) -> tuple[str, ...] | None:
+        """The labels of an image; None where it has none that are known.
+
+        Raises:
+            InputError: it should lie in a class folder, and does not.
+        """
+        if self.by_path is not None:
+            return self.by_path.get(path)
+        folder, slash, _ = path.lstrip("/").partition("/")
+        if not slash:
+            raise InputError(f"{path}: lies in no class folder; expected CLASS/{path}, or labels from a file")
+        return (folder,)
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Rows of features that have labels.
+
+    Attributes:
+        rows: (m,) int64, ascending.
+        targets: (m,) int64 into `classes`; with several labels a row (m, K) bool.
+        classes: K names, sorted.
+        failed: how many labelled rows were left out, their images having failed.
+        unlabelled: rows without a label.
+        missing: labelled paths that are no row.
+    """
+
+    rows: NDArray[np.int64]
+    targets: NDArray[Any]
+    classes: tuple[str, ...]
+    failed: int
+    unlabelled: int
+    missing: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line."""
+        parts = [f"{len(self.rows):,} labelled rows of {len(self.classes)} classes"]
+        if self.failed:
+            parts.append(f"{self.failed:,} more left out because their images failed")
+        if self.unlabelled:
+            parts.append(f"{self.unlabelled:,} rows without a label")
+        if self.missing:
+            parts.append(f"{len(self.missing):,} labels without a row, such as {self.missing[0]}")
+        return "; ".join(parts)
+
+
+def read_labels(sources: Sequence[str], *, multi_label: bool = False) -> Labels:
+    """Labels from `folder`, FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN.
+
+    A CSV file has a header with a column for the path (path, file, filename, file_name or image) and one for the label
+    (label, labels, class or COLUMN), or no header and two columns. A Parquet file has a column `path`; one without it
+    labels its own rows, by the paths that `embed` gives them. Rows without a label are unlabelled.
+
+    Args:
+        sources: one of these, or several files.
+        multi_label: an image may have several labels: `cat|dog`, a list in Parquet, or several rows. A row with an
+            empty label is then an image that has none of them.
+
+    Raises:
+        InputError: a file cannot be read, or labels a path twice.
+    """
+    if list(sources) == ["folder"]:
+        if multi_label:
+            raise InputError("--labels folder: gives one label an image; several need a .csv or .parquet file")
+        return Labels("folder", None)
+    found: dict[str, tuple[str, ...]] = {}
+    for source in sources:
+        match = _FILE.fullmatch(source)
+        if match is None:
+            raise InputError(f"--labels {source}: expected folder, FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN")
+        read = _read_csv if match["kind"].lower() == "csv" else _read_parquet
+        for place, path, cell in read(match["file"], match["column"]):
+            labels = _split(cell, place, multi_label=multi_label)
+            if labels is None:
+                continue
+            if path in found and not multi_label:
+                raise InputError(
+                    f"{place}: {path} is labelled a second time ({labels[0]!r}, and {found[path][0]!r} before); "
+                    "leave one, or pass --multi-label"
+                )
+            found[path] = tuple(sorted({*found.get(path, ()), *labels}))
+    if not found:
+        raise InputError(f"--labels {', '.join(sources)}: holds no labels")
+    return Labels(", ".join(sources), found)
+
+
+def _split(cell: Any, place: str, *, multi_label: bool) -> tuple[str, ...] | None:
+    if isinstance(cell, list):
+        if not multi_label:
+            raise InputError(f"{place}: holds a list of labels; pass --multi-label")
+        return tuple(str(label) for label in cell if label is not None)
+    if cell is None:
+        return None
+    text = str(cell).strip()
+    if multi_label:
+        return tuple(part.strip() for part in text.split(SEPARATOR) if part.strip())
+    return (text,) if text else None
+
+
+def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
+    try:
+        # Names that are not UTF-8 keep their bytes, as in the index.
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+            reader = csv.reader(handle)
+            first = next(reader, [])
+            names = [name.strip().lower() for name in first]
+            path_at = next((names.index(name) for name in _PATH_COLUMNS if name in names), None)
+            if column is not None:
+                label_at = first.index(column) if column in first else None
+            else:
+                label_at = next((names.index(name) for name in _LABEL_COLUMNS if name in names), None)
+            rows: Iterable[list[str]] = reader
+            if path_at is None and column is None and len(first) == 2 and _is_image_name(first[0]):
+                path_at, label_at, rows = 0, 1, _chain(first, reader)
+            if path_at is None or label_at is None:
+                raise InputError(
+                    f"{file}: needs a column path and a column {column or 'label'}; "
+                    f"got {', '.join(first) or 'an empty file'}; name the label's as {Path(file).name}:COLUMN"
+                )
+            for row in rows:
+                if not row:
+                    continue
+                place = f"{file}, line {reader.line_num}"
+                if len(row) <= max(path_at, label_at):
+                    raise InputError(f"{place}: has {len(row)} columns; expected {len(first)}")
+                yield place, row[path_at].removeprefix("./"), row[label_at]
+    except OSError as exc:
+        raise InputError(f"--labels {file}: cannot be read ({exc.strerror})") from exc
+    except csv.Error as exc:
+        raise InputError(f"--labels {file}: not a CSV file ({exc})") from exc
+
+
+def _chain(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
+    yield first
+    yield from rest
+
+
+def _is_image_name(name: str) -> bool:
+    return Path(name.strip()).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _read_parquet(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
+    from pyarrow import parquet
+
+    if column is None:
+        raise InputError(f"--labels {file}: name the column of labels, as {file}:COLUMN")
+    try:
+        with open_parquet(file) as handle:
+            found = parquet.ParquetFile(handle)
+            if column not in found.schema_arrow.names:
+                raise InputError(f"{file}: has no column {column!r}; it has {', '.join(found.schema_arrow.names)}")
+            names = class_names(found.schema_arrow, column)
+            columns = [name for name in ("path", column) if name in found.schema_arrow.names]
+            row = 0
+            for batch in found.iter_batches(columns=columns):
+                values = batch.to_pydict()
+                for at, cell in enumerate(values[column]):
+                    path = values["path"][at] if "path" in values else parquet_path(Path(file).name, row)
+                    yield f"{file}, row {row}", str(path).removeprefix("./"), _named(cell, names)
+                    row += 1
+    except InputError:
+        raise
+    except Exception as exc:  # Arrow has its own, and so has each filesystem
+        raise InputError(f"--labels {file}: cannot be read ({first_line(exc)})") from exc
+
+
+def _named(cell: Any, names: tuple[str, ...] | None) -> Any:
+    """A class number by its name. Hugging Face marks a missing label by -1."""
+    if isinstance(cell, list):
+        return [_named(one, names) for one in cell]
+    if names is None or not isinstance(cell, int):
+        return cell
+    return names[cell] if 0 <= cell < len(names) else None
+
+
+def match_labels(
+    features: Features, labels: Labels, *, multi_label: bool = False, classes: Sequence[str] | None = None
+) -> LabelledRows:
+    """Finds the rows of `features` that have labels, by their paths.
+
+    Args:
+        features: the rows; they are read once, to see that they are finite.
+        labels: from `read_labels`.
+        multi_label: as there.
+        classes: the only ones allowed; by default those that occur.
+
+    Raises:
+        InputError: a labelled path stands in two rows, no labelled row is left, or a label is unknown.
+    """
+    rows: list[int] = []
+    kept: list[tuple[str, ...]] = []
+    failed = unlabelled = 0
+    seen: dict[str, int] = {}
+    for row, path in enumerate(features.paths):
+        found = labels.of(path)
+        if found is None:
+            unlabelled += 1
+            continue
+        if path in seen:
+            raise InputError(
+                f"{features.place}: rows {seen[path]} and {row} have the same path, {path}, so that a label could "
+                "mean either; embed one folder above both"
+            )
+        seen[path] = row
+        if row in features.errors:
+            failed += 1
+        else:
+            rows.append(row)
+            kept.append(found)
+    if not rows:
+        raise InputError(_no_row(features, labels, failed))
+    features.check()
+    names = tuple(classes) if classes is not None else tuple(sorted({label for found in kept for label in found}))
+    index = {name: number for number, name in enumerate(names)}
+
+    def number(label: str, row: int) -> int:
+        if label not in index:
+            listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise InputError(
+                f"--labels {labels.source}: {features.paths[row]} is labelled {label!r}, which is none of the head's "
+                f"{len(names)} classes ({listed})"
+            )
+        return index[label]
+
+    targets: NDArray[Any]
+    if multi_label:
+        targets = np.zeros((len(rows), len(names)), bool)
+        for place, found in enumerate(kept):
+            targets[place, [number(label, rows[place]) for label in found]] = True
+    else:
+        targets = np.array([number(found[0], row) for found, row in zip(kept, rows, strict=True)], np.int64)
+    missing = tuple(path for path in labels.by_path or () if path not in seen)
+    return LabelledRows(np.array(rows, np.int64), targets, names, failed, unlabelled, missing)
+
+
+def _no_row(features: Features, labels: Labels, failed: int) -> str:
+    if failed:
+        return f"{features.place}: all {failed:,} labelled images failed; its index says why"
+    there = next(iter(labels.by_path or ()), "")
+    return _none_matches(labels, there, f"the {len(features):,} rows of {features.place}", features.paths[0])
+
+
+def labelled_inputs(inputs: InputList, labels: Labels) -> InputList:
+    """The images that have labels.
+
+    Raises:
+        InputError: none has.
+    """
+    found = InputList()
+    try:
+        first = None
+        for image in inputs:
+            first = first or image.path
+            if labels.of(image.path) is not None:
+                found.append(image)
+        if not len(found):
+            there = next(iter(labels.by_path or ()), "")
+            raise InputError(_none_matches(labels, there, f"the {len(inputs):,} images", str(first)))
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+def _none_matches(labels: Labels, there: str, rows: str, here: str) -> str:
+    return (
+        f"--labels {labels.source}: none of its {len(labels.by_path or ()):,} paths is one of {rows} "
+        f"(there {there!r}, here {here!r}); write the paths as the index has them, relative to INPUT"
+    )

@@ -1,0 +1,165 @@
+"""How well predictions agree with labels: numbers, a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from robustfeat.files import new_folder
+
+__all__ = ["ClassScore", "Report"]
+
+_NAMED_CLASSES = 60
+"""Pictures of more classes have no text: the cells are too small for it."""
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class: how many rows have it, and how well they are told."""
+
+    name: str
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Predictions beside labels.
+
+    Attributes:
+        rows: how many.
+        accuracy: the share of rows that are right; with several labels a row, in all of them.
+        balanced_accuracy: the mean recall of the classes that occur; with several labels a row, the mean over labels of
+            the mean recall of the rows with and without it.
+        macro_f1: the mean F1 of the classes.
+        classes: each of them.
+        confusion: (K, K) int64, rows by label, columns by prediction; None with several labels a row.
+    """
+
+    rows: int
+    accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    classes: tuple[ClassScore, ...]
+    confusion: NDArray[np.int64] | None
+
+    @classmethod
+    def of(cls, predicted: NDArray[Any], targets: NDArray[Any], classes: Sequence[str | int]) -> Report:
+        """Measures.
+
+        Args:
+            predicted, targets: (m,) int64 into `classes`, or (m, K) bool; m > 0.
+            classes: K names.
+        """
+        from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, recall_score
+
+        numbers = np.arange(len(classes))
+        columns = precision_recall_fscore_support(targets, predicted, labels=numbers, zero_division=0)
+        confusion = None
+        if targets.ndim == 1:
+            confusion = confusion_matrix(targets, predicted, labels=numbers).astype(np.int64)
+            right = np.asarray(predicted == targets)
+            occurs = columns[3] > 0
+            balanced = float(columns[1][occurs].mean())
+        else:
+            right = np.asarray((predicted == targets).all(1))
+            without = recall_score(~targets, ~predicted, average=None, zero_division=0)
+            balanced = float(np.mean((columns[1] + without) / 2))
+        scores = zip(classes, *(column.tolist() for column in columns), strict=True)
+        return cls(
+            rows=len(targets),
+            accuracy=float(right.mean()),
+            balanced_accuracy=balanced,
+            macro_f1=float(columns[2].mean()),
+            classes=tuple(
+                ClassScore(str(name), rows, precision, recall, f1) for name, precision, recall, f1, rows in scores
+            ),
+            confusion=confusion,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without the confusion matrix."""
+        return {
+            "rows": self.rows,
+            "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+            "macro_f1": self.macro_f1,
+            "classes": [vars(one) for one in self.classes],
+        }
+
+    def to_text(self, title: str) -> str:
+        """The table, in Markdown."""
+        head = (
+            f"{title}: accuracy {self.accuracy:.4f}, balanced accuracy {self.balanced_accuracy:.4f}, "
+            f"macro F1 {self.macro_f1:.4f} on {self.rows:,} rows"
+        )
+        width = max(5, *(len(one.name) for one in self.classes))
+        lines = [head, "", f"| {'class':{width}} |   rows | precision | recall |     F1 |"]
+        lines.append(f"|{'-' * (width + 2)}|-------:|----------:|-------:|-------:|")
+        for one in self.classes:
+            name = one.name.replace("|", r"\|").replace("\n", " ")
+            lines.append(
+                f"| {name:{width}} | {one.rows:6} | {one.precision:9.4f} | {one.recall:6.4f} | {one.f1:6.4f} |"
+            )
+        return "\n".join(lines)
+
+    def save(self, target: str | Path, title: str) -> None:
+        """Writes report.md and confusion.png to a new folder.
+
+        Raises:
+            InputError: there is something already, or it cannot be written.
+        """
+        with new_folder(target) as folder:
+            self.write(folder, title)
+
+    def write(self, folder: Path, title: str) -> None:
+        """The same to a folder that is there."""
+        (folder / "report.md").write_text(self.to_text(title) + "\n", "utf-8")
+        picture = self.picture()
+        if picture is not None:
+            picture.save(folder / "confusion.png")
+
+    def picture(self) -> Image.Image | None:
+        """The confusion matrix, a row a label, a column a prediction, darker with the share of the row; or None."""
+        if self.confusion is None:
+            return None
+        count = len(self.classes)
+        shares = self.confusion / np.maximum(1, self.confusion.sum(1, keepdims=True))
+        shade = np.stack([255 - 225 * shares, 255 - 155 * shares, 255 - 75 * shares], 2).astype(np.uint8)
+        named = count <= _NAMED_CLASSES
+        cell = 36 if named else max(1, 1200 // count)
+        grid = Image.fromarray(shade).resize((cell * count, cell * count), Image.Resampling.NEAREST)
+        if not named:
+            return grid
+        font = ImageFont.load_default(13)
+        names = [one.name if len(one.name) <= 24 else f"{one.name[:23]}…" for one in self.classes]
+        margin = 12 + max(int(font.getlength(name)) for name in names)
+        label = Image.new("RGB", (grid.width, margin), "white")
+        image = Image.new("RGB", (margin + grid.width + 12, margin + grid.height + 12), "white")
+        for at, name in enumerate(names):
+            # Drawn lying, then stood up: columns' names read upwards.
+            lying = Image.new("RGB", (margin, cell), "white")
+            ImageDraw.Draw(lying).text((6, cell / 2), name, "black", font, "lm")
+            label.paste(lying.rotate(90, expand=True), (at * cell, 0))
+        image.paste(label, (margin, 0))
+        image.paste(grid, (margin, margin))
+        draw = ImageDraw.Draw(image)
+        small = ImageFont.load_default(11)
+        for row, name in enumerate(names):
+            middle = margin + row * cell + cell / 2
+            draw.text((margin - 6, middle), name, "black", font, "rm")
+            for column, share in enumerate(shares[row]):
+                number = int(self.confusion[row, column])
+                if number:
+                    place = (margin + column * cell + cell / 2, middle)
+                    draw.text(place, str(number), "white" if share > 0.5 else "black", small, "mm")
+        draw.rectangle((margin, margin, margin + grid.width, margin + grid.height), outline="gray")
+        return image
