@@ -26,7 +26,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from machine import hardware, peak_memory
 from robustfeat.errors import RobustFeatError
 from robustfeat.hub.folder import ModelFolder, resolve_model
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square
@@ -68,7 +68,6 @@ RESIZINGS = {
     "OpenCV": "OpenCV, INTER_LINEAR",
     "squashed": "Pillow, whole image to a square",
 }
-FLAGS = "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_tile amx_int8 amx_bf16 asimddp i8mm bf16 sve"
 VERSIONS = ("robustfeat", "numpy", "pillow", "onnxruntime", "openvino", "torch", "torchvision", "timm")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
 CORES = available_cpus()
@@ -341,52 +340,6 @@ def memory_rows(bench: Bench, counts: Sequence[int]) -> Rows:
         peaks = {"anonymous MiB": round(anonymous / 1024, 1), "shared MiB": round(shared / 1024, 1)}
         rows.append({"way": str(way), "images": count, **peaks, "seconds": round(seconds)})
     return rows
-
-
-def peak_memory(command: list[str]) -> tuple[int, int, float]:
-    """Peaks in KiB over a command's run: RssAnon of all its processes, RssShmem of the largest; and its seconds."""
-    anonymous = shared = 0
-    began = time.perf_counter()
-    with subprocess.Popen(command) as process:
-        while process.poll() is None:
-            parts = [memory_of(pid) for pid in processes(process.pid)]
-            anonymous = max(anonymous, sum(part[0] for part in parts))
-            shared = max(shared, *(part[1] for part in parts))
-            time.sleep(0.1)
-    if process.returncode:
-        raise RuntimeError(f"exit code {process.returncode}")
-    return anonymous, shared, time.perf_counter() - began
-
-
-def processes(pid: int) -> Iterator[int]:
-    yield pid
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = file.read_text().split()
-        except OSError:  # the thread has ended
-            continue
-        for child in children:
-            yield from processes(int(child))
-
-
-def memory_of(pid: int) -> tuple[int, int]:
-    try:
-        found = dict(re.findall(r"(RssAnon|RssShmem):\s+(\d+)", Path(f"/proc/{pid}/status").read_text()))
-    except OSError:
-        found = {}
-    return int(found.get("RssAnon", 0)), int(found.get("RssShmem", 0))
-
-
-def hardware() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"model name\s*:\s*(.*)", info)
-    flags = set(" ".join(re.findall(r"(?:flags|Features)\s*:\s*(.*)", info)[:1]).split())
-    return {
-        "cpu": name[1] if name else platform.machine(),
-        "flags": [flag for flag in FLAGS.split() if flag in flags],
-        "cores": CORES,
-        "load_before": os.getloadavg()[0],
-    }
 
 
 def print_table(title: str, rows: Rows) -> None:

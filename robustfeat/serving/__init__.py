@@ -1,1 +1,21 @@
-"""From a model folder to features: engine, extractor, bulk embedding. Never imports torch."""
+"""Serving: a model folder's features for images, and answers from features."""
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["FeatureExtractor", "Head", "ImageFeatures"]
+
+if TYPE_CHECKING:
+    from robustfeat.serving.extractor import FeatureExtractor
+    from robustfeat.serving.heads.head import Head
+    from robustfeat.serving.image_features import ImageFeatures
+
+_HOMES = {"FeatureExtractor": "extractor", "Head": "heads.head", "ImageFeatures": "image_features"}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: scikit-learn alone takes seconds.
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"robustfeat.serving.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'robustfeat.serving' has no attribute {name!r}")

@@ -1,0 +1,78 @@
+"""Features kept by the content of the image, in one SQLite file that several processes may use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import InputError
+from robustfeat.serving.extractor import FeatureExtractor
+
+__all__ = ["FeatureCache"]
+
+
+class FeatureCache:
+    """Features of one extractor by the sha256 of what was embedded.
+
+    Another model, precision, engine or decoding has other keys, so that one file serves all.
+
+    Args:
+        file: made if need be, with its folder.
+        extractor: whose features these are.
+
+    Raises:
+        InputError: the file cannot be opened, or is something else.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], extractor: FeatureExtractor) -> None:
+        self._file, self._size = Path(file), extractor.feature_size
+        config = extractor.config
+        maker = [dict(config.files), config.preprocessing.hash, extractor.precision, extractor.engine.name]
+        maker += [extractor.engine.version, extractor.decoding]
+        self._prefix = hashlib.sha256(json.dumps(maker, sort_keys=True).encode()).digest()
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()) as connection, connection:
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
+                )
+        except (OSError, sqlite3.Error) as exc:
+            raise InputError(f"{self._file}: cannot be used as a cache of features ({exc})") from exc
+
+    def key(self, content: bytes) -> bytes:
+        """The key of an image's content."""
+        return hashlib.sha256(self._prefix + hashlib.sha256(content).digest()).digest()
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+        """What is there: (D,) float32 by key."""
+        found = {}
+        with closing(self._connect()) as connection:
+            for key in dict.fromkeys(keys):
+                row = connection.execute("SELECT value FROM features WHERE key = ?", (key,)).fetchone()
+                if row is not None and len(row[0]) == 4 * self._size:
+                    found[key] = np.frombuffer(row[0], "<f4")
+        return found
+
+    def put(self, features: dict[bytes, NDArray[np.float32]]) -> None:
+        """Keeps features.
+
+        Raises:
+            InputError: the disk is full, or the file cannot be written.
+        """
+        rows = [(key, value.astype("<f4").tobytes()) for key, value in features.items()]
+        try:
+            with closing(self._connect()) as connection, connection:
+                connection.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", rows)
+        except sqlite3.Error as exc:
+            raise InputError(f"{self._file}: cannot be written ({exc})") from exc
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._file, timeout=60)

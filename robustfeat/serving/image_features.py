@@ -1,0 +1,178 @@
+"""`ImageFeatures`: images to features as a step of a scikit-learn pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import Tags
+
+from robustfeat.errors import DecodeError
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.feature_cache import FeatureCache
+
+__all__ = ["ImageFeatures"]
+
+
+class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """A transformer of images to features; it learns nothing.
+
+    Images are paths, encoded bytes, Pillow images or (H, W, 3) uint8 RGB arrays, in a list or in an array of them.
+
+    Parameters are kept as given, as scikit-learn wants; the model is loaded when it is first needed, and again in
+    every process that a search starts.
+
+    Args:
+        model: `builtin`, or a model folder.
+        precision, engine, device, threads, decoding: see `FeatureExtractor.from_pretrained`.
+        on_error: `raise`, or `nan` for a row of NaN in place of an image that cannot be read.
+        cache: a file in which features are kept by the images' content; searches and later runs then embed each image
+            once.
+
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn.svm import LinearSVC
+    >>> pipeline = make_pipeline(ImageFeatures(), LinearSVC(dual=False))
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "builtin",
+        *,
+        precision: str = "fp32",
+        engine: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        decoding: str = "exact",
+        on_error: str = "raise",
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.precision = precision
+        self.engine = engine
+        self.device = device
+        self.threads = threads
+        self.decoding = decoding
+        self.on_error = on_error
+        self.cache = cache
+
+    def fit(self, X: Iterable[Any], y: Any = None) -> ImageFeatures:
+        """Loads the model.
+
+        Raises:
+            ModelFolderError, EngineError: as `FeatureExtractor.from_pretrained`.
+            TypeError: X is not a list of images.
+        """
+        _images(X)
+        self._open()
+        return self
+
+    def transform(self, X: Iterable[Any]) -> NDArray[np.float32]:
+        """(n, D) float32.
+
+        Raises:
+            DecodeError: an image cannot be read, and `on_error` is `raise`.
+            TypeError: X is not a list of images.
+        """
+        images = _images(X)
+        extractor = self._open()
+        if self.cache is None:
+            return extractor.embed(images, on_error=self.on_error)
+        cache = FeatureCache(self.cache, extractor)
+        features = np.full((len(images), extractor.feature_size), np.nan, np.float32)
+        for start in range(0, len(images), 1024):
+            part = images[start : start + 1024]
+            keys = [_content(image, cache) for image in part]
+            found = cache.get([key for key in keys if key is not None])
+            fresh = {key: at for at, key in enumerate(keys) if key is None or key not in found}
+            if fresh:
+                made = extractor.embed([part[at] for at in fresh.values()], on_error="nan")
+                if self.on_error == "raise":
+                    for at, row in zip(fresh.values(), made, strict=True):
+                        if not np.isfinite(row).all():
+                            _say_why(extractor, start + at, part[at])
+                good = {key: row for key, row in zip(fresh, made, strict=True) if key and np.isfinite(row).all()}
+                cache.put(good)
+                found |= good
+            for at, key in enumerate(keys):
+                if key in found:
+                    features[start + at] = found[key]
+        return features
+
+    def _open(self) -> FeatureExtractor:
+        wanted = (self.model, self.precision, self.engine, self.device, self.threads, self.decoding)
+        if getattr(self, "_loaded", None) != wanted:
+            if self.on_error not in {"raise", "nan"}:
+                raise ValueError(f"on_error must be raise or nan; got {self.on_error!r}")
+            self._extractor = FeatureExtractor.from_pretrained(
+                self.model,
+                precision=self.precision,
+                engine=self.engine,
+                device=self.device,
+                threads=self.threads,
+                decoding=self.decoding,
+            )
+            self._loaded = wanted
+        return self._extractor
+
+    @property
+    def _n_features_out(self) -> int:
+        return self._open().feature_size
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        tags.no_validation = True
+        tags.input_tags.two_d_array = False
+        tags.input_tags.string = True
+        return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = dict(super().__getstate__())
+        return {name: value for name, value in state.items() if name not in {"_extractor", "_loaded"}}
+
+
+def _say_why(extractor: FeatureExtractor, number: int, image: Any) -> None:
+    try:
+        extractor.prepare(image)
+    except DecodeError as exc:
+        raise DecodeError(f"image {number}: {exc}") from exc
+
+
+def _images(X: Any) -> list[Any]:
+    if isinstance(X, (str, bytes, os.PathLike, Image.Image)) or not hasattr(X, "__iter__"):
+        raise TypeError(f"X must be a list of images; got one {type(X).__name__}: put it in a list")
+    if isinstance(X, np.ndarray) and X.dtype.kind not in "OUS" and not (X.ndim == 4 and X.dtype == np.uint8):
+        raise TypeError(f"X must be a list of images, or (n, H, W, 3) uint8; got {X.shape} {X.dtype}")
+    images = list(X)
+    # A column of a table: each row holds one path.
+    if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == 1:
+        images = [row[0] for row in images]
+    return [str(image) if isinstance(image, np.str_) else image for image in images]
+
+
+def _content(image: Any, cache: FeatureCache) -> bytes | None:
+    """The cache's key of an image; None where it cannot be read, which embedding will say better."""
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            return cache.key(Path(image).read_bytes())
+        except OSError:
+            return None
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return cache.key(bytes(image))
+    if isinstance(image, Image.Image):
+        try:
+            return cache.key(repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes())
+        except (OSError, SyntaxError, ValueError) as exc:
+            raise DecodeError(f"damaged: {exc}") from exc
+    if isinstance(image, np.ndarray):
+        return cache.key(repr((image.shape, image.dtype.str)).encode() + image.tobytes())
+    return None
