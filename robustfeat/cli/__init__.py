@@ -17,7 +17,7 @@ from robustfeat.errors import RobustFeatError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = ("embed", "export", "import", "info", "svm", "train")
+_COMMANDS = ("embed", "export", "import", "info", "serve", "svm", "train")
 _EXTRAS = {
     "onnxruntime": "cpu",
     "ray": "ray",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,9 @@ def from_sklearn(
     """A fitted scikit-learn classifier as a head.
 
     Args:
-        estimator: LinearSVC, LogisticRegression, GaussianNB or NearestCentroid (Euclidean, not shrunken); one of these
-            in OneVsRestClassifier for several labels a row; alone or in a pipeline behind StandardScaler or
-            Normalizer; or a search with `best_estimator_`.
+        estimator: LinearSVC, LogisticRegression, GaussianNB or NearestCentroid (Euclidean, not shrunken); for several
+            labels a row one of these in MultiOutputClassifier, or the first three in OneVsRestClassifier; alone or in
+            a pipeline behind StandardScaler or Normalizer; or a search with `best_estimator_`.
         model: what made the features.
         classes: names for the estimator's own classes, in their order.
         about: further fields of `Head`.
@@ -34,6 +35,9 @@ def from_sklearn(
     Raises:
         ValueError: it is something else, or not fitted.
     """
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.multioutput import MultiOutputClassifier
+    from sklearn.neighbors import NearestCentroid
     from sklearn.preprocessing import Normalizer, StandardScaler
     from sklearn.utils.validation import check_is_fitted
 
@@ -55,10 +59,14 @@ def from_sklearn(
         arrays["scaling.scale"] = _array(scaler.scale_) if scaler.with_std else np.ones(size)
     elif before:
         raise ValueError(f"a head cannot hold {type(before[0]).__name__}; expected StandardScaler or Normalizer('l2')")
-    multi_label = hasattr(last, "multilabel_")
+    multi_label = isinstance(last, (MultiOutputClassifier, OneVsRestClassifier))
     if multi_label:
-        if not last.multilabel_:
+        if isinstance(last, OneVsRestClassifier) and not last.multilabel_:
             raise ValueError("OneVsRestClassifier is taken for several labels a row alone; use the classifier itself")
+        if isinstance(last, OneVsRestClassifier) and isinstance(last.estimators_[0], NearestCentroid):
+            raise ValueError(
+                "OneVsRestClassifier cannot tell by NearestCentroid's distances; use MultiOutputClassifier"
+            )
         parts = [_arrays_of(one) for one in last.estimators_]
         (kind,) = {kind for kind, _ in parts}
         linear = KINDS[kind].linear
@@ -122,14 +130,14 @@ def _array(values: Any) -> NDArray[np.float64]:
 def to_sklearn(head: Head) -> Any:
     """A head as a fitted scikit-learn estimator with the same predictions: a pipeline, where it scales.
 
-    Calibration is left behind. Several labels a row become a OneVsRestClassifier whose classes are numbers.
+    Calibration is left behind. Several labels a row become a MultiOutputClassifier.
     """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import Normalizer, StandardScaler
 
     arrays, size = head.arrays, head.feature_size
     own = {name: arrays[name] for name in KINDS[head.kind].shapes}
-    classifier = _one_vs_rest(head.kind, own, size) if head.multi_label else _classifier(head.kind, own, head.classes)
+    classifier = _one_a_label(head.kind, own) if head.multi_label else _classifier(head.kind, own, head.classes)
     if head.scaling == "none":
         return classifier
     scaler = Normalizer() if head.scaling == "l2" else StandardScaler()
@@ -158,25 +166,25 @@ def _classifier(kind: str, arrays: dict[str, NDArray[np.float64]], classes: Sequ
         classifier.class_prior_ = arrays["priors"].copy()
         classifier.class_count_, classifier.epsilon_ = arrays["priors"].copy(), 0.0
     else:
-        # Twice each mean: it wants more rows than classes.
+        # Twice each mean: it wants more rows than classes. It warns that they do not vary, which its `predict` ignores.
         means = arrays["means"]
-        return NearestCentroid().fit(np.concatenate([means, means]), np.concatenate([names, names]))
+        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+            warnings.simplefilter("ignore", UserWarning)
+            return NearestCentroid().fit(np.concatenate([means, means]), np.concatenate([names, names]))
     classifier.classes_ = names
     classifier.n_features_in_ = next(iter(arrays.values())).shape[-1]
     return classifier
 
 
-def _one_vs_rest(kind: str, arrays: dict[str, NDArray[np.float64]], size: int) -> Any:
-    from sklearn.multiclass import OneVsRestClassifier
-    from sklearn.preprocessing import LabelBinarizer
+def _one_a_label(kind: str, arrays: dict[str, NDArray[np.float64]]) -> Any:
+    from sklearn.multioutput import MultiOutputClassifier
 
-    count = len(next(iter(arrays.values())))
-    cut = [
+    parts = [
         {name: array[label : label + 1] if KINDS[kind].linear else array[label] for name, array in arrays.items()}
-        for label in range(count)
+        for label in range(len(next(iter(arrays.values()))))
     ]
-    wrapper = OneVsRestClassifier(_classifier(kind, cut[0], (0, 1)))
-    wrapper.estimators_ = [_classifier(kind, one, (0, 1)) for one in cut]
-    wrapper.label_binarizer_ = LabelBinarizer(sparse_output=True).fit(np.eye(count + 1, count, dtype=int))
-    wrapper.n_features_in_ = size
+    wrapper = MultiOutputClassifier(_classifier(kind, parts[0], (0, 1)))
+    wrapper.estimators_ = [_classifier(kind, part, (0, 1)) for part in parts]
+    wrapper.classes_ = [part.classes_ for part in wrapper.estimators_]
+    wrapper.n_features_in_ = wrapper.estimators_[0].n_features_in_
     return wrapper

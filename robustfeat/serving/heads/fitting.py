@@ -89,13 +89,13 @@ class _SetInMemory:
         self.workers = max(1, min(threads, _WORKING_BYTES // max(1, self._x.size * _BYTES_PER_VALUE)))
 
     def fit(self, scaling: str, c: float | None, places: NDArray[np.int64]) -> tuple[Head, bool]:
-        from sklearn.multiclass import OneVsRestClassifier
+        from sklearn.multioutput import MultiOutputClassifier
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import Normalizer, StandardScaler
 
         classifier = _classifier(self._kind, c)
         if self._targets.ndim == 2:
-            classifier = OneVsRestClassifier(classifier)
+            classifier = MultiOutputClassifier(classifier)
         scaler = {"none": None, "l2": Normalizer(), "standard": StandardScaler()}[scaling]
         pipeline = make_pipeline(scaler, classifier)
         pipeline.fit(self._x[places], self._targets[places])
@@ -236,12 +236,13 @@ def _run(tasks: Sequence[Callable[[], Any]], workers: int, threads: int | None) 
 
 @contextmanager
 def _quiet(threads: int, workers: int) -> Iterator[None]:
-    """Says of a solver that stopped early in the report instead; keeps BLAS within the processors granted."""
+    """Silences what the report says instead, or what is of no matter; keeps BLAS within the processors granted."""
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     with warnings.catch_warnings(), threadpool_limits(max(1, threads // workers)):
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", module="sklearn.neighbors")  # features that do not vary within a class
         yield
 
 

@@ -264,13 +264,18 @@ class Head:
         """
         return self.calibrate(self.margins(features))
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are probabilities."""
+        return "calibration.scale" in self.arrays
+
     def calibrate(self, margins: Array) -> Array:
         """Probabilities from `margins`.
 
         Raises:
             HeadError: this head has no calibration.
         """
-        if "calibration.scale" not in self.arrays:
+        if not self.calibrated:
             raise HeadError("this head has no calibration, which svm fit makes from held-out rows; fit it again")
         scale, offset = self.arrays["calibration.scale"], self.arrays["calibration.offset"]
         if self.multi_label:

@@ -151,7 +151,7 @@ class LargeSet:
             start.reshape(-1),
             jac=True,
             method="L-BFGS-B",
-            options={"maxfun": _MAX_PASSES, "maxiter": _MAX_PASSES, "maxcor": 20, "ftol": 1e-8, "gtol": 1e-6},
+            options={"maxfun": _MAX_PASSES, "maxiter": _MAX_PASSES, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-6},
         )
         weights = found.x.reshape(outputs, size) @ inverse
         self._last = (key, weights)

@@ -1,0 +1,200 @@
+"""`robustfeat svm` as users meet it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.test_cli import only_line
+from tests.conftest import Run
+
+
+@pytest.fixture(scope="module")
+def features(robustfeat: Run, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("features") / "feats.npy"
+    assert robustfeat("embed", examples, "--out", out, "--quiet").returncode == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def head(robustfeat: Run, features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("heads") / "clothes"
+    result = robustfeat("svm", "fit", features, "--labels", "folder", "--out", out, "--C", "0.1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    assert "40 labelled rows of 10 classes" in result.stderr
+    assert "held out: accuracy" in result.stderr
+    return out
+
+
+@pytest.fixture
+def photos(examples: Path, tmp_path: Path) -> Path:
+    """The examples in one folder, one of them broken."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    for file in examples.rglob("*.jpg"):
+        shutil.copy(file, root)
+    (root / "hat-2.jpg").write_bytes((root / "hat-2.jpg").read_bytes()[:400])
+    return root
+
+
+def test_a_head_is_two_files_and_a_report(head: Path) -> None:
+    assert sorted(file.name for file in head.iterdir()) == [
+        "confusion.png",
+        "head.json",
+        "head.safetensors",
+        "report.md",
+    ]
+    about = json.loads((head / "head.json").read_text())
+    assert about["model"]["name"].startswith("robustfeat-resnet18")
+    with Image.open(head / "confusion.png") as image:
+        assert min(image.size) > 360
+
+
+def test_score_prints_a_fraction(robustfeat: Run, head: Path, features: Path, tmp_path: Path) -> None:
+    result = robustfeat("svm", "score", head, features, "--labels", "folder", "--report", tmp_path / "report")
+    assert result.returncode == 0, result.stderr
+    accuracy = float(only_line(result.stdout))
+    assert 0.9 < accuracy <= 1
+    assert f"accuracy {accuracy:.4f}" in (tmp_path / "report" / "report.md").read_text()
+    result = robustfeat("svm", "score", head, features, "--labels", "folder", "--json", "--quiet")
+    summary = json.loads(only_line(result.stdout))
+    assert summary["accuracy"] == accuracy
+    assert [one["rows"] for one in summary["classes"]] == [4] * 10
+    assert result.stderr == ""
+
+
+def test_few_labels_and_many_photos_are_two_commands(robustfeat: Run, photos: Path, tmp_path: Path) -> None:
+    names = sorted(file.name for file in photos.iterdir())
+    labelled = [name for name in names if name.split("-")[0] in {"hat", "shoes"} and name[-5] in "123"]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("path,label\n" + "".join(f"{name},{name.split('-')[0]}\n" for name in labelled))
+    head, out = tmp_path / "head", tmp_path / "predictions.csv"
+    result = robustfeat("svm", "fit", photos, "--labels", labels, "--out", head)
+    assert result.returncode == 3
+    assert "embed 6/6 images" in result.stderr  # those with labels alone
+    assert "5 labelled rows of 2 classes; 1 more left out because their images failed" in result.stderr
+
+    result = robustfeat("svm", "predict", head, photos, "--out", out, "--suggest", 3, "--labels", labels)
+    assert result.returncode == 3
+    rows = list(csv.DictReader(io.StringIO(out.read_text())))
+    assert [row["path"] for row in rows] == names
+    assert [row["path"] for row in rows if row["error"]] == ["hat-2.jpg"]
+    assert {row["prediction"] for row in rows} == {"hat", "shoes", ""}
+    suggested = list(csv.DictReader(io.StringIO(result.stdout)))
+    gaps = {
+        row["path"]: abs(float(row["margin:hat"]) - float(row["margin:shoes"]))
+        for row in rows
+        if not row["error"] and row["path"] not in labelled
+    }
+    assert [row["path"] for row in suggested] == sorted(gaps, key=lambda name: gaps[name])[:3]
+
+
+def test_predictions_go_to_stdout(robustfeat: Run, head: Path, features: Path) -> None:
+    result = robustfeat("svm", "predict", head, features, "--quiet", "--probabilities", "--suggest", 2)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert len(rows) == 40
+    assert sum(float(rows[0][key]) for key in rows[0] if key.startswith("probability:")) == pytest.approx(1, abs=1e-4)
+    assert result.stderr.splitlines()[0] == "path,prediction,certainty"
+    result = robustfeat("svm", "predict", head, features, "--json")
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [record["path"] for record in records] == [row["path"] for row in rows]
+    assert [record["prediction"] for record in records] == [row["prediction"] for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["logistic", "naive-bayes", "nearest-mean"])
+def test_other_kinds(kind: str, robustfeat: Run, features: Path, tmp_path: Path) -> None:
+    command = ["svm", "fit", features, "--labels", "folder", "--out", tmp_path / "head", "--kind", kind, "--json"]
+    result = robustfeat(*command, "--quiet", *(["--C", "0.01"] if kind == "logistic" else []))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert json.loads(only_line(result.stdout))["measure"] == "accuracy"
+    scored = robustfeat("svm", "score", tmp_path / "head", features, "--labels", "folder", "--quiet")
+    assert float(scored.stdout) > 0.8
+
+
+def test_several_labels(robustfeat: Run, features: Path, examples: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    names = sorted(file.relative_to(examples).as_posix() for file in examples.rglob("*.jpg"))
+    tags = {"shirt": "top|sleeves", "longsleeve": "top|sleeves", "t-shirt": "top", "hat": ""}
+    labels.write_text("path,labels\n" + "".join(f"{name},{tags.get(name.split('/')[0], 'other')}\n" for name in names))
+    command = ["svm", "fit", features, "--labels", labels, "--multi-label", "--out", tmp_path / "head", "--C", "1"]
+    result = robustfeat(*command, "--scaling", "none")
+    assert result.returncode == 0, result.stderr
+    rows = csv.DictReader(io.StringIO(robustfeat("svm", "predict", tmp_path / "head", features).stdout))
+    predicted = {row["path"]: row["prediction"] for row in rows}
+    wanted = {name: "|".join(sorted(tags.get(name.split("/")[0], "other").split("|"))) for name in names}
+    right = np.mean([predicted[name] == wanted[name] for name in names])
+    assert right > 0.9
+    scored = robustfeat("svm", "score", tmp_path / "head", features, "--labels", labels, "--quiet")
+    assert float(scored.stdout) == right
+
+
+def broken_head(head: Path, folder: Path, change: Any) -> Path:
+    shutil.copytree(head, folder / "broken")
+    change(folder / "broken")
+    return folder / "broken"
+
+
+def test_bad_input_is_one_line(
+    robustfeat: Run, head: Path, model: Path, features: Path, examples: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def labelled(text: str) -> Path:
+        labels = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
+        labels.write_text(text)
+        return labels
+
+    def fit(text: str) -> list[Any]:
+        return ["fit", features, "--labels", labelled(text), "--out", out, "--quiet"]
+
+    score = ["score", head, features, "--quiet", "--labels"]
+    cut = tmp_path / "cut.npy"
+    np.save(cut, np.load(features)[:-1])
+    for suffix in (".index.jsonl", ".meta.json"):
+        shutil.copy(features.with_suffix(suffix), cut.with_suffix(suffix))
+    altered = broken_head(head, tmp_path, lambda folder: (folder / "head.safetensors").write_bytes(b"x" * 100))
+    cases: list[tuple[list[Any], str]] = [
+        (["fit", cut, "--labels", "folder", "--out", out], "its meta and index files describe (40, 512)"),
+        (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,a\n"), "are of one class, 'a'; a head needs two"),
+        (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-1.jpg,b\n"), "labelled a second time"),
+        (fit("path,label\nnone.jpg,a\n"), "none of its 1 paths is one of the 40 rows"),
+        (["fit", features, "--labels", tmp_path / "none.csv", "--out", out], "cannot be read"),
+        (["fit", features, "--labels", "folder", "--out", head], "exists already"),
+        (["fit", tmp_path / "none.npy", "--labels", "folder", "--out", out], "no such file"),
+        (["fit", tmp_path / "none", "--labels", "folder", "--out", out], "no such file or folder"),
+        ([*score, labelled("path,label\nhat/hat-1.jpg,zebra\n")], "'zebra', which is none of the head's 10 classes"),
+        (["predict", altered, features], "altered or truncated"),
+        (["predict", tmp_path / "nothing", features], "not a head"),
+        (["predict", head, examples, "--model", model], "needs features of robustfeat-resnet18"),
+    ]
+    for arguments, reason in cases:
+        result = robustfeat("svm", *arguments)
+        assert result.returncode == 1, (arguments, result.stderr)
+        assert reason in only_line(result.stderr)
+        assert result.stdout == ""
+        assert not out.exists()
+
+
+def test_wrong_usage_is_said(robustfeat: Run, head: Path, features: Path, tmp_path: Path) -> None:
+    out = ["--labels", "folder", "--out", tmp_path / "out"]
+    for arguments, reason in [
+        (["fit", features, features, *out], "features come alone"),
+        (["fit", features, *out, "--precision", "int8"], "--precision is for images"),
+        (["fit", features, *out, "--kind", "nearest-mean", "--C", 1], "has no --C"),
+        (["predict", head, features, "--out", "x.txt"], "ending in .csv or .jsonl"),
+        (["predict", head, features, "--labels", "folder"], "pass --suggest N too"),
+    ]:
+        result = robustfeat("svm", *arguments)
+        assert result.returncode == 2
+        assert reason in result.stderr

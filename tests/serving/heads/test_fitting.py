@@ -1,0 +1,159 @@
+"""Selection and fits beside scikit-learn used by hand."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import train_test_split
+from sklearn.multioutput import MultiOutputClassifier
+from sklearn.naive_bayes import GaussianNB
+from sklearn.neighbors import NearestCentroid
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.svm import LinearSVC
+
+from robustfeat.serving.heads import fitting
+from robustfeat.serving.heads.features import open_features
+from robustfeat.serving.heads.fitting import C_GRID, fit_head, hold_out, select
+from robustfeat.serving.heads.labels import match_labels, read_labels
+from robustfeat.serving.heads.large import LargeSet
+
+Digits = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+SCALERS = {"none": lambda: None, "l2": Normalizer, "standard": StandardScaler}
+
+
+def test_selection_and_refit_equal_scikit_learn_used_by_hand(digit_files: Path, digits: Digits) -> None:
+    x, y = digits[0].astype(np.float64), digits[1]
+    x_fit, x_held, y_fit, y_held = train_test_split(
+        x[:1200], y[:1200], test_size=0.1, stratify=y[:1200], random_state=0
+    )
+    scores: dict[tuple[str, float], float] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for scaling, scaler in SCALERS.items():
+            for c in (0.001, 0.01, 0.1, 1.0, 10.0):
+                pipeline = make_pipeline(scaler(), LinearSVC(C=c, dual=False))
+                scores[scaling, c] = pipeline.fit(x_fit, y_fit).score(x_held, y_held)
+        best = max(scores, key=lambda key: scores[key])
+        final = make_pipeline(SCALERS[best[0]](), LinearSVC(C=best[1], dual=False)).fit(x[:1200], y[:1200])
+
+    features = open_features(str(digit_files / "train.npy"))
+    labelled = match_labels(features, read_labels([str(digit_files / "labels.csv")]))
+    head, report = fit_head(features, labelled)
+    tried = {(one["scaling"], one["C"]): one["score"] for one in head.selection["candidates"]}
+    assert tried == scores
+    assert len(set(scores.values())) > 3  # the choice is one
+    assert (head.selection["scaling"], head.selection["C"]) == best
+    assert report is not None
+    assert report.accuracy == scores[best]
+    assert head.predict(x[1200:]).tolist() == [f"digit {one}" for one in final.predict(x[1200:])]
+    np.testing.assert_allclose(head.margins(x[1200:]), final.decision_function(x[1200:]), rtol=1e-9, atol=1e-9)
+
+
+def test_the_best_of_equals_is_the_first(digits: Digits) -> None:
+    kept = digits[1] < 2
+    selection = select(digits[0][kept], digits[1][kept], cs=(0.01, 0.1), scalings=("standard", "none"))
+    assert {one.score for one in selection.candidates} == {1.0}
+    assert (selection.best.scaling, selection.best.c) == ("standard", 0.01)
+
+
+def test_hold_out_is_a_stratified_tenth() -> None:
+    targets = np.repeat(np.arange(5), [100, 50, 30, 20, 10])
+    fit, held = hold_out(targets)
+    assert np.bincount(targets[held]).tolist() == [10, 5, 3, 2, 1]
+    assert sorted([*fit, *held]) == list(range(210))
+    reference = train_test_split(np.arange(210), test_size=0.1, stratify=targets, random_state=0)
+    assert held.tolist() == reference[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("counts", "held_counts"),
+    [([4] * 10, [1] * 10), ([50, 50, 1], [5, 5, 0]), ([3, 2, 1], [1, 1, 0]), ([1, 1, 1], [0, 0, 0])],
+)
+def test_hold_out_of_few_rows_leaves_a_row_of_each_class(counts: list[int], held_counts: list[int]) -> None:
+    targets = np.repeat(np.arange(len(counts)), counts)
+    fit, held = hold_out(targets)
+    assert np.bincount(targets[held], minlength=len(counts)).tolist() == held_counts
+    assert sorted([*fit, *held]) == list(range(len(targets)))
+    assert set(targets[fit]) == set(targets)
+
+
+def reference(kind: str, c: float) -> Any:
+    return {
+        "svm": lambda: LinearSVC(C=c, dual=False, tol=1e-10, max_iter=100_000),
+        "logistic": lambda: LogisticRegression(C=c, tol=1e-10, solver="newton-cholesky"),
+        "naive-bayes": GaussianNB,
+        "nearest-mean": NearestCentroid,
+    }[kind]()
+
+
+def indicator(y: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.stack([y % 2 == 0, y > 4, y % 3 == 0], 1)
+
+
+@pytest.mark.parametrize("task", ["ten classes", "two classes", "several labels"])
+@pytest.mark.parametrize("scaling", ["none", "l2", "standard"])
+@pytest.mark.parametrize("kind", ["svm", "logistic", "naive-bayes", "nearest-mean"])
+def test_fits_by_passes_over_a_file_equal_scikit_learn(
+    kind: str, scaling: str, task: str, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustfeat.serving.heads.large._ROWS", 100)
+    x, y = digits[0][:900] + 0.01, digits[1][:900]
+    y = {
+        "ten classes": lambda: y,
+        "two classes": lambda: (y > 4).astype(np.int64),
+        "several labels": lambda: indicator(y),
+    }[task]()
+    np.save(tmp_path / "x.npy", np.concatenate([x[:300] * np.nan, x]))
+    values = np.load(tmp_path / "x.npy", mmap_mode="r")
+    head, converged = LargeSet(values, np.arange(300, 1200), y, kind).fit(scaling, 0.1, np.arange(899, -1, -1))
+    classifier = reference(kind, 0.1)
+    pipeline = make_pipeline(SCALERS[scaling](), MultiOutputClassifier(classifier) if y.ndim == 2 else classifier)
+    pipeline.fit(x.astype(np.float64), y)
+    assert converged
+    test = digits[0][900:].astype(np.float64) + 0.01
+    expected = pipeline.predict(test)
+    assert len(np.unique(expected, axis=0)) > 1
+    # Naive Bayes of constant pixels has variances of 1e-9: what is left there is rounding.
+    assert np.mean(head.predict(test) == expected) > (0.99 if kind == "naive-bayes" else 0.998)
+    if kind in {"svm", "logistic"}:
+        # On the rows that were fitted: pixels that were hardly ever lit have coefficients that hardly matter.
+        parts = getattr(pipeline[-1], "estimators_", [pipeline[-1]])
+        scaled = pipeline[:-1].transform(x.astype(np.float64)) if scaling != "none" else x.astype(np.float64)
+        wanted = np.concatenate([part.decision_function(scaled).reshape(len(x), -1) for part in parts], 1)
+        np.testing.assert_allclose(head.raw_margins(x), wanted, atol=2e-3 * np.abs(wanted).max())
+
+
+def test_large_sets_are_selected_like_small_ones(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = digits
+    small = select(x, y, cs=C_GRID[:2])
+    monkeypatch.setattr(fitting, "LARGE", 1000)
+    large = select(x, y, cs=C_GRID[:2])
+    assert large.held.tolist() == small.held.tolist()
+    # Ours reaches the minimum, where liblinear stops a little earlier: one row of 180 at most.
+    for one, other in zip(large.candidates, small.candidates, strict=True):
+        assert abs(one.score - other.score) < 1.5 / 180
+        assert one.converged
+
+
+def test_several_labels_are_selected_by_macro_f1(digits: Digits) -> None:
+    x, y = digits[0][:600], indicator(digits[1][:600])
+    selection = select(x, y, cs=(0.01,), scalings=("l2",))
+    reference = MultiOutputClassifier(LinearSVC(C=0.01, dual=False))
+    normal = Normalizer().fit_transform(x.astype(np.float64))
+    predicted = reference.fit(normal[selection.fit], y[selection.fit]).predict(normal[selection.held])
+    assert selection.best.score == f1_score(y[selection.held], predicted, average="macro")
+
+
+def test_a_solver_that_stops_early_is_said(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "_classifier", lambda kind, c: LinearSVC(C=c, dual=False, max_iter=1))
+    assert not select(*digits, cs=(10.0,), scalings=("none",)).best.converged

@@ -1,0 +1,220 @@
+"""Labels are read from what people have, and matched by path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from robustfeat.errors import InputError
+from robustfeat.serving.heads.features import Features, is_feature_file, open_features
+from robustfeat.serving.heads.labels import match_labels, read_labels
+
+
+@pytest.fixture
+def features(tmp_path: Path, write_features: Any) -> Features:
+    values = np.arange(20, dtype=np.float32).reshape(5, 4)
+    values[3] = np.nan
+    names = ["cat/1.jpg", "cat/2.jpg", "dog/a b.jpg", "dog/bad.jpg", "eel/deep/1.jpg"]
+    return open_features(str(write_features(tmp_path / "f.npy", values, names, {3: "truncated"})))
+
+
+def csv(tmp_path: Path, text: str) -> list[str]:
+    (tmp_path / "labels.csv").write_text(text)
+    return [str(tmp_path / "labels.csv")]
+
+
+def test_the_first_folder_is_the_label(features: Features) -> None:
+    found = match_labels(features, read_labels(["folder"]))
+    assert found.classes == ("cat", "dog", "eel")
+    assert (found.rows.tolist(), found.targets.tolist(), found.failed) == ([0, 1, 2, 4], [0, 0, 1, 2], 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\ndog/a b.jpg,x\ncat/1.jpg,y\n",
+        "\ufefflabel,ignored,File\nx,0,dog/a b.jpg\r\ny,1,cat/1.jpg\r\n\n",
+        "filename,class\n./dog/a b.jpg,x\ncat/1.jpg, y \ncat/2.jpg,\n",
+        'dog/a b.jpg,x\n"cat/1.jpg",y\n',
+    ],
+)
+def test_csv_is_matched_by_path(text: str, features: Features, tmp_path: Path) -> None:
+    found = match_labels(features, read_labels(csv(tmp_path, text)))
+    assert found.classes == ("x", "y")
+    assert (found.rows.tolist(), found.targets.tolist()) == ([0, 2], [1, 0])
+    assert (found.failed, found.unlabelled, found.missing) == (0, 3, ())
+
+
+def test_a_column_may_be_named(features: Features, tmp_path: Path) -> None:
+    (source,) = csv(tmp_path, "path,label,colour\ncat/1.jpg,x,red\ncat/2.jpg,x,blue\n")
+    assert match_labels(features, read_labels([f"{source}:colour"])).classes == ("blue", "red")
+
+
+def test_labels_without_a_row_and_failed_rows_are_counted(features: Features, tmp_path: Path) -> None:
+    source = csv(tmp_path, "path,label\ncat/1.jpg,x\ndog/bad.jpg,y\ncat/2.jpg,y\nnone.jpg,y\n")
+    found = match_labels(features, read_labels(source))
+    assert (found.rows.tolist(), found.failed, found.missing) == ([0, 1], 1, ("none.jpg",))
+    assert "1 more left out" in found.summary()
+    assert "none.jpg" in found.summary()
+
+
+def test_parquet_gives_names_to_numbers(tmp_path: Path, features: Features) -> None:
+    about = {"info": {"features": {"kind": {"names": ["ant", "bee", "cow"], "_type": "ClassLabel"}}}}
+    table = pyarrow.table({"path": ["cat/2.jpg", "cat/1.jpg", "eel/deep/1.jpg"], "kind": [2, 0, -1]})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), tmp_path / "labels.parquet")
+    found = match_labels(features, read_labels([f"{tmp_path}/labels.parquet:kind"]))
+    assert found.classes == ("ant", "cow")
+    assert (found.rows.tolist(), found.targets.tolist()) == ([0, 1], [0, 1])
+
+
+def test_rows_of_parquet_files_without_paths_are_those_that_embed_names(tmp_path: Path, write_features: Any) -> None:
+    for name, labels in (("a", [1, None, 3]), ("b", [5, 6])):
+        parquet.write_table(pyarrow.table({"label": labels}), tmp_path / f"{name}.parquet")
+    names = ["b.parquet/000000001", "a.parquet/000000001", "a.parquet/000000002"]
+    features = open_features(str(write_features(tmp_path / "f.npy", np.zeros((3, 4), np.float32), names)))
+    found = match_labels(features, read_labels([f"{tmp_path}/a.parquet:label", f"{tmp_path}/b.parquet:label"]))
+    assert [found.classes[at] for at in found.targets] == ["6", "3"]
+    assert found.rows.tolist() == [0, 2]
+
+
+def test_several_labels(tmp_path: Path, features: Features) -> None:
+    source = csv(tmp_path, "path,label\ncat/1.jpg,x|y\ncat/2.jpg,\neel/deep/1.jpg,y\neel/deep/1.jpg,z\n")
+    found = match_labels(features, read_labels(source, multi_label=True), multi_label=True)
+    assert found.classes == ("x", "y", "z")
+    assert found.targets.tolist() == [[True, True, False], [False, False, False], [False, True, True]]
+    table = pyarrow.table({"path": ["cat/1.jpg", "cat/2.jpg"], "tags": [["b", "a"], []]})
+    parquet.write_table(table, tmp_path / "tags.parquet")
+    found = match_labels(features, read_labels([f"{tmp_path}/tags.parquet:tags"], multi_label=True), multi_label=True)
+    assert found.targets.tolist() == [[True, True], [False, False]]
+    with pytest.raises(InputError, match="list of labels; pass --multi-label"):
+        read_labels([f"{tmp_path}/tags.parquet:tags"])
+
+
+def test_names_that_are_not_utf8_are_matched(tmp_path: Path, write_features: Any) -> None:
+    file = write_features(tmp_path / "f.npy", np.zeros((2, 4), np.float32), ["?", "b.jpg"])
+    index = file.with_suffix(".index.jsonl")
+    first, second = index.read_text().splitlines()
+    index.write_text(json.dumps(json.loads(first) | {"path_bytes": "/2EuanBn"}) + "\n" + second + "\n")
+    (tmp_path / "labels.csv").write_bytes(b"path,label\n\xffa.jpg,x\nb.jpg,y\n")
+    found = match_labels(open_features(str(file)), read_labels([f"{tmp_path}/labels.csv"]))
+    assert found.targets.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("path,label\ncat/1.jpg,x\ncat/1.jpg,y\n", "line 3: cat/1.jpg is labelled a second time .'y', and 'x' before"),
+        ("path,label\ncat/1.jpg,x\ncat/1.jpg,x\n", "labelled a second time"),
+        ("name,kind\ncat/1.jpg,x\n", "needs a column path and a column label; got name, kind"),
+        ("path,label\ncat/1.jpg\n", "line 2: has 1 columns; expected 2"),
+        ("", "got an empty file"),
+        ("path,label\n", "holds no labels"),
+        ("path,label\nphotos/cat/1.jpg,x\n", "none of its 1 paths .*there 'photos/cat/1.jpg', here 'cat/1.jpg'"),
+        ("path,label\ndog/bad.jpg,x\n", "all 1 labelled images failed"),
+        ("path,label\ncat/1.jpg,zebra\n", "is labelled 'zebra', which is none of the head's 2 classes .x, y"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused(text: str, reason: str, features: Features, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=reason):
+        match_labels(features, read_labels(csv(tmp_path, text)), classes=["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("labels.txt", "expected folder, FILE.csv"),
+        ("none.csv", "cannot be read"),
+        ("none.parquet", "name the column"),
+        ("none.parquet:label", "cannot be read"),
+    ],
+)
+def test_sources_that_are_none_are_refused(source: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        read_labels([str(tmp_path / source)])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_column_is_said(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"a": [1], "b": [2]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="has no column 'label'; it has a, b"):
+        read_labels([f"{tmp_path}/t.parquet:label"])
+
+
+def test_a_path_in_two_rows_is_refused(tmp_path: Path, write_features: Any) -> None:
+    file = write_features(tmp_path / "f.npy", np.zeros((3, 4), np.float32), ["a.jpg", "b.jpg", "a.jpg"])
+    features = open_features(str(file))
+    assert match_labels(features, read_labels(csv(tmp_path, "path,label\nb.jpg,x\n"))).rows.tolist() == [1]
+    with pytest.raises(InputError, match=r"rows 0 and 2 have the same path, a\.jpg"):
+        match_labels(features, read_labels(csv(tmp_path, "path,label\na.jpg,x\n")))
+
+
+def test_an_image_outside_class_folders_is_refused(tmp_path: Path, write_features: Any) -> None:
+    file = write_features(tmp_path / "f.npy", np.zeros((1, 4), np.float32), ["a.jpg"])
+    with pytest.raises(InputError, match=r"a\.jpg: lies in no class folder"):
+        match_labels(open_features(str(file)), read_labels(["folder"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("rows", r"holds \(2, 4\) float32, its meta and index files describe \(3, 4\)"),
+        ("index", "has 2 rows, .* says 3"),
+        ("numbers", "row 2 in line 2"),
+        ("junk", "not what robustfeat embed writes"),
+        ("meta", "not what robustfeat embed writes"),
+        ("no meta", "f.meta.json: no such file"),
+        ("nan", r"row 1 \(b\) is not finite, and the index knows no error"),
+        ("pickle", "not a NumPy array"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(
+    change: str, reason: str, tmp_path: Path, write_features: Any
+) -> None:
+    values = np.zeros((3, 4), np.float32)
+    file = write_features(tmp_path / "f.npy", values, ["a", "b", "c"])
+    index, meta = file.with_suffix(".index.jsonl"), file.with_suffix(".meta.json")
+    lines = index.read_text().splitlines(keepends=True)
+    if change == "rows":
+        np.save(file, values[:2])
+    elif change == "index":
+        index.write_text("".join(lines[:2]))
+    elif change == "numbers":
+        index.write_text(lines[0] + lines[2] + lines[1])
+    elif change == "junk":
+        index.write_text("path\n" * 3)
+    elif change == "meta":
+        meta.write_text("{}")
+    elif change == "no meta":
+        meta.unlink()
+    elif change == "nan":
+        values[1, 2] = np.nan
+        np.save(file, values)
+    elif change == "pickle":
+        np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(InputError, match=reason):
+        open_features(str(file)).check()
+
+
+def test_every_format_of_embed_is_read(example_files: list[Path], tmp_path: Path) -> None:
+    from robustfeat import FeatureExtractor
+    from robustfeat.serving.embedding import embed_files
+    from robustfeat.serving.inputs import list_inputs
+
+    extractor = FeatureExtractor.from_pretrained(threads=1, streams=1)
+    expected = extractor.embed(example_files[:5])
+    for suffix in (".npy", ".parquet", ".safetensors"):
+        out = str(tmp_path / f"feats{suffix}")
+        with list_inputs(example_files[:5]) as inputs:
+            embed_files(extractor, inputs, out, quiet=True)
+        assert is_feature_file(out)
+        features = open_features(out)
+        np.testing.assert_allclose(features.values, expected, rtol=1e-4, atol=1e-5)
+        assert list(features.paths) == [file.name for file in example_files[:5]]
+    assert not is_feature_file(str(tmp_path / "images.parquet"))
+    assert not is_feature_file(str(tmp_path))

@@ -1,0 +1,128 @@
+"""Reports and predictions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, classification_report, confusion_matrix
+
+from robustfeat.serving import Head
+from robustfeat.serving.heads.features import open_features
+from robustfeat.serving.heads.fitting import fit_head
+from robustfeat.serving.heads.labels import match_labels, read_labels
+from robustfeat.serving.heads.predictions import Suggestions, predict_rows, to_csv, to_jsonl
+from robustfeat.serving.heads.report import Report
+
+
+def draw_answers(classes: int, rows: int = 500) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    draw = np.random.default_rng(0)
+    targets = draw.integers(0, classes, rows)
+    return np.where(draw.random(rows) < 0.6, targets, draw.integers(0, classes, rows)), targets
+
+
+def test_a_report_equals_scikit_learn() -> None:
+    predicted, targets = draw_answers(4)
+    names = ["a", "b|c", "d", "e"]
+    report = Report.of(predicted, targets, names)
+    assert report.accuracy == accuracy_score(targets, predicted)
+    assert report.balanced_accuracy == pytest.approx(balanced_accuracy_score(targets, predicted))
+    expected = classification_report(targets, predicted, target_names=names, output_dict=True)
+    for one in report.classes:
+        row = expected[one.name]
+        assert (one.precision, one.recall, one.f1) == (row["precision"], row["recall"], row["f1-score"])
+        assert one.rows == row["support"]
+    assert report.macro_f1 == pytest.approx(expected["macro avg"]["f1-score"])
+    assert report.confusion is not None
+    assert report.confusion.tolist() == confusion_matrix(targets, predicted).tolist()
+    assert json.loads(json.dumps(report.to_dict()))["rows"] == 500
+    table = report.to_text("test").splitlines()
+    assert len(table) == 4 + len(names)
+    assert len({line.replace(r"\|", "").count("|") for line in table[2:]}) == 1
+
+
+def test_classes_that_do_not_occur_do_not_count_for_balanced_accuracy() -> None:
+    report = Report.of(np.array([0, 1, 1]), np.array([0, 0, 1]), ["a", "b", "c"])
+    assert report.balanced_accuracy == 0.75
+
+
+def test_several_labels_are_right_together() -> None:
+    targets = np.array([[1, 0], [1, 1], [0, 0], [0, 1]], bool)
+    predicted = np.array([[1, 0], [1, 0], [0, 0], [1, 1]], bool)
+    report = Report.of(predicted, targets, ["a", "b"])
+    assert report.accuracy == 0.5
+    # a: 2 of 2 with it, 1 of 2 without; b: 1 of 2 with it, 2 of 2 without.
+    assert report.balanced_accuracy == 0.75
+    assert report.picture() is None
+
+
+@pytest.mark.parametrize("classes", [2, 10, 200])
+def test_the_picture_is_dark_where_the_counts_are(classes: int, tmp_path: Path) -> None:
+    report = Report.of(np.arange(classes), np.arange(classes), [f"class {number}" for number in range(classes)])
+    report.save(tmp_path / "report", "test")
+    with Image.open(tmp_path / "report" / "confusion.png") as image:
+        pixels = np.asarray(image.convert("L"), int)
+    side = 36 if classes <= 60 else 1200 // classes
+    margin = pixels.shape[0] - classes * side - (12 if classes <= 60 else 0)
+    grid = pixels[margin : margin + classes * side, margin : margin + classes * side]
+    centres = grid.reshape(classes, side, classes, side)[:, 2:-2, :, 2:-2].mean((1, 3))
+    assert centres[~np.eye(classes, dtype=bool)].min() == 255
+    assert np.diag(centres).max() < 200
+
+
+@pytest.fixture
+def fitted(digit_files: Path) -> tuple[Head, Path]:
+    features = open_features(str(digit_files / "train.npy"))
+    head, _ = fit_head(features, match_labels(features, read_labels([str(digit_files / "labels.csv")])), cs=(0.01,))
+    return head, digit_files
+
+
+def test_predictions_keep_rows_and_say_what_failed(fitted: tuple[Head, Path], digits: Any, write_features: Any) -> None:
+    head, folder = fitted
+    values = digits[0][1200:1206].copy()
+    values[2] = np.nan
+    names = ["a.png", 'b, "c".png', "bad.png", "d.png", "e.png", "f.png"]
+    features = open_features(str(write_features(folder / "few.npy", values, names, {2: "truncated"})))
+    expected = head.margins(digits[0][1200:1206])
+    lines = list(csv.DictReader(io.StringIO("".join(to_csv(head, predict_rows(head, features))))))
+    assert [line["path"] for line in lines] == names
+    assert lines[2]["prediction"] == ""
+    assert lines[2]["error"] == "truncated"
+    records = [json.loads(line) for line in to_jsonl(head, predict_rows(head, features, probabilities=True))]
+    for row in (0, 1, 3, 4, 5):
+        best = str(head.classes[int(expected[row].argmax())])
+        assert lines[row]["prediction"] == records[row]["prediction"] == best
+        assert float(lines[row][f"margin:{best}"]) == pytest.approx(expected[row].max(), rel=1e-5)
+        assert records[row]["margins"] == pytest.approx(dict(zip(head.classes, expected[row], strict=True)))
+        assert sum(records[row]["probabilities"].values()) == pytest.approx(1)
+    assert records[2] == {"path": "bad.png", "prediction": None, "margins": None, "error": "truncated"}
+
+
+def test_suggestions_are_the_least_certain_first(fitted: tuple[Head, Path]) -> None:
+    head, folder = fitted
+    features = open_features(str(folder / "test.npy"))
+    margins = np.sort(head.margins(features), axis=1)
+    gaps = margins[:, -1] - margins[:, -2]
+    order = np.argsort(gaps, kind="stable")
+    suggestions = Suggestions(5, lambda path: path == features.paths[order[1]])
+    assert len(list(suggestions.watch(predict_rows(head, features)))) == len(features)
+    expected = [features.paths[row] for row in order[[0, 2, 3, 4, 5]]]
+    assert [one.path for one in suggestions.found()] == expected
+
+
+def test_calibration_makes_probabilities_honest(fitted: tuple[Head, Path], digits: Any) -> None:
+    head, _ = fitted
+    shares = head.probabilities(digits[0][1200:])
+    right = head.predict(digits[0][1200:]) == np.array([f"digit {one}" for one in digits[1][1200:]])
+    powers = np.exp(head.margins(digits[0][1200:]))
+    before = (powers / powers.sum(1, keepdims=True)).max(1).mean()
+    # The last digits are from other hands than the first, so that all are a little too sure of them.
+    assert abs(shares.max(1).mean() - right.mean()) < 0.08
+    assert abs(before - right.mean()) > 0.1

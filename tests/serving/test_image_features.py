@@ -1,0 +1,141 @@
+"""`ImageFeatures` behaves as scikit-learn's own transformers do."""
+
+from __future__ import annotations
+
+import pickle
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+from sklearn.utils.estimator_checks import check_estimator
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from robustfeat import FeatureExtractor
+from robustfeat.errors import DecodeError, InputError, ModelFolderError
+from robustfeat.serving import Head, ImageFeatures
+
+
+class _Pictures(ImageFeatures):
+    """Takes tables of numbers, as scikit-learn's checks have them, and shows each row as a small picture."""
+
+    def fit(self, X: Any, y: Any = None) -> _Pictures:
+        super().fit(self._show(X, reset=True))
+        return self
+
+    def transform(self, X: Any) -> NDArray[np.float32]:
+        check_is_fitted(self)
+        return super().transform(self._show(X, reset=False))
+
+    def _show(self, X: Any, *, reset: bool) -> list[NDArray[np.uint8]]:
+        rows = validate_data(self, X, reset=reset, dtype=np.float64)
+        return [np.resize((row * 40).astype(np.int64).astype(np.uint8), (8, 8, 3)) for row in rows]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = True
+        tags.no_validation = False
+        tags.requires_fit = True
+        return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "n_features_in_")
+
+
+EXPECTED_FAILURES = {
+    "check_transformer_preserve_dtypes": "features are float32 whatever the images are",
+}
+
+
+def test_check_estimator_passes_with_rows_shown_as_pictures() -> None:
+    results = check_estimator(_Pictures(), expected_failed_checks=EXPECTED_FAILURES, on_skip=None)
+    passed = [one["check_name"] for one in results if one["status"] == "passed"]
+    assert len(passed) > 30
+    assert {"check_estimators_pickle", "check_transformer_general", "check_methods_subset_invariance"} <= set(passed)
+
+
+def test_check_estimator_passes_as_far_as_it_goes_without_tables() -> None:
+    check_estimator(ImageFeatures(), on_skip=None)
+
+
+def test_features_are_those_of_the_extractor(example_files: list[Path]) -> None:
+    expected = FeatureExtractor.from_pretrained().embed(example_files[:4])
+    images = [Image.open(file) for file in example_files[:4]]
+    for form in (
+        example_files[:4],
+        [str(file) for file in example_files[:4]],
+        np.array([[str(file)] for file in example_files[:4]]),
+        np.array(example_files[:4], object),
+        [file.read_bytes() for file in example_files[:4]],
+        images,
+    ):
+        assert (ImageFeatures().fit_transform(form) == expected).all()
+    assert list(ImageFeatures().get_feature_names_out())[511] == "imagefeatures511"
+
+
+def test_it_works_in_pipelines_searches_and_clones(example_files: list[Path], tmp_path: Path) -> None:
+    labels = [file.parent.name in {"hat", "shoes"} for file in example_files]
+    pipeline = make_pipeline(ImageFeatures(cache=tmp_path / "cache" / "features.sqlite"), LinearSVC(dual=False))
+    search = GridSearchCV(pipeline, {"linearsvc__C": [0.01, 0.1]}, cv=2, n_jobs=2, error_score="raise")
+    search.fit(example_files, labels)
+    scores = cross_val_score(clone(pipeline), [str(file) for file in example_files], labels, cv=4, error_score="raise")
+    features = FeatureExtractor.from_pretrained().embed(example_files)
+    assert scores.tolist() == cross_val_score(LinearSVC(dual=False), features, labels, cv=4).tolist()
+    restored = pickle.loads(pickle.dumps(search.best_estimator_))
+    assert restored.predict(example_files).tolist() == search.predict(example_files).tolist()
+    head = Head.from_sklearn(search.best_estimator_[-1], classes=["other", "hat or shoes"])
+    assert head.predict(ImageFeatures().transform(example_files[:2])).tolist() == ["other", "other"]
+
+
+def test_the_cache_answers_by_content(example_files: list[Path], tmp_path: Path, monkeypatch: Any) -> None:
+    cache = tmp_path / "features.sqlite"
+    expected = ImageFeatures(cache=cache).transform(example_files[:5])
+    embedded: list[int] = []
+    embed = FeatureExtractor.embed
+
+    def counted(self: FeatureExtractor, images: Any, **options: Any) -> Any:
+        embedded.append(len(images))
+        return embed(self, images, **options)
+
+    monkeypatch.setattr(FeatureExtractor, "embed", counted)
+    copy = tmp_path / "copy.jpg"
+    copy.write_bytes(example_files[2].read_bytes())
+    again = ImageFeatures(cache=cache).transform([copy, example_files[5], example_files[0].read_bytes()])
+    assert embedded == [1]
+    assert (again[[0, 2]] == expected[[2, 0]]).all()
+    ImageFeatures(cache=cache, precision="int8").transform(example_files[:1])
+    assert embedded[1] != 0  # golden images, or the one: others' features are not taken
+    with sqlite3.connect(cache) as connection:
+        assert connection.execute("SELECT count(*) FROM features").fetchone()[0] == 7
+
+
+def test_images_that_cannot_be_read(example_files: list[Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    images = [example_files[0], bad, tmp_path / "none.jpg"]
+    for cache in (None, tmp_path / "features.sqlite"):
+        with pytest.raises(DecodeError, match=r"image 1: .*bad\.jpg"):
+            ImageFeatures(cache=cache).transform(images)
+        features = ImageFeatures(cache=cache, on_error="nan").transform(images)
+        assert np.isnan(features).all(1).tolist() == [False, True, True]
+
+
+def test_wrong_arguments_are_said(tmp_path: Path, example_files: list[Path]) -> None:
+    with pytest.raises(TypeError, match="put it in a list"):
+        ImageFeatures().fit("a.jpg")
+    with pytest.raises(TypeError, match=r"list of images, or \(n, H, W, 3\) uint8; got \(3, 4\) float64"):
+        ImageFeatures().fit(np.zeros((3, 4)))
+    with pytest.raises(ModelFolderError, match="not a model folder"):
+        ImageFeatures(tmp_path).fit(example_files)
+    with pytest.raises(ValueError, match="on_error must be"):
+        ImageFeatures(on_error="skip").fit(example_files)
+    (tmp_path / "notes.txt").write_text("no database, but text that is long enough" * 100)
+    with pytest.raises(InputError, match=r"notes\.txt: cannot be used as a cache"):
+        ImageFeatures(cache=tmp_path / "notes.txt").transform(example_files[:1])
