@@ -2,8 +2,8 @@
 
     python benchmarks/probe.py MODEL --task cifar10=DATA --train 10000 --test 10000 --baselines --json out.json
 
-For each representation: standard scaling, `LinearSVC(dual=False)` in float64, C chosen on a stratified 10 % of the
-training rows (seed 0), then refitted on all of them. `--held-out` tests on further training rows instead of the test
+For each representation: C and scaling are chosen on a stratified 10 % of the training rows and all rows fitted, as
+`robustfeat svm fit` does it. `--held-out` tests on further training rows instead of the test
 split, for choices that must not see it.
 `--way openvino:int8:exact` (engine, precision, decoding; may be repeated) shows what that way costs against
 onnxruntime:fp32:exact.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,35 +22,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
 
 from robustfeat.hub.config import ModelConfig
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.heads.fitting import select_and_fit
 from robustfeat.training.data import ImageSet, open_training_data
 from robustfeat.training.export import Backbone, write_model_folder
 from robustfeat.training.network import build_network
 
-C_GRID = (1e-4, 1e-3, 1e-2)
-
 
 def svm_accuracy(
     x: NDArray[Any], y: NDArray[np.int64], x_test: NDArray[Any], y_test: NDArray[np.int64]
-) -> tuple[float, float]:
-    """Accuracy on the test rows and the C that the held-out rows chose."""
-    fit, held = train_test_split(np.arange(len(y)), test_size=0.1, stratify=y, random_state=0)
-
-    def score(c: float, rows: NDArray[Any], a: NDArray[Any], b: NDArray[np.int64]) -> float:
-        svm = make_pipeline(StandardScaler(), LinearSVC(C=c, dual=False, max_iter=200))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return float(svm.fit(x[rows], y[rows]).score(a, b))
-
-    best = max(C_GRID, key=lambda c: score(c, fit, x[held], y[held]))
-    return score(best, np.arange(len(y)), x_test, y_test), best
+) -> tuple[float, float | None, str]:
+    """Accuracy on the test rows, and the C and scaling that the held-out rows chose."""
+    selection, head, _ = select_and_fit(x, y)
+    return float(np.mean(head.predict(x_test) == y_test)), selection.best.c, selection.best.scaling
 
 
 def draw(data: ImageSet, count: int, skip: int = 0) -> NDArray[np.int64]:
@@ -130,12 +115,13 @@ def main() -> None:
                 representations |= {"raw pixels at 16 px": pixel_features, "HOG at 32 px": hog_features}
             for label, represent in representations.items():
                 x, x_test = represent(train, train_rows), represent(test, test_rows)
-                accuracy, c = svm_accuracy(x, train.labels[train_rows], x_test, test.labels[test_rows])
+                accuracy, c, scaling = svm_accuracy(x, train.labels[train_rows], x_test, test.labels[test_rows])
                 row = {
                     "task": name,
                     "representation": label,
                     "accuracy": round(100 * accuracy, 2),
                     "C": c,
+                    "scaling": scaling,
                     "train": len(train_rows),
                     "test": len(test_rows),
                 }

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +26,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # What is measured once and kept is kept for this session.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="robustfeat-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+FEATURES_META = {
+    "model": "digits-v1",
+    "revision": None,
+    "files": {"model.safetensors": "a" * 64},
+    "preprocessing_hash": "b" * 64,
+    "precision": "fp32",
+    "engine": "onnxruntime",
+    "decoding": "exact",
+}
+
+WriteFeatures = Callable[..., Path]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -97,3 +112,27 @@ def model(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "trained"
     export_run(finished_run, out, int8=False)
     return out
+
+
+@pytest.fixture(scope="session")
+def write_features() -> WriteFeatures:
+    """Writes files of features by hand, as `embed` would."""
+
+    def write(
+        file: Path,
+        values: NDArray[np.float32],
+        paths: Sequence[str],
+        errors: Mapping[int, str] | None = None,
+        **meta: Any,
+    ) -> Path:
+        np.save(file, values)
+        records = [
+            {"row": row, "path": path, "sha256": "0" * 64, "error": (errors or {}).get(row)}
+            for row, path in enumerate(paths)
+        ]
+        file.with_suffix(".index.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        about = FEATURES_META | {"feature_size": values.shape[1], "images": len(paths)} | meta
+        file.with_suffix(".meta.json").write_text(json.dumps(about))
+        return file
+
+    return write

@@ -45,7 +45,7 @@ def test_layer_imports_only_what_lies_below(layer: str) -> None:
 def modules(layer: str) -> list[str]:
     return [
         ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        for file in sorted((PACKAGE / layer).glob("*.py"))
+        for file in sorted((PACKAGE / layer).rglob("*.py"))
     ]
 
 

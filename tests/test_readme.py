@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,15 +29,40 @@ def test_the_embed_line_gives_one_row_an_example(robustfeat: Run, tmp_path: Path
     assert np.load(out).shape == (40, 512)
 
 
-def test_the_python_blocks_run() -> None:
-    for file in (ROOT / "README.md", ROOT / "docs" / "embedding.md"):
+def test_the_python_blocks_print_what_they_say() -> None:
+    for file in (ROOT / "README.md", ROOT / "docs" / "embedding.md", ROOT / "docs" / "heads.md"):
         blocks = re.findall(r"```python\n(.*?)```", file.read_text("utf-8"), re.DOTALL)
         assert blocks
         for block in blocks:
             command = [sys.executable, "-c", block]
             result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             assert result.returncode == 0, result.stderr
-            assert "512)" in result.stdout
+            said = re.findall(r"print\(.*\)  # (.*)", block)
+            assert said
+            assert result.stdout.splitlines() == said
+
+
+def test_four_commands_lead_from_class_folders_to_an_endpoint(tmp_path: Path) -> None:
+    (block,) = re.findall(r"<!-- answers -->\n```bash\n(.*?)\n```", README, re.DOTALL)
+    assert len(block.splitlines()) == 4
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = block.replace(".venv/bin/robustfeat", f"{sys.executable} -m robustfeat").replace("8000", port)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-e", "-c", f"{script}\necho"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            answer = json.loads(process.stdout.readline())
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+    assert answer["head"] == "clothes"
+    assert answer["data"][0]["prediction"] == "hat"
+    assert (tmp_path / "clothes" / "report.md").exists()
 
 
 def test_every_command_is_in_the_table() -> None:

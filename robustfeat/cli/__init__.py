@@ -60,7 +60,8 @@ def main() -> None:
         code = exc.exit_code
     except click.Abort:
         click.echo("robustfeat: interrupted", err=True)
-        code = 1
+        # Not `sys.exit`: that waits for threads, and a solver may compute for minutes. All that cleans up has done so.
+        os._exit(1)
     except BrokenPipeError:  # who read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

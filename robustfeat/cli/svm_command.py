@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -142,6 +143,7 @@ def predict_command(
     A failed image has no prediction, and the exit code is then 3. --suggest lists paths and predictions: on stdout if
     the predictions go to --out, else on stderr; paths that --labels names are left out of it.
     """
+    from robustfeat.errors import InputError
     from robustfeat.files import new_file
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels import SEPARATOR, read_labels
@@ -151,6 +153,8 @@ def predict_command(
         raise click.UsageError(f"--out {out}: expected a name ending in .csv or .jsonl")
     if labels and suggest is None:
         raise click.UsageError("--labels says what --suggest need not list; pass --suggest N too")
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise InputError(f"--out {out}: the folder {Path(out).parent} does not exist; make it first")
     opened = Head.load(head)
     known = read_labels(labels, multi_label=opened.multi_label) if labels else None
     features = _open(inputs, extraction, quiet, head=opened, head_place=head)
@@ -213,7 +217,7 @@ def score_command(
     classes = [str(name) for name in opened.classes]
     labelled = match_labels(features, known, multi_label=opened.multi_label, classes=classes)
     _say(labelled.summary(), quiet)
-    margins = opened.margins_of_rows(features.values, labelled.rows)
+    margins = opened.margins(features.values, labelled.rows)
     predicted = margins > 0 if opened.multi_label else np.asarray(margins.argmax(1))
     report = Report.of(predicted, labelled.targets, classes)
     _show(report, "score", quiet)

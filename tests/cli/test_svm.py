@@ -6,6 +6,10 @@ import csv
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.cli.test_cli import only_line
-from tests.conftest import Run
+from tests.conftest import ROOT, Run
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,7 @@ def test_bad_input_is_one_line(
         ([*score, labelled("path,label\nhat/hat-1.jpg,zebra\n")], "'zebra', which is none of the head's 10 classes"),
         (["predict", altered, features], "altered or truncated"),
         (["predict", tmp_path / "nothing", features], "not a head"),
+        (["predict", head, features, "--out", tmp_path / "nowhere" / "x.csv"], "does not exist; make it first"),
         (["predict", head, examples, "--model", model], "needs features of robustfeat-resnet18"),
     ]
     for arguments, reason in cases:
@@ -198,3 +203,21 @@ def test_wrong_usage_is_said(robustfeat: Run, head: Path, features: Path, tmp_pa
         result = robustfeat("svm", *arguments)
         assert result.returncode == 2
         assert reason in result.stderr
+
+
+def test_an_interrupted_fit_stops_at_once_and_leaves_nothing(tmp_path: Path, write_features: Any) -> None:
+    draw = np.random.default_rng(0)
+    count = 30_000
+    values = draw.normal(size=(count, 400)).astype(np.float32)
+    file = write_features(tmp_path / "f.npy", values, [f"{row % 9}/{row}.jpg" for row in range(count)])
+    command = [sys.executable, "-m", "robustfeat", "svm", "fit", file, "--labels", "folder", "--out", tmp_path / "head"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        assert "30,000 labelled rows" in process.stderr.readline()
+        time.sleep(4)  # no sign tells that a solver is at work
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "robustfeat: interrupted\n"
+        assert process.wait() == 1
+        assert time.monotonic() - began < 3
+    assert not (tmp_path / "head").exists()

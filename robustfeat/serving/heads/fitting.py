@@ -24,7 +24,7 @@ from robustfeat.serving.heads.labels import LabelledRows
 from robustfeat.serving.heads.large import LargeSet
 from robustfeat.serving.heads.report import Report
 
-__all__ = ["C_GRID", "HELD_OUT", "Candidate", "Selection", "fit_head", "hold_out", "select"]
+__all__ = ["C_GRID", "HELD_OUT", "Candidate", "Selection", "fit_head", "hold_out", "select_and_fit"]
 
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.1
@@ -77,7 +77,6 @@ class _Set(Protocol):
     workers: int
 
     def fit(self, scaling: str, c: float | None, places: NDArray[np.int64]) -> tuple[Head, bool]: ...
-    def rows(self, places: NDArray[np.int64]) -> Iterator[NDArray[Any]]: ...
 
 
 class _SetInMemory:
@@ -102,9 +101,6 @@ class _SetInMemory:
         parts = getattr(classifier, "estimators_", [classifier])
         spent = max((int(np.max(getattr(part, "n_iter_", 0))) for part in parts), default=0)
         return Head.from_sklearn(pipeline), spent < getattr(parts[0], "max_iter", math.inf)
-
-    def rows(self, places: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-        yield self._x[places]
 
 
 def _classifier(kind: str, c: float | None) -> Any:
@@ -148,7 +144,7 @@ def hold_out(targets: NDArray[Any], seed: int = 0) -> tuple[NDArray[np.int64], N
     return np.setdiff1d(np.arange(len(ids)), held), held
 
 
-def select(
+def select_and_fit(
     values: NDArray[Any],
     targets: NDArray[Any],
     *,
@@ -159,8 +155,8 @@ def select(
     seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Selection:
-    """Chooses C and scaling on held-out rows.
+) -> tuple[Selection, Head, bool]:
+    """Chooses C and scaling on held-out rows, then fits on all.
 
     Features are float64; the SVM is scikit-learn's `LinearSVC(C=c, dual=False)`, and for sets of more than `LARGE`
     values the same minimum found by L-BFGS.
@@ -173,65 +169,49 @@ def select(
         cs, scalings: the grid; kinds without C try the scalings alone.
         seed: of the held-out rows.
         threads: processors; by default what the cgroup grants.
-        progress: is advanced by one a candidate.
+        progress: is advanced by one a fit.
+
+    Returns:
+        The selection, the head, whose classes are numbers, and whether its solver converged.
     """
-    data = _open_set(values, targets, kind, rows, threads, progress)
-    return _select(data, targets, kind, cs, scalings, seed, threads, progress)
-
-
-def _open_set(
-    values: NDArray[Any],
-    targets: NDArray[Any],
-    kind: str,
-    rows: NDArray[np.int64] | None,
-    threads: int | None,
-    progress: Progress | None,
-) -> _Set:
     rows = np.arange(len(values)) if rows is None else rows
+    threads = threads or available_cpus()
+    data: _Set
     if len(rows) * values.shape[1] > LARGE:
-        return LargeSet(values, rows, targets, kind, progress)
-    return _SetInMemory(values[rows], targets, kind, threads or available_cpus())
-
-
-def _select(
-    data: _Set,
-    targets: NDArray[Any],
-    kind: str,
-    cs: Sequence[float],
-    scalings: Sequence[str],
-    seed: int,
-    threads: int | None,
-    progress: Progress | None,
-) -> Selection:
+        data = LargeSet(values, rows, targets, kind, progress)
+    else:
+        data = _SetInMemory(values[rows], targets, kind, threads)
     fit, held = hold_out(targets, seed)
     grid = [(scaling, c) for scaling in scalings for c in (cs if KINDS[kind].linear else [None])]
 
     def attempt(setting: tuple[str, float | None]) -> tuple[Candidate, Head]:
         head, converged = data.fit(*setting, fit)
-        score = math.nan
-        if len(held):
-            score = _score(np.concatenate([head.predict(part) for part in data.rows(held)]), targets[held])
+        score = _score(head.predict(values, rows[held]), targets[held]) if len(held) else math.nan
         if progress:
             progress.advance(1)
         return Candidate(*setting, score, converged), head
 
     tried = _run([partial(attempt, setting) for setting in grid], data.workers, threads)
     candidates = tuple(candidate for candidate, _ in tried)
-    if not len(held):
-        best = grid.index(("none", 1.0)) if ("none", 1.0) in grid else 0
+    if len(held):
+        chosen = max(range(len(grid)), key=lambda at: candidates[at].score)  # the first one of equals
     else:
-        best = max(range(len(grid)), key=lambda at: candidates[at].score)  # the first one of equals
-    return Selection(candidates[best], candidates, fit, held, tried[best][1])
+        chosen = grid.index(("none", 1.0)) if ("none", 1.0) in grid else 0
+    selection = Selection(candidates[chosen], candidates, fit, held, tried[chosen][1])
+    everything = np.arange(len(targets))
+    ((head, converged),) = _run([partial(data.fit, *grid[chosen], everything)], 1, threads)
+    if progress:
+        progress.advance(1)
+    return selection, head, converged
 
 
-def _run(tasks: Sequence[Callable[[], Any]], workers: int, threads: int | None) -> list[Any]:
-    with _quiet(threads or available_cpus(), workers), ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _run(tasks: Sequence[Callable[[], Any]], workers: int, threads: int) -> list[Any]:
+    pool = ThreadPoolExecutor(workers)
+    try:
+        with _quiet(threads, workers):
+            return [future.result() for future in [pool.submit(task) for task in tasks]]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
@@ -285,19 +265,22 @@ def fit_head(
     _require_two(features, labelled)
     grid = len(scalings) * (len(cs) if KINDS[kind].linear else 1)
     progress = Progress("fit", grid + 1, "fits", quiet=quiet)
-    data = _open_set(features.values, targets, kind, labelled.rows, threads, progress)
-    selection = _select(data, targets, kind, cs, scalings, 0, threads, progress)
+    selection, head, converged = select_and_fit(
+        features.values,
+        targets,
+        kind=kind,
+        rows=labelled.rows,
+        cs=cs,
+        scalings=scalings,
+        threads=threads,
+        progress=progress,
+    )
+    progress.finish()
     report, calibration = None, {}
     if len(selection.held):
-        held, answers = selection.held, targets[selection.held]
-        raw = np.concatenate([selection.head.raw_margins(part) for part in data.rows(held)])
-        calibration = calibrate(raw, answers)
-        predicted = np.concatenate([selection.head.predict(part) for part in data.rows(held)])
-        report = Report.of(predicted, answers, classes)
-    everything = np.arange(len(targets))
-    ((head, converged),) = _run([lambda: data.fit(selection.best.scaling, selection.best.c, everything)], 1, threads)
-    progress.advance(1)
-    progress.finish()
+        held, answers = labelled.rows[selection.held], targets[selection.held]
+        calibration = calibrate(selection.head.raw_margins(features.values, held), answers)
+        report = Report.of(selection.head.predict(features.values, held), answers, classes)
     head = replace(
         head,
         classes=classes,

@@ -177,28 +177,37 @@ class Head:
             return (x - self.arrays["scaling.mean"]) / self.arrays["scaling.scale"]
         return x
 
-    def margins(self, features: NDArray[Any] | Features) -> Array:
+    def margins(self, features: NDArray[Any] | Features, rows: NDArray[np.int64] | None = None) -> Array:
         """How much each class is favoured.
 
         Args:
             features: (n, D) float; or `Features`, whose model is checked.
+            rows: (m,) those wanted, for features that are on disk; all by default.
 
         Returns:
-            (n, K): the largest one of a row is its class; with several labels, those above zero. Two classes parted by
-            one row of coefficients have margins -m and m.
+            (n, K) or (m, K): the largest one of a row is its class; with several labels, those above zero. Two classes
+            parted by one row of coefficients have margins -m and m.
 
         Raises:
             InputError: the features are another model's.
             ValueError: they have another shape, or are not finite.
         """
-        values = self._values(features)
-        return self.margins_of_rows(values, np.arange(len(values)))
+        margins = self.raw_margins(features, rows)
+        if margins.shape[1] == 1 and not self.multi_label:
+            return np.concatenate([-margins, margins], 1)
+        return margins
 
-    def margins_of_rows(self, values: NDArray[Any], rows: NDArray[np.int64]) -> Array:
-        """`margins` of some rows of an array that may be on disk, in their order."""
-        starts = range(0, len(rows), CHUNK_ROWS)
-        parts = [self._margins(values[rows[start : start + CHUNK_ROWS]]) for start in starts]
-        return np.concatenate(parts) if parts else np.empty((0, len(self.classes)))
+    def raw_margins(self, features: NDArray[Any] | Features, rows: NDArray[np.int64] | None = None) -> Array:
+        """`margins`, but (n, 1) where one row of coefficients parts two classes."""
+        values = self._values(features)
+        count = len(values) if rows is None else len(rows)
+        if not count:
+            return np.empty((0, len(self.arrays[next(iter(KINDS[self.kind].shapes))])))
+        parts = []
+        for start in range(0, count, CHUNK_ROWS):
+            chunk = slice(start, start + CHUNK_ROWS)
+            parts.append(self._raw_margins(values[chunk if rows is None else rows[chunk]]))
+        return np.concatenate(parts)
 
     def _values(self, features: NDArray[Any] | Features) -> NDArray[Any]:
         if isinstance(features, Features):
@@ -220,8 +229,7 @@ class Head:
         elif model.feature_size != self.feature_size:
             raise InputError(f"{mine}: takes {self.feature_size} features, {theirs} has {model.feature_size}")
 
-    def raw_margins(self, features: NDArray[Any]) -> Array:
-        """`margins`, but (n, 1) where one row of coefficients parts two classes."""
+    def _raw_margins(self, features: NDArray[Any]) -> Array:
         x = self.scale(features)
         if not np.isfinite(x).all():
             raise ValueError("features must be finite; leave failed rows out")
@@ -234,19 +242,9 @@ class Head:
             return np.stack([pair[:, 1] - pair[:, 0] for pair in pairs], 1)
         return margins(self.arrays, x)
 
-    def _margins(self, features: NDArray[Any]) -> Array:
-        margins = self.raw_margins(features)
-        if margins.shape[1] == 1 and not self.multi_label:
-            return np.concatenate([-margins, margins], 1)
-        return margins
-
-    def predict(self, features: NDArray[Any] | Features) -> NDArray[Any]:
-        """The class of each row, (n,); with several labels, (n, K) bool.
-
-        Raises:
-            InputError, ValueError: as `margins`.
-        """
-        return self.decide(self.margins(features))
+    def predict(self, features: NDArray[Any] | Features, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
+        """The class of each row, (n,), or with several labels (n, K) bool; arguments and errors as of `margins`."""
+        return self.decide(self.margins(features, rows))
 
     def decide(self, margins: Array) -> NDArray[Any]:
         """Predictions from `margins`."""

@@ -50,11 +50,6 @@ class LargeSet:
         self._scaled: tuple[Any, dict[str, Array], Array] | None = None
         self._last: tuple[Any, Array] | None = None
 
-    def rows(self, places: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-        """The features at these places, some at a time, in this order."""
-        for start in range(0, len(places), _ROWS):
-            yield self._values[self._rows[places[start : start + _ROWS]]]
-
     def fit(self, scaling: str, c: float | None, places: NDArray[np.int64]) -> tuple[Head, bool]:
         """A head, its classes numbered, and whether the solver converged."""
         places = np.sort(places)

@@ -22,7 +22,7 @@ from sklearn.svm import LinearSVC
 
 from robustfeat.serving.heads import fitting
 from robustfeat.serving.heads.features import open_features
-from robustfeat.serving.heads.fitting import C_GRID, fit_head, hold_out, select
+from robustfeat.serving.heads.fitting import C_GRID, fit_head, hold_out, select_and_fit
 from robustfeat.serving.heads.labels import match_labels, read_labels
 from robustfeat.serving.heads.large import LargeSet
 
@@ -61,7 +61,7 @@ def test_selection_and_refit_equal_scikit_learn_used_by_hand(digit_files: Path, 
 
 def test_the_best_of_equals_is_the_first(digits: Digits) -> None:
     kept = digits[1] < 2
-    selection = select(digits[0][kept], digits[1][kept], cs=(0.01, 0.1), scalings=("standard", "none"))
+    selection, _, _ = select_and_fit(digits[0][kept], digits[1][kept], cs=(0.01, 0.1), scalings=("standard", "none"))
     assert {one.score for one in selection.candidates} == {1.0}
     assert (selection.best.scaling, selection.best.c) == ("standard", 0.01)
 
@@ -135,9 +135,9 @@ def test_fits_by_passes_over_a_file_equal_scikit_learn(
 
 def test_large_sets_are_selected_like_small_ones(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = digits
-    small = select(x, y, cs=C_GRID[:2])
+    small, _, _ = select_and_fit(x, y, cs=C_GRID[:2])
     monkeypatch.setattr(fitting, "LARGE", 1000)
-    large = select(x, y, cs=C_GRID[:2])
+    large, _, _ = select_and_fit(x, y, cs=C_GRID[:2])
     assert large.held.tolist() == small.held.tolist()
     # Ours reaches the minimum, where liblinear stops a little earlier: one row of 180 at most.
     for one, other in zip(large.candidates, small.candidates, strict=True):
@@ -147,7 +147,7 @@ def test_large_sets_are_selected_like_small_ones(digits: Digits, monkeypatch: py
 
 def test_several_labels_are_selected_by_macro_f1(digits: Digits) -> None:
     x, y = digits[0][:600], indicator(digits[1][:600])
-    selection = select(x, y, cs=(0.01,), scalings=("l2",))
+    selection, _, _ = select_and_fit(x, y, cs=(0.01,), scalings=("l2",))
     reference = MultiOutputClassifier(LinearSVC(C=0.01, dual=False))
     normal = Normalizer().fit_transform(x.astype(np.float64))
     predicted = reference.fit(normal[selection.fit], y[selection.fit]).predict(normal[selection.held])
@@ -156,4 +156,4 @@ def test_several_labels_are_selected_by_macro_f1(digits: Digits) -> None:
 
 def test_a_solver_that_stops_early_is_said(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "_classifier", lambda kind, c: LinearSVC(C=c, dual=False, max_iter=1))
-    assert not select(*digits, cs=(10.0,), scalings=("none",)).best.converged
+    assert not select_and_fit(*digits, cs=(10.0,), scalings=("none",))[0].best.converged
