@@ -146,7 +146,7 @@ def predict_command(
     from robustfeat.errors import InputError
     from robustfeat.files import new_file
     from robustfeat.serving.heads.head import Head
-    from robustfeat.serving.heads.labels import SEPARATOR, read_labels
+    from robustfeat.serving.heads.labels import read_labels
     from robustfeat.serving.heads.predictions import Suggestions, predict_rows, to_csv, to_jsonl
 
     if out is not None and not out.endswith((".csv", ".jsonl")):
@@ -156,6 +156,8 @@ def predict_command(
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise InputError(f"--out {out}: the folder {Path(out).parent} does not exist; make it first")
     opened = Head.load(head)
+    if probabilities:
+        opened.require_calibration()
     known = read_labels(labels, multi_label=opened.multi_label) if labels else None
     features = _open(inputs, extraction, quiet, head=opened, head_place=head)
     suggestions = Suggestions(suggest or 0, (lambda path: known.of(path) is not None) if known else lambda path: False)
@@ -172,10 +174,7 @@ def predict_command(
         with new_file(out) as partial, open(partial, "w", encoding="utf-8", newline="") as handle:
             handle.writelines(lines)
     if suggest:
-        listed = "\n".join(
-            f"{one.path},{SEPARATOR.join(map(str, one.labels))},{one.certainty:.6g}" for one in suggestions.found()
-        )
-        click.echo(f"path,prediction,certainty\n{listed}", err=out is None)
+        click.echo(suggestions.to_csv(), nl=False, err=out is None)
     if out:
         _say(f"{out}: {len(features):,} predictions", quiet)
     return _left_out(len(features.errors))

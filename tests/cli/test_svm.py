@@ -162,6 +162,11 @@ def test_bad_input_is_one_line(
     def fit(text: str) -> list[Any]:
         return ["fit", features, "--labels", labelled(text), "--out", out, "--quiet"]
 
+    single = tmp_path / "single"
+    few = labelled("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,b\n")
+    result = robustfeat("svm", "fit", features, "--labels", few, "--out", single)
+    assert result.returncode == 0
+    assert "nothing could be held out" in result.stderr
     score = ["score", head, features, "--quiet", "--labels"]
     cut = tmp_path / "cut.npy"
     np.save(cut, np.load(features)[:-1])
@@ -180,6 +185,7 @@ def test_bad_input_is_one_line(
         ([*score, labelled("path,label\nhat/hat-1.jpg,zebra\n")], "'zebra', which is none of the head's 10 classes"),
         (["predict", altered, features], "altered or truncated"),
         (["predict", tmp_path / "nothing", features], "not a head"),
+        (["predict", single, features, "--probabilities"], "this head has no probabilities"),
         (["predict", head, features, "--out", tmp_path / "nowhere" / "x.csv"], "does not exist; make it first"),
         (["predict", head, examples, "--model", model], "needs features of robustfeat-resnet18"),
     ]

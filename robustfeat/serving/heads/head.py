@@ -267,14 +267,25 @@ class Head:
         """Whether there are probabilities."""
         return "calibration.scale" in self.arrays
 
+    def require_calibration(self) -> None:
+        """Asks whether there are probabilities.
+
+        Raises:
+            HeadError: there are none.
+        """
+        if not self.calibrated:
+            raise HeadError(
+                "this head has no probabilities: they come from held-out rows, and svm fit had a single row of each "
+                "class, or another program made the head; fit it with more labels"
+            )
+
     def calibrate(self, margins: Array) -> Array:
         """Probabilities from `margins`.
 
         Raises:
             HeadError: this head has no calibration.
         """
-        if not self.calibrated:
-            raise HeadError("this head has no calibration, which svm fit makes from held-out rows; fit it again")
+        self.require_calibration()
         scale, offset = self.arrays["calibration.scale"], self.arrays["calibration.offset"]
         if self.multi_label:
             return _sigmoid(margins * scale + offset)

@@ -157,3 +157,12 @@ class Suggestions:
     def found(self) -> list[Prediction]:
         """The least certain first."""
         return [prediction for _, _, prediction in sorted(self._least, key=lambda entry: (-entry[0], -entry[1]))]
+
+    def to_csv(self) -> str:
+        """The same: path, prediction, certainty."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["path", "prediction", "certainty"])
+        for one in self.found():
+            writer.writerow([_printable(one.path), SEPARATOR.join(map(str, one.labels)), f"{one.certainty:.6g}"])
+        return text.getvalue()

@@ -270,7 +270,7 @@ def test_margins_that_stand_alone_get_the_sigmoid_that_made_them() -> None:
 
 
 def test_probabilities_follow_from_scale_and_offset(head: Head, digits: Digits) -> None:
-    with pytest.raises(HeadError, match="no calibration"):
+    with pytest.raises(HeadError, match="no probabilities"):
         head.probabilities(digits[0])
     arrays = dict(head.arrays) | {"calibration.scale": np.full(10, 2.0), "calibration.offset": np.zeros(10)}
     shares = Head(**(vars(head) | {"arrays": arrays})).probabilities(digits[0])
