@@ -8,9 +8,12 @@ import click
 
 from robustfeat.cli.extraction import Extraction, extraction_options
 
+_MAX_REQUESTS = 64
+"""At once; more get 503, so that bodies and images in flight stay bounded."""
+
 
 @click.command("serve", short_help="Answer over HTTP.")
-@click.option("--head", "heads", multiple=True, metavar="NAME=HEAD", help="A head to serve at /predict/NAME.")
+@click.option("--head", "heads", multiple=True, metavar="[NAME=]HEAD", help="A head to serve at /predict/NAME.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 answers other machines, too.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
 @extraction_options
@@ -27,7 +30,7 @@ def command(heads: tuple[str, ...], host: str, port: int, extraction: Extraction
         raise click.UsageError(f"--{unused[0].replace('_', '-')} is for embed")
     opened: dict[str, Head] = {}
     for entry in heads:
-        name, _, place = entry.rpartition("=")
+        name, _, place = ("", "", entry) if Path(entry).is_dir() else entry.partition("=")
         name = name or Path(place).absolute().name
         if name in opened or "/" in name:
             raise InputError(f"--head {entry}: expected NAME=HEAD, each NAME once and without a slash")
@@ -39,6 +42,5 @@ def command(heads: tuple[str, ...], host: str, port: int, extraction: Extraction
 
     extractor = extraction.open(throughput=False)
     name = "robustfeat" if extraction.model == "builtin" else extractor.config.name
-    uvicorn.run(
-        create_app(extractor, opened, model_name=name), host=host, port=port, log_level="info", access_log=False
-    )
+    app = create_app(extractor, opened, model_name=name)
+    uvicorn.run(app, host=host, port=port, access_log=False, limit_concurrency=_MAX_REQUESTS)

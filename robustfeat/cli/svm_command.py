@@ -78,15 +78,19 @@ def fit_command(
     The exit code is 3 if labelled images failed.
     """
     from robustfeat.files import new_folder, require_new
-    from robustfeat.serving.heads.fitting import C_GRID, fit_head
+    from robustfeat.serving.heads.fitting import C_GRID, fit_head, require_two
     from robustfeat.serving.heads.head import SCALINGS
-    from robustfeat.serving.heads.labels import match_labels, read_labels
+    from robustfeat.serving.heads.labels import match_labels, match_paths, read_labels
 
     if c is not None and kind in {"naive-bayes", "nearest-mean"}:
         raise click.UsageError(f"--kind {kind} has no --C")
     require_new(out)
     known = read_labels(labels, multi_label=multi_label)
-    features = _open(inputs, extraction, quiet, only=known)
+
+    def check(paths: list[str]) -> None:
+        require_two("the images", match_paths("the images", paths, known, multi_label=multi_label))
+
+    features = _open(inputs, extraction, quiet, labels=known, check=check)
     labelled = match_labels(features, known, multi_label=multi_label)
     _say(labelled.summary(), quiet)
     head, report = fit_head(
@@ -205,15 +209,19 @@ def score_command(
 
     from robustfeat.files import require_new
     from robustfeat.serving.heads.head import Head
-    from robustfeat.serving.heads.labels import match_labels, read_labels
+    from robustfeat.serving.heads.labels import match_labels, match_paths, read_labels
     from robustfeat.serving.heads.report import Report
 
     if report_folder:
         require_new(report_folder)
     opened = Head.load(head)
     known = read_labels(labels, multi_label=opened.multi_label)
-    features = _open(inputs, extraction, quiet, head=opened, head_place=head, only=known)
     classes = [str(name) for name in opened.classes]
+
+    def check(paths: list[str]) -> None:
+        match_paths("the images", paths, known, multi_label=opened.multi_label, classes=classes)
+
+    features = _open(inputs, extraction, quiet, head=opened, head_place=head, labels=known, check=check)
     labelled = match_labels(features, known, multi_label=opened.multi_label, classes=classes)
     _say(labelled.summary(), quiet)
     margins = opened.margins(features.values, labelled.rows)
@@ -237,15 +245,20 @@ def _open(
     *,
     head: Any = None,
     head_place: str = "",
-    only: Labels | None = None,
+    labels: Labels | None = None,
+    check: Callable[[list[str]], None] | None = None,
 ) -> Features:
-    """The features that INPUT names or whose images it names; of the latter those alone that have labels in `only`."""
+    """The features that INPUT names, or those of the images that it names.
+
+    Of images those alone that have `labels`; `check` may refuse their paths before the work of embedding them.
+    """
     from robustfeat.serving.heads.features import embed_features, is_feature_file, open_features
     from robustfeat.serving.heads.identity import ModelIdentity
     from robustfeat.serving.heads.labels import labelled_inputs
     from robustfeat.serving.inputs import list_inputs
 
-    features: Features
+    if head is not None and head.model is None:
+        _say(f"{head_place}: does not say whose features it takes, so that is not checked", quiet)
     if any(is_feature_file(place) for place in inputs):
         if len(inputs) > 1:
             raise click.UsageError(f"features come alone; got {len(inputs)} INPUTs")
@@ -259,7 +272,9 @@ def _open(
     extractor = extraction.open()
     if head is not None:  # before the work of embedding
         head.require_model(ModelIdentity.of_extractor(extractor), head_place, f"--model {extraction.model}")
-    with list_inputs(inputs) as found, labelled_inputs(found, only) if only else nullcontext(found) as wanted:
+    with list_inputs(inputs) as found, labelled_inputs(found, labels) if labels else nullcontext(found) as wanted:
+        if check is not None:
+            check([image.path for image in (wanted if len(wanted) else found)])
         return embed_features(
             extractor, wanted, quiet=quiet, batch_size=extraction.batch_size, workers=extraction.workers
         )

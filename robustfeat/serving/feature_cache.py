@@ -47,18 +47,22 @@ class FeatureCache:
         except (OSError, sqlite3.Error) as exc:
             raise InputError(f"{self._file}: cannot be used as a cache of features ({exc})") from exc
 
-    def key(self, content: bytes) -> bytes:
-        """The key of an image's content."""
-        return hashlib.sha256(self._prefix + hashlib.sha256(content).digest()).digest()
+    def key(self, content: bytes | NDArray[np.uint8]) -> bytes:
+        """The key of an image file's bytes, or of a prepared square."""
+        kind, data = (b"file", content) if isinstance(content, bytes) else (b"square", content.tobytes())
+        return hashlib.sha256(self._prefix + kind + hashlib.sha256(data).digest()).digest()
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
         """What is there: (D,) float32 by key."""
         found = {}
-        with closing(self._connect()) as connection:
-            for key in dict.fromkeys(keys):
-                row = connection.execute("SELECT value FROM features WHERE key = ?", (key,)).fetchone()
-                if row is not None and len(row[0]) == 4 * self._size:
-                    found[key] = np.frombuffer(row[0], "<f4")
+        try:
+            with closing(self._connect()) as connection:
+                for key in dict.fromkeys(keys):
+                    row = connection.execute("SELECT value FROM features WHERE key = ?", (key,)).fetchone()
+                    if row is not None and len(row[0]) == 4 * self._size:
+                        found[key] = np.frombuffer(row[0], "<f4")
+        except sqlite3.Error as exc:
+            raise InputError(f"{self._file}: cannot be read ({exc}); delete it to start anew") from exc
         return found
 
     def put(self, features: dict[bytes, NDArray[np.float32]]) -> None:

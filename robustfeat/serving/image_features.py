@@ -16,6 +16,7 @@ from sklearn.utils import Tags
 from robustfeat.errors import DecodeError
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.feature_cache import FeatureCache
+from robustfeat.serving.heads.identity import ModelIdentity
 
 __all__ = ["ImageFeatures"]
 
@@ -85,30 +86,60 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             return extractor.embed(images, on_error=self.on_error)
         cache = FeatureCache(self.cache, extractor)
         features = np.full((len(images), extractor.feature_size), np.nan, np.float32)
-        for start in range(0, len(images), 1024):
-            part = images[start : start + 1024]
-            keys = [_content(image, cache) for image in part]
-            found = cache.get([key for key in keys if key is not None])
-            fresh = {key: at for at, key in enumerate(keys) if key is None or key not in found}
-            if fresh:
-                made = extractor.embed([part[at] for at in fresh.values()], on_error="nan")
-                if self.on_error == "raise":
-                    for at, row in zip(fresh.values(), made, strict=True):
-                        if not np.isfinite(row).all():
-                            _say_why(extractor, start + at, part[at])
-                good = {key: row for key, row in zip(fresh, made, strict=True) if key and np.isfinite(row).all()}
-                cache.put(good)
-                found |= good
-            for at, key in enumerate(keys):
-                if key in found:
-                    features[start + at] = found[key]
+        for start in range(0, len(images), extractor.batch_size):
+            self._fill(features[start : start + extractor.batch_size], start, images, extractor, cache)
         return features
 
+    def _fill(
+        self,
+        features: NDArray[np.float32],
+        start: int,
+        images: list[Any],
+        extractor: FeatureExtractor,
+        cache: FeatureCache,
+    ) -> None:
+        """One batch: from the cache what it has, and the rest to it."""
+        contents: dict[int, bytes | NDArray[np.uint8]] = {}
+        errors: dict[int, DecodeError] = {}
+        batch = images[start : start + len(features)]
+        for at, image in enumerate(batch):
+            try:
+                # Read once: what is embedded is what the key was made of.
+                contents[at] = _content(image, extractor)
+            except DecodeError as exc:
+                errors[at] = exc
+        keys = {at: cache.key(content) for at, content in contents.items()}
+        found = cache.get(list(keys.values()))
+        fresh: dict[bytes, NDArray[np.uint8]] = {}
+        for at, key in keys.items():
+            if key not in found and key not in fresh:
+                content = contents[at]
+                try:
+                    fresh[key] = extractor.prepare(content) if isinstance(content, bytes) else content
+                except DecodeError as exc:
+                    name = f"{batch[at]}: " if isinstance(batch[at], (str, os.PathLike)) else ""
+                    errors[at] = DecodeError(f"{name}{exc}")
+        if errors and self.on_error == "raise":
+            first = min(errors)
+            raise DecodeError(f"image {start + first}: {errors[first]}")
+        if fresh:
+            made = dict(zip(fresh, extractor.embed_prepared(np.stack(list(fresh.values()))), strict=True))
+            cache.put(made)
+            found |= made
+        for at, key in keys.items():
+            if key in found:
+                features[at] = found[key]
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model, for heads on its features."""
+        return ModelIdentity.of_extractor(self._open())
+
     def _open(self) -> FeatureExtractor:
+        if self.on_error not in {"raise", "nan"}:
+            raise ValueError(f"on_error must be raise or nan; got {self.on_error!r}")
         wanted = (self.model, self.precision, self.engine, self.device, self.threads, self.decoding)
         if getattr(self, "_loaded", None) != wanted:
-            if self.on_error not in {"raise", "nan"}:
-                raise ValueError(f"on_error must be raise or nan; got {self.on_error!r}")
             self._extractor = FeatureExtractor.from_pretrained(
                 self.model,
                 precision=self.precision,
@@ -140,18 +171,13 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         return {name: value for name, value in state.items() if name not in {"_extractor", "_loaded"}}
 
 
-def _say_why(extractor: FeatureExtractor, number: int, image: Any) -> None:
-    try:
-        extractor.prepare(image)
-    except DecodeError as exc:
-        raise DecodeError(f"image {number}: {exc}") from exc
-
-
 def _images(X: Any) -> list[Any]:
     if isinstance(X, (str, bytes, os.PathLike, Image.Image)) or not hasattr(X, "__iter__"):
         raise TypeError(f"X must be a list of images; got one {type(X).__name__}: put it in a list")
     if isinstance(X, np.ndarray) and X.dtype.kind not in "OUS" and not (X.ndim == 4 and X.dtype == np.uint8):
         raise TypeError(f"X must be a list of images, or (n, H, W, 3) uint8; got {X.shape} {X.dtype}")
+    if hasattr(X, "to_numpy"):  # of a data frame
+        X = X.to_numpy()
     images = list(X)
     # A column of a table: each row holds one path.
     if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == 1:
@@ -159,20 +185,17 @@ def _images(X: Any) -> list[Any]:
     return [str(image) if isinstance(image, np.str_) else image for image in images]
 
 
-def _content(image: Any, cache: FeatureCache) -> bytes | None:
-    """The cache's key of an image; None where it cannot be read, which embedding will say better."""
+def _content(image: Any, extractor: FeatureExtractor) -> bytes | NDArray[np.uint8]:
+    """The bytes of an image file; of an image that is no file the square that the network sees.
+
+    Raises:
+        DecodeError: it cannot be read.
+    """
     if isinstance(image, (str, os.PathLike)):
         try:
-            return cache.key(Path(image).read_bytes())
-        except OSError:
-            return None
+            return Path(image).read_bytes()
+        except OSError as exc:
+            raise DecodeError(f"{image}: {exc.strerror}") from exc
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return cache.key(bytes(image))
-    if isinstance(image, Image.Image):
-        try:
-            return cache.key(repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes())
-        except (OSError, SyntaxError, ValueError) as exc:
-            raise DecodeError(f"damaged: {exc}") from exc
-    if isinstance(image, np.ndarray):
-        return cache.key(repr((image.shape, image.dtype.str)).encode() + image.tobytes())
-    return None
+        return bytes(image)
+    return extractor.prepare(image)

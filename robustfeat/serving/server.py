@@ -13,6 +13,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 import robustfeat
 from robustfeat.errors import DecodeError
@@ -80,6 +81,7 @@ def create_app(
 
     app = FastAPI(title="robustfeat", version=robustfeat.__version__, lifespan=lifespan)
     app.add_exception_handler(StarletteHTTPException, _explain)
+    app.add_exception_handler(Exception, _explain)
 
     @app.post("/embed", summary="Features of one image", openapi_extra=_IMAGE_BODY)
     async def embed(request: Request) -> dict[str, Any]:
@@ -117,11 +119,14 @@ async def _body(request: Request, limit: int) -> bytes:
         raise too_large
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise too_large
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect as exc:
+        raise HTTPException(400, "the client left before the end of the body") from exc
     if not size:
         raise HTTPException(422, "the body is empty; expected the bytes of an image file")
     return b"".join(parts)

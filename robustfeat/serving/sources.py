@@ -157,7 +157,8 @@ def class_names(schema: Any, column: str) -> tuple[str, ...] | None:
     """The class names of a column of numbers, which Hugging Face `datasets` keeps in the schema's metadata."""
     raw = (schema.metadata or {}).get(b"huggingface")
     try:
-        names = json.loads(raw or b"{}")["info"]["features"][column].get("names")
+        kind = json.loads(raw or b"{}")["info"]["features"][column]
+        names = kind.get("feature", kind).get("names")  # a list of classes, or one
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
     return tuple(names) if names else None

@@ -62,7 +62,8 @@ def test_check_estimator_passes_with_rows_shown_as_pictures() -> None:
 
 
 def test_check_estimator_passes_as_far_as_it_goes_without_tables() -> None:
-    check_estimator(ImageFeatures(), on_skip=None)
+    results = check_estimator(ImageFeatures(), on_skip=None)
+    assert [one["check_name"] for one in results if one["status"] == "passed"] == ["check_estimator_cloneable"]
 
 
 def test_features_are_those_of_the_extractor(example_files: list[Path]) -> None:
@@ -90,7 +91,9 @@ def test_it_works_in_pipelines_searches_and_clones(example_files: list[Path], tm
     assert scores.tolist() == cross_val_score(LinearSVC(dual=False), features, labels, cv=4).tolist()
     restored = pickle.loads(pickle.dumps(search.best_estimator_))
     assert restored.predict(example_files).tolist() == search.predict(example_files).tolist()
-    head = Head.from_sklearn(search.best_estimator_[-1], classes=["other", "hat or shoes"])
+    head = Head.from_sklearn(search.best_estimator_, classes=["other", "hat or shoes"])
+    assert head.model is not None
+    assert head.model == ImageFeatures().identity
     assert head.predict(ImageFeatures().transform(example_files[:2])).tolist() == ["other", "other"]
 
 
@@ -98,22 +101,36 @@ def test_the_cache_answers_by_content(example_files: list[Path], tmp_path: Path,
     cache = tmp_path / "features.sqlite"
     expected = ImageFeatures(cache=cache).transform(example_files[:5])
     embedded: list[int] = []
-    embed = FeatureExtractor.embed
+    embed = FeatureExtractor.embed_prepared
 
-    def counted(self: FeatureExtractor, images: Any, **options: Any) -> Any:
-        embedded.append(len(images))
-        return embed(self, images, **options)
+    def counted(self: FeatureExtractor, squares: Any, failed: Any = ()) -> Any:
+        embedded.append(len(squares))
+        return embed(self, squares, failed)
 
-    monkeypatch.setattr(FeatureExtractor, "embed", counted)
+    monkeypatch.setattr(FeatureExtractor, "embed_prepared", counted)
     copy = tmp_path / "copy.jpg"
     copy.write_bytes(example_files[2].read_bytes())
     again = ImageFeatures(cache=cache).transform([copy, example_files[5], example_files[0].read_bytes()])
     assert embedded == [1]
     assert (again[[0, 2]] == expected[[2, 0]]).all()
     ImageFeatures(cache=cache, precision="int8").transform(example_files[:1])
-    assert embedded[1] != 0  # golden images, or the one: others' features are not taken
+    assert embedded[-1] == 1  # others' features are not taken
     with sqlite3.connect(cache) as connection:
         assert connection.execute("SELECT count(*) FROM features").fetchone()[0] == 7
+
+
+def test_the_cache_knows_images_by_what_the_network_sees(example_files: list[Path], tmp_path: Path) -> None:
+    upright = Image.open(example_files[0]).resize((60, 40))
+    turned = upright.copy()
+    turned.getexif()[0x0112] = 6
+    file = tmp_path / "turned.png"
+    turned.save(file, exif=turned.getexif())
+    images = [upright, Image.open(file), np.asarray(upright)]
+    expected = ImageFeatures().transform(images)
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
+    for _ in range(2):
+        found = ImageFeatures(cache=tmp_path / "features.sqlite").transform(images)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_images_that_cannot_be_read(example_files: list[Path], tmp_path: Path) -> None:
@@ -123,6 +140,8 @@ def test_images_that_cannot_be_read(example_files: list[Path], tmp_path: Path) -
     for cache in (None, tmp_path / "features.sqlite"):
         with pytest.raises(DecodeError, match=r"image 1: .*bad\.jpg"):
             ImageFeatures(cache=cache).transform(images)
+        with pytest.raises(DecodeError, match=r"image 0: .*none\.jpg"):
+            ImageFeatures(cache=cache).transform([tmp_path / "none.jpg", bad, tmp_path / "none.jpg"])
         features = ImageFeatures(cache=cache, on_error="nan").transform(images)
         assert np.isnan(features).all(1).tolist() == [False, True, True]
 

@@ -27,8 +27,9 @@ def from_sklearn(
     Args:
         estimator: LinearSVC, LogisticRegression, GaussianNB or NearestCentroid (Euclidean, not shrunken); for several
             labels a row one of these in MultiOutputClassifier, or the first three in OneVsRestClassifier; alone or in
-            a pipeline behind StandardScaler or Normalizer; or a search with `best_estimator_`.
-        model: what made the features.
+            a pipeline behind StandardScaler or Normalizer, and behind ImageFeatures before that; or a search with
+            `best_estimator_`.
+        model: what made the features; that of ImageFeatures is known. A head that does not know it checks nothing.
         classes: names for the estimator's own classes, in their order.
         about: further fields of `Head`.
 
@@ -41,11 +42,16 @@ def from_sklearn(
     from sklearn.preprocessing import Normalizer, StandardScaler
     from sklearn.utils.validation import check_is_fitted
 
+    from robustfeat.serving.image_features import ImageFeatures
+
     estimator = getattr(estimator, "best_estimator_", estimator)
     steps = [step for _, step in estimator.steps] if hasattr(estimator, "steps") else [estimator]
     *before, last = [step for step in steps if step not in (None, "passthrough")]
     for step in (*before, last):
         check_is_fitted(step)
+    if before and isinstance(before[0], ImageFeatures):
+        taken = before.pop(0)
+        model = model or taken.identity
     scaling, arrays = "none", {}
     if len(before) > 1:
         raise ValueError("a head has one step before the classifier at most: StandardScaler or Normalizer")
@@ -63,6 +69,8 @@ def from_sklearn(
     if multi_label:
         if isinstance(last, OneVsRestClassifier) and not last.multilabel_:
             raise ValueError("OneVsRestClassifier is taken for several labels a row alone; use the classifier itself")
+        if any(list(one.classes_) != [0, 1] for one in last.estimators_ if hasattr(one, "classes_")):
+            raise ValueError("several labels a row must be columns of 0 and 1")
         if isinstance(last, OneVsRestClassifier) and isinstance(last.estimators_[0], NearestCentroid):
             raise ValueError(
                 "OneVsRestClassifier cannot tell by NearestCentroid's distances; use MultiOutputClassifier"

@@ -27,7 +27,7 @@ CHUNK_ROWS = 4096
 """Rows that are in memory at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """The rows of a file of features.
 

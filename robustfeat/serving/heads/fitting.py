@@ -24,7 +24,7 @@ from robustfeat.serving.heads.labels import LabelledRows
 from robustfeat.serving.heads.large import LargeSet
 from robustfeat.serving.heads.report import Report
 
-__all__ = ["C_GRID", "HELD_OUT", "Candidate", "Selection", "fit_head", "hold_out", "select_and_fit"]
+__all__ = ["C_GRID", "HELD_OUT", "Candidate", "Selection", "fit_head", "hold_out", "require_two", "select_and_fit"]
 
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.1
@@ -53,7 +53,7 @@ class Candidate:
     converged: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """What was chosen.
 
@@ -120,9 +120,11 @@ def hold_out(targets: NDArray[Any], seed: int = 0) -> tuple[NDArray[np.int64], N
     """Parts rows for a selection: 10 % of them, stratified.
 
     What is alone in its class is never held out. Where 10 % are fewer rows than classes, one row of each class is.
+    With several labels a row there are no classes to stratify by: 10 % are drawn, and where the others would then
+    all have a label, or none would, a row goes back to them.
 
     Args:
-        targets: (m,) int64, or (m, K) bool; the latter are stratified by their sets of labels.
+        targets: (m,) int64, or (m, K) bool.
         seed: of the draw.
 
     Returns:
@@ -130,7 +132,9 @@ def hold_out(targets: NDArray[Any], seed: int = 0) -> tuple[NDArray[np.int64], N
     """
     from sklearn.model_selection import train_test_split
 
-    ids = targets if targets.ndim == 1 else np.unique(targets, axis=0, return_inverse=True)[1].reshape(-1)
+    if targets.ndim == 2:
+        return _hold_out_any(targets, seed)
+    ids = targets
     counts = np.bincount(ids)
     shared = np.flatnonzero(counts[ids] >= 2)
     classes = int((counts >= 2).sum())
@@ -178,7 +182,7 @@ def select_and_fit(
     threads = threads or available_cpus()
     data: _Set
     if len(rows) * values.shape[1] > LARGE:
-        data = LargeSet(values, rows, targets, kind, progress)
+        data = LargeSet(values, rows, targets, kind, threads, progress)
     else:
         data = _SetInMemory(values[rows], targets, kind, threads)
     fit, held = hold_out(targets, seed)
@@ -191,12 +195,11 @@ def select_and_fit(
             progress.advance(1)
         return Candidate(*setting, score, converged), head
 
+    if not len(held):  # nothing to choose by: plain features, and a C in the middle
+        grid = [("none" if "none" in scalings else scalings[0], (1.0 if 1.0 in cs else cs[0]) if grid[0][1] else None)]
     tried = _run([partial(attempt, setting) for setting in grid], data.workers, threads)
     candidates = tuple(candidate for candidate, _ in tried)
-    if len(held):
-        chosen = max(range(len(grid)), key=lambda at: candidates[at].score)  # the first one of equals
-    else:
-        chosen = grid.index(("none", 1.0)) if ("none", 1.0) in grid else 0
+    chosen = max(range(len(grid)), key=lambda at: candidates[at].score)  # the first one of equals
     selection = Selection(candidates[chosen], candidates, fit, held, tried[chosen][1])
     everything = np.arange(len(targets))
     ((head, converged),) = _run([partial(data.fit, *grid[chosen], everything)], 1, threads)
@@ -262,7 +265,7 @@ def fit_head(
         InputError: the rows are of one class.
     """
     targets, classes = labelled.targets, labelled.classes
-    _require_two(features, labelled)
+    require_two(features.place, labelled)
     grid = len(scalings) * (len(cs) if KINDS[kind].linear else 1)
     progress = Progress("fit", grid + 1, "fits", quiet=quiet)
     selection, head, converged = select_and_fit(
@@ -292,11 +295,27 @@ def fit_head(
     return head, report
 
 
-def _require_two(features: Features, labelled: LabelledRows) -> None:
+def _hold_out_any(targets: NDArray[np.bool_], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    order = np.random.default_rng(seed).permutation(len(targets))
+    is_held = np.zeros(len(targets), bool)
+    is_held[order[: math.ceil(HELD_OUT * len(targets))]] = True
+    for label in targets.T:
+        for with_it in (label, ~label):
+            if with_it.any() and not (with_it & ~is_held).any():
+                is_held[np.flatnonzero(with_it)[0]] = False
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def require_two(place: str, labelled: LabelledRows) -> None:
+    """Refuses labels that nothing can be learnt from; `place` names the rows.
+
+    Raises:
+        InputError: the rows are of one class, or all of them have a label, or none.
+    """
     if labelled.targets.ndim == 1:
         if len(labelled.classes) < 2:
             raise InputError(
-                f"{features.place}: all {len(labelled.rows):,} labelled rows are of one class, "
+                f"{place}: all {len(labelled.rows):,} labelled rows are of one class, "
                 f"{labelled.classes[0]!r}; a head needs two"
             )
         return
@@ -304,11 +323,11 @@ def _require_two(features: Features, labelled: LabelledRows) -> None:
     for name, part in zip(labelled.classes, share, strict=True):
         if part in (0.0, 1.0):
             raise InputError(
-                f"{features.place}: label {name!r} is on {'every' if part else 'no'} labelled row; "
+                f"{place}: label {name!r} is on {'every' if part else 'no'} labelled row; "
                 "a head needs rows with and without it"
             )
     if not labelled.classes:
-        raise InputError(f"{features.place}: no labelled row has a label")
+        raise InputError(f"{place}: no labelled row has a label")
 
 
 def _describe(selection: Selection, labelled: LabelledRows, *, converged: bool) -> dict[str, Any]:

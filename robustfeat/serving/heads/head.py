@@ -84,7 +84,7 @@ KINDS = {
 _CALIBRATION = ("calibration.scale", "calibration.offset")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head:
     """A classifier of features.
 
@@ -123,8 +123,10 @@ class Head:
         if count < (1 if self.multi_label else 2) or len(set(self.classes)) != count:
             raise ValueError(f"classes must be at least two, and different; got {list(self.classes)[:10]}")
         if {type(name) for name in self.classes} not in ({str}, {int}):
-            raise ValueError("classes must be all text or all whole numbers")
+            raise ValueError("classes must be all text or all whole numbers; name others by classes=[...]")
         kind = KINDS[self.kind]
+        if any(array.ndim == 0 for array in self.arrays.values()):
+            raise ValueError("arrays must have rows; got a number")
         allowed = {*kind.shapes, *SCALINGS[self.scaling], *_CALIBRATION}
         optional = set(_CALIBRATION) if not set(_CALIBRATION) & set(self.arrays) else set()
         if not allowed - optional <= set(self.arrays) <= allowed:
@@ -384,7 +386,7 @@ class Head:
                 selection=about["selection"],
                 scores=about["scores"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as exc:
             raise HeadError(f"{folder}: not a valid head ({first_line(exc)}); copy or fit it again") from exc
 
 

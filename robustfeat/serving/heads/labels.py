@@ -18,7 +18,7 @@ from robustfeat.serving.input_list import InputList
 from robustfeat.serving.inputs import IMAGE_SUFFIXES
 from robustfeat.serving.sources import class_names, open_parquet, parquet_path
 
-__all__ = ["SEPARATOR", "LabelledRows", "Labels", "labelled_inputs", "match_labels", "read_labels"]
+__all__ = ["SEPARATOR", "LabelledRows", "Labels", "labelled_inputs", "match_labels", "match_paths", "read_labels"]
 
 SEPARATOR = "|"
 """Between several labels of one image in a cell."""
@@ -48,13 +48,18 @@ class Labels:
         """
         if self.by_path is not None:
             return self.by_path.get(path)
-        folder, slash, _ = path.lstrip("/").partition("/")
-        if not slash:
-            raise InputError(f"{path}: lies in no class folder; expected CLASS/{path}, or labels from a file")
-        return (folder,)
+        folder, slash, rest = path.partition("/")
+        if folder.endswith(".tar"):
+            folder, slash, rest = rest.partition("/")
+        if not slash or not folder or folder.endswith(".parquet"):
+            raise InputError(
+                f"{path}: lies in no class folder; expected CLASS/NAME within INPUT (or labels from a file: "
+                "--labels FILE.csv, or FILE.parquet:COLUMN)"
+            )
+        return (_checked(folder, path),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelledRows:
     """Rows of features that have labels.
 
@@ -130,13 +135,23 @@ def _split(cell: Any, place: str, *, multi_label: bool) -> tuple[str, ...] | Non
     if isinstance(cell, list):
         if not multi_label:
             raise InputError(f"{place}: holds a list of labels; pass --multi-label")
-        return tuple(str(label) for label in cell if label is not None)
-    if cell is None:
+        return tuple(_checked(str(label), place) for label in cell if label is not None)
+    if cell is None or cell != cell:  # noqa: PLR0124 - NaN
         return None
-    text = str(cell).strip()
+    if isinstance(cell, (bytes, dict)):
+        raise InputError(f"{place}: a label must be text or a number; got {type(cell).__name__}")
+    text = _checked(str(cell), place).strip()
     if multi_label:
         return tuple(part.strip() for part in text.split(SEPARATOR) if part.strip())
     return (text,) if text else None
+
+
+def _checked(label: str, place: str) -> str:
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{place}: the label {label!r} is not UTF-8; write it in that encoding") from None
+    return label
 
 
 def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
@@ -192,13 +207,15 @@ def _read_parquet(file: str, column: str | None) -> Iterator[tuple[str, str, Any
             if column not in found.schema_arrow.names:
                 raise InputError(f"{file}: has no column {column!r}; it has {', '.join(found.schema_arrow.names)}")
             names = class_names(found.schema_arrow, column)
-            columns = [name for name in ("path", column) if name in found.schema_arrow.names]
+            own = "image" in found.schema_arrow.names  # images and their labels in one file
+            columns = [column] if own or "path" not in found.schema_arrow.names else ["path", column]
             row = 0
             for batch in found.iter_batches(columns=columns):
                 values = batch.to_pydict()
                 for at, cell in enumerate(values[column]):
                     path = values["path"][at] if "path" in values else parquet_path(Path(file).name, row)
-                    yield f"{file}, row {row}", str(path).removeprefix("./"), _named(cell, names)
+                    place = f"{file}, row {row}"
+                    yield place, str(path).removeprefix("./"), _named(cell, names, place)
                     row += 1
     except InputError:
         raise
@@ -206,23 +223,48 @@ def _read_parquet(file: str, column: str | None) -> Iterator[tuple[str, str, Any
         raise InputError(f"--labels {file}: cannot be read ({first_line(exc)})") from exc
 
 
-def _named(cell: Any, names: tuple[str, ...] | None) -> Any:
+def _named(cell: Any, names: tuple[str, ...] | None, place: str) -> Any:
     """A class number by its name. Hugging Face marks a missing label by -1."""
     if isinstance(cell, list):
-        return [_named(one, names) for one in cell]
+        return [_named(one, names, place) for one in cell]
     if names is None or not isinstance(cell, int):
         return cell
-    return names[cell] if 0 <= cell < len(names) else None
+    if not -1 <= cell < len(names):
+        raise InputError(f"{place}: label {cell} is none of the {len(names)} classes that the file names")
+    return names[cell] if cell >= 0 else None
 
 
 def match_labels(
     features: Features, labels: Labels, *, multi_label: bool = False, classes: Sequence[str] | None = None
 ) -> LabelledRows:
-    """Finds the rows of `features` that have labels, by their paths.
+    """`match_paths` of features, which are read once to see that they are finite.
+
+    Raises:
+        InputError: as there, and where a row is not finite.
+    """
+    found = match_paths(
+        features.place, features.paths, labels, errors=features.errors, multi_label=multi_label, classes=classes
+    )
+    features.check()
+    return found
+
+
+def match_paths(
+    place: str,
+    paths: Sequence[str],
+    labels: Labels,
+    *,
+    errors: Mapping[int, str] | None = None,
+    multi_label: bool = False,
+    classes: Sequence[str] | None = None,
+) -> LabelledRows:
+    """Finds the rows that have labels.
 
     Args:
-        features: the rows; they are read once, to see that they are finite.
+        place: what they are rows of, for messages.
+        paths: of the rows.
         labels: from `read_labels`.
+        errors: the rows that failed.
         multi_label: as there.
         classes: the only ones allowed; by default those that occur.
 
@@ -233,25 +275,31 @@ def match_labels(
     kept: list[tuple[str, ...]] = []
     failed = unlabelled = 0
     seen: dict[str, int] = {}
-    for row, path in enumerate(features.paths):
+    for row, path in enumerate(paths):
         found = labels.of(path)
         if found is None:
             unlabelled += 1
             continue
         if path in seen:
             raise InputError(
-                f"{features.place}: rows {seen[path]} and {row} have the same path, {path}, so that a label could "
+                f"{place}: rows {seen[path]} and {row} have the same path, {path}, so that a label could "
                 "mean either; embed one folder above both"
             )
         seen[path] = row
-        if row in features.errors:
+        if row in (errors or {}):
             failed += 1
         else:
             rows.append(row)
             kept.append(found)
     if not rows:
-        raise InputError(_no_row(features, labels, failed))
-    features.check()
+        if failed:
+            raise InputError(f"{place}: all {failed:,} labelled images failed; their errors say why")
+        there = next(iter(labels.by_path or ()), "")
+        raise InputError(
+            f"--labels {labels.source}: none of its {len(labels.by_path or ()):,} paths is one of the {len(paths):,} "
+            f"rows of {place} (there {there!r}, here {paths[0]!r}); write the paths as the index has them, relative to "
+            "INPUT"
+        )
     names = tuple(classes) if classes is not None else tuple(sorted({label for found in kept for label in found}))
     index = {name: number for number, name in enumerate(names)}
 
@@ -259,7 +307,7 @@ def match_labels(
         if label not in index:
             listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             raise InputError(
-                f"--labels {labels.source}: {features.paths[row]} is labelled {label!r}, which is none of the head's "
+                f"--labels {labels.source}: {paths[row]} is labelled {label!r}, which is none of the head's "
                 f"{len(names)} classes ({listed})"
             )
         return index[label]
@@ -267,45 +315,14 @@ def match_labels(
     targets: NDArray[Any]
     if multi_label:
         targets = np.zeros((len(rows), len(names)), bool)
-        for place, found in enumerate(kept):
-            targets[place, [number(label, rows[place]) for label in found]] = True
+        for at, found in enumerate(kept):
+            targets[at, [number(label, rows[at]) for label in found]] = True
     else:
         targets = np.array([number(found[0], row) for found, row in zip(kept, rows, strict=True)], np.int64)
     missing = tuple(path for path in labels.by_path or () if path not in seen)
     return LabelledRows(np.array(rows, np.int64), targets, names, failed, unlabelled, missing)
 
 
-def _no_row(features: Features, labels: Labels, failed: int) -> str:
-    if failed:
-        return f"{features.place}: all {failed:,} labelled images failed; its index says why"
-    there = next(iter(labels.by_path or ()), "")
-    return _none_matches(labels, there, f"the {len(features):,} rows of {features.place}", features.paths[0])
-
-
 def labelled_inputs(inputs: InputList, labels: Labels) -> InputList:
-    """The images that have labels.
-
-    Raises:
-        InputError: none has.
-    """
-    found = InputList()
-    try:
-        first = None
-        for image in inputs:
-            first = first or image.path
-            if labels.of(image.path) is not None:
-                found.append(image)
-        if not len(found):
-            there = next(iter(labels.by_path or ()), "")
-            raise InputError(_none_matches(labels, there, f"the {len(inputs):,} images", str(first)))
-    except BaseException:
-        found.close()
-        raise
-    return found
-
-
-def _none_matches(labels: Labels, there: str, rows: str, here: str) -> str:
-    return (
-        f"--labels {labels.source}: none of its {len(labels.by_path or ()):,} paths is one of {rows} "
-        f"(there {there!r}, here {here!r}); write the paths as the index has them, relative to INPUT"
-    )
+    """The images that have labels."""
+    return InputList(image for image in inputs if labels.of(image.path) is not None)

@@ -7,8 +7,9 @@ passes are needed where tens are enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,9 @@ from robustfeat.serving.heads.head import KINDS, Array, Head
 
 __all__ = ["LargeSet"]
 
-_ROWS = 16_384
+_T = TypeVar("_T")
+
+_ROWS = 8192
 _MAX_PASSES = 500
 
 
@@ -30,10 +33,11 @@ class LargeSet:
         rows: (m,) int64, ascending: those with labels.
         targets: (m,) int64, or (m, K) bool.
         kind: one of `KINDS`.
+        threads: processors.
         progress: shows the passes.
     """
 
-    workers = 1  # BLAS has all processors
+    workers = 1  # a fit has all processors
 
     def __init__(
         self,
@@ -41,57 +45,54 @@ class LargeSet:
         rows: NDArray[np.int64],
         targets: NDArray[Any],
         kind: str,
+        threads: int = 1,
         progress: Progress | None = None,
     ) -> None:
         self._values, self._rows, self._targets, self._kind = values, rows, targets, kind
-        self._progress = progress
+        self._threads, self._progress = threads, progress
         self._multi_label = targets.ndim == 2
         self._classes = targets.shape[1] if self._multi_label else int(targets.max()) + 1
-        self._scaled: tuple[Any, dict[str, Array], Array] | None = None
-        self._last: tuple[Any, Array] | None = None
+        self._view: _View | None = None
+        self._last: Array | None = None
 
     def fit(self, scaling: str, c: float | None, places: NDArray[np.int64]) -> tuple[Head, bool]:
         """A head, its classes numbered, and whether the solver converged."""
+        from threadpoolctl import threadpool_limits
+
         places = np.sort(places)
-        scaler = _Scaling(scaling, self, places)
-        if KINDS[self._kind].linear:
-            arrays, converged = self._fit_linear(scaler, float(c or 1.0), places)
-        else:
-            arrays, converged = self._fit_means(scaler, places), True
-        return (
-            Head(
-                self._kind, tuple(range(self._classes)), scaling, scaler.arrays | arrays, multi_label=self._multi_label
-            ),
-            converged,
-        )
+        with threadpool_limits(1):  # the threads are ours, a chunk each
+            if self._view is None or not self._view.shows(scaling, places):
+                self._view = _View(self._values, self._rows, places, scaling, self._threads)
+            arrays, converged = (
+                self._fit_linear(self._view, float(c or 1.0))
+                if KINDS[self._kind].linear
+                else (self._fit_means(self._view), True)
+            )
+        arrays = self._view.arrays | arrays
+        return Head(self._kind, tuple(range(self._classes)), scaling, arrays, multi_label=self._multi_label), converged
 
-    def chunks(self, places: NDArray[np.int64]) -> Iterator[tuple[Array, NDArray[Any]]]:
-        """The features at these places, as float64, with their targets; `places` is ascending."""
-        for start in range(0, len(places), _ROWS):
-            part = places[start : start + _ROWS]
-            yield np.asarray(self._values[self._rows[part]], np.float64), self._targets[part]
-
-    def _fit_means(self, scaler: _Scaling, places: NDArray[np.int64]) -> dict[str, Array]:
+    def _fit_means(self, view: _View) -> dict[str, Array]:
         """Means, variances and shares, of the classes, or of the rows without and with each label."""
         groups = self._classes * (2 if self._multi_label else 1)
         size = self._values.shape[1]
         count, first, second = np.zeros(groups), np.zeros((groups, size)), np.zeros((groups, size))
-        for raw, targets in self.chunks(places):
-            x = scaler(raw)
-            member = self._members(targets)
-            count += member.sum(0)
-            first += member.T @ x
-            second += member.T @ x**2
+
+        def sums(part: slice) -> tuple[Array, Array, Array]:
+            x, member = view.scaled(part), self._members(self._targets[view.places[part]])
+            return member.sum(0), member.T @ x, member.T @ x**2
+
+        for more in view.map(sums):
+            count, first, second = count + more[0], first + more[1], second + more[2]
         means = first / count[:, None]
-        overall = first[: groups if not self._multi_label else 2].sum(0) / len(places)
-        total = second[: groups if not self._multi_label else 2].sum(0) / len(places) - overall**2
+        overall = first[: groups if not self._multi_label else 2].sum(0) / len(view.places)
+        total = second[: groups if not self._multi_label else 2].sum(0) / len(view.places) - overall**2
         # As GaussianNB(var_smoothing=1e-9) has it.
         variances = np.maximum(second / count[:, None] - means**2, 0) + 1e-9 * total.max()
         shape = (self._classes, 2) if self._multi_label else (self._classes,)
         found = {
             "means": means.reshape(*shape, size),
             "variances": variances.reshape(*shape, size),
-            "priors": (count / len(places)).reshape(shape),
+            "priors": (count / len(view.places)).reshape(shape),
         }
         return {name: found[name] for name in KINDS[self._kind].shapes}
 
@@ -101,7 +102,7 @@ class LargeSet:
         members: Array = np.eye(self._classes)[targets]
         return members
 
-    def _fit_linear(self, scaler: _Scaling, c: float, places: NDArray[np.int64]) -> tuple[dict[str, Array], bool]:
+    def _fit_linear(self, view: _View, c: float) -> tuple[dict[str, Array], bool]:
         from scipy.linalg import cholesky, solve_triangular
         from scipy.optimize import minimize
 
@@ -112,14 +113,7 @@ class LargeSet:
         shrunk = np.ones(size)
         shrunk[-1] = float(self._kind == "svm")
         curvature = 1.0 if self._kind == "svm" else 0.25
-        key = (scaler.name, len(places))
-        if self._scaled is None or self._scaled[0] != key:
-            moments = np.zeros((size, size))
-            for x, _ in self.chunks(places):
-                padded = _pad(scaler(x))
-                moments += padded.T @ padded
-            self._scaled = (key, scaler.arrays, moments)
-        lower = cholesky(np.eye(size) + c * curvature * self._scaled[2], lower=True)
+        lower = cholesky(np.eye(size) + c * curvature * view.moments(), lower=True)
         inverse = solve_triangular(lower, np.eye(size), lower=True)
         passes = 0
 
@@ -127,20 +121,27 @@ class LargeSet:
             nonlocal passes
             passes += 1
             weights = flat.reshape(outputs, size) @ inverse
-            loss, gradient = 0.0, np.zeros_like(weights)
-            for x, targets in self.chunks(places):
-                padded = _pad(scaler(x))
-                own, slope = _loss(self._kind, padded @ weights.T, targets, softmax=softmax)
-                loss += own
-                gradient += slope.T @ padded
-            if self._progress:
-                self._progress.advance(0, f"C {c:g}, {scaler.name} scaling, pass {passes}")
-            value = c * loss + 0.5 * float((shrunk * weights**2).sum())
-            return value, ((c * gradient + shrunk * weights) @ inverse.T).reshape(-1)
+            raw_weights = view.to_raw(weights)
 
-        start = np.zeros((outputs, size))
-        if self._last is not None and self._last[0] == key:
-            start = self._last[1] @ lower  # the minimum for the C before
+            def terms(part: slice) -> tuple[float, Array]:
+                x, targets = view.raw(part), self._targets[view.places[part]]
+                margins = (x @ raw_weights[:, :-1].T) * view.factors(part) + raw_weights[:, -1]
+                own, slope = _loss(self._kind, margins, targets, softmax=softmax)
+                gradient = np.empty_like(weights)
+                gradient[:, :-1] = (slope * view.factors(part)).T @ x
+                gradient[:, -1] = slope.sum(0)
+                return own, gradient
+
+            loss, gradient = 0.0, np.zeros_like(weights)
+            for own, more in view.map(terms):
+                loss, gradient = loss + own, gradient + more
+            if self._progress:
+                self._progress.advance(0, f"C {c:g}, {view.scaling} scaling, pass {passes}")
+            value = c * loss + 0.5 * float((shrunk * weights**2).sum())
+            return value, ((c * view.from_raw(gradient) + shrunk * weights) @ inverse.T).reshape(-1)
+
+        # From the minimum for the C before, if there was one: every start leads to the one minimum.
+        start = np.zeros((outputs, size)) if self._last is None else self._last @ lower
         found = minimize(
             objective,
             start.reshape(-1),
@@ -148,34 +149,98 @@ class LargeSet:
             method="L-BFGS-B",
             options={"maxfun": _MAX_PASSES, "maxiter": _MAX_PASSES, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-6},
         )
-        weights = found.x.reshape(outputs, size) @ inverse
-        self._last = (key, weights)
+        self._last = weights = found.x.reshape(outputs, size) @ inverse
         return {
             "coefficients": np.ascontiguousarray(weights[:, :-1]),
             "intercepts": np.ascontiguousarray(weights[:, -1]),
         }, bool(found.success)
 
 
-class _Scaling:
-    """What is done to features first, learnt from the rows at `places`."""
+class _View:
+    """Some rows, as a scaling shows them.
 
-    def __init__(self, name: str, data: LargeSet, places: NDArray[np.int64]) -> None:
-        from sklearn.preprocessing import Normalizer, StandardScaler
+    Scaling x is f (x - mean) / scale, with a factor f a row. It is applied to weights and gradients, which are small,
+    rather than to the rows.
 
-        self.name = name
+    Attributes:
+        scaling: one of `SCALINGS`.
+        places: (m,) int64, ascending, of the labelled rows.
+        arrays: what a head needs to know of the scaling.
+    """
+
+    def __init__(
+        self, values: NDArray[Any], rows: NDArray[np.int64], places: NDArray[np.int64], scaling: str, threads: int
+    ) -> None:
+        self.scaling, self.places = scaling, places
+        self._values, self._rows, self._threads = values, rows[places], threads
+        size = values.shape[1]
+        self._mean, self._scale = np.zeros(size), np.ones(size)
+        self._factors = np.ones((len(places), 1))
         self.arrays: dict[str, Array] = {}
-        self._step = {"none": None, "l2": Normalizer(), "standard": StandardScaler()}[name]
-        if name == "standard":
-            for x, _ in data.chunks(places):
-                self._step.partial_fit(x)
-            self.arrays = {"scaling.mean": self._step.mean_, "scaling.scale": self._step.scale_}
+        self._moments: Array | None = None
+        if scaling == "standard":
+            from sklearn.preprocessing import StandardScaler
 
-    def __call__(self, x: Array) -> Array:
-        return x if self._step is None else np.asarray(self._step.transform(x))
+            scaler = StandardScaler()
+            for part in self._parts():
+                scaler.partial_fit(self.raw(part))
+            self._mean, self._scale = scaler.mean_, scaler.scale_
+            self.arrays = {"scaling.mean": self._mean, "scaling.scale": self._scale}
+        elif scaling == "l2":
+            norms = np.concatenate(list(self.map(lambda part: np.linalg.norm(self.raw(part), axis=1))))
+            self._factors = 1 / np.where(norms == 0, 1.0, norms)[:, None]
 
+    def shows(self, scaling: str, places: NDArray[np.int64]) -> bool:
+        """Whether it is a view of these rows, scaled like this."""
+        return self.scaling == scaling and np.array_equal(self.places, places)
 
-def _pad(x: Array) -> Array:
-    return np.concatenate([x, np.ones((len(x), 1))], 1)
+    def map(self, function: Callable[[slice], _T]) -> Iterator[_T]:
+        """Calls `function` with each part of the places, several at once; results come in order."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            yield from pool.map(function, self._parts())
+
+    def _parts(self) -> list[slice]:
+        return [slice(start, start + _ROWS) for start in range(0, len(self.places), _ROWS)]
+
+    def raw(self, part: slice) -> Array:
+        """(n, D) float64, as they are in the file."""
+        return self._values[self._rows[part]].astype(np.float64)
+
+    def factors(self, part: slice) -> Array:
+        """(n, 1)."""
+        return self._factors[part]
+
+    def scaled(self, part: slice) -> Array:
+        """(n, D) float64."""
+        scaled: Array = (self.raw(part) - self._mean) / self._scale * self.factors(part)
+        return scaled
+
+    def moments(self) -> Array:
+        """The sum over rows of (x, 1)(x, 1)^T, (D+1, D+1), of scaled x."""
+        if self._moments is None:
+
+            def products(part: slice) -> Array:
+                padded = np.pad(self.scaled(part), ((0, 0), (0, 1)), constant_values=1.0)
+                outer: Array = padded.T @ padded
+                return outer
+
+            size = self._values.shape[1] + 1
+            self._moments = sum(self.map(products), np.zeros((size, size)))
+        return self._moments
+
+    def to_raw(self, weights: Array) -> Array:
+        """(outputs, D+1) weights of scaled x to those of raw x; where there are factors, the mean is zero."""
+        raw = weights.copy()
+        raw[:, :-1] /= self._scale
+        raw[:, -1] -= raw[:, :-1] @ self._mean
+        return raw
+
+    def from_raw(self, gradient: Array) -> Array:
+        """The gradient by raw weights to that by weights of scaled x: the transpose of `to_raw`."""
+        scaled = gradient.copy()
+        scaled[:, :-1] -= np.outer(gradient[:, -1], self._mean)
+        scaled[:, :-1] /= self._scale
+        return scaled
 
 
 def _loss(kind: str, margins: Array, targets: NDArray[Any], *, softmax: bool) -> tuple[float, Array]:

@@ -20,7 +20,7 @@ from robustfeat.serving.heads.labels import SEPARATOR
 __all__ = ["Prediction", "Suggestions", "predict_rows", "to_csv", "to_jsonl"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """One row.
 

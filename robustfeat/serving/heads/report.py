@@ -30,7 +30,7 @@ class ClassScore:
     f1: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """Predictions beside labels.
 

@@ -87,6 +87,25 @@ def test_hold_out_of_few_rows_leaves_a_row_of_each_class(counts: list[int], held
     assert set(targets[fit]) == set(targets)
 
 
+def test_hold_out_with_several_labels_is_a_tenth_like_the_rest() -> None:
+    draw = np.random.default_rng(0)
+    targets = draw.random((1000, 20)) < 0.3
+    targets[:, 5] = np.arange(1000) == 500
+    for seed in range(20):
+        fit, held = hold_out(targets, seed)
+        assert sorted([*fit, *held]) == list(range(1000))
+        assert 99 <= len(held) <= 100
+        assert abs(targets[held].sum(1).mean() - targets.sum(1).mean()) < 1
+        assert targets[fit][:, 5].any()
+
+
+@pytest.mark.parametrize(("scalings", "scaling"), [(("none", "l2", "standard"), "none"), (("standard",), "standard")])
+def test_without_held_out_rows_c_is_1(scalings: tuple[str, ...], scaling: str) -> None:
+    selection, head, _ = select_and_fit(np.eye(3, 8), np.arange(3), scalings=scalings)
+    assert (selection.best.scaling, selection.best.c, len(selection.candidates)) == (scaling, 1.0, 1)
+    assert head.predict(np.eye(3, 8)).tolist() == [0, 1, 2]
+
+
 def reference(kind: str, c: float) -> Any:
     return {
         "svm": lambda: LinearSVC(C=c, dual=False, tol=1e-10, max_iter=100_000),

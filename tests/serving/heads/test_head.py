@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import save
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
@@ -123,10 +124,14 @@ def test_a_search_and_a_bare_classifier_are_taken(digits: Digits) -> None:
         (make_pipeline(StandardScaler(), Normalizer(), LinearSVC()), "one step before the classifier"),
         (NearestCentroid(shrink_threshold=0.1), "not shrunken"),
         (OneVsRestClassifier(LinearSVC()), "several labels a row alone"),
+        (LinearSVC(dual=False), "whole numbers; name others by classes"),
     ],
 )
 def test_other_estimators_are_refused(estimator: Any, reason: str, digits: Digits) -> None:
-    estimator.fit(digits[0][:200], digits[1][:200])
+    targets = digits[1][:200]
+    if isinstance(estimator, LinearSVC):
+        targets = targets > 4
+    estimator.fit(digits[0][:200], targets)
     with pytest.raises(ValueError, match=reason):
         Head.from_sklearn(estimator)
 
@@ -175,6 +180,16 @@ def tamper(folder: Path, change: str) -> None:
         about.write_text(text[:100])
     elif change == "list":
         about.write_text("[]")
+    elif change == "deep":
+        about.write_text("[" * 100_000)
+    elif change == "number":
+        forged = json.loads(text)
+        del forged["head.safetensors_sha256"]
+        digest = hashlib.sha256(json.dumps(forged, sort_keys=True).encode()).hexdigest()
+        arrays = {name: np.array(1.0) for name in ("coefficients", "intercepts", "scaling.mean", "scaling.scale")}
+        tensors.write_bytes(save(arrays, metadata={"head_sha256": digest}))
+        forged["head.safetensors_sha256"] = hashlib.sha256(tensors.read_bytes()).hexdigest()
+        about.write_text(json.dumps(forged))
     elif change == "missing":
         tensors.unlink()
 
@@ -190,6 +205,8 @@ def tamper(folder: Path, change: str) -> None:
         ("newer", "format_version must be 1; got 2"),
         ("no JSON", "not a valid head"),
         ("list", "not a valid head"),
+        ("deep", "not a valid head"),
+        ("number", "not a valid head .arrays must have rows"),
         ("missing", r"not a head \(no head.safetensors\)"),
     ],
 )

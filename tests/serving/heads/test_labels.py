@@ -24,6 +24,23 @@ def features(tmp_path: Path, write_features: Any) -> Features:
     return open_features(str(write_features(tmp_path / "f.npy", values, names, {3: "truncated"})))
 
 
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("shard.tar/cat/1.jpg", "cat"),
+        ("x.parquet/000000001", None),
+        ("/data/cat/1.jpg", None),
+        ("shard.tar/1.jpg", None),
+    ],
+)
+def test_archives_are_no_classes(path: str, label: str | None) -> None:
+    if label is not None:
+        assert read_labels(["folder"]).of(path) == (label,)
+    else:
+        with pytest.raises(InputError, match="lies in no class folder"):
+            read_labels(["folder"]).of(path)
+
+
 def csv(tmp_path: Path, text: str) -> list[str]:
     (tmp_path / "labels.csv").write_text(text)
     return [str(tmp_path / "labels.csv")]
@@ -71,6 +88,31 @@ def test_parquet_gives_names_to_numbers(tmp_path: Path, features: Features) -> N
     found = match_labels(features, read_labels([f"{tmp_path}/labels.parquet:kind"]))
     assert found.classes == ("ant", "cow")
     assert (found.rows.tolist(), found.targets.tolist()) == ([0, 1], [0, 1])
+
+
+def test_lists_of_classes_get_their_names(tmp_path: Path) -> None:
+    about = {"info": {"features": {"tags": {"feature": {"names": ["ant", "bee"]}, "_type": "List"}}}}
+    table = pyarrow.table({"path": ["a", "b"], "tags": [[1, 0], [1]]})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), tmp_path / "t.parquet")
+    assert read_labels([f"{tmp_path}/t.parquet:tags"], multi_label=True).by_path == {"a": ("ant", "bee"), "b": ("bee",)}
+
+
+def test_odd_cells_of_parquet_files(tmp_path: Path) -> None:
+    columns = {"path": ["a", "b"], "number": [1.5, float("nan")], "raw": [b"x", b"y"], "class": [0, 7]}
+    about = {"info": {"features": {"class": {"names": ["ant", "bee"]}}}}
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": json.dumps(about)})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    assert read_labels([f"{tmp_path}/t.parquet:number"]).by_path == {"a": ("1.5",)}
+    with pytest.raises(InputError, match="row 0: a label must be text or a number; got bytes"):
+        read_labels([f"{tmp_path}/t.parquet:raw"])
+    with pytest.raises(InputError, match="row 1: label 7 is none of the 2 classes"):
+        read_labels([f"{tmp_path}/t.parquet:class"])
+
+
+def test_labels_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(b"path,label\na.jpg,caf\xe9\n")
+    with pytest.raises(InputError, match=r"line 2: the label 'caf.*' is not UTF-8"):
+        read_labels([f"{tmp_path}/labels.csv"])
 
 
 def test_rows_of_parquet_files_without_paths_are_those_that_embed_names(tmp_path: Path, write_features: Any) -> None:
