@@ -70,6 +70,9 @@ def main() -> None:
         text = "".join(part if part.isprintable() else repr(part)[1:-1] for part in str(exc))
         click.echo(f"robustfeat: {text}", err=True)
         code = 1
+    except OSError as exc:  # such as a full disk behind stdout
+        click.echo(f"robustfeat: {' '.join(str(exc).split())}", err=True)
+        code = 1
     except ModuleNotFoundError as exc:
         extra = _EXTRAS.get((exc.name or "").partition(".")[0])
         if extra is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import click
@@ -10,6 +11,10 @@ from robustfeat.cli.extraction import Extraction, extraction_options
 
 _MAX_REQUESTS = 64
 """At once; more get 503, so that bodies and images in flight stay bounded."""
+
+
+_GRACE_S = 10
+"""How long the requests at hand have when the server is stopped."""
 
 
 @click.command("serve", short_help="Answer over HTTP.")
@@ -42,5 +47,14 @@ def command(heads: tuple[str, ...], host: str, port: int, extraction: Extraction
 
     extractor = extraction.open(throughput=False)
     name = "robustfeat" if extraction.model == "builtin" else extractor.config.name
+    places = [f"/predict/{head}" for head in opened]
     app = create_app(extractor, opened, model_name=name)
-    uvicorn.run(app, host=host, port=port, access_log=False, limit_concurrency=_MAX_REQUESTS)
+    try:
+        listener = socket.create_server((host, port), backlog=2048)
+    except OSError as exc:
+        raise InputError(f"--host {host} --port {port}: {exc.strerror or exc}; choose another") from exc
+    click.echo(f"serving at http://{host}:{listener.getsockname()[1]} ({', '.join(['/embed', *places])})", err=True)
+    config = uvicorn.Config(
+        app, access_log=False, log_level="warning", limit_concurrency=_MAX_REQUESTS, timeout_graceful_shutdown=_GRACE_S
+    )
+    uvicorn.Server(config).run(sockets=[listener])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -51,7 +52,7 @@ def command() -> None:
     show_default=True,
     help="What to fit.",
 )
-@click.option("--C", "c", type=click.FloatRange(min=0, min_open=True), help="Instead of choosing from 0.001 to 10.")
+@click.option("--C", "c", type=click.FloatRange(1e-6, 1e6), help="Instead of choosing from 0.001 to 10.")
 @click.option("--scaling", type=click.Choice(["none", "l2", "standard"]), help="Instead of choosing one.")
 @click.option("--multi-label", is_flag=True, help="An image may have several labels: cat|dog, or a list.")
 @extraction_options
@@ -82,6 +83,8 @@ def fit_command(
     from robustfeat.serving.heads.head import SCALINGS
     from robustfeat.serving.heads.labels import match_labels, match_paths, read_labels
 
+    if c is not None and math.isnan(c):
+        raise click.UsageError("--C must be a number")
     if c is not None and kind in {"naive-bayes", "nearest-mean"}:
         raise click.UsageError(f"--kind {kind} has no --C")
     require_new(out)
@@ -147,24 +150,22 @@ def predict_command(
     A failed image has no prediction, and the exit code is then 3. --suggest lists paths and predictions: on stdout if
     the predictions go to --out, else on stderr; paths that --labels names are left out of it.
     """
-    from robustfeat.errors import InputError
     from robustfeat.files import new_file
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels import read_labels
     from robustfeat.serving.heads.predictions import Suggestions, predict_rows, to_csv, to_jsonl
 
-    if out is not None and not out.endswith((".csv", ".jsonl")):
-        raise click.UsageError(f"--out {out}: expected a name ending in .csv or .jsonl")
+    _require_output(out, (*inputs, *labels))
     if labels and suggest is None:
         raise click.UsageError("--labels says what --suggest need not list; pass --suggest N too")
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise InputError(f"--out {out}: the folder {Path(out).parent} does not exist; make it first")
     opened = Head.load(head)
     if probabilities:
         opened.require_calibration()
     known = read_labels(labels, multi_label=opened.multi_label) if labels else None
     features = _open(inputs, extraction, quiet, head=opened, head_place=head)
     suggestions = Suggestions(suggest or 0, (lambda path: known.of(path) is not None) if known else lambda path: False)
+    if out is None:
+        features.check()  # what is on stdout cannot be taken back
     predictions = predict_rows(opened, features, probabilities=probabilities)
     if suggest:
         predictions = suggestions.watch(predictions)
@@ -236,6 +237,20 @@ def score_command(
     else:
         click.echo(report.accuracy)
     return _left_out(labelled.failed)
+
+
+def _require_output(out: str | None, inputs: tuple[str, ...]) -> None:
+    """Asks of --out what would else be found after the work."""
+    from robustfeat.errors import InputError
+
+    if out is None:
+        return
+    if not out.endswith((".csv", ".jsonl")):
+        raise click.UsageError(f"--out {out}: expected a name ending in .csv or .jsonl")
+    if not Path(out).absolute().parent.is_dir():
+        raise InputError(f"--out {out}: the folder {Path(out).parent} does not exist; make it first")
+    if any(Path(out).absolute() == Path(name).absolute() for name in inputs):
+        raise InputError(f"--out {out}: is an input, too; choose another name")
 
 
 def _open(

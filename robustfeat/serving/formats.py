@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from robustfeat.serving.storage import open_input, open_output
 __all__ = ["FORMATS", "Block", "FeatureFormat", "map_features", "read_features"]
 
 _READ_BYTES = 2**23
+_HEADER_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,14 @@ def _read_npy(place: str, feature_size: int, rows: int) -> Iterator[NDArray[np.f
 
 def _read_safetensors(place: str, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
     with open_input(place) as handle:
-        header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
-        yield from _read_raw(handle, feature_size, rows, header["features"]["shape"])
+        length = struct.unpack("<Q", handle.read(8))[0]
+        if length > _HEADER_BYTES:
+            raise ValueError(f"a header of {length:,} bytes")
+        header = json.loads(handle.read(length))
+        tensor = header["features"]
+        if set(header) - {"__metadata__"} != {"features"} or tensor["dtype"] != "F32":
+            raise ValueError("it must hold one tensor, features, of F32")
+        yield from _read_raw(handle, feature_size, rows, tensor["shape"])
 
 
 def _read_raw(handle: Any, feature_size: int, rows: int, shape: Any) -> Iterator[NDArray[np.float32]]:
@@ -84,7 +92,10 @@ def _read_raw(handle: Any, feature_size: int, rows: int, shape: Any) -> Iterator
         raise ValueError(f"it holds {tuple(shape)} features, not at least {(rows, feature_size)}")
     step = max(1, _READ_BYTES // (4 * feature_size))
     for first in range(0, rows, step):
-        data = handle.read(4 * feature_size * min(step, rows - first))
+        wanted = 4 * feature_size * min(step, rows - first)
+        data = handle.read(wanted)
+        if len(data) < wanted:
+            raise ValueError(f"it ends in row {first + len(data) // (4 * feature_size):,} of {rows:,}")
         yield np.frombuffer(data, "<f4").reshape(-1, feature_size)
 
 
@@ -108,10 +119,15 @@ def _write_parquet(place: str, shape: tuple[int, int], about: dict[str, str], bl
 
 
 def _read_parquet(place: str, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
+    import pyarrow
     from pyarrow import parquet
 
     with open_input(place) as handle:
-        for batch in parquet.ParquetFile(handle).iter_batches(columns=["features"]):
+        file = parquet.ParquetFile(handle)
+        kind = file.schema_arrow.field("features").type
+        if not pyarrow.types.is_fixed_size_list(kind) or kind.value_type != pyarrow.float32():
+            raise ValueError(f"the column features must be lists of {feature_size} float32; it is {kind}")
+        for batch in file.iter_batches(columns=["features"]):
             values = np.asarray(batch.column(0).flatten()).reshape(-1, feature_size)[:rows]
             rows -= len(values)
             if len(values):
@@ -136,7 +152,7 @@ def read_features(place: str, suffix: str, feature_size: int, rows: int) -> Iter
     """
     try:
         yield from FORMATS[suffix].read(place, feature_size, rows)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as exc:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as exc:
         raise InputError(f"{place}: not the features that its meta file describes ({first_line(exc)})") from exc
 
 
@@ -146,12 +162,16 @@ def map_features(place: str, suffix: str, feature_size: int, rows: int) -> NDArr
     Raises:
         InputError: it cannot be read, or holds something else.
     """
+    if not rows:
+        raise InputError(f"{place}: holds no rows")
     expected = (rows, feature_size)
     if suffix == ".npy" and not is_remote(place):
         try:
             values: NDArray[np.float32] = np.load(place, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as exc:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
             raise InputError(f"{place}: not a NumPy array ({first_line(exc)})") from exc
+        if not isinstance(values, np.ndarray):
+            raise InputError(f"{place}: not a NumPy array, but an archive of several")
         if values.shape != expected or values.dtype != np.float32:
             raise InputError(
                 f"{place}: holds {values.shape} {values.dtype}, its meta and index files describe {expected} float32; "

@@ -136,5 +136,6 @@ async def _explain(_: Request, exc: Exception) -> JSONResponse:
     """Errors in the form of OpenAI's, which clients know."""
     status = exc.status_code if isinstance(exc, StarletteHTTPException) else 500
     message = str(exc.detail) if isinstance(exc, StarletteHTTPException) else "internal error"
+    headers = exc.headers if isinstance(exc, StarletteHTTPException) else None
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status, headers)

@@ -25,6 +25,7 @@ __all__ = [
     "open_remote",
     "parquet_path",
     "path_of_index",
+    "printable",
 ]
 
 MAX_FILE_BYTES = 512 * 2**20
@@ -142,7 +143,17 @@ class ImageSource:
 def path_of_index(record: dict[str, Any]) -> str:
     """The inverse of `ImageSource.index_fields`: the path of a line of the index."""
     raw = record.get("path_bytes")
-    return str(record["path"]) if raw is None else os.fsdecode(base64.b64decode(raw))
+    if not isinstance(record["path"], str):
+        raise TypeError(f"path {record['path']!r}")
+    return record["path"] if raw is None else os.fsdecode(base64.b64decode(raw))
+
+
+def printable(path: str) -> str:
+    """A path as text that can be written: bytes that are not UTF-8 become U+FFFD, as in the index."""
+    try:
+        return os.fsencode(path).decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return path.encode("utf-8", "replace").decode()
 
 
 def parquet_path(name: str, row: int) -> str:

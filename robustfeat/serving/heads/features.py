@@ -18,7 +18,7 @@ from robustfeat.serving.formats import FORMATS, map_features
 from robustfeat.serving.heads.identity import ModelIdentity
 from robustfeat.serving.input_list import InputList
 from robustfeat.serving.job import Places
-from robustfeat.serving.sources import path_of_index
+from robustfeat.serving.sources import path_of_index, printable
 from robustfeat.serving.storage import file_exists, open_input
 
 __all__ = ["CHUNK_ROWS", "Features", "embed_features", "is_feature_file", "open_features"]
@@ -104,7 +104,7 @@ def open_features(place: str) -> Features:
         with open_input(places.meta) as handle:
             meta = json.loads(handle.read())
         model, images = ModelIdentity.of_meta(meta), int(meta["images"])
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise InputError(f"{places.meta}: not what robustfeat embed writes ({exc!r})") from exc
     paths: list[str] = []
     errors: dict[int, str] = {}
@@ -117,15 +117,36 @@ def open_features(place: str) -> Features:
                     raise ValueError(f"row {record['row']} in line {row + 1}")
                 if record["error"] is not None:
                     errors[row] = str(record["error"])
-            except (ValueError, KeyError, TypeError) as exc:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
                 raise InputError(f"{places.index}: not what robustfeat embed writes ({exc})") from exc
     if len(paths) != images:
         raise InputError(
             f"{places.index}: has {len(paths):,} rows, {places.meta} says {images:,}; "
             "the files do not belong together: embed the images again"
         )
+    if places.suffix == ".parquet":
+        _require_own_paths(places, paths)
     values = map_features(places.features, places.suffix, model.feature_size, images)
     return Features(place, values, paths, errors, model)
+
+
+def _require_own_paths(places: Places, paths: Sequence[str]) -> None:
+    """A Parquet file of features names its rows itself: someone may have sorted it."""
+    from pyarrow import parquet
+
+    row = 0
+    try:
+        with open_input(places.features) as handle:
+            for batch in parquet.ParquetFile(handle).iter_batches(columns=["path"]):
+                for path in batch.column(0).to_pylist():
+                    if row >= len(paths) or path != printable(paths[row]):
+                        raise InputError(
+                            f"{places.features}: its row {row} is {path}, that of {places.index} another; "
+                            "the files do not belong together: embed the images again"
+                        )
+                    row += 1
+    except (OSError, ValueError, LookupError) as exc:
+        raise InputError(f"{places.features}: not the features that its meta file describes ({exc})") from exc
 
 
 def embed_features(extractor: FeatureExtractor, inputs: InputList, *, quiet: bool = False, **options: Any) -> Features:

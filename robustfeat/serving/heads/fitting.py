@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import InputError
+from robustfeat.errors import InputError, first_line
 from robustfeat.progress import Progress
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.heads.calibration import calibrate
@@ -213,6 +213,8 @@ def _run(tasks: Sequence[Callable[[], Any]], workers: int, threads: int) -> list
     try:
         with _quiet(threads, workers):
             return [future.result() for future in [pool.submit(task) for task in tasks]]
+    except ValueError as exc:
+        raise InputError(f"these features cannot be fitted: {first_line(exc)}") from exc
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

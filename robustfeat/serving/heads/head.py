@@ -122,7 +122,9 @@ class Head:
         count = len(self.classes)
         if count < (1 if self.multi_label else 2) or len(set(self.classes)) != count:
             raise ValueError(f"classes must be at least two, and different; got {list(self.classes)[:10]}")
-        if {type(name) for name in self.classes} not in ({str}, {int}):
+        if {type(name) for name in self.classes} not in ({str}, {int}) or any(
+            isinstance(name, int) and abs(name) >= 2**63 for name in self.classes
+        ):
             raise ValueError("classes must be all text or all whole numbers; name others by classes=[...]")
         kind = KINDS[self.kind]
         if any(array.ndim == 0 for array in self.arrays.values()):
@@ -357,7 +359,9 @@ class Head:
                 f"{folder}: not a head (no {Path(exc.filename).name}); expected what svm fit makes"
             ) from exc
         except (OSError, UnicodeDecodeError) as exc:
-            raise HeadError(f"{folder}: cannot be read ({first_line(exc)})") from exc
+            raise HeadError(
+                f"{folder}: not a head that can be read ({first_line(exc)}); expected a folder that svm fit makes"
+            ) from exc
         try:
             about = json.loads(text)
             version = about["format_version"]
@@ -376,12 +380,14 @@ class Head:
             kept = json.loads(data[8 : 8 + length])["__metadata__"]["head_sha256"]
             if kept != _digest(about):
                 raise HeadError(f"{folder / JSON}: altered since it was written; copy or fit the head again")
+            if not isinstance(about["classes"], list) or not isinstance(about["multi_label"], bool):
+                raise ValueError("classes must be a list, multi_label true or false")
             return cls(
                 kind=about["kind"],
                 classes=tuple(about["classes"]),
                 scaling=about["scaling"],
                 arrays=load(data),
-                multi_label=bool(about["multi_label"]),
+                multi_label=about["multi_label"],
                 model=ModelIdentity.from_dict(about["model"]) if about["model"] else None,
                 selection=about["selection"],
                 scores=about["scores"],

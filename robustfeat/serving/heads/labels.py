@@ -158,7 +158,7 @@ def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
     try:
         # Names that are not UTF-8 keep their bytes, as in the index.
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-            reader = csv.reader(handle)
+            reader = csv.reader(handle, strict=True)
             first = next(reader, [])
             names = [name.strip().lower() for name in first]
             path_at = next((names.index(name) for name in _PATH_COLUMNS if name in names), None)
@@ -178,13 +178,13 @@ def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
                 if not row:
                     continue
                 place = f"{file}, line {reader.line_num}"
-                if len(row) <= max(path_at, label_at):
+                if len(row) != len(first):
                     raise InputError(f"{place}: has {len(row)} columns; expected {len(first)}")
                 yield place, row[path_at].removeprefix("./"), row[label_at]
     except OSError as exc:
         raise InputError(f"--labels {file}: cannot be read ({exc.strerror})") from exc
     except csv.Error as exc:
-        raise InputError(f"--labels {file}: not a CSV file ({exc})") from exc
+        raise InputError(f"--labels {file}: not a CSV file (line {reader.line_num}: {exc})") from exc
 
 
 def _chain(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:

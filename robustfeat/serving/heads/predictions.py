@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.head import Array, Head
 from robustfeat.serving.heads.labels import SEPARATOR
+from robustfeat.serving.sources import printable
 
 __all__ = ["Prediction", "Suggestions", "predict_rows", "to_csv", "to_jsonl"]
 
@@ -82,8 +83,8 @@ def answer_of(head: Head, prediction: Prediction) -> dict[str, Any]:
     """A prediction as a JSON object."""
     labels = list(prediction.labels)
     answer: dict[str, Any] = {
-        "path": _printable(prediction.path),
-        "prediction": None if prediction.error else labels if head.multi_label else labels[0],
+        "path": printable(prediction.path),
+        "prediction": None if prediction.error is not None else labels if head.multi_label else labels[0],
         "margins": _named(head.classes, prediction.margins),
     }
     if prediction.probabilities is not None:
@@ -94,10 +95,6 @@ def answer_of(head: Head, prediction: Prediction) -> dict[str, Any]:
 
 def _named(classes: Sequence[str | int], values: Array | None) -> dict[str, float] | None:
     return None if values is None else dict(zip(map(str, classes), values.tolist(), strict=True))
-
-
-def _printable(path: str) -> str:
-    return path.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def to_jsonl(head: Head, predictions: Iterator[Prediction]) -> Iterator[str]:
@@ -124,7 +121,7 @@ def to_csv(head: Head, predictions: Iterator[Prediction], *, probabilities: bool
     writer.writerow(header + [f"probability:{name}" for name in head.classes if probabilities])
     yield taken()
     for one in predictions:
-        cells: list[Any] = [_printable(one.path), SEPARATOR.join(map(str, one.labels)), one.error or ""]
+        cells: list[Any] = [printable(one.path), SEPARATOR.join(map(str, one.labels)), one.error or ""]
         for values in (one.margins, one.probabilities):
             if values is not None:
                 cells += [f"{value:.6g}" for value in values]
@@ -164,5 +161,5 @@ class Suggestions:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["path", "prediction", "certainty"])
         for one in self.found():
-            writer.writerow([_printable(one.path), SEPARATOR.join(map(str, one.labels)), f"{one.certainty:.6g}"])
+            writer.writerow([printable(one.path), SEPARATOR.join(map(str, one.labels)), f"{one.certainty:.6g}"])
         return text.getvalue()
