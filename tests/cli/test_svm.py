@@ -177,6 +177,9 @@ def test_bad_input_is_one_line(
         (["fit", cut, "--labels", "folder", "--out", out], "its meta and index files describe (40, 512)"),
         (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,a\n"), "are of one class, 'a'; a head needs two"),
         (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-1.jpg,b\n"), "labelled a second time"),
+        (fit('path,label\nhat/hat-1.jpg,"a\nhat/hat-2.jpg,b\n'), "not a CSV file (line 3: "),
+        (fit("path,label\nhat/hat-1.jpg,a, b\nhat/hat-2.jpg,b\n"), "line 2: has 3 columns; expected 2"),
+        (["predict", head, features, "--suggest", 1, "--labels", few, "--out", few], "is an input, too"),
         (fit("path,label\nnone.jpg,a\n"), "none of its 1 paths is one of the 40 rows"),
         (["fit", features, "--labels", tmp_path / "none.csv", "--out", out], "cannot be read"),
         (["fit", features, "--labels", "folder", "--out", head], "exists already"),
@@ -203,6 +206,7 @@ def test_wrong_usage_is_said(robustfeat: Run, head: Path, features: Path, tmp_pa
         (["fit", features, features, *out], "features come alone"),
         (["fit", features, *out, "--precision", "int8"], "--precision is for images"),
         (["fit", features, *out, "--kind", "nearest-mean", "--C", 1], "has no --C"),
+        (["fit", features, *out, "--C", "nan"], "--C must be a number"),
         (["predict", head, features, "--out", "x.txt"], "ending in .csv or .jsonl"),
         (["predict", head, features, "--labels", "folder"], "pass --suggest N too"),
     ]:

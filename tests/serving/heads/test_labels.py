@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from safetensors.numpy import save_file
 
 from robustfeat.errors import InputError
 from robustfeat.serving.heads.features import Features, is_feature_file, open_features
+from robustfeat.serving.heads.fitting import fit_head
 from robustfeat.serving.heads.labels import match_labels, read_labels
 
 
@@ -241,6 +243,57 @@ def test_files_that_do_not_belong_together_are_refused(
         np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
     with pytest.raises(InputError, match=reason):
         open_features(str(file)).check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["two tensors", "F64", "cut", "long header", "deep", "reversed", "float64", "text", "no column", "archive"],
+)
+def test_altered_files_of_features_are_refused(change: str, tmp_path: Path, write_features: Any) -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    suffix = ".safetensors" if change in {"two tensors", "F64", "cut", "long header", "deep"} else ".parquet"
+    file = write_features(tmp_path / "f.npy", values, names).with_suffix(".npy" if change == "archive" else suffix)
+    kind = pyarrow.list_(pyarrow.float64() if change == "float64" else pyarrow.float32(), 4)
+    if change == "two tensors":
+        save_file({"features": values, "more": values}, file)
+    elif change == "F64":
+        save_file({"features": values.astype(np.float64)}, file)
+    elif suffix == ".safetensors":
+        save_file({"features": values}, file)
+        data = file.read_bytes()
+        altered = {"cut": data[:-16], "long header": b"\xff" * 8 + data[8:], "deep": data[:8] + b"[" * 100_000}
+        file.write_bytes(altered[change])
+    elif change == "archive":
+        with file.open("wb") as handle:
+            np.savez(handle, features=values)
+    else:
+        columns: dict[str, Any] = {"path": names[::-1] if change == "reversed" else names}
+        if change == "text":
+            columns["features"] = names
+        elif change != "no column":
+            columns["features"] = pyarrow.array(values.tolist(), kind)
+        parquet.write_table(pyarrow.table(columns), file)
+    with pytest.raises(InputError) as caught:
+        open_features(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_features_without_rows_are_refused(tmp_path: Path, write_features: Any) -> None:
+    with pytest.raises(InputError, match="holds no rows"):
+        open_features(str(write_features(tmp_path / "f.npy", np.empty((0, 4), np.float32), [])))
+
+
+@pytest.mark.parametrize("kind", ["svm", "logistic", "naive-bayes", "nearest-mean"])
+def test_features_that_do_not_vary_end_in_one_line_or_a_head(kind: str, tmp_path: Path, write_features: Any) -> None:
+    names = [f"{row % 2}/{row}.jpg" for row in range(40)]
+    features = open_features(str(write_features(tmp_path / "f.npy", np.ones((40, 4), np.float32), names)))
+    labelled = match_labels(features, read_labels(["folder"]))
+    if kind in {"svm", "logistic"}:
+        assert fit_head(features, labelled, kind=kind)[0].predict(features.values).shape == (40,)
+    else:
+        with pytest.raises(InputError, match="these features cannot be fitted: "):
+            fit_head(features, labelled, kind=kind)
 
 
 def test_every_format_of_embed_is_read(example_files: list[Path], tmp_path: Path) -> None:
