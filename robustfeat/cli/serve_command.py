@@ -12,7 +12,6 @@ from robustfeat.cli.extraction import Extraction, extraction_options
 _MAX_REQUESTS = 64
 """At once; more get 503, so that bodies and images in flight stay bounded."""
 
-
 _GRACE_S = 10
 """How long the requests at hand have when the server is stopped."""
 

@@ -16,6 +16,7 @@ from robustfeat.cli.extraction import Extraction, extraction_options
 
 if TYPE_CHECKING:
     from robustfeat.serving.heads.features import Features
+    from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels import Labels
     from robustfeat.serving.heads.report import Report
 
@@ -80,7 +81,7 @@ def fit_command(
     """
     from robustfeat.files import new_folder, require_new
     from robustfeat.serving.heads.fitting import C_GRID, fit_head, require_two
-    from robustfeat.serving.heads.head import SCALINGS
+    from robustfeat.serving.heads.kinds import SCALINGS
     from robustfeat.serving.heads.labels import match_labels, match_paths, read_labels
 
     if c is not None and math.isnan(c):
@@ -258,7 +259,7 @@ def _open(
     extraction: Extraction,
     quiet: bool,
     *,
-    head: Any = None,
+    head: Head | None = None,
     head_place: str = "",
     labels: Labels | None = None,
     check: Callable[[list[str]], None] | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -115,3 +116,20 @@ def test_a_head_of_another_model_is_refused_at_the_start(robustfeat: Run, head: 
     assert result.returncode == 1
     assert "--head clothes: needs features of robustfeat-resnet18" in result.stderr.splitlines()[-1]
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_one_line(robustfeat: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = robustfeat("serve", "--port", port)
+    assert result.returncode == 1
+    assert f"--port {port}: Address already in use" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_client_that_leaves_is_no_error_of_the_server(address: str) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+    with urllib.request.urlopen(f"{address}/health/live", timeout=30) as answer:
+        assert answer.status == 200  # the fixture asks for tracebacks when it ends

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.serving.heads.head import Array
+from robustfeat.serving.heads.kinds import Array
 
 __all__ = ["calibrate"]
 

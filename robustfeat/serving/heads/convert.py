@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.serving.heads.head import KINDS, Head
+from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.identity import ModelIdentity
+from robustfeat.serving.heads.kinds import KINDS
 
 __all__ = ["from_sklearn", "to_sklearn"]
 

@@ -19,7 +19,8 @@ from robustfeat.progress import Progress
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.heads.calibration import calibrate
 from robustfeat.serving.heads.features import Features
-from robustfeat.serving.heads.head import KINDS, SCALINGS, Array, Head
+from robustfeat.serving.heads.head import Head
+from robustfeat.serving.heads.kinds import KINDS, SCALINGS, Array
 from robustfeat.serving.heads.labels import LabelledRows
 from robustfeat.serving.heads.large import LargeSet
 from robustfeat.serving.heads.report import Report

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
-from robustfeat.serving.heads.head import KINDS, Array, Head
+from robustfeat.serving.heads.head import Head
+from robustfeat.serving.heads.kinds import KINDS, Array
 
 __all__ = ["LargeSet"]
 

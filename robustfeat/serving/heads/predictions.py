@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.serving.heads.features import Features
-from robustfeat.serving.heads.head import Array, Head
+from robustfeat.serving.heads.head import Head
+from robustfeat.serving.heads.kinds import Array
 from robustfeat.serving.heads.labels import SEPARATOR
 from robustfeat.serving.sources import printable
 
