@@ -46,7 +46,8 @@ from PIL import Image
 
 from machine import hardware, peak_memory
 from robustfeat.errors import RobustFeatError
-from robustfeat.hub.folder import ModelFolder, resolve_model
+from robustfeat.hub.catalog import resolve_model
+from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.extractor import FeatureExtractor, cosine

@@ -4,6 +4,7 @@
     ├── DecodeError         an image cannot be turned into pixels
     ├── InputError          an input (file, folder, option value) is missing or unusable
     ├── ModelFolderError    a model folder is incomplete, altered, or from a newer version
+    ├── HubError            the Hub refuses, fails or cannot be reached
     ├── HeadError           a head is incomplete, altered, or from a newer version
     ├── EngineError         the inference engine is missing, or is not what was asked for
     ├── DataError           a training set or concept map cannot be used
@@ -22,6 +23,7 @@ __all__ = [
     "EngineError",
     "ExportError",
     "HeadError",
+    "HubError",
     "InputError",
     "ModelFolderError",
     "RobustFeatError",
@@ -44,6 +46,10 @@ class InputError(RobustFeatError):
 
 class ModelFolderError(RobustFeatError):
     """A model folder is incomplete, altered, or from a newer version."""
+
+
+class HubError(RobustFeatError):
+    """The Hugging Face Hub refuses, fails or cannot be reached."""
 
 
 class HeadError(RobustFeatError):

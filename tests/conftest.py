@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+
+from tests.hub_server import FakeHub, serve_hub
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "images"
@@ -112,6 +114,19 @@ def model(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "trained"
     export_run(finished_run, out, int8=False)
     return out
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
+    with serve_hub(tmp_path_factory.mktemp("hub")) as served:
+        yield served
+
+
+def hub_environment(hub: FakeHub, home: Path, token: str | None = "hf_alice", **more: str) -> dict[str, str]:
+    """For a process that speaks to `hub` with a cache of its own under `home`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return environment | ({"HF_TOKEN": token} if token else {}) | more
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from robustfeat.errors import RobustFeatError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = ("embed", "export", "import", "info", "serve", "svm", "train")
+_COMMANDS = ("embed", "export", "import", "info", "models", "pull", "push", "serve", "svm", "train", "verify")
 _EXTRAS = {
     "onnxruntime": "cpu",
     "ray": "ray",
@@ -40,12 +40,13 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="robustfeat")
 def cli() -> None:
-    r"""Robust image features: train, export and embed.
+    r"""Robust image features: train, export, publish, embed and serve.
 
-    A model is a folder. MODEL is such a folder, or `builtin` for the model that the package carries.
+    A model is a folder. MODEL is such a folder, ORG/NAME on the Hugging Face Hub, or `builtin` for the model that the
+    package carries.
 
     \b
-    Exit codes: 0 done, 1 error, 2 wrong usage, 3 done but some inputs failed.
+    Exit codes: 0 done, 1 error, 2 wrong usage, 3 done but some inputs failed or a check fell short.
     """
 
 
@@ -53,6 +54,11 @@ def main() -> None:
     """Runs the command line; errors of ours are one line on stderr."""
     # Of large images and odd metadata; what matters of it becomes an error of ours.
     warnings.filterwarnings("ignore", module="PIL")
+    # The Hub's client: its bars where somebody watches them, and of its warnings what becomes an error of ours.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "HF_DEBUG" not in os.environ:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as exc:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from robustfeat.cli.extraction import Extraction, extraction_options
+from robustfeat.cli.extraction import Extraction, extraction_options, quiet_downloads
 
 
 @click.command("embed", short_help="Turn images into features.")
@@ -73,6 +73,7 @@ def command(
     if not inputs and files_from is None:
         raise click.UsageError("Missing argument 'INPUT...', or --files-from.")
     Places.of(out)  # a wrong name is said at once
+    quiet_downloads(quiet)
     extractor = extraction.open()
     scratch = None if is_remote(out) else Path(out).parent
     with list_inputs(inputs, files_from=files_from, null=null, folder=scratch) as found:

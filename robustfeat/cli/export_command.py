@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,8 +19,10 @@ import click
 @click.option("--calibration", metavar="FOLDER", help="Images for int8.  [default: 256 of the run's training images]")
 @click.option("--no-int8", is_flag=True, help="Leave the int8 model out.")
 @click.option("--compact", is_flag=True, help="Store the weights once, in fp16; half the size.")
-@click.option("--results", metavar="FILE.json", help="Measured results for the card.")
+@click.option("--results", metavar="FILE.json", help="Measured results for the card; docs/hub.md describes the file.")
 @click.option("--terms", help="Terms of use, for the card.")
+@click.option("--license", "license_id", metavar="ID", help="The Hub's name of a license, such as apache-2.0.")
+@click.option("--dataset", "datasets", multiple=True, metavar="ORG/NAME", help="A training set's name on the Hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 def command(
     run: str,
@@ -31,13 +35,17 @@ def command(
     compact: bool,
     results: str | None,
     terms: str | None,
+    license_id: str | None,
+    datasets: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Exports the network of RUN to safetensors and ONNX (fp32 and int8), each checked against PyTorch."""
     from robustfeat.errors import InputError
+    from robustfeat.hub.config import Evaluation
     from robustfeat.training.export import export_run
 
-    measured = None
+    measured: dict[str, Any] = {}
+    evaluations: list[Evaluation] = []
     if results:
         try:
             measured = json.loads(Path(results).read_text("utf-8"))
@@ -45,6 +53,11 @@ def command(
             raise InputError(f"--results {results}: not a JSON file that can be read ({exc})") from exc
         if not isinstance(measured, dict):
             raise InputError(f"--results {results}: expected an object, a title to text or to a list of rows")
+        try:
+            evaluations = [Evaluation(**entry) for entry in measured.pop("evaluations", ())]
+        except (TypeError, ValueError) as exc:
+            names = ", ".join(entry.name for entry in dataclasses.fields(Evaluation))
+            raise InputError(f"--results {results}: evaluations must be objects with {names} ({exc})") from exc
     report = export_run(
         run,
         out,
@@ -55,7 +68,10 @@ def command(
         int8=not no_int8,
         compact=compact,
         results=measured,
+        evaluations=evaluations,
         terms=terms,
+        license_id=license_id,
+        datasets=datasets,
     )
     print_report(out, report.folder.config.name, report.cosines, as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,12 @@ import click
 if TYPE_CHECKING:
     from robustfeat.serving.extractor import FeatureExtractor
 
-__all__ = ["Extraction", "extraction_options"]
+__all__ = ["Extraction", "extraction_options", "pin_options"]
+
+_PIN_OPTIONS = (
+    click.option("--revision", metavar="REV", help="A branch, tag or commit on the Hub.  [default: main]"),
+    click.option("--config-hash", metavar="SHA256", help="That of the model's config.json, which pins all its files."),
+)
 
 
 @dataclass(frozen=True)
@@ -20,13 +26,16 @@ class Extraction:
     """How images are embedded, as the command line says.
 
     Attributes:
-        model: a model folder, or builtin.
+        model: a model folder, ORG/NAME on the Hub, or builtin.
+        revision, config_hash: which of the Hub's versions, and which config.json is expected.
         precision, engine, device, decoding, threads: as `FeatureExtractor.from_pretrained` takes them.
         workers, batch_size: as `embed_files` takes them.
         given: the options that were typed, for commands that may not need them.
     """
 
     model: str
+    revision: str | None
+    config_hash: str | None
     precision: str
     engine: str
     device: str
@@ -44,6 +53,8 @@ class Extraction:
         threads = self.threads or available_cpus()
         return FeatureExtractor.from_pretrained(
             self.model,
+            revision=self.revision,
+            config_hash=self.config_hash,
             precision=self.precision,
             engine=self.engine,
             device=self.device,
@@ -54,7 +65,10 @@ class Extraction:
 
 
 _OPTIONS = (
-    click.option("--model", default="builtin", show_default=True, help="A model folder, or builtin."),
+    click.option(
+        "--model", default="builtin", show_default=True, help="A model folder, ORG/NAME on the Hub, or builtin."
+    ),
+    *_PIN_OPTIONS,
     click.option("--precision", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", show_default=True),
     click.option("--engine", type=click.Choice(["auto", "onnxruntime", "openvino"]), default="auto", show_default=True),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
@@ -75,6 +89,13 @@ _OPTIONS = (
 )
 
 
+def pin_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the options that say which version of a model it takes."""
+    for option in reversed(_PIN_OPTIONS):
+        command = option(command)
+    return command
+
+
 def extraction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command these options, as one argument `extraction`."""
 
@@ -90,3 +111,9 @@ def extraction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         collected = option(collected)
     return collected
+
+
+def quiet_downloads(quiet: bool) -> None:
+    """Leaves out the progress bars of the Hub's client, which reads this when it is imported."""
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

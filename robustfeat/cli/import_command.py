@@ -19,6 +19,7 @@ from robustfeat.cli.export_command import print_report
 @click.option("--calibration", metavar="FOLDER", help="Images for int8, besides the 8 golden ones.")
 @click.option("--no-int8", is_flag=True, help="Leave the int8 model out.")
 @click.option("--terms", help="Terms of use, for the card.")
+@click.option("--license", "license_id", metavar="ID", help="The Hub's name of a license, such as apache-2.0.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 def command(
     source: str,
@@ -30,6 +31,7 @@ def command(
     calibration: str | None,
     no_int8: bool,
     terms: str | None,
+    license_id: str | None,
     as_json: bool,
 ) -> None:
     """Makes the folder that `robustfeat export` makes, of any backbone that timm or torchvision knows."""
@@ -45,5 +47,6 @@ def command(
         calibration=calibration,
         int8=not no_int8,
         terms=terms,
+        license_id=license_id,
     )
     print_report(out, report.folder.config.name, report.cosines, as_json)

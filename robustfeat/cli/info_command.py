@@ -7,20 +7,30 @@ from typing import Any
 
 import click
 
+from robustfeat.cli.extraction import pin_options
+
 
 @click.command("info", short_help="Show what a model is, how it fares and its terms.")
 @click.argument("model", default="builtin")
+@pin_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as a JSON object.")
-def command(model: str, as_json: bool) -> None:
-    """Shows MODEL (default: builtin) after verifying the hashes of its files."""
-    from robustfeat.hub.folder import resolve_model
+def command(model: str, revision: str | None, config_hash: str | None, as_json: bool) -> None:
+    """Shows MODEL (default: builtin) after verifying the hashes of its files.
 
-    folder = resolve_model(model)
-    folder.verify()
+    Of a model on the Hub it downloads config.json alone, and verifies what the cache holds besides.
+    """
+    from robustfeat.hub.catalog import resolve_model
+
+    folder = resolve_model(model, revision=revision, config_hash=config_hash)
+    folder.verify(folder.present)
     config = folder.config
     if as_json:
-        click.echo(json.dumps({**config.to_dict(), "path": str(folder.path)}, ensure_ascii=False))
+        about = {"path": str(folder.path), "revision": folder.revision, "config_hash": folder.config_hash}
+        click.echo(json.dumps({**config.to_dict(), **about}, ensure_ascii=False))
         return
+    files = f"{len(config.files)}"
+    if len(folder.present) < len(config.files):
+        files = f"{len(folder.present)} of {files} here"
     contract = config.preprocessing
     lines = {
         "name": config.name,
@@ -29,12 +39,18 @@ def command(model: str, as_json: bool) -> None:
         "input": f"{contract.image_size} px, {contract.interpolation}, crop {contract.crop_pct:g}",
         "preprocessing": contract.hash[:16],
         "precisions": ", ".join(folder.precisions),
-        "size": f"{folder.size_bytes() / 1e6:.1f} MB, {len(config.files)} files, hashes verified",
+        "files": f"{files}, {folder.size_bytes() / 1e6:.1f} MB, hashes verified",
+        **({"revision": folder.revision} if folder.revision else {}),
+        "config hash": folder.config_hash,
         "source": config.provenance.get("source", "unknown"),
         "terms": config.provenance.get("terms", "not stated"),
     }
     for key, value in lines.items():
         click.echo(f"{key + ':':15}{value}")
+    if config.evaluations:
+        click.echo("\nevaluations:")
+        for evaluation in config.evaluations:
+            click.echo(f"  {evaluation} ({', '.join(filter(None, (evaluation.split, evaluation.protocol)))})")
     for title, content in config.results.items():
         click.echo(f"\n{title}:")
         _print_rows(content)

@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robustfeat.hub.config import ModelConfig
 
-__all__ = ["render_card"]
+__all__ = ["PLACE", "render_card"]
+
+PLACE = "ORG/NAME"
+"""Stands in a card for the repository's name, until it is pushed."""
 
 
 def render_card(config: ModelConfig) -> str:
-    """Markdown with the Hub's metadata in front: what the model is, how to use it, how it was made, how it fares."""
+    """Markdown with the Hub's metadata in front: what the model is, how to use it, how it was made, how it fares.
+
+    `PLACE` stands where the repository's name belongs; a push puts it there.
+    """
     contract = config.preprocessing
     card = f"""\
-{_front_matter()}
+---
+{_metadata(config)}
+---
+
 # {config.name}
 
 {config.architecture}, {config.feature_size} features an image, input {contract.image_size} px. {_origin(config)}
 
 ## Use
 
+Where it says `{PLACE}` the path of a folder may stand as well. With robustfeat, from a folder of images to `feats.npy`:
+
 ```bash
-pip install 'robustfeat[cpu]'
-robustfeat embed images/ --out feats.npy --model FOLDER
+robustfeat embed images/ --out feats.npy --model {PLACE}
 ```
 
 ```python
 from robustfeat import FeatureExtractor
 
-fx = FeatureExtractor.from_pretrained("FOLDER")
-features = fx.embed(["a.jpg"])  # (1, {config.feature_size}) float32
+fx = FeatureExtractor.from_pretrained("{PLACE}")
+features = fx.embed(["photo.jpg"])
+print(features.shape)  # (1, {config.feature_size})
 ```
 
-The same folder loads in timm and gives the same features:
+With timm, which gives the same features:
 
 ```python
 import timm
+import torch
+from PIL import Image
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0).eval()
+model = timm.create_model("hf-hub:{PLACE}", pretrained=True, num_classes=0).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    features = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
+print(tuple(features.shape))  # (1, {config.feature_size})
 ```
+
+(For a folder: `local-dir:` instead of `hf-hub:`.) `onnx/model.onnx` runs in ONNX Runtime and OpenVINO: `pixel_values`
+float32 (N, 3, {contract.image_size}, {contract.image_size}) to `features` float32 (N, {config.feature_size}).
 
 ## Preprocessing
 
@@ -47,8 +67,14 @@ Upright RGB; the shorter side to {contract.resize_size} px ({contract.interpolat
 {contract.image_size} px; mean {list(contract.mean)}, std {list(contract.std)}.
 Hash `{contract.hash}`.
 """
-    if config.results:
-        card += "\n## Results\n\n" + "\n".join(_table(name, rows) for name, rows in config.results.items())
+    if config.evaluations or config.results:
+        card += "\n## Results\n"
+    if config.evaluations:
+        columns = ("dataset", "split", "protocol", "metric", "value")
+        rows = [{name: getattr(evaluation, name) for name in columns} for evaluation in config.evaluations]
+        card += "\n" + _rows(rows)
+    for name, content in config.results.items():
+        card += "\n" + _table(name, content)
     if config.recipe:
         card += "\n## Recipe\n\n" + _recipe_table(config.recipe)
     return f"""{card}
@@ -61,19 +87,35 @@ concepts; nothing is claimed against adaptive attacks.
 """
 
 
-def _front_matter() -> str:
-    return """\
----
-library_name: timm
-pipeline_tag: image-feature-extraction
-license: other
-license_name: see-terms
-tags:
-- robustfeat
-- onnx
-- image-feature-extraction
----
-"""
+def _metadata(config: ModelConfig) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    license_id = config.provenance.get("license")
+    data = ModelCardData(
+        library_name="timm",  # so that the Hub shows how to load it
+        pipeline_tag="image-feature-extraction",
+        license=license_id or "other",
+        license_name=None if license_id else "see-terms",
+        datasets=list(config.provenance.get("datasets", ())) or None,
+        metrics=sorted({evaluation.metric for evaluation in config.evaluations}) or None,
+        tags=["robustfeat", "onnx", "image-feature-extraction"],
+        model_name=config.name if config.evaluations else None,  # of model-index
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                task_name=evaluation.protocol or None,
+                dataset_type=evaluation.dataset_id,
+                dataset_name=evaluation.dataset,
+                dataset_split=evaluation.split,
+                metric_type=evaluation.metric,
+                metric_name=evaluation.metric,
+                metric_value=evaluation.value,
+            )
+            for evaluation in config.evaluations
+        ]
+        or None,
+    )
+    return str(data.to_yaml(line_break="\n")).strip()
 
 
 def _origin(config: ModelConfig) -> str:
@@ -91,9 +133,13 @@ def _table(name: str, content: Any) -> str:
     """A result: text as it is, a list of rows (mappings with the same keys) as a table."""
     if not isinstance(content, list) or not content or not isinstance(content[0], Mapping):
         return f"{name}: {content}\n"
-    columns = list(content[0])
-    lines = [f"{name}:\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in content]
+    return f"{name}:\n\n{_rows(content)}"
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -3,17 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from robustfeat.errors import ModelFolderError
 from robustfeat.hub.preprocessing import Preprocessing
 
-__all__ = ["FORMAT_VERSION", "ModelConfig"]
+__all__ = ["FORMAT_VERSION", "Evaluation", "ModelConfig"]
 
 FORMAT_VERSION = 1
 """Folders of a newer version are refused; older ones are read as long as this number has not changed."""
+
+_KEYS = {"architecture", "num_classes", "num_features", "dtype", "pretrained_cfg", "robustfeat"}
+CODE_ENTRIES = {"auto_map", "custom_pipelines", "custom_generate"}
+"""By which other libraries find code in a repository, to run it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measured number, as the Hub lists it beside a model.
+
+    Attributes:
+        dataset: its name, for people.
+        dataset_id: its name on the Hub, or a short one where it is not there.
+        split: what was measured on.
+        metric: such as accuracy.
+        value: in the metric's unit; accuracies in %.
+        protocol: how the features became answers, in a few words.
+    """
+
+    dataset: str
+    dataset_id: str
+    metric: str
+    value: float
+    split: str = "test"
+    protocol: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
+            raise ValueError(f"an evaluation's value must be a number; got {self.value!r}")
+        for entry in fields(self):
+            if entry.name != "value" and not isinstance(getattr(self, entry.name), str):
+                raise ValueError(f"an evaluation's {entry.name} must be text; got {getattr(self, entry.name)!r}")
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.metric} {self.value:g}"
 
 
 @dataclass(frozen=True)
@@ -29,8 +65,10 @@ class ModelConfig:
         first_conv, classifier: names of the first and the last layer, for libraries that adapt them.
         concepts: names of the K concepts that training knew; empty for imported models.
         recipe: how it was trained, as `training.json` says in full; empty for imported models.
-        provenance: where it comes from and under which terms: `source`, `data`, `terms`, `versions`.
-        results: measured results, by name.
+        provenance: where it comes from and under which terms: `source`, `data`, `terms`, `versions`;
+            `license` and `datasets`, where they are known, as the Hub names them.
+        results: measured results, by title: text, or a table as a list of rows.
+        evaluations: measured numbers, as the Hub lists them.
         files: sha256 of every file but the card and config.json itself, by path within the folder.
     """
 
@@ -45,6 +83,7 @@ class ModelConfig:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: tuple[Evaluation, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -81,6 +120,7 @@ class ModelConfig:
                 "recipe": dict(self.recipe),
                 "provenance": dict(self.provenance),
                 "results": dict(self.results),
+                "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
                 "files": dict(self.files),
             },
         }
@@ -102,6 +142,9 @@ class ModelConfig:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             remedy = "upgrade robustfeat" if newer else "export the model again"
             raise ModelFolderError(f"{source}: format_version must be {FORMAT_VERSION}; got {version!r}: {remedy}")
+        if unknown := sorted(set(data) - _KEYS):
+            what = "names code to run" if unknown[0] in CODE_ENTRIES else "no model of ours has"
+            raise ModelFolderError(f"{source}: the entry {unknown[0]!r} {what}; do not use this model, or remove it")
         try:
             timm_block = data["pretrained_cfg"]
             config = cls(
@@ -116,6 +159,7 @@ class ModelConfig:
                 recipe=dict(block["recipe"]),
                 provenance=dict(block["provenance"]),
                 results=dict(block["results"]),
+                evaluations=tuple(Evaluation(**entry) for entry in block.get("evaluations", ())),
                 files={str(path): str(digest) for path, digest in block["files"].items()},
             )
         except KeyError as exc:

@@ -11,62 +11,102 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import ModelFolderError, first_line
-from robustfeat.hub.config import ModelConfig
+from robustfeat.hub.config import CODE_ENTRIES, ModelConfig
 
-__all__ = ["BUILTIN", "ModelFolder", "resolve_model", "seal_folder"]
-
-BUILTIN = "builtin"
-"""The name of the model that the package carries; accepted wherever a model is."""
+__all__ = ["ModelFolder", "file_sha256", "holds_code", "seal_folder"]
 
 CONFIG = "config.json"
 CARD = "README.md"
 WEIGHTS = "model.safetensors"
+PREPROCESSOR = "preprocessor_config.json"
 ONNX = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
 COMPACT_ONNX = "model.onnx"
 GOLDEN_FEATURES = "golden/features.npy"
 
+_PICKLES = {".bin", ".ckpt", ".dill", ".h5", ".joblib", ".keras", ".mar", ".pickle", ".pkl", ".pt", ".pt2", ".pth"}
+_PROGRAMS = {".bat", ".dll", ".dylib", ".exe", ".ipynb", ".jar", ".js", ".ps1", ".py", ".pyc", ".pyd", ".sh", ".so"}
+
+
+def holds_code(name: str) -> bool:
+    """Whether a file's name is that of a pickle or of code: what a model folder never needs."""
+    return any(suffix.lower() in _PICKLES | _PROGRAMS for suffix in PurePosixPath(name).suffixes)
+
 
 class ModelFolder:
-    """A model folder that was opened: its config is valid and its files are there.
+    """A model folder that was opened: its config is valid, its files are there, and nothing in it is code.
+
+    Args:
+        path: the folder.
+        config_hash: the sha256 that config.json must have. It pins all files, whose hashes config.json lists.
 
     Attributes:
         path: the folder.
         config: what config.json says.
+        source: what a user types to get it: `builtin`, a path, or ORG/NAME on the Hub.
+        revision: the commit on the Hub; None for other folders.
 
     Raises:
-        ModelFolderError: the folder or a file is missing, or config.json is not ours or of a newer format.
+        ModelFolderError: the folder or a file is missing, config.json is not ours or of a newer format, or a pickle
+            or code lies there.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    source: str
+    revision: str | None = None
+    _remedy = "copy or export the model again"
+
+    def __init__(self, path: str | Path, *, config_hash: str | None = None) -> None:
         self.path = Path(path)
+        self.source = os.fspath(self.path.absolute())
         file = self.path / CONFIG
         if not file.is_file():
             raise ModelFolderError(
-                f"{self.path}: not a model folder (no {CONFIG}); expected {BUILTIN} or what robustfeat export makes"
+                f"{self.path}: not a model folder (no {CONFIG}); expected builtin, ORG/NAME on the Hub, or what "
+                "robustfeat export makes"
             )
         try:
-            data = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as exc:
-            raise ModelFolderError(f"{file}: not valid JSON ({exc}); export the model again") from exc
+            content = file.read_bytes()
+            data = json.loads(content)
+        except (OSError, ValueError, RecursionError) as exc:
+            raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)}); {self._remedy}") from exc
+        self.config_hash = hashlib.sha256(content).hexdigest()
+        if config_hash is not None and self.config_hash != config_hash.lower().removeprefix("sha256:"):
+            raise ModelFolderError(
+                f"{file}: the sha256 must be {config_hash[:12]}..., got {self.config_hash[:12]}...: not the model that "
+                "was asked for; check the name and the revision"
+            )
         self.config = ModelConfig.from_dict(data, str(file))
         for name in self.config.files:
-            if ".." in Path(name).parts or Path(name).is_absolute():
+            path_parts = PurePosixPath(name).parts
+            if not path_parts or ".." in path_parts or name.startswith("/") or "\\" in name or "\0" in name:
                 raise ModelFolderError(f"{file}: lists {name!r}, which lies outside the folder; do not use this model")
-            if not (self.path / name).is_file():
-                raise ModelFolderError(f"{self.path}: {name} is missing; copy or export the model again")
+            if name in {CONFIG, CARD}:
+                raise ModelFolderError(f"{file}: lists {name!r} among the files that it vouches for; {self._remedy}")
+        self._require_files()
+        present = (entry.relative_to(self.path).as_posix() for entry in sorted(self.path.rglob("*")))
+        refuse_code([*self.config.files, *(name for name in present if not name.startswith("."))], str(self.path))
+        self._check_preprocessor()
 
     @property
     def precisions(self) -> list[str]:
         """What the folder holds ONNX files for: fp32, int8 or both."""
         return [precision for precision in ONNX if self._find_onnx(precision)]
+
+    @property
+    def compact(self) -> bool:
+        """Whether model.onnx keeps its weights in model.safetensors."""
+        return COMPACT_ONNX in self.config.files
+
+    @property
+    def present(self) -> list[str]:
+        """The listed files that are here: all of them, but for a model on the Hub, whose files come as needed."""
+        return [name for name in self.config.files if (self.path / name).is_file()]
 
     def onnx(self, precision: str) -> Path:
         """The ONNX file of that precision, its hash (and that of its external weights) verified.
@@ -103,26 +143,65 @@ class ModelFolder:
         Raises:
             ModelFolderError: naming the first file that differs.
         """
-        for name in self.config.files if names is None else names:
-            expected = self.config.files.get(name)
-            if expected is None:
-                raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}; export the model again")
+        chosen = list(self.config.files if names is None else names)
+        for name in chosen:
+            if name not in self.config.files:
+                raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}; {self._remedy}")
+        self.fetch(chosen)
+        for name in chosen:
+            expected = self.config.files[name]
             actual = file_sha256(self.path / name)
             if actual != expected:
                 raise ModelFolderError(
                     f"{self.path / name}: altered or truncated (sha256 must be {expected[:12]}..., "
-                    f"got {actual[:12]}...); copy or export the model again"
+                    f"got {actual[:12]}...); {self._remedy}"
                 )
 
+    def fetch(self, names: Sequence[str]) -> None:
+        """Sees to it that these files are here. They always are in a folder of one's own."""
+
     def size_bytes(self) -> int:
-        """Bytes of all files listed."""
-        return sum((self.path / name).stat().st_size for name in self.config.files)
+        """Bytes of the listed files that are here."""
+        return sum((self.path / name).stat().st_size for name in self.present)
+
+    def _require_files(self) -> None:
+        for name in self.config.files:
+            if not (self.path / name).is_file():
+                raise ModelFolderError(f"{self.path}: {name} is missing; {self._remedy}")
+
+    def _check_preprocessor(self) -> None:
+        """Other libraries read this file; what names code in it is theirs to run, and ours to refuse."""
+        file = self.path / PREPROCESSOR
+        if not file.is_file():
+            return
+        try:
+            data = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as exc:
+            raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)}); {self._remedy}") from exc
+        if found := sorted(CODE_ENTRIES & set(data if isinstance(data, dict) else ())):
+            raise ModelFolderError(
+                f"{file}: the entry {found[0]!r} names code to run; do not use this model, or remove it"
+            )
 
     def _find_onnx(self, precision: str) -> str | None:
         if precision not in ONNX:
             raise ModelFolderError(f"precision must be {' or '.join(ONNX)}; got {precision!r}")
         names = [ONNX[precision], *([COMPACT_ONNX] if precision == "fp32" else [])]
         return next((name for name in names if name in self.config.files), None)
+
+
+def refuse_code(names: Iterable[str], place: str) -> None:
+    """Refuses a folder with a pickle or code in it, whoever put it there.
+
+    Raises:
+        ModelFolderError: naming the first such file.
+    """
+    for name in names:
+        if holds_code(name):
+            raise ModelFolderError(
+                f"{place}: holds {name}, which may run code when it is loaded; a model folder has no pickle and no "
+                "code: remove the file, or do not use this model"
+            )
 
 
 def seal_folder(path: Path, config: ModelConfig, card: str) -> ModelFolder:
@@ -136,17 +215,6 @@ def seal_folder(path: Path, config: ModelConfig, card: str) -> ModelFolder:
     text = json.dumps(config.replace(files=files).to_dict(), indent=2, ensure_ascii=False)
     (path / CONFIG).write_text(text + "\n", "utf-8")
     return ModelFolder(path)
-
-
-def resolve_model(name: str | os.PathLike[str] | None) -> ModelFolder:
-    """The model that a user names: None or `builtin` for the built-in one, else a folder.
-
-    Raises:
-        ModelFolderError: there is no such model.
-    """
-    if name is None or os.fspath(name) == BUILTIN:
-        return ModelFolder(Path(str(resources.files("robustfeat.hub").joinpath(BUILTIN))))
-    return ModelFolder(Path(name))
 
 
 def file_sha256(path: Path) -> str:

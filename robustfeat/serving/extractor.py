@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robustfeat.errors import DecodeError, EngineError, ModelFolderError
-from robustfeat.hub.folder import ModelFolder, resolve_model
+from robustfeat.hub.catalog import resolve_model
+from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_crop, to_rgb
+from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.engine import PRECISIONS, Engine, open_engine
 
 __all__ = ["DECODINGS", "FeatureExtractor", "cosine"]
@@ -43,6 +45,12 @@ class FeatureExtractor:
         cls,
         name: str | os.PathLike[str] | None = None,
         *,
+        revision: str | None = None,
+        config_hash: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        endpoint: str | None = None,
         precision: str = "fp32",
         engine: str = "auto",
         device: str = "auto",
@@ -53,7 +61,15 @@ class FeatureExtractor:
         """Loads a model.
 
         Args:
-            name: None or `builtin` for the model that the package carries, or a model folder.
+            name: None or `builtin` for the model that the package carries, a model folder, or ORG/NAME on the Hub,
+                from where the files come that the engine needs.
+            revision: a branch, tag or commit on the Hub; main by default. A commit that is in the cache is used
+                without asking the Hub.
+            config_hash: the sha256 that the model's config.json must have, which pins all its files.
+            token: for the Hub; by default that of `hf auth login` or HF_TOKEN. False sends none.
+            cache_dir: of downloads; by default that of the Hub's libraries.
+            local_files_only: answer from the cache alone, without a network call; so does HF_HUB_OFFLINE=1.
+            endpoint: of a mirror or a private Hub; by default HF_ENDPOINT, or huggingface.co.
             precision: fp32; int8 where the folder holds it; bf16 with OpenVINO on processors that have it.
             engine: auto (ONNX Runtime, OpenVINO for bf16), onnxruntime or openvino.
             device: auto, cpu or cuda.
@@ -64,10 +80,12 @@ class FeatureExtractor:
                 several times as fast, and the features move a little.
 
         Raises:
-            ModelFolderError: the folder is missing, damaged, altered or of a newer format.
+            ModelFolderError: the folder is missing, damaged, altered, of a newer format, or holds a pickle or code.
+            HubError: the Hub refuses, fails or cannot be reached, and the model is not in the cache.
             EngineError: no engine is installed, it cannot run as asked, or the precision is too far off here.
         """
-        folder = resolve_model(name)
+        access = HubAccess(token=token, cache_dir=cache_dir, local_files_only=local_files_only, endpoint=endpoint)
+        folder = resolve_model(name, revision=revision, config_hash=config_hash, access=access)
         extractor = cls.open(
             folder, precision, engine=engine, device=device, threads=threads, streams=streams, decoding=decoding
         )

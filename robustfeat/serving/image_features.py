@@ -30,7 +30,8 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     every process that a search starts.
 
     Args:
-        model: `builtin`, or a model folder.
+        model: `builtin`, a model folder, or ORG/NAME on the Hub.
+        revision: a branch, tag or commit on the Hub.
         precision, engine, device, threads, decoding: see `FeatureExtractor.from_pretrained`.
         on_error: `raise`, or `nan` for a row of NaN in place of an image that cannot be read.
         cache: a file in which features are kept by the images' content; searches and later runs then embed each image
@@ -45,6 +46,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         self,
         model: str | os.PathLike[str] = "builtin",
         *,
+        revision: str | None = None,
         precision: str = "fp32",
         engine: str = "auto",
         device: str = "auto",
@@ -54,6 +56,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
         self.model = model
+        self.revision = revision
         self.precision = precision
         self.engine = engine
         self.device = device
@@ -66,7 +69,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """Loads the model.
 
         Raises:
-            ModelFolderError, EngineError: as `FeatureExtractor.from_pretrained`.
+            ModelFolderError, HubError, EngineError: as `FeatureExtractor.from_pretrained`.
             TypeError: X is not a list of images.
         """
         _images(X)
@@ -138,10 +141,11 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     def _open(self) -> FeatureExtractor:
         if self.on_error not in {"raise", "nan"}:
             raise ValueError(f"on_error must be raise or nan; got {self.on_error!r}")
-        wanted = (self.model, self.precision, self.engine, self.device, self.threads, self.decoding)
+        wanted = (self.model, self.revision, self.precision, self.engine, self.device, self.threads, self.decoding)
         if getattr(self, "_loaded", None) != wanted:
             self._extractor = FeatureExtractor.from_pretrained(
                 self.model,
+                revision=self.revision,
                 precision=self.precision,
                 engine=self.engine,
                 device=self.device,

@@ -108,7 +108,7 @@ def identify(extractor: FeatureExtractor, inputs: InputList, batch_size: int) ->
     config, engine = extractor.config, extractor.engine
     return {
         "model": config.name,
-        "revision": None,
+        "revision": extractor.folder.revision,
         "files": dict(config.files),
         "precision": extractor.precision,
         "engine": engine.name,
@@ -139,7 +139,8 @@ def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *
         folder.create()
         names = folder.names()
         found = json.loads(folder.read(JOB_FILE)) if JOB_FILE in names else None
-        mine = job.identity | {"shard_rows": job.shard_rows}
+        # The hashes of the files tell models apart; the commit also changes with the card.
+        mine = job.identity | {"shard_rows": job.shard_rows, "revision": None}
         if found is not None and mine["appended_to"] and found["appended_to"] not in {None, mine["appended_to"]}:
             found = None  # it was appending to a file that has been replaced since
         if found is not None and found != mine and not restart:

@@ -19,7 +19,6 @@ from typing import Any
 
 from robustfeat import errors
 from robustfeat.errors import EngineError, InputError, RobustFeatError, first_line
-from robustfeat.hub.folder import BUILTIN, resolve_model
 from robustfeat.serving.decoders import DEADLINE_S
 from robustfeat.serving.embedding import write_shards
 from robustfeat.serving.extractor import FeatureExtractor
@@ -76,9 +75,9 @@ def embed_on_ray(
     """
     if not numbers:
         return
-    builtin = extractor.folder.path == resolve_model(BUILTIN).path
     plan = _Plan(
-        model=BUILTIN if builtin else os.fspath(extractor.folder.path.absolute()),
+        model=extractor.folder.source,
+        revision=extractor.folder.revision,
         shards=place if is_remote(place) else os.path.abspath(place),  # noqa: PTH100 - a path as text, as in `Places`
         job=job,
         streams=extractor.engine.streams,
@@ -100,9 +99,10 @@ def embed_on_ray(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What an actor is told. The model is a name or a path, the folder of shards a path or a URL."""
+    """What an actor is told. The model is as a user names it, the folder of shards a path or a URL."""
 
     model: str
+    revision: str | None
     shards: str
     job: Job
     streams: int
@@ -234,6 +234,7 @@ class _ShardWriter:
         # As the command line does it: int8 is checked anew, on this processor.
         extractor = FeatureExtractor.from_pretrained(
             plan.model,
+            revision=plan.revision,
             precision=identity["precision"],
             engine=identity["engine"],
             device=identity["device"],

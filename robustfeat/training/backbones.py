@@ -34,6 +34,7 @@ def import_backbone(
     calibration: str | Path | None = None,
     int8: bool = True,
     terms: str | None = None,
+    license_id: str | None = None,
 ) -> ExportReport:
     """Makes a model folder of a backbone.
 
@@ -47,6 +48,7 @@ def import_backbone(
         calibration: a folder of images for int8; besides the golden images.
         int8: also write onnx/model_int8.onnx.
         terms: under which terms the weights may be used, for the card.
+        license_id: the Hub's name of a license; by default what timm knows of its own weights.
 
     Raises:
         InputError: no such backbone, or the weights do not fit it.
@@ -70,6 +72,8 @@ def import_backbone(
     if weights is not None:
         _load_weights(network, Path(weights), source)
     timm_config: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    if weights is None and terms is None:
+        license_id = license_id or timm_config.get("license")
     state: dict[str, Tensor] = network.state_dict()
     features = copy.deepcopy(network)
     features.reset_classifier(0)  # type: ignore[operator]
@@ -83,7 +87,8 @@ def import_backbone(
         classifier=timm_config.get("classifier"),  # type: ignore[arg-type]
         provenance={
             "source": f"{source}, {f'weights {Path(weights).name}' if weights else 'its pretrained weights'}",
-            "terms": terms or timm_config.get("license") or "those of the imported weights",
+            "terms": terms or license_id or "those of the imported weights",
+            **({"license": license_id} if license_id else {}),
             "versions": {"timm": timm.__version__, "torch": torch.__version__},
         },
     )

@@ -23,22 +23,21 @@ import robustfeat
 from robustfeat.errors import DataError, DecodeError, ExportError, InputError
 from robustfeat.files import new_folder
 from robustfeat.hub.card import render_card
-from robustfeat.hub.config import ModelConfig
+from robustfeat.hub.config import Evaluation, ModelConfig
 from robustfeat.hub.folder import COMPACT_ONNX, GOLDEN_FEATURES, ONNX, WEIGHTS, ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
 from robustfeat.serving.extractor import FeatureExtractor, cosine
 from robustfeat.serving.inputs import list_inputs
+from robustfeat.serving.verify import MIN_COSINE
 from robustfeat.training.checkpoint import load_checkpoint
+from robustfeat.training.compact import compact_onnx
 from robustfeat.training.data import open_training_data
 from robustfeat.training.network import build_network
-from robustfeat.training.onnx_files import compact_onnx, export_onnx, quantize_onnx
+from robustfeat.training.onnx_files import export_onnx, quantize_onnx
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.trainer import METRICS_NAME
 
 __all__ = ["Backbone", "ExportReport", "export_run", "folder_images", "write_model_folder"]
-
-MIN_COSINE = {"fp32": 0.9999, "int8": 0.99}
-"""What an ONNX file must reach against PyTorch on every golden image."""
 
 CALIBRATION_IMAGES = 256
 _CALIBRATION_BATCH = 16
@@ -85,7 +84,10 @@ def export_run(
     int8: bool = True,
     compact: bool = False,
     results: Mapping[str, Any] | None = None,
+    evaluations: Sequence[Evaluation] = (),
     terms: str | None = None,
+    license_id: str | None = None,
+    datasets: Sequence[str] = (),
 ) -> ExportReport:
     """The model folder of a run of `robustfeat train`.
 
@@ -98,7 +100,10 @@ def export_run(
         int8: also write onnx/model_int8.onnx.
         compact: weights once, in fp16, shared by model.safetensors and model.onnx.
         results: measured results for the card.
+        evaluations: measured numbers for the Hub's lists.
         terms: under which terms the weights may be used, for the card.
+        license_id: the Hub's name of a license; by default the card says `other` and refers to the terms.
+        datasets: the Hub's names of the datasets that it was trained on.
 
     Raises:
         CheckpointError, DataError: the run or the calibration images cannot be used.
@@ -136,9 +141,12 @@ def export_run(
             "source": "robustfeat train",
             "data": {key: value for key, value in checkpoint.data.items() if key != "root"},
             "terms": terms or "those of the training images",
+            **({"license": license_id} if license_id else {}),
+            **({"datasets": list(datasets)} if datasets else {}),
             "versions": _versions(),
         },
         results=dict(results or {}),
+        evaluations=tuple(evaluations),
     )
     training = {
         "recipe": told,

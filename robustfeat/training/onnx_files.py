@@ -1,33 +1,26 @@
-"""A feature network as ONNX: one file in fp32, a compact one that shares model.safetensors, and int8."""
+"""A feature network as ONNX, in fp32 and int8."""
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxscript.optimizer
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 from torch import nn
 
 from robustfeat.errors import ExportError, first_line
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.serving.engine import HASH_KEY
 
-__all__ = ["compact_onnx", "export_onnx", "quantize_onnx"]
-
-_MAX_INLINE = 8192
-"""Constants up to this size (shapes, zero biases) stay in the graph of a compact file."""
+__all__ = ["export_onnx", "quantize_onnx"]
 
 
 def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None:
@@ -65,57 +58,6 @@ def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None
     onnxscript.optimizer.remove_unused_nodes(model)
     _stamp(model, contract)
     onnx.save(model, file)
-
-
-def compact_onnx(source: Path, safetensors_file: Path, target: Path) -> None:
-    """Writes a copy of `source` whose weights are external data in `safetensors_file`, which must lie beside `target`.
-
-    fp16 weights are cast to fp32 when the engine loads them; the arithmetic stays fp32.
-
-    Raises:
-        ExportError: a weight of the graph is not in the file.
-    """
-    if safetensors_file.parent != target.parent:
-        raise ValueError("external data must lie in the folder of the ONNX file: engines refuse other places")
-    with open(safetensors_file, "rb") as handle:
-        (header_bytes,) = struct.unpack("<Q", handle.read(8))
-        entries: dict[str, Any] = json.loads(handle.read(header_bytes))
-    start = 8 + header_bytes
-    model = onnx.load(source)
-    graph = model.graph
-    casts = []
-    kept = []
-    for initializer in graph.initializer:
-        entry = entries.get(initializer.name)
-        if entry is None:
-            if np.prod(initializer.dims) > _MAX_INLINE:
-                raise ExportError(f"{source}: the weight {initializer.name} is not in {safetensors_file.name}")
-            kept.append(initializer)
-            continue
-        if list(initializer.dims) != entry["shape"]:
-            raise ExportError(
-                f"{source}: the weight {initializer.name} has another shape than in {safetensors_file.name}"
-            )
-        half = entry["dtype"] == "F16"
-        stored = TensorProto(
-            name=initializer.name + ".fp16" if half else initializer.name,
-            dims=initializer.dims,
-            data_type=TensorProto.FLOAT16 if half else TensorProto.FLOAT,
-            data_location=TensorProto.EXTERNAL,
-        )
-        first, last = entry["data_offsets"]
-        for key, value in (("location", safetensors_file.name), ("offset", start + first), ("length", last - first)):
-            stored.external_data.add(key=key, value=str(value))
-        kept.append(stored)
-        if half:
-            casts.append(helper.make_node("Cast", [stored.name], [initializer.name], to=TensorProto.FLOAT))
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    nodes = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*casts, *nodes])
-    del graph.value_info[:]
-    target.write_bytes(model.SerializeToString())
 
 
 def quantize_onnx(source: Path, batches: Sequence[NDArray[np.float32]], contract: Preprocessing, target: Path) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from robustfeat.errors import ModelFolderError
+from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.config import ModelConfig
-from robustfeat.hub.folder import ModelFolder, resolve_model, seal_folder
+from robustfeat.hub.folder import ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import EngineError, ModelFolderError
-from robustfeat.hub.folder import resolve_model
+from robustfeat.hub.catalog import resolve_model
 from robustfeat.serving.engine import open_engine
 from robustfeat.serving.extractor import cosine
 

@@ -35,7 +35,7 @@ from robustfeat.serving.embedding import EmbeddingResult, embed_files
 from robustfeat.serving.inputs import list_inputs
 from robustfeat.serving.sources import ImageSource, ParquetImages
 from tests.conftest import ROOT
-from tests.hub_server import serve_dataset
+from tests.hub_server import FakeHub
 
 Fault = Callable[[dict[str, Any]], str | None]
 
@@ -611,7 +611,7 @@ def test_a_run_killed_while_it_writes_to_s3_goes_on_when_repeated(
 
 
 def test_a_dataset_of_the_hub_gives_what_its_local_copy_gives(
-    extractor: FeatureExtractor, photos: Path, tmp_path: Path
+    hub: FakeHub, extractor: FeatureExtractor, photos: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "dataset"
     shutil.copytree(photos, root / "train")
@@ -621,17 +621,19 @@ def test_a_dataset_of_the_hub_gives_what_its_local_copy_gives(
     # The rows of the first fill a batch, so that none holds both kinds.
     inputs = ["data/test-00000.parquet", "train", "train/a*/*.jpg"]
     embed(extractor, [root / name for name in inputs], tmp_path / "local.npy", batch_size=2)
-    with serve_dataset(root, "org/name") as (endpoint, requests):
-        urls = [f"hf://datasets/org/name/{name}" for name in inputs]
-        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        result = command(*urls, "--out", tmp_path / "remote.npy", "--batch-size=2", **environment)
-        assert result.returncode == 3, result.stderr
-        assert result.stderr.count("\n") == 1
-        assert_same_rows(tmp_path / "remote.npy", tmp_path / "local.npy")
-        assert "GET /datasets/org/name/resolve/main/train/a/z.JPEG" in requests
-        result = command(urls[1], "hf://datasets/org/name/gone", "--out", tmp_path / "other.npy", **environment)
-        assert result.returncode == 1
-        assert result.stderr == "robustfeat: hf://datasets/org/name/gone: no such file or folder\n"
+    files = {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    hub.add("org/name", files, kind="datasets")
+    urls = [f"hf://datasets/org/name/{name}" for name in inputs]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    result = command(*urls, "--out", tmp_path / "remote.npy", "--batch-size=2", **environment)
+    assert result.returncode == 3, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert_same_rows(tmp_path / "remote.npy", tmp_path / "local.npy")
+    assert "GET /datasets/org/name/resolve/main/train/a/z.JPEG" in hub.requests
+    result = command(urls[1], "hf://datasets/org/name/gone", "--out", tmp_path / "other.npy", **environment)
+    assert result.returncode == 1
+    assert result.stderr == "robustfeat: hf://datasets/org/name/gone: no such file or folder\n"
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:1"
     result = command(*urls, "--out", tmp_path / "other.npy", **environment)  # the Hub is gone
     assert result.returncode == 1
     assert result.stderr.startswith(f"robustfeat: {urls[0]}: cannot be listed")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import robustfeat.training.export as export_module
 from robustfeat import FeatureExtractor
 from robustfeat.errors import DataError, ExportError, InputError
-from robustfeat.hub.folder import ModelFolder, resolve_model
+from robustfeat.hub.catalog import resolve_model
+from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import decode, preprocess
 from robustfeat.serving.extractor import cosine
 from robustfeat.training.backbones import import_backbone

@@ -13,15 +13,16 @@ from robustfeat.serving.extractor import FeatureExtractor
 
 __all__ = ["ModelIdentity"]
 
-_SAME = ("name", "revision", "weights_sha256", "preprocessing_hash", "feature_size")
+_SAME = ("name", "weights_sha256", "preprocessing_hash", "feature_size")
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
     """A model, its preprocessing, and how it was run.
 
-    Precision, engine and decoding are recorded and not compared: features of another precision are almost the same
-    (docs/embedding.md gives the cost), those of another model are not.
+    The commit on the Hub is recorded and not compared, for it changes with the card, too: the weights' hash tells
+    models apart. Precision, engine and decoding are not compared either: features of another precision are almost the
+    same (docs/embedding.md gives the cost), those of another model are not.
 
     Attributes:
         name, revision: of the model; a revision that is not known is None.
@@ -46,7 +47,7 @@ class ModelIdentity:
         config = extractor.config
         return cls(
             name=config.name,
-            revision=None,
+            revision=extractor.folder.revision,
             weights_sha256=config.files.get(WEIGHTS, ""),
             preprocessing_hash=config.preprocessing.hash,
             feature_size=extractor.feature_size,
@@ -92,14 +93,14 @@ class ModelIdentity:
         return dataclasses.asdict(self)
 
     def require(self, other: ModelIdentity, mine: str, theirs: str) -> None:
-        """Refuses features of another model, revision or preprocessing; `mine` and `theirs` are named in the error.
+        """Refuses features of another model or preprocessing; `mine` and `theirs` are named in the error.
 
         Raises:
             InputError: saying both.
         """
         for key in _SAME:
             a, b = getattr(self, key), getattr(other, key)
-            if a == b or (key == "revision" and None in (a, b)):
+            if a == b:
                 continue
             what = key.replace("_", " ")
             if key == "name":

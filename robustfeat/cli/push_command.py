@@ -1,0 +1,78 @@
+"""`robustfeat push`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import click
+
+
+@click.command("push", short_help="Publish a model on the Hugging Face Hub.")
+@click.argument("model", metavar="FOLDER")
+@click.argument("repo", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make the repository a private one.")
+@click.option("--revision", metavar="BRANCH", help="The branch to push to, made where it is missing.  [default: main]")
+@click.option("--tag", help="A name for this version, which never moves.")
+@click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent, and send nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def command(
+    model: str,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    tag: str | None,
+    create_pr: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Publishes FOLDER (or builtin) as ORG/NAME, and prints its address and the line that loads it.
+
+    The folder is verified first, its golden images with every engine that is installed. What differs from the
+    repository is sent in one commit; without a difference nothing is sent. The token is that of `hf auth login` or
+    HF_TOKEN; HF_ENDPOINT names a private Hub.
+    """
+    from robustfeat.cli.extraction import quiet_downloads
+    from robustfeat.errors import ModelFolderError
+    from robustfeat.hub.catalog import resolve_model
+    from robustfeat.hub.push import push_model
+    from robustfeat.serving.verify import verify_model
+
+    if tag and create_pr:
+        raise click.UsageError("--tag is for what is published, --create-pr for what is proposed: choose one")
+    quiet_downloads(quiet)
+    folder = resolve_model(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        if folder.compact:
+            from robustfeat.training.compact import expand_folder
+
+            folder = expand_folder(folder, Path(scratch, "model"))
+        for check in verify_model(folder):
+            if check.short:
+                raise ModelFolderError(f"{model}: {check}; nothing was sent: export the model again")
+        report = push_model(
+            folder, repo, private=private, revision=revision, tag=tag, create_pr=create_pr, dry_run=dry_run
+        )
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report) | {"dry_run": dry_run}))
+        return
+    if dry_run or not quiet:
+        for change in report.changes:
+            click.echo(f"{change.action:8}{change.path} ({change.size_bytes:,} bytes)", err=not dry_run)
+    made = "the repository does not exist and " if report.created else ""
+    if dry_run:
+        count, total = len(report.changes), sum(change.size_bytes for change in report.changes) / 1e6
+        click.echo(
+            f"{report.repo}: {made}{count} files ({total:.1f} MB) would be sent; --dry-run sent nothing", err=True
+        )
+        return
+    if not report.changes:
+        click.echo(f"{report.repo}: is up to date; nothing was sent", err=True)
+    click.echo(report.address)
+    pin = f", revision={report.revision!r}" if report.revision else ""
+    click.echo(f'FeatureExtractor.from_pretrained("{report.repo}"{pin})'.replace("'", '"'))

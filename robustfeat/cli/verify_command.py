@@ -1,0 +1,42 @@
+"""`robustfeat verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+
+import click
+
+from robustfeat.cli.extraction import pin_options
+
+
+@click.command("verify", short_help="Run a model's golden images through every engine here.")
+@click.argument("model", default="builtin")
+@pin_options
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def command(model: str, revision: str | None, config_hash: str | None, as_json: bool, quiet: bool) -> int:
+    """Compares MODEL (default: builtin) with the answers that it must give, on this machine.
+
+    Every file's hash is verified. Then the golden images go through every engine and precision that is installed, and
+    through PyTorch; each prints its smallest cosine to the features in the folder. The exit code is 3 where one falls
+    short.
+    """
+    from robustfeat.cli.extraction import quiet_downloads
+    from robustfeat.hub.catalog import resolve_model
+    from robustfeat.serving.verify import verify_model
+
+    quiet_downloads(quiet)
+    folder = resolve_model(model, revision=revision, config_hash=config_hash)
+    folder.verify()
+    if not quiet:
+        click.echo(f"{folder.config.name}: {len(folder.config.files)} files, hashes verified", err=True)
+    checks = verify_model(folder)
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):
+        from robustfeat.training.golden import verify_with_torch
+
+        checks.append(verify_with_torch(folder))
+    for check in checks:
+        click.echo(json.dumps(dataclasses.asdict(check) | {"short": check.short}) if as_json else str(check))
+    return 3 if any(check.short for check in checks) else 0

@@ -1,0 +1,138 @@
+"""Where models are found: the built-in one, folders, the Hub and its cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from robustfeat.errors import ModelFolderError
+from robustfeat.hub.config import ModelConfig
+from robustfeat.hub.folder import CONFIG, ModelFolder
+from robustfeat.hub.pull import HubFolder
+from robustfeat.hub.remote import HubAccess, is_hub_name
+
+__all__ = ["BUILTIN", "Listing", "builtin_model", "cached_models", "resolve_model", "search_models"]
+
+BUILTIN = "builtin"
+"""The name of the model that the package carries; accepted wherever a model is."""
+
+TAG = "robustfeat"
+"""The Hub's tag of our models."""
+
+_MOST_FOUND = 100
+
+
+def builtin_model(*, config_hash: str | None = None) -> ModelFolder:
+    """The model that the package carries."""
+    place = Path(str(resources.files("robustfeat.hub").joinpath(BUILTIN)))
+    folder = ModelFolder(place, config_hash=config_hash)
+    folder.source = BUILTIN
+    return folder
+
+
+def resolve_model(
+    name: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    config_hash: str | None = None,
+    access: HubAccess | None = None,
+) -> ModelFolder:
+    """The model that a user names.
+
+    Args:
+        name: None or `builtin` for the built-in one, a folder, or ORG/NAME on the Hub where no such folder exists.
+        revision: a branch, tag or commit on the Hub; main by default.
+        config_hash: the sha256 that config.json must have.
+        access: which Hub, as whom.
+
+    Raises:
+        ModelFolderError: there is no such model, or it is damaged.
+        HubError: the Hub refuses, fails or cannot be reached.
+    """
+    text = BUILTIN if name is None else os.fspath(name)
+    if text != BUILTIN and not Path(text).exists() and is_hub_name(text) and isinstance(name, str):
+        return HubFolder(text, revision=revision, access=access, config_hash=config_hash)
+    if revision is not None:
+        raise ModelFolderError(f"{text}: is no model on the Hub, so it has no revision {revision}; leave that out")
+    return builtin_model(config_hash=config_hash) if text == BUILTIN else ModelFolder(text, config_hash=config_hash)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A model in a list.
+
+    Attributes:
+        model: what a user types to get it.
+        name: of the model, with its version; None where only the Hub knows.
+        revision: the commit on the Hub.
+        refs: the branches and tags that are known to lead there.
+        size_bytes: on the disk, or of the repository with its history.
+        scores: measured numbers, in words.
+        problem: why it cannot be used; None where nothing is known against it.
+    """
+
+    model: str
+    name: str | None
+    revision: str | None
+    refs: tuple[str, ...]
+    size_bytes: int | None
+    scores: tuple[str, ...]
+    problem: str | None = None
+
+
+def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
+    """Robustfeat's models in the cache of the Hub's libraries, in the order of their names."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cache = scan_cache_dir((access or HubAccess()).cache)
+    except (CacheNotFound, ValueError):  # nothing was ever downloaded
+        return
+    for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
+        if repo.repo_type != "model":
+            continue
+        for commit in sorted(repo.revisions, key=lambda commit: -commit.last_modified):
+            file = commit.snapshot_path / CONFIG
+            try:
+                data = json.loads(file.read_bytes())
+            except (OSError, ValueError, RecursionError):
+                continue
+            if not isinstance(data, dict) or "robustfeat" not in data:
+                continue
+            listing = Listing(
+                repo.repo_id, None, commit.commit_hash, tuple(sorted(commit.refs)), commit.size_on_disk, ()
+            )
+            try:
+                config = ModelConfig.from_dict(data, repo.repo_id)
+                yield replace(listing, name=config.name, scores=tuple(map(str, config.evaluations)))
+            except ModelFolderError as exc:
+                yield replace(listing, problem=str(exc))
+
+
+def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listing]:
+    """The Hub's models that carry our tag, at most a hundred.
+
+    Args:
+        query: part of their names; empty for all.
+
+    Raises:
+        HubError: the Hub refuses, fails or cannot be reached.
+    """
+    access = access or HubAccess()
+    with access.explaining(query or "the Hub"):
+        found = access.api().list_models(
+            filter=TAG, search=query or None, expand=["sha", "usedStorage", "cardData"], limit=_MOST_FOUND
+        )
+        for model in found:
+            yield Listing(model.id, None, model.sha, ("main",), model.used_storage, tuple(_scores(model.card_data)))
+
+
+def _scores(card: Any) -> Iterator[str]:
+    for result in getattr(card, "eval_results", None) or ():
+        yield f"{result.dataset_name} {result.metric_name or result.metric_type} {result.metric_value}"

@@ -1,0 +1,131 @@
+"""Models on the Hub: opened like any folder, their files downloaded as they are needed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from robustfeat.errors import HubError, ModelFolderError
+from robustfeat.files import new_folder
+from robustfeat.hub.folder import CARD, COMPACT_ONNX, CONFIG, ONNX, PREPROCESSOR, ModelFolder, refuse_code
+from robustfeat.hub.remote import HubAccess, UnreachableError, is_commit
+
+__all__ = ["HubFolder", "copy_folder"]
+
+
+class HubFolder(ModelFolder):
+    """A model folder in the cache of the Hub's libraries, at one commit.
+
+    Opening it downloads config.json. Each other file comes when it is needed, and its sha256 is compared with
+    config.json whenever it is used, so that neither the network nor the cache has to be trusted.
+
+    Args:
+        repo: ORG/NAME.
+        revision: a branch, tag or commit; None for main.
+        access: which Hub, as whom.
+        config_hash: as `ModelFolder` has it.
+        force: download what is used anew.
+
+    Raises:
+        HubError: it cannot be downloaded.
+        ModelFolderError: it is not a model folder, or holds a pickle or code.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        *,
+        revision: str | None = None,
+        access: HubAccess | None = None,
+        config_hash: str | None = None,
+        force: bool = False,
+    ) -> None:
+        self.repo, self.access = repo, access or HubAccess()
+        self._force, self._looked = force, False
+        self._unreachable: UnreachableError | None = None
+        self._remedy = f"robustfeat pull {repo} --force downloads it again"
+        config = Path(self._open(revision))
+        self.revision = config.parent.name
+        super().__init__(config.parent, config_hash=config_hash)
+        self.source = repo
+
+    def onnx(self, precision: str) -> Path:
+        """As in `ModelFolder`; a compact model is refused, since engines do not follow the cache's links."""
+        if precision in ONNX and self._find_onnx(precision) == COMPACT_ONNX:
+            raise ModelFolderError(
+                f"{self.repo}: is a compact model, which engines read from a folder of its own only; "
+                f"robustfeat pull {self.repo} --out FOLDER makes one"
+            )
+        return super().onnx(precision)
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Downloads those of the listed files that are not here."""
+        missing = list(names) if self._force else [name for name in names if not (self.path / name).is_file()]
+        if missing and self._unreachable:
+            raise UnreachableError(f"{self._unreachable}; {missing[0]} is not in the cache either")
+        if missing and not self._looked:
+            self._look(self.revision)
+        for name in missing:
+            file = Path(self.access.download(self.repo, name, self.revision, force=self._force))
+            if file != self.path / name:
+                raise HubError(f"{self.repo}: {name} belongs to another commit; run the same command again")
+
+    def fetch_for_use(self, precisions: Sequence[str], *, everything: bool = False) -> None:
+        """Downloads and verifies what robustfeat uses of the model, for use without a network later.
+
+        Args:
+            precisions: those whose ONNX files are wanted.
+            everything: also weights for PyTorch, the card and the record of the training.
+        """
+        names = list(self.config.files)
+        if not everything:
+            wanted = {self._find_onnx(precision) for precision in precisions}
+            names = [name for name in names if name in wanted or name == PREPROCESSOR or name.startswith("golden/")]
+        self.verify(names)
+        if everything:
+            self.access.download(self.repo, CARD, self.revision, force=self._force)
+
+    def _open(self, revision: str | None) -> str:
+        """The path of config.json in the cache, downloaded where need be."""
+        known = self.access.cached(self.repo, CONFIG, revision)
+        if known and is_commit(revision) and not self._force:
+            return known
+        try:
+            self._look(revision)
+        except UnreachableError as exc:
+            if not known:
+                raise UnreachableError(f"{exc}; the model is not in the cache either") from exc
+            self._unreachable = exc
+            return known
+        # By its name, so that the cache learns what the branch or tag stands for.
+        return self.access.download(self.repo, CONFIG, revision, force=self._force)
+
+    def _look(self, revision: str | None) -> None:
+        """Asks the Hub what it holds, and refuses a repository with a pickle or code in it."""
+        if not self.access.offline:
+            commit, names = self.access.look(self.repo, revision)
+            refuse_code(names, f"{self.repo} at {commit[:12]}")
+        self._looked = True
+
+    def _require_files(self) -> None:
+        """They come as they are needed."""
+
+
+def copy_folder(folder: ModelFolder, out: str | Path) -> ModelFolder:
+    """A folder of its own with all files of a model, each verified.
+
+    Raises:
+        InputError: `out` exists, or cannot be written.
+        ModelFolderError: a file was altered; nothing is left behind.
+    """
+    if isinstance(folder, HubFolder):
+        folder.fetch_for_use((), everything=True)
+    with new_folder(out) as path:
+        for name in (CONFIG, CARD, *folder.config.files):
+            if name == CARD and not (folder.path / name).is_file():
+                continue
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder.path / name, path / name)
+        ModelFolder(path, config_hash=folder.config_hash).verify()
+    return ModelFolder(out)

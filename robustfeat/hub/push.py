@@ -1,0 +1,224 @@
+"""Publishing: a model folder to a repository on the Hub, in one commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustfeat.errors import HubError, ModelFolderError
+from robustfeat.hub.card import PLACE, render_card
+from robustfeat.hub.folder import CARD, CONFIG, ModelFolder, refuse_code
+from robustfeat.hub.remote import HubAccess, RemoteFile, is_hub_name
+
+__all__ = ["Change", "PushReport", "push_model"]
+
+_MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a push does to one file: `add`, `replace` or `delete`.
+
+    Attributes:
+        action, path: what and where.
+        size_bytes: what is sent.
+    """
+
+    action: str
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push did, or would do.
+
+    Attributes:
+        repo: ORG/NAME.
+        address: of its page.
+        revision: what loads it: the tag, the branch, or the pull request's; None for main.
+        commit: the repository's newest one; None for a dry run that would make it.
+        created: whether the repository did not exist before.
+        changes: empty where nothing had to be sent.
+        config_hash: the sha256 of config.json, by which the model can be pinned.
+    """
+
+    repo: str
+    address: str
+    revision: str | None
+    commit: str | None
+    created: bool
+    changes: tuple[Change, ...]
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The repository before the push: whether it and the branch are there, and what the branch holds."""
+
+    exists: bool
+    branch_exists: bool
+    head: str | None
+    files: dict[str, RemoteFile]
+    tags: dict[str, str]
+
+
+def push_model(
+    folder: ModelFolder,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    access: HubAccess | None = None,
+) -> PushReport:
+    """Makes a repository on the Hub equal to a model folder, and sends only what differs.
+
+    The repository is made where it does not exist. Files that an earlier version of the model had and this one has not
+    are deleted; other files there stay. A card that was edited on the Hub stays as long as the model and the folder's
+    own card do not change.
+
+    Args:
+        folder: with its ONNX as one file (not a compact one).
+        repo: ORG/NAME.
+        private: make the repository a private one.
+        revision: the branch; main by default, made from main where it does not exist.
+        tag: a name for the result, which then never moves.
+        create_pr: propose the commit as a pull request.
+        dry_run: change nothing.
+        access: which Hub, as whom.
+
+    Raises:
+        ModelFolderError: the folder is damaged, or the repository holds what would keep the model from loading.
+        HubError: the Hub refuses, fails or cannot be reached; the model is then as it was there.
+    """
+    access = access or HubAccess()
+    if not is_hub_name(repo):
+        raise HubError(f"{repo}: not a name on the Hub; expected ORG/NAME, where ORG may be your user name")
+    if access.offline:
+        raise HubError(f"{repo}: nothing can be pushed while HF_HUB_OFFLINE is set; unset it")
+    if folder.compact:
+        raise ModelFolderError(f"{folder.path}: is a compact folder; what is pushed needs its ONNX as one file")
+    folder.verify()
+    contents = _contents(folder, repo)
+    api = access.api()
+    if not dry_run:
+        with access.explaining(repo):
+            api.whoami()
+    target = _look(api, access, repo, revision or _MAIN, private=private, create_pr=create_pr)
+    refuse_code(target.files, f"{repo} on the Hub")
+    old = _old_config(access, repo, target, contents)
+    changes = _changes(folder, contents, target, old)
+    if tag in target.tags and (changes or target.tags[tag] != target.head):
+        raise HubError(f"{repo}: the tag {tag} exists and stays where it is; choose another name for it")
+    head = target.head
+    pull_request = None
+    if not dry_run:
+        with access.explaining(repo, revision):
+            if not target.exists:
+                api.create_repo(repo, private=private)
+            if not target.branch_exists:
+                api.create_branch(repo, branch=revision)
+            if changes:
+                done = api.create_commit(
+                    repo,
+                    _operations(changes, contents),
+                    commit_message=f"{folder.config.name}, by robustfeat push",
+                    revision=revision or _MAIN,
+                    create_pr=create_pr,
+                    parent_commit=head,
+                )
+                head, pull_request = done.oid, done.pr_revision
+            if tag is not None and tag not in target.tags:
+                api.create_tag(repo, tag=tag, revision=head)
+    elif changes:
+        head = None
+    where = pull_request or tag or (None if revision == _MAIN else revision)
+    address = f"{access.address}/{repo}" + (f"/tree/{where}" if where else "")
+    return PushReport(repo, address, where, head, not target.exists, changes, folder.config_hash)
+
+
+def _contents(folder: ModelFolder, repo: str) -> dict[str, Path | bytes]:
+    """What the repository shall hold, by path."""
+    card = folder.path / CARD
+    text = card.read_text("utf-8") if card.is_file() else render_card(folder.config)
+    files: dict[str, Path | bytes] = {name: folder.path / name for name in (CONFIG, *folder.config.files)}
+    return files | {CARD: text.replace(PLACE, repo).encode()}
+
+
+def _look(api: Any, access: HubAccess, repo: str, branch: str, *, private: bool, create_pr: bool) -> _Target:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with access.explaining(repo):
+        try:
+            info = api.model_info(repo)
+        except RepositoryNotFoundError:
+            if create_pr:
+                raise HubError(f"{repo}: does not exist, so it takes no proposals; push without --create-pr") from None
+            return _Target(False, True, None, {}, {})
+        if private and not info.private:
+            raise HubError(f"{repo}: is public, --private was asked for, and nothing was sent; make it private there")
+        refs = api.list_repo_refs(repo)
+    heads = {ref.name: ref.target_commit for ref in refs.branches}
+    if create_pr and branch not in heads:
+        raise HubError(f"{repo}: has no branch {branch} to propose a change to; it has {', '.join(heads)}")
+    head = heads.get(branch, heads.get(_MAIN, info.sha))
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    return _Target(True, branch in heads or branch == _MAIN, head, access.files(repo, head), tags)
+
+
+def _old_config(access: HubAccess, repo: str, target: _Target, contents: dict[str, Path | bytes]) -> dict[str, Any]:
+    """The files that the model there vouches for, by name; none where there is no model."""
+    if CONFIG not in target.files or _same(contents[CONFIG], target.files[CONFIG]):
+        return {}
+    file = Path(access.download(repo, CONFIG, target.head))
+    try:
+        files = json.loads(file.read_bytes())["robustfeat"]["files"]
+        return dict(files)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise HubError(
+            f"{repo}: the name is taken: it holds a {CONFIG} that is not robustfeat's; choose another name"
+        ) from None
+
+
+def _changes(
+    folder: ModelFolder, contents: dict[str, Path | bytes], target: _Target, old: dict[str, Any]
+) -> tuple[Change, ...]:
+    changes = []
+    for path, content in sorted(contents.items()):
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        if path not in target.files:
+            changes.append(Change("add", path, size))
+        elif not _same(content, target.files[path]):
+            changes.append(Change("replace", path, size))
+    changes += [Change("delete", path, 0) for path in sorted(old) if path in target.files and path not in contents]
+    card = folder.path / CARD
+    generated = not card.is_file() or card.read_text("utf-8") == render_card(folder.config)
+    if generated and [(change.action, change.path) for change in changes] == [("replace", CARD)]:
+        return ()  # it was edited on the Hub
+    return tuple(changes)
+
+
+def _same(content: Path | bytes, remote: RemoteFile) -> bool:
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    if len(data) != remote.size:
+        return False
+    if remote.sha256 is not None:
+        return hashlib.sha256(data).hexdigest() == remote.sha256
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == remote.blob_id
+
+
+def _operations(changes: tuple[Change, ...], contents: dict[str, Path | bytes]) -> list[Any]:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    return [
+        CommitOperationDelete(change.path)
+        if change.action == "delete"
+        else CommitOperationAdd(change.path, contents[change.path])
+        for change in changes
+    ]

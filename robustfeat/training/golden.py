@@ -1,0 +1,39 @@
+"""A model folder's golden images through PyTorch, from model.safetensors."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from safetensors.torch import load_file
+
+from robustfeat.errors import ModelFolderError, first_line
+from robustfeat.hub.folder import WEIGHTS, ModelFolder
+from robustfeat.hub.preprocessing import decode, preprocess
+from robustfeat.serving.extractor import cosine
+from robustfeat.serving.verify import MIN_COSINE, Check
+
+__all__ = ["verify_with_torch"]
+
+
+def verify_with_torch(folder: ModelFolder) -> Check:
+    """The network of timm's namesake with the folder's weights.
+
+    Raises:
+        ModelFolderError: a file was altered, or the weights do not fit the architecture.
+    """
+    config = folder.config
+    images, expected = folder.golden()
+    folder.verify([WEIGHTS])
+    try:
+        network = timm.create_model(config.architecture, pretrained=False, num_classes=config.num_classes)
+        network.load_state_dict(load_file(folder.path / WEIGHTS))
+    except Exception as exc:  # timm's and PyTorch's errors share no base class
+        raise ModelFolderError(
+            f"{folder.path / WEIGHTS}: does not fit timm's {config.architecture} ({first_line(exc)})"
+        ) from exc
+    network.reset_classifier(0)  # type: ignore[operator]
+    inputs = torch.from_numpy(preprocess([decode(image) for image in images], config.preprocessing))
+    with torch.no_grad():
+        features = network.eval()(inputs).numpy()
+    worst = float(cosine(features, expected).min())
+    return Check("pytorch", "fp32", worst, MIN_COSINE["fp32"])

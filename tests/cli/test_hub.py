@@ -1,0 +1,536 @@
+"""Publishing, finding, downloading and trusting models: the real client in new processes, and a Hub on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from robustfeat import FeatureExtractor
+from robustfeat.hub.catalog import builtin_model
+from tests.conftest import ROOT, Run, hub_environment
+from tests.hub_server import FakeHub, Fault, card_problems
+
+Call = Callable[..., "subprocess.CompletedProcess[str]"]
+
+LOAD = """
+import sys
+import numpy as np
+from robustfeat import FeatureExtractor
+extractor = FeatureExtractor.from_pretrained({arguments})
+np.save(sys.argv[1], extractor.embed(sys.argv[2:]))
+"""
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 1, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="session", params=["2.x", "1.x"])
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What PYTHONPATH needs for the newest huggingface_hub of each major version."""
+    import huggingface_hub
+
+    if huggingface_hub.__version__[0] == request.param[0]:
+        return ""
+    target = tmp_path_factory.mktemp("client")
+    wanted = f"huggingface_hub>={request.param[0]},<{int(request.param[0]) + 1}"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target), wanted]
+    subprocess.run(command, check=True)
+    return str(target)
+
+
+@pytest.fixture(scope="session")
+def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model with its ONNX as one file, as it is pushed."""
+    from robustfeat.training.compact import expand_folder
+
+    out = tmp_path_factory.mktemp("one-file") / "model"
+    expand_folder(builtin_model(), out)
+    return out
+
+
+@pytest.fixture
+def published(hub: FakeHub, one_file: Path) -> FakeHub:
+    """A Hub with the built-in model as org/name."""
+    files = {file.relative_to(one_file).as_posix(): file.read_bytes() for file in one_file.rglob("*") if file.is_file()}
+    hub.add("org/name", files)
+    return hub
+
+
+@pytest.fixture
+def call(robustfeat: Run, hub: FakeHub, tmp_path: Path) -> Call:
+    """The command line as alice, with an empty cache."""
+
+    def run(*arguments: object, token: str | None = "hf_alice", **environment: str) -> subprocess.CompletedProcess[str]:
+        return robustfeat(*arguments, env=hub_environment(hub, tmp_path / "home", token, **environment))
+
+    return run
+
+
+def load(hub: FakeHub, home: Path, files: list[Path], arguments: str = '"org/name"', **environment: str) -> np.ndarray:
+    """Features by `from_pretrained` in a new process."""
+    out = home.parent / "loaded.npy"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-c", LOAD.format(arguments=arguments), str(out), *map(str, files)]
+    result = subprocess.run(
+        command, env=hub_environment(hub, home, **environment), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return np.load(out)
+
+
+def edit_config(hub: FakeHub, change: Callable[[dict], None]) -> None:
+    data = json.loads(hub.read("org/name", "config.json"))
+    change(data)
+    hub.commit(hub.model("org/name"), "main", {"config.json": json.dumps(data).encode()})
+
+
+# Publishing
+
+
+def test_a_trained_model_travels_bit_for_bit(
+    hub: FakeHub, model: Path, call: Call, client: str, example_files: list[Path], tmp_path: Path
+) -> None:
+    version = [sys.executable, "-c", "import huggingface_hub; print(huggingface_hub.__version__)"]
+    environment = {"PYTHONPATH": client}
+    found = subprocess.run(
+        version, env=hub_environment(hub, tmp_path, **environment), capture_output=True, text=True, check=True
+    )
+    assert (found.stdout[0] == "1") == bool(client)
+    result = call("push", model, "org/name", **environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"{hub.url}/org/name", 'FeatureExtractor.from_pretrained("org/name")']
+    local = {file.relative_to(model).as_posix() for file in model.rglob("*") if file.is_file()}
+    assert set(hub.files("org/name")) == local | {".gitattributes"}
+    for name in local - {"README.md"}:
+        assert hub.read("org/name", name) == (model / name).read_bytes()
+    expected = FeatureExtractor.from_pretrained(model).embed(example_files)
+    hub.requests.clear()
+    features = load(hub, tmp_path / "other", example_files, **environment)
+    assert features.tobytes() == expected.tobytes()
+    assert not any("model.safetensors" in request for request in hub.requests), "only ONNX is needed"
+    # Once more, without a network.
+    hub.url = "http://127.0.0.1:1"
+    assert load(hub, tmp_path / "other", example_files, **environment).tobytes() == expected.tobytes()
+
+
+def test_a_second_push_sends_nothing(published: FakeHub, call: Call, one_file: Path) -> None:
+    first = call("push", one_file, "org/name")  # the card, whose commands now name the repository
+    assert first.returncode == 0, first.stderr
+    published.requests.clear()
+    second = call("push", one_file, "org/name")
+    assert second.returncode == 0, second.stderr
+    assert "nothing was sent" in second.stderr
+    assert not [request for request in published.requests if not request.startswith(("GET", "HEAD"))]
+
+
+def test_the_builtin_model_is_pushed_with_one_onnx_file(
+    hub: FakeHub, call: Call, example_files: list[Path], tmp_path: Path
+) -> None:
+    result = call("push", "builtin", "org/tiny", "--quiet")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    files = hub.files("org/tiny")
+    assert "onnx/model.onnx" in files
+    assert "model.onnx" not in files
+    features = load(hub, tmp_path / "home", example_files, '"org/tiny"')
+    assert features.tobytes() == FeatureExtractor.from_pretrained().embed(example_files).tobytes()
+    card = hub.read("org/tiny", "README.md").decode()
+    assert card_problems(card) == []
+    assert 'from_pretrained("org/tiny")' in card
+    assert "ORG/NAME" not in card
+
+
+def test_a_dry_run_says_what_would_be_sent(hub: FakeHub, call: Call, one_file: Path) -> None:
+    result = call("push", one_file, "org/name", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "add     onnx/model.onnx (" in result.stdout
+    assert len(result.stdout.splitlines()) == len([file for file in one_file.rglob("*") if file.is_file()])
+    assert "does not exist" in result.stderr
+    assert not hub.repos
+    assert all(request.startswith("GET") for request in hub.requests)
+
+
+def test_branch_tag_and_privacy(published: FakeHub, call: Call, model: Path) -> None:
+    repo = published.model("org/name")
+    before = repo.branches["main"]
+    result = call("push", model, "org/name", "--revision", "next", "--tag", "v2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1] == 'FeatureExtractor.from_pretrained("org/name", revision="v2")'
+    assert repo.branches["main"] == before
+    assert repo.tags["v2"] == repo.branches["next"]
+    assert "onnx/model_int8.onnx" not in published.files("org/name", "next"), "what the new model lacks is deleted"
+    assert "the tag v2 exists" in one_line(call("push", model, "org/name", "--tag", "v2"))
+    assert "is public" in one_line(call("push", model, "org/name", "--private"))
+    assert call("push", model, "alice/own", "--private").returncode == 0
+    assert published.model("alice/own").private
+    assert "no such model" in one_line(call("pull", "alice/own", token="hf_bob"))
+    assert "no such model" in one_line(call("pull", "alice/own", token=None))
+
+
+def test_a_proposal_leaves_the_branch_alone(published: FakeHub, call: Call, model: Path) -> None:
+    repo = published.model("org/name")
+    before = repo.branches["main"]
+    result = call("push", model, "org/name", "--create-pr")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1] == 'FeatureExtractor.from_pretrained("org/name", revision="refs/pr/1")'
+    assert repo.branches["main"] == before
+    assert call("info", "org/name", "--revision", "refs/pr/1").returncode == 0
+    assert "does not exist" in one_line(call("push", model, "org/none", "--create-pr"))
+
+
+def test_a_damaged_folder_is_not_pushed(hub: FakeHub, call: Call, one_file: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+    with open(copy / "model.safetensors", "ab") as handle:
+        handle.write(b"\0")
+    assert "model.safetensors: altered or truncated" in one_line(call("push", copy, "org/name"))
+    assert not hub.requests
+
+
+def test_a_push_that_is_cut_publishes_nothing(hub: FakeHub, call: Call, one_file: Path) -> None:
+    hub.faults = [Fault("/commit/", 500, times=99, method="POST")]
+    assert "fails" in one_line(call("push", one_file, "org/name"))
+    assert hub.files("org/name") == [".gitattributes"]
+    hub.faults.clear()
+    hub.requests.clear()
+    assert call("push", one_file, "org/name").returncode == 0
+    assert not [request for request in hub.requests if request.startswith("PUT")], "the large files were there"
+
+
+def test_a_card_that_was_edited_on_the_hub_stays(published: FakeHub, call: Call, one_file: Path) -> None:
+    published.commit(published.model("org/name"), "main", {"README.md": b"my own words"})
+    result = call("push", one_file, "org/name")
+    assert "nothing was sent" in result.stderr
+    assert published.read("org/name", "README.md") == b"my own words"
+
+
+# Errors that a publisher meets
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token", "message"),
+    [
+        (["pull", "org/name"], "hf_wrong", "refuses the token"),
+        (["push", "{model}", "org/name"], "hf_wrong", "refuses the token"),
+        (["push", "{model}", "org/name"], None, "needs a token; run hf auth login"),
+        (["pull", "org/none"], "hf_alice", "no such model at"),
+        (["embed", "{examples}", "--model", "org/none", "--out", "{tmp}/f.npy"], None, "no such folder here"),
+        (["pull", "org/name", "--revision", "v9"], "hf_alice", "has no revision 'v9'; it has main"),
+        (["pull", "org/gated"], None, "access is gated; ask for it at"),
+        (["push", "{model}", "org/name"], "hf_bob", "the name is taken by somebody else"),
+        (["push", "{model}", "org/new"], "hf_bob", "the name is taken by somebody else, or the token may not"),
+        (["push", "{model}", "org/bert"], "hf_alice", "the name is taken: it holds a config.json that is not"),
+        (["pull", "org/empty"], "hf_alice", "holds no config.json, so it is not a model of robustfeat"),
+        (["pull", "nonsense"], "hf_alice", "expected ORG/NAME"),
+        (["push", "{model}", "a/b/c"], "hf_alice", "expected ORG/NAME"),
+        (["info", "builtin", "--revision", "v1"], "hf_alice", "has no revision v1"),
+        (["pull", "org/name", "--config-hash", "0" * 64], "hf_alice", "not the model that was asked for"),
+    ],
+)
+def test_each_error_is_one_line_with_the_next_step(
+    published: FakeHub,
+    call: Call,
+    model: Path,
+    examples: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    token: str | None,
+    message: str,
+) -> None:
+    published.add("org/gated", {"config.json": b"{}"}, gated=True)
+    published.add("org/empty", {"README.md": b"hello"})
+    published.add("org/bert", {"config.json": b'{"model_type": "bert"}'})
+    places = {"model": model, "examples": examples, "tmp": tmp_path}
+    result = call(*(argument.format(**places) for argument in arguments), token=token)
+    assert message in one_line(result)
+    assert not (tmp_path / "f.npy").exists()
+
+
+@pytest.mark.parametrize("loud", [{}, {"HF_DEBUG": "1"}, {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}])
+def test_no_token_is_ever_printed(
+    published: FakeHub, call: Call, one_file: Path, tmp_path: Path, loud: dict[str, str]
+) -> None:
+    planted = "hf_PlantedTokenThatNobodyMaySee"
+    published.users[planted] = ("alice", ["org"])
+    commands = [["push", one_file, "org/new"], ["pull", "org/name"], ["pull", "org/none"], ["models", "--remote"]]
+    said = ""
+    for known in (True, False):
+        if not known:
+            del published.users[planted]  # the server then repeats it in its answers
+        for command in commands:
+            result = call(*command, token=planted, **loud)
+            said += result.stdout + result.stderr
+    assert "refuses the token" in said
+    assert planted not in said
+    secret = f"http://user:{planted}@127.0.0.1:1"
+    result = call("pull", "org/other", HF_ENDPOINT=secret)
+    assert result.returncode == 1
+    assert planted not in result.stdout + result.stderr
+
+
+# Downloading
+
+
+def test_without_a_network_the_cache_answers_and_the_rest_fails_soon(
+    published: FakeHub, call: Call, example_files: list[Path], tmp_path: Path
+) -> None:
+    expected = load(published, tmp_path / "home", example_files)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for endpoint in ("http://127.0.0.1:1", f"http://127.0.0.1:{silent.getsockname()[1]}"):
+            began = time.monotonic()
+            line = one_line(call("info", "org/other", HF_ENDPOINT=endpoint))
+            assert time.monotonic() - began < 5
+            assert "cannot be reached" in line
+            assert "not in the cache" in line
+            assert "check the network" in line
+            features = load(published, tmp_path / "home", example_files, HF_ENDPOINT=endpoint)
+            assert features.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        ('"org/name"', {"HF_HUB_OFFLINE": "1"}),
+        ('"org/name", local_files_only=True', {}),
+        ('"org/name", revision="{commit}"', {}),
+    ],
+)
+def test_no_call_where_none_is_needed(
+    published: FakeHub, example_files: list[Path], tmp_path: Path, arguments: str, environment: dict[str, str]
+) -> None:
+    expected = load(published, tmp_path / "home", example_files)
+    arguments = arguments.format(commit=published.model("org/name").branches["main"])
+    published.requests.clear()
+    assert load(published, tmp_path / "home", example_files, arguments, **environment).tobytes() == expected.tobytes()
+    assert published.requests == []
+
+
+def test_offline_an_uncached_model_says_what_to_do(published: FakeHub, call: Call) -> None:
+    line = one_line(call("info", "org/name", HF_HUB_OFFLINE="1"))
+    assert "HF_HUB_OFFLINE" in line
+    assert "robustfeat pull org/name" in line
+    assert published.requests == []
+
+
+def test_endpoint_and_cache_can_be_given(published: FakeHub, example_files: list[Path], tmp_path: Path) -> None:
+    arguments = f'"org/name", endpoint={published.url!r}, cache_dir={str(tmp_path / "cache")!r}, precision="int8"'
+    features = load(published, tmp_path / "home", example_files, arguments, HF_ENDPOINT="http://127.0.0.1:1")
+    assert features.shape == (40, 512)
+    assert (tmp_path / "cache" / "models--org--name").is_dir()
+    assert not (tmp_path / "home" / "hub").exists()
+
+
+def test_a_download_that_is_cut_goes_on(
+    published: FakeHub, example_files: list[Path], tmp_path: Path, client: str
+) -> None:
+    published.faults = [Fault("/large/", "cut"), Fault("/large/", "slow")]
+    features = load(published, tmp_path / "home", example_files, PYTHONPATH=client)
+    assert features.tobytes() == FeatureExtractor.from_pretrained().embed(example_files).tobytes()
+    assert len([request for request in published.requests if request.startswith("GET /large/")]) == 2
+
+
+def test_a_download_that_never_ends_well_leaves_nothing_that_loads_wrongly(
+    published: FakeHub, call: Call, example_files: list[Path], tmp_path: Path, client: str
+) -> None:
+    published.faults = [Fault("/large/", 500, times=99)]
+    line = one_line(call("pull", "org/name", PYTHONPATH=client))
+    assert "org/name: " in line
+    assert "fails" in line
+    published.faults.clear()
+    features = load(published, tmp_path / "home", example_files, PYTHONPATH=client)
+    assert features.tobytes() == FeatureExtractor.from_pretrained().embed(example_files).tobytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_altered_download_is_refused_by_name_and_can_be_replaced(
+    published: FakeHub, call: Call, examples: Path, tmp_path: Path, precision: str
+) -> None:
+    published.faults = [Fault("/large/", "alter")]
+    command = ["embed", examples, "--model", "org/name", "--precision", precision, "--out", tmp_path / "f.npy"]
+    for _ in range(2):
+        line = one_line(call(*command))
+        assert re.search(r"onnx/model(_int8)?\.onnx: altered or truncated", line)
+        assert "robustfeat pull org/name --force" in line
+    result = call("pull", "org/name", "--force")
+    assert result.returncode == 0, result.stderr
+    assert call(*command).returncode == 0
+
+
+def test_two_processes_may_pull_at_once(published: FakeHub, tmp_path: Path) -> None:
+    published.faults = [Fault("/large/", "slow", times=4)]
+    command = [sys.executable, "-m", "robustfeat", "pull", "org/name", "--all", "--json"]
+    environment = hub_environment(published, tmp_path / "home")
+    both = [
+        subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    answers = []
+    for process in both:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        answers.append(json.loads(out))
+    assert answers[0] == answers[1]
+    assert answers[0]["revision"] == published.model("org/name").branches["main"]
+
+
+def test_pull_takes_what_is_needed_and_a_folder_of_its_own_takes_everything(
+    published: FakeHub, call: Call, one_file: Path, tmp_path: Path
+) -> None:
+    result = call("pull", "org/name", "--precision", "int8")
+    assert result.returncode == 0, result.stderr
+    cached = Path(result.stdout.strip())
+    names = {file.relative_to(cached).as_posix() for file in cached.rglob("*") if file.is_file()}
+    assert "onnx/model_int8.onnx" in names
+    assert "golden/features.npy" in names
+    assert not names & {"onnx/model.onnx", "model.safetensors", "training.json"}
+    result = call("pull", "org/name", "--out", tmp_path / "mine")
+    assert result.returncode == 0, result.stderr
+    for file in one_file.rglob("*"):
+        if file.is_file():
+            assert (tmp_path / "mine" / file.relative_to(one_file)).read_bytes() == file.read_bytes()
+    assert not any(file.is_symlink() for file in (tmp_path / "mine").rglob("*"))
+    assert "exists already" in one_line(call("pull", "org/name", "--out", tmp_path / "mine"))
+
+
+def test_the_config_hash_pins_a_model(published: FakeHub, call: Call, tmp_path: Path) -> None:
+    digest = hashlib.sha256(published.read("org/name", "config.json")).hexdigest()
+    assert call("pull", "org/name", "--config-hash", digest).returncode == 0
+    edit_config(published, lambda data: data["robustfeat"].update(name="other-v1"))
+    assert "not the model that was asked for" in one_line(call("pull", "org/name", "--config-hash", digest))
+
+
+# Trust
+
+
+def test_editing_the_card_breaks_nothing(
+    published: FakeHub, call: Call, examples: Path, example_files: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "f.npy"
+    assert call("embed", examples / "hat", "--model", "org/name", "--out", out).returncode == 0
+    published.commit(published.model("org/name"), "main", {"README.md": b"my own words", "figure.png": b"x"})
+    result = call("embed", examples, "--model", "org/name", "--out", out, "--append", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["images"] == 44  # four of them under another name than before
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"onnx/model.onnx": b"weights of somebody else"}, "onnx/model.onnx: altered or truncated"),
+        ({"pytorch_model.bin": b"\x80\x04."}, "holds pytorch_model.bin, which may run code"),
+        ({"modeling_robust.py": b"import os"}, "holds modeling_robust.py, which may run code"),
+        ({"preprocessor_config.json": b"{}", "onnx/model.onnx": None}, "holds no onnx/model.onnx"),
+    ],
+)
+def test_what_was_altered_or_added_is_refused_by_name(
+    published: FakeHub, call: Call, examples: Path, tmp_path: Path, files: dict[str, bytes | None], message: str
+) -> None:
+    published.commit(published.model("org/name"), "main", files)
+    line = one_line(call("embed", examples, "--model", "org/name", "--out", tmp_path / "f.npy"))
+    assert message in line
+    assert "org/name" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(auto_map={"AutoModel": "modeling.Robust"}), "the entry 'auto_map' names code to run"),
+        (
+            lambda data: data["robustfeat"]["files"].update({"../../../x": "0"}),
+            "lists '../../../x', which lies outside",
+        ),
+        (
+            lambda data: data["robustfeat"]["files"].update({"/etc/passwd": "0"}),
+            "lists '/etc/passwd', which lies outside",
+        ),
+        (
+            lambda data: data["robustfeat"]["files"].update({"weights.pkl": "0"}),
+            "holds weights.pkl, which may run code",
+        ),
+        (
+            lambda data: data["robustfeat"].update(format_version=2),
+            "format_version must be 1; got 2: upgrade robustfeat",
+        ),
+    ],
+)
+def test_a_config_that_may_not_be_trusted_is_refused_by_name(
+    published: FakeHub, call: Call, change: Callable[[dict], None], message: str
+) -> None:
+    edit_config(published, change)
+    assert message in one_line(call("info", "org/name"))
+
+
+# Finding
+
+
+def test_models_lists_what_is_here_and_what_is_there(published: FakeHub, call: Call, model: Path) -> None:
+    published.add("org/bert", {"README.md": b"---\ntags: [bert]\n---\n"})
+    assert call("models").stdout.splitlines()[1:] == []
+    assert call("pull", "org/name").returncode == 0
+    builtin, cached = call("models").stdout.splitlines()
+    commit = published.model("org/name").branches["main"]
+    for line, start in ((builtin, "builtin"), (cached, f"org/name {commit[:12]} (main)")):
+        assert " ".join(line.split()).startswith(start)
+        assert "CIFAR-10 (JPEG copy) accuracy 68.5" in line
+        assert "MB" in line
+    (found,) = call("models", "--remote", "NAM", "--json").stdout.splitlines()
+    listing = json.loads(found)
+    assert (listing["model"], listing["revision"]) == ("org/name", commit)
+    assert listing["size_bytes"] > 50_000_000
+    assert "CIFAR-10 (JPEG copy) accuracy 68.5" in listing["scores"]
+    assert "no model of robustfeat" in call("models", "--remote", "zebra").stderr
+
+
+def test_info_of_a_remote_model_downloads_its_config_alone(published: FakeHub, call: Call) -> None:
+    result = call("info", "org/name")
+    assert result.returncode == 0, result.stderr
+    assert published.model("org/name").branches["main"] in result.stdout
+    assert "0 of 14 here" in result.stdout
+    fetched = {request for request in published.requests if request.startswith("GET")}
+    assert fetched == {f"GET /org/name/resolve/{published.model('org/name').branches['main']}/config.json"} or all(
+        request.endswith("config.json") for request in fetched
+    )
+
+
+def test_verify_runs_every_engine_and_says_what_falls_short(call: Call, published: FakeHub, tmp_path: Path) -> None:
+    result = call("verify", "org/name", "--json")
+    assert result.returncode == 0, result.stderr
+    checks = {(check["engine"], check["precision"]): check for check in map(json.loads, result.stdout.splitlines())}
+    assert {("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("pytorch", "fp32")} <= set(checks)
+    assert all(check["cosine"] >= 0.99 for check in checks.values() if check["cosine"] is not None)
+
+
+@pytest.fixture
+def other_answers(one_file: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder whose golden features are another network's, its hashes in order."""
+    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+    file = copy / "golden" / "features.npy"
+    np.save(file, np.load(file)[:, ::-1].copy())
+    data = json.loads((copy / "config.json").read_text())
+    data["robustfeat"]["files"]["golden/features.npy"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (copy / "config.json").write_text(json.dumps(data))
+    return copy
+
+
+def test_a_model_that_gives_other_answers_is_found_out_and_not_pushed(
+    hub: FakeHub, call: Call, other_answers: Path
+) -> None:
+    result = call("verify", other_answers)
+    assert result.returncode == 3
+    assert "which is below 0.9999" in result.stdout
+    assert "nothing was sent" in one_line(call("push", other_answers, "org/name"))
+    assert not hub.requests
