@@ -62,6 +62,8 @@ class HubFolder(ModelFolder):
     def fetch(self, names: Sequence[str]) -> None:
         """Downloads those of the listed files that are not here."""
         missing = list(names) if self._force else [name for name in names if not (self.path / name).is_file()]
+        if missing and self.access.offline:
+            raise self._offline(missing[0])
         if missing and self._unreachable:
             raise UnreachableError(f"{self._unreachable}; {missing[0]} is not in the cache either")
         if missing and not self._looked:
@@ -89,8 +91,10 @@ class HubFolder(ModelFolder):
     def _open(self, revision: str | None) -> str:
         """The path of config.json in the cache, downloaded where need be."""
         known = self.access.cached(self.repo, CONFIG, revision)
-        if known and is_commit(revision) and not self._force:
+        if known and (self.access.offline or (is_commit(revision) and not self._force)):
             return known
+        if self.access.offline:
+            raise self._offline(CONFIG)
         try:
             self._look(revision)
         except UnreachableError as exc:
@@ -103,10 +107,15 @@ class HubFolder(ModelFolder):
 
     def _look(self, revision: str | None) -> None:
         """Asks the Hub what it holds, and refuses a repository with a pickle or code in it."""
-        if not self.access.offline:
-            commit, names = self.access.look(self.repo, revision)
-            refuse_code(names, f"{self.repo} at {commit[:12]}")
+        commit, names = self.access.look(self.repo, revision)
+        refuse_code(names, f"{self.repo} at {commit[:12]}")
         self._looked = True
+
+    def _offline(self, name: str) -> HubError:
+        return HubError(
+            f"{self.repo}: {name} is not in the cache, and HF_HUB_OFFLINE or local_files_only forbids downloads; allow "
+            f"them once, or run robustfeat pull {self.repo} where there is a network"
+        )
 
     def _require_files(self) -> None:
         """They come as they are needed."""

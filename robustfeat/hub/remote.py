@@ -25,6 +25,15 @@ _CONTACT_S = 3.0
 """How long the Hub may take to say what it has, before the cache answers; HF_HUB_ETAG_TIMEOUT overrides it."""
 
 
+def _client() -> Any:
+    """The Hub's client library."""
+    # Or it asks the Hub, before the first call of a day, how to recognise who is using it.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import huggingface_hub.constants
+
+    return huggingface_hub
+
+
 class UnreachableError(HubError):
     """The Hub gives no answer, or fails: what the cache holds is the best there is."""
 
@@ -80,23 +89,17 @@ class HubAccess:
     @property
     def offline(self) -> bool:
         """Whether network calls are forbidden."""
-        import huggingface_hub.constants
-
-        return self.local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE
+        return self.local_files_only or bool(_client().constants.HF_HUB_OFFLINE)
 
     @property
     def address(self) -> str:
         """Of the Hub, without credentials: what may be printed."""
-        import huggingface_hub.constants
-
-        parts = urlsplit(self.endpoint or huggingface_hub.constants.ENDPOINT)
+        parts = urlsplit(self.endpoint or _client().constants.ENDPOINT)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
     def api(self) -> Any:
         """The client."""
-        import huggingface_hub
-
-        return huggingface_hub.HfApi(endpoint=self.endpoint, token=self.token, library_name="robustfeat")
+        return _client().HfApi(endpoint=self.endpoint, token=self.token, library_name="robustfeat")
 
     def look(self, repo: str, revision: str | None) -> tuple[str, list[str]]:
         """The commit that a revision names, and the files there: one call, which is not repeated when it fails.
@@ -105,9 +108,7 @@ class HubAccess:
             UnreachableError: there is no answer within seconds.
             HubError: the Hub refuses.
         """
-        import huggingface_hub.constants
-
-        own = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
+        own = _client().constants.HF_HUB_ETAG_TIMEOUT
         with self.explaining(repo, revision):
             timeout = own if "HF_HUB_ETAG_TIMEOUT" in os.environ else _CONTACT_S
             info = self.api().model_info(repo, revision=revision, timeout=timeout)
@@ -129,9 +130,7 @@ class HubAccess:
 
     def cached(self, repo: str, name: str, revision: str | None) -> str | None:
         """The path of a file in the cache, if it is there; nothing is asked of the network."""
-        import huggingface_hub
-
-        found = huggingface_hub.try_to_load_from_cache(repo, name, cache_dir=self.cache, revision=revision)
+        found = _client().try_to_load_from_cache(repo, name, cache_dir=self.cache, revision=revision)
         return found if isinstance(found, str) else None
 
     def download(self, repo: str, name: str, revision: str | None, *, force: bool = False) -> str:
@@ -140,17 +139,14 @@ class HubAccess:
         Raises:
             HubError: it is not in the cache and cannot be downloaded.
         """
-        import huggingface_hub
-
         with self.explaining(repo, revision, name):
             return str(
-                huggingface_hub.hf_hub_download(
+                _client().hf_hub_download(
                     repo,
                     name,
                     revision=revision,
                     token=self.token,
                     cache_dir=self.cache,
-                    local_files_only=self.local_files_only,
                     endpoint=self.endpoint,
                     force_download=force,
                     library_name="robustfeat",
@@ -171,12 +167,9 @@ class HubAccess:
     def _meaning(self, exc: Exception, repo: str, revision: str | None, name: str | None) -> tuple[str, type[HubError]]:
         from huggingface_hub import errors
 
-        local = isinstance(exc, errors.LocalEntryNotFoundError)
-        cause = exc.__cause__ if local else exc
-        what = f"{name} is" if name else "it is"
+        cause = exc.__cause__ if isinstance(exc, errors.LocalEntryNotFoundError) else exc
         meanings = {  # subclasses before their bases
-            errors.OfflineModeIsEnabled: f"{what} not in the cache, and HF_HUB_OFFLINE or local_files_only forbids "
-            f"downloads; allow them once, or run robustfeat pull {repo} where there is a network",
+            errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE forbids asking the Hub; unset it",
             errors.LocalTokenNotFoundError: "needs a token; run hf auth login, or set HF_TOKEN",
             errors.GatedRepoError: f"access is gated; ask for it at {self.address}/{repo}, then run hf auth login",
             errors.RevisionNotFoundError: f"has no revision {revision!r}; {{revisions}}",
@@ -185,8 +178,6 @@ class HubAccess:
             errors.RemoteEntryNotFoundError: f"holds no {name}, so it is not a model of robustfeat, or an incomplete "
             "one; check the name and the revision",
         }
-        if cause is None and self.offline:
-            return meanings[errors.OfflineModeIsEnabled], HubError
         for kind, meaning in meanings.items():
             if isinstance(cause, kind):
                 return meaning.replace("{revisions}", self._revisions(repo)), HubError
