@@ -116,6 +116,22 @@ def model(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model with its ONNX as one file, as it is pushed."""
+    from robustfeat.hub.catalog import builtin_model
+    from robustfeat.training.compact import expand_folder
+
+    out = tmp_path_factory.mktemp("one-file") / "model"
+    expand_folder(builtin_model(), out)
+    return out
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Contents by path."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.fixture
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     with serve_hub(tmp_path_factory.mktemp("hub")) as served:

@@ -42,7 +42,9 @@ class HubFolder(ModelFolder):
         force: bool = False,
     ) -> None:
         self.repo, self.access = repo, access or HubAccess()
-        self._force, self._looked = force, False
+        self._force = force
+        self._fetched: set[str] = set()
+        self._listing: list[str] | None = None
         self._unreachable: UnreachableError | None = None
         self._remedy = f"robustfeat pull {repo} --force downloads it again"
         config = Path(self._open(revision))
@@ -61,17 +63,20 @@ class HubFolder(ModelFolder):
 
     def fetch(self, names: Sequence[str]) -> None:
         """Downloads those of the listed files that are not here."""
-        missing = list(names) if self._force else [name for name in names if not (self.path / name).is_file()]
+        missing = [
+            name for name in names if not (self.path / name).is_file() or (self._force and name not in self._fetched)
+        ]
         if missing and self.access.offline:
             raise self._offline(missing[0])
         if missing and self._unreachable:
             raise UnreachableError(f"{self._unreachable}; {missing[0]} is not in the cache either")
-        if missing and not self._looked:
+        if missing and self._listing is None:
             self._look(self.revision)
         for name in missing:
             file = Path(self.access.download(self.repo, name, self.revision, force=self._force))
             if file != self.path / name:
                 raise HubError(f"{self.repo}: {name} belongs to another commit; run the same command again")
+            self._fetched.add(name)
 
     def fetch_for_use(self, precisions: Sequence[str], *, everything: bool = False) -> None:
         """Downloads and verifies what robustfeat uses of the model, for use without a network later.
@@ -85,7 +90,7 @@ class HubFolder(ModelFolder):
             wanted = {self._find_onnx(precision) for precision in precisions}
             names = [name for name in names if name in wanted or name == PREPROCESSOR or name.startswith("golden/")]
         self.verify(names)
-        if everything:
+        if everything and CARD in (self._listing or ()):
             self.access.download(self.repo, CARD, self.revision, force=self._force)
 
     def _open(self, revision: str | None) -> str:
@@ -109,7 +114,7 @@ class HubFolder(ModelFolder):
         """Asks the Hub what it holds, and refuses a repository with a pickle or code in it."""
         commit, names = self.access.look(self.repo, revision)
         refuse_code(names, f"{self.repo} at {commit[:12]}")
-        self._looked = True
+        self._listing = names
 
     def _offline(self, name: str) -> HubError:
         return HubError(

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 from robustfeat import FeatureExtractor
-from robustfeat.hub.catalog import builtin_model
-from tests.conftest import ROOT, Run, hub_environment
+from tests.conftest import ROOT, Run, files_of, hub_environment
 from tests.hub_server import FakeHub, Fault, card_problems
 
 Call = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -53,21 +52,10 @@ def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return str(target)
 
 
-@pytest.fixture(scope="session")
-def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model with its ONNX as one file, as it is pushed."""
-    from robustfeat.training.compact import expand_folder
-
-    out = tmp_path_factory.mktemp("one-file") / "model"
-    expand_folder(builtin_model(), out)
-    return out
-
-
 @pytest.fixture
 def published(hub: FakeHub, one_file: Path) -> FakeHub:
     """A Hub with the built-in model as org/name."""
-    files = {file.relative_to(one_file).as_posix(): file.read_bytes() for file in one_file.rglob("*") if file.is_file()}
-    hub.add("org/name", files)
+    hub.add("org/name", files_of(one_file))
     return hub
 
 
@@ -114,10 +102,10 @@ def test_a_trained_model_travels_bit_for_bit(
     result = call("push", model, "org/name", **environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"{hub.url}/org/name", 'FeatureExtractor.from_pretrained("org/name")']
-    local = {file.relative_to(model).as_posix() for file in model.rglob("*") if file.is_file()}
-    assert set(hub.files("org/name")) == local | {".gitattributes"}
-    for name in local - {"README.md"}:
-        assert hub.read("org/name", name) == (model / name).read_bytes()
+    local = files_of(model)
+    assert set(hub.files("org/name")) == {*local, ".gitattributes"}
+    for name in local.keys() - {"README.md"}:
+        assert hub.read("org/name", name) == local[name]
     expected = FeatureExtractor.from_pretrained(model).embed(example_files)
     hub.requests.clear()
     features = load(hub, tmp_path / "other", example_files, **environment)
@@ -159,7 +147,7 @@ def test_a_dry_run_says_what_would_be_sent(hub: FakeHub, call: Call, one_file: P
     result = call("push", one_file, "org/name", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "add     onnx/model.onnx (" in result.stdout
-    assert len(result.stdout.splitlines()) == len([file for file in one_file.rglob("*") if file.is_file()])
+    assert len(result.stdout.splitlines()) == len(files_of(one_file))
     assert "does not exist" in result.stderr
     assert not hub.repos
     assert all(request.startswith("GET") for request in hub.requests)
@@ -399,9 +387,7 @@ def test_pull_takes_what_is_needed_and_a_folder_of_its_own_takes_everything(
     assert not names & {"onnx/model.onnx", "model.safetensors", "training.json"}
     result = call("pull", "org/name", "--out", tmp_path / "mine")
     assert result.returncode == 0, result.stderr
-    for file in one_file.rglob("*"):
-        if file.is_file():
-            assert (tmp_path / "mine" / file.relative_to(one_file)).read_bytes() == file.read_bytes()
+    assert files_of(tmp_path / "mine") == files_of(one_file)
     assert not any(file.is_symlink() for file in (tmp_path / "mine").rglob("*"))
     assert "exists already" in one_line(call("pull", "org/name", "--out", tmp_path / "mine"))
 
