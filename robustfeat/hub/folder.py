@@ -108,6 +108,11 @@ class ModelFolder:
         """The listed files that are here: all of them, but for a model on the Hub, whose files come as needed."""
         return [name for name in self.config.files if (self.path / name).is_file()]
 
+    @property
+    def absent(self) -> list[str]:
+        """Those that are not."""
+        return [name for name in self.config.files if not (self.path / name).is_file()]
+
     def onnx(self, precision: str) -> Path:
         """The ONNX file of that precision, its hash (and that of its external weights) verified.
 
@@ -165,9 +170,8 @@ class ModelFolder:
         return sum((self.path / name).stat().st_size for name in self.present)
 
     def _require_files(self) -> None:
-        for name in self.config.files:
-            if not (self.path / name).is_file():
-                raise ModelFolderError(f"{self.path}: {name} is missing; {self._remedy}")
+        for name in self.absent:
+            raise ModelFolderError(f"{self.path}: {name} is missing; {self._remedy}")
 
     def _check_preprocessor(self) -> None:
         """Other libraries read this file; what names code in it is theirs to run, and ours to refuse."""

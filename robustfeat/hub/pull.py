@@ -63,9 +63,8 @@ class HubFolder(ModelFolder):
 
     def fetch(self, names: Sequence[str]) -> None:
         """Downloads those of the listed files that are not here."""
-        missing = [
-            name for name in names if not (self.path / name).is_file() or (self._force and name not in self._fetched)
-        ]
+        absent = self.absent
+        missing = [name for name in names if name in absent or (self._force and name not in self._fetched)]
         if missing and self.access.offline:
             raise self._offline(missing[0])
         if missing and self._unreachable:

@@ -48,6 +48,8 @@ def fastest_way(extractor: FeatureExtractor) -> tuple[Speed, float] | None:
 
     What was measured is kept in the user's cache folder, for this model, these versions and this processor.
     """
+    if any(name.startswith(("golden/", "onnx/")) for name in extractor.folder.absent):
+        return None  # a hint is no reason to download, either
     speeds: list[Speed] = []
     with suppress(RobustFeatError):  # a hint is no reason to fail
         speeds = _load_or_measure(extractor)

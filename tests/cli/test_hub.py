@@ -248,7 +248,7 @@ def test_each_error_is_one_line_with_the_next_step(
     assert not (tmp_path / "f.npy").exists()
 
 
-@pytest.mark.parametrize("loud", [{}, {"HF_DEBUG": "1"}, {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}])
+@pytest.mark.parametrize("loud", [{}, {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}])
 def test_no_token_is_ever_printed(
     published: FakeHub, call: Call, one_file: Path, tmp_path: Path, loud: dict[str, str]
 ) -> None:
@@ -390,6 +390,18 @@ def test_pull_takes_what_is_needed_and_a_folder_of_its_own_takes_everything(
     assert files_of(tmp_path / "mine") == files_of(one_file)
     assert not any(file.is_symlink() for file in (tmp_path / "mine").rglob("*"))
     assert "exists already" in one_line(call("pull", "org/name", "--out", tmp_path / "mine"))
+
+
+def test_embedding_downloads_what_its_precision_needs(
+    published: FakeHub, call: Call, examples: Path, tmp_path: Path
+) -> None:
+    result = call("embed", examples / "hat", "--model", "org/name", "--out", tmp_path / "f.npy")
+    assert result.returncode == 0, result.stderr
+    got = [request.rpartition("/main/")[2] for request in published.requests if request.startswith("GET /org/name/")]
+    large = [request for request in published.requests if request.startswith("GET /large/")]
+    assert (got, len(large)) == (["config.json"], 1)
+    meta = json.loads((tmp_path / "f.meta.json").read_text())
+    assert meta["revision"] == published.model("org/name").branches["main"]
 
 
 def test_the_config_hash_pins_a_model(published: FakeHub, call: Call, tmp_path: Path) -> None:

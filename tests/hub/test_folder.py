@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 
 from robustfeat.errors import ModelFolderError
 from robustfeat.hub.catalog import resolve_model
-from robustfeat.hub.config import ModelConfig
+from robustfeat.hub.config import Evaluation, ModelConfig
 from robustfeat.hub.folder import ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing
 
@@ -39,6 +40,7 @@ def test_config_is_read_as_it_was_written(tmp_path: Path) -> None:
         recipe={"method": "hrrl"},
         provenance={"terms": "none"},
         results={"CIFAR-10": "60 %"},
+        evaluations=(Evaluation("CIFAR-10", "uoft-cs/cifar10", "accuracy", 60.0),),
     )
     folder = seal_folder(tmp_path, config, "# card\n")
     assert folder.config == config
@@ -87,6 +89,48 @@ def test_a_path_that_leaves_the_folder_is_refused(copy: Path) -> None:
         ModelFolder(copy)
 
 
+@pytest.mark.parametrize("name", ["weights.pkl", "pytorch_model.bin", "golden/a.PT", "modeling.py", "model.pkl.gz"])
+def test_a_pickle_or_code_is_refused_by_name(copy: Path, name: str) -> None:
+    (copy / name).write_bytes(b"x")
+    with pytest.raises(ModelFolderError, match=rf"holds {name}, which may run code"):
+        ModelFolder(copy)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "figure.png", "notes.txt", ".git/hooks/pre-commit.py"])
+def test_what_belongs_to_the_card_or_to_git_is_fine(copy: Path, name: str) -> None:
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    (copy / name).write_bytes(b"x")
+    ModelFolder(copy).verify()
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_an_entry_that_names_code_is_refused(copy: Path, file: str) -> None:
+    data = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps(data | {"auto_map": {"AutoModel": "modeling.Model"}}))
+    with pytest.raises(ModelFolderError, match=rf"{file}: the entry 'auto_map' names code to run"):
+        ModelFolder(copy)
+
+
+def test_the_config_hash_pins_the_folder(copy: Path) -> None:
+    digest = hashlib.sha256((copy / "config.json").read_bytes()).hexdigest()
+    assert resolve_model(copy, config_hash=digest).config_hash == digest
+    resolve_model(copy, config_hash=f"sha256:{digest.upper()}")
+    edit_config(copy, lambda data: data["robustfeat"].update(name="other"))
+    with pytest.raises(ModelFolderError, match="not the model that was asked for"):
+        resolve_model(copy, config_hash=digest)
+
+
+def test_a_folder_comes_before_the_hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path.parent)
+    assert resolve_model(f"{tmp_path.name}/copy").revision is None
+
+
+@pytest.mark.parametrize("name", ["none", "./a/b", "/a/b", "a/b/c", "a/..", "../a", "a/b.git"])
+def test_what_is_no_name_on_the_hub_is_a_folder_that_is_missing(name: str) -> None:
+    with pytest.raises(ModelFolderError, match="not a model folder"):
+        resolve_model(name)
+
+
 def test_a_newer_format_is_refused(copy: Path) -> None:
     edit_config(copy, lambda data: data["robustfeat"].update(format_version=2))
     with pytest.raises(ModelFolderError, match="format_version must be 1; got 2: upgrade robustfeat"):
@@ -100,7 +144,8 @@ def test_an_edited_preprocessing_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"feature_size": float("inf")}, {"files": [1]}, {"preprocessing": [1]}, {"concepts": None}]
+    "change",
+    [{"feature_size": float("inf")}, {"files": [1]}, {"preprocessing": [1]}, {"concepts": None}, {"evaluations": [{}]}],
 )
 def test_a_config_with_values_of_other_kinds_is_refused(copy: Path, change: dict) -> None:
     edit_config(copy, lambda data: data["robustfeat"].update(change))

@@ -20,8 +20,10 @@ from robustfeat.hub.preprocessing import decode, preprocess
 from robustfeat.serving.extractor import cosine
 from robustfeat.training.backbones import import_backbone
 from robustfeat.training.checkpoint import load_checkpoint
+from robustfeat.training.compact import expand_folder
 from robustfeat.training.export import export_run
 from robustfeat.training.network import build_network
+from tests.conftest import Run
 
 
 def timm_features(folder: Path, files: list[Path]) -> np.ndarray:
@@ -121,6 +123,48 @@ def test_a_compact_folder_stores_its_weights_once(
     compact = FeatureExtractor.from_pretrained(tmp_path / "compact").embed(example_files)
     assert cosine(compact, FeatureExtractor.from_pretrained(model).embed(example_files)).min() >= 0.9999
     assert cosine(compact, timm_features(tmp_path / "compact", example_files)).min() >= 0.9999
+
+
+def test_an_expanded_folder_gives_the_same_features_bit_for_bit(
+    finished_run: Path, tmp_path: Path, example_files: list[Path]
+) -> None:
+    compact = export_run(finished_run, tmp_path / "compact", int8=False, compact=True).folder
+    plain = expand_folder(compact, tmp_path / "plain")
+    assert not plain.compact
+    assert not (plain.path / "model.onnx").exists()
+    features = [FeatureExtractor.from_pretrained(folder.path).embed(example_files) for folder in (compact, plain)]
+    assert features[0].tobytes() == features[1].tobytes()
+
+
+def test_results_licence_and_datasets_reach_the_card(robustfeat: Run, finished_run: Path, tmp_path: Path) -> None:
+    evaluation = {"dataset": "Clothes", "dataset_id": "clothes", "metric": "accuracy", "value": 61.5}
+    (tmp_path / "results.json").write_text(json.dumps({"evaluations": [evaluation], "Speed": "fast"}))
+    arguments = [
+        "export",
+        finished_run,
+        "--out",
+        tmp_path / "model",
+        "--no-int8",
+        "--results",
+        tmp_path / "results.json",
+    ]
+    result = robustfeat(*arguments, "--license", "mit", "--dataset", "org/clothes", "--terms", "be kind")
+    assert result.returncode == 0, result.stderr
+    card = (tmp_path / "model" / "README.md").read_text()
+    for text in (
+        "license: mit",
+        "- org/clothes",
+        "value: 61.5",
+        "| Clothes | test |  | accuracy | 61.5 |",
+        "Speed: fast",
+        "be kind",
+    ):
+        assert text in card
+    (tmp_path / "results.json").write_text(json.dumps({"evaluations": [evaluation | {"value": "61.5 %"}]}))
+    result = robustfeat(*arguments[:3], tmp_path / "other", *arguments[4:])
+    assert result.returncode == 1
+    assert "an evaluation's value must be a number; got '61.5 %'" in result.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_image_size_and_crop_can_be_chosen(finished_run: Path, tmp_path: Path) -> None:
