@@ -103,7 +103,7 @@ class HubFolder(ModelFolder):
             self._look(revision)
         except UnreachableError as exc:
             if not known:
-                raise UnreachableError(f"{exc}; the model is not in the cache either") from exc
+                raise UnreachableError(f"{exc}; the model is not in the cache, nor is there such a folder") from exc
             self._unreachable = exc
             return known
         # By its name, so that the cache learns what the branch or tag stands for.

@@ -160,7 +160,7 @@ def _look(api: Any, access: HubAccess, repo: str, branch: str, *, private: bool,
         except RepositoryNotFoundError:
             if create_pr:
                 raise HubError(f"{repo}: does not exist, so it takes no proposals; push without --create-pr") from None
-            return _Target(False, True, None, {}, {})
+            return _Target(False, branch == _MAIN, None, {}, {})
         if private and not info.private:
             raise HubError(f"{repo}: is public, --private was asked for, and nothing was sent; make it private there")
         refs = api.list_repo_refs(repo)

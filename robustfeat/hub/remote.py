@@ -84,7 +84,7 @@ class HubAccess:
     @property
     def cache(self) -> Path | None:
         """Where downloads are kept; None for the Hub's libraries' own place."""
-        return None if self.cache_dir is None else Path(self.cache_dir)
+        return None if self.cache_dir is None else Path(self.cache_dir).expanduser().absolute()
 
     @property
     def offline(self) -> bool:

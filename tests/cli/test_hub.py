@@ -164,7 +164,9 @@ def test_branch_tag_and_privacy(published: FakeHub, call: Call, model: Path) -> 
     assert "onnx/model_int8.onnx" not in published.files("org/name", "next"), "what the new model lacks is deleted"
     assert "the tag v2 exists" in one_line(call("push", model, "org/name", "--tag", "v2"))
     assert "is public" in one_line(call("push", model, "org/name", "--private"))
-    assert call("push", model, "alice/own", "--private").returncode == 0
+    assert call("push", model, "alice/own", "--private", "--revision", "trial").returncode == 0
+    assert published.files("alice/own") == [".gitattributes"]
+    assert "config.json" in published.files("alice/own", "trial")
     assert published.model("alice/own").private
     assert "no such model" in one_line(call("pull", "alice/own", token="hf_bob"))
     assert "no such model" in one_line(call("pull", "alice/own", token=None))
@@ -283,7 +285,7 @@ def test_without_a_network_the_cache_answers_and_the_rest_fails_soon(
             line = one_line(call("info", "org/other", HF_ENDPOINT=endpoint))
             assert time.monotonic() - began < 5
             assert "cannot be reached" in line
-            assert "not in the cache" in line
+            assert "not in the cache, nor is there such a folder" in line
             assert "check the network" in line
             features = load(published, tmp_path / "home", example_files, HF_ENDPOINT=endpoint)
             assert features.tobytes() == expected.tobytes()
