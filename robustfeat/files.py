@@ -61,20 +61,45 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A fresh folder to fill; it becomes `target` when the block ends well and vanishes when it does not.
 
     Raises:
-        InputError: `target` exists and is not an empty folder, or the file system refuses.
+        InputError: `target` exists and is not an empty folder, another process is filling it, or the file system
+            refuses.
     """
     target = Path(target).absolute()  # so that `.` has a name
     require_new(target)
     partial = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        claim = _claim(partial, target)
+    except OSError as exc:
+        raise _explain(target, exc) from exc
+    try:
+        for entry in partial.iterdir():  # of a killed process
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         yield partial
         if target.is_dir():
             target.rmdir()
         os.replace(partial, target)
-    except OSError as exc:
-        raise _explain(target, exc) from exc
-    finally:
+    except BaseException as exc:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(exc, OSError):
+            raise _explain(target, exc) from exc
+        raise
+    finally:
+        os.close(claim)
+
+
+def _claim(partial: Path, target: Path) -> int:
+    """Makes the folder and locks it until the descriptor is closed."""
+    import fcntl
+
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = partial.exists() and os.path.samestat(partial.stat(), os.fstat(descriptor))
+    except BlockingIOError:
+        ours = False
+    if not ours:  # locked, or it got its final name between the two calls
+        os.close(descriptor)
+        raise InputError(f"{target}: another process is writing it; wait for it, or choose another place")
+    return descriptor

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ __all__ = ["FakeHub", "Fault", "Repo", "serve_hub"]
 
 _PAGE = 3  # entries in an answer, so that every longer folder takes several
 _LARGE = (".safetensors", ".onnx", ".npy", ".bin")
-_LICENSES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "bsd-3-clause", "other", "unknown"}
+_LICENSES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "bsd-3-clause", "other", "unknown"}  # of many
 _TASKS = {"image-feature-extraction", "image-classification", "feature-extraction"}
 
 
@@ -76,6 +76,8 @@ class FakeHub:
         self.large_url = ""
         self.repos: dict[tuple[str, str], Repo] = {}
         self.users = {"hf_alice": ("alice", ["org"]), "hf_bob": ("bob", [])}
+        self.private_by_default = False
+        self.after: dict[str, Callable[[], object]] = {}  # done once, when a path was answered
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.lock = threading.RLock()
@@ -162,6 +164,11 @@ class _Handler(BaseHTTPRequestHandler):
             # A rude server: what it was sent comes back in its message.
             self._refuse(401, None, "Invalid credentials in Authorization header", {"error": f"bad token {token}"})
             return
+        self._route()
+        if done := self.hub.after.pop(self.place, None):
+            done()
+
+    def _route(self) -> None:
         for method, pattern, action in _ROUTES:
             if method in {self.command, "GET" if self.command == "HEAD" else None} and (
                 match := re.fullmatch(pattern, self.place)
@@ -198,7 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif ("models", repo_id) in self.hub.repos:
             self._refuse(409, None, "You already created this model repo")
         else:
-            self.hub.add(repo_id, {".gitattributes": b"*.onnx lfs\n"}, private=wanted.get("visibility") == "private")
+            private = wanted.get("visibility", "private" if self.hub.private_by_default else "public") == "private"
+            self.hub.add(repo_id, {".gitattributes": b"*.onnx lfs\n"}, private=private)
             self._answer({"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": "0"})
 
     def validate_card(self) -> None:
@@ -214,8 +222,12 @@ class _Handler(BaseHTTPRequestHandler):
             tagged = set(self.query.get("filter", [])) <= set(tags)
             named = self.query.get("search", [""])[0].lower() in repo_id.lower()
             if kind == "models" and self._may_read(repo) and tagged and named:
-                found.append(self._about(repo, repo.branches["main"], card))
-        self._answer(found)
+                about = self._about(repo, repo.branches["main"], card)
+                found.append({key: about[key] for key in ("id", "private", "tags")})
+        if set(self.query) - {"filter", "search", "limit"}:
+            self._refuse(400, None, f"cannot do {sorted(self.query)}")
+        else:
+            self._answer(found)
 
     def info(self, kind: str, repo: str, revision: str = "main") -> None:
         if (found := self._find(kind, repo)) and (commit := self._commit(found, revision)):
@@ -367,8 +379,10 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._commit(found, revision) if found else None
         if found is None or commit is None:
             return
-        if found.gated and self.user is None:
-            self._refuse(401, "GatedRepo", f"Access to model {repo} is restricted. Please log in.")
+        if found.gated and repo.partition("/")[0] not in {self.user, *self.orgs}:
+            self._refuse(
+                403 if self.user else 401, "GatedRepo", f"Access to model {repo} is restricted. Please log in."
+            )
         elif path not in found.commits[commit]:
             self._refuse(404, "EntryNotFound", "Entry not found", headers={"X-Repo-Commit": commit})
         else:
@@ -394,7 +408,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, message = (404, "Repository not found") if self.user else (401, "Invalid username or password.")
             self._refuse(status, "RepoNotFound", message)
             return None
-        if write and repo_id.partition("/")[0] not in {self.user, *self.orgs}:
+        proposing = self.user and self.query.get("create_pr")
+        if write and repo_id.partition("/")[0] not in {self.user, *self.orgs} and not proposing:
             self._refuse(403, None, "you must have write access")
             return None
         return repo
@@ -426,9 +441,12 @@ class _Handler(BaseHTTPRequestHandler):
             "private": repo.private,
             "gated": "auto" if repo.gated else False,
             "tags": card.get("tags", []),
-            "cardData": card,
-            "siblings": [{"rfilename": path} for path in sorted(repo.commits[commit])],
-            "usedStorage": sum(self.hub.blob(digest).stat().st_size for digest in set(repo.commits[commit].values())),
+            "cardData": {key: value for key, value in card.items() if key != "model-index"},
+            "model-index": card.get("model-index"),
+            "siblings": [
+                {"rfilename": path} | ({"size": self.hub.blob(digest).stat().st_size} if "blobs" in self.query else {})
+                for path, digest in sorted(repo.commits[commit].items())
+            ],
         }
 
     def _answer(self, value: object, headers: dict[str, str] | None = None) -> None:

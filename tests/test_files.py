@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,8 @@ def test_new_folder_refuses_a_folder_with_content(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_does_not_stay(tmp_path: Path) -> None:
     (tmp_path / ".model.partial").mkdir()
     (tmp_path / ".model.partial" / "half").write_text("x")
+    (tmp_path / ".model.partial" / "deep").mkdir()
+    (tmp_path / ".model.partial" / "link").symlink_to(tmp_path)
     (tmp_path / ".a.txt.partial").write_text("half of a longer text")
     with new_folder(tmp_path / "model") as folder:
         (folder / "whole").write_text("x")
@@ -60,3 +64,20 @@ def test_what_a_killed_process_left_does_not_stay(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.txt", "model"]
     assert [entry.name for entry in (tmp_path / "model").iterdir()] == ["whole"]
     assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_two_processes_do_not_fill_one_folder(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "model") as first:
+        (first / "a").write_text("a")
+        code = f"from robustfeat.files import new_folder\nwith new_folder({str(tmp_path / 'model')!r}): pass"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "another process is writing it" in other.stderr
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["model", "a"]
+
+
+def test_a_file_of_somebody_elses_stays(tmp_path: Path) -> None:
+    mine = tmp_path / ".model.partial"
+    mine.write_text("mine")
+    with pytest.raises(InputError, match="cannot be written"), new_folder(tmp_path / "model"):
+        pass
+    assert mine.read_text() == "mine"

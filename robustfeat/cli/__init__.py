@@ -6,6 +6,7 @@ Only click is imported here and at the top of the commands' modules, so that `--
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -54,6 +55,10 @@ def main() -> None:
     """Runs the command line; errors of ours are one line on stderr."""
     # Of large images and odd metadata; what matters of it becomes an error of ours.
     warnings.filterwarnings("ignore", module="PIL")
+    warnings.filterwarnings("ignore", module="huggingface_hub")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of text that no terminal can show
     # The Hub's client: its bars where somebody watches them, and of its warnings what becomes an error of ours.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -77,7 +82,8 @@ def main() -> None:
         click.echo(f"robustfeat: {text}", err=True)
         code = 1
     except OSError as exc:  # such as a full disk behind stdout
-        click.echo(f"robustfeat: {' '.join(str(exc).split())}", err=True)
+        place = "" if exc.filename else "the output cannot be written: "
+        click.echo(f"robustfeat: {place}{' '.join(str(exc).split())}", err=True)
         code = 1
     except ModuleNotFoundError as exc:
         extra = _EXTRAS.get((exc.name or "").partition(".")[0])

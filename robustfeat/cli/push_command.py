@@ -38,7 +38,7 @@ def command(
     HF_TOKEN; HF_ENDPOINT names a private Hub.
     """
     from robustfeat.cli.extraction import quiet_downloads
-    from robustfeat.errors import ModelFolderError
+    from robustfeat.errors import EngineError, ModelFolderError
     from robustfeat.hub.catalog import resolve_model
     from robustfeat.hub.push import push_model
     from robustfeat.serving.verify import verify_model
@@ -52,9 +52,12 @@ def command(
             from robustfeat.training.compact import expand_folder
 
             folder = expand_folder(folder, Path(scratch, "model"))
-        for check in verify_model(folder):
+        checks = list(verify_model(folder))
+        for check in checks:
             if check.short:
                 raise ModelFolderError(f"{model}: {check}; nothing was sent: export the model again")
+        if all(check.cosine is None for check in checks):
+            raise EngineError(f"{model}: no engine can check it here: pip install 'robustfeat[cpu]'; nothing was sent")
         report = push_model(
             folder, repo, private=private, revision=revision, tag=tag, create_pr=create_pr, dry_run=dry_run
         )
@@ -73,6 +76,8 @@ def command(
         return
     if not report.changes:
         click.echo(f"{report.repo}: is up to date; nothing was sent", err=True)
+    if not quiet:
+        click.echo(f"config hash {report.config_hash}", err=True)
     click.echo(report.address)
     pin = f", revision={report.revision!r}" if report.revision else ""
     click.echo(f'FeatureExtractor.from_pretrained("{report.repo}"{pin})'.replace("'", '"'))

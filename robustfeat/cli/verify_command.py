@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from robustfeat.cli.extraction import pin_options
+
+if TYPE_CHECKING:
+    from robustfeat.hub.folder import ModelFolder
+    from robustfeat.serving.verify import Check
 
 
 @click.command("verify", short_help="Run a model's golden images through every engine here.")
@@ -25,19 +31,25 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
     """
     from robustfeat.cli.extraction import quiet_downloads
     from robustfeat.hub.catalog import resolve_model
-    from robustfeat.serving.verify import verify_model
 
     quiet_downloads(quiet)
     folder = resolve_model(model, revision=revision, config_hash=config_hash)
     folder.verify()
     if not quiet:
         click.echo(f"{folder.config.name}: {len(folder.config.files)} files, hashes verified", err=True)
-    checks = verify_model(folder)
+    ran = []
+    for check in _checks(folder):
+        click.echo(json.dumps(dataclasses.asdict(check) | {"short": check.short}) if as_json else str(check))
+        if check.cosine is not None:
+            ran.append(check)
+    return 0 if ran and not any(check.short for check in ran) else 3
+
+
+def _checks(folder: ModelFolder) -> Iterator[Check]:
+    from robustfeat.serving.verify import verify_model
+
+    yield from verify_model(folder)
     if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):
         from robustfeat.training.golden import verify_with_torch
 
-        checks.append(verify_with_torch(folder))
-    for check in checks:
-        click.echo(json.dumps(dataclasses.asdict(check) | {"short": check.short}) if as_json else str(check))
-    ran = [check for check in checks if check.cosine is not None]
-    return 0 if ran and not any(check.short for check in ran) else 3
+        yield verify_with_torch(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,18 @@ __all__ = ["PLACE", "render_card"]
 
 PLACE = "ORG/NAME"
 """Stands in a card for the repository's name, until it is pushed."""
+
+_LICENSES = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigcode-openrail-m afl-3.0 artistic-2.0
+    bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0
+    cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+    cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-permissive-2.0 ecl-2.0 epl-1.0 epl-2.0 eupl-1.1 eupl-1.2
+    agpl-3.0 gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc ms-pl mpl-2.0 ncsa odc-by odbl ofl-1.1 osl-3.0 pddl
+    postgresql unlicense wtfpl zlib apple-amlr unknown
+    """.split()  # noqa: SIM905 - one a line would be sixty lines
+)
+"""The Hub's names of licences; it takes any other one as `other` with a name."""
 
 
 def render_card(config: ModelConfig) -> str:
@@ -90,12 +103,13 @@ concepts; nothing is claimed against adaptive attacks.
 def _metadata(config: ModelConfig) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    license_id = config.provenance.get("license")
+    license_id = str(config.provenance.get("license") or "see-terms")
+    known = license_id in _LICENSES
     data = ModelCardData(
         library_name="timm",  # so that the Hub shows how to load it
         pipeline_tag="image-feature-extraction",
-        license=license_id or "other",
-        license_name=None if license_id else "see-terms",
+        license=license_id if known else "other",
+        license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", license_id.lower()),
         datasets=list(config.provenance.get("datasets", ())) or None,
         metrics=sorted({evaluation.metric for evaluation in config.evaluations}) or None,
         tags=["robustfeat", "onnx", "image-feature-extraction"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -24,7 +25,7 @@ BUILTIN = "builtin"
 TAG = "robustfeat"
 """The Hub's tag of our models."""
 
-_MOST_FOUND = 100
+_MOST_FOUND = 30  # each costs a call
 
 
 def builtin_model(*, config_hash: str | None = None) -> ModelFolder:
@@ -71,7 +72,7 @@ class Listing:
         name: of the model, with its version; None where only the Hub knows.
         revision: the commit on the Hub.
         refs: the branches and tags that are known to lead there.
-        size_bytes: on the disk, or of the repository with its history.
+        size_bytes: on the disk, or of the repository's files.
         scores: measured numbers, in words.
         problem: why it cannot be used; None where nothing is known against it.
     """
@@ -116,7 +117,7 @@ def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
 
 
 def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listing]:
-    """The Hub's models that carry our tag, at most a hundred.
+    """The Hub's models that carry our tag, at most thirty.
 
     Args:
         query: part of their names; empty for all.
@@ -125,14 +126,22 @@ def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listi
         HubError: the Hub refuses, fails or cannot be reached.
     """
     access = access or HubAccess()
+    api = access.api()
     with access.explaining(query or "the Hub"):
-        found = access.api().list_models(
-            filter=TAG, search=query or None, expand=["sha", "usedStorage", "cardData"], limit=_MOST_FOUND
-        )
-        for model in found:
-            yield Listing(model.id, None, model.sha, ("main",), model.used_storage, tuple(_scores(model.card_data)))
+        for found in api.list_models(filter=TAG, search=query or None, limit=_MOST_FOUND):
+            # The list itself has neither sizes nor scores.
+            model = api.model_info(found.id, files_metadata=True)
+            size = sum(file.size or 0 for file in model.siblings or ())
+            yield Listing(model.id, None, model.sha, ("main",), size, tuple(_scores(model)))
 
 
-def _scores(card: Any) -> Iterator[str]:
-    for result in getattr(card, "eval_results", None) or ():
+def _scores(model: Any) -> Iterator[str]:
+    """From where the Hub keeps the card's model-index: beside the rest of the card, or in it."""
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    results = getattr(model.card_data, "eval_results", None)
+    if not results and model.model_index:
+        with suppress(KeyError, TypeError, ValueError):  # cards are written by hand, too
+            _, results = model_index_to_eval_results(model.model_index)
+    for result in results or ():
         yield f"{result.dataset_name} {result.metric_name or result.metric_type} {result.metric_value}"

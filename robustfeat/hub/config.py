@@ -70,6 +70,7 @@ class ModelConfig:
         results: measured results, by title: text, or a table as a list of rows.
         evaluations: measured numbers, as the Hub lists them.
         files: sha256 of every file but the card and config.json itself, by path within the folder.
+        card_sha256: that of the card as it was written, which tells whether it was edited since; not verified.
     """
 
     name: str
@@ -85,6 +86,7 @@ class ModelConfig:
     results: Mapping[str, Any] = field(default_factory=dict)
     evaluations: tuple[Evaluation, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    card_sha256: str = ""
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""
@@ -122,6 +124,7 @@ class ModelConfig:
                 "results": dict(self.results),
                 "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
                 "files": dict(self.files),
+                "card_sha256": self.card_sha256,
             },
         }
 
@@ -158,8 +161,9 @@ class ModelConfig:
                 concepts=tuple(block["concepts"]),
                 recipe=dict(block["recipe"]),
                 provenance=dict(block["provenance"]),
-                results=dict(block["results"]),
+                results=_results(block["results"]),
                 evaluations=tuple(Evaluation(**entry) for entry in block.get("evaluations", ())),
+                card_sha256=str(block.get("card_sha256", "")),
                 files={str(path): str(digest) for path, digest in block["files"].items()},
             )
         except KeyError as exc:
@@ -177,3 +181,11 @@ class ModelConfig:
                 "features; export the model again"
             )
         return config
+
+
+def _results(data: Any) -> dict[str, Any]:
+    results = dict(data)
+    for title, content in results.items():
+        if isinstance(content, list) and not all(isinstance(row, dict) for row in content):
+            raise ValueError(f"results: {title} must be text or a list of objects")
+    return results

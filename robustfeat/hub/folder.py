@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import ModelFolderError, first_line
 from robustfeat.hub.config import CODE_ENTRIES, ModelConfig
+from robustfeat.hub.remote import HubAccess
 
 __all__ = ["ModelFolder", "file_sha256", "holds_code", "seal_folder"]
 
@@ -50,7 +51,7 @@ class ModelFolder:
         path: the folder.
         config: what config.json says.
         source: what a user types to get it: `builtin`, a path, or ORG/NAME on the Hub.
-        revision: the commit on the Hub; None for other folders.
+        revision, access: the commit on the Hub, and which Hub, as whom; None for other folders.
 
     Raises:
         ModelFolderError: the folder or a file is missing, config.json is not ours or of a newer format, or a pickle
@@ -59,6 +60,7 @@ class ModelFolder:
 
     source: str
     revision: str | None = None
+    access: HubAccess | None = None
     _remedy = "copy or export the model again"
 
     def __init__(self, path: str | Path, *, config_hash: str | None = None) -> None:
@@ -84,13 +86,16 @@ class ModelFolder:
         self.config = ModelConfig.from_dict(data, str(file))
         for name in self.config.files:
             path_parts = PurePosixPath(name).parts
-            if not path_parts or ".." in path_parts or name.startswith("/") or "\\" in name or "\0" in name:
+            plain = path_parts and "/".join(path_parts) == name and not {"..", "/"} & set(path_parts)
+            if not plain or "\\" in name or "\0" in name:
                 raise ModelFolderError(f"{file}: lists {name!r}, which lies outside the folder; do not use this model")
             if name in {CONFIG, CARD}:
                 raise ModelFolderError(f"{file}: lists {name!r} among the files that it vouches for; {self._remedy}")
         self._require_files()
         present = (entry.relative_to(self.path).as_posix() for entry in sorted(self.path.rglob("*")))
-        refuse_code([*self.config.files, *(name for name in present if not name.startswith("."))], str(self.path))
+        # The folders of git and of the Hub's client, which no library loads models from, are their own affair.
+        theirs = (".git/", ".cache/")
+        refuse_code([*self.config.files, *(name for name in present if not name.startswith(theirs))], str(self.path))
         self._check_preprocessor()
 
     @property
@@ -161,6 +166,8 @@ class ModelFolder:
                     f"{self.path / name}: altered or truncated (sha256 must be {expected[:12]}..., "
                     f"got {actual[:12]}...); {self._remedy}"
                 )
+        if PREPROCESSOR in chosen:
+            self._check_preprocessor()
 
     def fetch(self, names: Sequence[str]) -> None:
         """Sees to it that these files are here. They always are in a folder of one's own."""
@@ -216,7 +223,8 @@ def seal_folder(path: Path, config: ModelConfig, card: str) -> ModelFolder:
         if file.is_file() and file.relative_to(path).as_posix() not in {CONFIG, CARD}
     }
     (path / CARD).write_text(card, "utf-8")
-    text = json.dumps(config.replace(files=files).to_dict(), indent=2, ensure_ascii=False)
+    sealed = config.replace(files=files, card_sha256=hashlib.sha256(card.encode()).hexdigest())
+    text = json.dumps(sealed.to_dict(), indent=2, ensure_ascii=False)
     (path / CONFIG).write_text(text + "\n", "utf-8")
     return ModelFolder(path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from robustfeat.errors import HubError, ModelFolderError
 from robustfeat.files import new_folder
 from robustfeat.hub.folder import CARD, COMPACT_ONNX, CONFIG, ONNX, PREPROCESSOR, ModelFolder, refuse_code
-from robustfeat.hub.remote import HubAccess, UnreachableError, is_commit
+from robustfeat.hub.remote import HubAccess, UnreachableError, is_commit, is_revision
 
 __all__ = ["HubFolder", "copy_folder"]
 
@@ -18,7 +18,7 @@ class HubFolder(ModelFolder):
     """A model folder in the cache of the Hub's libraries, at one commit.
 
     Opening it downloads config.json. Each other file comes when it is needed, and its sha256 is compared with
-    config.json whenever it is used, so that neither the network nor the cache has to be trusted.
+    config.json whenever it is used: with `config_hash` neither the network nor the cache has to be trusted.
 
     Args:
         repo: ORG/NAME.
@@ -31,6 +31,9 @@ class HubFolder(ModelFolder):
         HubError: it cannot be downloaded.
         ModelFolderError: it is not a model folder, or holds a pickle or code.
     """
+
+    revision: str
+    access: HubAccess
 
     def __init__(
         self,
@@ -46,7 +49,10 @@ class HubFolder(ModelFolder):
         self._fetched: set[str] = set()
         self._listing: list[str] | None = None
         self._unreachable: UnreachableError | None = None
-        self._remedy = f"robustfeat pull {repo} --force downloads it again"
+        pin = f" --revision {revision}" if revision else ""
+        self._remedy = f"robustfeat pull {repo}{pin} --force downloads it again"
+        if revision is not None and not is_revision(revision):
+            raise HubError(f"{repo}: the revision must be a branch, a tag or a commit; got {revision!r}")
         config = Path(self._open(revision))
         self.revision = config.parent.name
         super().__init__(config.parent, config_hash=config_hash)
@@ -89,6 +95,8 @@ class HubFolder(ModelFolder):
             wanted = {self._find_onnx(precision) for precision in precisions}
             names = [name for name in names if name in wanted or name == PREPROCESSOR or name.startswith("golden/")]
         self.verify(names)
+        if everything and self._listing is None and not (self.path / CARD).is_file() and not self.access.offline:
+            self._look(self.revision)
         if everything and CARD in (self._listing or ()):
             self.access.download(self.repo, CARD, self.revision, force=self._force)
 
@@ -100,20 +108,28 @@ class HubFolder(ModelFolder):
         if self.access.offline:
             raise self._offline(CONFIG)
         try:
-            self._look(revision)
+            commit = self._look(revision)
         except UnreachableError as exc:
             if not known:
                 raise UnreachableError(f"{exc}; the model is not in the cache, nor is there such a folder") from exc
             self._unreachable = exc
             return known
-        # By its name, so that the cache learns what the branch or tag stands for.
-        return self.access.download(self.repo, CONFIG, revision, force=self._force)
+        # At the commit whose listing was seen, whatever is pushed meanwhile...
+        path = self.access.download(self.repo, CONFIG, commit, force=self._force)
+        if self.access.cached(self.repo, CONFIG, revision) != path:
+            self.access.download(self.repo, CONFIG, revision)  # ... and so that the cache learns what the name means
+        return path
 
-    def _look(self, revision: str | None) -> None:
-        """Asks the Hub what it holds, and refuses a repository with a pickle or code in it."""
+    def _look(self, revision: str | None) -> str:
+        """Asks the Hub what it holds, refuses a repository with a pickle or code in it, and gives the commit."""
         commit, names = self.access.look(self.repo, revision)
+        if CONFIG not in names:
+            raise HubError(
+                f"{self.repo}: holds no {CONFIG}, so it is not a model of robustfeat; check the name and the revision"
+            )
         refuse_code(names, f"{self.repo} at {commit[:12]}")
         self._listing = names
+        return commit
 
     def _offline(self, name: str) -> HubError:
         return HubError(
@@ -125,19 +141,19 @@ class HubFolder(ModelFolder):
         """They come as they are needed."""
 
 
-def copy_folder(folder: ModelFolder, out: str | Path) -> ModelFolder:
+def copy_folder(folder: HubFolder, out: str | Path) -> ModelFolder:
     """A folder of its own with all files of a model, each verified.
 
     Raises:
+        HubError: a file cannot be downloaded.
         InputError: `out` exists, or cannot be written.
         ModelFolderError: a file was altered; nothing is left behind.
     """
-    if isinstance(folder, HubFolder):
-        folder.fetch_for_use((), everything=True)
+    folder.fetch_for_use((), everything=True)
     with new_folder(out) as path:
         for name in (CONFIG, CARD, *folder.config.files):
             if name == CARD and not (folder.path / name).is_file():
-                continue
+                continue  # it was deleted there
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder.path / name, path / name)
         ModelFolder(path, config_hash=folder.config_hash).verify()

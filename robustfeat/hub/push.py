@@ -10,8 +10,8 @@ from typing import Any
 
 from robustfeat.errors import HubError, ModelFolderError
 from robustfeat.hub.card import PLACE, render_card
-from robustfeat.hub.folder import CARD, CONFIG, ModelFolder, refuse_code
-from robustfeat.hub.remote import HubAccess, RemoteFile, is_hub_name
+from robustfeat.hub.folder import CARD, CONFIG, ModelFolder, file_sha256, refuse_code
+from robustfeat.hub.remote import HubAccess, RemoteFile, is_commit, is_hub_name, is_revision
 
 __all__ = ["Change", "PushReport", "push_model"]
 
@@ -80,8 +80,8 @@ def push_model(
     """Makes a repository on the Hub equal to a model folder, and sends only what differs.
 
     The repository is made where it does not exist. Files that an earlier version of the model had and this one has not
-    are deleted; other files there stay. A card that was edited on the Hub stays as long as the model and the folder's
-    own card do not change.
+    are deleted; other files there stay. A card that was edited on the Hub stays as long as the model does not change,
+    unless the folder's own card was edited, too.
 
     Args:
         folder: with its ONNX as one file (not a compact one).
@@ -95,33 +95,36 @@ def push_model(
 
     Raises:
         ModelFolderError: the folder is damaged, or the repository holds what would keep the model from loading.
-        HubError: the Hub refuses, fails or cannot be reached; the model is then as it was there.
+        HubError: the Hub refuses, fails or cannot be reached. The model is then as it was there, though a repository or
+            a branch that was made stays; the message says so where the model was published and its tag was not.
     """
     access = access or HubAccess()
-    if not is_hub_name(repo):
-        raise HubError(f"{repo}: not a name on the Hub; expected ORG/NAME, where ORG may be your user name")
-    if access.offline:
-        raise HubError(f"{repo}: nothing can be pushed while HF_HUB_OFFLINE is set; unset it")
-    if folder.compact:
-        raise ModelFolderError(f"{folder.path}: is a compact folder; what is pushed needs its ONNX as one file")
+    _check_request(folder, repo, access, revision=revision, tag=tag)
     folder.verify()
-    contents = _contents(folder, repo)
+    card = _card(folder, repo)
+    contents = _contents(folder, card)
     api = access.api()
     if not dry_run:
-        with access.explaining(repo):
+        with access.explaining(repo, writing=True):
             api.whoami()
+    if problems := access.card_problems(repo, card):
+        raise HubError(
+            f"{repo}: the Hub refuses the metadata of {CARD} ({'; '.join(problems)[:300]}); nothing was sent: mend it, "
+            "or remove the file to have it written anew"
+        )
     target = _look(api, access, repo, revision or _MAIN, private=private, create_pr=create_pr)
     refuse_code(target.files, f"{repo} on the Hub")
     old = _old_config(access, repo, target, contents)
     changes = _changes(folder, contents, target, old)
     if tag in target.tags and (changes or target.tags[tag] != target.head):
         raise HubError(f"{repo}: the tag {tag} exists and stays where it is; choose another name for it")
-    head = target.head
-    pull_request = None
-    if not dry_run:
-        with access.explaining(repo, revision):
+    head, pull_request = target.head, None
+    if dry_run:
+        head = None if changes else head
+    else:
+        with access.explaining(repo, revision, writing=True):
             if not target.exists:
-                api.create_repo(repo, private=private)
+                api.create_repo(repo, private=private or None)  # None: as the organisation has it
             if not target.branch_exists:
                 api.create_branch(repo, branch=revision)
             if changes:
@@ -134,21 +137,49 @@ def push_model(
                     parent_commit=head,
                 )
                 head, pull_request = done.oid, done.pr_revision
-            if tag is not None and tag not in target.tags:
-                api.create_tag(repo, tag=tag, revision=head)
-    elif changes:
-        head = None
+        if tag is not None and tag not in target.tags:
+            _tag(api, access, repo, tag, head)
     where = pull_request or tag or (None if revision == _MAIN else revision)
     address = f"{access.address}/{repo}" + (f"/tree/{where}" if where else "")
     return PushReport(repo, address, where, head, not target.exists, changes, folder.config_hash)
 
 
-def _contents(folder: ModelFolder, repo: str) -> dict[str, Path | bytes]:
-    """What the repository shall hold, by path."""
+def _check_request(folder: ModelFolder, repo: str, access: HubAccess, *, revision: str | None, tag: str | None) -> None:
+    """Refuses what cannot be pushed, before anything is read or asked."""
+    if not is_hub_name(repo):
+        raise HubError(f"{repo}: not a name on the Hub; expected ORG/NAME, where ORG may be your user name")
+    if access.offline:
+        raise HubError(f"{repo}: nothing can be pushed while HF_HUB_OFFLINE is set; unset it")
+    for what, ref in (("branch", revision), ("tag", tag)):
+        if ref is not None and (not is_revision(ref) or is_commit(ref) or ref.startswith("refs/")):
+            raise HubError(f"{repo}: {ref!r} cannot be a {what}; expected a name such as v1")
+    if tag is not None and tag in {revision, _MAIN}:
+        raise HubError(f"{repo}: {tag!r} is a branch; choose another name for the tag")
+    if folder.compact:
+        raise ModelFolderError(f"{folder.path}: is a compact folder; what is pushed needs its ONNX as one file")
+
+
+def _card(folder: ModelFolder, repo: str) -> str:
     card = folder.path / CARD
-    text = card.read_text("utf-8") if card.is_file() else render_card(folder.config)
+    try:
+        text = card.read_bytes().decode() if card.is_file() else render_card(folder.config)
+    except UnicodeDecodeError as exc:
+        raise ModelFolderError(f"{card}: not UTF-8 ({exc.reason} at byte {exc.start}); save it as UTF-8") from exc
+    return text.replace(PLACE, repo)
+
+
+def _contents(folder: ModelFolder, card: str) -> dict[str, Path | bytes]:
+    """What the repository shall hold, by path."""
     files: dict[str, Path | bytes] = {name: folder.path / name for name in (CONFIG, *folder.config.files)}
-    return files | {CARD: text.replace(PLACE, repo).encode()}
+    return files | {CARD: card.encode()}
+
+
+def _tag(api: Any, access: HubAccess, repo: str, tag: str, commit: str | None) -> None:
+    try:
+        with access.explaining(repo, commit, writing=True):
+            api.create_tag(repo, tag=tag, revision=commit)
+    except HubError as exc:
+        raise HubError(f"{exc}; the model itself was published, without the tag {tag}") from exc
 
 
 def _look(api: Any, access: HubAccess, repo: str, branch: str, *, private: bool, create_pr: bool) -> _Target:
@@ -198,7 +229,7 @@ def _changes(
             changes.append(Change("replace", path, size))
     changes += [Change("delete", path, 0) for path in sorted(old) if path in target.files and path not in contents]
     card = folder.path / CARD
-    generated = not card.is_file() or card.read_text("utf-8") == render_card(folder.config)
+    generated = not card.is_file() or file_sha256(card) == folder.config.card_sha256
     if generated and [(change.action, change.path) for change in changes] == [("replace", CARD)]:
         return ()  # it was edited on the Hub
     return tuple(changes)

@@ -6,6 +6,7 @@ library (another one in each major version) and the system's, and their texts ru
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from robustfeat.errors import HubError, RobustFeatError
 
 __all__ = ["HubAccess", "RemoteFile", "UnreachableError", "is_hub_name"]
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_NAME = re.compile(r"(\w|\w[\w.-]*\w)/(\w|\w[\w.-]{,94}\w)", re.ASCII)
+_BAD_REQUEST = 400
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONTACT_S = 3.0
 """How long the Hub may take to say what it has, before the cache answers; HF_HUB_ETAG_TIMEOUT overrides it."""
@@ -29,8 +31,11 @@ def _client() -> Any:
     """The Hub's client library."""
     # Or it asks the Hub, before the first call of a day, how to recognise who is using it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import huggingface_hub.constants
-
+    try:
+        import huggingface_hub.constants
+        import huggingface_hub.file_download
+    except ValueError as exc:  # it reads numbers and addresses from the environment
+        raise HubError(f"the Hub's client cannot start ({exc}); check the variables HF_... of the environment") from exc
     return huggingface_hub
 
 
@@ -40,12 +45,18 @@ class UnreachableError(HubError):
 
 def is_commit(revision: str | None) -> bool:
     """Whether this is a commit's full hash, whose content never changes."""
-    return revision is not None and _COMMIT.fullmatch(revision) is not None
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
 def is_hub_name(name: str) -> bool:
     """Whether this can be the name of a repository: ORG/NAME."""
-    return _NAME.fullmatch(name) is not None and not name.endswith((".", "/", ".git")) and ".." not in name
+    odd = ".." in name or "--" in name or name.endswith(".git") or len(name) > 96
+    return _NAME.fullmatch(name) is not None and not odd
+
+
+def is_revision(name: str) -> bool:
+    """Whether this can be the name of a branch, tag or commit."""
+    return re.fullmatch(r"(?![/.-])[^\s\\:?*~^\[\x00-\x20\x7f]+(?<![/.])", name) is not None and ".." not in name
 
 
 @dataclass(frozen=True)
@@ -94,12 +105,12 @@ class HubAccess:
     @property
     def address(self) -> str:
         """Of the Hub, without credentials: what may be printed."""
-        parts = urlsplit(self.endpoint or _client().constants.ENDPOINT)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+        return _no_credentials(str(self.endpoint or _client().constants.ENDPOINT)).rstrip("/")
 
     def api(self) -> Any:
         """The client."""
-        return _client().HfApi(endpoint=self.endpoint, token=self.token, library_name="robustfeat")
+        token = self.token.strip() if isinstance(self.token, str) else self.token
+        return _client().HfApi(endpoint=self.endpoint, token=token, library_name="robustfeat")
 
     def look(self, repo: str, revision: str | None) -> tuple[str, list[str]]:
         """The commit that a revision names, and the files there: one call, which is not repeated when it fails.
@@ -112,7 +123,10 @@ class HubAccess:
         with self.explaining(repo, revision):
             timeout = own if "HF_HUB_ETAG_TIMEOUT" in os.environ else _CONTACT_S
             info = self.api().model_info(repo, revision=revision, timeout=timeout)
-            return info.sha, [file.rfilename for file in info.siblings or ()]
+            names = [file.rfilename for file in info.siblings or ()]
+            if not is_commit(info.sha) or not all(isinstance(name, str) for name in names):
+                raise HubError(f"{self.address} does not answer as a Hub does; check HF_ENDPOINT")
+            return info.sha, names
 
     def files(self, repo: str, revision: str) -> dict[str, RemoteFile]:
         """What a repository holds at a revision, by path.
@@ -128,10 +142,31 @@ class HubAccess:
                 if hasattr(entry, "size")  # folders have none
             }
 
+    def card_problems(self, repo: str, card: str) -> list[str]:
+        """What the Hub has against a card's metadata; empty if nothing.
+
+        Raises:
+            HubError: it does not say.
+        """
+        utils = _client().utils
+        with self.explaining(repo):
+            # The client's own function asks huggingface.co, whatever Hub is meant.
+            response = utils.get_session().post(
+                f"{(self.endpoint or _client().constants.ENDPOINT).rstrip('/')}/api/validate-yaml",
+                json={"repoType": "model", "content": card},
+                headers=utils.build_hf_headers(token=self._own_token() or False),
+            )
+            if response.status_code != _BAD_REQUEST:
+                utils.hf_raise_for_status(response)
+            return [str(error["message"]) for error in response.json()["errors"]]
+
     def cached(self, repo: str, name: str, revision: str | None) -> str | None:
         """The path of a file in the cache, if it is there; nothing is asked of the network."""
-        found = _client().try_to_load_from_cache(repo, name, cache_dir=self.cache, revision=revision)
-        return found if isinstance(found, str) else None
+        try:
+            found = _client().try_to_load_from_cache(repo, name, cache_dir=self.cache, revision=revision)
+        except (OSError, ValueError):  # a damaged cache has nothing
+            return None
+        return found if isinstance(found, str) and Path(found).is_file() else None
 
     def download(self, repo: str, name: str, revision: str | None, *, force: bool = False) -> str:
         """The path of a file in the cache, downloaded where need be; the client tries again when it is cut off.
@@ -145,7 +180,7 @@ class HubAccess:
                     repo,
                     name,
                     revision=revision,
-                    token=self.token,
+                    token=self.token.strip() if isinstance(self.token, str) else self.token,
                     cache_dir=self.cache,
                     endpoint=self.endpoint,
                     force_download=force,
@@ -154,20 +189,50 @@ class HubAccess:
             )
 
     @contextmanager
-    def explaining(self, repo: str, revision: str | None = None, name: str | None = None) -> Iterator[None]:
-        """Makes every error of the Hub's client a `HubError`: one line, with the next step and without the token."""
+    def explaining(
+        self, repo: str, revision: str | None = None, name: str | None = None, *, writing: bool = False
+    ) -> Iterator[None]:
+        """Makes every error of the Hub's client a `HubError`: one line, with the next step and without the token.
+
+        `writing` says that something is to be changed there: then a refusal may mean that the name is taken.
+        """
         try:
+            self._check()
             yield
         except RobustFeatError:
             raise
         except Exception as exc:
-            meaning, kind = self._meaning(exc, repo, revision, name)
-            raise kind(self._redact(f"{repo}: {meaning}")) from exc
+            meaning, kind = self._meaning(exc, repo, revision, name, writing=writing)
+            # Without its cause, whose text may hold the token.
+            raise kind(self._redact(f"{repo}: {meaning}")) from None
 
-    def _meaning(self, exc: Exception, repo: str, revision: str | None, name: str | None) -> tuple[str, type[HubError]]:
+    def _check(self) -> None:
+        """Refuses an address and a token that nothing can be sent to or with: the network is not to blame."""
+        parts = urlsplit(self.endpoint or _client().constants.ENDPOINT)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise HubError(
+                f"HF_ENDPOINT or endpoint: {_no_credentials(parts.geturl())!r} is not an address; expected one such "
+                "as https://huggingface.co"
+            )
+        token = self._own_token()
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise HubError("HF_TOKEN or token: holds characters that no token has; run hf auth login, or copy it again")
+
+    def _own_token(self) -> str | None:
+        if self.token is False:
+            return None
+        own = self.token if isinstance(self.token, str) else _client().get_token()
+        return own.strip() if own else None
+
+    def _meaning(
+        self, exc: Exception, repo: str, revision: str | None, name: str | None, *, writing: bool
+    ) -> tuple[str, type[HubError]]:
         from huggingface_hub import errors
 
-        cause = exc.__cause__ if isinstance(exc, errors.LocalEntryNotFoundError) else exc
+        cause: BaseException | None = exc
+        # What the client tried instead is said by these two, and why it had to by their cause.
+        if isinstance(exc, errors.LocalEntryNotFoundError) or "Force download failed" in str(exc):
+            cause = exc.__cause__ or exc
         meanings = {  # subclasses before their bases
             errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE forbids asking the Hub; unset it",
             errors.LocalTokenNotFoundError: "needs a token; run hf auth login, or set HF_TOKEN",
@@ -182,27 +247,29 @@ class HubAccess:
             if isinstance(cause, kind):
                 return meaning.replace("{revisions}", self._revisions(repo)), HubError
         if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
-            return self._status(cause.response.status_code, _said(cause))
+            return self._status(cause.response.status_code, _said(cause), writing=writing)
+        (transport,) = (base for base in errors.HfHubHTTPError.__bases__ if base.__module__.startswith("httpx"))
+        if isinstance(cause, (transport, ConnectionError, TimeoutError)):
+            reason = f"{type(cause).__name__}: {_said(cause)}"
+            return f"{self.address} cannot be reached ({reason}); check the network and HF_ENDPOINT", UnreachableError
+        if isinstance(cause, json.JSONDecodeError):
+            return f"{self.address} does not answer as a Hub does; check the network and HF_ENDPOINT", UnreachableError
         if isinstance(cause, OSError) and cause.errno is not None:
-            place = cause.filename or "the cache"
-            return f"{place}: cannot be written ({cause.strerror}); free space or set HF_HOME", HubError
-        if isinstance(cause, (ValueError, OSError)) and _of_the_client(cause):
-            return _said(cause), HubError
-        reason = f"{type(cause).__name__}: {_said(cause)}" if cause else "no answer"
-        return f"{self.address} cannot be reached ({reason}); check the network and HF_ENDPOINT", UnreachableError
+            place = cause.filename or "a file of the cache or the network"
+            return f"{place}: {cause.strerror}; check the disk, HF_HOME and HF_HUB_CACHE", HubError
+        return f"{_said(cause)} ({type(cause).__name__}); if it stays, delete this model from the cache", HubError
 
-    def _status(self, status: int, said: str) -> tuple[str, type[HubError]]:
-        changed = "was changed meanwhile by somebody else; run the same command again"
+    def _status(self, status: int, said: str, *, writing: bool) -> tuple[str, type[HubError]]:
+        taken = f"the name is taken by somebody else, or the token may not do this ({said}); choose another name, or "
         meanings = {
             401: f"{self.address} refuses the token; run hf auth login, or set HF_TOKEN to a valid one",
-            403: "the name is taken by somebody else, or the token may not do this; choose another name, or log in "
-            "(hf auth login) with a token that may",
-            409: changed,
-            412: changed,
-            429: f"{self.address} limits how often it is asked; wait some minutes, or log in",
+            403: (taken if writing else f"{self.address} forbids it ({said}); ")
+            + "log in (hf auth login) with a token that may",
+            409: f"the name is taken ({said}); choose another",
+            412: "was changed meanwhile by somebody else; run the same command again",
         }
-        if status >= 500:
-            return f"{self.address} fails ({said}); try again later", UnreachableError
+        if status == 429 or status >= 500:
+            return f"{self.address} fails or is asked too often ({said}); try again later", UnreachableError
         return meanings.get(status, f"{self.address} refuses ({said})"), HubError
 
     def _revisions(self, repo: str) -> str:
@@ -213,21 +280,15 @@ class HubAccess:
         return "check the branch, tag or commit"
 
     def _redact(self, text: str) -> str:
-        import huggingface_hub
-        import huggingface_hub.constants
-
-        own = self.token if isinstance(self.token, str) else huggingface_hub.get_token()
-        return text.replace(own, "<token>") if own else text
+        own = self._own_token()
+        return _no_credentials(text.replace(own, "<token>") if own else text)
 
 
-def _said(exc: BaseException) -> str:
+def _no_credentials(text: str) -> str:
+    """Without the user and password that addresses in it may hold."""
+    return re.sub(r"(?<=//)[^/@\s]+@", "", text)
+
+
+def _said(exc: BaseException | None) -> str:
     message = getattr(exc, "server_message", None) or str(exc) or type(exc).__name__
     return " ".join(message.split())[:300]
-
-
-def _of_the_client(exc: BaseException) -> bool:
-    """Whether the client itself found something wrong, rather than its HTTP library."""
-    trace = exc.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("huggingface_hub")

@@ -14,7 +14,7 @@ import traceback
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from robustfeat import errors
@@ -75,9 +75,10 @@ def embed_on_ray(
     """
     if not numbers:
         return
+    access = extractor.folder.access
     plan = _Plan(
         model=extractor.folder.source,
-        revision=extractor.folder.revision,
+        hub={"revision": extractor.folder.revision, **asdict(access)} if access else {},
         shards=place if is_remote(place) else os.path.abspath(place),  # noqa: PTH100 - a path as text, as in `Places`
         job=job,
         streams=extractor.engine.streams,
@@ -99,16 +100,22 @@ def embed_on_ray(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What an actor is told. The model is as a user names it, the folder of shards a path or a URL."""
+    """What an actor is told.
+
+    Attributes:
+        model: as a user names it.
+        shards: the folder of shards, a path or a URL.
+        hub: for a model on the Hub, the commit and how it is reached.
+    """
 
     model: str
-    revision: str | None
     shards: str
     job: Job
     streams: int
     workers: int | None
     deadline_s: float
     stop: bool
+    hub: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plan_pool(
@@ -234,7 +241,7 @@ class _ShardWriter:
         # As the command line does it: int8 is checked anew, on this processor.
         extractor = FeatureExtractor.from_pretrained(
             plan.model,
-            revision=plan.revision,
+            **plan.hub,
             precision=identity["precision"],
             engine=identity["engine"],
             device=identity["device"],

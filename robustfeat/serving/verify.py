@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from robustfeat.errors import EngineError
@@ -44,13 +45,12 @@ class Check:
         return f"{way}cosine {self.cosine:.7f}" + (f", which is below {self.needed}" if self.short else "")
 
 
-def verify_model(folder: ModelFolder) -> list[Check]:
-    """Runs the golden images through every engine and precision of this machine.
+def verify_model(folder: ModelFolder) -> Iterator[Check]:
+    """Runs the golden images through every engine and precision of this machine, one after the other.
 
     Raises:
         ModelFolderError: a file was altered, or an engine cannot read it.
     """
-    checks = []
     for engine in ENGINES:
         for precision in PRECISIONS:
             if precision == "bf16" and engine != "openvino":
@@ -62,5 +62,4 @@ def verify_model(folder: ModelFolder) -> list[Check]:
                 cosine = FeatureExtractor.open(folder, precision, engine=engine, device="cpu").golden_cosine()
             except EngineError as exc:
                 reason = str(exc)
-            checks.append(Check(engine, precision, cosine, MIN_COSINE[precision], reason))
-    return checks
+            yield Check(engine, precision, cosine, MIN_COSINE[precision], reason)

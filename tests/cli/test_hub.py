@@ -116,14 +116,21 @@ def test_a_trained_model_travels_bit_for_bit(
     assert load(hub, tmp_path / "other", example_files, **environment).tobytes() == expected.tobytes()
 
 
-def test_a_second_push_sends_nothing(published: FakeHub, call: Call, one_file: Path) -> None:
-    first = call("push", one_file, "org/name")  # the card, whose commands now name the repository
+def changing(hub: FakeHub) -> list[str]:
+    """The requests that could have changed something."""
+    reading = ("GET ", "HEAD ", "POST /api/validate-yaml")
+    return [request for request in hub.requests if not request.startswith(reading)]
+
+
+def test_a_second_push_sends_nothing(hub: FakeHub, call: Call, one_file: Path) -> None:
+    first = call("push", one_file, "org/name")
     assert first.returncode == 0, first.stderr
-    published.requests.clear()
+    assert changing(hub)
+    hub.requests.clear()
     second = call("push", one_file, "org/name")
     assert second.returncode == 0, second.stderr
     assert "nothing was sent" in second.stderr
-    assert not [request for request in published.requests if not request.startswith(("GET", "HEAD"))]
+    assert changing(hub) == []
 
 
 def test_the_builtin_model_is_pushed_with_one_onnx_file(
@@ -150,7 +157,7 @@ def test_a_dry_run_says_what_would_be_sent(hub: FakeHub, call: Call, one_file: P
     assert len(result.stdout.splitlines()) == len(files_of(one_file))
     assert "does not exist" in result.stderr
     assert not hub.repos
-    assert all(request.startswith("GET") for request in hub.requests)
+    assert changing(hub) == []
 
 
 def test_branch_tag_and_privacy(published: FakeHub, call: Call, model: Path) -> None:
@@ -201,11 +208,56 @@ def test_a_push_that_is_cut_publishes_nothing(hub: FakeHub, call: Call, one_file
     assert not [request for request in hub.requests if request.startswith("PUT")], "the large files were there"
 
 
-def test_a_card_that_was_edited_on_the_hub_stays(published: FakeHub, call: Call, one_file: Path) -> None:
+def test_a_card_that_was_edited_on_the_hub_stays(
+    published: FakeHub, call: Call, one_file: Path, tmp_path: Path
+) -> None:
     published.commit(published.model("org/name"), "main", {"README.md": b"my own words"})
     result = call("push", one_file, "org/name")
     assert "nothing was sent" in result.stderr
     assert published.read("org/name", "README.md") == b"my own words"
+    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+    (copy / "README.md").write_text("words of the folder, for ORG/NAME")
+    assert call("push", copy, "org/name").returncode == 0
+    assert published.read("org/name", "README.md") == b"words of the folder, for org/name"
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (b"---\nlicense: nonsense\n---\n", "the Hub refuses the metadata of README.md"),
+        ("---\nlicense: mit\n---\ncaf\xe9".encode("latin-1"), "README.md: not UTF-8"),
+    ],
+)
+def test_a_card_that_is_refused_leaves_no_repository(
+    hub: FakeHub, call: Call, one_file: Path, tmp_path: Path, card: bytes, message: str
+) -> None:
+    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+    (copy / "README.md").write_bytes(card)
+    for more in ([], ["--dry-run"]):
+        assert message in one_line(call("push", copy, "org/new", *more))
+    assert not hub.repos
+
+
+def test_the_default_of_the_organisation_decides_what_is_private(hub: FakeHub, call: Call, one_file: Path) -> None:
+    hub.private_by_default = True
+    assert call("push", one_file, "org/name").returncode == 0
+    assert hub.model("org/name").private
+
+
+def test_a_tag_that_fails_is_told_from_a_push_that_fails(hub: FakeHub, call: Call, one_file: Path) -> None:
+    hub.faults = [Fault("/tag/", 500, times=99, method="POST")]
+    line = one_line(call("push", one_file, "org/name", "--tag", "v1"))
+    assert "the model itself was published, without the tag v1" in line
+    assert "config.json" in hub.files("org/name")
+
+
+@pytest.mark.parametrize("option", ["--tag", "--revision"])
+@pytest.mark.parametrize("name", ["", "x y", "../x", "v1/..", "refs/pr/1", "a" * 40])
+def test_odd_names_of_branches_and_tags_are_refused_at_once(
+    hub: FakeHub, call: Call, one_file: Path, option: str, name: str
+) -> None:
+    assert "cannot be a" in one_line(call("push", one_file, "org/name", option, name))
+    assert not hub.requests
 
 
 # Errors that a publisher meets
@@ -221,11 +273,17 @@ def test_a_card_that_was_edited_on_the_hub_stays(published: FakeHub, call: Call,
         (["embed", "{examples}", "--model", "org/none", "--out", "{tmp}/f.npy"], None, "no such folder here"),
         (["pull", "org/name", "--revision", "v9"], "hf_alice", "has no revision 'v9'; it has main"),
         (["pull", "org/gated"], None, "access is gated; ask for it at"),
+        (["pull", "org/gated"], "hf_bob", "access is gated; ask for it at"),
+        (["pull", "org/gated", "--force"], "hf_bob", "access is gated; ask for it at"),
         (["push", "{model}", "org/name"], "hf_bob", "the name is taken by somebody else"),
         (["push", "{model}", "org/new"], "hf_bob", "the name is taken by somebody else, or the token may not"),
         (["push", "{model}", "org/bert"], "hf_alice", "the name is taken: it holds a config.json that is not"),
         (["pull", "org/empty"], "hf_alice", "holds no config.json, so it is not a model of robustfeat"),
         (["pull", "nonsense"], "hf_alice", "expected ORG/NAME"),
+        (["pull", "org/na--me"], "hf_alice", "expected ORG/NAME"),
+        (["pull", "org/" + "x" * 97], "hf_alice", "expected ORG/NAME"),
+        (["info", "org/name", "--revision", ""], "hf_alice", "must be a branch, a tag or a commit"),
+        (["info", "org/name", "--revision", ".."], "hf_alice", "must be a branch, a tag or a commit"),
         (["push", "{model}", "a/b/c"], "hf_alice", "expected ORG/NAME"),
         (["info", "builtin", "--revision", "v1"], "hf_alice", "has no revision v1"),
         (["pull", "org/name", "--config-hash", "0" * 64], "hf_alice", "not the model that was asked for"),
@@ -266,10 +324,40 @@ def test_no_token_is_ever_printed(
             said += result.stdout + result.stderr
     assert "refuses the token" in said
     assert planted not in said
-    secret = f"http://user:{planted}@127.0.0.1:1"
-    result = call("pull", "org/other", HF_ENDPOINT=secret)
+    published.faults = [Fault("/api/models/org/other", 418, times=99)]
+    for port in ("1", published.url.rpartition(":")[2]):
+        line = one_line(call("pull", "org/other", HF_ENDPOINT=f"http://user:{planted}@127.0.0.1:{port}"))
+        assert planted not in line
+
+
+@pytest.mark.parametrize("given", ["hf_planted\\n", " hf_planted ", "hf_plan ted", "hf_planted\\xe9"])
+def test_a_token_that_cannot_be_sent_is_not_printed_and_not_the_networks_fault(
+    published: FakeHub, example_files: list[Path], tmp_path: Path, given: str
+) -> None:
+    load(published, tmp_path / "home", example_files)  # the cache must not answer instead
+    code = LOAD.format(arguments=f'"org/name", token="{given}"')
+    command = [sys.executable, "-c", code, str(tmp_path / "f.npy"), str(example_files[0])]
+    environment = hub_environment(published, tmp_path / "home")
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert planted not in result.stdout + result.stderr
+    said = result.stderr.splitlines()[-1]
+    assert ("refuses the token" in said) == (given.replace("\\n", "").strip() == "hf_planted")
+    assert "cannot be reached" not in said
+    assert not [line for line in result.stderr.splitlines() if "hf_plan" in line and "LOAD" not in line]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"HF_HUB_ETAG_TIMEOUT": "soon"},
+        {"HF_ENDPOINT": "http://[::1"},
+        {"HF_ENDPOINT": "nonsense"},
+        {"HF_ENDPOINT": "http://127.0.0.1:99999"},
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_one_line(call: Call, environment: dict[str, str]) -> None:
+    line = one_line(call("info", "org/name", **environment))
+    assert "HF_" in line
 
 
 # Downloading
@@ -399,11 +487,11 @@ def test_embedding_downloads_what_its_precision_needs(
 ) -> None:
     result = call("embed", examples / "hat", "--model", "org/name", "--out", tmp_path / "f.npy")
     assert result.returncode == 0, result.stderr
-    got = [request.rpartition("/main/")[2] for request in published.requests if request.startswith("GET /org/name/")]
+    commit = published.model("org/name").branches["main"]
+    got = {request.split("/")[-1] for request in published.requests if request.startswith("GET /org/name/")}
     large = [request for request in published.requests if request.startswith("GET /large/")]
-    assert (got, len(large)) == (["config.json"], 1)
-    meta = json.loads((tmp_path / "f.meta.json").read_text())
-    assert meta["revision"] == published.model("org/name").branches["main"]
+    assert (got, len(large)) == ({"config.json"}, 1)
+    assert json.loads((tmp_path / "f.meta.json").read_text())["revision"] == commit
 
 
 def test_the_config_hash_pins_a_model(published: FakeHub, call: Call, tmp_path: Path) -> None:
@@ -433,6 +521,7 @@ def test_editing_the_card_breaks_nothing(
         ({"onnx/model.onnx": b"weights of somebody else"}, "onnx/model.onnx: altered or truncated"),
         ({"pytorch_model.bin": b"\x80\x04."}, "holds pytorch_model.bin, which may run code"),
         ({"modeling_robust.py": b"import os"}, "holds modeling_robust.py, which may run code"),
+        ({".hidden.pkl": b"\x80\x04."}, "holds .hidden.pkl, which may run code"),
         ({"preprocessor_config.json": b"{}", "onnx/model.onnx": None}, "holds no onnx/model.onnx"),
     ],
 )
@@ -474,6 +563,31 @@ def test_a_config_that_may_not_be_trusted_is_refused_by_name(
     assert message in one_line(call("info", "org/name"))
 
 
+def test_what_names_code_for_other_libraries_is_refused_as_it_arrives(published: FakeHub, call: Call) -> None:
+    content = json.dumps({"auto_map": {"AutoImageProcessor": "evil.Processor"}}).encode()
+    published.commit(published.model("org/name"), "main", {"preprocessor_config.json": content})
+    digest = hashlib.sha256(content).hexdigest()
+    edit_config(published, lambda data: data["robustfeat"]["files"].update({"preprocessor_config.json": digest}))
+    assert "the entry 'auto_map' names code to run" in one_line(call("pull", "org/name"))
+
+
+def test_what_is_pushed_between_two_questions_is_not_used(published: FakeHub, call: Call, tmp_path: Path) -> None:
+    repo = published.model("org/name")
+    seen = repo.branches["main"]
+    published.after = {"/api/models/org/name": lambda: published.commit(repo, "main", {"evil.pkl": b"x"})}
+    result = call("pull", "org/name", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["revision"] == seen
+    assert repo.branches["main"] != seen
+
+
+def test_access_that_was_withdrawn_is_not_answered_by_an_older_commit(published: FakeHub, call: Call) -> None:
+    assert call("pull", "org/name", token="hf_bob").returncode == 0
+    published.commit(published.model("org/name"), "main", {"README.md": b"new"})
+    published.model("org/name").gated = True
+    assert "access is gated" in one_line(call("pull", "org/name", token="hf_bob"))
+
+
 # Finding
 
 
@@ -501,7 +615,8 @@ def test_info_of_a_remote_model_downloads_its_config_alone(published: FakeHub, c
     assert published.model("org/name").branches["main"] in result.stdout
     assert "0 of 14 here" in result.stdout
     fetched = [request for request in published.requests if request.startswith("GET")]
-    assert fetched == ["GET /api/models/org/name", "GET /org/name/resolve/main/config.json"]
+    commit = published.model("org/name").branches["main"]
+    assert fetched == ["GET /api/models/org/name", f"GET /org/name/resolve/{commit}/config.json"]
 
 
 def test_verify_runs_every_engine_and_says_what_falls_short(call: Call, published: FakeHub, tmp_path: Path) -> None:

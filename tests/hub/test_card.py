@@ -39,6 +39,12 @@ def test_the_hubs_client_reads_the_metadata(provenance: dict[str, object]) -> No
     assert "| CIFAR-10 | test | linear SVM | accuracy | 68.5 |" in text
 
 
+def test_a_licence_that_the_hub_does_not_know_is_another_one() -> None:
+    text = render_card(config(provenance={"license": "DINOv3 License"}))
+    assert card_problems(text) == []
+    assert "license: other\nlicense_name: dinov3-license\n" in text
+
+
 def test_a_card_without_numbers_claims_none() -> None:
     text = render_card(config())
     assert card_problems(text) == []
@@ -46,7 +52,7 @@ def test_a_card_without_numbers_claims_none() -> None:
     assert "## Results" not in text
 
 
-def test_the_rules_of_the_tests_own_hub_refuse_what_the_hub_refuses() -> None:
+def test_the_hub_of_the_tests_finds_fault_with_bad_cards() -> None:
     good = render_card(builtin_model().config)
     for old, new in [
         ("license: other", "license: my-own"),

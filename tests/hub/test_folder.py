@@ -43,8 +43,8 @@ def test_config_is_read_as_it_was_written(tmp_path: Path) -> None:
         evaluations=(Evaluation("CIFAR-10", "uoft-cs/cifar10", "accuracy", 60.0),),
     )
     folder = seal_folder(tmp_path, config, "# card\n")
-    assert folder.config == config
-    assert ModelFolder(tmp_path).config == config
+    assert folder.config == config.replace(card_sha256=hashlib.sha256(b"# card\n").hexdigest())
+    assert ModelFolder(tmp_path).config == folder.config
 
 
 def test_every_file_but_card_and_config_is_hashed(model: Path) -> None:
@@ -83,13 +83,18 @@ def test_a_missing_file_is_named(copy: Path) -> None:
         ModelFolder(copy)
 
 
-def test_a_path_that_leaves_the_folder_is_refused(copy: Path) -> None:
-    edit_config(copy, lambda data: data["robustfeat"]["files"].update({"../copy/model.safetensors": "0"}))
-    with pytest.raises(ModelFolderError):
+@pytest.mark.parametrize(
+    "name", ["../copy/model.safetensors", "/etc/hostname", "./README.md", "golden//a", "model.safetensors/", "", "a\\b"]
+)
+def test_a_path_that_leaves_the_folder_or_has_another_name_is_refused(copy: Path, name: str) -> None:
+    edit_config(copy, lambda data: data["robustfeat"]["files"].update({name: "0"}))
+    with pytest.raises(ModelFolderError, match="lies outside the folder"):
         ModelFolder(copy)
 
 
-@pytest.mark.parametrize("name", ["weights.pkl", "pytorch_model.bin", "golden/a.PT", "modeling.py", "model.pkl.gz"])
+@pytest.mark.parametrize(
+    "name", ["weights.pkl", ".hidden.pkl", "pytorch_model.bin", "golden/a.PT", "modeling.py", "model.pkl.gz"]
+)
 def test_a_pickle_or_code_is_refused_by_name(copy: Path, name: str) -> None:
     (copy / name).write_bytes(b"x")
     with pytest.raises(ModelFolderError, match=rf"holds {name}, which may run code"):
@@ -145,7 +150,14 @@ def test_an_edited_preprocessing_is_refused(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"feature_size": float("inf")}, {"files": [1]}, {"preprocessing": [1]}, {"concepts": None}, {"evaluations": [{}]}],
+    [
+        {"feature_size": float("inf")},
+        {"files": [1]},
+        {"preprocessing": [1]},
+        {"concepts": None},
+        {"evaluations": [{}]},
+        {"results": {"a": [1]}},
+    ],
 )
 def test_a_config_with_values_of_other_kinds_is_refused(copy: Path, change: dict) -> None:
     edit_config(copy, lambda data: data["robustfeat"].update(change))

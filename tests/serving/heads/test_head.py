@@ -260,10 +260,8 @@ def test_features_of_another_model_are_refused_saying_both(
         head.predict(open_features(str(tmp_path / "f.npy")))
 
 
-def test_revisions_differ_where_both_are_known(head: Head) -> None:
-    identity(revision="v1").require(identity(revision=None), "the head", "f.npy")
-    with pytest.raises(InputError, match=r"with revision v1, f\.npy with v2"):
-        identity(revision="v1").require(identity(revision="v2"), "the head", "f.npy")
+def test_what_does_not_change_the_features_may_differ(head: Head) -> None:
+    identity(revision="v1").require(identity(revision="v2"), "the head", "f.npy")
     identity().require(identity(precision="int8", engine="openvino"), "the head", "f.npy")
 
 
