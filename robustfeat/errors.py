@@ -4,7 +4,8 @@
     ├── DecodeError         an image cannot be turned into pixels
     ├── InputError          an input (file, folder, option value) is missing or unusable
     ├── ModelFolderError    a model folder is incomplete, altered, or from a newer version
-    ├── HubError            the Hub refuses, fails or cannot be reached
+    ├── HubError            the Hub refuses
+    │   └── UnreachableError    it gives no answer, or fails
     ├── HeadError           a head is incomplete, altered, or from a newer version
     ├── EngineError         the inference engine is missing, or is not what was asked for
     ├── DataError           a training set or concept map cannot be used
@@ -28,6 +29,7 @@ __all__ = [
     "ModelFolderError",
     "RobustFeatError",
     "TrainingError",
+    "UnreachableError",
     "first_line",
 ]
 
@@ -50,6 +52,10 @@ class ModelFolderError(RobustFeatError):
 
 class HubError(RobustFeatError):
     """The Hugging Face Hub refuses, fails or cannot be reached."""
+
+
+class UnreachableError(HubError):
+    """The Hub gives no answer, or fails: what the cache holds is the best there is."""
 
 
 class HeadError(RobustFeatError):

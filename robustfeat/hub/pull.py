@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustfeat.errors import HubError, ModelFolderError
+from robustfeat.errors import HubError, ModelFolderError, UnreachableError
 from robustfeat.files import new_folder
 from robustfeat.hub.folder import CARD, COMPACT_ONNX, CONFIG, ONNX, PREPROCESSOR, ModelFolder, refuse_code
-from robustfeat.hub.remote import HubAccess, UnreachableError, is_commit, is_revision
+from robustfeat.hub.remote import HubAccess, is_commit, is_revision
 
 __all__ = ["HubFolder", "copy_folder"]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from robustfeat.errors import HubError, RobustFeatError
+from robustfeat.errors import HubError, RobustFeatError, UnreachableError
 
-__all__ = ["HubAccess", "RemoteFile", "UnreachableError", "is_hub_name"]
+__all__ = ["HubAccess", "RemoteFile", "is_commit", "is_hub_name", "is_revision"]
 
 _NAME = re.compile(r"(\w|\w[\w.-]*\w)/(\w|\w[\w.-]{,94}\w)", re.ASCII)
 _BAD_REQUEST = 400
@@ -37,10 +37,6 @@ def _client() -> Any:
     except ValueError as exc:  # it reads numbers and addresses from the environment
         raise HubError(f"the Hub's client cannot start ({exc}); check the variables HF_... of the environment") from exc
     return huggingface_hub
-
-
-class UnreachableError(HubError):
-    """The Hub gives no answer, or fails: what the cache holds is the best there is."""
 
 
 def is_commit(revision: str | None) -> bool:

@@ -368,10 +368,10 @@ def test_without_a_network_the_cache_answers_and_the_rest_fails_soon(
 ) -> None:
     expected = load(published, tmp_path / "home", example_files)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        for endpoint in ("http://127.0.0.1:1", f"http://127.0.0.1:{silent.getsockname()[1]}"):
+        for endpoint, limit_s in (("http://127.0.0.1:1", 5), (f"http://127.0.0.1:{silent.getsockname()[1]}", 8)):
             began = time.monotonic()
             line = one_line(call("info", "org/other", HF_ENDPOINT=endpoint))
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < limit_s  # the silent one has three of them
             assert "cannot be reached" in line
             assert "not in the cache, nor is there such a folder" in line
             assert "check the network" in line
@@ -492,6 +492,15 @@ def test_embedding_downloads_what_its_precision_needs(
     large = [request for request in published.requests if request.startswith("GET /large/")]
     assert (got, len(large)) == ({"config.json"}, 1)
     assert json.loads((tmp_path / "f.meta.json").read_text())["revision"] == commit
+
+
+def test_rays_workers_take_the_model_from_the_hub(
+    published: FakeHub, call: Call, examples: Path, tmp_path: Path
+) -> None:
+    result = call("embed", examples / "hat", "--model", "org/name", "--out", tmp_path / "f.npy", "--ray=local", "--quiet")
+    assert result.returncode == 0, result.stderr
+    files = sorted((examples / "hat").iterdir())
+    assert np.load(tmp_path / "f.npy").tobytes() == FeatureExtractor.from_pretrained().embed(files).tobytes()
 
 
 def test_the_config_hash_pins_a_model(published: FakeHub, call: Call, tmp_path: Path) -> None:

@@ -221,7 +221,13 @@ def test_an_interrupted_fit_stops_at_once_and_leaves_nothing(tmp_path: Path, wri
     values = draw.normal(size=(count, 400)).astype(np.float32)
     file = write_features(tmp_path / "f.npy", values, [f"{row % 9}/{row}.jpg" for row in range(count)])
     command = [sys.executable, "-m", "robustfeat", "svm", "fit", file, "--labels", "folder", "--out", tmp_path / "head"]
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+
+    def heed() -> None:  # the tests may run in the background of a shell, which ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heed
+    ) as process:
         assert process.stderr is not None
         assert "30,000 labelled rows" in process.stderr.readline()
         time.sleep(4)  # no sign tells that a solver is at work
