@@ -222,12 +222,9 @@ def test_an_interrupted_fit_stops_at_once_and_leaves_nothing(tmp_path: Path, wri
     file = write_features(tmp_path / "f.npy", values, [f"{row % 9}/{row}.jpg" for row in range(count)])
     command = [sys.executable, "-m", "robustfeat", "svm", "fit", file, "--labels", "folder", "--out", tmp_path / "head"]
 
-    def heed() -> None:  # the tests may run in the background of a shell, which ignores it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    with subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heed
-    ) as process:
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background ignores it
+    command[1:3] = ["-c", f"{heed}; from robustfeat.cli import main; main()"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stderr is not None
         assert "30,000 labelled rows" in process.stderr.readline()
         time.sleep(4)  # no sign tells that a solver is at work
