@@ -46,7 +46,7 @@ def is_commit(revision: str | None) -> bool:
 
 def is_hub_name(name: str) -> bool:
     """Whether this can be the name of a repository: ORG/NAME."""
-    odd = ".." in name or "--" in name or name.endswith(".git") or len(name) > 96
+    odd = ".." in name or "--" in name or name.endswith(".git")
     return _NAME.fullmatch(name) is not None and not odd
 
 

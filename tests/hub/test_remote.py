@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 from robustfeat.hub.remote import is_commit, is_hub_name, is_revision
 
 NAMES = ["org/name", "o/n", "Org-1/name_v1.0", "org/name-", "-org/name", "org/na--me", "org/na..me", "org/.name"]
-NAMES += ["org/name.git", "org/" + "x" * 93, "org/" + "x" * 97, "org/n\n", "org/n m", "o/\u00e9"]
+NAMES += ["org/name.git", "org/" + "x" * 96, "org/" + "x" * 97, "org/n\n", "org/n m", "o/\u00e9"]
 
 
 @pytest.mark.parametrize("name", NAMES)
