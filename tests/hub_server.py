@@ -156,12 +156,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {self.place}")
         self.fault = self._take_fault()
         if self.fault and isinstance(self.fault.kind, int):
-            self._refuse(self.fault.kind, "InternalError", "to order")
+            # A rude server: what it was sent comes back in its message.
+            self._refuse(self.fault.kind, "ToOrder", f"not for {self.headers.get('Authorization')}")
             return
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.user, self.orgs = self.hub.users.get(token, (None, []))
         if token and self.user is None and not self.place.startswith("/large/"):
-            # A rude server: what it was sent comes back in its message.
             self._refuse(401, None, "Invalid credentials in Authorization header", {"error": f"bad token {token}"})
             return
         self._route()

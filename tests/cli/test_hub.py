@@ -208,6 +208,14 @@ def test_a_push_that_is_cut_publishes_nothing(hub: FakeHub, call: Call, one_file
     assert not [request for request in hub.requests if request.startswith("PUT")], "the large files were there"
 
 
+def test_what_somebody_else_pushes_meanwhile_is_not_lost(published: FakeHub, call: Call, model: Path) -> None:
+    repo = published.model("org/name")
+    theirs = {"README.md": b"their words"}
+    published.after = {"/api/models/org/name/refs": lambda: published.commit(repo, "main", theirs)}
+    assert "was changed meanwhile" in one_line(call("push", model, "org/name"))
+    assert published.read("org/name", "README.md") == b"their words"
+
+
 def test_a_card_that_was_edited_on_the_hub_stays(
     published: FakeHub, call: Call, one_file: Path, tmp_path: Path
 ) -> None:
@@ -321,7 +329,10 @@ def test_no_token_is_ever_printed(
         for command in commands:
             result = call(*command, token=planted, **loud)
             said += result.stdout + result.stderr
+    published.faults = [Fault("/api/models/org/name", 418, times=99)]
+    said += call("pull", "org/name", token=planted, **loud).stderr
     assert "refuses the token" in said
+    assert "not for Bearer <token>" in said
     assert planted not in said
     published.faults = [Fault("/api/models/org/other", 418, times=99)]
     for port in ("1", published.url.rpartition(":")[2]):
