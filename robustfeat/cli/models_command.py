@@ -36,4 +36,4 @@ def command(remote: str | None, as_json: bool) -> None:
         what = model.problem or "; ".join(model.scores) or "no scores"
         click.echo(f"{model.model:32}  {(model.revision or '')[:12] + refs or '-':24}  {size:>10}  {what}")
     if remote is not None and not found:
-        click.echo(f"no model of robustfeat on the Hub has {remote!r} in its name", err=True)
+        click.echo("no model of robustfeat on the Hub" + (f" has {remote!r} in its name" if remote else ""), err=True)

@@ -18,7 +18,7 @@ from robustfeat.cli.extraction import pin_options
 @click.option(
     "--all", "everything", is_flag=True, help="Also the weights for PyTorch, the card and the training's record."
 )
-@click.option("--out", metavar="FOLDER", help="Make a folder of its own with everything, instead of filling the cache.")
+@click.option("--out", metavar="FOLDER", help="Also make a folder of its own, with everything.")
 @click.option("--force", is_flag=True, help="Download anew what the cache holds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -56,6 +56,8 @@ def command(
         hub.fetch_for_use(precisions or hub.precisions, everything=everything)
     else:
         folder = copy_folder(hub, out)
+    if not hub.asked:
+        click.echo(f"{model}: the Hub was not asked; this is what the cache holds", err=True)
     if as_json:
         about = {"path": str(folder.path), "name": folder.config.name, "revision": hub.revision}
         click.echo(json.dumps(about | {"config_hash": folder.config_hash, "bytes": folder.size_bytes()}))

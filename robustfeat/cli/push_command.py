@@ -17,7 +17,7 @@ import click
 @click.option("--revision", metavar="BRANCH", help="The branch to push to, made where it is missing.  [default: main]")
 @click.option("--tag", help="A name for this version, which never moves.")
 @click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
-@click.option("--dry-run", is_flag=True, help="Say what would be sent, and send nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent; change nothing there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(
@@ -68,6 +68,8 @@ def command(
         for change in report.changes:
             click.echo(f"{change.action:8}{change.path} ({change.size_bytes:,} bytes)", err=not dry_run)
     made = "the repository does not exist and " if report.created else ""
+    if not quiet:
+        click.echo(f"config hash {report.config_hash}" + (f", tag {tag}" if tag else ""), err=True)
     if dry_run:
         count, total = len(report.changes), sum(change.size_bytes for change in report.changes) / 1e6
         click.echo(
@@ -76,8 +78,6 @@ def command(
         return
     if not report.changes:
         click.echo(f"{report.repo}: is up to date; nothing was sent", err=True)
-    if not quiet:
-        click.echo(f"config hash {report.config_hash}", err=True)
     click.echo(report.address)
     pin = f", revision={report.revision!r}" if report.revision else ""
     click.echo(f'FeatureExtractor.from_pretrained("{report.repo}"{pin})'.replace("'", '"'))

@@ -46,10 +46,12 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
 
 
 def _checks(folder: ModelFolder) -> Iterator[Check]:
-    from robustfeat.serving.verify import verify_model
+    from robustfeat.serving.verify import MIN_COSINE, Check, verify_model
 
     yield from verify_model(folder)
     if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):
         from robustfeat.training.golden import verify_with_torch
 
         yield verify_with_torch(folder)
+    else:
+        yield Check("pytorch", "fp32", None, MIN_COSINE["fp32"], "not installed: pip install 'robustfeat[train]'")

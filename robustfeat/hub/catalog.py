@@ -56,7 +56,10 @@ def resolve_model(
         HubError: the Hub refuses, fails or cannot be reached.
     """
     text = BUILTIN if name is None else os.fspath(name)
-    if text != BUILTIN and not Path(text).exists() and is_hub_name(text) and isinstance(name, str):
+    hub_name = text != BUILTIN and is_hub_name(text) and isinstance(name, str)
+    if hub_name and Path(text).exists() and not Path(text, CONFIG).is_file():
+        raise ModelFolderError(f"{text}: a folder of this name is in the way of the model on the Hub; rename it")
+    if hub_name and not Path(text).exists():
         return HubFolder(text, revision=revision, access=access, config_hash=config_hash)
     if revision is not None:
         raise ModelFolderError(f"{text}: is no model on the Hub, so it has no revision {revision}; leave that out")
@@ -128,6 +131,7 @@ def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listi
     access = access or HubAccess()
     api = access.api()
     with access.explaining(query or "the Hub"):
+        access.reach()
         for found in api.list_models(filter=TAG, search=query or None, limit=_MOST_FOUND):
             # The list itself has neither sizes nor scores.
             model = api.model_info(found.id, files_metadata=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -68,8 +69,9 @@ class ModelFolder:
         self.source = os.fspath(self.path.absolute())
         file = self.path / CONFIG
         if not file.is_file():
+            reason = f"no {CONFIG}" if self.path.is_dir() else "a file" if self.path.exists() else "no such folder"
             raise ModelFolderError(
-                f"{self.path}: not a model folder (no {CONFIG}); expected builtin, ORG/NAME on the Hub, or what "
+                f"{self.path}: not a model folder ({reason}); expected builtin, ORG/NAME on the Hub, or what "
                 "robustfeat export makes"
             )
         try:
@@ -78,6 +80,8 @@ class ModelFolder:
         except (OSError, ValueError, RecursionError) as exc:
             raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)}); {self._remedy}") from exc
         self.config_hash = hashlib.sha256(content).hexdigest()
+        if config_hash is not None and not re.fullmatch("(sha256:)?[0-9a-fA-F]{64}", config_hash):
+            raise ModelFolderError(f"the config hash must have 64 hex digits; got {config_hash!r}")
         if config_hash is not None and self.config_hash != config_hash.lower().removeprefix("sha256:"):
             raise ModelFolderError(
                 f"{file}: the sha256 must be {config_hash[:12]}..., got {self.config_hash[:12]}...: not the model that "

@@ -58,6 +58,11 @@ class HubFolder(ModelFolder):
         super().__init__(config.parent, config_hash=config_hash)
         self.source = repo
 
+    @property
+    def asked(self) -> bool:
+        """Whether the Hub said what it holds, rather than the cache."""
+        return self._listing is not None
+
     def onnx(self, precision: str) -> Path:
         """As in `ModelFolder`; a compact model is refused, since engines do not follow the cache's links."""
         if precision in ONNX and self._find_onnx(precision) == COMPACT_ONNX:
@@ -71,6 +76,8 @@ class HubFolder(ModelFolder):
         """Downloads those of the listed files that are not here."""
         absent = self.absent
         missing = [name for name in names if name in absent or (self._force and name not in self._fetched)]
+        if missing and self._force and (self.access.offline or self._unreachable):
+            raise HubError(f"{self.repo}: the Hub cannot be asked, as --force needs it; what the cache holds stays")
         if missing and self.access.offline:
             raise self._offline(missing[0])
         if missing and self._unreachable:

@@ -64,6 +64,7 @@ class _Target:
     head: str | None
     files: dict[str, RemoteFile]
     tags: dict[str, str]
+    branches: dict[str, str]
 
 
 def push_model(
@@ -80,7 +81,8 @@ def push_model(
     """Makes a repository on the Hub equal to a model folder, and sends only what differs.
 
     The repository is made where it does not exist. Files that an earlier version of the model had and this one has not
-    are deleted; other files there stay. A card that was edited on the Hub stays as long as the model does not change,
+    are deleted; other files there stay. What else lies in the folder, such as a licence, is sent as well, unless it is
+    hidden or a link. A card that was edited on the Hub stays as long as the model does not change,
     unless the folder's own card was edited, too.
 
     Args:
@@ -116,6 +118,10 @@ def push_model(
     refuse_code(target.files, f"{repo} on the Hub")
     old = _old_config(access, repo, target, contents)
     changes = _changes(folder, contents, target, old)
+    if revision in target.tags or tag in target.branches:
+        raise HubError(
+            f"{repo}: {revision if revision in target.tags else tag} names a tag or a branch already; choose another"
+        )
     if tag in target.tags and (changes or target.tags[tag] != target.head):
         raise HubError(f"{repo}: the tag {tag} exists and stays where it is; choose another name for it")
     head, pull_request = target.head, None
@@ -171,6 +177,10 @@ def _card(folder: ModelFolder, repo: str) -> str:
 def _contents(folder: ModelFolder, card: str) -> dict[str, Path | bytes]:
     """What the repository shall hold, by path."""
     files: dict[str, Path | bytes] = {name: folder.path / name for name in (CONFIG, *folder.config.files)}
+    for file in folder.path.rglob("*"):  # a licence, the card's pictures
+        name = file.relative_to(folder.path).as_posix()
+        if file.is_file() and not file.is_symlink() and not any(part.startswith(".") for part in Path(name).parts):
+            files.setdefault(name, file)
     return files | {CARD: card.encode()}
 
 
@@ -191,7 +201,7 @@ def _look(api: Any, access: HubAccess, repo: str, branch: str, *, private: bool,
         except RepositoryNotFoundError:
             if create_pr:
                 raise HubError(f"{repo}: does not exist, so it takes no proposals; push without --create-pr") from None
-            return _Target(False, branch == _MAIN, None, {}, {})
+            return _Target(False, branch == _MAIN, None, {}, {}, {})
         if private and not info.private:
             raise HubError(f"{repo}: is public, --private was asked for, and nothing was sent; make it private there")
         refs = api.list_repo_refs(repo)
@@ -200,7 +210,7 @@ def _look(api: Any, access: HubAccess, repo: str, branch: str, *, private: bool,
         raise HubError(f"{repo}: has no branch {branch} to propose a change to; it has {', '.join(heads)}")
     head = heads.get(branch, heads.get(_MAIN, info.sha))
     tags = {ref.name: ref.target_commit for ref in refs.tags}
-    return _Target(True, branch in heads or branch == _MAIN, head, access.files(repo, head), tags)
+    return _Target(True, branch in heads or branch == _MAIN, head, access.files(repo, head), tags, heads)
 
 
 def _old_config(access: HubAccess, repo: str, target: _Target, contents: dict[str, Path | bytes]) -> dict[str, Any]:

@@ -138,6 +138,15 @@ class HubAccess:
                 if hasattr(entry, "size")  # folders have none
             }
 
+    def reach(self) -> None:
+        """Asks for an answer within seconds; inside `explaining`. What lists things tries again for half a minute."""
+        utils = _client().utils
+        url = f"{(self.endpoint or _client().constants.ENDPOINT).rstrip('/')}/api/models"
+        headers = utils.build_hf_headers(token=self._own_token() or False)
+        utils.hf_raise_for_status(
+            utils.get_session().get(url, params={"limit": 1}, headers=headers, timeout=_CONTACT_S)
+        )
+
     def card_problems(self, repo: str, card: str) -> list[str]:
         """What the Hub has against a card's metadata; empty if nothing.
 
@@ -233,7 +242,7 @@ class HubAccess:
             errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE forbids asking the Hub; unset it",
             errors.LocalTokenNotFoundError: "needs a token; run hf auth login, or set HF_TOKEN",
             errors.GatedRepoError: f"access is gated; ask for it at {self.address}/{repo}, then run hf auth login",
-            errors.RevisionNotFoundError: f"has no revision {revision!r}; {{revisions}}",
+            errors.RevisionNotFoundError: f"has no revision {revision!r}; {{revisions}} (a commit has 40 digits)",
             errors.RepositoryNotFoundError: f"no such model at {self.address}, and no such folder here; check the "
             "name, or, if it is private, log in (hf auth login) with a token that may read it",
             errors.RemoteEntryNotFoundError: f"holds no {name}, so it is not a model of robustfeat, or an incomplete "

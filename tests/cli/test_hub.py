@@ -169,6 +169,8 @@ def test_branch_tag_and_privacy(published: FakeHub, call: Call, model: Path) -> 
     assert repo.branches["main"] == before
     assert repo.tags["v2"] == repo.branches["next"]
     assert "onnx/model_int8.onnx" not in published.files("org/name", "next"), "what the new model lacks is deleted"
+    assert "names a tag or a branch already" in one_line(call("push", model, "org/name", "--revision", "v2"))
+    assert "names a tag or a branch already" in one_line(call("push", model, "org/name", "--tag", "next"))
     assert "the tag v2 exists" in one_line(call("push", model, "org/name", "--tag", "v2"))
     assert "is public" in one_line(call("push", model, "org/name", "--private"))
     assert call("push", model, "alice/own", "--private", "--revision", "trial").returncode == 0
@@ -244,6 +246,18 @@ def test_a_card_that_is_refused_leaves_no_repository(
     for more in ([], ["--dry-run"]):
         assert message in one_line(call("push", copy, "org/new", *more))
     assert not hub.repos
+
+
+def test_a_licence_is_sent_and_hidden_files_are_not(
+    published: FakeHub, call: Call, one_file: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+    (copy / "LICENSE").write_text("MIT")
+    (copy / ".env").write_text("secret")
+    (copy / "notes.txt").symlink_to("/etc/hostname")
+    assert call("push", copy, "org/name").returncode == 0
+    assert set(published.files("org/name")) == {*files_of(one_file), "LICENSE"}
+    assert call("verify", "org/name", "--quiet").returncode == 0
 
 
 def test_the_default_of_the_organisation_decides_what_is_private(hub: FakeHub, call: Call, one_file: Path) -> None:
@@ -385,6 +399,10 @@ def test_without_a_network_the_cache_answers_and_the_rest_fails_soon(
             assert "cannot be reached" in line
             assert "not in the cache, nor is there such a folder" in line
             assert "check the network" in line
+            began = time.monotonic()
+            assert "cannot be reached" in one_line(call("models", "--remote", HF_ENDPOINT=endpoint))
+            assert time.monotonic() - began < limit_s
+            assert "what the cache holds stays" in one_line(call("pull", "org/name", "--force", HF_ENDPOINT=endpoint))
             features = load(published, tmp_path / "home", example_files, HF_ENDPOINT=endpoint)
             assert features.tobytes() == expected.tobytes()
 

@@ -125,6 +125,18 @@ def test_the_config_hash_pins_the_folder(copy: Path) -> None:
         resolve_model(copy, config_hash=digest)
 
 
+def test_a_config_hash_that_is_none_is_told_from_a_wrong_one(copy: Path) -> None:
+    with pytest.raises(ModelFolderError, match="must have 64 hex digits; got 'abc'"):
+        resolve_model(copy, config_hash="abc")
+
+
+def test_a_folder_in_the_way_of_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    with pytest.raises(ModelFolderError, match="org/name: a folder of this name is in the way"):
+        resolve_model("org/name")
+
+
 def test_a_folder_comes_before_the_hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path.parent)
     assert resolve_model(f"{tmp_path.name}/copy").revision is None
