@@ -57,10 +57,9 @@ class PushReport:
 
 @dataclass(frozen=True)
 class _Target:
-    """The repository before the push: whether it and the branch are there, and what the branch holds."""
+    """The repository before the push: whether it is there, what it has, and what the branch holds."""
 
     exists: bool
-    branch_exists: bool
     head: str | None
     files: dict[str, RemoteFile]
     tags: dict[str, str]
@@ -131,7 +130,7 @@ def push_model(
         with access.explaining(repo, revision, writing=True):
             if not target.exists:
                 api.create_repo(repo, private=private or None)  # None: as the organisation has it
-            if not target.branch_exists:
+            if revision not in {None, _MAIN, *target.branches}:
                 api.create_branch(repo, branch=revision)
             if changes:
                 done = api.create_commit(
@@ -201,7 +200,7 @@ def _look(api: Any, access: HubAccess, repo: str, branch: str, *, private: bool,
         except RepositoryNotFoundError:
             if create_pr:
                 raise HubError(f"{repo}: does not exist, so it takes no proposals; push without --create-pr") from None
-            return _Target(False, branch == _MAIN, None, {}, {}, {})
+            return _Target(False, None, {}, {}, {})
         if private and not info.private:
             raise HubError(f"{repo}: is public, --private was asked for, and nothing was sent; make it private there")
         refs = api.list_repo_refs(repo)
@@ -210,7 +209,7 @@ def _look(api: Any, access: HubAccess, repo: str, branch: str, *, private: bool,
         raise HubError(f"{repo}: has no branch {branch} to propose a change to; it has {', '.join(heads)}")
     head = heads.get(branch, heads.get(_MAIN, info.sha))
     tags = {ref.name: ref.target_commit for ref in refs.tags}
-    return _Target(True, branch in heads or branch == _MAIN, head, access.files(repo, head), tags, heads)
+    return _Target(True, head, access.files(repo, head), tags, heads)
 
 
 def _old_config(access: HubAccess, repo: str, target: _Target, contents: dict[str, Path | bytes]) -> dict[str, Any]:

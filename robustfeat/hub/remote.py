@@ -101,12 +101,20 @@ class HubAccess:
     @property
     def address(self) -> str:
         """Of the Hub, without credentials: what may be printed."""
-        return _no_credentials(str(self.endpoint or _client().constants.ENDPOINT)).rstrip("/")
+        return _no_credentials(self._url)
+
+    @property
+    def _url(self) -> str:
+        return str(self.endpoint or _client().constants.ENDPOINT).rstrip("/")
+
+    @property
+    def _token(self) -> str | bool | None:
+        """As the client takes it: a file's last line end is no part of a token."""
+        return self.token.strip() if isinstance(self.token, str) else self.token
 
     def api(self) -> Any:
         """The client."""
-        token = self.token.strip() if isinstance(self.token, str) else self.token
-        return _client().HfApi(endpoint=self.endpoint, token=token, library_name="robustfeat")
+        return _client().HfApi(endpoint=self.endpoint, token=self._token, library_name="robustfeat")
 
     def look(self, repo: str, revision: str | None) -> tuple[str, list[str]]:
         """The commit that a revision names, and the files there: one call, which is not repeated when it fails.
@@ -141,7 +149,7 @@ class HubAccess:
     def reach(self) -> None:
         """Asks for an answer within seconds; inside `explaining`. What lists things tries again for half a minute."""
         utils = _client().utils
-        url = f"{(self.endpoint or _client().constants.ENDPOINT).rstrip('/')}/api/models"
+        url = f"{self._url}/api/models"
         headers = utils.build_hf_headers(token=self._own_token() or False)
         utils.hf_raise_for_status(
             utils.get_session().get(url, params={"limit": 1}, headers=headers, timeout=_CONTACT_S)
@@ -157,7 +165,7 @@ class HubAccess:
         with self.explaining(repo):
             # The client's own function asks huggingface.co, whatever Hub is meant.
             response = utils.get_session().post(
-                f"{(self.endpoint or _client().constants.ENDPOINT).rstrip('/')}/api/validate-yaml",
+                f"{self._url}/api/validate-yaml",
                 json={"repoType": "model", "content": card},
                 headers=utils.build_hf_headers(token=self._own_token() or False),
             )
@@ -185,7 +193,7 @@ class HubAccess:
                     repo,
                     name,
                     revision=revision,
-                    token=self.token.strip() if isinstance(self.token, str) else self.token,
+                    token=self._token,
                     cache_dir=self.cache,
                     endpoint=self.endpoint,
                     force_download=force,
@@ -213,7 +221,7 @@ class HubAccess:
 
     def _check(self) -> None:
         """Refuses an address and a token that nothing can be sent to or with: the network is not to blame."""
-        parts = urlsplit(self.endpoint or _client().constants.ENDPOINT)
+        parts = urlsplit(self._url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise HubError(
                 f"HF_ENDPOINT or endpoint: {_no_credentials(parts.geturl())!r} is not an address; expected one such "
