@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from robustfeat.serving.extractor import FeatureExtractor
 
-__all__ = ["Extraction", "extraction_options", "pin_options"]
+__all__ = ["Extraction", "extraction_options", "pin_options", "serving_options"]
 
 _PIN_OPTIONS = (
     click.option("--revision", metavar="REV", help="A branch, tag or commit on the Hub.  [default: main]"),
@@ -33,7 +33,6 @@ class Extraction:
         given: the options that were typed, for commands that may not need them.
     """
 
-    model: str
     revision: str | None
     config_hash: str | None
     precision: str
@@ -41,8 +40,9 @@ class Extraction:
     device: str
     decoding: str
     threads: int | None
-    workers: int | None
-    batch_size: int | None
+    model: str = "builtin"
+    workers: int | None = None
+    batch_size: int | None = None
     given: tuple[str, ...] = field(default=(), compare=False)
 
     def open(self, *, throughput: bool = True) -> FeatureExtractor:
@@ -64,10 +64,10 @@ class Extraction:
         )
 
 
-_OPTIONS = (
-    click.option(
-        "--model", default="builtin", show_default=True, help="A model folder, ORG/NAME on the Hub, or builtin."
-    ),
+_MODEL_OPTION = click.option(
+    "--model", default="builtin", show_default=True, help="A model folder, ORG/NAME on the Hub, or builtin."
+)
+_RUN_OPTIONS = (
     *_PIN_OPTIONS,
     click.option("--precision", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", show_default=True),
     click.option("--engine", type=click.Choice(["auto", "onnxruntime", "openvino"]), default="auto", show_default=True),
@@ -80,6 +80,8 @@ _OPTIONS = (
         help="scaled decodes large JPEGs at a fraction of their size: faster, slightly other features.",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Processors for the model.  [default: all granted]"),
+)
+_BULK_OPTIONS = (
     click.option(
         "--workers", type=click.IntRange(min=1), help="Processes that decode.  [default: all processors granted]"
     ),
@@ -98,17 +100,28 @@ def pin_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def extraction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command these options, as one argument `extraction`."""
+    names = {entry.name for entry in fields(Extraction)} - {"given"}
+    return _collect(command, (_MODEL_OPTION, *_RUN_OPTIONS, *_BULK_OPTIONS), names)
 
+
+def serving_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without those that say which model, and how it works in bulk."""
+    names = {entry.name for entry in fields(Extraction)} - {"given", "model", "workers", "batch_size"}
+    return _collect(command, _RUN_OPTIONS, names)
+
+
+def _collect(
+    command: Callable[..., Any], added: Sequence[Callable[..., Any]], names: Iterable[str]
+) -> Callable[..., Any]:
     @functools.wraps(command)
     def collected(**options: Any) -> Any:
         context = click.get_current_context()
-        names = [entry.name for entry in fields(Extraction) if entry.name != "given"]
         typed = click.core.ParameterSource.COMMANDLINE
         given = tuple(name for name in names if context.get_parameter_source(name) is typed)
         extraction = Extraction(**{name: options.pop(name) for name in names}, given=given)
         return command(extraction=extraction, **options)
 
-    for option in reversed(_OPTIONS):
+    for option in reversed(added):
         collected = option(collected)
     return collected
 

@@ -2,58 +2,219 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
+import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from robustfeat.cli.extraction import Extraction, extraction_options
+from robustfeat.cli.extraction import Extraction, serving_options
 
-_MAX_REQUESTS = 64
-"""At once; more get 503, so that bodies and images in flight stay bounded."""
-
-_GRACE_S = 10
-"""How long the requests at hand have when the server is stopped."""
+if TYPE_CHECKING:
+    from robustfeat.serving.http.keys import KeyRing
+    from robustfeat.serving.http.limits import Limits
+    from robustfeat.serving.http.log import Log
+    from robustfeat.serving.http.service import Service
 
 
 @click.command("serve", short_help="Answer over HTTP.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]MODEL",
+    help="A model to serve under a name; may be repeated, the first is the default.  [default: robustfeat=builtin]",
+)
 @click.option("--head", "heads", multiple=True, metavar="[NAME=]HEAD", help="A head to serve at /predict/NAME.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 answers other machines, too.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
-@extraction_options
-def command(heads: tuple[str, ...], host: str, port: int, extraction: Extraction) -> None:
-    """Serves features at /embed and heads at /predict/NAME: POST the bytes of an image. /docs describes all.
+@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes that answer.")
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Bearer keys, a line each: NAME KEY [rate=N] [concurrency=N]; read again when it changes. The environment's "
+    "ROBUSTFEAT_API_KEYS holds such lines, too.",
+)
+@click.option(
+    "--allowed-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A name that requests may have in their Host header, beside addresses and localhost; *.NAME or * for more.",
+)
+@click.option(
+    "--max-body",
+    type=click.FloatRange(min=0, min_open=True),
+    default=32,
+    show_default=True,
+    metavar="MIB",
+    help="Of a request.",
+)
+@click.option("--max-pixels", type=click.IntRange(1), default=100_000_000, show_default=True, help="Of an image.")
+@click.option("--max-items", type=click.IntRange(1), default=64, show_default=True, help="Images in a request.")
+@click.option(
+    "--max-queue",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Images at hand in a worker; beyond them 503.",
+)
+@click.option("--max-connections", type=click.IntRange(1), default=1024, show_default=True, help="To a worker.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30,
+    show_default=True,
+    metavar="SECONDS",
+    help="From a request's head to its answer.",
+)
+@click.option(
+    "--decode-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="For an image.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(min=0),
+    default=20,
+    show_default=True,
+    metavar="SECONDS",
+    help="For the requests at hand when the server is stopped.",
+)
+@click.option("--log-requests", is_flag=True, help="A line of JSON on stderr for every request.")
+@serving_options
+def command(
+    models: tuple[str, ...],
+    heads: tuple[str, ...],
+    host: str,
+    port: int,
+    workers: int,
+    keys: Path | None,
+    hosts: tuple[str, ...],
+    max_body: float,
+    max_pixels: int,
+    max_items: int,
+    max_queue: int,
+    max_connections: int,
+    timeout: float,
+    decode_timeout: float,
+    drain: float,
+    log_requests: bool,
+    extraction: Extraction,
+) -> None:
+    """Serves features at /embed, /v1/embeddings and /v2, and heads at /predict/NAME. /docs describes all.
 
-    There is no authentication: keep it on this machine, or behind something that has it.
+    It answers this machine alone unless --host says otherwise; give it --keys before you open it to others.
     """
     from robustfeat.errors import InputError
-    from robustfeat.serving.heads.head import Head
+    from robustfeat.serving.http.keys import ENVIRONMENT, KeyRing
+    from robustfeat.serving.http.limits import Limits
+    from robustfeat.serving.http.log import Log
+    from robustfeat.serving.http.supervisor import Supervisor
 
-    unused = [name for name in extraction.given if name in {"workers", "batch_size"}]
-    if unused:
-        raise click.UsageError(f"--{unused[0].replace('_', '-')} is for embed")
-    opened: dict[str, Head] = {}
-    for entry in heads:
-        name, _, place = ("", "", entry) if Path(entry).is_dir() else entry.partition("=")
-        name = name or Path(place).absolute().name
-        if name in opened or "/" in name:
-            raise InputError(f"--head {entry}: expected NAME=HEAD, each NAME once and without a slash")
-        opened[name] = Head.load(place)
-
-    import uvicorn
-
-    from robustfeat.serving.server import create_app
-
-    extractor = extraction.open(throughput=False)
-    name = "robustfeat" if extraction.model == "builtin" else extractor.config.name
-    places = [f"/predict/{head}" for head in opened]
-    app = create_app(extractor, opened, model_name=name)
+    model_places, head_places = _named("--model", models or ("robustfeat=builtin",)), _named("--head", heads)
+    if len(model_places) > 1 and (extraction.revision or extraction.config_hash):
+        raise click.UsageError(
+            "--revision and --config-hash are for one model; pull the models and serve their folders"
+        )
+    limits = Limits(
+        body_bytes=int(max_body * 2**20),
+        pixels=max_pixels,
+        items=max_items,
+        queue=max_queue,
+        timeout_s=timeout,
+        decode_timeout_s=decode_timeout,
+        connections=max_connections,
+    )
+    ring = KeyRing(keys, os.environ.get(ENVIRONMENT))
     try:
-        listener = socket.create_server((host, port), backlog=2048)
+        listener = socket.create_server((host, port), backlog=2048, family=_family(host))
     except OSError as exc:
         raise InputError(f"--host {host} --port {port}: {exc.strerror or exc}; choose another") from exc
-    click.echo(f"serving at http://{host}:{listener.getsockname()[1]} ({', '.join(['/embed', *places])})", err=True)
-    config = uvicorn.Config(
-        app, access_log=False, log_level="warning", limit_concurrency=_MAX_REQUESTS, timeout_graceful_shutdown=_GRACE_S
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    with tempfile.TemporaryFile() as counts:
+
+        def run(number: int, report: int) -> None:
+            from robustfeat.serving.http.worker import run_worker
+
+            def open_service() -> Service:
+                place = (counts.fileno(), number, workers)
+                log = Log(number, requests=log_requests)
+                return _open(model_places, head_places, extraction, limits, ring, _hosts(host, hosts), log, place)
+
+            run_worker(open_service, listener, report, drain)
+
+        def announce() -> None:
+            address = f"[{host}]" if ":" in host else host
+            places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in head_places)]
+            click.echo(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
+
+        supervisor = Supervisor(
+            listener, run, workers=workers, drain_s=drain, announce=announce, say=Log("supervisor").error
+        )
+        click.get_current_context().exit(supervisor.serve())
+
+
+def _open(
+    model_places: dict[str, str],
+    head_places: dict[str, str],
+    extraction: Extraction,
+    limits: Limits,
+    keys: KeyRing,
+    hosts: list[str],
+    log: Log,
+    worker: tuple[int, int, int],
+) -> Service:
+    """What a worker serves; `worker` is where the counts lie, its number, and how many there are."""
+    from robustfeat.serving.cpus import available_cpus
+    from robustfeat.serving.http.admission import Admission
+    from robustfeat.serving.http.metrics import Metrics
+    from robustfeat.serving.http.service import ServedModel, Service, match_heads
+
+    counts, number, workers = worker
+    processors = max(1, available_cpus() // workers)
+    metrics = Metrics(number)
+    models = {}
+    for name, place in model_places.items():
+        chosen = replace(extraction, model=place, threads=extraction.threads or processors)
+        models[name] = ServedModel(name, chosen.open(throughput=False), limits, metrics, decoders=processors)
+    heads = {}
+    if head_places:
+        from robustfeat.serving.heads.head import Head
+
+        heads = match_heads({name: Head.load(place) for name, place in head_places.items()}, list(models.values()))
+    admission = Admission(limits, counts, number, workers)
+    return Service(models, heads, limits, keys, hosts, admission, metrics, log, workers)
+
+
+def _named(option: str, entries: tuple[str, ...]) -> dict[str, str]:
+    """Places by name, of NAME=PLACE or of a place whose last part is the name."""
+    from robustfeat.errors import InputError
+
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, equals, place = ("", "", entry) if Path(entry).is_dir() else entry.partition("=")
+        if not equals:
+            name, place = "robustfeat" if entry == "builtin" else Path(entry).absolute().name, entry
+        if name in found or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}", name):
+            raise InputError(
+                f"{option} {entry}: expected NAME=PLACE, each name once, of letters, digits, '.', '_' and '-'"
+            )
+        found[name] = place
+    return found
+
+
+def _hosts(host: str, allowed: tuple[str, ...]) -> list[str]:
+    """Names that requests may have in their Host header, beside addresses."""
+    return ["localhost", *{socket.gethostname().lower(), host.lower()}, *(name.lower() for name in allowed)]
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

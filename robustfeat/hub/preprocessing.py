@@ -225,13 +225,16 @@ def resize_and_crop(image: Image.Image, contract: Preprocessing) -> NDArray[np.u
     return np.asarray(image.resize((size, size), _RESAMPLING[contract.interpolation], box))
 
 
-def prepare_square(data: bytes, contract: Preprocessing, *, scaled: bool = False) -> NDArray[np.uint8]:
+def prepare_square(
+    data: bytes, contract: Preprocessing, *, scaled: bool = False, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """The square that the network sees of an image file.
 
     Args:
         data: the file's bytes.
         scaled: decode a large JPEG at a fraction of its size, at least twice the size that it is then resized to.
             Up to several times as fast; the features move a little (docs/embedding.md has the figures).
+        max_pixels: see `decode`.
 
     Returns:
         (S, S, 3) uint8.
@@ -239,7 +242,8 @@ def prepare_square(data: bytes, contract: Preprocessing, *, scaled: bool = False
     Raises:
         DecodeError: with the reason, in one line.
     """
-    return resize_and_crop(decode(data, at_least=2 * contract.resize_size if scaled else None), contract)
+    at_least = 2 * contract.resize_size if scaled else None
+    return resize_and_crop(decode(data, max_pixels=max_pixels, at_least=at_least), contract)
 
 
 def normalise(squares: NDArray[np.uint8], contract: Preprocessing) -> NDArray[np.float32]:

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from robustfeat.errors import DecodeError, InputError
-from robustfeat.hub.preprocessing import Preprocessing, prepare_square
+from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, prepare_square
 from robustfeat.serving.sources import ImageSource, is_remote
 
-__all__ = ["MEMORY_BYTES", "Decoded", "SharedSquares", "Task", "serve"]
+__all__ = ["MEMORY_BYTES", "Decoded", "Images", "SharedSquares", "Task", "serve"]
 
 MEMORY_BYTES = 4 * 2**30
 """What decoding one image may take; one that needs more is a failed row."""
@@ -49,6 +49,23 @@ class Task:
     place: int
     lines: Sequence[bytes]
     data: Sequence[bytes | None] | None
+    lost: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Encoded images to decode, which somebody waits for.
+
+    Attributes:
+        data: their bytes.
+        places: where in the shared memory the square of each goes.
+        max_pixels: larger ones are refused.
+        lost: offsets of images that brought down a decoder before, with the reason.
+    """
+
+    data: Sequence[bytes]
+    places: Sequence[int]
+    max_pixels: int
     lost: dict[int, str]
 
 
@@ -101,7 +118,7 @@ def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contr
         connection.send("ready")
         while True:
             task = connection.recv()
-            connection.send(decoder.run(task))
+            connection.send(decoder.run(task) if isinstance(task, Task) else decoder.decode(task))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
@@ -118,7 +135,12 @@ class _Decoder:
         sources = [ImageSource.from_line(line) for line in task.lines]
         try:
             for offset, (source, data) in enumerate(zip(sources, self._read(sources, task), strict=True)):
-                digest, error = self._decode(data, task.place + offset) if isinstance(data, bytes) else (None, data)
+                digest: str | None = None
+                error: str | None = None
+                if isinstance(data, bytes):
+                    digest, error = hashlib.sha256(data).hexdigest(), self._decode(data, task.place + offset)
+                else:
+                    error = data
                 if error is not None:
                     failed.append(offset)
                 record: dict[str, Any] = {"row": task.first + offset, **source.index_fields()}
@@ -127,18 +149,26 @@ class _Decoder:
             return Decoded(b"", (), str(exc))
         return Decoded("".join(index).encode(), tuple(failed))
 
-    def _decode(self, data: bytes, place: int) -> tuple[str, str | None]:
-        digest = hashlib.sha256(data).hexdigest()
+    def decode(self, images: Images) -> tuple[str | None, ...]:
+        """The error of each image; None where there is a square."""
+        errors: list[str | None] = []
+        for offset, (data, place) in enumerate(zip(images.data, images.places, strict=True)):
+            self._progress[:] = offset, self._progress[1] + 1
+            errors.append(images.lost.get(offset) or self._decode(data, place, images.max_pixels))
+        return tuple(errors)
+
+    def _decode(self, data: bytes, place: int, max_pixels: int = MAX_PIXELS) -> str | None:
+        """Fills a square; the error, if there is one."""
         try:
-            self._squares[place] = prepare_square(data, self._contract, scaled=self._scaled)
+            self._squares[place] = prepare_square(data, self._contract, scaled=self._scaled, max_pixels=max_pixels)
         except DecodeError as exc:
             error = str(exc)
         except MemoryError:
             error = "out of memory while resizing"
         else:
-            return digest, None
+            return None
         self._squares[place] = 0  # so that the batch, and with it its neighbours' last bits, are always the same
-        return digest, error
+        return error
 
     def _read(self, sources: Sequence[ImageSource], task: Task) -> Iterator[bytes | str]:
         """The bytes of each image, or the reason why there are none; sets the progress as it goes."""

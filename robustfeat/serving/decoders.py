@@ -14,17 +14,18 @@ import tempfile
 import threading
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.serving.decoder import Decoded, SharedSquares, Task
+from robustfeat.serving.decoder import Decoded, Images, SharedSquares, Task
 
 __all__ = ["DEADLINE_S", "DecoderPool"]
 
@@ -33,6 +34,15 @@ DEADLINE_S = 60.0
 
 _START_DEADLINE_S = 60.0
 _TRIES = 2
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A decoder was lost at an offset of its task; `final` if the image shall have no second chance."""
+
+    offset: int
+    reason: str
+    final: bool
 
 
 class DecoderPool:
@@ -87,24 +97,34 @@ class DecoderPool:
 
         The result raises InputError where the run cannot go on, and EngineError where no decoder can be started.
         """
-        return self._threads.submit(self._run, task)
+        return self._threads.submit(self._run_rows, task)
 
-    def _run(self, task: Task) -> Decoded:
+    def decode(self, images: Images) -> Future[tuple[str | None, ...]]:
+        """Decodes images; the result is the error of each, None where its square is filled.
+
+        The result raises EngineError where no decoder can be started, InputError where they were stopped.
+        """
+        return self._threads.submit(self._run, images)
+
+    def _run_rows(self, task: Task) -> Decoded:
+        answer: Decoded = self._run(task)
+        if answer.stopped is not None:
+            raise InputError(answer.stopped)
+        return answer
+
+    def _run(self, task: Task | Images) -> Any:
         crashes: Counter[int] = Counter()
         while True:
             answer = self._ask(task)
-            if isinstance(answer, Decoded):
-                if answer.stopped is not None:
-                    raise InputError(answer.stopped)
+            if not isinstance(answer, _Lost):
                 return answer
-            offset, reason, final = answer
-            crashes[offset] += 1
+            crashes[answer.offset] += 1
             # A crash may be an accident (the kernel was short of memory): the image gets a second chance.
-            if final or crashes[offset] == _TRIES:
-                task = replace(task, lost={**task.lost, offset: reason})
+            if answer.final or crashes[answer.offset] == _TRIES:
+                task = replace(task, lost={**task.lost, answer.offset: answer.reason})
 
-    def _ask(self, task: Task) -> Decoded | tuple[int, str, bool]:
-        """The answer of this thread's decoder; or the offset that it failed at, why, and whether to give up on it."""
+    def _ask(self, task: Task | Images) -> Any:
+        """What this thread's decoder answers, or where it was lost."""
         if getattr(self._own, "process", None) is None:
             self._start()
         process, connection = self._own.process, self._own.connection
@@ -120,16 +140,16 @@ class DecoderPool:
                     seen, waited = int(progress[1]), 0.0
                 elif waited >= self._deadline_s:
                     self._stop()
-                    return int(progress[0]), f"took longer than {self._deadline_s:g} s to read and decode", True
-            answer: Decoded = connection.recv()
-            return answer
+                    reason = f"took longer than {self._deadline_s:g} s to read and decode"
+                    return _Lost(int(progress[0]), reason, final=True)
+            return connection.recv()
         except (EOFError, OSError):
             self._stop()
             if self._closed:
                 raise InputError("the decoders were stopped") from None
             code = process.returncode
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            return int(progress[0]), f"the decoder crashed ({how})", False
+            return _Lost(int(progress[0]), f"the decoder crashed ({how})", final=False)
 
     def _start(self) -> None:
         with self._lock:

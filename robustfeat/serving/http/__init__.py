@@ -1,0 +1,1 @@
+"""Features and heads' answers over HTTP."""

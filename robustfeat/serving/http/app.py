@@ -1,0 +1,253 @@
+"""The application: routes, what they take and what they answer.
+
+Every request takes the same four steps: its body is read (`bodies`), its images are taken out, they are embedded
+(`service`, `batching`), and the answer is put in the client's form. `openai` and `kserve` hold two protocols' forms.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+import robustfeat
+from robustfeat.hub.preprocessing import FORMATS
+from robustfeat.serving.http import kserve, openai
+from robustfeat.serving.http.batching import Answer
+from robustfeat.serving.http.bodies import choose_type, images_of, read_body
+from robustfeat.serving.http.documents import IMAGE_BODY, describe, refusals
+from robustfeat.serving.http.errors import ApiError, item_error
+from robustfeat.serving.http.gate import Gate, explain
+from robustfeat.serving.http.metrics import CONTENT_TYPE
+from robustfeat.serving.http.schemas import Embeddings, Health, Info, Predictions
+from robustfeat.serving.http.service import ServedModel, Service
+
+__all__ = ["create_app"]
+
+JSON, NPY, RAW = "application/json", "application/x-npy", "application/octet-stream"
+VECTOR_TYPES = (JSON, NPY, RAW)
+
+_VECTORS = {"schema": {"type": "string", "format": "binary"}}
+_MODEL = Query(description="Of those served; the first by default.")
+_ACCEPT = Header(description="What to answer with: JSON, a .npy file, or the bytes of float32, little-endian.")
+
+
+def create_app(service: Service) -> Gate:
+    """The application, for any ASGI server."""
+    app = FastAPI(
+        title="robustfeat",
+        version=robustfeat.__version__,
+        summary="Image features and heads' answers.",
+        redoc_url=None,
+    )
+    app.include_router(_own_routes(service))
+    app.include_router(openai.routes(service))
+    app.include_router(kserve.routes(service))
+    app.add_exception_handler(HTTPException, explain)
+    app.add_exception_handler(Exception, explain)
+    describe(app, keys=bool(service.keys.names))
+    return Gate(app, service)
+
+
+def _own_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(
+        "/embed",
+        tags=["images"],
+        summary="Features of images",
+        openapi_extra=IMAGE_BODY,
+        response_model=Embeddings,
+        responses={
+            200: {
+                "description": "A vector for each image that could be read, and an error for each that could not. "
+                "In the binary forms the rows of the latter are NaN, and X-Robustfeat-Failed lists them.",
+                "content": {NPY: _VECTORS, RAW: _VECTORS},
+                "headers": {
+                    f"X-Robustfeat-{name}": {"schema": {"type": "string"}, "description": text}
+                    for name, text in _BINARY_HEADERS.items()
+                },
+            },
+            **refusals(400, 401, 404, 406, 408, 413, 415, 422, 429, 503),
+        },
+    )
+    async def embed(
+        request: Request,
+        model: Annotated[str | None, _MODEL] = None,
+        accept: Annotated[str | None, _ACCEPT] = None,
+    ) -> Response:
+        """One image as the body, or many as multipart/form-data: parts named `images`, or any files, in order."""
+        kind = choose_type(accept or "", VECTOR_TYPES)
+        served, answers = await _embed(request, model)
+        if kind == JSON:
+            data = [
+                {"index": at, "embedding": answer} if isinstance(answer, np.ndarray) else _failed(at, answer)
+                for at, answer in enumerate(answers)
+            ]
+            return _json({**served.about, "data": data})
+        return _binary(served, answers, kind)
+
+    @router.post(
+        "/predict/{head}",
+        tags=["images"],
+        summary="A head's answers for images",
+        openapi_extra=IMAGE_BODY,
+        response_model=Predictions,
+        responses=refusals(400, 401, 404, 408, 413, 415, 422, 429, 503),
+    )
+    async def predict(request: Request, head: Annotated[str, Path(description="Of those served.")]) -> Response:
+        """As /embed takes them."""
+        from robustfeat.serving.heads.predictions import Prediction, answer_of, labels_of
+
+        chosen = service.head(head)
+        served, answers = await _embed(request, chosen.model.name)
+        good = {at: answer for at, answer in enumerate(answers) if isinstance(answer, np.ndarray)}
+        margins = chosen.head.margins(np.stack(list(good.values())))
+        decided = chosen.head.decide(margins)
+        shares = chosen.head.calibrate(margins) if chosen.head.calibrated else None
+        data = [_failed(at, answer) for at, answer in enumerate(answers)]
+        for row, at in enumerate(good):
+            probabilities = None if shares is None else shares[row]
+            one = Prediction("", labels_of(chosen.head, decided[row]), margins[row], probabilities)
+            answer = answer_of(chosen.head, one)
+            del answer["path"], answer["error"]
+            data[at] = {"index": at, **answer}
+        return _json({**served.about, "head": head, "data": data})
+
+    async def _embed(request: Request, model: str | None) -> tuple[ServedModel, list[Answer]]:
+        """The answers, of which one at least is good."""
+        chosen = service.model(model)
+        with service.buffered.body() as held:
+            body = await read_body(request, held)
+            images, fields = images_of(request.headers.get("content-type", ""), body, service.limits.items)
+            if model is None and "model" in fields:
+                chosen = service.model(fields["model"])
+            answers = await service.embed(chosen, images, request.scope["state"]["key"])
+        if not any(isinstance(answer, np.ndarray) for answer in answers):
+            what = "the body is no image that can be read" if len(answers) == 1 else "none of the images can be read"
+            data = [_failed(at, answer) for at, answer in enumerate(answers)]
+            raise ApiError(422, "unreadable_image", f"{what}: {answers[0]}", param="images", data={"data": data})
+        return chosen, answers
+
+    @router.get("/health/live", tags=["health"], response_model=Health, summary="Whether the process answers")
+    async def live() -> Response:
+        return _json({"status": "live"})
+
+    @router.get(
+        "/health/ready",
+        tags=["health"],
+        response_model=Health,
+        summary="Whether images are embedded",
+        responses={503: {"model": Health, "description": "Not now: it starts, stops, or its model does not answer."}},
+    )
+    async def ready() -> Response:
+        """Ready: an image was embedded, from its bytes to its features, within the last minute."""
+        if service.ready:
+            return _json({"status": "ready"})
+        return _json({"status": "draining" if service.draining else "not ready"}, 503)
+
+    @router.get(
+        "/info", tags=["health"], response_model=Info, responses=refusals(401), summary="What is served, and the limits"
+    )
+    async def info() -> Response:
+        return _json(_info(service))
+
+    @router.get(
+        "/metrics",
+        tags=["health"],
+        summary="Prometheus metrics of all workers",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        # Reading the files of all workers takes milliseconds that requests need not wait for.
+        return Response(await run_in_threadpool(service.metrics.exposition), media_type=CONTENT_TYPE)
+
+    return router
+
+
+_BINARY_HEADERS = {
+    "Model": "The name of the model.",
+    "Revision": "Its commit on the Hub, if there is one.",
+    "Precision": "fp32, bf16 or int8.",
+    "Shape": "Rows and columns, as 3,512.",
+    "Failed": "Numbers of the rows without an image that could be read, as 0,2; their values are NaN.",
+}
+
+
+def _binary(served: ServedModel, answers: Sequence[Answer], kind: str) -> Response:
+    values = np.full((len(answers), served.extractor.feature_size), np.nan, "<f4")
+    failed = []
+    for at, answer in enumerate(answers):
+        if isinstance(answer, np.ndarray):
+            values[at] = answer
+        else:
+            failed.append(str(at))
+    about = {
+        "Model": served.name,
+        "Revision": served.about["revision"] or "",
+        "Precision": served.extractor.precision,
+        "Shape": f"{values.shape[0]},{values.shape[1]}",
+        "Failed": ",".join(failed),
+    }
+    headers = {f"x-robustfeat-{name.lower()}": text for name, text in about.items() if text}
+    if kind == RAW:
+        return Response(values.tobytes(), media_type=RAW, headers=headers)
+    file = io.BytesIO()
+    np.save(file, values)
+    return Response(file.getvalue(), media_type=NPY, headers=headers)
+
+
+def _failed(index: int, answer: Answer) -> dict[str, Any]:
+    return {"index": index, "error": item_error(str(answer))}
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type=JSON)
+
+
+def _info(service: Service) -> dict[str, Any]:
+    limits = service.limits
+    return {
+        "version": robustfeat.__version__,
+        "models": [
+            {
+                "name": name,
+                "model": model.identity.name,
+                "revision": model.identity.revision,
+                "precision": model.identity.precision,
+                "engine": model.identity.engine,
+                "device": model.extractor.engine.device,
+                "decoding": model.identity.decoding,
+                "feature_size": model.identity.feature_size,
+                "image_size": model.extractor.config.preprocessing.image_size,
+                "weights_sha256": model.identity.weights_sha256,
+                "preprocessing_hash": model.identity.preprocessing_hash,
+                "config_hash": model.extractor.folder.config_hash,
+                "batch_size": model.extractor.batch_size,
+            }
+            for name, model in service.models.items()
+        ],
+        "heads": [
+            {"name": name, "model": head.model.name, "classes": list(head.head.classes)}
+            for name, head in service.heads.items()
+        ],
+        "limits": {
+            "body_bytes": limits.body_bytes,
+            "pixels": limits.pixels,
+            "items": limits.items,
+            "queue": limits.queue,
+            "timeout_s": limits.timeout_s,
+            "decode_timeout_s": limits.decode_timeout_s,
+            "connections": limits.connections,
+        },
+        "formats": list(FORMATS),
+        "workers": service.workers,
+    }

@@ -1,0 +1,222 @@
+"""Request bodies: read whole within bounds, and taken apart."""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from robustfeat.serving.http.errors import ApiError
+from robustfeat.serving.http.limits import Limits
+
+__all__ = ["Buffered", "choose_type", "data_of_uri", "images_of", "read_body"]
+
+
+class Buffered:
+    """How many bytes of bodies are held at once.
+
+    Args:
+        limits: of one body and of all.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self.bytes = limits, 0
+
+    @contextmanager
+    def body(self) -> Iterator[_Held]:
+        """Counts one body as long as it is held."""
+        held = _Held(self, self._limits)
+        try:
+            yield held
+        finally:
+            self.bytes -= held.size
+
+
+class _Held:
+    def __init__(self, all_bodies: Buffered, limits: Limits) -> None:
+        self._all, self._limits, self.size = all_bodies, limits, 0
+
+    def grow(self, count: int) -> None:
+        self.size += count
+        self._all.bytes += count
+        if self.size > self._limits.body_bytes:
+            raise too_large(self._limits)
+        if self._all.bytes > self._limits.buffered_bytes:
+            raise ApiError(
+                503, "out_of_memory", "too much is being uploaded at once; try again soon", retry_after_s=1, close=True
+            )
+
+
+def too_large(limits: Limits) -> ApiError:
+    """The error of a body beyond its limit."""
+    return ApiError(413, "body_too_large", f"the body must be at most {limits.body_bytes:,} bytes; send less at once")
+
+
+async def read_body(request: Request, held: _Held) -> bytes:
+    """The whole body.
+
+    Raises:
+        ApiError: 400, 411 to 415 or 503.
+    """
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() not in {"identity", ""}:
+        raise ApiError(
+            415, "content_encoding", f"Content-Encoding {coding[:40]} is not read; send the body as it is", close=True
+        )
+    state = request.scope["state"]
+    state["uploading"] = True
+    parts: list[bytes] = []
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "disconnected", "the client left before the end of the body", close=True)
+        more, part = message.get("more_body", False), message.get("body", b"")
+        held.grow(len(part))
+        parts.append(part)
+    state["uploading"] = False
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def images_of(content_type: str, body: bytes, most: int) -> tuple[list[bytes], dict[str, str]]:
+    """The images in a body, and the text fields beside them.
+
+    Args:
+        content_type: multipart/form-data, or anything else for a body that is one image itself.
+        body: all of it.
+        most: how many images there may be.
+
+    Raises:
+        ApiError: 400 for a damaged body, 413 for too many images, 422 without an image.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data":
+        if not body:
+            raise ApiError(422, "no_image", "the body is empty; expected the bytes of an image file")
+        return [body], {}
+    if not options.get(b"boundary"):
+        raise ApiError(
+            400, "bad_multipart", "multipart/form-data without a boundary; let the HTTP library set the header"
+        )
+    form = _Form(most)
+    try:
+        parser = MultipartParser(options[b"boundary"], form.callbacks())
+        parser.write(body)
+        parser.finalize()
+    except MultipartParseError as exc:
+        raise ApiError(400, "bad_multipart", f"the multipart body cannot be read ({exc})") from exc
+    if not form.ended:
+        raise ApiError(400, "bad_multipart", "the multipart body ends before its last boundary")
+    if form.count > most:
+        raise ApiError(413, "too_many_images", f"the request has {form.count:,} images; send at most {most:,} at once")
+    if not form.images:
+        raise ApiError(422, "no_image", "no image in the form; add files as parts named images", param="images")
+    return form.images, form.fields
+
+
+class _Form:
+    """Collects the parts of a form: files and whatever is named `images` are images, the rest are fields."""
+
+    def __init__(self, most: int) -> None:
+        self.images: list[bytes] = []
+        self.fields: dict[str, str] = {}
+        self.count = 0
+        self.ended = False
+        self._most = most
+
+    def callbacks(self) -> Any:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": lambda data, start, end: self._field.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_end": self._header,
+            "on_headers_finished": self._headers,
+            "on_part_data": lambda data, start, end: self._data.append(data[start:end]),
+            "on_part_end": self._end,
+            "on_end": self._finish,
+        }
+
+    def _begin(self) -> None:
+        self._field, self._value = bytearray(), bytearray()
+        self._headers_of_part: dict[str, str] = {}
+        self._data: list[bytes] = []
+
+    def _header(self) -> None:
+        self._headers_of_part[self._field.decode("latin-1").lower()] = self._value.decode("latin-1")
+        self._field, self._value = bytearray(), bytearray()
+
+    def _headers(self) -> None:
+        _, self._options = parse_options_header(self._headers_of_part.get("content-disposition", ""))
+
+    def _end(self) -> None:
+        name = self._options.get(b"name", b"").decode("utf-8", "replace")
+        data = b"".join(self._data)
+        if name == "images" or b"filename" in self._options:
+            self.count += 1
+            if self.count <= self._most:
+                self.images.append(data)
+        elif len(self.fields) < 16:
+            self.fields[name[:64]] = data[:256].decode("utf-8", "replace")
+
+    def _finish(self) -> None:
+        self.ended = True
+
+
+def data_of_uri(text: str) -> bytes:
+    """The bytes in a data URI, data:[TYPE];base64,DATA.
+
+    Raises:
+        ValueError: saying what it is instead.
+    """
+    head, comma, data = text.partition(",")
+    if not comma or not head.lower().startswith("data:"):
+        if head.lower().startswith(("http:", "https:")):
+            raise ValueError("URLs are not fetched; send the image itself as data:image/jpeg;base64,...")
+        raise ValueError("expected a data URI, data:image/jpeg;base64,...")
+    if not head.lower().endswith(";base64"):
+        raise ValueError("the data URI must be base64: data:image/jpeg;base64,...")
+    return base64_bytes(data)
+
+
+def base64_bytes(text: str) -> bytes:
+    """Decodes base64.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise ValueError("not base64") from None
+
+
+def choose_type(accept: str, offered: tuple[str, ...]) -> str:
+    """The media type to answer with: what the Accept header likes best, the first offered among equals.
+
+    Raises:
+        ApiError: 406, naming what there is.
+    """
+    if accept in {"", "*/*"}:
+        return offered[0]
+    best, best_quality = "", 0.0
+    for kind in offered:
+        main = kind.partition("/")[0]
+        qualities = {}
+        for entry in accept.split(","):
+            name, *options = (word.strip().lower() for word in entry.split(";"))
+            found = [option.partition("=")[2] for option in options if option.startswith("q=")]
+            try:
+                qualities[name] = float(found[0]) if found else 1.0
+            except ValueError:
+                qualities[name] = 0.0
+        quality = next((qualities[name] for name in (kind, f"{main}/*", "*/*") if name in qualities), 0.0)
+        if quality > best_quality:
+            best, best_quality = kind, quality
+    if not best:
+        raise ApiError(406, "not_acceptable", f"Accept: {accept[:80]}: answers are {', '.join(offered)}")
+    return best

@@ -1,0 +1,103 @@
+"""The OpenAPI document, where FastAPI cannot derive it: bodies that it does not read, and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from robustfeat.serving.http.schemas import ErrorAnswer, InferError
+
+__all__ = ["IMAGE_BODY", "describe", "json_body", "refusals"]
+
+_BINARY = {"type": "string", "format": "binary"}
+
+IMAGE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "One image file (JPEG, PNG, WebP, GIF, BMP or TIFF, told by its content), or several as a form.",
+        "content": {
+            "application/octet-stream": {"schema": _BINARY},
+            "image/*": {"schema": _BINARY},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"images": {"type": "array", "minItems": 1, "items": _BINARY}},
+                    "required": ["images"],
+                }
+            },
+        },
+    }
+}
+
+_REASONS = {
+    400: "The request is malformed, or its Host is not served.",
+    401: "No key, or none of ours.",
+    404: "No such model or head.",
+    406: "The Accept header admits none of the answers that there are.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large, or holds too many images.",
+    415: "A Content-Encoding or Content-Type that is not read.",
+    422: "No image can be read; or in /v1 and /v2, one of them.",
+    429: "The key's rate or share is used up.",
+    503: "The queue is full, or the answer took too long.",
+}
+_WAIT = {"Retry-After": {"schema": {"type": "string"}, "description": "Seconds after which to try again."}}
+_SCHEMES = {"key": {"type": "http", "scheme": "bearer"}}
+
+_bodies: dict[str, type[BaseModel]] = {}
+
+
+def refusals(*codes: int, form: type[BaseModel] = ErrorAnswer) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, for FastAPI's `responses`."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        found[code] = {"model": form, "description": _REASONS[code]}
+        if code in {429, 503}:
+            found[code]["headers"] = _WAIT
+        if code == 401:
+            found[code]["headers"] = {"WWW-Authenticate": {"schema": {"type": "string"}, "description": "Bearer"}}
+    return found
+
+
+def json_body(form: type[BaseModel], *more: str) -> dict[str, Any]:
+    """A JSON body that the route reads itself, for FastAPI's `openapi_extra`; `more` names further media types."""
+    _bodies[form.__name__] = form
+    content: dict[str, Any] = {
+        "application/json": {"schema": {"$ref": f"#/components/schemas/{form.__name__}"}},
+        **{name: {"schema": _BINARY} for name in more},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def describe(app: FastAPI, *, keys: bool) -> None:
+    """Completes the document of an application: bodies, and the keys where there are any."""
+    derive = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = derive()
+            components = document.setdefault("components", {})
+            schemas = components.setdefault("schemas", {})
+            for form in _bodies.values():
+                schema = form.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schema.pop("$defs", {}))
+                schemas[form.__name__] = schema
+            schemas.pop("HTTPValidationError", None)
+            schemas.pop("ValidationError", None)
+            if keys:
+                components["securitySchemes"] = _SCHEMES
+                for methods in document["paths"].values():
+                    for operation in methods.values():
+                        if "401" in operation["responses"]:
+                            operation["security"] = [{"key": []}]
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def infer_refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """As `refusals`, in the form of the Open Inference Protocol."""
+    return refusals(*codes, form=InferError)

@@ -1,0 +1,200 @@
+"""What every request passes before and after the application: who asks, whether there is room, and what is counted.
+
+It refuses cheaply: an overloaded server should spend its time on the requests that it takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import re
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
+
+from robustfeat.serving.http.bodies import too_large
+from robustfeat.serving.http.errors import ApiError, error_answer
+from robustfeat.serving.http.keys import ANYONE, Key
+from robustfeat.serving.http.service import Service
+
+__all__ = ["Gate", "explain", "host_allowed"]
+
+_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+_ANY_KEY = re.compile(r"/(health/.*|v2/health/.*|metrics|docs|openapi\.json|docs/oauth2-redirect)?")
+_WORK = re.compile(r"/(embed|predict/[^/]*|v1/embeddings|v2/models/.*/infer)")
+_ROUTES = ("/embed", "/predict", "/v1", "/v2", "/health", "/info", "/metrics", "/docs", "/openapi.json")
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class Gate:
+    """An ASGI application around another.
+
+    Args:
+        app: that one.
+        service: keys, limits, counts.
+    """
+
+    def __init__(self, app: FastAPI, service: Service) -> None:
+        self.app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        service, path = self._service, scope["path"]
+        headers = _Headers(scope["headers"])
+        given = headers.get(b"x-request-id")
+        request_id = given if given and _ID.fullmatch(given) else os.urandom(16).hex().encode()
+        status, key = 0, ANYONE
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", request_id))
+            await send(message)
+
+        task = asyncio.current_task()
+        assert task is not None
+        state = scope.setdefault("state", {})
+        # What the connection calls when its client has left: nobody waits for an answer any more.
+        scope["robustfeat.gone"] = task.cancel
+        service.metrics.in_flight.inc()
+        try:
+            deadline = asyncio.timeout(service.limits.timeout_s)
+            try:
+                async with deadline:
+                    self._check_host(headers)
+                    key = state["key"] = self._key(path, headers)
+                    if scope["method"] == "POST" and _WORK.fullmatch(path):
+                        self._check_room(headers, key)
+                    await self.app(scope, receive, answer)
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                if status == 0:
+                    raise _too_late(service, state) from None
+        except ApiError as exc:
+            await self._refuse(exc, path, scope["method"], answer)
+        except asyncio.CancelledError:
+            status = status or 499  # the client left, or the time to drain is over
+        except Exception:
+            # Its answer, if there was none yet, was given by `explain`.
+            service.log.error("internal error", request_id=request_id.decode(), trace=traceback.format_exc())
+            if status == 0:
+                await self._refuse(_internal(), path, scope["method"], answer)
+        finally:
+            del scope["robustfeat.gone"]
+            self._finish(scope, key, status, began, request_id)
+
+    def _finish(self, scope: Scope, key: Key, status: int, began: float, request_id: bytes) -> None:
+        service, path = self._service, scope["path"]
+        seconds = time.perf_counter() - began
+        service.metrics.in_flight.dec()
+        route = next((known for known in _ROUTES if path == known or path.startswith(f"{known}/")), "other")
+        service.metrics.request(route, status)
+        if status == 200 and scope["method"] == "POST":
+            service.metrics.seconds(seconds)
+        if service.log.requests:
+            service.log.info(
+                "request",
+                request_id=request_id.decode(),
+                method=scope["method"],
+                path=path[:200],
+                status=status,
+                milliseconds=round(1000 * seconds, 2),
+                key=key.name or None,
+                client=scope["client"][0] if scope.get("client") else None,
+            )
+
+    def _check_host(self, headers: _Headers) -> None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not host_allowed(host, self._service.hosts):
+            raise ApiError(
+                400,
+                "host",
+                f"Host {host[:100]!r} is not served; start the server with --allowed-host for it",
+                close=True,
+            )
+
+    def _key(self, path: str, headers: _Headers) -> Key:
+        if _ANY_KEY.fullmatch(path):
+            return ANYONE
+        authorization = headers.get(b"authorization")
+        key = self._service.keys.find(None if authorization is None else authorization.decode("latin-1"))
+        if key is None:
+            what = "the key is not known" if authorization else "a key is needed"
+            raise ApiError(
+                401,
+                "invalid_api_key" if authorization else "missing_api_key",
+                f"{what}; send Authorization: Bearer KEY",
+                headers={"www-authenticate": "Bearer"},
+                close=True,
+            )
+        return key
+
+    def _check_room(self, headers: _Headers, key: Key) -> None:
+        """Refuses what cannot be taken, before its body is read."""
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._service.limits.body_bytes:
+            raise too_large(self._service.limits)
+        self._service.admission.check(key)
+
+    async def _refuse(self, exc: ApiError, path: str, method: str, send: Send) -> None:
+        self._service.metrics.error(exc.code)
+        body = error_answer(exc, path)
+        headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in exc.headers.items()]
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": exc.status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body})
+
+
+class _Headers(dict[bytes, bytes]):
+    """By lower-case name."""
+
+
+def _too_late(service: Service, state: dict[str, Any]) -> ApiError:
+    seconds = f"{service.limits.timeout_s:g} s"
+    if state.get("uploading"):
+        return ApiError(
+            408, "upload_timeout", f"the body did not arrive within {seconds}; send less at once", close=True
+        )
+    return ApiError(503, "timeout", f"no answer within {seconds}; try again later, or send less", retry_after_s=1)
+
+
+def _internal() -> ApiError:
+    return ApiError(500, "internal", "internal error; the server's log has it under this request's X-Request-ID")
+
+
+async def explain(request: Request, exc: Exception) -> Response:
+    """Raises what the gate answers: Starlette would otherwise answer in a form of its own."""
+    if isinstance(exc, HTTPException):
+        method = request.method if exc.status_code == 405 else ""
+        message = f"{method} {request.url.path[:100]}: {exc.detail}; see /docs".strip()
+        raise ApiError(
+            exc.status_code, _CODES.get(exc.status_code, "http"), message, headers=dict(exc.headers or {})
+        ) from None
+    raise exc
+
+
+def host_allowed(host: str, allowed: Sequence[str]) -> bool:
+    """Whether a Host header is one of ours: an address, a name in `allowed`, or one that ends like `*.name` there.
+
+    Addresses are: a page on another site can make a browser ask for its own name at our address, but not for ours.
+    """
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) and not host.endswith("]") else host
+    name = name.lower().rstrip(".")
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return any(entry in {"*", name} or (entry.startswith("*.") and name.endswith(entry[1:])) for entry in allowed)
+    return True

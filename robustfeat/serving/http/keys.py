@@ -1,0 +1,136 @@
+"""Bearer keys: who may ask, and how much."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustfeat.errors import InputError
+
+__all__ = ["ANYONE", "ENVIRONMENT", "Key", "KeyRing"]
+
+ENVIRONMENT = "ROBUSTFEAT_API_KEYS"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY = re.compile(r"[\x21-\x7e]{8,512}")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One who may ask.
+
+    Attributes:
+        name: for logs and for the turns in the queue. Keys of one name, as during a rotation, share one share.
+        digest: sha256 of the key.
+        rate: images a second; None without a limit.
+        concurrency: images admitted at once; None for an equal part of the queue.
+    """
+
+    name: str
+    digest: bytes
+    rate: float | None = None
+    concurrency: int | None = None
+
+
+ANYONE = Key("", b"")
+"""Who asks a server without keys."""
+
+
+class KeyRing:
+    """The keys of a server, read again when their file changes.
+
+    Args:
+        file: a line each: NAME KEY [rate=IMAGES_PER_SECOND] [concurrency=IMAGES]; # begins a comment.
+        text: the same lines, of the environment; commas end lines, too.
+
+    Raises:
+        InputError: no such file, or a line that is none of these.
+    """
+
+    def __init__(self, file: Path | None = None, text: str | None = None) -> None:
+        self._file, self._fixed = file, parse_keys(re.split("[,\n]", text or ""), ENVIRONMENT)
+        if text is not None and not self._fixed:
+            raise InputError(f"{ENVIRONMENT}: holds no key; write NAME KEY, or unset it to serve everybody")
+        self._stamp: tuple[int, ...] = ()
+        self._keys: list[Key] = self._fixed
+        self.refresh()
+
+    @property
+    def names(self) -> set[str]:
+        """Of all keys; empty where everybody may ask."""
+        return {key.name for key in self._keys}
+
+    def refresh(self) -> bool:
+        """Reads the file again if it has changed; whether it had.
+
+        Raises:
+            InputError: it cannot be used. The keys stay as they were.
+        """
+        if self._file is None:
+            return False
+        try:
+            found = self._file.stat()
+            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if stamp == self._stamp:
+                return False
+            self._stamp = stamp
+            lines = self._file.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as exc:
+            self._stamp = ()
+            reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
+            raise InputError(f"--keys {self._file}: {reason}") from exc
+        keys = parse_keys(lines, f"--keys {self._file}")
+        if not keys:
+            raise InputError(f"--keys {self._file}: holds no key; write a line NAME KEY for each")
+        self._keys = [*self._fixed, *keys]
+        return True
+
+    def find(self, authorization: str | None) -> Key | None:
+        """The key of an Authorization header; None if it is none of ours. Without keys, anyone."""
+        if not self._keys:
+            return ANYONE
+        scheme, _, value = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        digest = hashlib.sha256(value.strip().encode("utf-8", "surrogateescape")).digest()
+        found = None
+        for key in self._keys:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        return found
+
+
+def parse_keys(lines: Iterable[str], place: str) -> list[Key]:
+    """The keys in lines of text.
+
+    Raises:
+        InputError: naming the line, never the key.
+    """
+    keys: dict[bytes, Key] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split() if line.lstrip().startswith("#") else line.split()
+        if not words:
+            continue
+        where = f"{place}: line {number}"
+        name, *rest = words
+        if not rest or not _NAME.fullmatch(name) or not _KEY.fullmatch(rest[0]) or "=" in name:
+            raise InputError(f"{where}: expected NAME KEY [rate=N] [concurrency=N], the key of 8 to 512 characters")
+        shares: dict[str, str] = dict(word.partition("=")[::2] for word in rest[1:])
+        if set(shares) - {"rate", "concurrency"} or len(shares) < len(rest) - 1:
+            raise InputError(f"{where}: after the key there may be rate=N and concurrency=N; got {' '.join(rest[1:])}")
+        try:
+            rate = float(shares["rate"]) if "rate" in shares else None
+            concurrency = int(shares["concurrency"]) if "concurrency" in shares else None
+        except ValueError:
+            raise InputError(f"{where}: rate and concurrency must be numbers; got {' '.join(rest[1:])}") from None
+        if not 0 < (rate or 1) < float("inf") or (concurrency or 1) < 1 or 0 in {rate, concurrency}:
+            raise InputError(f"{where}: rate and concurrency must be positive")
+        digest = hashlib.sha256(rest[0].encode()).digest()
+        if digest in keys and keys[digest].name != name:
+            raise InputError(f"{where}: the key of {name} is also that of {keys[digest].name}")
+        keys[digest] = Key(name, digest, rate, concurrency)
+    return list(keys.values())

@@ -1,0 +1,269 @@
+"""The Open Inference Protocol (KServe v2) over REST, for the platforms and clients that speak it."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Annotated, Any
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import Response
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+import robustfeat
+from robustfeat.serving.http.batching import Vector
+from robustfeat.serving.http.bodies import base64_bytes, read_body
+from robustfeat.serving.http.documents import infer_refusals, json_body
+from robustfeat.serving.http.errors import ApiError
+from robustfeat.serving.http.schemas import (
+    Health,
+    InferInput,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ModelReady,
+    ServerMetadata,
+)
+from robustfeat.serving.http.service import ServedModel, Service
+
+__all__ = ["routes"]
+
+_HEADER_LENGTH = "inference-header-content-length"
+_BINARY = "application/octet-stream"
+_TYPES = {"images": "BYTES", "pixel_values": "FP32"}
+
+_Name = Annotated[str, Path(description="Of those served.")]
+_Version = Annotated[str, Path(description="The one that the metadata names.")]
+
+
+def routes(service: Service) -> APIRouter:
+    """/v2."""
+    router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+    unknown = infer_refusals(400, 401, 404)
+
+    @router.get("", summary="The server", response_model=ServerMetadata, responses=infer_refusals(401))
+    async def server() -> dict[str, Any]:
+        return {"name": "robustfeat", "version": robustfeat.__version__, "extensions": ["binary_tensor_data"]}
+
+    @router.get("/health/live", summary="Whether the process answers", response_model=Health)
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @router.get(
+        "/health/ready",
+        summary="Whether images are embedded",
+        response_model=Health,
+        responses={503: {"model": Health, "description": "Not now."}},
+    )
+    async def ready() -> Response:
+        status = "ready" if service.ready else "not ready"
+        return _json({"status": status}, 200 if service.ready else 503)
+
+    @router.get("/models/{model}", summary="A model", response_model=ModelMetadata, responses=unknown)
+    @router.get(
+        "/models/{model}/versions/{version}",
+        summary="A model's version",
+        response_model=ModelMetadata,
+        responses=unknown,
+    )
+    async def metadata(model: _Name, version: str | None = None) -> dict[str, Any]:
+        chosen = _find(service, model, version)
+        side, size = chosen.extractor.config.preprocessing.image_size, chosen.extractor.feature_size
+        return {
+            "name": chosen.name,
+            "versions": [chosen.version],
+            "platform": f"{chosen.extractor.engine.name}_{chosen.extractor.precision}",
+            "inputs": [
+                {"name": "images", "datatype": "BYTES", "shape": [-1]},
+                {"name": "pixel_values", "datatype": "FP32", "shape": [-1, 3, side, side]},
+            ],
+            "outputs": [{"name": "features", "datatype": "FP32", "shape": [-1, size]}],
+        }
+
+    ready_responses = {**unknown, 503: {"model": ModelReady, "description": "Not now."}}
+
+    @router.get(
+        "/models/{model}/ready", summary="Whether a model answers", response_model=ModelReady, responses=ready_responses
+    )
+    @router.get(
+        "/models/{model}/versions/{version}/ready",
+        summary="Whether a model's version answers",
+        response_model=ModelReady,
+        responses=ready_responses,
+    )
+    async def model_ready(model: _Name, version: str | None = None) -> Response:
+        chosen = _find(service, model, version)
+        answers = chosen.ready and not service.draining
+        return _json({"name": chosen.name, "ready": answers}, 200 if answers else 503)
+
+    infer_responses: dict[int | str, dict[str, Any]] = {
+        200: {"content": {_BINARY: {"schema": {"type": "string", "format": "binary"}}}},
+        **infer_refusals(400, 401, 404, 408, 413, 415, 422, 429, 503),
+    }
+
+    @router.post(
+        "/models/{model}/infer",
+        summary="Features of images, or of prepared tensors",
+        response_model=InferResponse,
+        responses=infer_responses,
+        openapi_extra=json_body(InferRequest, _BINARY),
+    )
+    @router.post(
+        "/models/{model}/versions/{version}/infer",
+        summary="Features from a model's version",
+        response_model=InferResponse,
+        responses=infer_responses,
+        openapi_extra=json_body(InferRequest, _BINARY),
+    )
+    async def infer(request: Request, model: _Name, version: str | None = None) -> Response:
+        """As the protocol's clients expect, one image that cannot be read fails the request."""
+        chosen = _find(service, model, version)
+        with service.buffered.body() as held:
+            body = await read_body(request, held)
+            asked, rest = _parse(body, request.headers.get(_HEADER_LENGTH))
+            images = _images(asked.inputs[0], rest, chosen, service.limits.items)
+            answers = await service.embed(chosen, images, request.scope["state"]["key"])
+        for index, answer in enumerate(answers):
+            if not isinstance(answer, np.ndarray):
+                raise ApiError(422, "unreadable_image", f"{asked.inputs[0].name}[{index}]: {answer}")
+        return _answer(asked, chosen, np.stack(answers))  # type: ignore[arg-type]
+
+    return router
+
+
+def _find(service: Service, name: str, version: str | None) -> ServedModel:
+    model = service.model(name)
+    if version not in {None, model.version}:
+        raise ApiError(404, "model_not_found", f"{name} has no version {str(version)[:100]!r}; it has {model.version}")
+    return model
+
+
+def _parse(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]:
+    """The request, and the bytes of the binary extension behind it."""
+    length = len(body)
+    if header_length is not None:
+        if not header_length.isdecimal() or int(header_length) > len(body):
+            raise ApiError(
+                400,
+                "bad_request",
+                f"Inference-Header-Content-Length must be at most {len(body)}, the body's; got {header_length[:20]}",
+            )
+        length = int(header_length)
+    try:
+        content = orjson.loads(body[:length])
+    except orjson.JSONDecodeError as exc:
+        raise ApiError(400, "bad_json", f"the request is not JSON ({exc})") from None
+    try:
+        return InferRequest.model_validate(content), body[length:]
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the request"
+        raise ApiError(422, "bad_request", f"{place}: {first['msg']}") from None
+
+
+def _images(given: InferInput, rest: bytes, model: ServedModel, most: int) -> list[bytes | Vector]:
+    if _TYPES[given.name] != given.datatype:
+        raise ApiError(422, "bad_request", f"{given.name} must be {_TYPES[given.name]}; got {given.datatype}")
+    if min(given.shape) < 1:
+        raise ApiError(422, "no_image", f"{given.name}: the shape {given.shape} holds nothing; send an image or more")
+    side = model.extractor.config.preprocessing.image_size
+    if given.name == "pixel_values" and given.shape[1:] != [3, side, side]:
+        raise ApiError(422, "bad_request", f"pixel_values must be (n, 3, {side}, {side}); got {given.shape}")
+    count = given.shape[0] if given.name == "pixel_values" else math.prod(given.shape)
+    if count > most:
+        raise ApiError(413, "too_many_images", f"{given.name} has {count:,} images; send at most {most:,} at once")
+    size = given.parameters.get("binary_data_size")
+    if size is None:
+        if given.data is None:
+            raise ApiError(422, "bad_request", f"{given.name}: neither data nor binary_data_size is given")
+        values: Any = _encoded(given, given.data) if given.name == "images" else _numbers(given, given.data)
+    else:
+        if given.data is not None or not isinstance(size, int) or size != len(rest):
+            raise ApiError(
+                422,
+                "bad_request",
+                f"{given.name}: binary_data_size is {size}, and {len(rest)} bytes follow the request",
+            )
+        values = _split(given, rest) if given.name == "images" else _floats(given, rest)
+    if given.name == "images":
+        if len(values) != count:
+            raise ApiError(422, "bad_request", f"images: the shape promises {count}, there are {len(values)}")
+        return list(values)
+    for index, value in enumerate(values):
+        if not np.isfinite(value).all():
+            raise ApiError(422, "bad_request", f"pixel_values[{index}]: not finite")
+    return list(values)
+
+
+def _encoded(given: InferInput, data: Any) -> list[bytes]:
+    flat = [entry for row in data for entry in row] if data and isinstance(data[0], list) else data
+    images = []
+    for index, entry in enumerate(flat):
+        try:
+            if not isinstance(entry, str):
+                raise ValueError("expected base64 text")
+            images.append(base64_bytes(entry))
+        except ValueError as exc:
+            raise ApiError(422, "unreadable_image", f"{given.name}[{index}]: {exc}") from None
+    return images
+
+
+def _numbers(given: InferInput, data: Any) -> NDArray[np.float32]:
+    try:
+        return np.asarray(data, np.float32).reshape(given.shape)
+    except (ValueError, TypeError, OverflowError):
+        raise ApiError(
+            422,
+            "bad_request",
+            f"pixel_values: data must hold {math.prod(given.shape):,} numbers for its shape {given.shape}",
+        ) from None
+
+
+def _split(given: InferInput, rest: bytes) -> list[bytes]:
+    """BYTES of the binary extension: each after its length, 4 bytes, little-endian."""
+    images: list[bytes] = []
+    at = 0
+    while at < len(rest):
+        (size,) = struct.unpack_from("<I", rest, at) if at + 4 <= len(rest) else (len(rest),)
+        at += 4
+        if at + size > len(rest):
+            raise ApiError(422, "bad_request", f"{given.name}[{len(images)}]: ends before its length")
+        images.append(rest[at : at + size])
+        at += size
+    return images
+
+
+def _floats(given: InferInput, rest: bytes) -> NDArray[np.float32]:
+    if len(rest) != 4 * math.prod(given.shape):
+        raise ApiError(
+            422,
+            "bad_request",
+            f"pixel_values: {4 * math.prod(given.shape):,} bytes for its shape {given.shape}; got {len(rest):,}",
+        )
+    return np.frombuffer(rest, "<f4").reshape(given.shape).astype(np.float32, copy=False)
+
+
+def _answer(asked: InferRequest, model: ServedModel, features: NDArray[np.float32]) -> Response:
+    output: dict[str, Any] = {"name": "features", "datatype": "FP32", "shape": list(features.shape)}
+    wanted = asked.outputs[0].parameters if asked.outputs else {}
+    binary = wanted.get("binary_data", asked.parameters.get("binary_data_output", False)) is True
+    raw = features.astype("<f4", copy=False).tobytes() if binary else b""
+    if binary:
+        output["parameters"] = {"binary_data_size": len(raw)}
+    else:
+        output["data"] = features.ravel()
+    about = {name: value for name, value in model.about.items() if name != "model" and value is not None}
+    content = {"model_name": model.name, "model_version": model.version, "parameters": about, "outputs": [output]}
+    if asked.id is not None:
+        content["id"] = asked.id
+    head = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not binary:
+        return Response(head, media_type="application/json")
+    return Response(head + raw, media_type=_BINARY, headers={_HEADER_LENGTH: str(len(head))})
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")

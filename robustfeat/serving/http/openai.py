@@ -1,0 +1,99 @@
+"""OpenAI's embeddings, with images in place of texts: for the many programs that speak it."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any, NoReturn
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import ValidationError
+
+from robustfeat.serving.http.bodies import data_of_uri, read_body
+from robustfeat.serving.http.documents import json_body, refusals
+from robustfeat.serving.http.errors import ApiError
+from robustfeat.serving.http.schemas import ModelList, OpenAIEmbeddings, OpenAIRequest
+from robustfeat.serving.http.service import Service
+
+__all__ = ["routes"]
+
+
+def routes(service: Service) -> APIRouter:
+    """/v1."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI's protocol"])
+
+    @router.post(
+        "/embeddings",
+        summary="Features of images as data URIs",
+        openapi_extra=json_body(OpenAIRequest),
+        response_model=OpenAIEmbeddings,
+        responses=refusals(400, 401, 404, 408, 413, 415, 422, 429, 503),
+    )
+    async def embeddings(request: Request) -> Response:
+        """As OpenAI's clients expect, one image that cannot be read fails the request."""
+        with service.buffered.body() as held:
+            body = await read_body(request, held)
+            asked = _parse(body)
+            model = service.model(asked.model)
+            size = model.extractor.feature_size
+            if asked.dimensions not in {None, size}:
+                raise ApiError(
+                    422, "dimensions", f"the model gives {size} dimensions; leave dimensions out", param="dimensions"
+                )
+            inputs = asked.input if isinstance(asked.input, list) else [asked.input]
+            if not inputs:
+                raise ApiError(422, "no_image", "input is empty; send an image or more", param="input")
+            if len(inputs) > service.limits.items:
+                most = service.limits.items
+                raise ApiError(
+                    413,
+                    "too_many_images",
+                    f"input has {len(inputs):,} images; send at most {most:,} at once",
+                    param="input",
+                )
+            images = []
+            for index, text in enumerate(inputs):
+                try:
+                    images.append(data_of_uri(text))
+                except ValueError as exc:
+                    _refuse(index, str(exc))
+            answers = await service.embed(model, images, request.scope["state"]["key"])
+        for index, answer in enumerate(answers):
+            if not isinstance(answer, np.ndarray):
+                _refuse(index, str(answer))
+        as_text = asked.encoding_format == "base64"
+        data = [
+            {"object": "embedding", "index": index, "embedding": _base64(answer) if as_text else answer}
+            for index, answer in enumerate(answers)
+        ]
+        usage = {"prompt_tokens": 0, "total_tokens": 0}
+        content = {"object": "list", "data": data, **model.about, "usage": usage}
+        return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+
+    @router.get("/models", summary="The models", response_model=ModelList, responses=refusals(401))
+    async def models() -> dict[str, Any]:
+        entries = [{"id": name, "object": "model", "created": 0, "owned_by": "robustfeat"} for name in service.models]
+        return {"object": "list", "data": entries}
+
+    return router
+
+
+def _parse(body: bytes) -> OpenAIRequest:
+    try:
+        return OpenAIRequest.model_validate_json(body)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+        if first["type"] == "json_invalid":
+            raise ApiError(400, "bad_json", f"the body is not JSON ({first['msg']})") from None
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise ApiError(422, "bad_request", f"{place}: {first['msg']}", param=place) from None
+
+
+def _refuse(index: int, reason: str) -> NoReturn:
+    raise ApiError(422, "unreadable_image", f"input[{index}]: {reason}", param=f"input[{index}]")
+
+
+def _base64(vector: Any) -> str:
+    return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode()

@@ -1,0 +1,272 @@
+"""What requests and answers look like, for checking the former and documenting both."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "Embeddings",
+    "ErrorAnswer",
+    "Health",
+    "InferError",
+    "InferRequest",
+    "InferResponse",
+    "Info",
+    "ModelList",
+    "ModelMetadata",
+    "ModelReady",
+    "OpenAIEmbeddings",
+    "OpenAIRequest",
+    "Predictions",
+    "ServerMetadata",
+]
+
+
+class Error(BaseModel):
+    """OpenAI's error object."""
+
+    message: str = Field(description="One sentence: what was expected, what arrived, what to do.")
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None = Field(description="The part of the request that is at fault.")
+    code: str = Field(description="For programs.", examples=["unreadable_image"])
+
+
+class Item(BaseModel):
+    """What became of one image."""
+
+    index: int = Field(description="Its place in the request, from 0.")
+
+
+class FailedItem(Item):
+    """An image that could not be read."""
+
+    error: Error
+
+
+class EmbeddedItem(Item):
+    """An image's features."""
+
+    embedding: list[float]
+
+
+class PredictedItem(Item):
+    """A head's answer."""
+
+    prediction: str | int | list[str | int] = Field(description="A list where an image may have several labels.")
+    margins: dict[str, float]
+    probabilities: dict[str, float] | None = None
+
+
+class About(BaseModel):
+    """Which model answered."""
+
+    model: str
+    revision: str | None = Field(description="The commit on the Hub; null where none is known.")
+    precision: Literal["fp32", "bf16", "int8"]
+
+
+class Embeddings(About):
+    """The answer of /embed."""
+
+    data: list[EmbeddedItem | FailedItem]
+
+
+class Predictions(About):
+    """The answer of /predict."""
+
+    head: str
+    data: list[PredictedItem | FailedItem]
+
+
+class ErrorAnswer(BaseModel):
+    """Every error outside /v2."""
+
+    error: Error
+    data: list[FailedItem] | None = Field(None, description="Where no image of a request could be read: why, for each.")
+
+
+class OpenAIRequest(BaseModel):
+    """OpenAI's request for embeddings, with images in place of texts."""
+
+    model_config = ConfigDict(strict=True)
+
+    input: str | list[str] = Field(
+        description="An image as a data URI, data:image/jpeg;base64,..., or a list of them. URLs are not fetched.",
+        examples=["data:image/jpeg;base64,/9j/4AAQSkZJRg=="],
+    )
+    model: str | None = Field(None, description="Of those served; the first by default.")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is of float32, little-endian.")
+    dimensions: int | None = Field(None, description="The model's own number, if given.")
+    user: str | None = None
+
+
+class OpenAIEmbedding(BaseModel):
+    """One of OpenAI's embeddings."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    """No tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class OpenAIEmbeddings(About):
+    """OpenAI's answer."""
+
+    object: Literal["list"]
+    data: list[OpenAIEmbedding]
+    usage: Usage
+
+
+class OpenAIModel(BaseModel):
+    """One of OpenAI's models."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """OpenAI's list of models."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+class Health(BaseModel):
+    """Whether something is well."""
+
+    status: str
+
+
+class ModelInfo(BaseModel):
+    """A model that is served."""
+
+    name: str
+    model: str = Field(description="The name in its config.json.")
+    revision: str | None
+    precision: str
+    engine: str
+    device: str
+    decoding: str
+    feature_size: int
+    image_size: int
+    weights_sha256: str
+    preprocessing_hash: str
+    config_hash: str
+    batch_size: int = Field(description="Images that the model takes at once, at most.")
+
+
+class HeadInfo(BaseModel):
+    """A head that is served."""
+
+    name: str
+    model: str = Field(description="The served model whose features it takes.")
+    classes: list[str | int]
+
+
+class Info(BaseModel):
+    """What a server serves, and its limits."""
+
+    version: str
+    models: list[ModelInfo]
+    heads: list[HeadInfo]
+    limits: dict[str, float]
+    formats: list[str] = Field(description="Images that are read, told by content.")
+    workers: int
+
+
+class InferError(BaseModel):
+    """Every error under /v2."""
+
+    error: str
+
+
+class ServerMetadata(BaseModel):
+    """The Open Inference Protocol's description of a server."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class Tensor(BaseModel):
+    """A tensor's name and form; -1 is any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """The Open Inference Protocol's description of a model."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class ModelReady(BaseModel):
+    """Whether a model answers."""
+
+    name: str
+    ready: bool
+
+
+class InferInput(BaseModel):
+    """`images`, BYTES: encoded images, base64 in JSON. Or `pixel_values`, FP32: the network's input."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: Literal["images", "pixel_values"]
+    datatype: Literal["BYTES", "FP32"]
+    shape: list[int] = Field(min_length=1, max_length=4, examples=[[1]])
+    data: list[Any] | None = Field(None, description="Not with the binary extension.", examples=[["/9j/4AAQSkZJRg=="]])
+    parameters: dict[str, Any] = {}
+
+
+class InferRequestedOutput(BaseModel):
+    """An output that is wanted."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: Literal["features"]
+    parameters: dict[str, Any] = {}
+
+
+class InferRequest(BaseModel):
+    """The Open Inference Protocol's request."""
+
+    model_config = ConfigDict(strict=True)
+
+    inputs: list[InferInput] = Field(min_length=1, max_length=1)
+    outputs: list[InferRequestedOutput] | None = None
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+
+
+class InferOutput(Tensor):
+    """`features`, FP32, (n, D), flattened."""
+
+    data: list[float] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class InferResponse(BaseModel):
+    """The Open Inference Protocol's answer."""
+
+    model_name: str
+    model_version: str
+    outputs: list[InferOutput]
+    id: str | None = None
+    parameters: dict[str, Any] | None = None

@@ -1,0 +1,231 @@
+"""What a worker serves: models and heads, and the state that its requests share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from robustfeat.errors import InputError
+from robustfeat.hub.folder import WEIGHTS
+from robustfeat.serving.extractor import MIN_COSINE, FeatureExtractor, cosine
+from robustfeat.serving.heads.identity import ModelIdentity
+from robustfeat.serving.http.admission import Admission
+from robustfeat.serving.http.batching import Answer, Batcher, Vector
+from robustfeat.serving.http.bodies import Buffered
+from robustfeat.serving.http.errors import ApiError
+from robustfeat.serving.http.keys import Key, KeyRing
+from robustfeat.serving.http.limits import Limits
+from robustfeat.serving.http.log import Log
+from robustfeat.serving.http.metrics import Metrics, ModelMetrics
+
+if TYPE_CHECKING:  # with a head come the libraries of heads
+    from robustfeat.serving.heads.head import Head
+
+__all__ = ["READY_S", "ServedHead", "ServedModel", "Service", "match_heads"]
+
+READY_S = 60.0
+"""Ready means that an image was embedded within this time."""
+
+PROBE_S = 20.0
+"""Without an image for so long, the server embeds one of its own."""
+
+
+class ServedModel:
+    """A model under the name by which clients ask for it.
+
+    Args:
+        name: that name.
+        extractor: the model.
+        limits, metrics: of the server.
+        decoders: processes; by default what the cgroup grants.
+
+    Attributes:
+        about: what every answer says of it.
+        identity: which model it is, for heads.
+        version: of the Open Inference Protocol: its commit on the Hub, or the start of its weights' hash.
+        last_good: when it last embedded an image, by `time.monotonic`; minus infinity before it has.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        extractor: FeatureExtractor,
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        decoders: int | None = None,
+    ) -> None:
+        self.name, self.extractor = name, extractor
+        self.identity = ModelIdentity.of_extractor(extractor)
+        revision = self.identity.revision
+        self.version = revision or extractor.config.files[WEIGHTS][:12]
+        self.about = {"model": name, "revision": revision, "precision": extractor.precision}
+        self._watch: ModelMetrics = metrics.of_model(name)
+        self._batcher = Batcher(extractor, limits, self._watch, decoders=decoders)
+        self._golden = extractor.folder.golden()
+        self.last_good = float("-inf")
+
+    def __enter__(self) -> ServedModel:
+        self._batcher.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._batcher.__exit__(*exc)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it embedded an image within the last minute."""
+        return time.monotonic() - self.last_good < READY_S
+
+    async def embed(self, images: Sequence[bytes | Vector], key: Key) -> list[Answer]:
+        """As `Batcher.embed`, counted."""
+        answers = await self._batcher.embed(images, key.name)
+        good = sum(isinstance(answer, np.ndarray) for answer in answers)
+        if good:
+            self.last_good = time.monotonic()
+        self._watch.answered(good, len(answers) - good)
+        return answers
+
+    async def probe(self) -> None:
+        """Embeds a golden image, all the way that a client's image goes.
+
+        Raises:
+            RuntimeError: it did not come out as it must.
+        """
+        images, expected = self._golden
+        (answer,) = await self._batcher.embed(images[:1], "")
+        if not isinstance(answer, np.ndarray):
+            raise RuntimeError(f"{self.name}: a golden image was not embedded ({answer})")
+        found = float(cosine(answer[None], expected[:1])[0])
+        if not found >= MIN_COSINE:
+            raise RuntimeError(f"{self.name}: a golden image gives other features (cosine {found:.4f})")
+        self.last_good = time.monotonic()
+
+
+@dataclass(frozen=True)
+class ServedHead:
+    """A head under its name, and the model whose features it takes."""
+
+    name: str
+    head: Head
+    model: ServedModel
+
+
+@dataclass
+class Service:
+    """All of it.
+
+    Attributes:
+        models: by name; the first is the default.
+        heads: by name.
+        limits: of requests.
+        keys: who may ask.
+        hosts: names that the Host header may have; see `gate.host_allowed`.
+        admission, buffered, metrics, log: shared by all requests.
+        workers: how many workers the server has.
+        draining: whether it is being stopped.
+    """
+
+    models: dict[str, ServedModel]
+    heads: dict[str, ServedHead]
+    limits: Limits
+    keys: KeyRing
+    hosts: Sequence[str]
+    admission: Admission
+    metrics: Metrics
+    log: Log
+    workers: int = 1
+    draining: bool = False
+    buffered: Buffered = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.buffered = Buffered(self.limits)
+        self.admission.share_among(len(self.keys.names))
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model embedded an image within the last minute, and new requests are welcome."""
+        return not self.draining and all(model.ready for model in self.models.values())
+
+    def model(self, name: str | None) -> ServedModel:
+        """The model of that name; the default without one.
+
+        Raises:
+            ApiError: 404, naming those that there are.
+        """
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            served = ", ".join(self.models)
+            raise ApiError(
+                404, "model_not_found", f"no model {name[:100]!r} is served; there is {served}", param="model"
+            )
+        return self.models[name]
+
+    def head(self, name: str) -> ServedHead:
+        """The head of that name.
+
+        Raises:
+            ApiError: 404, naming those that there are.
+        """
+        if name not in self.heads:
+            served = ", ".join(self.heads) or "none"
+            raise ApiError(404, "head_not_found", f"no head {name[:100]!r} is served; there is {served}", param="head")
+        return self.heads[name]
+
+    async def embed(self, model: ServedModel, images: Sequence[bytes | Vector], key: Key) -> list[Answer]:
+        """The model's answers, within the key's share of the server.
+
+        Raises:
+            ApiError: 413, 429 or 503.
+        """
+        with self.admission.enter(key, len(images)):
+            answers = await model.embed(images, key)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        failed = sum(isinstance(answer, str) for answer in answers)
+        if failed:
+            self.metrics.error("unreadable_image", failed)
+        return answers
+
+    async def keep_well(self) -> None:
+        """Embeds images of its own while there are no others, and reads the keys again when they change; for ever."""
+        while True:
+            for model in self.models.values():
+                if time.monotonic() - model.last_good > PROBE_S:
+                    try:
+                        await asyncio.wait_for(model.probe(), self.limits.timeout_s)
+                    except Exception as exc:
+                        self.log.error("probe failed", error=str(exc) or type(exc).__name__)
+            await asyncio.sleep(1)
+            try:
+                if self.keys.refresh():
+                    self.admission.share_among(len(self.keys.names))
+                    self.log.info("keys read again", keys=len(self.keys.names))
+            except InputError as exc:
+                self.log.error("keys left as they were", error=str(exc))
+
+
+def match_heads(heads: dict[str, Head], models: Sequence[ServedModel]) -> dict[str, ServedHead]:
+    """Each head with the model whose features it takes.
+
+    Raises:
+        InputError: no model fits.
+    """
+    matched = {}
+    for name, head in heads.items():
+        for model in models:
+            with contextlib.suppress(InputError):
+                head.require_model(model.identity, f"--head {name}", "the model served")
+                matched[name] = ServedHead(name, head, model)
+                break
+        else:
+            head.require_model(models[0].identity, f"--head {name}", "the model served")
+    return matched

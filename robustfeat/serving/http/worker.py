@@ -1,0 +1,123 @@
+"""One process of a server: it loads the models, answers, and ends when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from robustfeat.serving.http.service import Service
+from robustfeat.serving.http.supervisor import HEARTBEAT_S, ILL, READY, WELL
+
+if TYPE_CHECKING:
+    import uvicorn
+
+__all__ = ["run_worker"]
+
+_KEEP_ALIVE_S = 75
+"""Longer than the 60 s of common load balancers: so it is they who close an idle connection, not we as they use it."""
+
+
+def run_worker(open_service: Callable[[], Service], listener: socket.socket, report: int, drain_s: float) -> None:
+    """Serves until SIGTERM, and then finishes what it took.
+
+    Args:
+        open_service: loads what is served.
+        listener: where connections come from.
+        report: a pipe to the supervisor, who reads there how this process is.
+        drain_s: how long the requests at hand have when it is stopped.
+    """
+    # The web framework takes half a second to import: meanwhile the models are loaded, and the decoders start.
+    importing = threading.Thread(target=importlib.import_module, args=("robustfeat.serving.http.app",))
+    importing.start()
+    service = open_service()
+    with ExitStack() as stack:
+        for model in service.models.values():
+            stack.enter_context(model)
+        importing.join()
+        import uvicorn
+
+        from robustfeat.serving.http.app import create_app
+        from robustfeat.serving.http.connection import Server, connection_class
+
+        config = uvicorn.Config(
+            create_app(service),
+            http=connection_class(service.limits.connections),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+        )
+        logger = logging.getLogger("uvicorn")
+        logger.propagate = False
+        logger.addHandler(_ToLog(service))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(Server(config), service, listener, report))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if importlib.util.find_spec("uvloop") is None:
+        return None
+    import uvloop
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+async def _serve(server: uvicorn.Server, service: Service, listener: socket.socket, report: int) -> None:
+    def stop() -> None:
+        if service.draining:
+            os._exit(1)  # asked twice
+        service.draining = server.should_exit = True
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    background = [
+        asyncio.create_task(service.keep_well()),
+        asyncio.create_task(_tell_supervisor(service, report, stop)),
+    ]
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for task in background:
+            task.cancel()
+
+
+async def _tell_supervisor(service: Service, report: int, stop: Callable[[], None]) -> None:
+    os.set_blocking(report, False)
+    while not service.ready:
+        await asyncio.sleep(0.01)
+    word = READY
+    while True:
+        try:
+            with contextlib.suppress(BlockingIOError):
+                os.write(report, word)
+        except BrokenPipeError:  # it is dead, and nobody would stop us
+            if not service.draining:
+                stop()
+            return
+        await asyncio.sleep(HEARTBEAT_S)
+        word = WELL if service.ready else ILL
+
+
+class _ToLog(logging.Handler):
+    """uvicorn's errors as lines of ours."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(logging.ERROR)
+        self._log = service.log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
+        self._log.error(record.getMessage(), trace=trace)
