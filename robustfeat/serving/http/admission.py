@@ -13,9 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-
-import numpy as np
+from contextlib import contextmanager, nullcontext
 
 from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.keys import Key
@@ -27,8 +25,9 @@ _SLOTS = 1024
 _BURST_S = 1.0
 
 
-def _slot(workers: int) -> np.dtype[np.void]:
-    return np.dtype([("key", "<u8"), ("tokens", "<f8"), ("stamp", "<f8"), ("inside", "<i8", (workers,))])
+def _words(workers: int) -> int:
+    """Numbers of 8 bytes in a slot: the name's hash, tokens, when these were counted, and each worker's images."""
+    return 3 + workers
 
 
 class Admission:
@@ -43,15 +42,19 @@ class Admission:
 
     def __init__(self, limits: Limits, memory: int, worker: int, workers: int) -> None:
         self._limits, self._memory, self._worker, self._workers = limits, memory, worker, workers
-        kind = _slot(workers)
-        os.truncate(memory, _SLOTS * kind.itemsize)
-        self._slots = np.frombuffer(mmap.mmap(memory, _SLOTS * kind.itemsize), kind)
+        self._words = _words(workers)
+        size = 8 * _SLOTS * self._words
+        os.truncate(memory, size)
+        # The same memory as floats and as whole numbers.
+        shared = memoryview(mmap.mmap(memory, size))
+        self._floats, self._counts = shared.cast("d"), shared.cast("q")
         self._places: dict[str, int] = {}
         self._inside: Counter[str] = Counter()
         self._total = 0
         self._names = 1
         with self._locked():
-            self._slots["inside"][:, worker] = 0  # what a process with this number left when it died
+            for slot in range(_SLOTS):  # what a process with this number left when it died
+                self._counts[slot * self._words + 3 + worker] = 0
 
     def share_among(self, names: int) -> None:
         """Tells how many keys there are: each without a share of its own has an equal part of the queue."""
@@ -63,7 +66,7 @@ class Admission:
         Raises:
             ApiError: 429 or 503, as `enter` does.
         """
-        with self._locked():
+        with self._locked() if key.name else nullcontext():
             self._refuse(key, 1)
 
     @contextmanager
@@ -77,31 +80,41 @@ class Admission:
             raise ApiError(
                 413, "too_many_images", f"the request has {items:,} images; send at most {self._limits.items:,} at once"
             )
-        with self._locked():
+        # Without keys all is in this process: nobody needs to be asked.
+        locked = self._locked if key.name else nullcontext
+        with locked():
             place = self._refuse(key, items)
             if key.rate is not None:
-                self._slots["tokens"][place] -= items
-            self._slots["inside"][place, self._worker] += items
+                self._floats[place + 1] -= items
+            self._counts[place + 3 + self._worker] += items
             self._inside[key.name] += items
             self._total += items
         try:
             yield
         finally:
-            with self._locked():
-                self._slots["inside"][place, self._worker] -= items
+            with locked():
+                self._counts[place + 3 + self._worker] -= items
                 self._inside[key.name] -= items
                 self._total -= items
 
     def _refuse(self, key: Key, items: int) -> int:
-        """Raises what `enter` raises; returns the key's slot."""
+        """Raises what `enter` raises; returns where the key's slot begins."""
         place = self._place(key)
-        slot = self._slots[place]
+        if key.name:
+            self._refuse_key(key, items, place)
+            if not self._inside[key.name]:
+                return place  # whoever has nothing in the queue is not kept out by those who fill it
+        if self._total + items > self._limits.queue:
+            raise ApiError(503, "queue_full", "all places in the queue are taken; try again soon", retry_after_s=1)
+        return place
+
+    def _refuse_key(self, key: Key, items: int, place: int) -> None:
         if key.rate is not None:
             # Tokens, one an image: `rate` come each second, and as many as one request may need are kept.
-            now = time.monotonic()
+            now, before = time.monotonic(), self._floats[place + 2]
             most = max(key.rate * _BURST_S, self._limits.items)
-            tokens = most if not slot["stamp"] else min(most, slot["tokens"] + (now - slot["stamp"]) * key.rate)
-            slot["tokens"], slot["stamp"] = tokens, now
+            tokens = min(most, self._floats[place + 1] + (now - before) * key.rate) if before else most
+            self._floats[place + 1], self._floats[place + 2] = tokens, now
             if tokens < items:
                 raise ApiError(
                     429,
@@ -109,32 +122,26 @@ class Admission:
                     f"the key {key.name} may send {key.rate:g} images a second; wait and try again",
                     retry_after_s=(items - tokens) / key.rate,
                 )
-        capacity = self._limits.queue * self._workers
-        share = key.concurrency or max(self._limits.items, capacity // self._names)
-        inside = int(slot["inside"].sum())
+        inside = sum(self._counts[place + 3 : place + self._words])
+        share = key.concurrency or max(self._limits.items, self._limits.queue * self._workers // self._names)
         # A request larger than the share comes in alone, or it never would.
         if inside and inside + items > share:
-            if key.name and share < capacity:
-                raise ApiError(
-                    429,
-                    "share_exceeded",
-                    f"the key {key.name} has {inside} images at hand, and its share is {share}; wait for their answers",
-                    retry_after_s=1,
-                )
-        elif not self._inside[key.name] and key.name:
-            return place  # whoever has nothing in the queue is not kept out by those who fill it
-        if self._total + items > self._limits.queue:
-            raise ApiError(503, "queue_full", "all places in the queue are taken; try again soon", retry_after_s=1)
-        return place
+            raise ApiError(
+                429,
+                "share_exceeded",
+                f"the key {key.name} has {inside} images at hand, and its share is {share}; wait for their answers",
+                retry_after_s=1,
+            )
 
     def _place(self, key: Key) -> int:
         if key.name not in self._places:
-            name = int.from_bytes(hashlib.sha256(key.name.encode()).digest()[:8], "little") | 1
-            taken = self._slots["key"]
-            start = name % _SLOTS
-            free = (at % _SLOTS for at in range(start, start + _SLOTS) if taken[at % _SLOTS] in {0, name})
-            self._places[key.name] = place = next(free, start)  # more keys than slots share one
-            taken[place] = name
+            # Never zero, which says that a slot is free; of 63 bits.
+            name = int.from_bytes(hashlib.sha256(key.name.encode()).digest()[:8], "little") >> 1 | 1
+            slots = [(name + step) % _SLOTS * self._words for step in range(_SLOTS)]
+            # More keys than slots share one.
+            place = next((slot for slot in slots if self._counts[slot] in {0, name}), slots[0])
+            self._counts[place] = name
+            self._places[key.name] = place
         return self._places[key.name]
 
     @contextmanager

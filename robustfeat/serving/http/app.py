@@ -12,20 +12,20 @@ from typing import Annotated, Any
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, FastAPI, Header, Path, Query, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 import robustfeat
 from robustfeat.hub.preprocessing import FORMATS
 from robustfeat.serving.http import kserve, openai
 from robustfeat.serving.http.batching import Answer
 from robustfeat.serving.http.bodies import choose_type, images_of, read_body
-from robustfeat.serving.http.documents import IMAGE_BODY, describe, refusals
+from robustfeat.serving.http.documents import ACCEPT, IMAGE_BODY, MODEL, describe, refusals
 from robustfeat.serving.http.errors import ApiError, item_error
-from robustfeat.serving.http.gate import Gate, explain
+from robustfeat.serving.http.gate import Gate
 from robustfeat.serving.http.metrics import CONTENT_TYPE
+from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.schemas import Embeddings, Health, Info, Predictions
 from robustfeat.serving.http.service import ServedModel, Service
 
@@ -35,8 +35,6 @@ JSON, NPY, RAW = "application/json", "application/x-npy", "application/octet-str
 VECTOR_TYPES = (JSON, NPY, RAW)
 
 _VECTORS = {"schema": {"type": "string", "format": "binary"}}
-_MODEL = Query(description="Of those served; the first by default.")
-_ACCEPT = Header(description="What to answer with: JSON, a .npy file, or the bytes of float32, little-endian.")
 
 
 def create_app(service: Service) -> Gate:
@@ -47,23 +45,20 @@ def create_app(service: Service) -> Gate:
         summary="Image features and heads' answers.",
         redoc_url=None,
     )
-    app.include_router(_own_routes(service))
-    app.include_router(openai.routes(service))
-    app.include_router(kserve.routes(service))
-    app.add_exception_handler(HTTPException, explain)
-    app.add_exception_handler(Exception, explain)
+    routes = Routes(app)
+    _add_own(routes, service)
+    openai.add_routes(routes, service)
+    kserve.add_routes(routes, service)
     describe(app, keys=bool(service.keys.names))
-    return Gate(app, service)
+    return Gate(app, routes, service)
 
 
-def _own_routes(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    @router.post(
+def _add_own(routes: Routes, service: Service) -> None:
+    @routes.post(
         "/embed",
         tags=["images"],
         summary="Features of images",
-        openapi_extra=IMAGE_BODY,
+        openapi_extra={**IMAGE_BODY, "parameters": [MODEL, ACCEPT]},
         response_model=Embeddings,
         responses={
             200: {
@@ -78,14 +73,10 @@ def _own_routes(service: Service) -> APIRouter:
             **refusals(400, 401, 404, 406, 408, 413, 415, 422, 429, 503),
         },
     )
-    async def embed(
-        request: Request,
-        model: Annotated[str | None, _MODEL] = None,
-        accept: Annotated[str | None, _ACCEPT] = None,
-    ) -> Response:
+    async def embed(request: Request) -> Response:
         """One image as the body, or many as multipart/form-data: parts named `images`, or any files, in order."""
-        kind = choose_type(accept or "", VECTOR_TYPES)
-        served, answers = await _embed(request, model)
+        kind = choose_type(request.headers.get("accept", ""), VECTOR_TYPES)
+        served, answers = await _embed(request, request.query_params.get("model"))
         if kind == JSON:
             data = [
                 {"index": at, "embedding": answer} if isinstance(answer, np.ndarray) else _failed(at, answer)
@@ -94,7 +85,7 @@ def _own_routes(service: Service) -> APIRouter:
             return _json({**served.about, "data": data})
         return _binary(served, answers, kind)
 
-    @router.post(
+    @routes.post(
         "/predict/{head}",
         tags=["images"],
         summary="A head's answers for images",
@@ -136,41 +127,39 @@ def _own_routes(service: Service) -> APIRouter:
             raise ApiError(422, "unreadable_image", f"{what}: {answers[0]}", param="images", data={"data": data})
         return chosen, answers
 
-    @router.get("/health/live", tags=["health"], response_model=Health, summary="Whether the process answers")
-    async def live() -> Response:
+    @routes.get("/health/live", tags=["health"], response_model=Health, summary="Whether the process answers")
+    async def live(_: Request) -> Response:
         return _json({"status": "live"})
 
-    @router.get(
+    @routes.get(
         "/health/ready",
         tags=["health"],
         response_model=Health,
         summary="Whether images are embedded",
         responses={503: {"model": Health, "description": "Not now: it starts, stops, or its model does not answer."}},
     )
-    async def ready() -> Response:
+    async def ready(_: Request) -> Response:
         """Ready: an image was embedded, from its bytes to its features, within the last minute."""
         if service.ready:
             return _json({"status": "ready"})
         return _json({"status": "draining" if service.draining else "not ready"}, 503)
 
-    @router.get(
+    @routes.get(
         "/info", tags=["health"], response_model=Info, responses=refusals(401), summary="What is served, and the limits"
     )
-    async def info() -> Response:
+    async def info(_: Request) -> Response:
         return _json(_info(service))
 
-    @router.get(
+    @routes.get(
         "/metrics",
         tags=["health"],
         summary="Prometheus metrics of all workers",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         # Reading the files of all workers takes milliseconds that requests need not wait for.
         return Response(await run_in_threadpool(service.metrics.exposition), media_type=CONTENT_TYPE)
-
-    return router
 
 
 _BINARY_HEADERS = {

@@ -122,6 +122,7 @@ class Batcher:
         )
         self._waiting: FairQueue[_Item] = FairQueue()
         self._ready: FairQueue[_Item] = FairQueue()
+        watch.watch_queue(lambda: len(self._waiting) + len(self._ready))
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run_model, name="model", daemon=True)
@@ -180,12 +181,11 @@ class Batcher:
                 places = [item.place for item in items]
                 decoded = self._pool.decode(Images(data, places, self._max_pixels, {}))
                 decoded.add_done_callback(partial(self._decoded, items, time.perf_counter()))
-        self._watch.queue.set(len(self._waiting) + len(self._ready))
 
     def _decoded(self, items: Sequence[_Item], began: float, decoded: Future[tuple[str | None, ...]]) -> None:
         failure = decoded.exception() if not decoded.cancelled() else None
         errors = [None] * len(items) if failure or decoded.cancelled() else decoded.result()
-        self._watch.decoded(time.perf_counter() - began, len(items), began - items[0].since)
+        self._watch.decoded(began - items[0].since, time.perf_counter() - began)
         finished: list[_Request] = []
         with self._changed:
             self._idle += 1

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from robustfeat.serving.http.schemas import ErrorAnswer, InferError
 
-__all__ = ["IMAGE_BODY", "describe", "json_body", "refusals"]
+__all__ = ["ACCEPT", "IMAGE_BODY", "MODEL", "describe", "infer_refusals", "json_body", "refusals"]
 
 _BINARY = {"type": "string", "format": "binary"}
 
@@ -29,6 +29,21 @@ IMAGE_BODY: dict[str, Any] = {
             },
         },
     }
+}
+
+MODEL: dict[str, Any] = {
+    "name": "model",
+    "in": "query",
+    "required": False,
+    "description": "Of those served; the first by default.",
+    "schema": {"type": "string"},
+}
+ACCEPT: dict[str, Any] = {
+    "name": "accept",
+    "in": "header",
+    "required": False,
+    "description": "What to answer with: JSON, a .npy file, or the bytes of float32, little-endian.",
+    "schema": {"type": "string", "enum": ["application/json", "application/x-npy", "application/octet-stream"]},
 }
 
 _REASONS = {

@@ -11,38 +11,38 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
-from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from robustfeat.serving.http.bodies import too_large
 from robustfeat.serving.http.errors import ApiError, error_answer
 from robustfeat.serving.http.keys import ANYONE, Key
+from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import Service
 
-__all__ = ["Gate", "explain", "host_allowed"]
+__all__ = ["Gate", "host_allowed"]
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _ANY_KEY = re.compile(r"/(health/.*|v2/health/.*|metrics|docs|openapi\.json|docs/oauth2-redirect)?")
 _WORK = re.compile(r"/(embed|predict/[^/]*|v1/embeddings|v2/models/.*/infer)")
 _ROUTES = ("/embed", "/predict", "/v1", "/v2", "/health", "/info", "/metrics", "/docs", "/openapi.json")
-_CODES = {404: "not_found", 405: "method_not_allowed"}
+_DOCUMENTS = {"/docs", "/openapi.json", "/docs/oauth2-redirect"}
 
 
 class Gate:
-    """An ASGI application around another.
+    """The ASGI application.
 
     Args:
-        app: that one.
+        app: serves /docs.
+        routes: serves the rest.
         service: keys, limits, counts.
     """
 
-    def __init__(self, app: FastAPI, service: Service) -> None:
-        self.app, self._service = app, service
+    def __init__(self, app: FastAPI, routes: Routes, service: Service) -> None:
+        self.app, self._routes, self._service = app, routes, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -54,7 +54,7 @@ class Gate:
         headers = _Headers(scope["headers"])
         given = headers.get(b"x-request-id")
         request_id = given if given and _ID.fullmatch(given) else os.urandom(16).hex().encode()
-        status, key = 0, ANYONE
+        status = 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -66,40 +66,48 @@ class Gate:
         task = asyncio.current_task()
         assert task is not None
         state = scope.setdefault("state", {})
+        state["key"] = ANYONE
         # What the connection calls when its client has left: nobody waits for an answer any more.
         scope["robustfeat.gone"] = task.cancel
-        service.metrics.in_flight.inc()
+        service.metrics.in_flight += 1
         try:
-            deadline = asyncio.timeout(service.limits.timeout_s)
-            try:
-                async with deadline:
-                    self._check_host(headers)
-                    key = state["key"] = self._key(path, headers)
-                    if scope["method"] == "POST" and _WORK.fullmatch(path):
-                        self._check_room(headers, key)
-                    await self.app(scope, receive, answer)
-            except TimeoutError:
-                if not deadline.expired():
-                    raise
-                if status == 0:
-                    raise _too_late(service, state) from None
+            await self._answer(scope, receive, answer, headers)
         except ApiError as exc:
-            await self._refuse(exc, path, scope["method"], answer)
+            if status == 0:
+                await self._refuse(exc, path, scope["method"], answer)
         except asyncio.CancelledError:
             status = status or 499  # the client left, or the time to drain is over
         except Exception:
-            # Its answer, if there was none yet, was given by `explain`.
             service.log.error("internal error", request_id=request_id.decode(), trace=traceback.format_exc())
             if status == 0:
                 await self._refuse(_internal(), path, scope["method"], answer)
         finally:
             del scope["robustfeat.gone"]
-            self._finish(scope, key, status, began, request_id)
+            self._finish(scope, status, began, request_id)
 
-    def _finish(self, scope: Scope, key: Key, status: int, began: float, request_id: bytes) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: _Headers) -> None:
+        path, state = scope["path"], scope["state"]
+        deadline = asyncio.timeout(self._service.limits.timeout_s)
+        try:
+            async with deadline:
+                self._check_host(headers)
+                key = state["key"] = self._key(path, headers)
+                if scope["method"] == "POST" and _WORK.fullmatch(path):
+                    self._check_room(headers, key)
+                if path in _DOCUMENTS:
+                    await self.app(scope, receive, send)
+                    return
+                response = await self._routes.answer(Request(scope, receive))
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise _too_late(self._service, state) from None
+        await response(scope, receive, send)
+
+    def _finish(self, scope: Scope, status: int, began: float, request_id: bytes) -> None:
         service, path = self._service, scope["path"]
         seconds = time.perf_counter() - began
-        service.metrics.in_flight.dec()
+        service.metrics.in_flight -= 1
         route = next((known for known in _ROUTES if path == known or path.startswith(f"{known}/")), "other")
         service.metrics.request(route, status)
         if status == 200 and scope["method"] == "POST":
@@ -112,13 +120,13 @@ class Gate:
                 path=path[:200],
                 status=status,
                 milliseconds=round(1000 * seconds, 2),
-                key=key.name or None,
+                key=scope["state"]["key"].name or None,
                 client=scope["client"][0] if scope.get("client") else None,
             )
 
     def _check_host(self, headers: _Headers) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
-        if not host_allowed(host, self._service.hosts):
+        if not host_allowed(host, tuple(self._service.hosts)):
             raise ApiError(
                 400,
                 "host",
@@ -175,18 +183,8 @@ def _internal() -> ApiError:
     return ApiError(500, "internal", "internal error; the server's log has it under this request's X-Request-ID")
 
 
-async def explain(request: Request, exc: Exception) -> Response:
-    """Raises what the gate answers: Starlette would otherwise answer in a form of its own."""
-    if isinstance(exc, HTTPException):
-        method = request.method if exc.status_code == 405 else ""
-        message = f"{method} {request.url.path[:100]}: {exc.detail}; see /docs".strip()
-        raise ApiError(
-            exc.status_code, _CODES.get(exc.status_code, "http"), message, headers=dict(exc.headers or {})
-        ) from None
-    raise exc
-
-
-def host_allowed(host: str, allowed: Sequence[str]) -> bool:
+@lru_cache(256)
+def host_allowed(host: str, allowed: tuple[str, ...]) -> bool:
     """Whether a Host header is one of ours: an address, a name in `allowed`, or one that ends like `*.name` there.
 
     Addresses are: a page on another site can make a browser ask for its own name at our address, but not for ours.

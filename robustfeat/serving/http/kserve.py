@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Path, Request
+from fastapi import Path, Request
 from fastapi.responses import Response
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from robustfeat.serving.http.batching import Vector
 from robustfeat.serving.http.bodies import base64_bytes, read_body
 from robustfeat.serving.http.documents import infer_refusals, json_body
 from robustfeat.serving.http.errors import ApiError
+from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.schemas import (
     Health,
     InferInput,
@@ -29,7 +30,7 @@ from robustfeat.serving.http.schemas import (
 )
 from robustfeat.serving.http.service import ServedModel, Service
 
-__all__ = ["routes"]
+__all__ = ["add_routes"]
 
 _HEADER_LENGTH = "inference-header-content-length"
 _BINARY = "application/octet-stream"
@@ -39,40 +40,45 @@ _Name = Annotated[str, Path(description="Of those served.")]
 _Version = Annotated[str, Path(description="The one that the metadata names.")]
 
 
-def routes(service: Service) -> APIRouter:
+_TAGS: list[Any] = ["Open Inference Protocol"]
+
+
+def add_routes(routes: Routes, service: Service) -> None:
     """/v2."""
-    router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
     unknown = infer_refusals(400, 401, 404)
 
-    @router.get("", summary="The server", response_model=ServerMetadata, responses=infer_refusals(401))
-    async def server() -> dict[str, Any]:
-        return {"name": "robustfeat", "version": robustfeat.__version__, "extensions": ["binary_tensor_data"]}
+    @routes.get("/v2", tags=_TAGS, summary="The server", response_model=ServerMetadata, responses=infer_refusals(401))
+    async def server(_: Request) -> Response:
+        extensions = ["binary_tensor_data"]
+        return _json({"name": "robustfeat", "version": robustfeat.__version__, "extensions": extensions})
 
-    @router.get("/health/live", summary="Whether the process answers", response_model=Health)
-    async def live() -> dict[str, str]:
-        return {"status": "live"}
+    @routes.get("/v2/health/live", tags=_TAGS, summary="Whether the process answers", response_model=Health)
+    async def live(_: Request) -> Response:
+        return _json({"status": "live"})
 
-    @router.get(
-        "/health/ready",
+    @routes.get(
+        "/v2/health/ready",
+        tags=_TAGS,
         summary="Whether images are embedded",
         response_model=Health,
         responses={503: {"model": Health, "description": "Not now."}},
     )
-    async def ready() -> Response:
+    async def ready(_: Request) -> Response:
         status = "ready" if service.ready else "not ready"
         return _json({"status": status}, 200 if service.ready else 503)
 
-    @router.get("/models/{model}", summary="A model", response_model=ModelMetadata, responses=unknown)
-    @router.get(
-        "/models/{model}/versions/{version}",
+    @routes.get("/v2/models/{model}", tags=_TAGS, summary="A model", response_model=ModelMetadata, responses=unknown)
+    @routes.get(
+        "/v2/models/{model}/versions/{version}",
+        tags=_TAGS,
         summary="A model's version",
         response_model=ModelMetadata,
         responses=unknown,
     )
-    async def metadata(model: _Name, version: str | None = None) -> dict[str, Any]:
+    async def metadata(_: Request, model: _Name, version: str | None = None) -> Response:
         chosen = _find(service, model, version)
         side, size = chosen.extractor.config.preprocessing.image_size, chosen.extractor.feature_size
-        return {
+        about = {
             "name": chosen.name,
             "versions": [chosen.version],
             "platform": f"{chosen.extractor.engine.name}_{chosen.extractor.precision}",
@@ -82,19 +88,25 @@ def routes(service: Service) -> APIRouter:
             ],
             "outputs": [{"name": "features", "datatype": "FP32", "shape": [-1, size]}],
         }
+        return _json(about)
 
     ready_responses = {**unknown, 503: {"model": ModelReady, "description": "Not now."}}
 
-    @router.get(
-        "/models/{model}/ready", summary="Whether a model answers", response_model=ModelReady, responses=ready_responses
+    @routes.get(
+        "/v2/models/{model}/ready",
+        tags=_TAGS,
+        summary="Whether a model answers",
+        response_model=ModelReady,
+        responses=ready_responses,
     )
-    @router.get(
-        "/models/{model}/versions/{version}/ready",
+    @routes.get(
+        "/v2/models/{model}/versions/{version}/ready",
+        tags=_TAGS,
         summary="Whether a model's version answers",
         response_model=ModelReady,
         responses=ready_responses,
     )
-    async def model_ready(model: _Name, version: str | None = None) -> Response:
+    async def model_ready(_: Request, model: _Name, version: str | None = None) -> Response:
         chosen = _find(service, model, version)
         answers = chosen.ready and not service.draining
         return _json({"name": chosen.name, "ready": answers}, 200 if answers else 503)
@@ -104,15 +116,17 @@ def routes(service: Service) -> APIRouter:
         **infer_refusals(400, 401, 404, 408, 413, 415, 422, 429, 503),
     }
 
-    @router.post(
-        "/models/{model}/infer",
+    @routes.post(
+        "/v2/models/{model}/infer",
+        tags=_TAGS,
         summary="Features of images, or of prepared tensors",
         response_model=InferResponse,
         responses=infer_responses,
         openapi_extra=json_body(InferRequest, _BINARY),
     )
-    @router.post(
-        "/models/{model}/versions/{version}/infer",
+    @routes.post(
+        "/v2/models/{model}/versions/{version}/infer",
+        tags=_TAGS,
         summary="Features from a model's version",
         response_model=InferResponse,
         responses=infer_responses,
@@ -130,8 +144,6 @@ def routes(service: Service) -> APIRouter:
             if not isinstance(answer, np.ndarray):
                 raise ApiError(422, "unreadable_image", f"{asked.inputs[0].name}[{index}]: {answer}")
         return _answer(asked, chosen, np.stack(answers))  # type: ignore[arg-type]
-
-    return router
 
 
 def _find(service: Service, name: str, version: str | None) -> ServedModel:

@@ -7,6 +7,8 @@ answer with, and reasons from `errors.ApiError`'s fixed set.
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Callable
 from functools import cache
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
@@ -66,62 +68,82 @@ class Metrics:
         self._sizes = Histogram(
             "robustfeat_batch_images", "Images in a batch.", ["model"], registry=own, buckets=_SIZES
         )
-        self._in_flight.set(0)
-        self.in_flight = self._in_flight
+        # Requests leave their numbers here. Counting takes ten times as long, and is done when there is time for it.
+        self._noted: deque[tuple[Callable[[float], None], float]] = deque()
+        self.note = self._noted.append
+        self.gauges: list[tuple[Gauge, Callable[[], float]]] = []
+        self.in_flight = 0
+        self.watch(self._in_flight, lambda: self.in_flight)
         # `labels` takes a lock and checks; each combination is asked for once.
-        self._count = cache(lambda route, status: self._requests.labels(route, str(status)))
-        self._failed = cache(self._errors.labels)
+        self._count = cache(lambda route, status: self._requests.labels(route, str(status)).inc)
+        self._failed = cache(lambda reason: self._errors.labels(reason).inc)
+
+    def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Reads a gauge's value whenever the numbers are counted."""
+        self.gauges.append((gauge, read))
+        gauge.set(0)
 
     def request(self, route: str, status: int) -> None:
         """Counts an answer."""
-        self._count(route, status).inc()
+        self.note((self._count(route, status), 1))
 
     def seconds(self, value: float) -> None:
         """Counts the time of a request."""
-        self._seconds.observe(value)
+        self.note((self._seconds.observe, value))
 
     def error(self, reason: str, count: int = 1) -> None:
         """Counts what failed."""
-        self._failed(reason).inc(count)
+        self.note((self._failed(reason), count))
+
+    def count(self) -> None:
+        """Counts what was noted: to be called every second or so."""
+        for _ in range(len(self._noted)):
+            count, value = self._noted.popleft()
+            count(value)
+        for gauge, read in self.gauges:
+            gauge.set(read())
 
     def of_model(self, name: str) -> ModelMetrics:
         """Those of one model."""
         return ModelMetrics(self, name)
 
     def exposition(self) -> bytes:
-        """Of all workers, in Prometheus' text format."""
+        """Of all workers, in Prometheus' text format; of others as they were within the last second."""
+        self.count()
         registry = CollectorRegistry()
         MultiProcessCollector(registry, os.environ["PROMETHEUS_MULTIPROC_DIR"])  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
 
 class ModelMetrics:
-    """What is counted of one model.
-
-    Attributes:
-        queue: how many images wait.
-    """
+    """What is counted of one model, from any thread."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
-        self.queue = metrics._queue.labels(name)
-        self.queue.set(0)
-        self._queued, self._decode, self._model = (histogram.labels(name) for histogram in metrics._timed.values())
-        self._sizes = metrics._sizes.labels(name)
-        self._good, self._bad = (metrics._items.labels(name, outcome) for outcome in ("good", "failed"))
+        self._metrics, self._name = metrics, name
+        self._note = metrics.note
+        self._queued, self._decode, self._model = (
+            histogram.labels(name).observe for histogram in metrics._timed.values()
+        )
+        self._sizes = metrics._sizes.labels(name).observe
+        self._good, self._failed = (metrics._items.labels(name, outcome).inc for outcome in ("good", "failed"))
 
-    def decoded(self, seconds: float, count: int, waited: float) -> None:
-        """Counts images that a decoder has answered."""
-        self._decode.observe(seconds)
-        self._queued.observe(waited)
+    def watch_queue(self, read: Callable[[], float]) -> None:
+        """How many images wait."""
+        self._metrics.watch(self._metrics._queue.labels(self._name), read)
+
+    def decoded(self, waited: float, seconds: float) -> None:
+        """Counts a decoder's answer."""
+        self._note((self._queued, waited))
+        self._note((self._decode, seconds))
 
     def ran(self, seconds: float, count: int) -> None:
         """Counts a batch."""
-        self._model.observe(seconds)
-        self._sizes.observe(count)
+        self._note((self._model, seconds))
+        self._note((self._sizes, count))
 
-    def answered(self, good: int, bad: int) -> None:
+    def answered(self, good: int, failed: int) -> None:
         """Counts the images of a request."""
         if good:
-            self._good.inc(good)
-        if bad:
-            self._bad.inc(bad)
+            self._note((self._good, good))
+        if failed:
+            self._note((self._failed, failed))

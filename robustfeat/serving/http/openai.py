@@ -7,25 +7,29 @@ from typing import Any, NoReturn
 
 import numpy as np
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 
 from robustfeat.serving.http.bodies import data_of_uri, read_body
 from robustfeat.serving.http.documents import json_body, refusals
 from robustfeat.serving.http.errors import ApiError
+from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.schemas import ModelList, OpenAIEmbeddings, OpenAIRequest
 from robustfeat.serving.http.service import Service
 
-__all__ = ["routes"]
+__all__ = ["add_routes"]
 
 
-def routes(service: Service) -> APIRouter:
+_TAGS: list[Any] = ["OpenAI's protocol"]
+
+
+def add_routes(routes: Routes, service: Service) -> None:
     """/v1."""
-    router = APIRouter(prefix="/v1", tags=["OpenAI's protocol"])
 
-    @router.post(
-        "/embeddings",
+    @routes.post(
+        "/v1/embeddings",
+        tags=_TAGS,
         summary="Features of images as data URIs",
         openapi_extra=json_body(OpenAIRequest),
         response_model=OpenAIEmbeddings,
@@ -72,12 +76,10 @@ def routes(service: Service) -> APIRouter:
         content = {"object": "list", "data": data, **model.about, "usage": usage}
         return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
-    @router.get("/models", summary="The models", response_model=ModelList, responses=refusals(401))
-    async def models() -> dict[str, Any]:
+    @routes.get("/v1/models", tags=_TAGS, summary="The models", response_model=ModelList, responses=refusals(401))
+    async def models(_: Request) -> Response:
         entries = [{"id": name, "object": "model", "created": 0, "owned_by": "robustfeat"} for name in service.models]
-        return {"object": "list", "data": entries}
-
-    return router
+        return Response(orjson.dumps({"object": "list", "data": entries}), media_type="application/json")
 
 
 def _parse(body: bytes) -> OpenAIRequest:

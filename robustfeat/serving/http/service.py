@@ -205,6 +205,7 @@ class Service:
                     except Exception as exc:
                         self.log.error("probe failed", error=str(exc) or type(exc).__name__)
             await asyncio.sleep(1)
+            self.metrics.count()
             try:
                 if self.keys.refresh():
                     self.admission.share_among(len(self.keys.names))
