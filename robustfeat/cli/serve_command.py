@@ -184,7 +184,9 @@ def _open(
     models = {}
     for name, place in model_places.items():
         chosen = replace(extraction, model=place, threads=extraction.threads or processors)
-        models[name] = ServedModel(name, chosen.open(throughput=False), limits, metrics, decoders=processors)
+        models[name] = ServedModel(
+            name, chosen.open(throughput=False), limits, metrics, decoders=processors, shared=bool(keys.names)
+        )
     heads = {}
     if head_places:
         from robustfeat.serving.heads.head import Head

@@ -60,13 +60,11 @@ class Images:
         data: their bytes.
         places: where in the shared memory the square of each goes.
         max_pixels: larger ones are refused.
-        lost: offsets of images that brought down a decoder before, with the reason.
     """
 
     data: Sequence[bytes]
     places: Sequence[int]
     max_pixels: int
-    lost: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ class _Decoder:
         errors: list[str | None] = []
         for offset, (data, place) in enumerate(zip(images.data, images.places, strict=True)):
             self._progress[:] = offset, self._progress[1] + 1
-            errors.append(images.lost.get(offset) or self._decode(data, place, images.max_pixels))
+            errors.append(self._decode(data, place, images.max_pixels))
         return tuple(errors)
 
     def _decode(self, data: bytes, place: int, max_pixels: int = MAX_PIXELS) -> str | None:

@@ -14,159 +14,95 @@ import tempfile
 import threading
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.serving.decoder import Decoded, Images, SharedSquares, Task
+from robustfeat.serving.decoder import Decoded, SharedSquares, Task
 
-__all__ = ["DEADLINE_S", "DecoderPool"]
+__all__ = ["DEADLINE_S", "START_DEADLINE_S", "TRIES", "Decoder", "DecoderPool", "Decoders", "crashed", "too_slow"]
 
 DEADLINE_S = 60.0
 """An image that takes longer to read and decode is a failed row."""
 
-_START_DEADLINE_S = 60.0
-_TRIES = 2
+START_DEADLINE_S = 60.0
+
+TRIES = 2
+"""How often an image may bring down a decoder before it is given up."""
 
 
-@dataclass(frozen=True)
-class _Lost:
-    """A decoder was lost at an offset of its task; `final` if the image shall have no second chance."""
+class Decoder:
+    """A decoder process, at one end of a pipe.
 
-    offset: int
-    reason: str
-    final: bool
+    Attributes:
+        number: its line in `Decoders.progress`.
+        process: itself.
+        connection: takes `decoder.Task` and `decoder.Images`, and gives "ready" once, then their answers.
+    """
+
+    def __init__(self, number: int, process: subprocess.Popen[bytes], connection: Connection) -> None:
+        self.number, self.process, self.connection = number, process, connection
+
+    def stop(self) -> str:
+        """Ends it; how it ended, if it had not been running any more."""
+        self.process.kill()
+        code = self.process.wait()
+        self.connection.close()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-class DecoderPool:
-    """`workers` decoder processes; use it in a `with` block.
+class Decoders:
+    """Decoder processes and the memory that they share with this one.
 
     Args:
         contract: what they decode to.
         scaled: see `prepare_square`.
-        workers: how many.
-        places: squares that the shared memory holds.
-        deadline_s: see `DEADLINE_S`.
+        workers: how many there may be at once.
+        places: squares that the memory holds.
 
     Attributes:
-        squares: (places, S, S, 3) uint8, shared.
+        squares: (places, S, S, 3) uint8.
+        progress: (workers, 2) int64, see `decoder.SharedSquares`.
     """
 
-    def __init__(
-        self, contract: Preprocessing, *, scaled: bool, workers: int, places: int, deadline_s: float = DEADLINE_S
-    ) -> None:
+    def __init__(self, contract: Preprocessing, *, scaled: bool, workers: int, places: int) -> None:
         self._contract, self._scaled, self._workers, self._places = contract, scaled, workers, places
-        self._deadline_s = deadline_s
         side = contract.image_size
         # Memory without a name: nothing stays behind, however this process ends.
         self._memory = _anonymous_memory(workers * 16 + places * side * side * 3)
-        self._shared = SharedSquares(self._memory, workers, places, side)
-        self.squares: NDArray[np.uint8] = self._shared.squares
-        self._numbers = iter(range(workers))
+        shared = SharedSquares(self._memory, workers, places, side)
+        self.squares: NDArray[np.uint8] = shared.squares
+        self.progress: NDArray[np.int64] = shared.progress
         self._lock = threading.Lock()
-        self._own = threading.local()
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._closed = False
-        # One thread for each process: it sends, waits and, if need be, kills.
-        self._threads = ThreadPoolExecutor(workers, "decoder")
+        self._started: set[Decoder] = set()
+        self.closed = False
 
-    def __enter__(self) -> DecoderPool:
-        return self
+    def start(self, number: int) -> Decoder:
+        """A new process in place `number`, which will say when it is ready.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._lock:
-            self._closed = True
-            for process in self._processes:
-                process.kill()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for process in self._processes:
-            process.wait()
-        os.close(self._memory)
-
-    def submit(self, task: Task) -> Future[Decoded]:
-        """Decodes a task; the squares of `Task.place` and onwards are then filled (failed ones with zeros).
-
-        The result raises InputError where the run cannot go on, and EngineError where no decoder can be started.
+        Raises:
+            InputError: they were stopped.
+            EngineError: it cannot be started.
         """
-        return self._threads.submit(self._run_rows, task)
-
-    def decode(self, images: Images) -> Future[tuple[str | None, ...]]:
-        """Decodes images; the result is the error of each, None where its square is filled.
-
-        The result raises EngineError where no decoder can be started, InputError where they were stopped.
-        """
-        return self._threads.submit(self._run, images)
-
-    def _run_rows(self, task: Task) -> Decoded:
-        answer: Decoded = self._run(task)
-        if answer.stopped is not None:
-            raise InputError(answer.stopped)
-        return answer
-
-    def _run(self, task: Task | Images) -> Any:
-        crashes: Counter[int] = Counter()
-        while True:
-            answer = self._ask(task)
-            if not isinstance(answer, _Lost):
-                return answer
-            crashes[answer.offset] += 1
-            # A crash may be an accident (the kernel was short of memory): the image gets a second chance.
-            if answer.final or crashes[answer.offset] == _TRIES:
-                task = replace(task, lost={**task.lost, answer.offset: answer.reason})
-
-    def _ask(self, task: Task | Images) -> Any:
-        """What this thread's decoder answers, or where it was lost."""
-        if getattr(self._own, "process", None) is None:
-            self._start()
-        process, connection = self._own.process, self._own.connection
-        progress = self._shared.progress[self._own.number]
-        progress[:] = 0
-        try:
-            connection.send(task)
-            # Time is counted in looks, not read off a clock: while everything is suspended, nobody is late.
-            seen, waited, pause = -1, 0.0, min(1.0, self._deadline_s / 4)
-            while not connection.poll(pause):
-                waited += pause
-                if progress[1] != seen:
-                    seen, waited = int(progress[1]), 0.0
-                elif waited >= self._deadline_s:
-                    self._stop()
-                    reason = f"took longer than {self._deadline_s:g} s to read and decode"
-                    return _Lost(int(progress[0]), reason, final=True)
-            return connection.recv()
-        except (EOFError, OSError):
-            self._stop()
-            if self._closed:
-                raise InputError("the decoders were stopped") from None
-            code = process.returncode
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            return _Lost(int(progress[0]), f"the decoder crashed ({how})", final=False)
-
-    def _start(self) -> None:
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise InputError("the decoders were stopped")
-            if not hasattr(self._own, "number"):
-                self._own.number = next(self._numbers)
             ours, theirs = Pipe()
             contract = json.dumps(self._contract.to_dict())
-            arguments = (theirs.fileno(), self._memory, self._own.number, self._workers, self._places, contract)
+            arguments = (theirs.fileno(), self._memory, number, self._workers, self._places, contract)
             # The parent's own search path: a module of the same name in the current folder must not come first.
             code = (
                 f"import sys; sys.path[:] = {sys.path!r}; from robustfeat.serving.decoder import serve; "
                 f"serve(*{arguments!r}, {self._scaled!r})"
             )
             try:
-                self._own.process = subprocess.Popen(
+                process = subprocess.Popen(
                     [sys.executable, "-P", "-c", code],
                     stdin=subprocess.DEVNULL,
                     # It multiplies no matrices; each thread of NumPy's library would hold memory.
@@ -178,27 +114,133 @@ class DecoderPool:
                 raise EngineError(f"a decoder process could not be started ({exc.strerror}); free memory") from exc
             finally:
                 theirs.close()
-            self._own.connection = ours
-            self._processes.add(self._own.process)
-        if not _says_ready(ours):
+            decoder = Decoder(number, process, ours)
+            self._started = {known for known in self._started if known.process.returncode is None} | {decoder}
+            return decoder
+
+    def kill(self) -> None:
+        """Ends all processes; no more can be started."""
+        with self._lock:
+            self.closed = True
+            for decoder in self._started:
+                decoder.process.kill()
+
+    def close(self) -> None:
+        """The same, and frees what they used."""
+        self.kill()
+        for decoder in self._started:
+            decoder.process.wait()
+        os.close(self._memory)
+
+
+class DecoderPool:
+    """`workers` decoder processes at work on rows; use it in a `with` block.
+
+    Args:
+        contract, scaled, workers, places: see `Decoders`.
+        deadline_s: see `DEADLINE_S`.
+
+    Attributes:
+        squares: see `Decoders`.
+    """
+
+    def __init__(
+        self, contract: Preprocessing, *, scaled: bool, workers: int, places: int, deadline_s: float = DEADLINE_S
+    ) -> None:
+        self._decoders = Decoders(contract, scaled=scaled, workers=workers, places=places)
+        self.squares = self._decoders.squares
+        self._deadline_s = deadline_s
+        self._numbers = iter(range(workers))
+        self._own = threading.local()
+        # One thread for each process: it sends, waits and, if need be, kills.
+        self._threads = ThreadPoolExecutor(workers, "decoder")
+
+    def __enter__(self) -> DecoderPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._decoders.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._decoders.close()
+
+    def submit(self, task: Task) -> Future[Decoded]:
+        """Decodes a task; the squares of `Task.place` and onwards are then filled (failed ones with zeros).
+
+        The result raises InputError where the run cannot go on, and EngineError where no decoder can be started.
+        """
+        return self._threads.submit(self._run, task)
+
+    def _run(self, task: Task) -> Decoded:
+        crashes: Counter[int] = Counter()
+        while True:
+            answer = self._ask(task)
+            if isinstance(answer, Decoded):
+                if answer.stopped is not None:
+                    raise InputError(answer.stopped)
+                return answer
+            offset, reason, final = answer
+            crashes[offset] += 1
+            # A crash may be an accident (the kernel was short of memory): the image gets a second chance.
+            if final or crashes[offset] == TRIES:
+                task = replace(task, lost={**task.lost, offset: reason})
+
+    def _ask(self, task: Task) -> Decoded | tuple[int, str, bool]:
+        """The answer of this thread's decoder; or the offset that it failed at, why, and whether to give up on it."""
+        if getattr(self._own, "decoder", None) is None:
+            self._start()
+        connection = self._own.decoder.connection
+        progress = self._decoders.progress[self._own.number]
+        progress[:] = 0
+        try:
+            connection.send(task)
+            # Time is counted in looks, not read off a clock: while everything is suspended, nobody is late.
+            seen, waited, pause = -1, 0.0, min(1.0, self._deadline_s / 4)
+            while not connection.poll(pause):
+                waited += pause
+                if progress[1] != seen:
+                    seen, waited = int(progress[1]), 0.0
+                elif waited >= self._deadline_s:
+                    self._stop()
+                    return int(progress[0]), too_slow(self._deadline_s), True
+            answer: Decoded = connection.recv()
+            return answer
+        except (EOFError, OSError):
+            how = self._stop()
+            if self._decoders.closed:
+                raise InputError("the decoders were stopped") from None
+            return int(progress[0]), crashed(how), False
+
+    def _start(self) -> None:
+        if not hasattr(self._own, "number"):
+            self._own.number = next(self._numbers)
+        self._own.decoder = self._decoders.start(self._own.number)
+        if not _says_ready(self._own.decoder.connection):
             self._stop()
-            if self._closed:
+            if self._decoders.closed:
                 raise InputError("the decoders were stopped")
             raise EngineError("a decoder process could not be started; check the memory and the messages above")
 
-    def _stop(self) -> None:
-        process: subprocess.Popen[bytes] = self._own.process
-        process.kill()
-        process.wait()
-        self._own.connection.close()
-        self._own.process = None
-        with self._lock:
-            self._processes.discard(process)
+    def _stop(self) -> str:
+        how: str = self._own.decoder.stop()
+        self._own.decoder = None
+        return how
+
+
+def too_slow(deadline_s: float) -> str:
+    """Why an image failed whose decoder was killed."""
+    return f"took longer than {deadline_s:g} s to read and decode"
+
+
+def crashed(how: str) -> str:
+    """Why an image failed whose decoder died."""
+    return f"the decoder crashed ({how})"
 
 
 def _says_ready(connection: Connection) -> bool:
     try:
-        return connection.poll(_START_DEADLINE_S) and connection.recv() == "ready"
+        return connection.poll(START_DEADLINE_S) and connection.recv() == "ready"
     except (EOFError, OSError):
         return False
 

@@ -22,7 +22,7 @@ from robustfeat.serving.http.limits import Limits
 __all__ = ["Admission"]
 
 _SLOTS = 1024
-_BURST_S = 1.0
+_BURST_S = 0.25
 
 
 def _words(workers: int) -> int:
@@ -110,17 +110,19 @@ class Admission:
 
     def _refuse_key(self, key: Key, items: int, place: int) -> None:
         if key.rate is not None:
-            # Tokens, one an image: `rate` come each second, and as many as one request may need are kept.
+            # Tokens, one an image: `rate` come each second, and those of a moment are kept. A request of more images
+            # than that may leave a debt, which comes to the same rate without saving up for a burst.
             now, before = time.monotonic(), self._floats[place + 2]
-            most = max(key.rate * _BURST_S, self._limits.items)
+            most = max(1.0, key.rate * _BURST_S)
             tokens = min(most, self._floats[place + 1] + (now - before) * key.rate) if before else most
             self._floats[place + 1], self._floats[place + 2] = tokens, now
-            if tokens < items:
+            needed = min(items, most)
+            if tokens < needed:
                 raise ApiError(
                     429,
                     "rate_exceeded",
                     f"the key {key.name} may send {key.rate:g} images a second; wait and try again",
-                    retry_after_s=(items - tokens) / key.rate,
+                    retry_after_s=(needed - tokens) / key.rate,
                 )
         inside = sum(self._counts[place + 3 : place + self._words])
         share = key.concurrency or max(self._limits.items, self._limits.queue * self._workers // self._names)

@@ -220,7 +220,7 @@ def _info(service: Service) -> dict[str, Any]:
                 "weights_sha256": model.identity.weights_sha256,
                 "preprocessing_hash": model.identity.preprocessing_hash,
                 "config_hash": model.extractor.folder.config_hash,
-                "batch_size": model.extractor.batch_size,
+                "batch_size": model.batch_size,
             }
             for name, model in service.models.items()
         ],

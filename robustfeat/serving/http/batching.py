@@ -7,24 +7,24 @@ wherever images wait, so that a long queue of one delays the others by one image
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from functools import partial
-from itertools import groupby
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import EngineError
+from robustfeat.errors import RobustFeatError
 from robustfeat.hub.preprocessing import normalise
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.decoder import Images
-from robustfeat.serving.decoders import DecoderPool
+from robustfeat.serving.decoders import START_DEADLINE_S, TRIES, Decoder, Decoders, crashed, too_slow
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.http.metrics import ModelMetrics
@@ -36,7 +36,15 @@ Answer = Vector | str | Exception
 T = TypeVar("T")
 
 _DECODED_AT_ONCE = 4
-"""Images that a decoder takes together where more wait: fewer messages, and no later answers while all are busy."""
+_SENT_AT_ONCE = 2**17
+"""Images, and about how many bytes of them, that a decoder takes together where more wait: fewer messages."""
+
+_SENT_FROM_LOOP = 2**20
+"""More bytes are sent by a thread, since the pipe takes them only as the decoder reads."""
+
+_LOOK_S = 1.0
+_PAUSE_S = 1.0
+_JOIN_S = 5.0
 
 
 class FairQueue(Generic[T]):
@@ -71,74 +79,96 @@ class FairQueue(Generic[T]):
 class _Request:
     """The images of one request and what became of them."""
 
-    __slots__ = ("answers", "future", "key", "left", "loop")
+    __slots__ = ("answers", "future", "key", "left")
 
     def __init__(self, key: str, count: int) -> None:
         self.key, self.left = key, count
         self.answers: list[Answer] = [""] * count
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[list[Answer]] = self.loop.create_future()
-
-    def resolve(self) -> None:
-        if not self.future.done():  # its client may have left
-            self.future.set_result(self.answers)
+        self.future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
 
 
 class _Item:
-    __slots__ = ("image", "index", "place", "request", "since")
+    __slots__ = ("crashes", "image", "index", "place", "request", "since")
 
     def __init__(self, request: _Request, index: int, image: bytes | Vector, since: float) -> None:
         self.request, self.index, self.image, self.since = request, index, image, since
         self.place = -1
+        self.crashes = 0
+
+    def answer(self, answer: Answer) -> None:
+        request = self.request
+        request.answers[self.index] = answer
+        request.left -= 1
+        if not request.left and not request.future.done():  # its client may have left
+            request.future.set_result(request.answers)
+
+
+class _Seat:
+    """A decoder's place: the process that sits there now, and what it is at."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.ready = False
+        self.items: list[_Item] = []
+        self.began = 0.0
+        self.seen, self.waited = -1, 0.0
 
 
 class Batcher:
-    """Decoders and a model, at work for many requests; use it in a `with` block.
+    """Decoders and a model, at work for many requests of one event loop; use it in a `with` block.
+
+    All that happens here happens on the loop, but for the model, which has a thread.
 
     Args:
         extractor: the model.
         limits: of pixels and of the time to decode an image.
         watch: what is counted.
         decoders: processes; by default what the cgroup grants.
+        batch_size: images that the model takes at once, at most; the extractor's by default.
     """
 
     def __init__(
-        self, extractor: FeatureExtractor, limits: Limits, watch: ModelMetrics, *, decoders: int | None = None
+        self,
+        extractor: FeatureExtractor,
+        limits: Limits,
+        watch: ModelMetrics,
+        *,
+        decoders: int | None = None,
+        batch_size: int | None = None,
     ) -> None:
-        self.extractor = extractor
         self._contract, self._run_engine = extractor.config.preprocessing, extractor.engine.run
-        self._max_pixels, self._watch = limits.pixels, watch
-        self._batch_size = extractor.batch_size
-        self._idle = decoders or available_cpus()
+        self._limits, self._watch = limits, watch
+        self._batch_size = batch_size or extractor.batch_size
+        seats = decoders or available_cpus()
         # Squares wait there for the model; decoders that are ahead of it wait for places.
-        places = 2 * self._batch_size + self._idle * _DECODED_AT_ONCE
+        places = 2 * self._batch_size + seats * _DECODED_AT_ONCE
         self._places = deque(range(places))
-        self._pool = DecoderPool(
-            self._contract,
-            scaled=extractor.decoding == "scaled",
-            workers=self._idle,
-            places=places,
-            deadline_s=limits.decode_timeout_s,
-        )
+        scaled = extractor.decoding == "scaled"
+        self._decoders = Decoders(self._contract, scaled=scaled, workers=seats, places=places)
+        self._seats = [_Seat(self._decoders.start(number)) for number in range(seats)]
         self._waiting: FairQueue[_Item] = FairQueue()
         self._ready: FairQueue[_Item] = FairQueue()
         watch.watch_queue(lambda: len(self._waiting) + len(self._ready))
-        self._changed = threading.Condition()
-        self._closed = False
+        self._batches: SimpleQueue[list[_Item] | None] = SimpleQueue()
+        self._busy = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run_model, name="model", daemon=True)
 
     def __enter__(self) -> Batcher:
-        for _ in range(self._idle):
-            self._pool.decode(Images((), (), self._max_pixels, {}))  # starts its process
         self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._pool.__exit__(None, None, None)
-        self._thread.join()
+        self._batches.put(None)
+        self._decoders.close()
+        self._thread.join(_JOIN_S)
+
+    def attach(self) -> None:
+        """Begins to listen to the decoders, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        for seat in self._seats:
+            self._listen(seat)
+        self._loop.call_later(_LOOK_S, self._look)
 
     async def embed(self, images: Sequence[bytes | Vector], key: str = "") -> list[Answer]:
         """Features of images.
@@ -152,124 +182,176 @@ class Batcher:
         """
         request = _Request(key, len(images))
         now = time.perf_counter()
-        items = [_Item(request, index, image, now) for index, image in enumerate(images)]
-        with self._changed:
-            for item in items:
-                (self._waiting if isinstance(item.image, bytes) else self._ready).put(key, item)
-            self._feed_decoders()
-            if self._ready:
-                self._changed.notify()
+        for index, image in enumerate(images):
+            item = _Item(request, index, image, now)
+            (self._waiting if isinstance(image, bytes) else self._ready).put(key, item)
+        self._feed()
         try:
             return await request.future
         finally:
             # Where nobody waits any more, what has not begun is dropped as its turn comes.
             request.future.cancel()
 
-    def _feed_decoders(self) -> None:
-        """Gives waiting images to idle decoders; call it with the lock."""
-        while self._idle and self._waiting and self._places and not self._closed:
-            count = min(_DECODED_AT_ONCE, max(1, len(self._waiting) // self._idle), len(self._places))
-            items: list[_Item] = []
-            while len(items) < count and self._waiting:
-                item = self._waiting.take()
-                if not item.request.future.cancelled():
-                    item.place = self._places.popleft()
-                    items.append(item)
-            if items:
-                self._idle -= 1
-                data = [item.image for item in items if isinstance(item.image, bytes)]
-                places = [item.place for item in items]
-                decoded = self._pool.decode(Images(data, places, self._max_pixels, {}))
-                decoded.add_done_callback(partial(self._decoded, items, time.perf_counter()))
-
-    def _decoded(self, items: Sequence[_Item], began: float, decoded: Future[tuple[str | None, ...]]) -> None:
-        failure = decoded.exception() if not decoded.cancelled() else None
-        errors = [None] * len(items) if failure or decoded.cancelled() else decoded.result()
-        self._watch.decoded(began - items[0].since, time.perf_counter() - began)
-        finished: list[_Request] = []
-        with self._changed:
-            self._idle += 1
-            for item, error in zip(items, errors, strict=True):
-                item.image = b""
-                if error is None and failure is None:
-                    self._ready.put(item.request.key, item)
-                    continue
-                self._places.append(item.place)
-                _answer(item, error or _failure(failure), finished)
-            self._feed_decoders()
-            if self._ready:
-                self._changed.notify()
-        _resolve(finished)
-
-    def _run_model(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._ready or self._closed)
-                if self._closed:
-                    return
-                batch: list[_Item] = []
-                while len(batch) < self._batch_size and self._ready:
-                    item = self._ready.take()
-                    if item.request.future.cancelled():
-                        self._free(item)
-                    else:
-                        batch.append(item)
-                self._feed_decoders()
-            if not batch:
-                continue
-            began = time.perf_counter()
-            answers = self._infer(batch)
-            self._watch.ran(time.perf_counter() - began, len(batch))
-            finished: list[_Request] = []
-            with self._changed:
-                for item, answer in zip(batch, answers, strict=True):
+    def _feed(self) -> None:
+        """Gives work to whoever is idle."""
+        for seat in self._seats:
+            if not self._waiting or not self._places:
+                break
+            if seat.ready and not seat.items:
+                self._decode(seat)
+        if self._ready and not self._busy:
+            batch: list[_Item] = []
+            while len(batch) < self._batch_size and self._ready:
+                item = self._ready.take()
+                if item.request.future.cancelled():
                     self._free(item)
-                    _answer(item, answer, finished)
-                self._feed_decoders()
-            _resolve(finished)
+                else:
+                    batch.append(item)
+            if batch:
+                self._busy = True
+                self._batches.put(batch)
+
+    def _decode(self, seat: _Seat) -> None:
+        """Hands waiting images to an idle decoder."""
+        count = min(_DECODED_AT_ONCE, max(1, len(self._waiting) // len(self._seats)), len(self._places))
+        size = 0
+        while len(seat.items) < count and self._waiting and size < _SENT_AT_ONCE:
+            item = self._waiting.take()
+            if item.request.future.cancelled():
+                continue
+            item.place = self._places.popleft()
+            seat.items.append(item)
+            size += len(item.image)
+        if not seat.items:
+            return
+        seat.began, seat.seen, seat.waited = time.perf_counter(), -1, 0.0
+        self._decoders.progress[seat.decoder.number] = 0
+        data = [item.image for item in seat.items if isinstance(item.image, bytes)]
+        task = Images(data, [item.place for item in seat.items], self._limits.pixels)
+        if size < _SENT_FROM_LOOP:
+            with contextlib.suppress(OSError):  # it has died; its end of the pipe tells
+                seat.decoder.connection.send(task)
+        elif self._loop is not None:
+            self._loop.run_in_executor(None, _send, seat.decoder.connection, task)
+
+    def _hear(self, seat: _Seat) -> None:
+        """A decoder has said something, or its end of the pipe is closed."""
+        try:
+            said = seat.decoder.connection.recv()
+        except (EOFError, OSError):
+            self._replace(seat)
+            return
+        if not seat.ready:
+            seat.ready = True
+        else:
+            items, seat.items = seat.items, []
+            self._watch.decoded(seat.began - items[0].since, time.perf_counter() - seat.began)
+            for item, error in zip(items, said, strict=True):
+                if error is None:
+                    item.image = b""
+                    self._ready.put(item.request.key, item)
+                else:
+                    self._free(item)
+                    item.answer(error)
+        self._feed()
+
+    def _look(self) -> None:
+        """Ends decoders that stand still. Time is counted in looks: while everything is suspended, nobody is late."""
+        if self._loop is None or self._decoders.closed:
+            return
+        pause = min(_LOOK_S, self._limits.decode_timeout_s / 4)
+        for seat in self._seats:
+            seen = int(self._decoders.progress[seat.decoder.number, 1])
+            if seat.seen != seen or (seat.ready and not seat.items):
+                seat.seen, seat.waited = seen, 0.0
+                continue
+            seat.waited += pause
+            if seat.waited >= (self._limits.decode_timeout_s if seat.ready else START_DEADLINE_S):
+                self._replace(seat, too_slow(self._limits.decode_timeout_s))
+        self._loop.call_later(pause, self._look)
+
+    def _replace(self, seat: _Seat, reason: str | None = None) -> None:
+        """Puts a new process on a seat; the image that its old one was at may fail, all others are decoded again."""
+        if self._loop is None or self._decoders.closed:
+            return
+        at = int(self._decoders.progress[seat.decoder.number, 0])
+        self._loop.remove_reader(seat.decoder.connection.fileno())
+        how = seat.decoder.stop()
+        items, seat.items, was_ready = seat.items, [], seat.ready
+        for offset, item in enumerate(items):
+            self._free(item)
+            item.crashes += offset == at
+            # A crash may be an accident (the kernel was short of memory): the image gets a second chance.
+            if offset == at and (reason is not None or item.crashes == TRIES):
+                item.answer(reason or crashed(how))
+            else:
+                self._waiting.put(item.request.key, item)
+        # One that dies before it is ready will do so again: not at once, or nothing else would be done here.
+        self._loop.call_later(0.0 if was_ready else _PAUSE_S, self._reseat, seat)
+
+    def _reseat(self, seat: _Seat) -> None:
+        if self._loop is None or self._decoders.closed:
+            return
+        seat.ready, seat.waited = False, 0.0
+        try:
+            seat.decoder = self._decoders.start(seat.decoder.number)
+        except RobustFeatError:
+            self._loop.call_later(_PAUSE_S, self._reseat, seat)
+            return
+        self._listen(seat)
+
+    def _listen(self, seat: _Seat) -> None:
+        assert self._loop is not None
+        pipe = seat.decoder.connection.fileno()
+        self._loop.add_reader(pipe, self._hear, seat)
+        os.set_blocking(pipe, True)  # uvloop makes it otherwise, and half a message would be lost
 
     def _free(self, item: _Item) -> None:
         if item.place >= 0:
             self._places.append(item.place)
+            item.place = -1
+
+    def _run_model(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            began = time.perf_counter()
+            answers = self._infer(batch)
+            self._watch.ran(time.perf_counter() - began, len(batch))
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all who waited
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._take, batch, answers)
+
+    def _take(self, batch: Sequence[_Item], answers: Sequence[Answer]) -> None:
+        self._busy = False
+        for item in batch:
+            self._free(item)
+        self._feed()
+        for item, answer in zip(batch, answers, strict=True):
+            item.answer(answer)
 
     def _infer(self, batch: Sequence[_Item]) -> Sequence[Answer]:
         try:
             return list(self._run_engine(self._input(batch)))
         except Exception as exc:
             if len(batch) == 1:
-                return [_failure(exc)]
+                return [exc]
             # Whatever it is, it costs the images that have it, not their neighbours.
             return [answer for item in batch for answer in self._infer([item])]
 
     def _input(self, batch: Sequence[_Item]) -> Vector:
         """(n, 3, S, S) float32, in the order of the batch."""
         side = self._contract.image_size
-        squares = [at for at, item in enumerate(batch) if item.place >= 0]
-        places = [batch[at].place for at in squares]
-        if len(squares) == len(batch):
-            return normalise(self._pool.squares[places], self._contract)
+        decoded = [at for at, item in enumerate(batch) if item.place >= 0]
+        squares = self._decoders.squares[[batch[at].place for at in decoded]]
+        if len(decoded) == len(batch):
+            return normalise(squares, self._contract)
         values = np.empty((len(batch), 3, side, side), np.float32)
-        values[squares] = normalise(self._pool.squares[places], self._contract)
+        values[decoded] = normalise(squares, self._contract)
         for at, item in enumerate(batch):
             if item.place < 0:
                 values[at] = item.image
         return values
 
 
-def _answer(item: _Item, answer: Answer, finished: list[_Request]) -> None:
-    request = item.request
-    request.answers[item.index] = answer
-    request.left -= 1
-    if not request.left:
-        finished.append(request)
-
-
-def _resolve(finished: Sequence[_Request]) -> None:
-    for loop, requests in groupby(finished, lambda request: request.loop):
-        ready = list(requests)
-        with suppress(RuntimeError):  # the loop is closed, and with it all who waited
-            loop.call_soon_threadsafe(lambda ready=ready: [request.resolve() for request in ready])
-
-
-def _failure(exc: BaseException | None) -> Exception:
-    return exc if isinstance(exc, Exception) else EngineError("the server is being stopped")
+def _send(connection: Connection, task: Images) -> None:
+    with contextlib.suppress(OSError):
+        connection.send(task)

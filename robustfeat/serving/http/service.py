@@ -36,6 +36,9 @@ PROBE_S = 20.0
 """Without an image for so long, the server embeds one of its own."""
 
 
+_SHARED_BATCH = 8
+
+
 class ServedModel:
     """A model under the name by which clients ask for it.
 
@@ -44,11 +47,13 @@ class ServedModel:
         extractor: the model.
         limits, metrics: of the server.
         decoders: processes; by default what the cgroup grants.
+        shared: whether there are keys. Batches are then small, since whoever comes next waits for the one that runs.
 
     Attributes:
         about: what every answer says of it.
         identity: which model it is, for heads.
         version: of the Open Inference Protocol: its commit on the Hub, or the start of its weights' hash.
+        batch_size: images that the model takes at once, at most.
         last_good: when it last embedded an image, by `time.monotonic`; minus infinity before it has.
     """
 
@@ -60,6 +65,7 @@ class ServedModel:
         metrics: Metrics,
         *,
         decoders: int | None = None,
+        shared: bool = False,
     ) -> None:
         self.name, self.extractor = name, extractor
         self.identity = ModelIdentity.of_extractor(extractor)
@@ -67,7 +73,8 @@ class ServedModel:
         self.version = revision or extractor.config.files[WEIGHTS][:12]
         self.about = {"model": name, "revision": revision, "precision": extractor.precision}
         self._watch: ModelMetrics = metrics.of_model(name)
-        self._batcher = Batcher(extractor, limits, self._watch, decoders=decoders)
+        self.batch_size = min(extractor.batch_size, _SHARED_BATCH) if shared else extractor.batch_size
+        self._batcher = Batcher(extractor, limits, self._watch, decoders=decoders, batch_size=self.batch_size)
         self._golden = extractor.folder.golden()
         self.last_good = float("-inf")
 
@@ -77,6 +84,10 @@ class ServedModel:
 
     def __exit__(self, *exc: object) -> None:
         self._batcher.__exit__(*exc)
+
+    def attach(self) -> None:
+        """See `Batcher.attach`."""
+        self._batcher.attach()
 
     @property
     def ready(self) -> bool:

@@ -83,6 +83,8 @@ async def _serve(server: uvicorn.Server, service: Service, listener: socket.sock
         service.draining = server.should_exit = True
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    for model in service.models.values():
+        model.attach()
     background = [
         asyncio.create_task(service.keep_well()),
         asyncio.create_task(_tell_supervisor(service, report, stop)),

@@ -1,0 +1,439 @@
+"""How `robustfeat serve` behaves under load, beside `robustfeat embed`, calls in one process, and LitServe.
+
+    python benchmarks/serve.py --photos FOLDER --out serve.json
+    python benchmarks/serve.py --photos FOLDER --model FOLDER --engine openvino --precision int8 --only lone,saturation
+
+Server, `embed` and calls in process have one core, the client another. Arrivals are constant: a request is sent when
+its time has come, whether earlier ones are answered or not, and its latency counts from that time.
+
+- lone: one client that waits for each answer, in turns with the same photographs in one process.
+- saturation: 32 requests at hand at any time, beside the steady rate of the command `embed`; raw bytes to /embed, and
+  base64 in JSON to /v1/embeddings. With 1 % corrupt images, too.
+- steady: arrivals at 70 % of the rate at saturation.
+- overload: arrivals at three times that rate.
+- keys: two keys. One sends 15 % of the rate at saturation; the other is silent, sends its share (15 %, too), or ten
+  times its share.
+- peers: LitServe with the same network, one image at a time and in batches (`--peers-python` has it).
+
+Each section is measured `--rounds` times, all sections in turn; tables give medians and ranges of the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import itertools
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from embed import print_table
+from machine import hardware
+from robustfeat.hub.catalog import resolve_model
+from robustfeat.serving.extractor import FeatureExtractor
+
+SECTIONS = ("lone", "saturation", "steady", "overload", "keys", "peers")
+SERVER_CORE, CLIENT_CORE = 0, 1
+CONNECTIONS = 32
+LITSERVE = Path(__file__).parent / "peers" / "litserve_server.py"
+SHARE = 0.15
+
+
+class Connection(asyncio.Protocol):
+    """One request after the other."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self.transport: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self.buffer[:end])
+        assert length
+        if len(self.buffer) >= end + 4 + int(length[1]):
+            status, body = int(self.buffer[9:12]), bytes(self.buffer[end + 4 :])
+            self.buffer.clear()
+            if self.answer and not self.answer.done():
+                self.answer.set_result((status, body))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.answer and not self.answer.done():
+            self.answer.set_result((0, b""))
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        self.answer = asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return await self.answer
+
+
+@dataclass
+class Result:
+    """What a load gave."""
+
+    seconds: float
+    latencies: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, status: int, seconds: float) -> None:
+        self.latencies.setdefault(status, []).append(seconds)
+
+    @property
+    def goodput(self) -> float:
+        return len(self.latencies.get(200, [])) / self.seconds
+
+    def quantile(self, share: float, *statuses: int) -> float:
+        """Of latencies, in ms."""
+        values = sorted(itertools.chain.from_iterable(self.latencies.get(status, []) for status in statuses or [200]))
+        return 1000 * values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+
+
+class Client:
+    """Loads a server from connections that it keeps."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.free: list[Connection] = []
+
+    async def connect(self) -> Connection:
+        while self.free:
+            connection = self.free.pop()
+            if not connection.transport.is_closing():
+                return connection
+        loop = asyncio.get_running_loop()
+        return (await loop.create_connection(Connection, "127.0.0.1", self.port))[1]
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        connection = await self.connect()
+        answer = await connection.ask(request)
+        self.free.append(connection)
+        return answer
+
+    async def closed(self, requests: Sequence[bytes], at_once: int, seconds: float) -> Result:
+        """So many requests at hand at any time."""
+        source = itertools.cycle(requests)
+        result, end = Result(seconds), time.perf_counter() + seconds
+
+        async def loop() -> None:
+            while (began := time.perf_counter()) < end:
+                status, _ = await self.ask(next(source))
+                if time.perf_counter() < end:
+                    result.add(status, time.perf_counter() - began)
+
+        await asyncio.gather(*(loop() for _ in range(at_once)))
+        return result
+
+    async def open(self, requests: Sequence[bytes], rate: float, seconds: float) -> Result:
+        """Constant arrivals."""
+        result, began = Result(seconds), time.perf_counter()
+        waiting: set[asyncio.Task[None]] = set()
+
+        async def one(request: bytes, due: float) -> None:
+            status, _ = await self.ask(request)
+            result.add(status, time.perf_counter() - due)
+
+        for number in range(round(rate * seconds)):
+            due = began + number / rate
+            if (pause := due - time.perf_counter()) > 0:
+                await asyncio.sleep(pause)
+            task = asyncio.create_task(one(requests[number % len(requests)], due))
+            waiting.add(task)
+            task.add_done_callback(waiting.discard)
+        # The rate is of what was answered while the load lasted and by those who still waited at its end.
+        await asyncio.gather(*waiting)
+        result.seconds = time.perf_counter() - began
+        return result
+
+
+def raw(photo: bytes, key: str = "") -> bytes:
+    return _post("/embed", photo, f"Authorization: Bearer {key}\r\n" if key else "")
+
+
+def openai(photo: bytes) -> bytes:
+    uri = "data:image/jpeg;base64," + base64.b64encode(photo).decode()
+    body = json.dumps({"input": uri, "model": "robustfeat", "encoding_format": "base64"}).encode()
+    return _post("/v1/embeddings", body, "Content-Type: application/json\r\n")
+
+
+def _post(path: str, body: bytes, headers: str = "") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
+    return head.encode() + body
+
+
+@contextlib.contextmanager
+def server(command: list[str], environment: dict[str, str] | None = None) -> Iterator[int]:
+    """Runs a server on its core; its port."""
+    process = subprocess.Popen(
+        ["taskset", "-c", str(SERVER_CORE), *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    try:
+        assert process.stderr
+        said = ""
+        for line in process.stderr:
+            said += line
+            if found := re.search(r"http://\S+?:(\d+)", line):
+                yield int(found[1])
+                break
+        else:
+            raise RuntimeError(said)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+class Bench:
+    """A model, photographs, and what was measured."""
+
+    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+        self.options, self.scratch = options, scratch
+        self.folder = resolve_model(options.model)
+        self.photos = sorted(f.resolve() for f in options.photos.iterdir() if f.suffix.lower() in {".jpg", ".jpeg"})
+        self.bytes = [photo.read_bytes() for photo in self.photos]
+        self.way = [f"--model={options.model}", f"--engine={options.engine}", f"--precision={options.precision}"]
+        self.requests = [raw(photo) for photo in self.bytes]
+        self.rates: dict[str, list[float]] = {}
+        self.missing: list[dict[str, str]] = []
+
+    def note(self, name: str, value: float) -> float:
+        self.rates.setdefault(name, []).append(value)
+        print(f"{name}: {value:.2f}", file=sys.stderr, flush=True)
+        return value
+
+    def serve(self, *more: str, environment: dict[str, str] | None = None) -> contextlib.AbstractContextManager[int]:
+        model = f"--model=robustfeat={self.options.model}"
+        command = [sys.executable, "-m", "robustfeat", "serve", "--port=0", model, *self.way[1:], *more]
+        return server(command, environment)
+
+    def embed_rate(self) -> float:
+        """The command's steady rate on the server's core."""
+        whole = len(self.photos)
+        counts = {"short": whole, "long": whole * max(2, round(self.options.images / whole))}
+        seconds = {}
+        for name, count in counts.items():
+            folder = self.scratch / name
+            if not folder.exists():
+                folder.mkdir()
+                for number in range(count):
+                    (folder / f"{number:07}.jpg").symlink_to(self.photos[number % whole])
+            command = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-m", "robustfeat", "embed", str(folder)]
+            command += [*self.way, f"--out={self.scratch / 'feats.npy'}", "--quiet"]
+            began = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            seconds[name] = time.perf_counter() - began
+        return (counts["long"] - counts["short"]) / (seconds["long"] - seconds["short"])
+
+    async def lone(self) -> None:
+        """p50 of one client and of calls in process, in turns of all photographs."""
+        model, engine, precision = (text.partition("=")[2] for text in self.way)
+        command = ["taskset", "-c", str(SERVER_CORE), sys.executable, __file__, "--in-process"]
+        command += [model, engine, precision, *map(str, self.photos)]
+        apart = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+        assert apart.stdin and apart.stdout
+        inside: list[float] = []
+        outside = Result(0)
+        with self.serve() as port:
+            client = Client(port)
+            for turn in range(7):
+                apart.stdin.write(b"go\n")
+                calls = json.loads(await apart.stdout.readline())
+                found = []
+                for request in self.requests:
+                    began = time.perf_counter()
+                    status, _ = await client.ask(request)
+                    found.append((status, time.perf_counter() - began))
+                if turn:  # the first warms both
+                    inside += calls
+                    for status, seconds in found:
+                        outside.add(status, seconds)
+        apart.stdin.close()
+        await apart.wait()
+        a = self.note("lone: p50 over HTTP, ms", outside.quantile(0.5))
+        b = self.note("lone: p50 in process, ms", 1000 * statistics.median(inside))
+        self.note("lone: ratio", a / b)
+
+    async def saturation(self) -> None:
+        seconds = self.options.seconds
+        corrupt = list(self.requests)
+        spoilt = [raw(data) for data in (self.bytes[0][: len(self.bytes[0]) // 2], b"no image\n")]
+        mixed = [r if n % 100 != 99 else spoilt[n // 100 % 2] for n, r in zip(range(20_000), itertools.cycle(corrupt))]
+        with self.serve() as port:
+            client = Client(port)
+            await client.closed(self.requests, CONNECTIONS, 2)
+            peak = self.note("saturation: raw, images/s", (await client.closed(self.requests, CONNECTIONS, seconds)).goodput)
+            texts = [openai(photo) for photo in self.bytes]
+            base64_rate = self.note("saturation: base64, images/s", (await client.closed(texts, CONNECTIONS, seconds)).goodput)
+            spoilt_rate = (await client.closed(mixed, CONNECTIONS, seconds)).goodput / 0.99
+            again = self.note("saturation: raw again, images/s", (await client.closed(self.requests, CONNECTIONS, seconds)).goodput)
+        whole = self.note("embed, images/s", self.embed_rate())
+        self.note("raw / embed", (peak + again) / 2 / whole)
+        self.note("base64 / embed", base64_rate / whole)
+        self.note("1 % corrupt / clean", spoilt_rate * 2 / (peak + again))
+
+    def peak(self) -> float:
+        found = self.rates.get("saturation: raw, images/s")
+        if not found:
+            raise SystemExit("these sections need saturation before them")
+        return found[-1]
+
+    async def steady(self) -> None:
+        with self.serve() as port:
+            client = Client(port)
+            await client.closed(self.requests, CONNECTIONS, 2)
+            result = await client.open(self.requests, 0.7 * self.peak(), 2 * self.options.seconds)
+        a, b = result.quantile(0.5), result.quantile(0.99)
+        self.note("70 %: p50, ms", a)
+        self.note("70 %: p99, ms", b)
+        self.note("70 %: p99 / p50", b / a)
+        self.note("70 %: not answered well", sum(len(v) for s, v in result.latencies.items() if s != 200))
+
+    async def overload(self) -> None:
+        with self.serve() as port:
+            client = Client(port)
+            peak = (await client.closed(self.requests, CONNECTIONS, self.options.seconds)).goodput
+            result = await client.open(self.requests, 3 * peak, self.options.seconds)
+        refused = [status for status in result.latencies if status != 200]
+        self.note("3 x overload: goodput / peak", result.goodput / peak)
+        self.note("3 x overload: refusals, p50 ms", result.quantile(0.5, *refused))
+        self.note("3 x overload: refusals, p99 ms", result.quantile(0.99, *refused))
+        self.note("3 x overload: answers, p99 ms", result.quantile(0.99))
+        print(Counter({s: len(v) for s, v in result.latencies.items()}), file=sys.stderr)
+
+    async def keys(self) -> None:
+        rate = SHARE * self.peak()
+        environment = {"ROBUSTFEAT_API_KEYS": f"bulk bulk-key-1 rate={rate:.0f},team team-key-1"}
+        mine = [raw(photo, "team-key-1") for photo in self.bytes]
+        theirs = [raw(photo, "bulk-key-1") for photo in self.bytes]
+        seconds, quiet = 2 * self.options.seconds, {}
+        with self.serve(environment=environment) as port:
+            client, other = Client(port), Client(port)
+            await client.closed(mine, 4, 2)
+            for name, times in {"silent": 0, "at its share": 1, "at ten times its share": 10}.items():
+                loads = [client.open(mine, rate, seconds)]
+                if times:
+                    loads.append(other.open(theirs, times * rate, seconds))
+                results = await asyncio.gather(*loads)
+                quiet[name] = results[0].quantile(0.99)
+                self.note(f"the other key {name}: p50, ms", results[0].quantile(0.5))
+                self.note(f"the other key {name}: p99, ms", quiet[name])
+                if times:
+                    print({s: len(v) for s, v in results[1].latencies.items()}, file=sys.stderr)
+        self.note("p99, ten times / at its share", quiet["at ten times its share"] / quiet["at its share"])
+        self.note("p99, ten times / silent", quiet["at ten times its share"] / quiet["silent"])
+
+    async def peers(self) -> None:
+        contract = self.folder.config.preprocessing
+        for name, batch in {"LitServe": 1, "LitServe, batches": 16}.items():
+            command = [self.options.peers_python, str(LITSERVE), f"--onnx={self.folder.onnx('fp32')}", "--port=8765"]
+            command += [f"--side={contract.image_size}", "--mean", *map(str, contract.mean), "--std"]
+            command += [*map(str, contract.std), f"--batch={batch}"]
+            process = subprocess.Popen(
+                ["taskset", "-c", str(SERVER_CORE), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            try:
+                client = Client(8765)
+                for _ in range(300):
+                    with contextlib.suppress(OSError):
+                        if (await client.ask(self.requests[0]))[0] == 200:
+                            break
+                    await asyncio.sleep(0.2)
+                await client.closed(self.requests, CONNECTIONS, 2)
+                self.note(f"{name}: raw, images/s", (await client.closed(self.requests, CONNECTIONS, self.options.seconds)).goodput)
+                self.note(f"{name}: p50 alone, ms", (await client.closed(self.requests, 1, self.options.seconds)).quantile(0.5))
+                over = await client.open(self.requests, 3 * self.rates[f"{name}: raw, images/s"][-1], self.options.seconds)
+                self.note(f"{name}: 3 x overload, goodput / peak", over.goodput / self.rates[f"{name}: raw, images/s"][-1])
+                self.note(f"{name}: 3 x overload, answers p99 ms", over.quantile(0.99))
+            except (OSError, IndexError, KeyError, ValueError) as exc:
+                self.missing.append({"what": name, "why": str(exc)})
+            finally:
+                process.terminate()
+                process.wait()
+
+
+def in_process(model: str, engine: str, precision: str, photos: list[str]) -> None:
+    """Embeds all photographs, one at a time, whenever a line comes in."""
+    extractor = FeatureExtractor.from_pretrained(model, engine=engine, precision=precision, threads=1)
+    images = [Path(photo).read_bytes() for photo in photos]
+    for _ in sys.stdin:
+        seconds = []
+        for image in images:
+            began = time.perf_counter()
+            extractor.embed([image])
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps(seconds), flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--in-process"]:
+        in_process(*sys.argv[2:5], sys.argv[5:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, metavar="FOLDER", help="of JPEGs")
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--engine", default="onnxruntime")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--only", default=",".join(SECTIONS), metavar="SECTION,...", help=", ".join(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
+    parser.add_argument("--images", type=int, default=2400, help="that `embed` gets")
+    parser.add_argument("--peers-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    options = parser.parse_args()
+    sections = [name for name in SECTIONS if name in options.only.split(",")]
+    if len(os.sched_getaffinity(0)) < 2:
+        parser.error("needs two cores: one for the server, one for the client")
+    os.sched_setaffinity(0, {CLIENT_CORE})
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(options, Path(scratch))
+        for number in range(options.rounds):
+            for section in sections:
+                print(f"round {number + 1}: {section}", file=sys.stderr, flush=True)
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    runner.run(getattr(bench, section)())
+    rows = [
+        {"what": name, "median": f"{statistics.median(v):.2f}", "range": f"{min(v):.2f} to {max(v):.2f}"}
+        for name, v in bench.rates.items()
+    ]
+    print_table(f"{options.model}, {options.engine} {options.precision}, {options.rounds} rounds", rows)
+    report = {
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "arguments": {name: str(value) for name, value in vars(options).items()},
+        "rates": bench.rates,
+        "missing": bench.missing,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
