@@ -277,7 +277,8 @@ class Batcher:
         at = int(self._decoders.progress[seat.decoder.number, 0])
         self._loop.remove_reader(seat.decoder.connection.fileno())
         how = seat.decoder.stop()
-        items, seat.items, was_ready = seat.items, [], seat.ready
+        items, seat.items = seat.items, []
+        was_ready, seat.ready = seat.ready, False
         for offset, item in enumerate(items):
             self._free(item)
             item.crashes += offset == at
@@ -288,11 +289,12 @@ class Batcher:
                 self._waiting.put(item.request.key, item)
         # One that dies before it is ready will do so again: not at once, or nothing else would be done here.
         self._loop.call_later(0.0 if was_ready else _PAUSE_S, self._reseat, seat)
+        self._feed()
 
     def _reseat(self, seat: _Seat) -> None:
         if self._loop is None or self._decoders.closed:
             return
-        seat.ready, seat.waited = False, 0.0
+        seat.waited = 0.0
         try:
             seat.decoder = self._decoders.start(seat.decoder.number)
         except RobustFeatError:

@@ -121,12 +121,12 @@ def parse_keys(lines: Iterable[str], place: str) -> list[Key]:
             raise InputError(f"{where}: expected NAME KEY [rate=N] [concurrency=N], the key of 8 to 512 characters")
         shares: dict[str, str] = dict(word.partition("=")[::2] for word in rest[1:])
         if set(shares) - {"rate", "concurrency"} or len(shares) < len(rest) - 1:
-            raise InputError(f"{where}: after the key there may be rate=N and concurrency=N; got {' '.join(rest[1:])}")
+            raise InputError(f"{where}: after the key there may be rate=N and concurrency=N, nothing else")
         try:
             rate = float(shares["rate"]) if "rate" in shares else None
             concurrency = int(shares["concurrency"]) if "concurrency" in shares else None
         except ValueError:
-            raise InputError(f"{where}: rate and concurrency must be numbers; got {' '.join(rest[1:])}") from None
+            raise InputError(f"{where}: rate and concurrency must be numbers") from None
         if not 0 < (rate or 1) < float("inf") or (concurrency or 1) < 1 or 0 in {rate, concurrency}:
             raise InputError(f"{where}: rate and concurrency must be positive")
         digest = hashlib.sha256(rest[0].encode()).digest()

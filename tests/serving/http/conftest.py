@@ -1,0 +1,174 @@
+"""Real servers, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustfeat import FeatureExtractor
+from tests.conftest import ROOT
+
+START_S = 60
+
+
+class Answer:
+    """Status, headers (lower-case names) and body."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+        self.body = response.read()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Server:
+    """`robustfeat serve` with some options, until it is stopped."""
+
+    def __init__(self, *options: object, **environment: str) -> None:
+        command = [sys.executable, "-m", "robustfeat", "serve", "--port", "0", *map(str, options)]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment}
+        )
+        self.said: list[str] = []
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self._ready.wait(START_S), "".join(self.said)
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", "".join(self.said))
+        assert found, "".join(self.said)
+        self.port = int(found[1])
+        self.address = found[0]
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.said.append(line)
+            if "serving at" in line:
+                self._ready.set()
+        self._ready.set()
+
+    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            return Answer(connection.getresponse())
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.ask("GET", path, headers=headers)
+
+    def post(self, path: str, body: bytes | dict[str, Any], **headers: str) -> Answer:
+        if isinstance(body, dict):
+            body, headers = json.dumps(body).encode(), {"content-type": "application/json", **headers}
+        return self.ask("POST", path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+    def form(self, path: str, images: list[bytes], **headers: str) -> Answer:
+        body, kind = form_of(images)
+        return self.post(path, body, content_type=kind, **headers)
+
+    def workers(self) -> list[int]:
+        return children(self.process.pid)
+
+    def metric(self, name: str) -> float:
+        """The sum over all labels."""
+        lines = self.get("/metrics").body.decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}(\{{|\s)", line))
+
+    def logged(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.said if line.startswith("{")]
+
+    def stop(self, name: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(name)
+        code = self.process.wait(60)
+        self._reader.join(10)
+        return code
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, file.read_text().split())
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
+
+
+def form_of(images: list[bytes]) -> tuple[bytes, str]:
+    parts = [
+        b'--cut\r\nContent-Disposition: form-data; name="images"; filename="%d.jpg"\r\n\r\n%s\r\n' % (number, image)
+        for number, image in enumerate(images)
+    ]
+    return b"".join(parts) + b"--cut--\r\n", "multipart/form-data; boundary=cut"
+
+
+@contextlib.contextmanager
+def serving(*options: object, **environment: str) -> Iterator[Server]:
+    server = Server(*options, **environment)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+        assert "Traceback" not in "".join(server.said), "".join(server.said)
+
+
+@pytest.fixture(scope="session")
+def clothes(example_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head for the built-in model."""
+    from robustfeat.serving.heads.features import embed_features
+    from robustfeat.serving.heads.fitting import fit_head
+    from robustfeat.serving.heads.labels import match_labels, read_labels
+    from robustfeat.serving.inputs import list_inputs
+
+    out = tmp_path_factory.mktemp("heads") / "clothes"
+    with list_inputs([example_files[0].parents[1]]) as inputs:
+        features = embed_features(FeatureExtractor.from_pretrained(threads=1, streams=1), inputs, quiet=True)
+    fit_head(features, match_labels(features, read_labels(["folder"])), cs=(0.1,), scalings=("none",))[0].save(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def server(clothes: Path, model: Path) -> Iterator[Server]:
+    """Two models and a head."""
+    with serving(
+        "--model", "robustfeat=builtin", "--model", f"small={model}", "--head", f"clothes={clothes}"
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def photos(example_files: list[Path]) -> list[bytes]:
+    return [file.read_bytes() for file in example_files[::5]]
+
+
+@pytest.fixture(scope="session")
+def extractor() -> FeatureExtractor:
+    return FeatureExtractor.from_pretrained()

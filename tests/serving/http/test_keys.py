@@ -1,0 +1,217 @@
+"""Keys: who may ask, how much, and that nobody is starved."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from robustfeat.errors import InputError
+from robustfeat.serving.http.admission import Admission
+from robustfeat.serving.http.batching import FairQueue
+from robustfeat.serving.http.errors import ApiError
+from robustfeat.serving.http.keys import ANYONE, Key, KeyRing, parse_keys
+from robustfeat.serving.http.limits import Limits
+from tests.serving.http.conftest import Server, serving, wait_until
+
+LIMITS = Limits(body_bytes=1000, pixels=1000, items=8, queue=16, timeout_s=1, decode_timeout_s=1, connections=10)
+
+
+def test_keys_are_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(
+        "# old and new of one team\na old-key-1 rate=5\na new-key-1 rate=5\n\nb other-key#1 concurrency=3\n"
+    )
+    ring = KeyRing(file)
+    assert ring.names == {"a", "b"}
+    for value, name in {"old-key-1": "a", "new-key-1": "a", "other-key#1": "b"}.items():
+        found = ring.find(f"Bearer {value}")
+        assert found is not None
+        assert found.name == name
+    assert ring.find("bearer old-key-1") is not None
+    for wrong in (
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer old-key-2",
+        "Basic old-key-1",
+        "old-key-1",
+        "Bearer old-key-1x",
+    ):
+        assert ring.find(wrong) is None
+
+
+def test_without_keys_anyone_may_ask() -> None:
+    for header in (None, "Bearer whatever", "Basic x"):
+        assert KeyRing().find(header) is ANYONE
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("a", "expected NAME KEY"),
+        ("a short", "expected NAME KEY"),
+        ("a b/c long-enough", "expected NAME KEY"),
+        ("a/b long-enough", "expected NAME KEY"),
+        ("a long-enough rat=5", "rate=N and concurrency=N"),
+        ("a team-alpha long-enough", "rate=N and concurrency=N"),
+        ("a long-enough rate=x", "must be numbers"),
+        ("a long-enough rate=0", "must be positive"),
+        ("a long-enough rate=inf", "must be positive"),
+        ("a long-enough rate=nan", "must be positive"),
+        ("a long-enough concurrency=-1", "must be positive"),
+    ],
+)
+def test_a_line_that_is_no_key_is_named_and_its_key_is_not(line: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        parse_keys(["# first", line], "keys")
+    assert "line 2" in str(caught.value)
+    assert "long-enough" not in str(caught.value)
+
+
+def test_one_key_may_not_have_two_names() -> None:
+    with pytest.raises(InputError, match="the key of b is also that of a"):
+        parse_keys(["a same-key-1", "b same-key-1"], "keys")
+
+
+def test_keys_take_turns() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for name in ("a1", "a2", "a3", "b1", "c1", "c2", "a4"):
+        queue.put(name[0], name)
+    assert [queue.take() for _ in range(len(queue))] == ["a1", "b1", "c1", "a2", "c2", "a3", "a4"]
+
+
+@pytest.fixture
+def doors() -> Iterator[list[Admission]]:
+    """Of two workers."""
+    with tempfile.TemporaryFile() as memory:
+        yield [Admission(LIMITS, memory.fileno(), number, 2) for number in range(2)]
+
+
+def refused(door: Admission, key: Key, items: int) -> str | None:
+    try:
+        with door.enter(key, items):
+            return None
+    except ApiError as exc:
+        return exc.code
+
+
+def test_the_queue_ends(doors: list[Admission]) -> None:
+    assert refused(doors[0], ANYONE, 9) == "too_many_images"
+    with doors[0].enter(ANYONE, 8), doors[0].enter(ANYONE, 7):
+        assert refused(doors[0], ANYONE, 2) == "queue_full"
+        with pytest.raises(ApiError) as caught, doors[0].enter(ANYONE, 2):
+            pass
+        assert (caught.value.status, caught.value.headers["retry-after"]) == (503, "1")
+        assert refused(doors[0], ANYONE, 1) is None
+        with doors[0].enter(ANYONE, 1), pytest.raises(ApiError):
+            doors[0].check(ANYONE)
+        assert refused(doors[1], ANYONE, 8) is None
+    assert refused(doors[0], ANYONE, 8) is None
+
+
+def test_a_share_counts_over_all_workers() -> None:
+    with tempfile.TemporaryFile() as memory:
+        doors = [Admission(LIMITS, memory.fileno(), number, 2) for number in range(2)]
+        key = Key("a", b"", concurrency=4)
+        with doors[0].enter(key, 2), doors[1].enter(key, 2):
+            assert refused(doors[0], key, 1) == "share_exceeded"
+        assert refused(doors[0], key, 8) is None  # larger than the share, but alone
+        with doors[0].enter(key, 1):
+            assert refused(doors[1], key, 8) == "share_exceeded"
+            # Worker 0 is killed, and another takes its place.
+            Admission(LIMITS, memory.fileno(), 0, 2)
+            assert refused(doors[1], key, 4) is None
+
+
+def test_a_key_without_images_is_not_kept_out_by_those_who_fill_the_queue() -> None:
+    with tempfile.TemporaryFile() as memory:
+        door = Admission(LIMITS, memory.fileno(), 0, 1)
+        door.share_among(2)
+        a, b = Key("a", b""), Key("b", b"")
+        with door.enter(a, 8):
+            assert refused(door, a, 1) == "share_exceeded"  # half of 16
+            with door.enter(b, 8):
+                assert refused(door, Key("c", b""), 1) is None
+                assert refused(door, b, 1) == "share_exceeded"
+
+
+def test_a_rate_is_kept_over_time() -> None:
+    with tempfile.TemporaryFile() as memory:
+        doors = [Admission(LIMITS, memory.fileno(), number, 2) for number in range(2)]
+        key = Key("a", b"", rate=50.0)
+        began, taken = time.monotonic(), 0
+        while time.monotonic() - began < 1.0:
+            taken += refused(doors[taken % 2], key, 1) is None
+        assert 45 <= taken <= 66  # 50, and those of a quarter of a second that were kept
+        assert refused(doors[0], key, 1) == "rate_exceeded"
+
+
+def test_a_request_beyond_the_rate_leaves_a_debt() -> None:
+    with tempfile.TemporaryFile() as memory:
+        door = Admission(LIMITS, memory.fileno(), 0, 1)
+        key = Key("a", b"", rate=4.0)
+        assert refused(door, key, 8) is None
+        with pytest.raises(ApiError) as caught, door.enter(key, 1):
+            pass
+        assert caught.value.headers["retry-after"] == "2"
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text("team team-key-1\nslow slow-key-1 rate=1\n")
+    with serving("--keys", file, "--log-requests", ROBUSTFEAT_API_KEYS="env env-key-1") as server:
+        yield server, file
+
+
+def test_a_request_needs_a_key(guarded: tuple[Server, Path], photos: list[bytes]) -> None:
+    server, _ = guarded
+    for key in ("team-key-1", "env-key-1"):
+        assert server.post("/embed", photos[0], authorization=f"Bearer {key}").status == 200
+    for path in ("/embed", "/v1/embeddings", "/predict/x", "/nothing"):
+        answer = server.post(path, photos[0])
+        assert (answer.status, answer.json["error"]["code"]) == (401, "missing_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+    answer = server.post("/embed", photos[0], authorization="Bearer team-key-2")
+    assert (answer.status, answer.json["error"]["code"]) == (401, "invalid_api_key")
+    assert "error" in server.post("/v2/models/robustfeat/infer", b"{}").json
+    assert server.get("/info").status == 401
+    for path in ("/health/live", "/health/ready", "/v2/health/ready", "/metrics", "/docs", "/openapi.json"):
+        assert server.get(path).status == 200
+    assert server.get("/openapi.json").json["components"]["securitySchemes"]
+
+
+def test_a_rate_is_429_with_the_time_to_wait(guarded: tuple[Server, Path], photos: list[bytes]) -> None:
+    server, _ = guarded
+    answers = [server.post("/embed", photos[0], authorization="Bearer slow-key-1") for _ in range(3)]
+    assert [answer.status for answer in answers] == [200, 429, 429]
+    assert answers[1].headers["retry-after"] == "1"
+    assert answers[1].json["error"]["code"] == "rate_exceeded"
+
+
+def test_keys_are_rotated_without_a_restart(guarded: tuple[Server, Path], photos: list[bytes]) -> None:
+    server, file = guarded
+    file.write_text("team team-key-9\n")
+
+    def status(key: str) -> int:
+        return server.post("/embed", photos[0], authorization=f"Bearer {key}").status
+
+    wait_until(lambda: (status("team-key-1"), status("team-key-9"), status("env-key-1")) == (401, 200, 200))
+    file.write_text("team\n")
+    wait_until(lambda: any("left as they were" in line for line in server.said))
+    assert status("team-key-9") == 200
+
+
+def test_logs_name_the_request_and_never_the_key(guarded: tuple[Server, Path], photos: list[bytes]) -> None:
+    server, _ = guarded
+    server.post("/embed", photos[0], authorization="Bearer env-key-1", x_request_id="seen-1")
+    wait_until(lambda: any(line.get("request_id") == "seen-1" for line in server.logged()))
+    (line,) = [line for line in server.logged() if line.get("request_id") == "seen-1"]
+    assert (line["event"], line["status"], line["key"], line["path"]) == ("request", 200, "env", "/embed")
+    assert "key-1" not in "".join(server.said)
+    assert "key-9" not in "".join(server.said)
