@@ -15,7 +15,7 @@ from fastapi import Request
 from PIL import Image
 
 
-class Features(litserve.LitAPI):
+class Features(litserve.LitAPI):  # type: ignore[misc]
     def __init__(self, onnx: str, side: int, mean: list[float], std: list[float], **options: object) -> None:
         super().__init__(**options)
         self.onnx, self.side, self.mean, self.std = onnx, side, mean, std
@@ -37,7 +37,9 @@ class Features(litserve.LitAPI):
         return np.stack(inputs)
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        return self.session.run(None, {"pixel_values": np.ascontiguousarray(x if x.ndim == 4 else x[None])})[0]
+        values = np.ascontiguousarray(x if x.ndim == 4 else x[None])
+        features: np.ndarray = self.session.run(None, {"pixel_values": values})[0]
+        return features
 
     def unbatch(self, output: np.ndarray) -> list[np.ndarray]:
         return list(output)

@@ -49,7 +49,12 @@ def create_app(service: Service) -> Gate:
     _add_own(routes, service)
     openai.add_routes(routes, service)
     kserve.add_routes(routes, service)
-    describe(app, keys=bool(service.keys.names))
+    names = {
+        "model": list(service.models),
+        "head": list(service.heads),
+        "version": sorted({model.version for model in service.models.values()}),
+    }
+    describe(app, keys=bool(service.keys.names), names=names)
     return Gate(app, routes, service)
 
 

@@ -86,8 +86,14 @@ def json_body(form: type[BaseModel], *more: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def describe(app: FastAPI, *, keys: bool) -> None:
-    """Completes the document of an application: bodies, and the keys where there are any."""
+def describe(app: FastAPI, *, keys: bool, names: dict[str, list[str]]) -> None:
+    """Completes the document of an application.
+
+    Args:
+        app: what it documents.
+        keys: whether there are any.
+        names: what the parameters `model`, `head` and `version` may be.
+    """
     derive = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -103,14 +109,26 @@ def describe(app: FastAPI, *, keys: bool) -> None:
             schemas.pop("ValidationError", None)
             if keys:
                 components["securitySchemes"] = _SCHEMES
-                for methods in document["paths"].values():
-                    for operation in methods.values():
-                        if "401" in operation["responses"]:
-                            operation["security"] = [{"key": []}]
+            for methods in document["paths"].values():
+                for operation in methods.values():
+                    if keys and "401" in operation["responses"]:
+                        operation["security"] = [{"key": []}]
+                    if "HTTPValidationError" in str(operation["responses"].get("422")):
+                        del operation["responses"]["422"]  # FastAPI's, which never sees a request
+                    # One function answers with and without a version in the path: it is no query.
+                    given = [entry for entry in operation.get("parameters", []) if not _is_unversioned(entry)]
+                    operation["parameters"] = given
+                    for parameter in given:
+                        if names.get(parameter["name"]):
+                            parameter["schema"] = {"type": "string", "enum": names[parameter["name"]]}
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _is_unversioned(parameter: dict[str, Any]) -> bool:
+    return parameter["name"] == "version" and parameter["in"] == "query"
 
 
 def infer_refusals(*codes: int) -> dict[int | str, dict[str, Any]]:

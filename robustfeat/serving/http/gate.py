@@ -67,8 +67,15 @@ class Gate:
         assert task is not None
         state = scope.setdefault("state", {})
         state["key"] = ANYONE
+        gone = False
+
+        def leave() -> None:
+            nonlocal gone
+            gone = True
+            task.cancel()
+
         # What the connection calls when its client has left: nobody waits for an answer any more.
-        scope["robustfeat.gone"] = task.cancel
+        scope["robustfeat.gone"] = leave
         service.metrics.in_flight += 1
         try:
             await self._answer(scope, receive, answer, headers)
@@ -76,7 +83,10 @@ class Gate:
             if status == 0:
                 await self._refuse(exc, path, scope["method"], answer)
         except asyncio.CancelledError:
-            status = status or 499  # the client left, or the time to drain is over
+            if status == 0 and not gone:  # the time to drain is over
+                stopping = ApiError(503, "stopping", "the server is being stopped; ask again", retry_after_s=1)
+                await self._refuse(stopping, path, scope["method"], answer)
+            status = status or 499
         except Exception:
             service.log.error("internal error", request_id=request_id.decode(), trace=traceback.format_exc())
             if status == 0:
