@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +21,19 @@ if TYPE_CHECKING:
     from robustfeat.serving.http.limits import Limits
     from robustfeat.serving.http.log import Log
     from robustfeat.serving.http.service import Service
+
+
+class _Number(click.FloatRange):
+    """A float above zero, and not infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
+_NUMBER = _Number(min=0, min_open=True)
 
 
 @click.command("serve", short_help="Answer over HTTP.")
@@ -49,7 +64,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-body",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_NUMBER,
     default=32,
     show_default=True,
     metavar="MIB",
@@ -67,7 +82,7 @@ if TYPE_CHECKING:
 @click.option("--max-connections", type=click.IntRange(1), default=1024, show_default=True, help="To a worker.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_NUMBER,
     default=30,
     show_default=True,
     metavar="SECONDS",
@@ -75,7 +90,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--decode-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_NUMBER,
     default=10,
     show_default=True,
     metavar="SECONDS",
@@ -83,7 +98,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--drain",
-    type=click.FloatRange(min=0),
+    type=_NUMBER,
     default=20,
     show_default=True,
     metavar="SECONDS",
@@ -137,8 +152,9 @@ def command(
     ring = KeyRing(keys, os.environ.get(ENVIRONMENT))
     try:
         listener = socket.create_server((host, port), backlog=2048, family=_family(host))
-    except OSError as exc:
-        raise InputError(f"--host {host} --port {port}: {exc.strerror or exc}; choose another") from exc
+    except (OSError, UnicodeError, TypeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "no host name"
+        raise InputError(f"--host {host} --port {port}: {reason}; choose another") from exc
     with tempfile.TemporaryFile() as counts:
 
         def run(number: int, report: int) -> None:
@@ -156,9 +172,12 @@ def command(
             places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in head_places)]
             click.echo(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
 
-        supervisor = Supervisor(
-            listener, run, workers=workers, drain_s=drain, announce=announce, say=Log("supervisor").error
-        )
+        def look() -> None:
+            with contextlib.suppress(InputError):  # the workers say so
+                ring.refresh()
+
+        say = Log("supervisor").error
+        supervisor = Supervisor(listener, run, workers=workers, drain_s=drain, announce=announce, look=look, say=say)
         click.get_current_context().exit(supervisor.serve())
 
 

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import itertools
 import json
 import mmap
+import os
 import resource
 import signal
 import warnings
@@ -24,11 +27,14 @@ from robustfeat.errors import DecodeError, InputError
 from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, prepare_square
 from robustfeat.serving.sources import ImageSource, is_remote
 
-__all__ = ["MEMORY_BYTES", "Decoded", "Images", "SharedSquares", "Task", "serve"]
+__all__ = ["MAILBOX_BYTES", "MEMORY_BYTES", "Decoded", "Images", "SharedSquares", "Task", "serve"]
 
 MEMORY_BYTES = 4 * 2**30
 """What decoding one image may take; one that needs more is a failed row."""
 
+MAILBOX_BYTES = 2**20
+
+_PR_SET_PDEATHSIG = 1
 _REMOTE_READS = 16
 _HEARTBEAT_S = 5.0
 
@@ -57,12 +63,14 @@ class Images:
     """Encoded images to decode, which somebody waits for.
 
     Attributes:
-        data: their bytes.
+        data: their bytes; None where they lie in the decoder's mailbox, one after the other.
+        sizes: how many bytes each has.
         places: where in the shared memory the square of each goes.
         max_pixels: larger ones are refused.
     """
 
-    data: Sequence[bytes]
+    data: Sequence[bytes] | None
+    sizes: Sequence[int]
     places: Sequence[int]
     max_pixels: int
 
@@ -88,20 +96,25 @@ class SharedSquares:
     Attributes:
         progress: (decoders, 2) int64: the offset in its task that each is at, and a count that moves while it lives.
         squares: (places, S, S, 3) uint8.
+        mailboxes: (decoders, MAILBOX_BYTES) uint8, for `Images`. A pipe that is full would make its writer wait.
     """
 
     def __init__(self, descriptor: int, decoders: int, places: int, side: int) -> None:
-        head = decoders * 2 * 8
-        self.size = head + places * side * side * 3
+        head, body = decoders * 2 * 8, places * side * side * 3
+        self.size = head + body + decoders * MAILBOX_BYTES
+        os.truncate(descriptor, self.size)  # takes no memory until it is used
         memory = mmap.mmap(descriptor, self.size)
         self.progress = np.frombuffer(memory, np.int64, decoders * 2).reshape(decoders, 2)
-        self.squares = np.frombuffer(memory, np.uint8, offset=head).reshape(places, side, side, 3)
+        self.squares = np.frombuffer(memory, np.uint8, body, offset=head).reshape(places, side, side, 3)
+        self.mailboxes = np.frombuffer(memory, np.uint8, offset=head + body).reshape(decoders, MAILBOX_BYTES)
 
 
 def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contract: str, scaled: bool) -> None:
     """Answers tasks until the parent hangs up."""
-    # Ctrl+C reaches the whole process group; the parent decides.
+    # Ctrl+C, or a signal to the whole process group: the parent decides, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _die_with_parent()
     # Of large images and odd metadata; what matters of it becomes the row's error.
     warnings.filterwarnings("ignore", module="PIL")
     preprocessing = Preprocessing.from_dict(json.loads(contract))
@@ -113,17 +126,32 @@ def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contr
     connection = Connection(pipe)
     decoder = _Decoder(shared, number, preprocessing, scaled)
     try:
+        quiet = False
         connection.send("ready")
         while True:
             task = connection.recv()
+            if isinstance(task, Images) and not quiet:
+                # What libraries print of damaged files would be lines of the server's log.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                quiet = True
             connection.send(decoder.run(task) if isinstance(task, Task) else decoder.decode(task))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
+def _die_with_parent() -> None:
+    """Where the system can: a decoder that is at an image would otherwise go on after its parent was killed."""
+    parent = os.getppid()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 class _Decoder:
     def __init__(self, shared: SharedSquares, number: int, contract: Preprocessing, scaled: bool) -> None:
         self._squares, self._progress = shared.squares, shared.progress[number]
+        self._mailbox = shared.mailboxes[number].data
         self._contract, self._scaled = contract, scaled
         self._readers: ThreadPoolExecutor | None = None
 
@@ -150,8 +178,10 @@ class _Decoder:
     def decode(self, images: Images) -> tuple[str | None, ...]:
         """The error of each image; None where there is a square."""
         errors: list[str | None] = []
-        for offset, (data, place) in enumerate(zip(images.data, images.places, strict=True)):
+        ends = itertools.accumulate(images.sizes)
+        for offset, (size, end, place) in enumerate(zip(images.sizes, ends, images.places, strict=True)):
             self._progress[:] = offset, self._progress[1] + 1
+            data = bytes(self._mailbox[end - size : end]) if images.data is None else images.data[offset]
             errors.append(self._decode(data, place, images.max_pixels))
         return tuple(errors)
 

@@ -68,17 +68,18 @@ class Decoders:
 
     Attributes:
         squares: (places, S, S, 3) uint8.
-        progress: (workers, 2) int64, see `decoder.SharedSquares`.
+        progress, mailboxes: (workers, 2) int64 and (workers, MAILBOX_BYTES) uint8, see `decoder.SharedSquares`.
     """
 
     def __init__(self, contract: Preprocessing, *, scaled: bool, workers: int, places: int) -> None:
         self._contract, self._scaled, self._workers, self._places = contract, scaled, workers, places
         side = contract.image_size
         # Memory without a name: nothing stays behind, however this process ends.
-        self._memory = _anonymous_memory(workers * 16 + places * side * side * 3)
+        self._memory = _anonymous_memory()
         shared = SharedSquares(self._memory, workers, places, side)
         self.squares: NDArray[np.uint8] = shared.squares
         self.progress: NDArray[np.int64] = shared.progress
+        self.mailboxes: NDArray[np.uint8] = shared.mailboxes
         self._lock = threading.Lock()
         self._started: set[Decoder] = set()
         self.closed = False
@@ -93,7 +94,10 @@ class Decoders:
         with self._lock:
             if self.closed:
                 raise InputError("the decoders were stopped")
-            ours, theirs = Pipe()
+            try:
+                ours, theirs = Pipe()
+            except OSError as exc:
+                raise EngineError(f"a decoder process could not be started ({exc.strerror})") from exc
             contract = json.dumps(self._contract.to_dict())
             arguments = (theirs.fileno(), self._memory, number, self._workers, self._places, contract)
             # The parent's own search path: a module of the same name in the current folder must not come first.
@@ -245,11 +249,8 @@ def _says_ready(connection: Connection) -> bool:
         return False
 
 
-def _anonymous_memory(size: int) -> int:
+def _anonymous_memory() -> int:
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("robustfeat-squares")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.truncate(descriptor, size)
-    return descriptor
+        return os.memfd_create("robustfeat-squares")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

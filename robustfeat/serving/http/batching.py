@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from robustfeat.errors import RobustFeatError
 from robustfeat.hub.preprocessing import normalise
 from robustfeat.serving.cpus import available_cpus
-from robustfeat.serving.decoder import Images
+from robustfeat.serving.decoder import MAILBOX_BYTES, Images
 from robustfeat.serving.decoders import START_DEADLINE_S, TRIES, Decoder, Decoders, crashed, too_slow
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.http.limits import Limits
@@ -39,8 +39,6 @@ _DECODED_AT_ONCE = 4
 _SENT_AT_ONCE = 2**17
 """Images, and about how many bytes of them, that a decoder takes together where more wait: fewer messages."""
 
-_SENT_FROM_LOOP = 2**20
-"""More bytes are sent by a thread, since the pipe takes them only as the decoder reads."""
 
 _LOOK_S = 1.0
 _PAUSE_S = 1.0
@@ -182,15 +180,18 @@ class Batcher:
         """
         request = _Request(key, len(images))
         now = time.perf_counter()
-        for index, image in enumerate(images):
-            item = _Item(request, index, image, now)
-            (self._waiting if isinstance(image, bytes) else self._ready).put(key, item)
+        items = [_Item(request, index, image, now) for index, image in enumerate(images)]
+        for item in items:
+            (self._waiting if isinstance(item.image, bytes) else self._ready).put(key, item)
         self._feed()
         try:
             return await request.future
         finally:
             # Where nobody waits any more, what has not begun is dropped as its turn comes.
-            request.future.cancel()
+            if request.future.cancel() or request.future.cancelled():
+                for item in items:
+                    if isinstance(item.image, bytes):
+                        item.image = b""
 
     def _feed(self) -> None:
         """Gives work to whoever is idle."""
@@ -227,11 +228,14 @@ class Batcher:
         seat.began, seat.seen, seat.waited = time.perf_counter(), -1, 0.0
         self._decoders.progress[seat.decoder.number] = 0
         data = [item.image for item in seat.items if isinstance(item.image, bytes)]
-        task = Images(data, [item.place for item in seat.items], self._limits.pixels)
-        if size < _SENT_FROM_LOOP:
-            with contextlib.suppress(OSError):  # it has died; its end of the pipe tells
-                seat.decoder.connection.send(task)
+        fits = size <= MAILBOX_BYTES
+        places = [item.place for item in seat.items]
+        task = Images(None if fits else data, [len(image) for image in data], places, self._limits.pixels)
+        if fits:
+            self._decoders.mailboxes[seat.decoder.number].data[:size] = b"".join(data)
+            _send(seat.decoder.connection, task)
         elif self._loop is not None:
+            # By a thread, since the pipe takes it only as the decoder reads.
             self._loop.run_in_executor(None, _send, seat.decoder.connection, task)
 
     def _hear(self, seat: _Seat) -> None:
@@ -355,5 +359,5 @@ class Batcher:
 
 
 def _send(connection: Connection, task: Images) -> None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it has died; its end of the pipe tells
         connection.send(task)

@@ -5,16 +5,33 @@ from __future__ import annotations
 import binascii
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from python_multipart.exceptions import MultipartParseError
+import orjson
+from pydantic import BaseModel, ValidationError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.limits import Limits
 
-__all__ = ["Buffered", "choose_type", "data_of_uri", "images_of", "read_body"]
+__all__ = [
+    "Buffered",
+    "base64_bytes",
+    "check_form",
+    "choose_type",
+    "data_of_uri",
+    "images_of",
+    "parse_json",
+    "read_body",
+    "too_large",
+]
+
+F = TypeVar("F", bound=BaseModel)
+
+_JSON_PARTS = 100_000
+_FIELDS = 64
 
 
 class Buffered:
@@ -108,12 +125,10 @@ def images_of(content_type: str, body: bytes, most: int) -> tuple[list[bytes], d
         parser = MultipartParser(options[b"boundary"], form.callbacks())
         parser.write(body)
         parser.finalize()
-    except MultipartParseError as exc:
+    except FormParserError as exc:
         raise ApiError(400, "bad_multipart", f"the multipart body cannot be read ({exc})") from exc
     if not form.ended:
         raise ApiError(400, "bad_multipart", "the multipart body ends before its last boundary")
-    if form.count > most:
-        raise ApiError(413, "too_many_images", f"the request has {form.count:,} images; send at most {most:,} at once")
     if not form.images:
         raise ApiError(422, "no_image", "no image in the form; add files as parts named images", param="images")
     return form.images, form.fields
@@ -125,7 +140,6 @@ class _Form:
     def __init__(self, most: int) -> None:
         self.images: list[bytes] = []
         self.fields: dict[str, str] = {}
-        self.count = 0
         self.ended = False
         self._most = most
 
@@ -157,14 +171,47 @@ class _Form:
         name = self._options.get(b"name", b"").decode("utf-8", "replace")
         data = b"".join(self._data)
         if name == "images" or b"filename" in self._options:
-            self.count += 1
-            if self.count <= self._most:
-                self.images.append(data)
-        elif len(self.fields) < 16:
+            self.images.append(data)
+        else:
             self.fields[name[:64]] = data[:256].decode("utf-8", "replace")
+        # At once: taking apart the rest would take longer than all else.
+        if len(self.images) > self._most:
+            raise ApiError(
+                413, "too_many_images", f"the request has more than {self._most:,} images; send less at once"
+            )
+        if len(self.fields) > _FIELDS:
+            raise ApiError(422, "bad_request", f"the form has more than {_FIELDS} fields; send images and a model")
 
     def _finish(self) -> None:
         self.ended = True
+
+
+def parse_json(body: bytes) -> Any:
+    """What a JSON body says.
+
+    Raises:
+        ApiError: 400 if it is none, or 422 if it has more parts than any request of ours.
+    """
+    if body.count(b"[") + body.count(b"{") > _JSON_PARTS:
+        raise ApiError(422, "bad_request", f"the request has more than {_JSON_PARTS:,} lists and objects; send less")
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise ApiError(400, "bad_json", f"the request is not JSON ({exc})") from None
+
+
+def check_form(form: type[F], content: Any) -> F:
+    """Content in the form that it must have.
+
+    Raises:
+        ApiError: 422, naming the first part that has not.
+    """
+    try:
+        return form.model_validate(content)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the request"
+        raise ApiError(422, "bad_request", f"{place}: {first['msg']}", param=place) from None
 
 
 def data_of_uri(text: str) -> bytes:

@@ -128,7 +128,7 @@ def describe(app: FastAPI, *, keys: bool, names: dict[str, list[str]]) -> None:
 
 
 def _is_unversioned(parameter: dict[str, Any]) -> bool:
-    return parameter["name"] == "version" and parameter["in"] == "query"
+    return (parameter["name"], parameter["in"]) == ("version", "query")
 
 
 def infer_refusals(*codes: int) -> dict[int | str, dict[str, Any]]:

@@ -11,11 +11,10 @@ import orjson
 from fastapi import Path, Request
 from fastapi.responses import Response
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 import robustfeat
 from robustfeat.serving.http.batching import Vector
-from robustfeat.serving.http.bodies import base64_bytes, read_body
+from robustfeat.serving.http.bodies import base64_bytes, check_form, parse_json, read_body
 from robustfeat.serving.http.documents import infer_refusals, json_body
 from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.routes import Routes
@@ -143,6 +142,8 @@ def add_routes(routes: Routes, service: Service) -> None:
         for index, answer in enumerate(answers):
             if not isinstance(answer, np.ndarray):
                 raise ApiError(422, "unreadable_image", f"{asked.inputs[0].name}[{index}]: {answer}")
+            if not np.isfinite(answer).all():
+                raise ApiError(422, "bad_request", f"{asked.inputs[0].name}[{index}]: its features are not finite")
         return _answer(asked, chosen, np.stack(answers))  # type: ignore[arg-type]
 
 
@@ -157,23 +158,14 @@ def _parse(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]
     """The request, and the bytes of the binary extension behind it."""
     length = len(body)
     if header_length is not None:
-        if not header_length.isdecimal() or int(header_length) > len(body):
+        if not header_length.isdecimal() or len(header_length) > 12 or int(header_length) > len(body):
             raise ApiError(
                 400,
                 "bad_request",
                 f"Inference-Header-Content-Length must be at most {len(body)}, the body's; got {header_length[:20]}",
             )
         length = int(header_length)
-    try:
-        content = orjson.loads(body[:length])
-    except orjson.JSONDecodeError as exc:
-        raise ApiError(400, "bad_json", f"the request is not JSON ({exc})") from None
-    try:
-        return InferRequest.model_validate(content), body[length:]
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the request"
-        raise ApiError(422, "bad_request", f"{place}: {first['msg']}") from None
+    return check_form(InferRequest, parse_json(body[:length])), body[length:]
 
 
 def _images(given: InferInput, rest: bytes, model: ServedModel, most: int) -> list[bytes | Vector]:
@@ -211,7 +203,7 @@ def _images(given: InferInput, rest: bytes, model: ServedModel, most: int) -> li
 
 
 def _encoded(given: InferInput, data: Any) -> list[bytes]:
-    flat = [entry for row in data for entry in row] if data and isinstance(data[0], list) else data
+    flat = [entry for row in data for entry in (row if isinstance(row, list) else [row])]
     images = []
     for index, entry in enumerate(flat):
         try:
@@ -225,7 +217,12 @@ def _encoded(given: InferInput, data: Any) -> list[bytes]:
 
 def _numbers(given: InferInput, data: Any) -> NDArray[np.float32]:
     try:
-        return np.asarray(data, np.float32).reshape(given.shape)
+        values = np.asarray(data)
+        flat = values.ndim == 1 and values.size == math.prod(given.shape)
+        if values.dtype.kind not in "iuf" or not (flat or list(values.shape) == given.shape):
+            raise ValueError
+        with np.errstate(over="ignore"):  # what float32 cannot hold is told below
+            return values.astype(np.float32).reshape(given.shape)
     except (ValueError, TypeError, OverflowError):
         raise ApiError(
             422,

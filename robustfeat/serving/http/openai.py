@@ -9,9 +9,8 @@ import numpy as np
 import orjson
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import ValidationError
 
-from robustfeat.serving.http.bodies import data_of_uri, read_body
+from robustfeat.serving.http.bodies import check_form, data_of_uri, parse_json, read_body
 from robustfeat.serving.http.documents import json_body, refusals
 from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.routes import Routes
@@ -39,24 +38,15 @@ def add_routes(routes: Routes, service: Service) -> None:
         """As OpenAI's clients expect, one image that cannot be read fails the request."""
         with service.buffered.body() as held:
             body = await read_body(request, held)
-            asked = _parse(body)
+            asked, inputs = _parse(body, service.limits.items)
             model = service.model(asked.model)
             size = model.extractor.feature_size
             if asked.dimensions not in {None, size}:
                 raise ApiError(
                     422, "dimensions", f"the model gives {size} dimensions; leave dimensions out", param="dimensions"
                 )
-            inputs = asked.input if isinstance(asked.input, list) else [asked.input]
             if not inputs:
                 raise ApiError(422, "no_image", "input is empty; send an image or more", param="input")
-            if len(inputs) > service.limits.items:
-                most = service.limits.items
-                raise ApiError(
-                    413,
-                    "too_many_images",
-                    f"input has {len(inputs):,} images; send at most {most:,} at once",
-                    param="input",
-                )
             images = []
             for index, text in enumerate(inputs):
                 try:
@@ -82,15 +72,21 @@ def add_routes(routes: Routes, service: Service) -> None:
         return Response(orjson.dumps({"object": "list", "data": entries}), media_type="application/json")
 
 
-def _parse(body: bytes) -> OpenAIRequest:
-    try:
-        return OpenAIRequest.model_validate_json(body)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-        if first["type"] == "json_invalid":
-            raise ApiError(400, "bad_json", f"the body is not JSON ({first['msg']})") from None
-        place = ".".join(map(str, first["loc"])) or "the body"
-        raise ApiError(422, "bad_request", f"{place}: {first['msg']}", param=place) from None
+def _parse(body: bytes, most: int) -> tuple[OpenAIRequest, list[str]]:
+    """The request, and its images as texts."""
+    content = parse_json(body)
+    texts = content.get("input") if isinstance(content, dict) else None
+    if isinstance(texts, list):
+        # By hand, so that a long list is refused for its length, and a wrong entry by its number.
+        if len(texts) > most:
+            raise ApiError(
+                413, "too_many_images", f"input has {len(texts):,} images; send at most {most:,} at once", param="input"
+            )
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                _refuse(index, "expected a data URI as text")
+    asked = check_form(OpenAIRequest, content)
+    return asked, asked.input if isinstance(asked.input, list) else [asked.input]
 
 
 def _refuse(index: int, reason: str) -> NoReturn:

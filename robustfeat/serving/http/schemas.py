@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 __all__ = [
     "Embeddings",
@@ -230,7 +230,7 @@ class InferInput(BaseModel):
 
     name: Literal["images", "pixel_values"]
     datatype: Literal["BYTES", "FP32"]
-    shape: list[int] = Field(min_length=1, max_length=4, examples=[[1]])
+    shape: Annotated[list[int], FailFast()] = Field(min_length=1, max_length=4, examples=[[1]])
     data: list[Any] | None = Field(None, description="Not with the binary extension.", examples=[["/9j/4AAQSkZJRg=="]])
     parameters: dict[str, Any] = {}
 
@@ -249,8 +249,9 @@ class InferRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    inputs: list[InferInput] = Field(min_length=1, max_length=1)
-    outputs: list[InferRequestedOutput] | None = None
+    # At the first wrong entry it is over: a million of them would be a million messages.
+    inputs: Annotated[list[InferInput], FailFast()] = Field(min_length=1, max_length=1)
+    outputs: Annotated[list[InferRequestedOutput], FailFast()] = Field([], max_length=1)
     id: str | None = None
     parameters: dict[str, Any] = {}
 

@@ -208,6 +208,7 @@ class Service:
 
     async def keep_well(self) -> None:
         """Embeds images of its own while there are no others, and reads the keys again when they change; for ever."""
+        said = ""
         while True:
             for model in self.models.values():
                 if time.monotonic() - model.last_good > PROBE_S:
@@ -221,8 +222,11 @@ class Service:
                 if self.keys.refresh():
                     self.admission.share_among(len(self.keys.names))
                     self.log.info("keys read again", keys=len(self.keys.names))
+                said = ""
             except InputError as exc:
-                self.log.error("keys left as they were", error=str(exc))
+                if str(exc) != said:
+                    said = str(exc)
+                    self.log.error("keys left as they were", error=said)
 
 
 def match_heads(heads: dict[str, Head], models: Sequence[ServedModel]) -> dict[str, ServedHead]:

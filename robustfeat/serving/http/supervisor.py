@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["HEARTBEAT_S", "ILL", "READY", "WELL", "Supervisor"]
 
@@ -50,6 +51,7 @@ class Supervisor:
         workers: how many.
         drain_s: how long requests at hand have when the server is stopped.
         announce: called once, when the first worker is ready.
+        look: called about twice a second, and what it keeps is what new workers find.
         say: logs an event and its details.
     """
 
@@ -61,15 +63,16 @@ class Supervisor:
         workers: int,
         drain_s: float,
         announce: Callable[[], None],
+        look: Callable[[], None],
         say: Callable[..., None],
     ) -> None:
         self._listener, self._run, self._count, self._drain_s = listener, run, workers, drain_s
-        self._announce, self._say = announce, say
+        self._announce, self._look, self._say = announce, look, say
         self._workers: dict[int, _Worker] = {}
         self._due: dict[int, float] = {}
         self._pauses = dict.fromkeys(range(workers), 0.0)
         self._stopping = self._announced = False
-        self._deadline = float("inf")
+        self._asked = self._deadline = float("inf")
 
     def serve(self) -> int:
         """Serves until SIGTERM or SIGINT; the exit code. In a worker it raises SystemExit, or what `run` raises."""
@@ -86,6 +89,8 @@ class Supervisor:
         self._due[0] = 0.0  # the others when it is ready, so that what cannot be served is said once
         try:
             while self._workers or self._due:
+                self._look()
+                Path(directory).mkdir(exist_ok=True)  # something may have swept it away
                 self._start_due()
                 pipes = {worker.pipe: worker for worker in self._workers.values()}
                 for pipe in select.select([woken, *pipes], [], [], 0.5)[0]:
@@ -104,12 +109,15 @@ class Supervisor:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def _stop(self, *_: object) -> None:
+        now = time.monotonic()
         if self._stopping:
-            for worker in self._workers.values():
-                os.kill(worker.pid, signal.SIGKILL)
+            # Asked again. At once it is the same signal, sent to this process and to its group.
+            if now > self._asked + 1:
+                for worker in self._workers.values():
+                    os.kill(worker.pid, signal.SIGKILL)
             return
-        self._stopping = True
-        self._deadline = time.monotonic() + self._drain_s + _GRACE_S
+        self._stopping, self._asked = True, now
+        self._deadline = now + self._drain_s + _GRACE_S
         self._due.clear()
         self._listener.close()
         for worker in self._workers.values():

@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import resource
+import shutil
 import signal
 import socket
 import threading
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     import uvicorn
 
 __all__ = ["run_worker"]
+
+_FILES = 256
+"""Open at once, beside connections."""
 
 _KEEP_ALIVE_S = 75
 """Longer than the 60 s of common load balancers: so it is they who close an idle connection, not we as they use it."""
@@ -40,6 +45,7 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, rep
     importing = threading.Thread(target=importlib.import_module, args=("robustfeat.serving.http.app",))
     importing.start()
     service = open_service()
+    _allow_files(service.limits.connections + _FILES)
     with ExitStack() as stack:
         for model in service.models.values():
             stack.enter_context(model)
@@ -63,8 +69,17 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, rep
         logger = logging.getLogger("uvicorn")
         logger.propagate = False
         logger.addHandler(_ToLog(service))
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it tells what clients send
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(Server(config), service, listener, report))
+
+
+def _allow_files(count: int) -> None:
+    """Raises the limit of open files to `count`, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard < 0 else min(count, hard), hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -78,8 +93,6 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 async def _serve(server: uvicorn.Server, service: Service, listener: socket.socket, report: int) -> None:
     def stop() -> None:
-        if service.draining:
-            os._exit(1)  # asked twice
         service.draining = server.should_exit = True
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
@@ -106,8 +119,8 @@ async def _tell_supervisor(service: Service, report: int, stop: Callable[[], Non
             with contextlib.suppress(BlockingIOError):
                 os.write(report, word)
         except BrokenPipeError:  # it is dead, and nobody would stop us
-            if not service.draining:
-                stop()
+            stop()
+            shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
             return
         await asyncio.sleep(HEARTBEAT_S)
         word = WELL if service.ready else ILL

@@ -40,10 +40,15 @@ class Answer:
 class Server:
     """`robustfeat serve` with some options, until it is stopped."""
 
-    def __init__(self, *options: object, **environment: str) -> None:
+    def __init__(self, *options: object, group: bool = False, **environment: str) -> None:
         command = [sys.executable, "-m", "robustfeat", "serve", "--port", "0", *map(str, options)]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment}
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            start_new_session=group,
         )
         self.said: list[str] = []
         self._ready = threading.Event()
@@ -72,8 +77,8 @@ class Server:
     def get(self, path: str, **headers: str) -> Answer:
         return self.ask("GET", path, headers=headers)
 
-    def post(self, path: str, body: bytes | dict[str, Any], **headers: str) -> Answer:
-        if isinstance(body, dict):
+    def post(self, path: str, body: bytes | dict[str, Any] | list[Any], **headers: str) -> Answer:
+        if not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"content-type": "application/json", **headers}
         return self.ask("POST", path, body, {name.replace("_", "-"): value for name, value in headers.items()})
 
@@ -130,8 +135,8 @@ def form_of(images: list[bytes]) -> tuple[bytes, str]:
 
 
 @contextlib.contextmanager
-def serving(*options: object, **environment: str) -> Iterator[Server]:
-    server = Server(*options, **environment)
+def serving(*options: object, group: bool = False, **environment: str) -> Iterator[Server]:
+    server = Server(*options, group=group, **environment)
     try:
         yield server
     finally:

@@ -56,6 +56,10 @@ def test_the_openai_client_lists_the_models(client: openai.OpenAI) -> None:
         ({"input": "a photo"}, 422, "input[0]: expected a data URI"),
         ({"input": []}, 422, "input is empty"),
         ({"input": 5}, 422, "input"),
+        ({"input": ["GOOD", 5]}, 422, "input[1]: expected a data URI"),
+        ({"input": [1] * 1_000_000}, 413, "1,000,000 images; send at most 64"),
+        ({"input": [[]] * 200_000}, 422, "more than 100,000 lists"),
+        ([], 422, "the request"),
         ({}, 422, "input: Field required"),
         ({"input": ["GOOD"] * 65}, 413, "65 images; send at most 64"),
         ({"input": "GOOD", "model": "gpt"}, 404, "there is robustfeat, small"),
@@ -64,7 +68,7 @@ def test_the_openai_client_lists_the_models(client: openai.OpenAI) -> None:
     ],
 )
 def test_what_the_openai_endpoint_refuses(
-    server: Server, photos: list[bytes], body: dict[str, Any], status: int, said: str
+    server: Server, photos: list[bytes], body: Any, status: int, said: str
 ) -> None:
     filled = json.loads(json.dumps(body).replace("GOOD", uri(photos[0])))
     answer = server.post("/v1/embeddings", filled)
@@ -150,6 +154,7 @@ IMAGES = {"name": "images", "datatype": "BYTES"}
         ({**IMAGES, "shape": [2], "data": ["GOOD", "bm8gaW1hZ2U="]}, b"", 422, "images[1]: not an image"),
         ({**IMAGES, "shape": [1], "data": ["*"]}, b"", 422, "images[0]: not base64"),
         ({**IMAGES, "shape": [1], "data": [5]}, b"", 422, "images[0]: expected base64 text"),
+        ({**IMAGES, "shape": [2], "data": [["GOOD"], 5]}, b"", 422, "images[1]: expected base64 text"),
         ({**IMAGES, "shape": [2], "data": ["GOOD"]}, b"", 422, "the shape promises 2, there are 1"),
         ({**IMAGES, "shape": [0], "data": []}, b"", 422, "the shape [0] holds nothing"),
         ({**IMAGES, "shape": [-1], "data": ["GOOD"]}, b"", 422, "the shape [-1] holds nothing"),
@@ -167,7 +172,12 @@ IMAGES = {"name": "images", "datatype": "BYTES"}
         ({**NUMBERS, "shape": [1, 3, 32, 32], "data": [0]}, b"", 422, "must be (n, 3, 64, 64)"),
         ({**NUMBERS, "data": [0, 1]}, b"", 422, "12,288 numbers"),
         ({**NUMBERS, "data": ["a"] * 12_288}, b"", 422, "12,288 numbers"),
-        ({**NUMBERS, "data": [None] * 12_288}, b"", 422, "pixel_values"),
+        ({**NUMBERS, "data": [None] * 12_288}, b"", 422, "12,288 numbers"),
+        ({**NUMBERS, "data": ["1.5"] * 12_288}, b"", 422, "12,288 numbers"),
+        ({**NUMBERS, "data": [True] * 12_288}, b"", 422, "12,288 numbers"),
+        ({**NUMBERS, "data": [[[0]]] * 12_288}, b"", 422, "12,288 numbers"),
+        ({**NUMBERS, "data": [1e39] * 12_288}, b"", 422, "pixel_values[0]: not finite"),
+        ({**NUMBERS, "data": [3e38] * 12_288}, b"", 422, "pixel_values[0]: its features are not finite"),
         ({**NUMBERS, "parameters": {"binary_data_size": 8}}, bytes(8), 422, "49,152 bytes"),
         (
             {**NUMBERS, "parameters": {"binary_data_size": 49_152}},
@@ -192,7 +202,8 @@ def test_what_infer_refuses_in_the_form_of_the_protocol(
 def test_infer_refuses_lengths_and_outputs_that_cannot_be(server: Server, photos: list[bytes]) -> None:
     given = {**IMAGES, "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}
     assert "outputs.0.name" in infer(server, given, outputs=[{"name": "logits"}]).json["error"]
-    for length in ("-1", "a", "9999999"):
+    assert "outputs.0" in infer(server, given, outputs=[1] * 1_000_000).json["error"]
+    for length in ("-1", "a", "9999999", "9" * 5000):
         answer = server.post("/v2/models/robustfeat/infer", b"{}", inference_header_content_length=length)
         assert (answer.status, "Content-Length" in answer.json["error"]) == (400, True)
     assert server.get("/v2/nothing").json.keys() == {"error"}
