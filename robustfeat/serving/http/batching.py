@@ -168,6 +168,21 @@ class Batcher:
             self._listen(seat)
         self._loop.call_later(_LOOK_S, self._look)
 
+    @property
+    def busy(self) -> bool:
+        """Whether the model is at work."""
+        return self._busy
+
+    @property
+    def decoded(self) -> int:
+        """Images that wait for the model."""
+        return len(self._ready)
+
+    @property
+    def places(self) -> int:
+        """How many squares there is room for."""
+        return len(self._places)
+
     async def embed(self, images: Sequence[bytes | Vector], key: str = "") -> list[Answer]:
         """Features of images.
 
@@ -194,12 +209,7 @@ class Batcher:
                         item.image = b""
 
     def _feed(self) -> None:
-        """Gives work to whoever is idle."""
-        for seat in self._seats:
-            if not self._waiting or not self._places:
-                break
-            if seat.ready and not seat.items:
-                self._decode(seat)
+        """Gives work to whoever is idle: first to the model, since dropped images make room for the decoders."""
         if self._ready and not self._busy:
             batch: list[_Item] = []
             while len(batch) < self._batch_size and self._ready:
@@ -211,6 +221,11 @@ class Batcher:
             if batch:
                 self._busy = True
                 self._batches.put(batch)
+        for seat in self._seats:
+            if not self._waiting or not self._places:
+                break
+            if seat.ready and not seat.items:
+                self._decode(seat)
 
     def _decode(self, seat: _Seat) -> None:
         """Hands waiting images to an idle decoder."""
