@@ -198,7 +198,7 @@ def _open(
     from robustfeat.serving.http.service import ServedModel, Service, match_heads
 
     counts, number, workers = worker
-    processors = max(1, available_cpus() // workers)
+    processors = max(1, available_cpus() // workers // len(model_places))
     metrics = Metrics(number)
     models = {}
     for name, place in model_places.items():

@@ -132,7 +132,8 @@ def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contr
             task = connection.recv()
             if isinstance(task, Images) and not quiet:
                 # What libraries print of damaged files would be lines of the server's log.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), 2)
                 quiet = True
             connection.send(decoder.run(task) if isinstance(task, Task) else decoder.decode(task))
     except (EOFError, BrokenPipeError, ConnectionResetError):

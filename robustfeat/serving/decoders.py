@@ -49,12 +49,17 @@ class Decoder:
     def __init__(self, number: int, process: subprocess.Popen[bytes], connection: Connection) -> None:
         self.number, self.process, self.connection = number, process, connection
 
-    def stop(self) -> str:
+    def kill(self) -> str:
         """Ends it; how it ended, if it had not been running any more."""
         self.process.kill()
         code = self.process.wait()
-        self.connection.close()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def stop(self) -> str:
+        """The same, and closes the pipe, to which nobody may be writing."""
+        how = self.kill()
+        self.connection.close()
+        return how
 
 
 class Decoders:

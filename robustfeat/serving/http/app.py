@@ -127,6 +127,9 @@ def _add_own(routes: Routes, service: Service) -> None:
                 chosen = service.model(fields["model"])
             answers = await service.embed(chosen, images, request.scope["state"]["key"])
         if not any(isinstance(answer, np.ndarray) for answer in answers):
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
             what = "the body is no image that can be read" if len(answers) == 1 else "none of the images can be read"
             data = [_failed(at, answer) for at, answer in enumerate(answers)]
             raise ApiError(422, "unreadable_image", f"{what}: {answers[0]}", param="images", data={"data": data})
@@ -200,7 +203,7 @@ def _binary(served: ServedModel, answers: Sequence[Answer], kind: str) -> Respon
 
 
 def _failed(index: int, answer: Answer) -> dict[str, Any]:
-    return {"index": index, "error": item_error(str(answer))}
+    return {"index": index, "error": item_error(answer)}
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:

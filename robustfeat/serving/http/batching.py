@@ -110,6 +110,7 @@ class _Seat:
         self.items: list[_Item] = []
         self.began = 0.0
         self.seen, self.waited = -1, 0.0
+        self.sending: asyncio.Future[None] | None = None
 
 
 class Batcher:
@@ -167,21 +168,6 @@ class Batcher:
         for seat in self._seats:
             self._listen(seat)
         self._loop.call_later(_LOOK_S, self._look)
-
-    @property
-    def busy(self) -> bool:
-        """Whether the model is at work."""
-        return self._busy
-
-    @property
-    def decoded(self) -> int:
-        """Images that wait for the model."""
-        return len(self._ready)
-
-    @property
-    def places(self) -> int:
-        """How many squares there is room for."""
-        return len(self._places)
 
     async def embed(self, images: Sequence[bytes | Vector], key: str = "") -> list[Answer]:
         """Features of images.
@@ -251,7 +237,7 @@ class Batcher:
             _send(seat.decoder.connection, task)
         elif self._loop is not None:
             # By a thread, since the pipe takes it only as the decoder reads.
-            self._loop.run_in_executor(None, _send, seat.decoder.connection, task)
+            seat.sending = self._loop.run_in_executor(None, _send, seat.decoder.connection, task)
 
     def _hear(self, seat: _Seat) -> None:
         """A decoder has said something, or its end of the pipe is closed."""
@@ -295,7 +281,12 @@ class Batcher:
             return
         at = int(self._decoders.progress[seat.decoder.number, 0])
         self._loop.remove_reader(seat.decoder.connection.fileno())
-        how = seat.decoder.stop()
+        how, pipe = seat.decoder.kill(), seat.decoder.connection
+        # Not while a thread writes to it: its descriptor may soon be another connection's.
+        if seat.sending is None or seat.sending.done():
+            pipe.close()
+        else:
+            seat.sending.add_done_callback(lambda _: pipe.close())
         items, seat.items = seat.items, []
         was_ready, seat.ready = seat.ready, False
         for offset, item in enumerate(items):

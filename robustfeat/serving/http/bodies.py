@@ -65,7 +65,7 @@ class _Held:
             raise too_large(self._limits)
         if self._all.bytes > self._limits.buffered_bytes:
             raise ApiError(
-                503, "out_of_memory", "too much is being uploaded at once; try again soon", retry_after_s=1, close=True
+                503, "too_many_bytes", "too much is being uploaded at once; try again soon", retry_after_s=1, close=True
             )
 
 

@@ -56,6 +56,8 @@ def error_answer(exc: ApiError, path: str) -> bytes:
     return orjson.dumps({"error": about, **exc.data}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def item_error(message: str) -> dict[str, Any]:
-    """What stands in place of one image's answer."""
-    return {"message": message, "type": "invalid_request_error", "param": None, "code": "unreadable_image"}
+def item_error(reason: object) -> dict[str, Any]:
+    """What stands in place of one image's answer: why it cannot be read, or that we failed, for an exception."""
+    if isinstance(reason, Exception):
+        return {"message": "the model failed; try again", "type": "server_error", "param": None, "code": "internal"}
+    return {"message": str(reason), "type": "invalid_request_error", "param": None, "code": "unreadable_image"}

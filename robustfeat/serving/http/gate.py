@@ -32,6 +32,9 @@ _ROUTES = ("/embed", "/predict", "/v1", "/v2", "/health", "/info", "/metrics", "
 _DOCUMENTS = {"/docs", "/openapi.json", "/docs/oauth2-redirect"}
 
 
+Headers = dict[bytes, bytes]
+
+
 class Gate:
     """The ASGI application.
 
@@ -51,7 +54,7 @@ class Gate:
             return
         began = time.perf_counter()
         service, path = self._service, scope["path"]
-        headers = _Headers(scope["headers"])
+        headers: Headers = dict(scope["headers"])
         given = headers.get(b"x-request-id")
         request_id = given if given and _ID.fullmatch(given) else os.urandom(16).hex().encode()
         status = 0
@@ -77,25 +80,27 @@ class Gate:
         # What the connection calls when its client has left: nobody waits for an answer any more.
         scope["robustfeat.gone"] = leave
         service.metrics.in_flight += 1
+        refusal = None
         try:
-            await self._answer(scope, receive, answer, headers)
-        except ApiError as exc:
-            if status == 0:
-                await self._refuse(exc, path, scope["method"], answer)
+            try:
+                await self._answer(scope, receive, answer, headers)
+            except ApiError as exc:
+                refusal = exc
+            except Exception:
+                service.log.error("internal error", request_id=request_id.decode(), trace=traceback.format_exc())
+                refusal = _internal()
+            if refusal is not None and status == 0:
+                await self._refuse(refusal, path, scope["method"], answer)
         except asyncio.CancelledError:
             if status == 0 and not gone:  # the time to drain is over
                 stopping = ApiError(503, "stopping", "the server is being stopped; ask again", retry_after_s=1)
                 await self._refuse(stopping, path, scope["method"], answer)
             status = status or 499
-        except Exception:
-            service.log.error("internal error", request_id=request_id.decode(), trace=traceback.format_exc())
-            if status == 0:
-                await self._refuse(_internal(), path, scope["method"], answer)
         finally:
             del scope["robustfeat.gone"]
             self._finish(scope, status, began, request_id)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: _Headers) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         path, state = scope["path"], scope["state"]
         deadline = asyncio.timeout(self._service.limits.timeout_s)
         try:
@@ -134,7 +139,7 @@ class Gate:
                 client=scope["client"][0] if scope.get("client") else None,
             )
 
-    def _check_host(self, headers: _Headers) -> None:
+    def _check_host(self, headers: Headers) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
         if not host_allowed(host, tuple(self._service.hosts)):
             raise ApiError(
@@ -144,7 +149,7 @@ class Gate:
                 close=True,
             )
 
-    def _key(self, path: str, headers: _Headers) -> Key:
+    def _key(self, path: str, headers: Headers) -> Key:
         if _ANY_KEY.fullmatch(path):
             return ANYONE
         authorization = headers.get(b"authorization")
@@ -160,7 +165,7 @@ class Gate:
             )
         return key
 
-    def _check_room(self, headers: _Headers, key: Key) -> None:
+    def _check_room(self, headers: Headers, key: Key) -> None:
         """Refuses what cannot be taken, before its body is read."""
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._service.limits.body_bytes:
@@ -174,10 +179,6 @@ class Gate:
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": exc.status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body})
-
-
-class _Headers(dict[bytes, bytes]):
-    """By lower-case name."""
 
 
 def _too_late(service: Service, state: dict[str, Any]) -> ApiError:

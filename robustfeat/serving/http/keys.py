@@ -44,7 +44,7 @@ class KeyRing:
     """The keys of a server, read again when their file changes.
 
     Args:
-        file: a line each: NAME KEY [rate=IMAGES_PER_SECOND] [concurrency=IMAGES]; # begins a comment.
+        file: a line each: NAME KEY [rate=IMAGES_PER_SECOND] [concurrency=IMAGES]. One that begins with # is a comment.
         text: the same lines, of the environment; commas end lines, too.
 
     Raises:
@@ -86,6 +86,10 @@ class KeyRing:
         keys = parse_keys(lines, f"--keys {self._file}")
         if not keys:
             raise InputError(f"--keys {self._file}: holds no key; write a line NAME KEY for each")
+        for key in keys:
+            for known in self._fixed:
+                if key.digest == known.digest and key.name != known.name:
+                    raise InputError(f"--keys {self._file}: the key of {key.name} is also that of {known.name}")
         self._keys = [*self._fixed, *keys]
         return True
 
@@ -112,12 +116,12 @@ def parse_keys(lines: Iterable[str], place: str) -> list[Key]:
     """
     keys: dict[bytes, Key] = {}
     for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split() if line.lstrip().startswith("#") else line.split()
+        words = [] if line.lstrip().startswith("#") else line.split()
         if not words:
             continue
         where = f"{place}: line {number}"
         name, *rest = words
-        if not rest or not _NAME.fullmatch(name) or not _KEY.fullmatch(rest[0]) or "=" in name:
+        if not rest or not _NAME.fullmatch(name) or not _KEY.fullmatch(rest[0]):
             raise InputError(f"{where}: expected NAME KEY [rate=N] [concurrency=N], the key of 8 to 512 characters")
         shares: dict[str, str] = dict(word.partition("=")[::2] for word in rest[1:])
         if set(shares) - {"rate", "concurrency"} or len(shares) < len(rest) - 1:

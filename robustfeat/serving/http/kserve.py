@@ -138,9 +138,13 @@ def add_routes(routes: Routes, service: Service) -> None:
             body = await read_body(request, held)
             asked, rest = _parse(body, request.headers.get(_HEADER_LENGTH))
             images = _images(asked.inputs[0], rest, chosen, service.limits.items)
+            # What is not needed any more is let go before others are waited for.
+            body, rest, asked.inputs[0].data = b"", b"", None
             answers = await service.embed(chosen, images, request.scope["state"]["key"])
         for index, answer in enumerate(answers):
-            if not isinstance(answer, np.ndarray):
+            if isinstance(answer, Exception):
+                raise answer
+            if isinstance(answer, str):
                 raise ApiError(422, "unreadable_image", f"{asked.inputs[0].name}[{index}]: {answer}")
             if not np.isfinite(answer).all():
                 raise ApiError(422, "bad_request", f"{asked.inputs[0].name}[{index}]: its features are not finite")
@@ -179,7 +183,7 @@ def _images(given: InferInput, rest: bytes, model: ServedModel, most: int) -> li
     count = given.shape[0] if given.name == "pixel_values" else math.prod(given.shape)
     if count > most:
         raise ApiError(413, "too_many_images", f"{given.name} has {count:,} images; send at most {most:,} at once")
-    size = given.parameters.get("binary_data_size")
+    size = given.parameters.binary_data_size
     if size is None:
         if given.data is None:
             raise ApiError(422, "bad_request", f"{given.name}: neither data nor binary_data_size is given")
@@ -257,8 +261,8 @@ def _floats(given: InferInput, rest: bytes) -> NDArray[np.float32]:
 
 def _answer(asked: InferRequest, model: ServedModel, features: NDArray[np.float32]) -> Response:
     output: dict[str, Any] = {"name": "features", "datatype": "FP32", "shape": list(features.shape)}
-    wanted = asked.outputs[0].parameters if asked.outputs else {}
-    binary = wanted.get("binary_data", asked.parameters.get("binary_data_output", False)) is True
+    wanted = asked.outputs[0].parameters.binary_data if asked.outputs else None
+    binary = asked.parameters.binary_data_output is True if wanted is None else wanted
     raw = features.astype("<f4", copy=False).tobytes() if binary else b""
     if binary:
         output["parameters"] = {"binary_data_size": len(raw)}

@@ -6,6 +6,7 @@ answer with, and reasons from `errors.ApiError`'s fixed set.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable
@@ -97,9 +98,11 @@ class Metrics:
 
     def count(self) -> None:
         """Counts what was noted: to be called every second or so."""
-        for _ in range(len(self._noted)):
-            count, value = self._noted.popleft()
-            count(value)
+        # Until it is empty: another thread, that of /metrics, may be taking from it, too.
+        with contextlib.suppress(IndexError):
+            while True:
+                count, value = self._noted.popleft()
+                count(value)
         for gauge, read in self.gauges:
             gauge.set(read())
 

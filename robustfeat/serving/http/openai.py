@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from typing import Any, NoReturn
 
-import numpy as np
 import orjson
 from fastapi import Request
 from fastapi.responses import Response
@@ -53,10 +52,15 @@ def add_routes(routes: Routes, service: Service) -> None:
                     images.append(data_of_uri(text))
                 except ValueError as exc:
                     _refuse(index, str(exc))
+            # What is not needed any more is let go before others are waited for.
+            body, asked.input = b"", ""
+            inputs.clear()
             answers = await service.embed(model, images, request.scope["state"]["key"])
         for index, answer in enumerate(answers):
-            if not isinstance(answer, np.ndarray):
-                _refuse(index, str(answer))
+            if isinstance(answer, Exception):
+                raise answer
+            if isinstance(answer, str):
+                _refuse(index, answer)
         as_text = asked.encoding_format == "base64"
         data = [
             {"object": "embedding", "index": index, "embedding": _base64(answer) if as_text else answer}

@@ -223,6 +223,16 @@ class ModelReady(BaseModel):
     ready: bool
 
 
+class InferParameters(BaseModel):
+    """What requests may set; other parameters mean nothing here."""
+
+    model_config = ConfigDict(strict=True)
+
+    binary_data_size: int | None = Field(None, description="Of an input: bytes behind the request.")
+    binary_data: bool | None = Field(None, description="Of an output: whether it comes behind the answer.")
+    binary_data_output: bool | None = Field(None, description="Of the request: the same for all outputs.")
+
+
 class InferInput(BaseModel):
     """`images`, BYTES: encoded images, base64 in JSON. Or `pixel_values`, FP32: the network's input."""
 
@@ -232,7 +242,7 @@ class InferInput(BaseModel):
     datatype: Literal["BYTES", "FP32"]
     shape: Annotated[list[int], FailFast()] = Field(min_length=1, max_length=4, examples=[[1]])
     data: list[Any] | None = Field(None, description="Not with the binary extension.", examples=[["/9j/4AAQSkZJRg=="]])
-    parameters: dict[str, Any] = {}
+    parameters: InferParameters = Field(default_factory=lambda: InferParameters.model_validate({}))
 
 
 class InferRequestedOutput(BaseModel):
@@ -241,7 +251,7 @@ class InferRequestedOutput(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: Literal["features"]
-    parameters: dict[str, Any] = {}
+    parameters: InferParameters = Field(default_factory=lambda: InferParameters.model_validate({}))
 
 
 class InferRequest(BaseModel):
@@ -253,7 +263,7 @@ class InferRequest(BaseModel):
     inputs: Annotated[list[InferInput], FailFast()] = Field(min_length=1, max_length=1)
     outputs: Annotated[list[InferRequestedOutput], FailFast()] = Field([], max_length=1)
     id: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: InferParameters = Field(default_factory=lambda: InferParameters.model_validate({}))
 
 
 class InferOutput(Tensor):

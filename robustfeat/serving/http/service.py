@@ -98,7 +98,8 @@ class ServedModel:
         """As `Batcher.embed`, counted."""
         answers = await self._batcher.embed(images, key.name)
         good = sum(isinstance(answer, np.ndarray) for answer in answers)
-        if good:
+        # A prepared tensor says nothing of the decoders.
+        if any(isinstance(a, np.ndarray) and isinstance(i, bytes) for a, i in zip(answers, images, strict=True)):
             self.last_good = time.monotonic()
         self._watch.answered(good, len(answers) - good)
         return answers
@@ -193,29 +194,35 @@ class Service:
     async def embed(self, model: ServedModel, images: Sequence[bytes | Vector], key: Key) -> list[Answer]:
         """The model's answers, within the key's share of the server.
 
+        Returns:
+            As `Batcher.embed`.
+
         Raises:
             ApiError: 413, 429 or 503.
         """
         with self.admission.enter(key, len(images)):
             answers = await model.embed(images, key)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        failed = sum(isinstance(answer, str) for answer in answers)
-        if failed:
-            self.metrics.error("unreadable_image", failed)
+        unreadable = sum(isinstance(answer, str) for answer in answers)
+        if unreadable:
+            self.metrics.error("unreadable_image", unreadable)
+        failures = [answer for answer in answers if isinstance(answer, Exception)]
+        if failures:
+            self.metrics.error("internal", len(failures))
+            self.log.error("the model failed", images=len(failures), of=len(answers), error=repr(failures[0]))
         return answers
 
     async def keep_well(self) -> None:
         """Embeds images of its own while there are no others, and reads the keys again when they change; for ever."""
-        said = ""
+        said = failed = ""
         while True:
             for model in self.models.values():
                 if time.monotonic() - model.last_good > PROBE_S:
                     try:
                         await asyncio.wait_for(model.probe(), self.limits.timeout_s)
                     except Exception as exc:
-                        self.log.error("probe failed", error=str(exc) or type(exc).__name__)
+                        if repr(exc) != failed:
+                            failed = repr(exc)
+                            self.log.error("probe failed", error=str(exc) or type(exc).__name__)
             await asyncio.sleep(1)
             self.metrics.count()
             try:

@@ -17,14 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["HEARTBEAT_S", "ILL", "READY", "WELL", "Supervisor"]
+__all__ = ["HEARTBEAT_S", "WELL", "Supervisor"]
 
-READY, WELL, ILL = b"r", b".", b"n"
-"""What a worker tells: it embedded its first image; it did so within the last minute; it did not."""
+WELL = b"."
+"""What a worker tells again and again: it embedded an image within the last minute."""
 
 HEARTBEAT_S = 5.0
-_SILENCE_S = 120.0
-"""A worker that was ready and is not any more, or says nothing, for so long is replaced."""
+_SILENCE_S = 60.0
+"""A worker that was well and says so no more for so long is replaced: two minutes after its last image."""
+
+_LOADING_S = 600.0
+"""What a worker that replaces another has until it is well. The first has all the time that a download takes."""
 
 _GRACE_S = 5.0
 _STEADY_S = 10.0
@@ -38,8 +41,8 @@ class _Worker:
     pid: int
     pipe: int
     born: float
-    well: float
-    ready: bool = False
+    silent_s: float = 0.0
+    well: bool = False
 
 
 class Supervisor:
@@ -71,8 +74,9 @@ class Supervisor:
         self._workers: dict[int, _Worker] = {}
         self._due: dict[int, float] = {}
         self._pauses = dict.fromkeys(range(workers), 0.0)
-        self._stopping = self._announced = False
-        self._asked = self._deadline = float("inf")
+        self._stopping = self._announced = self._forced = False
+        self._asked: list[float] = []
+        self._deadline = float("inf")
 
     def serve(self) -> int:
         """Serves until SIGTERM or SIGINT; the exit code. In a worker it raises SystemExit, or what `run` raises."""
@@ -84,13 +88,16 @@ class Supervisor:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._stop)
+            # Only this, and the loop below does it: a signal may come between any two steps.
+            signal.signal(name, lambda *_: self._asked.append(time.monotonic()))
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._due[0] = 0.0  # the others when it is ready, so that what cannot be served is said once
         try:
-            while self._workers or self._due:
+            looked = time.monotonic()
+            while self._workers or (self._due and not self._stopping):
                 self._look()
                 Path(directory).mkdir(exist_ok=True)  # something may have swept it away
+                self._stop_if_asked()
                 self._start_due()
                 pipes = {worker.pipe: worker for worker in self._workers.values()}
                 for pipe in select.select([woken, *pipes], [], [], 0.5)[0]:
@@ -98,36 +105,38 @@ class Supervisor:
                         self._hear(pipes[pipe])
                     else:
                         os.read(woken, 4096)
+                # Time is counted in looks: while everything is suspended, nobody is silent.
+                now = time.monotonic()
+                passed, looked = min(1.0, now - looked), now
                 for worker in list(self._workers.values()):
+                    worker.silent_s += passed
                     code = self._look_after(worker)
                     if code is not None:
                         return code
-            return 0 if time.monotonic() < self._deadline else 1
+            return 1 if self._forced else 0
         finally:
             if os.getpid() == parent:
                 signal.set_wakeup_fd(-1)
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def _stop(self, *_: object) -> None:
-        now = time.monotonic()
-        if self._stopping:
-            # Asked again. At once it is the same signal, sent to this process and to its group.
-            if now > self._asked + 1:
-                for worker in self._workers.values():
-                    os.kill(worker.pid, signal.SIGKILL)
+    def _stop_if_asked(self) -> None:
+        if not self._asked:
             return
-        self._stopping, self._asked = True, now
-        self._deadline = now + self._drain_s + _GRACE_S
-        self._due.clear()
-        self._listener.close()
-        for worker in self._workers.values():
-            os.kill(worker.pid, signal.SIGTERM)
+        if not self._stopping:
+            self._stopping = True
+            self._deadline = time.monotonic() + self._drain_s + _GRACE_S
+            self._listener.close()
+            for worker in self._workers.values():
+                os.kill(worker.pid, signal.SIGTERM)
+        elif self._asked[-1] > self._asked[0] + 1:  # at once it is the same signal, to this process and to its group
+            self._deadline = 0.0
 
     def _start_due(self) -> None:
+        if self._stopping:
+            return
         for number in [number for number, due in self._due.items() if due <= time.monotonic()]:
-            if not self._stopping:
-                del self._due[number]
-                self._fork(number)
+            del self._due[number]
+            self._fork(number)
 
     def _fork(self, number: int) -> None:
         ours, theirs = os.pipe()
@@ -137,7 +146,7 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         pid = os.fork()
         if pid:
-            self._workers[number] = _Worker(number, pid, ours, time.monotonic(), time.monotonic())
+            self._workers[number] = _Worker(number, pid, ours, time.monotonic())
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             os.close(theirs)
             os.set_blocking(ours, False)
@@ -157,9 +166,9 @@ class Supervisor:
             told = os.read(worker.pipe, 4096)
         except BlockingIOError:
             return
-        if READY in told or WELL in told:
-            worker.ready, worker.well = True, time.monotonic()
-        if worker.ready and not self._announced:
+        if WELL in told:
+            worker.well, worker.silent_s = True, 0.0
+        if worker.well and not self._announced and not self._stopping:
             self._announced = True
             self._announce()
             self._due |= dict.fromkeys(set(range(self._count)) - set(self._workers), 0.0)
@@ -169,12 +178,14 @@ class Supervisor:
         now = time.monotonic()
         pid, status = os.waitpid(worker.pid, os.WNOHANG)
         if not pid:
-            silent = worker.ready and now - worker.well > _SILENCE_S
-            if silent and not self._stopping:
-                self._say("worker killed", number=worker.number, why=f"not well for {_SILENCE_S:g} s")
-            if silent or now > self._deadline:
+            patience = _SILENCE_S if worker.well else _LOADING_S if self._announced else float("inf")
+            if worker.silent_s > patience and not self._stopping:
+                self._say("worker killed", number=worker.number, why=f"not well for {patience:g} s")
                 os.kill(worker.pid, signal.SIGKILL)
-                worker.well = now
+                worker.silent_s = 0.0
+            elif now > self._deadline:
+                self._forced = True
+                os.kill(worker.pid, signal.SIGKILL)
             return None
         os.close(worker.pipe)
         del self._workers[worker.number]

@@ -13,12 +13,13 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from robustfeat.serving.http.service import Service
-from robustfeat.serving.http.supervisor import HEARTBEAT_S, ILL, READY, WELL
+from robustfeat.serving.http.supervisor import HEARTBEAT_S, WELL
 
 if TYPE_CHECKING:
     import uvicorn
@@ -57,14 +58,14 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, rep
 
         config = uvicorn.Config(
             create_app(service),
-            http=connection_class(service.limits.connections),
+            http=connection_class(service.limits.connections, service.metrics.error),
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(drain_s)),
+            timeout_graceful_shutdown=drain_s,  # type: ignore[arg-type]
         )
         logger = logging.getLogger("uvicorn")
         logger.propagate = False
@@ -102,6 +103,14 @@ async def _serve(server: uvicorn.Server, service: Service, listener: socket.sock
         asyncio.create_task(service.keep_well()),
         asyncio.create_task(_tell_supervisor(service, report, stop)),
     ]
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:  # without it this worker would not notice much
+            service.log.error("a background task failed", error=repr(task.exception()))
+            stop()
+
+    for task in background:
+        task.add_done_callback(ended)
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -110,20 +119,18 @@ async def _serve(server: uvicorn.Server, service: Service, listener: socket.sock
 
 
 async def _tell_supervisor(service: Service, report: int, stop: Callable[[], None]) -> None:
+    """Tells that this worker is well, as soon as it is and then again and again; stops it when nobody listens."""
+    supervisor = os.getppid()
     os.set_blocking(report, False)
-    while not service.ready:
-        await asyncio.sleep(0.01)
-    word = READY
-    while True:
-        try:
-            with contextlib.suppress(BlockingIOError):
-                os.write(report, word)
-        except BrokenPipeError:  # it is dead, and nobody would stop us
-            stop()
-            shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
-            return
-        await asyncio.sleep(HEARTBEAT_S)
-        word = WELL if service.ready else ILL
+    told = -HEARTBEAT_S
+    while os.getppid() == supervisor:
+        if service.ready and time.monotonic() - told >= HEARTBEAT_S:
+            told = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(report, WELL)
+        await asyncio.sleep(1.0 if told > 0 else 0.01)
+    stop()
+    shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
 
 
 class _ToLog(logging.Handler):

@@ -75,9 +75,9 @@ def test_a_batch_forms_while_the_model_is_busy(
 ) -> None:
     async def scene(batcher: Batcher) -> list[Any]:
         first = asyncio.create_task(batcher.embed(photos[:1]))
-        await until(lambda: batcher.busy)
+        await until(lambda: batcher._busy)
         rest = [asyncio.create_task(batcher.embed([photo])) for photo in photos[1:6]]
-        await until(lambda: batcher.decoded == 5)
+        await until(lambda: len(batcher._ready) == 5)
         model.gate.set()
         return [row for task in [first, *rest] for row in await task]
 
@@ -86,13 +86,18 @@ def test_a_batch_forms_while_the_model_is_busy(
     np.testing.assert_allclose(rows, extractor.embed(photos[:6]), rtol=1e-4, atol=1e-5)
 
 
-def test_who_leaves_while_waiting_frees_the_room(play: Play, model: Model, photos: list[bytes]) -> None:
+def test_who_leaves_while_waiting_frees_the_room(
+    play: Play, model: Model, photos: list[bytes], extractor: FeatureExtractor
+) -> None:
+    (value,) = normalise(extractor.prepare(photos[1])[None], extractor.config.preprocessing)
+
     async def scene(batcher: Batcher) -> list[Any]:
-        busy = asyncio.create_task(batcher.embed(photos[:1]))
-        await until(lambda: batcher.busy)
+        # A tensor has no place, so that nothing becomes free when the model has done with it.
+        busy = asyncio.create_task(batcher.embed([value]))
+        await until(lambda: batcher._busy)
         # More than there are places for; all of them leave when the places are full.
         leaving = [asyncio.create_task(batcher.embed(photos[:8])) for _ in range(8)]
-        await until(lambda: not batcher.places)
+        await until(lambda: not batcher._places)
         for task in leaving:
             task.cancel()
         staying = asyncio.create_task(batcher.embed(photos[:3]))
@@ -131,9 +136,9 @@ def test_images_and_tensors_share_a_batch(
 
     async def scene(batcher: Batcher) -> list[Any]:
         first = asyncio.create_task(batcher.embed(photos[3:4]))
-        await until(lambda: batcher.busy)
+        await until(lambda: batcher._busy)
         mixed = asyncio.create_task(batcher.embed([photos[0], value, b"no image", photos[2]]))
-        await until(lambda: batcher.decoded == 3)
+        await until(lambda: len(batcher._ready) == 3)
         model.gate.set()
         await first
         return await mixed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ def test_the_commands_give_what_they_show(documented: Server) -> None:
         json.loads(run(["bash", "-c", line.replace("localhost:8000", f"localhost:{documented.port}")]))
         for line in block.splitlines()
     )
-    assert f"{embedded['data'][0]['embedding'][:2]}"[1:-1].replace(" ", "") in TEXT
+    shown = re.findall(r'"embedding":\[([\d.]+),([\d.]+),', TEXT)[0]
+    assert embedded["data"][0]["embedding"][:2] == pytest.approx([float(number) for number in shown], rel=1e-4)
     assert [sorted(item)[0] for item in mixed["data"]] == ["embedding", "error"]
     assert predicted["data"][0]["prediction"] == "hat"
 
@@ -51,6 +53,8 @@ def test_the_commands_give_what_they_show(documented: Server) -> None:
 def test_the_programs_print_what_they_say(documented: Server, number: int) -> None:
     language, code = BLOCKS[number]
     code = code.replace("localhost:8000", f"127.0.0.1:{documented.port}")
+    if language == "javascript" and shutil.which("node") is None:
+        pytest.skip("needs node")
     command = [sys.executable, "-"] if language == "python" else ["node", "--input-type=module", "-"]
     (expected,) = re.findall(r"(?:print|console\.log)\(.*\);?  (?:#|//) (.*)", code)
     assert run(command, code).strip() == expected
@@ -80,4 +84,4 @@ def test_every_code_of_an_error_is_in_the_table() -> None:
     for file in (ROOT / "robustfeat" / "serving" / "http").glob("*.py"):
         codes |= set(re.findall(r"ApiError\(\s*\d+,\s*\"(\w+)\"", file.read_text("utf-8")))
     assert len(codes) > 20
-    assert {code for code in codes if f"`{code}`" not in TEXT} == {"disconnected", "internal"}
+    assert {code for code in codes if f"`{code}`" not in TEXT} == {"disconnected"}

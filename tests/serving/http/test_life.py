@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import io
 import os
+import select
 import shutil
 import signal
 import socket
@@ -26,6 +27,10 @@ from tests.serving.http.conftest import Server, alive, children, serving, wait_u
 
 def head_of(body: bytes) -> bytes:
     return f"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+
+
+def all_of(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(4096), b""))
 
 
 class Load:
@@ -155,7 +160,7 @@ def test_a_revoked_key_stays_revoked_after_a_worker_died(tmp_path: Path, photos:
             return server.post("/embed", photos[0], authorization=f"Bearer {key}").status
 
         wait_until(lambda: status("first-key-1") == 401)
-        time.sleep(1)  # the supervisor looks twice a second
+        time.sleep(2)  # the supervisor looks twice a second
         file.write_text("broken\n")
         os.kill(server.workers()[0], signal.SIGKILL)
         assert [status("first-key-1"), status("other-key-1")] == [401, 200]
@@ -168,6 +173,7 @@ def test_a_decoder_at_work_dies_with_its_worker() -> None:
         (worker,) = server.workers()
         decoders = children(worker)
         with socket.create_connection(("127.0.0.1", server.port)) as client:
+            wait_until(lambda: not any(busy(pid) for pid in decoders))
             client.sendall(head_of(picture.getvalue()) + picture.getvalue())
             wait_until(lambda: any(busy(pid) for pid in decoders))
             os.kill(worker, signal.SIGKILL)
@@ -185,10 +191,10 @@ def test_a_decoder_that_does_not_read_stops_nobody(photos: list[bytes]) -> None:
             os.kill(decoder, signal.SIGSTOP)
         with ThreadPoolExecutor(2) as pool:
             large = [pool.submit(server.post, "/embed", photos[0] + bytes(size)) for size in (900_000, 9_000_000)]
-            for _ in range(5):
+            while not all(answer.done() for answer in large):
                 began = time.monotonic()
                 assert server.get("/health/live").status == 200
-                assert time.monotonic() - began < 0.5
+                assert time.monotonic() - began < 0.9
             assert {answer.result().status for answer in large} <= {200, 422}
         wait_until(lambda: server.post("/embed", photos[0]).status == 200)
 
@@ -233,16 +239,40 @@ def test_a_client_that_leaves_after_a_large_body_is_noticed(photos: list[bytes])
 def test_trailers_without_end_are_refused(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
         client.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n")
-        said = b""
-        with contextlib.suppress(OSError):
-            for _ in range(2000):
+        said, sent = b"", 0
+        try:
+            while not said and sent < 50_000_000:
                 client.sendall(b"a: b\r\n" * 200)
-        with contextlib.suppress(OSError):
-            said = client.recv(4096)
-    assert said == b"" or said.startswith(b"HTTP/1.1 431 ")
+                sent += 1200
+                if select.select([client], [], [], 0)[0]:
+                    said = client.recv(4096)
+        except (BrokenPipeError, ConnectionResetError):
+            said = b"HTTP/1.1 431 "  # it hung up before its answer was read
+    assert said.startswith(b"HTTP/1.1 431 ")
+    assert sent < 10_000_000
 
 
-def test_an_offer_of_http_2_is_passed_over(server: Server, photos: list[bytes]) -> None:
+def test_a_head_is_bounded(server: Server) -> None:
+    for size, status in ((60_000, 200), (70_000, 431), (200_000, 431)):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n" % (b"x" * size))
+            assert client.recv(4096).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_an_offer_of_http_2_is_passed_over_every_time(server: Server, photos: list[bytes]) -> None:
+    head = head_of(photos[0])[:-2] + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: A\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        for _ in range(3):
+            client.sendall(head)
+            time.sleep(0.05)  # so that head and body come apart
+            client.sendall(photos[0])
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            assert answer.status == 200
+            answer.read()
+
+
+def test_a_second_offer_of_http_2(server: Server, photos: list[bytes]) -> None:
     answer = server.post(
         "/embed",
         photos[0],
@@ -290,17 +320,16 @@ def test_it_ends_in_the_time_given_even_if_a_client_does_not(photos: list[bytes]
         wait_until(lambda: server.metric("robustfeat_in_flight_requests") >= 2)
         began = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
 
 
 def test_slow_and_silent_clients_are_cut(photos: list[bytes]) -> None:
     with serving("--timeout", 1) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as slow:
             slow.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc")
-            said = slow.recv(4096)
+            said = all_of(slow)
             assert b" 408 " in said
             assert b'"upload_timeout"' in said
-            assert slow.recv(4096) == b""
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as silent:
             silent.sendall(b"POST /embed HTTP/1.1\r\nHost:")
             assert silent.recv(4096) == b""
@@ -315,7 +344,7 @@ def test_slow_and_silent_clients_are_cut(photos: list[bytes]) -> None:
 def test_what_is_not_http_is_told_so(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(b"hello\r\n\r\n")
-        said = client.recv(4096)
+        said = all_of(client)
     assert said.startswith(b"HTTP/1.1 400 ")
     assert b'"bad_http"' in said
 
@@ -324,7 +353,7 @@ def test_too_many_connections_are_refused() -> None:
     with serving("--max-connections", 4) as server:
         idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
         with socket.create_connection(("127.0.0.1", server.port)) as fifth:
-            said = fifth.recv(4096)
+            said = all_of(fifth)
         assert said.startswith(b"HTTP/1.1 503 ")
         assert b'"too_many_connections"' in said
         for connection in idle:
@@ -340,7 +369,7 @@ def test_a_client_that_leaves_frees_its_place(photos: list[bytes]) -> None:
         leaving = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(64)]
         for client in leaving:
             client.sendall(head_of(photos[0]) + photos[0])
-        wait_until(lambda: server.post("/embed", photos[0]).status == 503)
+        wait_until(lambda: server.metric("robustfeat_in_flight_requests") >= 65)
         refusal = server.post("/embed", photos[0])
         assert (refusal.json["error"]["code"], refusal.headers["retry-after"]) == ("queue_full", "1")
         for client in leaving:
