@@ -166,6 +166,7 @@ def _add_own(routes: Routes, service: Service) -> None:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics(_: Request) -> Response:
+        service.metrics.count()
         # Reading the files of all workers takes milliseconds that requests need not wait for.
         return Response(await run_in_threadpool(service.metrics.exposition), media_type=CONTENT_TYPE)
 

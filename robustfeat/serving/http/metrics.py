@@ -6,13 +6,13 @@ answer with, and reasons from `errors.ApiError`'s fixed set.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import cache
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+import prometheus_client
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
 __all__ = ["CONTENT_TYPE", "Metrics", "ModelMetrics"]
@@ -34,7 +34,7 @@ class Metrics:
         # Files in PROMETHEUS_MULTIPROC_DIR, named by the worker's number: a process that dies leaves none behind.
         values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
         own = CollectorRegistry()
-        self._requests = Counter(
+        self._requests = prometheus_client.Counter(
             "robustfeat_requests", "Requests by route and status.", ["route", "status"], registry=own
         )
         self._seconds = Histogram(
@@ -43,13 +43,15 @@ class Metrics:
             registry=own,
             buckets=_SECONDS,
         )
-        self._errors = Counter(
+        self._errors = prometheus_client.Counter(
             "robustfeat_errors", "Requests and images that failed, by reason.", ["reason"], registry=own
         )
         self._in_flight = Gauge(
             "robustfeat_in_flight_requests", "Requests at hand.", registry=own, multiprocess_mode="sum"
         )
-        self._items = Counter("robustfeat_images", "Images by model and outcome.", ["model", "outcome"], registry=own)
+        self._items = prometheus_client.Counter(
+            "robustfeat_images", "Images by model and outcome.", ["model", "outcome"], registry=own
+        )
         self._queue = Gauge(
             "robustfeat_queue_images",
             "Images that wait for a decoder or the model.",
@@ -69,8 +71,9 @@ class Metrics:
         self._sizes = Histogram(
             "robustfeat_batch_images", "Images in a batch.", ["model"], registry=own, buckets=_SIZES
         )
-        # Requests leave their numbers here. Counting takes ten times as long, and is done when there is time for it.
+        # Requests leave their numbers here. Counting them in files takes ten times as long, and is done now and then.
         self._noted: deque[tuple[Callable[[float], None], float]] = deque()
+        self._added: Counter[Callable[[float], None]] = Counter()
         self.note = self._noted.append
         self.gauges: list[tuple[Gauge, Callable[[], float]]] = []
         self.in_flight = 0
@@ -86,7 +89,11 @@ class Metrics:
 
     def request(self, route: str, status: int) -> None:
         """Counts an answer."""
-        self.note((self._count(route, status), 1))
+        self._added[self._count(route, status)] += 1
+
+    def add(self, counter: Callable[[float], None], number: int) -> None:
+        """Adds to a counter."""
+        self._added[counter] += number
 
     def seconds(self, value: float) -> None:
         """Counts the time of a request."""
@@ -94,15 +101,16 @@ class Metrics:
 
     def error(self, reason: str, count: int = 1) -> None:
         """Counts what failed."""
-        self.note((self._failed(reason), count))
+        self._added[self._failed(reason)] += count
 
     def count(self) -> None:
-        """Counts what was noted: to be called every second or so."""
-        # Until it is empty: another thread, that of /metrics, may be taking from it, too.
-        with contextlib.suppress(IndexError):
-            while True:
-                count, value = self._noted.popleft()
-                count(value)
+        """Counts what was noted: to be called every second or so, on the loop."""
+        for _ in range(len(self._noted)):
+            observe, seconds = self._noted.popleft()
+            observe(seconds)
+        for add, number in self._added.items():
+            add(number)
+        self._added.clear()
         for gauge, read in self.gauges:
             gauge.set(read())
 
@@ -111,8 +119,7 @@ class Metrics:
         return ModelMetrics(self, name)
 
     def exposition(self) -> bytes:
-        """Of all workers, in Prometheus' text format; of others as they were within the last second."""
-        self.count()
+        """Of all workers, in Prometheus' text format, as they were when each counted last."""
         registry = CollectorRegistry()
         MultiProcessCollector(registry, os.environ["PROMETHEUS_MULTIPROC_DIR"])  # type: ignore[no-untyped-call]
         return generate_latest(registry)
@@ -146,7 +153,5 @@ class ModelMetrics:
 
     def answered(self, good: int, failed: int) -> None:
         """Counts the images of a request."""
-        if good:
-            self._note((self._good, good))
-        if failed:
-            self._note((self._failed, failed))
+        self._metrics.add(self._good, good)
+        self._metrics.add(self._failed, failed)

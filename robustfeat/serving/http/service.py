@@ -223,8 +223,9 @@ class Service:
                         if repr(exc) != failed:
                             failed = repr(exc)
                             self.log.error("probe failed", error=str(exc) or type(exc).__name__)
-            await asyncio.sleep(1)
-            self.metrics.count()
+            for _ in range(10):  # a little at a time, since requests wait for it
+                await asyncio.sleep(0.1)
+                self.metrics.count()
             try:
                 if self.keys.refresh():
                     self.admission.share_among(len(self.keys.names))
