@@ -25,11 +25,6 @@ _SLOTS = 1024
 _BURST_S = 0.25
 
 
-def _words(workers: int) -> int:
-    """Numbers of 8 bytes in a slot: the name's hash, tokens, when these were counted, and each worker's images."""
-    return 3 + workers
-
-
 class Admission:
     """The door of one worker.
 
@@ -42,7 +37,8 @@ class Admission:
 
     def __init__(self, limits: Limits, memory: int, worker: int, workers: int) -> None:
         self._limits, self._memory, self._worker, self._workers = limits, memory, worker, workers
-        self._words = _words(workers)
+        # Numbers of 8 bytes in a slot: the name's hash, tokens, when these were counted, and each worker's images.
+        self._words = 3 + workers
         size = 8 * _SLOTS * self._words
         os.truncate(memory, size)
         # The same memory as floats and as whole numbers.

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import RobustFeatError
 from robustfeat.hub.preprocessing import normalise
-from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.decoder import MAILBOX_BYTES, Images
 from robustfeat.serving.decoders import START_DEADLINE_S, TRIES, Decoder, Decoders, crashed, too_slow
 from robustfeat.serving.extractor import FeatureExtractor
@@ -122,8 +121,8 @@ class Batcher:
         extractor: the model.
         limits: of pixels and of the time to decode an image.
         watch: what is counted.
-        decoders: processes; by default what the cgroup grants.
-        batch_size: images that the model takes at once, at most; the extractor's by default.
+        decoders: processes.
+        batch_size: images that the model takes at once, at most.
     """
 
     def __init__(
@@ -132,19 +131,18 @@ class Batcher:
         limits: Limits,
         watch: ModelMetrics,
         *,
-        decoders: int | None = None,
-        batch_size: int | None = None,
+        decoders: int,
+        batch_size: int,
     ) -> None:
         self._contract, self._run_engine = extractor.config.preprocessing, extractor.engine.run
         self._limits, self._watch = limits, watch
-        self._batch_size = batch_size or extractor.batch_size
-        seats = decoders or available_cpus()
+        self._batch_size = batch_size
         # Squares wait there for the model; decoders that are ahead of it wait for places.
-        places = 2 * self._batch_size + seats * _DECODED_AT_ONCE
+        places = 2 * batch_size + decoders * _DECODED_AT_ONCE
         self._places = deque(range(places))
         scaled = extractor.decoding == "scaled"
-        self._decoders = Decoders(self._contract, scaled=scaled, workers=seats, places=places)
-        self._seats = [_Seat(self._decoders.start(number)) for number in range(seats)]
+        self._decoders = Decoders(self._contract, scaled=scaled, workers=decoders, places=places)
+        self._seats = [_Seat(self._decoders.start(number)) for number in range(decoders)]
         self._waiting: FairQueue[_Item] = FairQueue()
         self._ready: FairQueue[_Item] = FairQueue()
         watch.watch_queue(lambda: len(self._waiting) + len(self._ready))

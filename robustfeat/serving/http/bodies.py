@@ -250,17 +250,17 @@ def choose_type(accept: str, offered: tuple[str, ...]) -> str:
     """
     if accept in {"", "*/*"}:
         return offered[0]
+    qualities: dict[str, float] = {}
+    for entry in accept.split(","):
+        name, *options = (word.strip().lower() for word in entry.split(";"))
+        found = [option.partition("=")[2] for option in options if option.startswith("q=")]
+        try:
+            qualities[name] = float(found[0]) if found else 1.0
+        except ValueError:
+            qualities[name] = 0.0
     best, best_quality = "", 0.0
     for kind in offered:
         main = kind.partition("/")[0]
-        qualities = {}
-        for entry in accept.split(","):
-            name, *options = (word.strip().lower() for word in entry.split(";"))
-            found = [option.partition("=")[2] for option in options if option.startswith("q=")]
-            try:
-                qualities[name] = float(found[0]) if found else 1.0
-            except ValueError:
-                qualities[name] = 0.0
         quality = next((qualities[name] for name in (kind, f"{main}/*", "*/*") if name in qualities), 0.0)
         if quality > best_quality:
             best, best_quality = kind, quality

@@ -36,9 +36,6 @@ _BINARY = "application/octet-stream"
 _TYPES = {"images": "BYTES", "pixel_values": "FP32"}
 
 _Name = Annotated[str, Path(description="Of those served.")]
-_Version = Annotated[str, Path(description="The one that the metadata names.")]
-
-
 _TAGS: list[Any] = ["Open Inference Protocol"]
 
 
@@ -189,7 +186,7 @@ def _images(given: InferInput, rest: bytes, model: ServedModel, most: int) -> li
             raise ApiError(422, "bad_request", f"{given.name}: neither data nor binary_data_size is given")
         values: Any = _encoded(given, given.data) if given.name == "images" else _numbers(given, given.data)
     else:
-        if given.data is not None or not isinstance(size, int) or size != len(rest):
+        if given.data is not None or size != len(rest):
             raise ApiError(
                 422,
                 "bad_request",

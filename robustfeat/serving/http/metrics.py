@@ -71,7 +71,7 @@ class Metrics:
         self._sizes = Histogram(
             "robustfeat_batch_images", "Images in a batch.", ["model"], registry=own, buckets=_SIZES
         )
-        # Requests leave their numbers here. Counting them in files takes ten times as long, and is done now and then.
+        # Requests leave their numbers here, and do not wait for the files that all workers share.
         self._noted: deque[tuple[Callable[[float], None], float]] = deque()
         self._added: Counter[Callable[[float], None]] = Counter()
         self.note = self._noted.append
@@ -104,7 +104,7 @@ class Metrics:
         self._added[self._failed(reason)] += count
 
     def count(self) -> None:
-        """Counts what was noted: to be called every second or so, on the loop."""
+        """Counts what was noted: to be called ten times a second, on the loop."""
         for _ in range(len(self._noted)):
             observe, seconds = self._noted.popleft()
             observe(seconds)

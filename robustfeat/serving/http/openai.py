@@ -18,7 +18,6 @@ from robustfeat.serving.http.service import Service
 
 __all__ = ["add_routes"]
 
-
 _TAGS: list[Any] = ["OpenAI's protocol"]
 
 

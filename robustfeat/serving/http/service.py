@@ -46,7 +46,7 @@ class ServedModel:
         name: that name.
         extractor: the model.
         limits, metrics: of the server.
-        decoders: processes; by default what the cgroup grants.
+        decoders: processes.
         shared: whether there are keys. Batches are then small, since whoever comes next waits for the one that runs.
 
     Attributes:
@@ -64,8 +64,8 @@ class ServedModel:
         limits: Limits,
         metrics: Metrics,
         *,
-        decoders: int | None = None,
-        shared: bool = False,
+        decoders: int,
+        shared: bool,
     ) -> None:
         self.name, self.extractor = name, extractor
         self.identity = ModelIdentity.of_extractor(extractor)
@@ -152,7 +152,7 @@ class Service:
     admission: Admission
     metrics: Metrics
     log: Log
-    workers: int = 1
+    workers: int
     draining: bool = False
     buffered: Buffered = field(init=False)
 

@@ -52,7 +52,7 @@ def play(
 
     def run(scene: Callable[[Batcher], Awaitable[Any]]) -> Any:
         async def played() -> Any:
-            with Batcher(model, LIMITS, Metrics(0).of_model("m"), decoders=2) as batcher:  # type: ignore[arg-type]
+            with Batcher(model, LIMITS, Metrics(0).of_model("m"), decoders=2, batch_size=8) as batcher:  # type: ignore[arg-type]
                 batcher.attach()
                 return await scene(batcher)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,8 +52,6 @@ def test_the_commands_give_what_they_show(documented: Server) -> None:
 def test_the_programs_print_what_they_say(documented: Server, number: int) -> None:
     language, code = BLOCKS[number]
     code = code.replace("localhost:8000", f"127.0.0.1:{documented.port}")
-    if language == "javascript" and shutil.which("node") is None:
-        pytest.skip("needs node")
     command = [sys.executable, "-"] if language == "python" else ["node", "--input-type=module", "-"]
     (expected,) = re.findall(r"(?:print|console\.log)\(.*\);?  (?:#|//) (.*)", code)
     assert run(command, code).strip() == expected

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import io
 import os
-import select
 import shutil
 import signal
 import socket
@@ -22,15 +20,7 @@ from PIL import Image
 
 from robustfeat import FeatureExtractor
 from tests.conftest import Run
-from tests.serving.http.conftest import Server, alive, children, serving, wait_until
-
-
-def head_of(body: bytes) -> bytes:
-    return f"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-
-
-def all_of(client: socket.socket) -> bytes:
-    return b"".join(iter(lambda: client.recv(4096), b""))
+from tests.serving.http.conftest import Server, alive, children, head_of, serving, wait_until
 
 
 class Load:
@@ -77,9 +67,7 @@ def test_a_killed_worker_costs_its_requests_and_another_comes(photos: list[bytes
     with serving("--workers", 2) as server:
         wait_until(lambda: len(server.workers()) == 2)
         with Load(server, photos, extractor) as load:
-            time.sleep(1.5)  # counts are written every second
-            counted = server.metric("robustfeat_images_total")
-            assert counted > 0
+            wait_until(lambda: sum(load.good) > 150)
             first = server.workers()
             orphans = children(first[0])
             os.kill(first[0], signal.SIGKILL)
@@ -90,7 +78,8 @@ def test_a_killed_worker_costs_its_requests_and_another_comes(photos: list[bytes
         wait_until(lambda: not any(alive(pid) for pid in orphans))
         assert server.get("/health/ready").status == 200
         assert "signal 9" in next(line for line in server.said if "worker ended" in line)
-        assert server.metric("robustfeat_images_total") >= counted
+        # Its counts are kept, but for those of its last tenth of a second: about half of all were its.
+        assert server.metric("robustfeat_images_total") >= sum(load.good) - 40
 
 
 def test_the_only_worker_is_replaced_too(photos: list[bytes]) -> None:
@@ -211,78 +200,6 @@ def test_a_swept_metrics_folder_does_not_keep_a_worker_out(photos: list[bytes]) 
         assert server.post("/embed", photos[0]).status == 200
 
 
-def test_a_client_that_reads_nothing_is_cut(photos: list[bytes]) -> None:
-    with serving() as server:
-        client = socket.socket()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        client.connect(("127.0.0.1", server.port))
-        client.settimeout(1)
-        with contextlib.suppress(OSError):
-            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1400)
-        wait_until(lambda: server.metric("robustfeat_in_flight_requests") == 2)
-        wait_until(lambda: server.metric("robustfeat_in_flight_requests") == 1)
-        client.close()
-
-
-def test_a_client_that_leaves_after_a_large_body_is_noticed(photos: list[bytes]) -> None:
-    with serving("--decode-timeout", 60) as server:
-        (worker,) = server.workers()
-        for decoder in children(worker):
-            os.kill(decoder, signal.SIGSTOP)
-        body = photos[0] + bytes(500_000)
-        with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(head_of(body) + body)
-            wait_until(lambda: server.metric("robustfeat_in_flight_requests") == 2)
-        wait_until(lambda: server.metric("robustfeat_in_flight_requests") == 1)
-
-
-def test_trailers_without_end_are_refused(server: Server) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        client.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n")
-        said, sent = b"", 0
-        try:
-            while not said and sent < 50_000_000:
-                client.sendall(b"a: b\r\n" * 200)
-                sent += 1200
-                if select.select([client], [], [], 0)[0]:
-                    said = client.recv(4096)
-        except (BrokenPipeError, ConnectionResetError):
-            said = b"HTTP/1.1 431 "  # it hung up before its answer was read
-    assert said.startswith(b"HTTP/1.1 431 ")
-    assert sent < 10_000_000
-
-
-def test_a_head_is_bounded(server: Server) -> None:
-    for size, status in ((60_000, 200), (70_000, 431), (200_000, 431)):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n" % (b"x" * size))
-            assert client.recv(4096).startswith(b"HTTP/1.1 %d " % status)
-
-
-def test_an_offer_of_http_2_is_passed_over_every_time(server: Server, photos: list[bytes]) -> None:
-    head = head_of(photos[0])[:-2] + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: A\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        for _ in range(3):
-            client.sendall(head)
-            time.sleep(0.05)  # so that head and body come apart
-            client.sendall(photos[0])
-            answer = http.client.HTTPResponse(client)
-            answer.begin()
-            assert answer.status == 200
-            answer.read()
-
-
-def test_a_second_offer_of_http_2(server: Server, photos: list[bytes]) -> None:
-    answer = server.post(
-        "/embed",
-        photos[0],
-        Connection="Upgrade, HTTP2-Settings",
-        Upgrade="h2c",
-        HTTP2_Settings="AAMAAABkAAQAoAAAAAIAAAAA",
-    )
-    assert answer.status == 200
-
-
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(photos: list[bytes], name: signal.Signals) -> None:
     with serving("--workers", 2) as server, ThreadPoolExecutor(1) as pool:
@@ -321,64 +238,6 @@ def test_it_ends_in_the_time_given_even_if_a_client_does_not(photos: list[bytes]
         began = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - began < 10
-
-
-def test_slow_and_silent_clients_are_cut(photos: list[bytes]) -> None:
-    with serving("--timeout", 1) as server:
-        with socket.create_connection(("127.0.0.1", server.port)) as slow:
-            slow.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc")
-            said = all_of(slow)
-            assert b" 408 " in said
-            assert b'"upload_timeout"' in said
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as silent:
-            silent.sendall(b"POST /embed HTTP/1.1\r\nHost:")
-            assert silent.recv(4096) == b""
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as endless:
-            endless.sendall(b"GET / HTTP/1.1\r\n")
-            with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe, as it comes
-                for _ in range(1000):
-                    endless.sendall(b"X-Header: " + b"x" * 10_000 + b"\r\n")
-                    time.sleep(0.001)
-
-
-def test_what_is_not_http_is_told_so(server: Server) -> None:
-    with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall(b"hello\r\n\r\n")
-        said = all_of(client)
-    assert said.startswith(b"HTTP/1.1 400 ")
-    assert b'"bad_http"' in said
-
-
-def test_too_many_connections_are_refused() -> None:
-    with serving("--max-connections", 4) as server:
-        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
-        with socket.create_connection(("127.0.0.1", server.port)) as fifth:
-            said = all_of(fifth)
-        assert said.startswith(b"HTTP/1.1 503 ")
-        assert b'"too_many_connections"' in said
-        for connection in idle:
-            connection.close()
-        wait_until(lambda: server.get("/health/live").status == 200)
-
-
-def test_a_client_that_leaves_frees_its_place(photos: list[bytes]) -> None:
-    with serving("--max-queue", 64) as server:
-        (worker,) = server.workers()
-        for decoder in children(worker):
-            os.kill(decoder, signal.SIGSTOP)
-        leaving = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(64)]
-        for client in leaving:
-            client.sendall(head_of(photos[0]) + photos[0])
-        wait_until(lambda: server.metric("robustfeat_in_flight_requests") >= 65)
-        refusal = server.post("/embed", photos[0])
-        assert (refusal.json["error"]["code"], refusal.headers["retry-after"]) == ("queue_full", "1")
-        for client in leaving:
-            client.close()
-        wait_until(lambda: server.metric("robustfeat_in_flight_requests") <= 1)
-        for decoder in children(worker):
-            os.kill(decoder, signal.SIGCONT)
-        assert server.post("/embed", photos[0]).status == 200
-        assert not any("error" in line for line in server.said)
 
 
 def test_answers_come_in_time_or_503(photos: list[bytes]) -> None:
