@@ -15,6 +15,8 @@ its time has come, whether earlier ones are answered or not, and its latency cou
   times its share.
 - peers: LitServe with the same network and base64 in JSON, one image at a time and in batches; it is run by
   `--peers-python`, an interpreter that has it.
+- torchserve: TorchServe with the archive of `robustfeat torchserve`, and `robustfeat serve` beside it, raw bytes
+  to both; `--torchserve-python` has this package and its extra torchserve.
 
 Each section is measured `--rounds` times, all sections in turn; tables give medians and ranges of the ratios.
 """
@@ -39,163 +41,33 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import uvloop
 
 from embed import print_table
+from load import Client, Result, ask_alone, post
 from machine import hardware
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.serving.extractor import FeatureExtractor
 
-SECTIONS = ("lone", "saturation", "steady", "overload", "keys", "peers")
+SECTIONS = ("lone", "saturation", "steady", "overload", "keys", "peers", "torchserve")
 SERVER_CORE, CLIENT_CORE = 0, 1
 CONNECTIONS = 32
 LITSERVE = Path(__file__).parent / "peers" / "litserve_server.py"
 SHARE = 0.15
+TORCHSERVE_PORT = 18080
 JSON = "Content-Type: application/json\r\n"
 
 
-class Connection(asyncio.Protocol):
-    """One request after the other."""
-
-    def __init__(self) -> None:
-        self.buffer = bytearray()
-        self.answer: asyncio.Future[tuple[int, bytes]] | None = None
-        self.transport: Any = None
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        end = self.buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return
-        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self.buffer[:end])
-        assert length
-        if len(self.buffer) >= end + 4 + int(length[1]):
-            status, body = int(self.buffer[9:12]), bytes(self.buffer[end + 4 :])
-            self.buffer.clear()
-            if self.answer and not self.answer.done():
-                self.answer.set_result((status, body))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self.answer and not self.answer.done():
-            self.answer.set_result((0, b""))
-
-    async def ask(self, request: bytes) -> tuple[int, bytes]:
-        self.answer = asyncio.get_running_loop().create_future()
-        self.transport.write(request)
-        return await self.answer
-
-
-@dataclass
-class Result:
-    """What a load gave."""
-
-    seconds: float
-    latencies: dict[int, list[float]] = field(default_factory=dict)
-
-    def add(self, status: int, seconds: float) -> None:
-        self.latencies.setdefault(status, []).append(seconds)
-
-    @property
-    def goodput(self) -> float:
-        return len(self.latencies.get(200, [])) / self.seconds
-
-    def quantile(self, share: float, *statuses: int) -> float:
-        """Of latencies, in ms."""
-        values = sorted(itertools.chain.from_iterable(self.latencies.get(status, []) for status in statuses or [200]))
-        return 1000 * values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
-
-
-class Client:
-    """Loads a server from connections that it keeps."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.free: list[Connection] = []
-
-    async def connect(self) -> Connection:
-        while self.free:
-            connection = self.free.pop()
-            if not connection.transport.is_closing():
-                return connection
-        loop = asyncio.get_running_loop()
-        return (await loop.create_connection(Connection, "127.0.0.1", self.port))[1]
-
-    async def ask(self, request: bytes) -> tuple[int, bytes]:
-        connection = await self.connect()
-        answer = await connection.ask(request)
-        self.free.append(connection)
-        return answer
-
-    async def closed(self, requests: Sequence[bytes], at_once: int, seconds: float) -> Result:
-        """So many requests at hand at any time."""
-        source = itertools.cycle(requests)
-        result, end = Result(seconds), time.perf_counter() + seconds
-
-        async def loop() -> None:
-            while (began := time.perf_counter()) < end:
-                status, _ = await self.ask(next(source))
-                if time.perf_counter() < end:
-                    result.add(status, time.perf_counter() - began)
-
-        await asyncio.gather(*(loop() for _ in range(at_once)))
-        return result
-
-    async def open(self, requests: Sequence[bytes], rate: float, seconds: float) -> Result:
-        """Constant arrivals."""
-        result, began = Result(seconds), time.perf_counter()
-        waiting: set[asyncio.Task[None]] = set()
-
-        async def one(request: bytes, due: float) -> None:
-            status, _ = await self.ask(request)
-            result.add(status, time.perf_counter() - due)
-
-        for number in range(round(rate * seconds)):
-            due = began + number / rate
-            if (pause := due - time.perf_counter()) > 0:
-                await asyncio.sleep(pause)
-            task = asyncio.create_task(one(requests[number % len(requests)], due))
-            waiting.add(task)
-            task.add_done_callback(waiting.discard)
-        # The rate is of what was answered while the load lasted and by those who still waited at its end.
-        await asyncio.gather(*waiting)
-        result.seconds = time.perf_counter() - began
-        return result
-
-
-def ask_alone(client: socket.socket, request: bytes) -> tuple[int, float]:
-    """By a client that does nothing else: status and seconds."""
-    began = time.perf_counter()
-    client.sendall(request)
-    said = client.recv(2**20)
-    while (end := said.find(b"\r\n\r\n")) < 0:
-        said += client.recv(2**20)
-    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", said[:end])
-    assert length
-    while len(said) < end + 4 + int(length[1]):
-        said += client.recv(2**20)
-    return int(said[9:12]), time.perf_counter() - began
-
-
 def raw(photo: bytes, key: str = "") -> bytes:
-    return _post("/embed", photo, f"Authorization: Bearer {key}\r\n" if key else "")
+    return post("/embed", photo, f"Authorization: Bearer {key}\r\n" if key else "")
 
 
 def openai(photo: bytes) -> bytes:
     uri = "data:image/jpeg;base64," + base64.b64encode(photo).decode()
     body = json.dumps({"input": uri, "model": "robustfeat", "encoding_format": "base64"}).encode()
-    return _post("/v1/embeddings", body, JSON)
-
-
-def _post(path: str, body: bytes, headers: str = "") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
-    return head.encode() + body
+    return post("/v1/embeddings", body, JSON)
 
 
 @contextlib.contextmanager
@@ -368,10 +240,39 @@ class Bench:
         self.note("p99, ten times / at its share", quiet["at ten times its share"] / quiet["at its share"])
         self.note("p99, ten times / silent", quiet["at ten times its share"] / quiet["silent"])
 
+    async def measure(self, name: str, client: Client, requests: Sequence[bytes]) -> None:
+        """What is measured of every peer."""
+        seconds = self.options.seconds
+        await client.closed(requests, CONNECTIONS, 2)
+        peak = self.note(f"{name}: images/s", (await client.closed(requests, CONNECTIONS, seconds)).goodput)
+        alone = await client.closed(requests, 1, seconds)
+        self.note(f"{name}: lone p50, ms", alone.quantile(0.5))
+        steady = await client.open(requests, 0.7 * peak, seconds)
+        self.note(f"{name}: 70 %: p99 / p50", steady.quantile(0.99) / steady.quantile(0.5))
+        over = await client.open(requests, 3 * peak, seconds)
+        self.note(f"{name}: 3 x overload: goodput / peak", over.goodput / peak)
+        self.note(f"{name}: 3 x overload: answers, p99 ms", over.quantile(0.99))
+
+    async def torchserve(self) -> None:
+        store = self.scratch / "store"
+        command = [self.options.torchserve_python, "-m", "robustfeat", "torchserve", self.options.model, *self.way[1:]]
+        command += [f"--out={store}", "--name=robustfeat", f"--port={TORCHSERVE_PORT}", "--run"]
+        began = time.perf_counter()
+        with server(command) as port:
+            self.note("TorchServe: s from start to ready", time.perf_counter() - began)
+            token = json.loads((store / "key_file.json").read_text())["inference"]["key"]
+            headers = f"Content-Type: image/jpeg\r\nAuthorization: Bearer {token}\r\n"
+            requests = [post("/predictions/robustfeat", photo, headers) for photo in self.bytes]
+            await self.measure("TorchServe", Client(port), requests)
+        with self.serve() as port:
+            await self.measure("robustfeat serve", Client(port), self.requests)
+        rates = (self.rates[f"{name}: images/s"][-1] for name in ("TorchServe", "robustfeat serve"))
+        self.note("TorchServe / robustfeat serve", next(rates) / next(rates))
+
     async def peers(self) -> None:
         contract = self.folder.config.preprocessing
         requests = [
-            _post("/embed", json.dumps({"image": base64.b64encode(photo).decode()}).encode(), JSON)
+            post("/embed", json.dumps({"image": base64.b64encode(photo).decode()}).encode(), JSON)
             for photo in self.bytes
         ]
         for name, batch in {"LitServe": 1, "LitServe, batches": 16}.items():
@@ -394,17 +295,7 @@ class Bench:
                 else:
                     self.missing.append({"what": name, "why": "it did not answer"})
                     continue
-                seconds = self.options.seconds
-                await client.closed(requests, CONNECTIONS, 2)
-                saturated = await client.closed(requests, CONNECTIONS, seconds)
-                peak = self.note(f"{name}: base64, images/s", saturated.goodput)
-                alone = await client.closed(requests, 1, seconds)
-                self.note(f"{name}: lone p50, ms", alone.quantile(0.5))
-                steady = await client.open(requests, 0.7 * peak, seconds)
-                self.note(f"{name}: 70 %: p99 / p50", steady.quantile(0.99) / steady.quantile(0.5))
-                over = await client.open(requests, 3 * peak, seconds)
-                self.note(f"{name}: 3 x overload: goodput / peak", over.goodput / peak)
-                self.note(f"{name}: 3 x overload: answers, p99 ms", over.quantile(0.99))
+                await self.measure(name, client, requests)
             finally:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -438,6 +329,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
     parser.add_argument("--images", type=int, default=2400, help="that `embed` gets")
     parser.add_argument("--peers-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--torchserve-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     sections = [name for name in SECTIONS if name in options.only.split(",")]

@@ -18,7 +18,20 @@ from robustfeat.errors import RobustFeatError
 
 __all__ = ["cli", "main"]
 
-_COMMANDS = ("embed", "export", "import", "info", "models", "pull", "push", "serve", "svm", "train", "verify")
+_COMMANDS = (
+    "embed",
+    "export",
+    "import",
+    "info",
+    "models",
+    "pull",
+    "push",
+    "serve",
+    "svm",
+    "torchserve",
+    "train",
+    "verify",
+)
 _EXTRAS = {
     "onnxruntime": "cpu",
     "ray": "ray",

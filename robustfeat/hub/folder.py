@@ -103,6 +103,11 @@ class ModelFolder:
         self._check_preprocessor()
 
     @property
+    def version(self) -> str:
+        """Its commit on the Hub, or else the start of its weights' hash."""
+        return self.revision or self.config.files[WEIGHTS][:12]
+
+    @property
     def precisions(self) -> list[str]:
         """What the folder holds ONNX files for: fp32, int8 or both."""
         return [precision for precision in ONNX if self._find_onnx(precision)]

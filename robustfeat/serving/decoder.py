@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import itertools
 import json
@@ -25,6 +24,7 @@ import numpy as np
 
 from robustfeat.errors import DecodeError, InputError
 from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, prepare_square
+from robustfeat.serving.parent import die_with_parent
 from robustfeat.serving.sources import ImageSource, is_remote
 
 __all__ = ["MAILBOX_BYTES", "MEMORY_BYTES", "Decoded", "Images", "SharedSquares", "Task", "serve"]
@@ -34,7 +34,6 @@ MEMORY_BYTES = 4 * 2**30
 
 MAILBOX_BYTES = 2**20
 
-_PR_SET_PDEATHSIG = 1
 _REMOTE_READS = 16
 _HEARTBEAT_S = 5.0
 
@@ -114,7 +113,7 @@ def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contr
     # Ctrl+C, or a signal to the whole process group: the parent decides, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _die_with_parent()
+    die_with_parent(signal.SIGKILL)  # it would go on with the image that it is at
     # Of large images and odd metadata; what matters of it becomes the row's error.
     warnings.filterwarnings("ignore", module="PIL")
     preprocessing = Preprocessing.from_dict(json.loads(contract))
@@ -138,15 +137,6 @@ def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contr
             connection.send(decoder.run(task) if isinstance(task, Task) else decoder.decode(task))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-
-
-def _die_with_parent() -> None:
-    """Where the system can: a decoder that is at an image would otherwise go on after its parent was killed."""
-    parent = os.getppid()
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 class _Decoder:

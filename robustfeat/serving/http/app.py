@@ -6,12 +6,9 @@ Every request takes the same four steps: its body is read (`bodies`), its images
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
-import orjson
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
@@ -19,10 +16,21 @@ from starlette.concurrency import run_in_threadpool
 import robustfeat
 from robustfeat.hub.preprocessing import FORMATS
 from robustfeat.serving.http import kserve, openai
+from robustfeat.serving.http.answers import (
+    BINARY_HEADERS,
+    JSON,
+    NPY,
+    RAW,
+    VECTOR_TYPES,
+    choose_type,
+    failed_item,
+    json_bytes,
+    require_one,
+    vectors_reply,
+)
 from robustfeat.serving.http.batching import Answer
-from robustfeat.serving.http.bodies import choose_type, images_of, read_body
+from robustfeat.serving.http.bodies import images_of, read_body
 from robustfeat.serving.http.documents import ACCEPT, IMAGE_BODY, MODEL, describe, refusals
-from robustfeat.serving.http.errors import ApiError, item_error
 from robustfeat.serving.http.gate import Gate
 from robustfeat.serving.http.metrics import CONTENT_TYPE
 from robustfeat.serving.http.routes import Routes
@@ -30,9 +38,6 @@ from robustfeat.serving.http.schemas import Embeddings, Health, Info, Prediction
 from robustfeat.serving.http.service import ServedModel, Service
 
 __all__ = ["create_app"]
-
-JSON, NPY, RAW = "application/json", "application/x-npy", "application/octet-stream"
-VECTOR_TYPES = (JSON, NPY, RAW)
 
 _VECTORS = {"schema": {"type": "string", "format": "binary"}}
 
@@ -72,7 +77,7 @@ def _add_own(routes: Routes, service: Service) -> None:
                 "content": {NPY: _VECTORS, RAW: _VECTORS},
                 "headers": {
                     f"X-Robustfeat-{name}": {"schema": {"type": "string"}, "description": text}
-                    for name, text in _BINARY_HEADERS.items()
+                    for name, text in BINARY_HEADERS.items()
                 },
             },
             **refusals(400, 401, 404, 406, 408, 413, 415, 422, 429, 503),
@@ -82,13 +87,8 @@ def _add_own(routes: Routes, service: Service) -> None:
         """One image as the body, or many as multipart/form-data: parts named `images`, or any files, in order."""
         kind = choose_type(request.headers.get("accept", ""), VECTOR_TYPES)
         served, answers = await _embed(request, request.query_params.get("model"))
-        if kind == JSON:
-            data = [
-                {"index": at, "embedding": answer} if isinstance(answer, np.ndarray) else _failed(at, answer)
-                for at, answer in enumerate(answers)
-            ]
-            return _json({**served.about, "data": data})
-        return _binary(served, answers, kind)
+        reply = vectors_reply(served, answers, kind)
+        return Response(reply.body, media_type=reply.media_type, headers=reply.headers)
 
     @routes.post(
         "/predict/{head}",
@@ -108,7 +108,7 @@ def _add_own(routes: Routes, service: Service) -> None:
         margins = chosen.head.margins(np.stack(list(good.values())))
         decided = chosen.head.decide(margins)
         shares = chosen.head.calibrate(margins) if chosen.head.calibrated else None
-        data = [_failed(at, answer) for at, answer in enumerate(answers)]
+        data = [failed_item(at, answer) for at, answer in enumerate(answers)]
         for row, at in enumerate(good):
             probabilities = None if shares is None else shares[row]
             one = Prediction("", labels_of(chosen.head, decided[row]), margins[row], probabilities)
@@ -126,13 +126,7 @@ def _add_own(routes: Routes, service: Service) -> None:
             if model is None and "model" in fields:
                 chosen = service.model(fields["model"])
             answers = await service.embed(chosen, images, request.scope["state"]["key"])
-        if not any(isinstance(answer, np.ndarray) for answer in answers):
-            for answer in answers:
-                if isinstance(answer, Exception):
-                    raise answer
-            what = "the body is no image that can be read" if len(answers) == 1 else "none of the images can be read"
-            data = [_failed(at, answer) for at, answer in enumerate(answers)]
-            raise ApiError(422, "unreadable_image", f"{what}: {answers[0]}", param="images", data={"data": data})
+        require_one(answers)
         return chosen, answers
 
     @routes.get("/health/live", tags=["health"], response_model=Health, summary="Whether the process answers")
@@ -171,44 +165,8 @@ def _add_own(routes: Routes, service: Service) -> None:
         return Response(await run_in_threadpool(service.metrics.exposition), media_type=CONTENT_TYPE)
 
 
-_BINARY_HEADERS = {
-    "Model": "The name of the model.",
-    "Revision": "Its commit on the Hub, if there is one.",
-    "Precision": "fp32, bf16 or int8.",
-    "Shape": "Rows and columns, as 3,512.",
-    "Failed": "Numbers of the rows without an image that could be read, as 0,2; their values are NaN.",
-}
-
-
-def _binary(served: ServedModel, answers: Sequence[Answer], kind: str) -> Response:
-    values = np.full((len(answers), served.extractor.feature_size), np.nan, "<f4")
-    failed = []
-    for at, answer in enumerate(answers):
-        if isinstance(answer, np.ndarray):
-            values[at] = answer
-        else:
-            failed.append(str(at))
-    about = {
-        "Model": served.name,
-        "Revision": served.about["revision"] or "",
-        "Precision": served.extractor.precision,
-        "Shape": f"{values.shape[0]},{values.shape[1]}",
-        "Failed": ",".join(failed),
-    }
-    headers = {f"x-robustfeat-{name.lower()}": text for name, text in about.items() if text}
-    if kind == RAW:
-        return Response(values.tobytes(), media_type=RAW, headers=headers)
-    file = io.BytesIO()
-    np.save(file, values)
-    return Response(file.getvalue(), media_type=NPY, headers=headers)
-
-
-def _failed(index: int, answer: Answer) -> dict[str, Any]:
-    return {"index": index, "error": item_error(answer)}
-
-
 def _json(content: dict[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type=JSON)
+    return Response(json_bytes(content), status, media_type=JSON)
 
 
 def _info(service: Service) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,8 @@ from robustfeat.serving.decoder import MAILBOX_BYTES, Images
 from robustfeat.serving.decoders import START_DEADLINE_S, TRIES, Decoder, Decoders, crashed, too_slow
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.http.limits import Limits
-from robustfeat.serving.http.metrics import ModelMetrics
 
-__all__ = ["Answer", "Batcher", "FairQueue"]
+__all__ = ["Answer", "Batcher", "FairQueue", "Vector", "Watch"]
 
 Vector = NDArray[np.float32]
 Answer = Vector | str | Exception
@@ -42,6 +41,19 @@ _SENT_AT_ONCE = 2**17
 _LOOK_S = 1.0
 _PAUSE_S = 1.0
 _JOIN_S = 5.0
+
+
+class Watch(Protocol):
+    """Who counts what a `Batcher` does; `metrics.ModelMetrics` is one."""
+
+    def watch_queue(self, read: Callable[[], float]) -> None:
+        """`read` tells how many images wait."""
+
+    def decoded(self, waited: float, seconds: float) -> None:
+        """A decoder took `seconds` for images of which the first had waited."""
+
+    def ran(self, seconds: float, count: int) -> None:
+        """The model took `seconds` for a batch of `count`."""
 
 
 class FairQueue(Generic[T]):
@@ -129,7 +141,7 @@ class Batcher:
         self,
         extractor: FeatureExtractor,
         limits: Limits,
-        watch: ModelMetrics,
+        watch: Watch,
         *,
         decoders: int,
         batch_size: int,

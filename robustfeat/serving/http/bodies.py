@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-import orjson
-from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
@@ -16,21 +13,8 @@ from starlette.requests import Request
 from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.limits import Limits
 
-__all__ = [
-    "Buffered",
-    "base64_bytes",
-    "check_form",
-    "choose_type",
-    "data_of_uri",
-    "images_of",
-    "parse_json",
-    "read_body",
-    "too_large",
-]
+__all__ = ["Buffered", "images_of", "read_body", "too_large"]
 
-F = TypeVar("F", bound=BaseModel)
-
-_JSON_PARTS = 100_000
 _FIELDS = 64
 
 
@@ -184,86 +168,3 @@ class _Form:
 
     def _finish(self) -> None:
         self.ended = True
-
-
-def parse_json(body: bytes) -> Any:
-    """What a JSON body says.
-
-    Raises:
-        ApiError: 400 if it is none, or 422 if it has more parts than any request of ours.
-    """
-    if body.count(b"[") + body.count(b"{") > _JSON_PARTS:
-        raise ApiError(422, "bad_request", f"the request has more than {_JSON_PARTS:,} lists and objects; send less")
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as exc:
-        raise ApiError(400, "bad_json", f"the request is not JSON ({exc})") from None
-
-
-def check_form(form: type[F], content: Any) -> F:
-    """Content in the form that it must have.
-
-    Raises:
-        ApiError: 422, naming the first part that has not.
-    """
-    try:
-        return form.model_validate(content)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the request"
-        raise ApiError(422, "bad_request", f"{place}: {first['msg']}", param=place) from None
-
-
-def data_of_uri(text: str) -> bytes:
-    """The bytes in a data URI, data:[TYPE];base64,DATA.
-
-    Raises:
-        ValueError: saying what it is instead.
-    """
-    head, comma, data = text.partition(",")
-    if not comma or not head.lower().startswith("data:"):
-        if head.lower().startswith(("http:", "https:")):
-            raise ValueError("URLs are not fetched; send the image itself as data:image/jpeg;base64,...")
-        raise ValueError("expected a data URI, data:image/jpeg;base64,...")
-    if not head.lower().endswith(";base64"):
-        raise ValueError("the data URI must be base64: data:image/jpeg;base64,...")
-    return base64_bytes(data)
-
-
-def base64_bytes(text: str) -> bytes:
-    """Decodes base64.
-
-    Raises:
-        ValueError: it is not.
-    """
-    try:
-        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
-    except (binascii.Error, UnicodeEncodeError):
-        raise ValueError("not base64") from None
-
-
-def choose_type(accept: str, offered: tuple[str, ...]) -> str:
-    """The media type to answer with: what the Accept header likes best, the first offered among equals.
-
-    Raises:
-        ApiError: 406, naming what there is.
-    """
-    if accept in {"", "*/*"}:
-        return offered[0]
-    qualities: dict[str, float] = {}
-    for entry in accept.split(","):
-        name, *options = (word.strip().lower() for word in entry.split(";"))
-        found = [option.partition("=")[2] for option in options if option.startswith("q=")]
-        try:
-            qualities[name] = float(found[0]) if found else 1.0
-        except ValueError:
-            qualities[name] = 0.0
-    best, best_quality = "", 0.0
-    for kind in offered:
-        main = kind.partition("/")[0]
-        quality = next((qualities[name] for name in (kind, f"{main}/*", "*/*") if name in qualities), 0.0)
-        if quality > best_quality:
-            best, best_quality = kind, quality
-    if not best:
-        raise ApiError(406, "not_acceptable", f"Accept: {accept[:80]}: answers are {', '.join(offered)}")
-    return best

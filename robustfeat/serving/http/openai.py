@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 from typing import Any, NoReturn
 
-import orjson
 from fastapi import Request
 from fastapi.responses import Response
 
-from robustfeat.serving.http.bodies import check_form, data_of_uri, parse_json, read_body
+from robustfeat.serving.http.answers import JSON, json_bytes
+from robustfeat.serving.http.bodies import read_body
+from robustfeat.serving.http.content import check_form, data_of_uri, parse_json
 from robustfeat.serving.http.documents import json_body, refusals
 from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.routes import Routes
@@ -67,12 +68,12 @@ def add_routes(routes: Routes, service: Service) -> None:
         ]
         usage = {"prompt_tokens": 0, "total_tokens": 0}
         content = {"object": "list", "data": data, **model.about, "usage": usage}
-        return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+        return Response(json_bytes(content), media_type=JSON)
 
     @routes.get("/v1/models", tags=_TAGS, summary="The models", response_model=ModelList, responses=refusals(401))
     async def models(_: Request) -> Response:
         entries = [{"id": name, "object": "model", "created": 0, "owned_by": "robustfeat"} for name in service.models]
-        return Response(orjson.dumps({"object": "list", "data": entries}), media_type="application/json")
+        return Response(json_bytes({"object": "list", "data": entries}), media_type=JSON)
 
 
 def _parse(body: bytes, most: int) -> tuple[OpenAIRequest, list[str]]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from robustfeat.errors import InputError
-from robustfeat.hub.folder import WEIGHTS
 from robustfeat.serving.extractor import MIN_COSINE, FeatureExtractor, cosine
 from robustfeat.serving.heads.identity import ModelIdentity
 from robustfeat.serving.http.admission import Admission
+from robustfeat.serving.http.answers import NamedModel
 from robustfeat.serving.http.batching import Answer, Batcher, Vector
 from robustfeat.serving.http.bodies import Buffered
 from robustfeat.serving.http.errors import ApiError
@@ -39,20 +39,17 @@ PROBE_S = 20.0
 _SHARED_BATCH = 8
 
 
-class ServedModel:
-    """A model under the name by which clients ask for it.
+class ServedModel(NamedModel):
+    """A model at work.
 
     Args:
-        name: that name.
-        extractor: the model.
+        name, extractor: see `NamedModel`.
         limits, metrics: of the server.
         decoders: processes.
         shared: whether there are keys. Batches are then small, since whoever comes next waits for the one that runs.
 
     Attributes:
-        about: what every answer says of it.
         identity: which model it is, for heads.
-        version: of the Open Inference Protocol: its commit on the Hub, or the start of its weights' hash.
         batch_size: images that the model takes at once, at most.
         last_good: when it last embedded an image, by `time.monotonic`; minus infinity before it has.
     """
@@ -67,11 +64,8 @@ class ServedModel:
         decoders: int,
         shared: bool,
     ) -> None:
-        self.name, self.extractor = name, extractor
+        super().__init__(name, extractor)
         self.identity = ModelIdentity.of_extractor(extractor)
-        revision = self.identity.revision
-        self.version = revision or extractor.config.files[WEIGHTS][:12]
-        self.about = {"model": name, "revision": revision, "precision": extractor.precision}
         self._watch: ModelMetrics = metrics.of_model(name)
         self.batch_size = min(extractor.batch_size, _SHARED_BATCH) if shared else extractor.batch_size
         self._batcher = Batcher(extractor, limits, self._watch, decoders=decoders, batch_size=self.batch_size)

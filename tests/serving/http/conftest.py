@@ -41,8 +41,10 @@ class Answer:
 class Server:
     """`robustfeat serve` with some options, until it is stopped."""
 
+    arguments: tuple[str, ...] = ("serve", "--port", "0")
+
     def __init__(self, *options: object, group: bool = False, **environment: str) -> None:
-        command = [sys.executable, "-m", "robustfeat", "serve", "--port", "0", *map(str, options)]
+        command = [sys.executable, "-m", "robustfeat", *self.arguments, *map(str, options)]
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,

@@ -1,0 +1,130 @@
+"""`robustfeat torchserve`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from robustfeat.cli.extraction import Extraction, serving_options
+
+
+@click.command("torchserve", short_help="Write an archive for TorchServe, and run it.")
+@click.argument("model", default="builtin")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="STORE", help="The model store."
+)
+@click.option("--name", help="Under which it is served.  [default: the model's]")
+@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes that answer.")
+@click.option(
+    "--batch-size", type=click.IntRange(1, 256), help="Requests that a worker gets together.  [default: by the model]"
+)
+@click.option(
+    "--batch-delay",
+    type=click.IntRange(1, 60_000),
+    default=1,
+    show_default=True,
+    metavar="MS",
+    help="How long a request waits for others to make a batch.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 answers other machines, too.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 64_531),
+    default=8080,
+    show_default=True,
+    help="Of inference; management, metrics and gRPC take the four after it.",
+)
+@click.option(
+    "--token-life",
+    type=click.IntRange(1, 60 * 24 * 3650),
+    default=60 * 24,
+    show_default=True,
+    metavar="MINUTES",
+    help="How long the tokens in key_file.json are good.",
+)
+@click.option(
+    "--max-body", type=click.IntRange(1, 2047), default=32, show_default=True, metavar="MIB", help="Of a request."
+)
+@click.option("--max-pixels", type=click.IntRange(1), default=100_000_000, show_default=True, help="Of an image.")
+@click.option("--max-items", type=click.IntRange(1), default=64, show_default=True, help="Images in a request.")
+@click.option(
+    "--timeout", type=click.IntRange(1), default=60, show_default=True, metavar="SECONDS", help="For a batch."
+)
+@click.option(
+    "--decode-timeout", type=click.IntRange(1), default=10, show_default=True, metavar="SECONDS", help="For an image."
+)
+@click.option("--run", is_flag=True, help="Start TorchServe on it, and stop it on SIGTERM or Ctrl+C.")
+@serving_options
+def command(
+    model: str,
+    out: Path,
+    name: str | None,
+    workers: int,
+    batch_size: int | None,
+    batch_delay: int,
+    host: str,
+    port: int,
+    token_life: int,
+    max_body: int,
+    max_pixels: int,
+    max_items: int,
+    timeout: int,
+    decode_timeout: int,
+    run: bool,
+    extraction: Extraction,
+) -> None:
+    """Writes MODEL (default: builtin) as an archive for TorchServe, with a config.properties, to the folder STORE.
+
+    Its workers embed as `robustfeat embed` does. The archive holds all but the libraries in its requirements.txt. --run
+    needs the extra `torchserve` and Java 17. TorchServe's makers have archived it: prefer `robustfeat serve` where you
+    may choose.
+    """
+    from robustfeat.errors import InputError
+    from robustfeat.serving.torchserve.archive import PROPERTIES, Addresses, check_name, write_archive, write_properties
+    from robustfeat.serving.torchserve.handler import Settings
+
+    served = check_name(name or ("robustfeat" if model == "builtin" else Path(model).absolute().name))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise InputError(f"{out}: cannot be made ({exc.strerror}); choose another folder") from exc
+    addresses = Addresses(host, port)
+    limits = {
+        "max_items": max_items,
+        "max_body_bytes": max_body * 2**20,
+        "max_pixels": max_pixels,
+        "timeout_s": timeout,
+        "decode_timeout_s": decode_timeout,
+    }
+
+    def write() -> Path:
+        extractor = replace(extraction, model=model).open(throughput=False)  # what cannot run here fails here
+        settings = Settings(
+            precision=extractor.precision,
+            engine=extractor.engine.name,
+            device=extractor.engine.device,
+            decoding=extractor.decoding,
+            threads=extraction.threads,
+            workers=workers,
+            revision=extractor.folder.revision,
+            **limits,
+        )
+        # This one may refuse, so it comes first.
+        write_properties(out, served, settings, addresses=addresses, token_minutes=token_life)
+        requests = batch_size or extractor.batch_size
+        return write_archive(extractor.folder, out, served, settings, batch_size=requests, delay_ms=batch_delay)
+
+    archive = write()  # and the model is not kept in memory beside TorchServe
+    if not run:
+        click.echo(json.dumps({"archive": str(archive), "config": str(out / PROPERTIES), "name": served}))
+        return
+    from robustfeat.serving.torchserve.server import KEYS, TorchServe
+
+    def announce() -> None:
+        place = f"{addresses.url}:{port}/predictions/{served}"
+        click.echo(f"serving at {place} (the token is in {out / KEYS}, logs in {out / 'logs'})", err=True)
+
+    TorchServe(out, served, addresses, workers).run(announce)

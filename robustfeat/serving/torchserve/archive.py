@@ -1,0 +1,229 @@
+"""What TorchServe is given: a model archive and a config.properties.
+
+The archive (.mar, a zip) holds the model folder, this package's code, the settings of its worker, and a list of the
+libraries that the worker's Python must have. It is written here: TorchServe's own archiver empties a folder of the
+model's name in the system's folder for temporary files first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import robustfeat
+from robustfeat.errors import InputError
+from robustfeat.files import new_file
+from robustfeat.hub.folder import CARD, CONFIG, ModelFolder
+from robustfeat.serving.torchserve.handler import MODEL_FOLDER, SETTINGS, Settings
+
+__all__ = ["PROPERTIES", "Addresses", "check_name", "write_archive", "write_properties"]
+
+PROPERTIES = "config.properties"
+
+_ENTRY = "robustfeat_handler.py"
+_WORKER_CONFIG = "model-config.yaml"
+_REQUIREMENTS = "requirements.txt"
+_MARK = "# Written by robustfeat torchserve, which replaces it as long as it begins with this line."
+_LEFT_OUT = ("cli/", "hub/builtin/", "training/")
+_NEEDED = ("numpy", "orjson", "pillow", "pydantic", "pyyaml")
+_ENGINES = {"auto": "onnxruntime", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+_RETRY_S = 60
+_SOCKETS = 1000
+
+
+def check_name(name: str) -> str:
+    """A name under which TorchServe can serve a model.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", name):
+        raise InputError(f"--name {name}: expected letters, digits, '.', '_' and '-', a letter or digit first")
+    return name
+
+
+def write_archive(
+    folder: ModelFolder, out: Path, name: str, settings: Settings, *, batch_size: int, delay_ms: int
+) -> Path:
+    """Writes `out`/`name`.mar; one that was there is replaced.
+
+    Args:
+        folder: the model; its files are verified, and downloaded where need be.
+        out: TorchServe's model store, a folder that exists.
+        name: under which it is served.
+        settings: of its workers.
+        batch_size: requests that a worker gets together, at most.
+        delay_ms: how long the first of them waits for others.
+
+    Raises:
+        ModelFolderError: the model is damaged.
+        InputError: the file system refuses.
+    """
+    folder.verify()
+    manifest = {
+        "createdOn": datetime.now(UTC).strftime("%d/%m/%Y %H:%M:%S"),
+        "runtime": "python",
+        "model": {
+            "modelName": name,
+            "handler": f"{_ENTRY}:handle",
+            "modelVersion": folder.version,
+            "requirementsFile": _REQUIREMENTS,
+            "configFile": _WORKER_CONFIG,
+        },
+        "archiverVersion": robustfeat.__version__,
+    }
+    config = {
+        "minWorkers": settings.workers,
+        "maxWorkers": settings.workers,
+        "batchSize": batch_size,
+        "maxBatchDelay": delay_ms,
+        "responseTimeout": round(settings.timeout_s),
+        "maxRetryTimeoutInSec": _RETRY_S,
+        "deviceType": "gpu" if settings.device == "cuda" else "cpu",
+        SETTINGS: dataclasses.asdict(settings),
+    }
+    archive = out / f"{name}.mar"
+    # Not compressed: weights hardly shrink, and a worker starts when all is unpacked.
+    with new_file(archive) as partial, zipfile.ZipFile(partial, "w") as mar:
+        mar.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest, indent=2))
+        mar.writestr(_WORKER_CONFIG, json.dumps(config, indent=2))  # which is YAML, too
+        mar.writestr(_REQUIREMENTS, "".join(f"{line}\n" for line in requirements(settings)))
+        mar.writestr(_ENTRY, "from robustfeat.serving.torchserve.handler import handle\n")
+        for file, place in _sources():
+            mar.write(file, place)
+        for entry in (CONFIG, CARD, *folder.config.files):
+            if (folder.path / entry).is_file():  # a card may be missing
+                mar.write(folder.path / entry, f"{MODEL_FOLDER}/{entry}")
+    return archive
+
+
+def requirements(settings: Settings) -> list[str]:
+    """The libraries that a worker's Python must have, as this package's own requirements name them."""
+    engine = "openvino" if settings.precision == "bf16" else _ENGINES[settings.engine]
+    if settings.device == "cuda":
+        engine = "onnxruntime-gpu"
+    own = importlib.metadata.requires("robustfeat") or []
+    lines = {re.match(r"[\w.-]+", line)[0].lower(): line.partition(";")[0].strip() for line in own}  # type: ignore[index]
+    return [lines.get(name, name) for name in (*_NEEDED, engine)]
+
+
+def _sources() -> Iterator[tuple[Path, str]]:
+    """Modules of this package that a worker may import, and where in the archive they go."""
+    package = Path(robustfeat.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        place = file.relative_to(package).as_posix()
+        if not place.startswith(_LEFT_OUT):
+            yield file, f"robustfeat/{place}"
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where TorchServe listens: five ports from the first on.
+
+    Attributes:
+        host: of inference and metrics; management and gRPC are for this machine alone.
+        port: of inference, the first.
+    """
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Of `host`, without a port."""
+        return f"http://[{self.host}]" if ":" in self.host else f"http://{self.host}"
+
+    @property
+    def management(self) -> int:
+        """HTTP."""
+        return self.port + 1
+
+    @property
+    def metrics(self) -> int:
+        """HTTP."""
+        return self.port + 2
+
+    @property
+    def grpc(self) -> tuple[int, int]:
+        """Inference and management."""
+        return self.port + 3, self.port + 4
+
+    @property
+    def all(self) -> list[tuple[str, int]]:
+        """Hosts and ports."""
+        own = "127.0.0.1"
+        return [
+            (self.host, self.port),
+            (own, self.management),
+            (self.host, self.metrics),
+            *((own, port) for port in self.grpc),
+        ]
+
+
+def write_properties(out: Path, name: str, settings: Settings, *, addresses: Addresses, token_minutes: int) -> Path:
+    """Writes `out`/config.properties.
+
+    Args:
+        out: TorchServe's model store, a folder that exists.
+        name: of the archive that is loaded.
+        settings: of its workers.
+        addresses: where it listens.
+        token_minutes: how long the tokens in key_file.json are good.
+
+    Raises:
+        InputError: somebody else's is there, or the file system refuses.
+    """
+    file = out / PROPERTIES
+    if file.exists() and not file.read_text("utf-8", "replace").startswith(_MARK):
+        raise InputError(f"{file}: was not written by robustfeat torchserve; move it, or choose another folder")
+    text = f"""{_MARK}
+# It names no place on the disk, so that this folder may be moved. From beside it:
+#     torchserve --start --foreground --ncs --ts-config {PROPERTIES} --model-store .
+
+load_models={name}.mar
+
+# Clients send the token of key_file.json, which TorchServe writes where it is started, readable for its user alone:
+#     Authorization: Bearer KEY
+# The tokens are good for {token_minutes} minutes; whoever holds the key named API gets new ones from the management
+# address, at /token?type=inference and /token?type=management.
+disable_token_authorization=false
+token_expiration_min={token_minutes}
+
+# Models are neither registered nor fetched while it runs.
+enable_model_api=false
+allowed_urls=
+install_py_dep_per_model=false
+
+inference_address={addresses.url}:{addresses.port}
+# Prometheus reads /metrics there, without a token.
+metrics_address={addresses.url}:{addresses.metrics}
+metrics_mode=prometheus
+model_metrics_auto_detect=true
+# Management and gRPC answer this machine alone.
+management_address=http://127.0.0.1:{addresses.management}
+grpc_inference_address=127.0.0.1
+grpc_inference_port={addresses.grpc[0]}
+grpc_management_address=127.0.0.1
+grpc_management_port={addresses.grpc[1]}
+
+# /v2/models/{name}/infer, /v2/health/live and /v2/health/ready.
+ts_open_inference_protocol=true
+# The worker reads JSON itself, within limits.
+decode_input_request=false
+max_request_size={settings.max_body_bytes}
+max_response_size={settings.max_body_bytes}
+job_queue_size=256
+
+# Sockets of the workers; two TorchServes with one folder for temporary files need different numbers.
+initial_worker_port={addresses.port + _SOCKETS}
+"""
+    with new_file(file) as partial:
+        partial.write_text(text, "utf-8")
+    return file

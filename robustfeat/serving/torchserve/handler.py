@@ -1,0 +1,284 @@
+"""What answers inside a worker of TorchServe; `archive` packs it, with the model and all of this package that it needs.
+
+TorchServe gives a batch of requests and wants as many answers. Each request is one image, a form of several, or the
+Open Inference Protocol's; all their images go to one `Batcher`, so that a bad one costs itself alone, and even one that
+crashes or hangs a decoder. Answers have the forms of `robustfeat serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from robustfeat.errors import EngineError, RobustFeatError
+from robustfeat.hub.folder import ModelFolder
+from robustfeat.serving.cpus import available_cpus
+from robustfeat.serving.extractor import FeatureExtractor, cosine
+from robustfeat.serving.http.answers import (
+    JSON,
+    VECTOR_TYPES,
+    NamedModel,
+    Reply,
+    choose_type,
+    require_one,
+    vectors_reply,
+)
+from robustfeat.serving.http.batching import Answer, Batcher, Vector
+from robustfeat.serving.http.errors import ApiError, error_answer
+from robustfeat.serving.http.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
+from robustfeat.serving.http.limits import Limits
+from robustfeat.serving.verify import MIN_COSINE
+
+__all__ = ["MODEL_FOLDER", "SETTINGS", "Settings", "handle"]
+
+MODEL_FOLDER = "model"
+"""Where the model folder lies in an archive."""
+
+SETTINGS = "robustfeat"
+"""The key of `Settings` in TorchServe's model-config.yaml."""
+
+_IMAGE_PARTS = {"body", "data", "image", "images"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an archive's model is run, as `FeatureExtractor.from_pretrained` and `Limits` take it.
+
+    Attributes:
+        workers: how many workers share the machine's processors, where `threads` is None.
+        revision: the model's commit on the Hub, if it came from there.
+    """
+
+    precision: str
+    engine: str
+    device: str
+    decoding: str
+    threads: int | None
+    workers: int
+    revision: str | None
+    max_items: int
+    max_body_bytes: int
+    max_pixels: int
+    timeout_s: float
+    decode_timeout_s: float
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, taken apart: its images, and how their answers become its own."""
+
+    images: Sequence[bytes | Vector]
+    reply: Callable[[Sequence[Answer]], Reply]
+
+
+class _Unwatched:
+    """A `Watch` that counts nothing: TorchServe has metrics of its own."""
+
+    def watch_queue(self, read: Callable[[], float]) -> None:
+        pass
+
+    def decoded(self, waited: float, seconds: float) -> None:
+        pass
+
+    def ran(self, seconds: float, count: int) -> None:
+        pass
+
+
+class Handler:
+    """A worker's model, ready to answer.
+
+    Args:
+        folder: the model.
+        name: by which clients ask for it.
+        settings: how it is run.
+
+    Raises:
+        RobustFeatError: it cannot be loaded, or does not give the features that it must.
+    """
+
+    def __init__(self, folder: ModelFolder, name: str, settings: Settings) -> None:
+        processors = max(1, available_cpus() // settings.workers)
+        folder.revision = settings.revision
+        extractor = FeatureExtractor.open(
+            folder,
+            settings.precision,
+            engine=settings.engine,
+            device=settings.device,
+            threads=settings.threads or processors,
+            decoding=settings.decoding,
+        )
+        self.model = NamedModel(name, extractor)
+        self.limits = Limits(
+            body_bytes=settings.max_body_bytes,
+            pixels=settings.max_pixels,
+            items=settings.max_items,
+            queue=settings.max_items,
+            timeout_s=settings.timeout_s,
+            decode_timeout_s=settings.decode_timeout_s,
+            connections=1,
+        )
+        self._batcher = Batcher(
+            extractor, self.limits, _Unwatched(), decoders=processors, batch_size=extractor.batch_size
+        )
+        self._batcher.__enter__()  # until TorchServe ends this process, and the decoders with it
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="loop", daemon=True).start()
+        self._loop.call_soon_threadsafe(self._batcher.attach)
+        self._check(MIN_COSINE[settings.precision])
+
+    def answer(self, requests: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
+        """The answers of a batch of requests; status, type and headers of each go to TorchServe's `context`.
+
+        Args:
+            requests: of each the parts by name: `body`, or those of a form.
+            context: TorchServe's.
+        """
+        asked = [self._take(request, context.get_all_request_header(at)) for at, request in enumerate(requests)]
+        answers = self._embed([[] if isinstance(request, Exception) else request.images for request in asked])
+        bodies = []
+        for at, (request, found) in enumerate(zip(asked, answers, strict=True)):
+            try:
+                if isinstance(request, Exception):
+                    raise request
+                reply = request.reply(found)
+            except Exception as exc:
+                bodies.append(_refuse(exc, at, context))
+                continue
+            context.set_response_content_type(at, reply.media_type)
+            for name, text in reply.headers.items():
+                context.set_response_header(at, name, text)
+            bodies.append(reply.body)
+        every = [answer for found in answers for answer in found]
+        good = sum(isinstance(answer, np.ndarray) for answer in every)
+        _count(context, {"good": good, "failed": len(every) - good})
+        return bodies
+
+    def _check(self, needed: float) -> None:
+        """Embeds the golden images, all the way that a client's images go."""
+        images, expected = self.model.extractor.folder.golden()
+        (answers,) = self._embed([images])
+        for answer, right in zip(answers, expected, strict=True):
+            if not isinstance(answer, np.ndarray):
+                raise EngineError(f"a golden image was not embedded ({answer!r})")
+            if not (found := float(cosine(answer[None], right[None])[0])) >= needed:
+                raise EngineError(f"a golden image gives other features (cosine {found:.4f}, {needed} needed)")
+
+    def _embed(self, groups: Sequence[Sequence[bytes | Vector]]) -> list[list[Answer]]:
+        """The answers of several requests, whose images make batches together."""
+
+        async def embed() -> list[list[Answer]]:
+            return await asyncio.gather(*(self._batcher.embed(group) for group in groups if group))
+
+        found = iter(asyncio.run_coroutine_threadsafe(embed(), self._loop).result())
+        return [next(found) if group else [] for group in groups]
+
+    def _take(self, parts: Mapping[str, Any], headers: Mapping[str, Any]) -> _Asked | Exception:
+        try:
+            return self._parse(parts, {name.lower(): value for name, value in headers.items()})
+        except Exception as exc:  # of one request, not of its neighbours
+            return exc
+
+    def _parse(self, parts: Mapping[str, Any], headers: Mapping[str, Any]) -> _Asked:
+        body = parts.get("body")
+        kind = str(headers.get("content-type", "")).partition(";")[0].strip().lower()
+        if body is not None and (HEADER_LENGTH in headers or kind == JSON):
+            asked, rest = parse_infer(_bytes(body), headers.get(HEADER_LENGTH))
+            images = infer_images(asked.inputs[0], rest, self.model, self.limits.items)
+            return _Asked(images, lambda answers: infer_reply(asked, self.model, answers))
+        form = choose_type(str(headers.get("accept", "")), VECTOR_TYPES)
+        found = [_bytes(part) for name, part in parts.items() if _is_image(name, headers)]
+        if not any(found):
+            raise ApiError(422, "no_image", "no image came; send one as the body, or several as a form's files")
+        if len(found) > self.limits.items:
+            raise ApiError(
+                413, "too_many_images", f"the request has more than {self.limits.items:,} images; send less at once"
+            )
+
+        def reply(answers: Sequence[Answer]) -> Reply:
+            require_one(answers)
+            return vectors_reply(self.model, answers, form)
+
+        return _Asked(found, reply)
+
+
+_handler: Handler | None = None
+
+
+def handle(requests: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes] | None:
+    """TorchServe's entry point: called without requests to load the model, then with a batch at a time."""
+    global _handler  # noqa: PLW0603 - TorchServe keeps no object of ours
+    if requests is not None and _handler is not None:
+        return _handler.answer(requests, context)
+    properties, config = context.system_properties, context.model_yaml_config
+    if properties.get("gpu_id") is not None:  # before the engine looks for GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(properties["gpu_id"])
+    _keep_parts()
+    folder = ModelFolder(Path(properties["model_dir"], MODEL_FOLDER))
+    try:
+        _handler = Handler(folder, context.model_name, Settings(**config[SETTINGS]))
+    except RobustFeatError as exc:
+        raise RuntimeError(f"robustfeat: {exc}") from exc  # which TorchServe reports
+    return None
+
+
+def _keep_parts() -> None:
+    """Lets parts of a form share a name: TorchServe keeps them by name, and so the last of them alone."""
+    from ts.service import Service
+
+    original = Service.retrieve_data_for_inference
+
+    def retrieve(batch: Sequence[dict[str, Any]]) -> Any:
+        for request in batch:
+            seen: Counter[str] = Counter()
+            for part in request["parameters"]:
+                seen[part["name"]] += 1
+                if seen[part["name"]] > 1:
+                    part["name"] += f"#{seen[part['name']]}"
+        return original(batch)
+
+    Service.retrieve_data_for_inference = staticmethod(retrieve)
+
+
+def _is_image(name: str, headers: Mapping[str, Any]) -> bool:
+    """Whether a part is a file, or has a name for images; others are fields that mean nothing here."""
+    about = headers.get(name.lower())
+    return name.partition("#")[0] in _IMAGE_PARTS or (isinstance(about, dict) and bool(about.get("content-type")))
+
+
+def _bytes(part: Any) -> bytes:
+    """A part as it was sent: TorchServe turns text and JSON into Python's own, unless it is told not to."""
+    if isinstance(part, (bytes, bytearray)):
+        return bytes(part)
+    return part.encode() if isinstance(part, str) else orjson.dumps(part)
+
+
+def _refuse(exc: Exception, at: int, context: Any) -> bytes:
+    """The error of request `at`, in the form of its protocol."""
+    if not isinstance(exc, ApiError):
+        print(f"robustfeat: {exc!r}", flush=True)  # to TorchServe's log
+        exc = ApiError(500, "internal", "the model failed; try again")
+    context.set_response_status(exc.status, HTTPStatus(exc.status).phrase, at)
+    context.set_response_content_type(at, JSON)
+    for name, text in exc.headers.items():
+        context.set_response_header(at, name, text)
+    # TorchServe tells handlers the path of its own routes alone.
+    headers = context.get_all_request_header(at)
+    return error_answer(exc, "/predictions" if "url_path" in headers else "/v2")
+
+
+def _count(context: Any, numbers: Mapping[str, int]) -> None:
+    from ts.metrics.dimension import Dimension
+
+    for outcome, number in numbers.items():
+        if number:
+            context.metrics.add_counter("robustfeat_images", number, dimensions=[Dimension("outcome", outcome)])

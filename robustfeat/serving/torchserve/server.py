@@ -1,0 +1,220 @@
+"""TorchServe at work on a model store: started, watched until its workers are ready, and ended with all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from robustfeat.errors import EngineError, InputError
+from robustfeat.serving.torchserve.archive import PROPERTIES, Addresses
+from robustfeat.serving.torchserve.java import find_java
+
+__all__ = ["KEYS", "TorchServe", "require_torchserve"]
+
+KEYS = "key_file.json"
+"""Where TorchServe writes its tokens, in the folder that it is started in."""
+
+START_S = 120.0
+STOP_S = 30.0
+_ASK_S = 5.0
+_LINES = 200
+
+
+def require_torchserve() -> Path:
+    """The folder that TorchServe calls its home.
+
+    Raises:
+        EngineError: it, or something that it does not say that it needs, is not installed.
+    """
+    spec = importlib.util.find_spec("ts")
+    home = Path(spec.origin).parents[1] if spec and spec.origin else None
+    missing = [name for name in ("torch", "yaml", "psutil") if importlib.util.find_spec(name) is None]
+    if home is None or not (home / "ts/frontend/model-server.jar").is_file():
+        missing.insert(0, "torchserve")
+    if missing or home is None:
+        raise EngineError(f"TorchServe needs {', '.join(missing)}: pip install 'robustfeat[torchserve]'")
+    return home
+
+
+class TorchServe:
+    """TorchServe in a process group of its own.
+
+    Args:
+        store: its model store, with config.properties; tokens and logs go there, too.
+        name: of the model.
+        addresses: as config.properties has them.
+        workers: how many must be ready.
+
+    Raises:
+        EngineError: TorchServe or Java is missing.
+        InputError: nobody can listen there.
+    """
+
+    def __init__(self, store: Path, name: str, addresses: Addresses, workers: int) -> None:
+        self._store, self._name, self._addresses, self._workers = store, name, addresses, workers
+        self._home, self._java = require_torchserve(), find_java()
+        for host, port in addresses.all:
+            _require_free(host, port)
+        self._said: deque[str] = deque(maxlen=_LINES)
+        self._stopping = False
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, announce: Callable[[], None]) -> None:
+        """Starts it, calls `announce` when its workers are ready, and returns after SIGTERM or SIGINT.
+
+        Raises:
+            EngineError: a worker cannot start, or TorchServe ended by itself.
+        """
+        keys = self._store / KEYS
+        keys.unlink(missing_ok=True)  # of one that was killed
+        # Sockets of the workers, and the unpacked archive: never those of another TorchServe.
+        with tempfile.TemporaryDirectory(prefix="robustfeat-") as scratch, self._signals():
+            self._process = self._start(Path(scratch))
+            reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
+            reader.start()
+            try:
+                if self._wait_until_ready(keys):
+                    announce()
+                    self._process.wait()
+                    reader.join(_ASK_S)
+                if not self._stopping:
+                    code = self._process.wait()
+                    how = f"signal {-code}" if code < 0 else f"exit code {code}: {self._reason()}"
+                    raise EngineError(f"TorchServe ended by itself ({how}); {self._logs}")
+            finally:
+                self._end()
+                keys.unlink(missing_ok=True)
+
+    @property
+    def _logs(self) -> str:
+        return f"its logs are in {self._store / 'logs'}"
+
+    def _start(self, scratch: Path) -> subprocess.Popen[str]:
+        # Through a process that becomes Java's, so that TorchServe ends even when this one is killed.
+        code = (
+            f"import os, signal, sys; sys.path[:] = {sys.path!r}; from robustfeat.serving.parent import "
+            "die_with_parent; die_with_parent(signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        command = [
+            *(sys.executable, "-P", "-c", code),
+            self._java.path,
+            f"-Dmodel_server_home={self._home}",
+            f"-Djava.io.tmpdir={scratch}",
+            *("-cp", str(self._home / "ts/frontend/*")),
+            "org.pytorch.serve.ModelServer",
+            *("--python", sys.executable),
+            *("-f", str(self._store.absolute() / PROPERTIES)),
+            *("-s", str(self._store.absolute())),
+            "-ncs",  # what is not written is not read the next time
+        ]
+        # Both would be taken before our file.
+        environment = {name: text for name, text in os.environ.items() if name not in {"TS_CONFIG_FILE", "TEMP"}}
+        return subprocess.Popen(
+            command,
+            cwd=self._store,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        """Keeps the last of what it says; all of it is in its own log files."""
+        assert process.stdout
+        for line in process.stdout:
+            self._said.append(line.rstrip("\n"))
+
+    def _wait_until_ready(self, keys: Path) -> bool:
+        """Whether it became ready; False if it ended before, or is to end."""
+        assert self._process
+        end = time.monotonic() + START_S
+        while self._process.poll() is None and not self._stopping:
+            if self._ready(keys):
+                return True
+            if any("WORKER_STOPPED" in line for line in self._said):
+                time.sleep(0.2)  # until the last of it is read
+                raise EngineError(f"a worker of TorchServe cannot start ({self._reason()}); {self._logs}")
+            if time.monotonic() > end:
+                raise EngineError(f"TorchServe's workers were not ready within {START_S:g} s; {self._logs}")
+            time.sleep(0.1)
+        return False
+
+    def _ready(self, keys: Path) -> bool:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+            token = json.loads(keys.read_text("utf-8"))["management"]["key"]
+            connection = http.client.HTTPConnection("127.0.0.1", self._addresses.management, timeout=_ASK_S)
+            with contextlib.closing(connection):
+                connection.request("GET", f"/models/{self._name}", headers={"Authorization": f"Bearer {token}"})
+                workers = json.loads(connection.getresponse().read())[0]["workers"]
+            return len(workers) >= self._workers and all(worker["status"] == "READY" for worker in workers)
+        return False
+
+    def _reason(self) -> str:
+        """The last error that it told, or else its last line."""
+        said = [line.strip() for line in self._said if line.strip()] or ["it said nothing"]
+        workers = [line.partition("MODEL_LOG - ")[2] for line in said]
+        for lines in (workers, said):
+            if errors := [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]:
+                return errors[-1][:300]
+        return said[-1][:300]
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            if not self._stopping and self._process:
+                self._process.terminate()
+                late.start()
+            self._stopping = True
+
+        late = threading.Timer(STOP_S, self._kill)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            late.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _end(self) -> None:
+        """Ends it and everything that it started."""
+        assert self._process
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_S)
+        self._kill()
+        self._process.wait()
+
+    def _kill(self) -> None:
+        assert self._process
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as exc:
+            raise InputError(
+                f"{host}:{port}: {exc.strerror}; TorchServe takes five ports from --port on: choose another"
+            ) from exc
