@@ -19,6 +19,7 @@ from robustfeat.errors import RobustFeatError
 __all__ = ["cli", "main"]
 
 _COMMANDS = (
+    "doctor",
     "embed",
     "export",
     "import",

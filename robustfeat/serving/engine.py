@@ -111,6 +111,11 @@ class OnnxRuntimeEngine:
                 "ONNX Runtime is not installed: pip install 'robustfeat[cpu]', "
                 "or 'robustfeat[gpu]' on a machine with an NVIDIA GPU"
             ) from exc
+        if not hasattr(onnxruntime, "InferenceSession"):
+            raise EngineError(
+                "ONNX Runtime is installed in part, as when one of two of its wheels was removed; uninstall all that "
+                "are named onnxruntime, and pip install 'robustfeat[cpu]' or 'robustfeat[gpu]' again"
+            )
         self.version: str = onnxruntime.__version__
         self.threads, self.streams = threads, streams
         options = onnxruntime.SessionOptions()

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from robustfeat.errors import EngineError
 
-__all__ = ["MIN_VERSION", "Java", "find_java"]
+__all__ = ["INSTALL", "MIN_VERSION", "Java", "find_java"]
 
 MIN_VERSION = 17
 _ANSWER_S = 30
-_INSTALL = f"install one (Debian: apt-get install openjdk-{MIN_VERSION}-jre-headless), or set JAVA_HOME to it"
+INSTALL = f"install one (Debian: apt-get install openjdk-{MIN_VERSION}-jre-headless), or set JAVA_HOME to it"
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ def find_java() -> Java:
     path = shutil.which(Path(home, "bin", "java") if home else "java")
     if path is None:
         where = f"JAVA_HOME is {home}, which holds none" if home else "none is on the PATH"
-        raise EngineError(f"TorchServe needs Java {MIN_VERSION} or newer; {where}: {_INSTALL}")
+        raise EngineError(f"TorchServe needs Java {MIN_VERSION} or newer; {where}: {INSTALL}")
     try:
         done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=_ANSWER_S, check=False)
         said = done.stderr + done.stdout
     except (OSError, subprocess.TimeoutExpired) as exc:
-        raise EngineError(f"{path}: does not run ({exc}); {_INSTALL}") from exc
+        raise EngineError(f"{path}: does not run ({exc}); {INSTALL}") from exc
     found = re.search(r'version "(?:1\.)?(\d+)', said)
     if found is None:
-        raise EngineError(f"{path}: does not tell its version ({' '.join(said.split())[:100]}); {_INSTALL}")
+        raise EngineError(f"{path}: does not tell its version ({' '.join(said.split())[:100]}); {INSTALL}")
     if int(found[1]) < MIN_VERSION:
-        raise EngineError(f"{path}: TorchServe needs Java {MIN_VERSION} or newer; this is {found[1]}: {_INSTALL}")
+        raise EngineError(f"{path}: TorchServe needs Java {MIN_VERSION} or newer; this is {found[1]}: {INSTALL}")
     return Java(path, int(found[1]))

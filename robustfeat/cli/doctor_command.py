@@ -1,0 +1,50 @@
+"""`robustfeat doctor`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+
+import click
+
+from robustfeat.cli.extraction import Extraction, serving_options
+
+_COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+@click.command("doctor", short_help="Examine this installation.")
+@click.argument("model", default="builtin")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@serving_options
+def command(model: str, as_json: bool, extraction: Extraction) -> int:
+    """Looks whether this machine can embed and serve with MODEL (default: builtin) and these options.
+
+    Each line is a check: ok, a note, or a problem, and how to mend it. The exit code is 3 where there is a problem.
+    """
+    from robustfeat.serving.doctor import PROBLEM, Asked, examine
+
+    asked = Asked(
+        model,
+        extraction.revision,
+        extraction.config_hash,
+        extraction.precision,
+        extraction.engine,
+        extraction.device,
+        extraction.decoding,
+        extraction.threads,
+    )
+    counts: Counter[str] = Counter()
+    for finding in examine(asked):
+        counts[finding.status] += 1
+        if as_json:
+            click.echo(json.dumps(asdict(finding)))
+            continue
+        status = click.style(f"{finding.status:9}", fg=_COLOURS[finding.status])
+        click.echo(f"{status}{finding.check:12}{finding.found}")
+        if finding.fix:
+            click.echo(f"{'':21}-> {finding.fix}")
+    problems = counts[PROBLEM]
+    if not as_json:
+        click.echo(f"{problems or 'no'} problem{'' if problems == 1 else 's'}", err=True)
+    return 3 if problems else 0
