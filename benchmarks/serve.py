@@ -57,6 +57,8 @@ CONNECTIONS = 32
 LITSERVE = Path(__file__).parent / "peers" / "litserve_server.py"
 SHARE = 0.15
 TORCHSERVE_PORT = 18080
+JVM_WARM_S = 15
+"""Until Java has compiled what it runs: before, TorchServe answers a quarter fewer."""
 JSON = "Content-Type: application/json\r\n"
 
 
@@ -96,6 +98,19 @@ def server(command: list[str], environment: dict[str, str] | None = None) -> Ite
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def children_megabytes() -> float:
+    """Memory of all processes that this one started, and theirs; what several share is divided among them."""
+    found, total = [os.getpid()], 0.0
+    for pid in found:
+        for file in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += map(int, file.read_text().split())
+    for pid in found[1:]:
+        with contextlib.suppress(OSError):
+            (share,) = re.findall(r"^Pss: *(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+            total += int(share) / 1024
+    return total
 
 
 class Bench:
@@ -240,10 +255,10 @@ class Bench:
         self.note("p99, ten times / at its share", quiet["at ten times its share"] / quiet["at its share"])
         self.note("p99, ten times / silent", quiet["at ten times its share"] / quiet["silent"])
 
-    async def measure(self, name: str, client: Client, requests: Sequence[bytes]) -> None:
+    async def measure(self, name: str, client: Client, requests: Sequence[bytes], warm_s: float = 2) -> None:
         """What is measured of every peer."""
         seconds = self.options.seconds
-        await client.closed(requests, CONNECTIONS, 2)
+        await client.closed(requests, CONNECTIONS, warm_s)
         peak = self.note(f"{name}: images/s", (await client.closed(requests, CONNECTIONS, seconds)).goodput)
         alone = await client.closed(requests, 1, seconds)
         self.note(f"{name}: lone p50, ms", alone.quantile(0.5))
@@ -263,9 +278,13 @@ class Bench:
             token = json.loads((store / "key_file.json").read_text())["inference"]["key"]
             headers = f"Content-Type: image/jpeg\r\nAuthorization: Bearer {token}\r\n"
             requests = [post("/predictions/robustfeat", photo, headers) for photo in self.bytes]
-            await self.measure("TorchServe", Client(port), requests)
+            await self.measure("TorchServe", Client(port), requests, JVM_WARM_S)
+            self.note("TorchServe: memory, MB", children_megabytes())
+        began = time.perf_counter()
         with self.serve() as port:
-            await self.measure("robustfeat serve", Client(port), self.requests)
+            self.note("robustfeat serve: s from start to ready", time.perf_counter() - began)
+            await self.measure("robustfeat serve", Client(port), self.requests, JVM_WARM_S)
+            self.note("robustfeat serve: memory, MB", children_megabytes())
         rates = (self.rates[f"{name}: images/s"][-1] for name in ("TorchServe", "robustfeat serve"))
         self.note("TorchServe / robustfeat serve", next(rates) / next(rates))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,8 @@ import pytest
 import yaml
 
 from robustfeat.hub.folder import ModelFolder
-from tests.conftest import Run
+from tests.conftest import Run, files_of, hub_environment
+from tests.hub_server import FakeHub
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,23 @@ def test_what_cannot_be_packed_leaves_nothing(robustfeat: Run, tmp_path: Path, a
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
     assert said in done.stderr
     assert not (tmp_path / "store").exists() or not any((tmp_path / "store").iterdir())
+
+
+def test_a_model_from_the_hub_is_packed_whole_with_its_commit(
+    robustfeat: Run, hub: FakeHub, one_file: Path, tmp_path: Path
+) -> None:
+    hub.add("org/name", files_of(one_file))
+    environment = hub_environment(hub, tmp_path / "home")
+    done = robustfeat("torchserve", "org/name", "--out", tmp_path / "store", env=environment)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / "store" / "name.mar") as mar:
+        mar.extractall(tmp_path / "unpacked")
+    ModelFolder(tmp_path / "unpacked" / "model").verify()
+    manifest = json.loads((tmp_path / "unpacked" / "MAR-INF" / "MANIFEST.json").read_text())["model"]
+    config = json.loads((tmp_path / "unpacked" / "model-config.yaml").read_text())
+    commit = config["robustfeat"]["revision"]
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    assert manifest["modelVersion"] == commit
 
 
 def test_an_altered_model_is_not_packed(robustfeat: Run, model: Path, tmp_path: Path) -> None:
