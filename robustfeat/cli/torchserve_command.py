@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -82,49 +81,47 @@ def command(
     needs the extra `torchserve` and Java 17. TorchServe's makers have archived it: prefer `robustfeat serve` where you
     may choose.
     """
-    from robustfeat.errors import InputError
-    from robustfeat.serving.torchserve.archive import PROPERTIES, Addresses, check_name, write_archive, write_properties
+    from robustfeat.hub.catalog import resolve_model
+    from robustfeat.serving.engine import choose_engine
+    from robustfeat.serving.torchserve.archive import (
+        PROPERTIES,
+        Addresses,
+        check_name,
+        claim_store,
+        write_archive,
+        write_properties,
+    )
     from robustfeat.serving.torchserve.handler import Settings
 
     served = check_name(name or ("robustfeat" if model == "builtin" else Path(model).absolute().name))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise InputError(f"{out}: cannot be made ({exc.strerror}); choose another folder") from exc
+    folder = resolve_model(model, revision=extraction.revision, config_hash=extraction.config_hash)
     addresses = Addresses(host, port)
-    limits = {
-        "max_items": max_items,
-        "max_body_bytes": max_body * 2**20,
-        "max_pixels": max_pixels,
-        "timeout_s": timeout,
-        "decode_timeout_s": decode_timeout,
-    }
-
-    def write() -> Path:
-        extractor = replace(extraction, model=model).open(throughput=False)  # what cannot run here fails here
-        settings = Settings(
-            precision=extractor.precision,
-            engine=extractor.engine.name,
-            device=extractor.engine.device,
-            decoding=extractor.decoding,
-            threads=extraction.threads,
-            workers=workers,
-            revision=extractor.folder.revision,
-            **limits,
-        )
-        # This one may refuse, so it comes first.
+    settings = Settings(
+        precision=extraction.precision,
+        engine=choose_engine(extraction.engine, extraction.precision, extraction.device),
+        device=extraction.device,
+        decoding=extraction.decoding,
+        threads=extraction.threads,
+        workers=workers,
+        revision=folder.revision,
+        max_items=max_items,
+        max_body_bytes=max_body * 2**20,
+        max_pixels=max_pixels,
+        timeout_s=timeout,
+        decode_timeout_s=decode_timeout,
+    )
+    with claim_store(out):
+        archive = write_archive(folder, out, served, settings, batch_size=batch_size, delay_ms=batch_delay)
         write_properties(out, served, settings, addresses=addresses, token_minutes=token_life)
-        requests = batch_size or extractor.batch_size
-        return write_archive(extractor.folder, out, served, settings, batch_size=requests, delay_ms=batch_delay)
+        if not run:
+            click.echo(json.dumps({"archive": str(archive), "config": str(out / PROPERTIES), "name": served}))
+            return
+        from robustfeat.serving.torchserve.server import KEYS, TorchServe
 
-    archive = write()  # and the model is not kept in memory beside TorchServe
-    if not run:
-        click.echo(json.dumps({"archive": str(archive), "config": str(out / PROPERTIES), "name": served}))
-        return
-    from robustfeat.serving.torchserve.server import KEYS, TorchServe
+        def announce() -> None:
+            place = f"{addresses.url}:{port}/predictions/{served}"
+            click.echo(f"serving at {place} (the token is in {out / KEYS}, logs in {out / 'logs'})", err=True)
 
-    def announce() -> None:
-        place = f"{addresses.url}:{port}/predictions/{served}"
-        click.echo(f"serving at {place} (the token is in {out / KEYS}, logs in {out / 'logs'})", err=True)
-
-    TorchServe(out, served, addresses, workers).run(announce)
+        server = TorchServe(out, served, addresses, workers)
+        click.echo("starting TorchServe", err=True)
+        server.run(announce)

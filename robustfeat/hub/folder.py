@@ -81,7 +81,9 @@ class ModelFolder:
             raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)}); {self._remedy}") from exc
         self.config_hash = hashlib.sha256(content).hexdigest()
         if config_hash is not None and not re.fullmatch("(sha256:)?[0-9a-fA-F]{64}", config_hash):
-            raise ModelFolderError(f"the config hash must have 64 hex digits; got {config_hash!r}")
+            raise ModelFolderError(
+                f"{config_hash!r} is no config hash, which has 64 hex digits; copy it from robustfeat info"
+            )
         if config_hash is not None and self.config_hash != config_hash.lower().removeprefix("sha256:"):
             raise ModelFolderError(
                 f"{file}: the sha256 must be {config_hash[:12]}..., got {self.config_hash[:12]}...: not the model that "

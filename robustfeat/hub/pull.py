@@ -118,7 +118,7 @@ class HubFolder(ModelFolder):
             commit = self._look(revision)
         except UnreachableError as exc:
             if not known:
-                raise UnreachableError(f"{exc}; the model is not in the cache, nor is there such a folder") from exc
+                raise UnreachableError(f"{exc}: the model is not in the cache, nor is there such a folder") from exc
             self._unreachable = exc
             return known
         # At the commit whose listing was seen, whatever is pushed meanwhile...

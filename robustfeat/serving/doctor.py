@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +48,7 @@ began = time.perf_counter()
 worst = fx.golden_cosine()
 print(json.dumps({
     "engine": fx.engine.name, "version": fx.engine.version.partition("-")[0], "device": fx.engine.device,
-    "threads": fx.engine.threads, "cosine": worst, "ms": 1000 * (time.perf_counter() - began),
+    "threads": fx.engine.threads, "model": fx.config.name, "cosine": worst, "ms": 1000 * (time.perf_counter() - began),
 }))
 """
 _TORCH_TRIAL = """
@@ -311,7 +312,7 @@ def _try_engine(arguments: dict[str, object], status: str) -> tuple[Finding, str
     ran = json.loads(said)
     found = (
         f"{ran['engine']} {ran['version']} {arguments['precision']} on {ran['device']}, {ran['threads']} threads: "
-        f"8 golden images in {ran['ms']:.0f} ms, cosine {ran['cosine']:.5f}"
+        f"golden images of {ran['model']} in {ran['ms']:.0f} ms, cosine {ran['cosine']:.5f}"
     )
     from robustfeat.serving.verify import MIN_COSINE
 
@@ -414,9 +415,14 @@ def _cache() -> Iterator[Finding]:
     there = next(folder for folder in (place, *place.parents) if folder.exists())
     free = shutil.disk_usage(there).free
     found = f"{place}: {len(models)} models of {size:.0f} MB, {free / 1e9:.1f} GB free"
-    if not os.access(there, os.W_OK):
-        yield Finding("cache", PROBLEM, f"{found}; it cannot be written", "set HF_HOME to a folder of yours")
-    elif free < _LITTLE_SPACE:
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as exc:
+        fix = "set HF_HOME to a folder of yours, and unset HF_HUB_CACHE"
+        yield Finding("cache", PROBLEM, f"{place}: cannot be written ({exc.strerror})", fix)
+        return
+    if free < _LITTLE_SPACE:
         yield Finding("cache", NOTE, found, "free space, or set HF_HOME to a larger disk")
     else:
         yield Finding("cache", OK, found)

@@ -23,6 +23,7 @@ __all__ = [
     "Engine",
     "OnnxRuntimeEngine",
     "OpenVINOEngine",
+    "choose_engine",
     "open_engine",
 ]
 
@@ -60,6 +61,31 @@ class Engine(Protocol):
         ...
 
 
+def choose_engine(name: str, precision: str, device: str) -> str:
+    """The engine for a precision and a device: the one that is named, or by `auto` the one that suits.
+
+    Args:
+        name: one of `ENGINES`, or auto: ONNX Runtime, but OpenVINO for bf16 or where it alone is installed.
+        precision: one of `PRECISIONS`.
+        device: one of `DEVICES`.
+
+    Raises:
+        EngineError: it cannot run so on any machine.
+    """
+    if name not in {"auto", *ENGINES}:
+        raise EngineError(f"engine must be auto, {' or '.join(ENGINES)}; got {name!r}")
+    if device not in DEVICES:
+        raise EngineError(f"device must be {', '.join(DEVICES)}; got {device!r}")
+    if name == "auto":
+        alone = importlib.util.find_spec("openvino") and not importlib.util.find_spec("onnxruntime")
+        name = "openvino" if precision == "bf16" or (alone and device != "cuda") else "onnxruntime"
+    if name == "onnxruntime" and precision == "bf16":
+        raise EngineError("ONNX Runtime has no bf16 on processors; pass --engine openvino, or fp32 or int8")
+    if name == "openvino" and device == "cuda":
+        raise EngineError("OpenVINO does not run on cuda; pass --engine onnxruntime, or device cpu")
+    return name
+
+
 def open_engine(
     name: str,
     file: Path,
@@ -72,7 +98,7 @@ def open_engine(
     """The engine of that name on one ONNX file.
 
     Args:
-        name: one of `ENGINES`, or auto: ONNX Runtime, but OpenVINO for bf16 or where it alone is installed.
+        name: see `choose_engine`.
         file: input `pixel_values` (N, 3, S, S) float32, output `features` (N, D) float32.
         precision: fp32, bf16 (computed from the fp32 file) or int8 (what the file holds).
         device: auto, cpu or cuda. Auto takes the GPU where the session really runs on it.
@@ -83,13 +109,7 @@ def open_engine(
         EngineError: the engine is missing or cannot run as asked.
         ModelFolderError: it cannot read the file.
     """
-    if name not in {"auto", *ENGINES}:
-        raise EngineError(f"engine must be auto, {' or '.join(ENGINES)}; got {name!r}")
-    if device not in DEVICES:
-        raise EngineError(f"device must be {', '.join(DEVICES)}; got {device!r}")
-    if name == "auto":
-        alone = importlib.util.find_spec("openvino") and not importlib.util.find_spec("onnxruntime")
-        name = "openvino" if precision == "bf16" or (alone and device != "cuda") else "onnxruntime"
+    name = choose_engine(name, precision, device)
     threads = threads or available_cpus()
     return ENGINES[name](file, precision, device=device, threads=threads, streams=min(streams or 1, threads))
 
@@ -100,15 +120,13 @@ class OnnxRuntimeEngine:
     name = "onnxruntime"
 
     def __init__(self, file: Path, precision: str, *, device: str, threads: int, streams: int) -> None:
-        if precision == "bf16":
-            raise EngineError("ONNX Runtime has no bf16 on processors: pass --engine openvino, or fp32 or int8")
         # Official builds send telemetry unless this is set before the library starts.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import onnxruntime
         except ImportError as exc:
             raise EngineError(
-                "ONNX Runtime is not installed: pip install 'robustfeat[cpu]', "
+                "ONNX Runtime is not installed; pip install 'robustfeat[cpu]', "
                 "or 'robustfeat[gpu]' on a machine with an NVIDIA GPU"
             ) from exc
         if not hasattr(onnxruntime, "InferenceSession"):
@@ -164,14 +182,12 @@ class OpenVINOEngine:
     device = "cpu"
 
     def __init__(self, file: Path, precision: str, *, device: str, threads: int, streams: int) -> None:
-        if device == "cuda":
-            raise EngineError("OpenVINO does not run on cuda: pass --engine onnxruntime, or device cpu")
         # Importing openvino reports to its makers unless its telemetry cannot be imported.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         try:
             import openvino
         except ImportError as exc:
-            raise EngineError("OpenVINO is not installed: pip install 'robustfeat[openvino]'") from exc
+            raise EngineError("OpenVINO is not installed; pip install 'robustfeat[openvino]'") from exc
         self.version: str = openvino.__version__
         self.threads, self.streams = threads, streams
         core = openvino.Core()

@@ -18,7 +18,7 @@ from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_c
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.engine import PRECISIONS, Engine, open_engine
 
-__all__ = ["DECODINGS", "FeatureExtractor", "cosine"]
+__all__ = ["DECODINGS", "FeatureExtractor", "cosine", "default_batch_size"]
 
 DECODINGS = ("exact", "scaled")
 MIN_COSINE = 0.99
@@ -139,10 +139,8 @@ class FeatureExtractor:
 
     @property
     def batch_size(self) -> int:
-        """Images in a batch where nobody says otherwise: enough to be fast, few enough to stay in the cache."""
-        if self.engine.device == "cuda":
-            return 128
-        return min(64, max(8, 2**17 // self.config.preprocessing.image_size**2))
+        """See `default_batch_size`."""
+        return default_batch_size(self.config.preprocessing.image_size, self.engine.device)
 
     def embed(self, images: Iterable[Any], *, on_error: str = "raise") -> NDArray[np.float32]:
         """Features of images.
@@ -218,6 +216,11 @@ class FeatureExtractor:
         """The smallest cosine, over the folder's golden images, between this engine's features and PyTorch's."""
         images, expected = self.folder.golden()
         return float(cosine(self.embed(images), expected).min())
+
+
+def default_batch_size(side: int, device: str) -> int:
+    """Images of S pixels in a batch where nobody says otherwise: enough to be fast, few enough to stay in the cache."""
+    return 128 if device == "cuda" else min(64, max(8, 2**17 // side**2))
 
 
 def cosine(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

@@ -126,7 +126,7 @@ def test_the_config_hash_pins_the_folder(copy: Path) -> None:
 
 
 def test_a_config_hash_that_is_none_is_told_from_a_wrong_one(copy: Path) -> None:
-    with pytest.raises(ModelFolderError, match="must have 64 hex digits; got 'abc'"):
+    with pytest.raises(ModelFolderError, match="'abc' is no config hash, which has 64 hex digits"):
         resolve_model(copy, config_hash="abc")
 
 

@@ -89,7 +89,7 @@ def test_two_wheels_of_onnx_runtime_are_found(tmp_path: Path, monkeypatch: pytes
         # What stays when one of two wheels is uninstalled: a folder without its modules.
         ("", "installed in part", "uninstall all that are named onnxruntime"),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", "crashed (signal 11)", "--force-reinstall"),
-        ("raise ImportError('libcudart.so.13')", "not installed: pip install", None),
+        ("raise ImportError('libcudart.so.13')", "ONNX Runtime is not installed", "pip install"),
     ],
 )
 def test_an_engine_that_does_not_run_is_found(
@@ -217,6 +217,26 @@ def test_a_hub_that_does_not_answer_is_told() -> None:
     assert found.status == NOTE
     assert "http://127.0.0.1:9 cannot be reached" in found.found
     assert found.fix == "check the network and HF_ENDPOINT"
+
+
+def test_a_cache_that_cannot_be_written_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/none")
+    (found,) = problems(check("cache"))
+    assert found.found.startswith("/proc/none: cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("asked", "fix"),
+    [
+        (Asked(engine="openvino", device="cuda"), "pass --engine onnxruntime, or device cpu"),
+        (Asked(config_hash="abc"), "copy it from robustfeat info"),
+    ],
+)
+def test_a_fix_is_what_to_do(asked: Asked, fix: str) -> None:
+    found = next(iter(problems(list(examine(asked, only=["model", "engine"])))))
+    assert found.fix == fix
 
 
 def test_the_cache_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

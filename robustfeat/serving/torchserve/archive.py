@@ -8,11 +8,14 @@ model's name in the system's folder for temporary files first.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,9 +24,10 @@ import robustfeat
 from robustfeat.errors import InputError
 from robustfeat.files import new_file
 from robustfeat.hub.folder import CARD, CONFIG, ModelFolder
+from robustfeat.serving.extractor import default_batch_size
 from robustfeat.serving.torchserve.handler import MODEL_FOLDER, SETTINGS, Settings
 
-__all__ = ["PROPERTIES", "Addresses", "check_name", "write_archive", "write_properties"]
+__all__ = ["PROPERTIES", "Addresses", "check_name", "claim_store", "write_archive", "write_properties"]
 
 PROPERTIES = "config.properties"
 
@@ -33,9 +37,43 @@ _REQUIREMENTS = "requirements.txt"
 _MARK = "# Written by robustfeat torchserve, which replaces it as long as it begins with this line."
 _LEFT_OUT = ("cli/", "hub/builtin/", "training/")
 _NEEDED = ("numpy", "orjson", "pillow", "pydantic", "pyyaml")
-_ENGINES = {"auto": "onnxruntime", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 _RETRY_S = 60
 _SOCKETS = 1000
+
+
+@contextmanager
+def claim_store(out: Path) -> Iterator[None]:
+    """Makes the model store, and keeps others from writing to it until the block ends.
+
+    Raises:
+        InputError: it cannot be made, another process writes to it or runs TorchServe on it, or it has a
+            config.properties that is not ours.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        claim = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as exc:
+        raise InputError(f"{out}: cannot be made ({exc.strerror}); choose another folder") from exc
+    try:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{out}: another robustfeat torchserve is at work there; stop it, or choose another folder"
+            ) from None
+        _require_ours(out / PROPERTIES)
+        yield
+    finally:
+        os.close(claim)
+
+
+def _require_ours(file: Path) -> None:
+    try:
+        foreign = file.exists() and not file.read_text("utf-8", "replace").startswith(_MARK)
+    except OSError as exc:
+        raise InputError(f"{file}: cannot be read ({exc.strerror}); choose another folder") from exc
+    if foreign:
+        raise InputError(f"{file}: was not written by robustfeat torchserve; move it, or choose another folder")
 
 
 def check_name(name: str) -> str:
@@ -50,7 +88,7 @@ def check_name(name: str) -> str:
 
 
 def write_archive(
-    folder: ModelFolder, out: Path, name: str, settings: Settings, *, batch_size: int, delay_ms: int
+    folder: ModelFolder, out: Path, name: str, settings: Settings, *, batch_size: int | None, delay_ms: int
 ) -> Path:
     """Writes `out`/`name`.mar; one that was there is replaced.
 
@@ -59,14 +97,16 @@ def write_archive(
         out: TorchServe's model store, a folder that exists.
         name: under which it is served.
         settings: of its workers.
-        batch_size: requests that a worker gets together, at most.
+        batch_size: requests that a worker gets together, at most; None for what suits the model.
         delay_ms: how long the first of them waits for others.
 
     Raises:
-        ModelFolderError: the model is damaged.
+        ModelFolderError: the model is damaged, or lacks the precision.
         InputError: the file system refuses.
     """
     folder.verify()
+    folder.onnx("fp32" if settings.precision == "bf16" else settings.precision)
+    side = folder.config.preprocessing.image_size
     manifest = {
         "createdOn": datetime.now(UTC).strftime("%d/%m/%Y %H:%M:%S"),
         "runtime": "python",
@@ -82,7 +122,7 @@ def write_archive(
     config = {
         "minWorkers": settings.workers,
         "maxWorkers": settings.workers,
-        "batchSize": batch_size,
+        "batchSize": batch_size or default_batch_size(side, settings.device),
         "maxBatchDelay": delay_ms,
         "responseTimeout": round(settings.timeout_s),
         "maxRetryTimeoutInSec": _RETRY_S,
@@ -106,9 +146,7 @@ def write_archive(
 
 def requirements(settings: Settings) -> list[str]:
     """The libraries that a worker's Python must have, as this package's own requirements name them."""
-    engine = "openvino" if settings.precision == "bf16" else _ENGINES[settings.engine]
-    if settings.device == "cuda":
-        engine = "onnxruntime-gpu"
+    engine = "onnxruntime-gpu" if settings.device == "cuda" else settings.engine
     own = importlib.metadata.requires("robustfeat") or []
     lines = {re.match(r"[\w.-]+", line)[0].lower(): line.partition(";")[0].strip() for line in own}  # type: ignore[index]
     return [lines.get(name, name) for name in (*_NEEDED, engine)]
@@ -178,11 +216,9 @@ def write_properties(out: Path, name: str, settings: Settings, *, addresses: Add
         token_minutes: how long the tokens in key_file.json are good.
 
     Raises:
-        InputError: somebody else's is there, or the file system refuses.
+        InputError: the file system refuses.
     """
     file = out / PROPERTIES
-    if file.exists() and not file.read_text("utf-8", "replace").startswith(_MARK):
-        raise InputError(f"{file}: was not written by robustfeat torchserve; move it, or choose another folder")
     text = f"""{_MARK}
 # It names no place on the disk, so that this folder may be moved. From beside it:
 #     torchserve --start --foreground --ncs --ts-config {PROPERTIES} --model-store .

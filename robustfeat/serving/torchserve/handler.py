@@ -223,8 +223,8 @@ def handle(requests: Sequence[Mapping[str, Any]] | None, context: Any) -> list[b
     if properties.get("gpu_id") is not None:  # before the engine looks for GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = str(properties["gpu_id"])
     _keep_parts()
-    folder = ModelFolder(Path(properties["model_dir"], MODEL_FOLDER))
     try:
+        folder = ModelFolder(Path(properties["model_dir"], MODEL_FOLDER))
         _handler = Handler(folder, context.model_name, Settings(**config[SETTINGS]))
     except RobustFeatError as exc:
         raise RuntimeError(f"robustfeat: {exc}") from exc  # which TorchServe reports

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from robustfeat.hub.folder import ModelFolder
+from robustfeat.serving.torchserve.archive import claim_store
 from tests.conftest import Run, files_of, hub_environment
 from tests.hub_server import FakeHub
 
@@ -106,6 +107,7 @@ def test_the_configuration_is_replaced_while_it_is_ours(robustfeat: Run, tmp_pat
         (["--name", "../up"], "expected letters"),
         (["nowhere"], "no such folder"),
         (["--precision", "bf16", "--engine", "onnxruntime"], "no bf16"),
+        (["--engine", "openvino", "--device", "cuda"], "does not run on cuda"),
     ],
 )
 def test_what_cannot_be_packed_leaves_nothing(robustfeat: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -130,6 +132,23 @@ def test_a_model_from_the_hub_is_packed_whole_with_its_commit(
     commit = config["robustfeat"]["revision"]
     assert re.fullmatch("[0-9a-f]{40}", commit)
     assert manifest["modelVersion"] == commit
+
+
+def test_an_archive_is_built_for_machines_unlike_this_one(robustfeat: Run, tmp_path: Path) -> None:
+    done = robustfeat("torchserve", "--out", tmp_path, "--device", "cuda", "--name", "gpu")
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / "gpu.mar") as mar:
+        config = json.loads(mar.read("model-config.yaml"))
+        assert (config["deviceType"], config["batchSize"], config["robustfeat"]["device"]) == ("gpu", 128, "cuda")
+        assert "onnxruntime-gpu" in mar.read("requirements.txt").decode()
+
+
+def test_one_command_at_a_time_has_a_store(robustfeat: Run, tmp_path: Path) -> None:
+    with claim_store(tmp_path):
+        done = robustfeat("torchserve", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "another robustfeat torchserve is at work there" in done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_altered_model_is_not_packed(robustfeat: Run, model: Path, tmp_path: Path) -> None:
