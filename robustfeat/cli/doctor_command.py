@@ -20,19 +20,20 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 def command(model: str, as_json: bool, extraction: Extraction) -> int:
     """Looks whether this machine can embed and serve with MODEL (default: builtin) and these options.
 
-    Each line is a check: ok, a note, or a problem, and how to mend it. The exit code is 3 where there is a problem.
+    A model on the Hub is downloaded and verified whole. Each line is a check: ok, a note, or a problem, and how to mend
+    it. The exit code is 3 where there is a problem.
     """
     from robustfeat.serving.doctor import PROBLEM, Asked, examine
 
     asked = Asked(
-        model,
-        extraction.revision,
-        extraction.config_hash,
-        extraction.precision,
-        extraction.engine,
-        extraction.device,
-        extraction.decoding,
-        extraction.threads,
+        model=model,
+        revision=extraction.revision,
+        config_hash=extraction.config_hash,
+        precision=extraction.precision,
+        engine=extraction.engine,
+        device=extraction.device,
+        decoding=extraction.decoding,
+        threads=extraction.threads,
     )
     counts: Counter[str] = Counter()
     for finding in examine(asked):

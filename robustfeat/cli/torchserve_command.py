@@ -84,6 +84,7 @@ def command(
     from robustfeat.hub.catalog import resolve_model
     from robustfeat.serving.engine import choose_engine
     from robustfeat.serving.torchserve.archive import (
+        KEYS,
         PROPERTIES,
         Addresses,
         check_name,
@@ -111,17 +112,20 @@ def command(
         decode_timeout_s=decode_timeout,
     )
     with claim_store(out):
+        server = None
+        if run:  # what is missing is told before anything is written
+            from robustfeat.serving.torchserve.server import TorchServe
+
+            server = TorchServe(out, served, addresses, workers)
         archive = write_archive(folder, out, served, settings, batch_size=batch_size, delay_ms=batch_delay)
-        write_properties(out, served, settings, addresses=addresses, token_minutes=token_life)
-        if not run:
+        write_properties(folder, out, served, settings, addresses=addresses, token_minutes=token_life)
+        if server is None:
             click.echo(json.dumps({"archive": str(archive), "config": str(out / PROPERTIES), "name": served}))
             return
-        from robustfeat.serving.torchserve.server import KEYS, TorchServe
 
         def announce() -> None:
             place = f"{addresses.url}:{port}/predictions/{served}"
             click.echo(f"serving at {place} (the token is in {out / KEYS}, logs in {out / 'logs'})", err=True)
 
-        server = TorchServe(out, served, addresses, workers)
         click.echo("starting TorchServe", err=True)
         server.run(announce)

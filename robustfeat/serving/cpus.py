@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
-__all__ = ["CGROUP", "available_cpus", "cpu_quota", "visible_cpus"]
+__all__ = ["CGROUP", "MEMBERSHIP", "available_cpus", "cpu_quota", "visible_cpus"]
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_cpus(cgroup: Path = CGROUP) -> int:
@@ -26,14 +29,36 @@ def visible_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cpu_quota(cgroup: Path = CGROUP) -> float | None:
-    """Processors that the cgroup grants (v2, then v1); None where there is no limit."""
-    try:
-        limit, period = (cgroup / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            limit = (cgroup / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (cgroup / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    return None if limit in {"max", "-1"} else int(limit) / int(period)
+def cpu_quota(cgroup: Path = CGROUP, membership: Path = MEMBERSHIP) -> float | None:
+    """Processors that this process's cgroup and those around it grant (v2 and v1); None where there is no limit.
+
+    Args:
+        cgroup: where the hierarchy is mounted.
+        membership: tells which group this process is in.
+    """
+    quotas = [quota for folder in _groups(cgroup, membership) if (quota := _quota(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def _groups(cgroup: Path, membership: Path) -> Iterator[Path]:
+    """Folders of this process's group, of those around it, and of the roots."""
+    roots = {"": cgroup, "cpu": cgroup / "cpu"}
+    yield from roots.values()
+    lines = []
+    with suppress(OSError):
+        lines = membership.read_text().splitlines()
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        for controller in {"", "cpu"} & set(controllers.split(",")):
+            group = PurePosixPath(place.lstrip("/"))
+            yield from (roots[controller] / part for part in (group, *group.parents) if part.parts)
+
+
+def _quota(group: Path) -> float | None:
+    with suppress(OSError, ValueError):
+        limit, period = (group / "cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    with suppress(OSError, ValueError):
+        limit, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return None if int(limit) < 0 else int(limit) / int(period)
+    return None

@@ -24,7 +24,7 @@ import numpy as np
 
 from robustfeat.errors import DecodeError, InputError
 from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, prepare_square
-from robustfeat.serving.parent import die_with_parent
+from robustfeat.serving.processes import die_with_parent
 from robustfeat.serving.sources import ImageSource, is_remote
 
 __all__ = ["MAILBOX_BYTES", "MEMORY_BYTES", "Decoded", "Images", "SharedSquares", "Task", "serve"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 from collections import Counter
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from robustfeat.errors import EngineError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.serving.decoder import Decoded, SharedSquares, Task
+from robustfeat.serving.processes import python_command
 
 __all__ = ["DEADLINE_S", "START_DEADLINE_S", "TRIES", "Decoder", "DecoderPool", "Decoders", "crashed", "too_slow"]
 
@@ -105,14 +105,10 @@ class Decoders:
                 raise EngineError(f"a decoder process could not be started ({exc.strerror})") from exc
             contract = json.dumps(self._contract.to_dict())
             arguments = (theirs.fileno(), self._memory, number, self._workers, self._places, contract)
-            # The parent's own search path: a module of the same name in the current folder must not come first.
-            code = (
-                f"import sys; sys.path[:] = {sys.path!r}; from robustfeat.serving.decoder import serve; "
-                f"serve(*{arguments!r}, {self._scaled!r})"
-            )
+            code = f"from robustfeat.serving.decoder import serve; serve(*{arguments!r}, {self._scaled!r})"
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", code],
+                    python_command(code),
                     stdin=subprocess.DEVNULL,
                     # It multiplies no matrices; each thread of NumPy's library would hold memory.
                     env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},

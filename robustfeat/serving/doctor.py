@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import robustfeat
 from robustfeat.errors import RobustFeatError, UnreachableError, first_line
 from robustfeat.serving.cpus import CGROUP, available_cpus, cpu_quota, visible_cpus
+from robustfeat.serving.processes import python_command
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -37,6 +39,10 @@ _ENGINES = {"onnxruntime": "cpu", "openvino": "openvino"}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _TRIAL_S = 120.0
 _LITTLE_SPACE = 2**30
+_STEP = re.compile(
+    "[;:] (?=(?:add|allow|ask|check|choose|copy|do|download|export|free|install|leave|log|move|name|pass|pip|remove"
+    "|rename|repair|run|set|train|try|uninstall|unset|upgrade|use) )"
+)
 _UNPINNED: dict[str, Any] = {"revision": None, "config_hash": None}
 
 _TRIAL = """
@@ -108,7 +114,7 @@ def examine(
         ("gpu", lambda: _gpu(asked)),
         ("torchserve", _torchserve),
         ("hub", _hub),
-        ("cache", _cache),
+        ("cache", lambda: _cache(asked)),
         ("model", lambda: _model(asked)),
         # Where the model is broken, the engines may still be well.
         ("engine", lambda: _engines(replace(asked, model="builtin", **_UNPINNED) if broken else asked)),
@@ -124,16 +130,16 @@ def examine(
             yield from check()
         except RobustFeatError as exc:
             broken |= name == "model"
-            yield _explained(name, PROBLEM, exc)
+            yield _explained(name, PROBLEM, str(exc))
         except Exception as exc:  # of a broken library
             reason = f"{type(exc).__name__}: {first_line(exc)}"
             yield Finding(name, PROBLEM, reason, "pip install --force-reinstall what it names")
 
 
-def _explained(check: str, status: str, exc: RobustFeatError) -> Finding:
-    """Our messages end with the next step."""
-    found, _, fix = str(exc).rpartition("; ")
-    return Finding(check, status, found or fix, fix if found else None)
+def _explained(check: str, status: str, message: str) -> Finding:
+    """Our messages end with the next step, after a semicolon or a colon: it begins with a verb."""
+    found, *step = _STEP.split(message, maxsplit=1)
+    return Finding(check, status, found, step[0] if step else None)
 
 
 def _python() -> Iterator[Finding]:
@@ -159,10 +165,11 @@ def _packages() -> Iterator[Finding]:
         yield Finding("packages", PROBLEM, _compared(entry), f"pip install '{_plain(entry)}'")
     optional: dict[str, list[Requirement]] = {}
     for entry in needed:
-        for extra in _extras(entry):
-            if _applies(entry, extra):
-                optional.setdefault(extra, []).append(entry)
-    optional.pop("dev", None)
+        for extra in _extras(entry) - {"dev"}:
+            optional.setdefault(extra, []).append(entry)
+    for extra, entries in list(optional.items()):
+        if not all(_applies(entry, extra) for entry in entries):  # as on a Python that they do not support
+            del optional[extra]
     old = {
         _compared(entry): entry
         for entries in optional.values()
@@ -257,17 +264,16 @@ def _gpus() -> list[str]:
 def _gpu(asked: Asked) -> Iterator[Finding]:
     gpus = _gpus()
     if not gpus:
-        if asked.device == "cuda":
+        if asked.device == "cuda":  # whether it runs all the same is told by the engine
             fix = "install the NVIDIA driver (in a container: start it with its GPUs), or leave out --device cuda"
-            yield Finding("gpu", PROBLEM, "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)", fix)
+            yield Finding("gpu", NOTE, "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)", fix)
         else:
-            yield Finding("gpu", OK, "no NVIDIA GPU; all runs on the processor")
+            yield Finding("gpu", OK, "none by NVIDIA; all runs on the processor")
         return
     found = "; ".join(gpus)
     if _version("onnxruntime-gpu") is None:
         fix = "pip uninstall -y onnxruntime, then pip install 'robustfeat[gpu]'"
-        status = PROBLEM if asked.device == "cuda" else NOTE
-        yield Finding("gpu", status, f"{found}; onnxruntime-gpu, which would use it, is not installed", fix)
+        yield Finding("gpu", NOTE, f"{found}; onnxruntime-gpu, which would use it, is not installed", fix)
     else:
         yield Finding("gpu", OK, found)
 
@@ -305,10 +311,9 @@ def _try_engine(arguments: dict[str, object], status: str) -> tuple[Finding, str
     label = f"{arguments['engine']} {arguments['precision']}"
     said, error = _Program(_TRIAL, json.dumps(arguments)).answer()
     if error is not None:
-        found, _, fix = error.rpartition("; ")
-        if not found and status == PROBLEM:
-            found, fix = error, "pip install --force-reinstall the engine's package"
-        return Finding("engine", status, f"{label}: {found or error}", fix if found else None), None, None
+        told = _explained("engine", status, f"{label}: {error}")
+        fix = told.fix or "pip install --force-reinstall the engine's package"
+        return replace(told, fix=fix), None, None
     ran = json.loads(said)
     found = (
         f"{ran['engine']} {ran['version']} {arguments['precision']} on {ran['device']}, {ran['threads']} threads: "
@@ -326,10 +331,8 @@ class _Program:
     """A program of Python in a process of its own, which it may crash or block."""
 
     def __init__(self, code: str, *arguments: str) -> None:
-        # The search path of this process, without the current folder.
-        start = f"import sys; sys.path[:] = {sys.path!r}\n"
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", start + code, *arguments],
+            python_command(code, *arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -399,28 +402,30 @@ def _hub() -> Iterator[Finding]:
         with access.explaining("the Hub"):
             access.reach()
     except UnreachableError as exc:
-        yield _explained("hub", NOTE, exc)
+        yield _explained("hub", NOTE, str(exc))
         return
     yield Finding("hub", OK, f"{access.address} answers")
 
 
-def _cache() -> Iterator[Finding]:
+def _cache(asked: Asked) -> Iterator[Finding]:
     from huggingface_hub import constants
 
     from robustfeat.hub.catalog import cached_models
+    from robustfeat.hub.remote import is_hub_name
 
     place = Path(constants.HF_HUB_CACHE)
     models = list(cached_models())
     size = sum(model.size_bytes or 0 for model in models) / 1e6
     there = next(folder for folder in (place, *place.parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    found = f"{place}: {len(models)} models of {size:.0f} MB, {free / 1e9:.1f} GB free"
+    found = f"{place}: {len(models)} of robustfeat's models, {size:.0f} MB; {free / 1e9:.1f} GB free"
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as exc:
         fix = "set HF_HOME to a folder of yours, and unset HF_HUB_CACHE"
-        yield Finding("cache", PROBLEM, f"{place}: cannot be written ({exc.strerror})", fix)
+        status = PROBLEM if is_hub_name(asked.model) else NOTE
+        yield Finding("cache", status, f"{place}: cannot be written ({exc.strerror})", fix)
         return
     if free < _LITTLE_SPACE:
         yield Finding("cache", NOTE, found, "free space, or set HF_HOME to a larger disk")

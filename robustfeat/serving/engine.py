@@ -30,6 +30,8 @@ __all__ = [
 HASH_KEY = "robustfeat.preprocessing_hash"
 """Where an ONNX file's metadata keeps the hash of the preprocessing that it was exported for."""
 
+_AGAIN = "uninstall all that are named onnxruntime, and pip install 'robustfeat[cpu]' or 'robustfeat[gpu]' again"
+
 PRECISIONS = ("fp32", "bf16", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -125,14 +127,15 @@ class OnnxRuntimeEngine:
         try:
             import onnxruntime
         except ImportError as exc:
+            if exc.name != "onnxruntime":
+                raise EngineError(f"ONNX Runtime cannot be imported ({first_line(exc)}); {_AGAIN}") from exc
             raise EngineError(
                 "ONNX Runtime is not installed; pip install 'robustfeat[cpu]', "
                 "or 'robustfeat[gpu]' on a machine with an NVIDIA GPU"
             ) from exc
         if not hasattr(onnxruntime, "InferenceSession"):
             raise EngineError(
-                "ONNX Runtime is installed in part, as when one of two of its wheels was removed; uninstall all that "
-                "are named onnxruntime, and pip install 'robustfeat[cpu]' or 'robustfeat[gpu]' again"
+                f"ONNX Runtime is installed in part, as when one of two of its wheels was removed; {_AGAIN}"
             )
         self.version: str = onnxruntime.__version__
         self.threads, self.streams = threads, streams
@@ -187,7 +190,8 @@ class OpenVINOEngine:
         try:
             import openvino
         except ImportError as exc:
-            raise EngineError("OpenVINO is not installed; pip install 'robustfeat[openvino]'") from exc
+            found = "is not installed" if exc.name == "openvino" else f"cannot be imported ({first_line(exc)})"
+            raise EngineError(f"OpenVINO {found}; pip install --upgrade 'robustfeat[openvino]'") from exc
         self.version: str = openvino.__version__
         self.threads, self.streams = threads, streams
         core = openvino.Core()

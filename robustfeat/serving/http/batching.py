@@ -25,7 +25,6 @@ from robustfeat.hub.preprocessing import normalise
 from robustfeat.serving.decoder import MAILBOX_BYTES, Images
 from robustfeat.serving.decoders import START_DEADLINE_S, TRIES, Decoder, Decoders, crashed, too_slow
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.http.limits import Limits
 
 __all__ = ["Answer", "Batcher", "FairQueue", "Vector", "Watch"]
 
@@ -131,7 +130,8 @@ class Batcher:
 
     Args:
         extractor: the model.
-        limits: of pixels and of the time to decode an image.
+        max_pixels: larger images are refused.
+        decode_timeout_s: for an image.
         watch: what is counted.
         decoders: processes.
         batch_size: images that the model takes at once, at most.
@@ -140,14 +140,16 @@ class Batcher:
     def __init__(
         self,
         extractor: FeatureExtractor,
-        limits: Limits,
         watch: Watch,
         *,
+        max_pixels: int,
+        decode_timeout_s: float,
         decoders: int,
         batch_size: int,
     ) -> None:
         self._contract, self._run_engine = extractor.config.preprocessing, extractor.engine.run
-        self._limits, self._watch = limits, watch
+        self._watch = watch
+        self._max_pixels, self._decode_timeout_s = max_pixels, decode_timeout_s
         self._batch_size = batch_size
         # Squares wait there for the model; decoders that are ahead of it wait for places.
         places = 2 * batch_size + decoders * _DECODED_AT_ONCE
@@ -241,7 +243,7 @@ class Batcher:
         data = [item.image for item in seat.items if isinstance(item.image, bytes)]
         fits = size <= MAILBOX_BYTES
         places = [item.place for item in seat.items]
-        task = Images(None if fits else data, [len(image) for image in data], places, self._limits.pixels)
+        task = Images(None if fits else data, [len(image) for image in data], places, self._max_pixels)
         if fits:
             self._decoders.mailboxes[seat.decoder.number].data[:size] = b"".join(data)
             _send(seat.decoder.connection, task)
@@ -274,15 +276,15 @@ class Batcher:
         """Ends decoders that stand still. Time is counted in looks: while everything is suspended, nobody is late."""
         if self._loop is None or self._decoders.closed:
             return
-        pause = min(_LOOK_S, self._limits.decode_timeout_s / 4)
+        pause = min(_LOOK_S, self._decode_timeout_s / 4)
         for seat in self._seats:
             seen = int(self._decoders.progress[seat.decoder.number, 1])
             if seat.seen != seen or (seat.ready and not seat.items):
                 seat.seen, seat.waited = seen, 0.0
                 continue
             seat.waited += pause
-            if seat.waited >= (self._limits.decode_timeout_s if seat.ready else START_DEADLINE_S):
-                self._replace(seat, too_slow(self._limits.decode_timeout_s))
+            if seat.waited >= (self._decode_timeout_s if seat.ready else START_DEADLINE_S):
+                self._replace(seat, too_slow(self._decode_timeout_s))
         self._loop.call_later(pause, self._look)
 
     def _replace(self, seat: _Seat, reason: str | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-__all__ = ["ApiError", "error_answer", "item_error"]
+__all__ = ["ApiError", "error_answer", "item_error", "timed_out"]
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -45,6 +45,12 @@ class ApiError(Exception):
             self.headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
         if close:
             self.headers["connection"] = "close"
+
+
+def timed_out(seconds: float) -> ApiError:
+    """The error of a request whose answer is not there in time."""
+    message = f"no answer within {seconds:g} s; try again later, or send less"
+    return ApiError(503, "timeout", message, retry_after_s=1)
 
 
 def error_answer(exc: ApiError, path: str) -> bytes:

@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from robustfeat.serving.http.bodies import too_large
-from robustfeat.serving.http.errors import ApiError, error_answer
+from robustfeat.serving.http.errors import ApiError, error_answer, timed_out
 from robustfeat.serving.http.keys import ANYONE, Key
 from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import Service
@@ -182,12 +182,11 @@ class Gate:
 
 
 def _too_late(service: Service, state: dict[str, Any]) -> ApiError:
-    seconds = f"{service.limits.timeout_s:g} s"
+    seconds = service.limits.timeout_s
     if state.get("uploading"):
-        return ApiError(
-            408, "upload_timeout", f"the body did not arrive within {seconds}; send less at once", close=True
-        )
-    return ApiError(503, "timeout", f"no answer within {seconds}; try again later, or send less", retry_after_s=1)
+        message = f"the body did not arrive within {seconds:g} s; send less at once"
+        return ApiError(408, "upload_timeout", message, close=True)
+    return timed_out(seconds)
 
 
 def _internal() -> ApiError:

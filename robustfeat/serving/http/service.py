@@ -68,7 +68,14 @@ class ServedModel(NamedModel):
         self.identity = ModelIdentity.of_extractor(extractor)
         self._watch: ModelMetrics = metrics.of_model(name)
         self.batch_size = min(extractor.batch_size, _SHARED_BATCH) if shared else extractor.batch_size
-        self._batcher = Batcher(extractor, limits, self._watch, decoders=decoders, batch_size=self.batch_size)
+        self._batcher = Batcher(
+            extractor,
+            self._watch,
+            max_pixels=limits.pixels,
+            decode_timeout_s=limits.decode_timeout_s,
+            decoders=decoders,
+            batch_size=self.batch_size,
+        )
         self._golden = extractor.folder.golden()
         self.last_good = float("-inf")
 

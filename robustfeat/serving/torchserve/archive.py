@@ -15,7 +15,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,9 +27,11 @@ from robustfeat.hub.folder import CARD, CONFIG, ModelFolder
 from robustfeat.serving.extractor import default_batch_size
 from robustfeat.serving.torchserve.handler import MODEL_FOLDER, SETTINGS, Settings
 
-__all__ = ["PROPERTIES", "Addresses", "check_name", "claim_store", "write_archive", "write_properties"]
+__all__ = ["KEYS", "PROPERTIES", "Addresses", "check_name", "claim_store", "write_archive", "write_properties"]
 
 PROPERTIES = "config.properties"
+KEYS = "key_file.json"
+"""Where TorchServe writes its tokens, in the folder that it is started in."""
 
 _ENTRY = "robustfeat_handler.py"
 _WORKER_CONFIG = "model-config.yaml"
@@ -39,6 +41,10 @@ _LEFT_OUT = ("cli/", "hub/builtin/", "training/")
 _NEEDED = ("numpy", "orjson", "pillow", "pydantic", "pyyaml")
 _RETRY_S = 60
 _SOCKETS = 1000
+_GRACE_S = 10
+_JSON_NUMBER = 16
+_MIB = 2**20
+_MOST = 2**31 - 1
 
 
 @contextmanager
@@ -124,14 +130,15 @@ def write_archive(
         "maxWorkers": settings.workers,
         "batchSize": batch_size or default_batch_size(side, settings.device),
         "maxBatchDelay": delay_ms,
-        "responseTimeout": round(settings.timeout_s),
+        # A worker answers by itself that a request takes too long; one that does not even do that is replaced.
+        "responseTimeout": round(settings.timeout_s) + _GRACE_S,
         "maxRetryTimeoutInSec": _RETRY_S,
         "deviceType": "gpu" if settings.device == "cuda" else "cpu",
         SETTINGS: dataclasses.asdict(settings),
     }
     archive = out / f"{name}.mar"
     # Not compressed: weights hardly shrink, and a worker starts when all is unpacked.
-    with new_file(archive) as partial, zipfile.ZipFile(partial, "w") as mar:
+    with new_file(archive) as partial, zipfile.ZipFile(partial, "w", strict_timestamps=False) as mar:
         mar.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest, indent=2))
         mar.writestr(_WORKER_CONFIG, json.dumps(config, indent=2))  # which is YAML, too
         mar.writestr(_REQUIREMENTS, "".join(f"{line}\n" for line in requirements(settings)))
@@ -147,7 +154,9 @@ def write_archive(
 def requirements(settings: Settings) -> list[str]:
     """The libraries that a worker's Python must have, as this package's own requirements name them."""
     engine = "onnxruntime-gpu" if settings.device == "cuda" else settings.engine
-    own = importlib.metadata.requires("robustfeat") or []
+    own: list[str] = []
+    with suppress(importlib.metadata.PackageNotFoundError):  # it may run without being installed
+        own = importlib.metadata.requires("robustfeat") or []
     lines = {re.match(r"[\w.-]+", line)[0].lower(): line.partition(";")[0].strip() for line in own}  # type: ignore[index]
     return [lines.get(name, name) for name in (*_NEEDED, engine)]
 
@@ -166,17 +175,25 @@ class Addresses:
     """Where TorchServe listens: five ports from the first on.
 
     Attributes:
-        host: of inference and metrics; management and gRPC are for this machine alone.
+        host: of inference and metrics, a name or an IPv4 address: TorchServe knows no others. Management and gRPC are
+            for this machine alone.
         port: of inference, the first.
+
+    Raises:
+        InputError: it is none.
     """
 
     host: str
     port: int
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", self.host):
+            raise InputError(f"--host {self.host}: expected a host name or an IPv4 address; TorchServe takes no other")
+
     @property
     def url(self) -> str:
         """Of `host`, without a port."""
-        return f"http://[{self.host}]" if ":" in self.host else f"http://{self.host}"
+        return f"http://{self.host}"
 
     @property
     def management(self) -> int:
@@ -205,10 +222,13 @@ class Addresses:
         ]
 
 
-def write_properties(out: Path, name: str, settings: Settings, *, addresses: Addresses, token_minutes: int) -> Path:
+def write_properties(
+    folder: ModelFolder, out: Path, name: str, settings: Settings, *, addresses: Addresses, token_minutes: int
+) -> Path:
     """Writes `out`/config.properties.
 
     Args:
+        folder: the model.
         out: TorchServe's model store, a folder that exists.
         name: of the archive that is loaded.
         settings: of its workers.
@@ -219,6 +239,8 @@ def write_properties(out: Path, name: str, settings: Settings, *, addresses: Add
         InputError: the file system refuses.
     """
     file = out / PROPERTIES
+    # An answer that is larger would end the worker; JSON is the longest form.
+    largest = settings.max_items * (folder.config.feature_size * _JSON_NUMBER + 1000)
     text = f"""{_MARK}
 # It names no place on the disk, so that this folder may be moved. From beside it:
 #     torchserve --start --foreground --ncs --ts-config {PROPERTIES} --model-store .
@@ -254,7 +276,7 @@ ts_open_inference_protocol=true
 # The worker reads JSON itself, within limits.
 decode_input_request=false
 max_request_size={settings.max_body_bytes}
-max_response_size={settings.max_body_bytes}
+max_response_size={min(_MOST, max(largest, 32 * _MIB))}
 job_queue_size=256
 
 # Sockets of the workers; two TorchServes with one folder for temporary files need different numbers.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,12 +36,11 @@ from robustfeat.serving.http.answers import (
     vectors_reply,
 )
 from robustfeat.serving.http.batching import Answer, Batcher, Vector
-from robustfeat.serving.http.errors import ApiError, error_answer
+from robustfeat.serving.http.errors import ApiError, error_answer, timed_out
 from robustfeat.serving.http.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
-from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.verify import MIN_COSINE
 
-__all__ = ["MODEL_FOLDER", "SETTINGS", "Settings", "handle"]
+__all__ = ["MODEL_FOLDER", "SETTINGS", "Handler", "Settings", "handle", "visible_gpu"]
 
 MODEL_FOLDER = "model"
 """Where the model folder lies in an archive."""
@@ -52,11 +53,15 @@ _IMAGE_PARTS = {"body", "data", "image", "images"}
 
 @dataclass(frozen=True)
 class Settings:
-    """How an archive's model is run, as `FeatureExtractor.from_pretrained` and `Limits` take it.
+    """How an archive's model is run.
 
     Attributes:
-        workers: how many workers share the machine's processors, where `threads` is None.
+        precision, engine, device, decoding, threads: as `FeatureExtractor.from_pretrained` takes them.
+        workers: how many workers share the machine's processors.
         revision: the model's commit on the Hub, if it came from there.
+        max_items, max_body_bytes, max_pixels: of images in a request, of a request, of an image.
+        timeout_s: from the time when a worker has a request to its answer.
+        decode_timeout_s: for an image.
     """
 
     precision: str
@@ -118,17 +123,14 @@ class Handler:
             decoding=settings.decoding,
         )
         self.model = NamedModel(name, extractor)
-        self.limits = Limits(
-            body_bytes=settings.max_body_bytes,
-            pixels=settings.max_pixels,
-            items=settings.max_items,
-            queue=settings.max_items,
-            timeout_s=settings.timeout_s,
-            decode_timeout_s=settings.decode_timeout_s,
-            connections=1,
-        )
+        self._settings = settings
         self._batcher = Batcher(
-            extractor, self.limits, _Unwatched(), decoders=processors, batch_size=extractor.batch_size
+            extractor,
+            _Unwatched(),
+            max_pixels=settings.max_pixels,
+            decode_timeout_s=settings.decode_timeout_s,
+            decoders=processors,
+            batch_size=extractor.batch_size,
         )
         self._batcher.__enter__()  # until TorchServe ends this process, and the decoders with it
         self._loop = asyncio.new_event_loop()
@@ -148,9 +150,10 @@ class Handler:
         bodies = []
         for at, (request, found) in enumerate(zip(asked, answers, strict=True)):
             try:
-                if isinstance(request, Exception):
-                    raise request
-                reply = request.reply(found)
+                for outcome in (request, found):
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                reply = request.reply(found)  # type: ignore[union-attr, arg-type]
             except Exception as exc:
                 bodies.append(_refuse(exc, at, context))
                 continue
@@ -158,7 +161,7 @@ class Handler:
             for name, text in reply.headers.items():
                 context.set_response_header(at, name, text)
             bodies.append(reply.body)
-        every = [answer for found in answers for answer in found]
+        every = [answer for found in answers if not isinstance(found, Exception) for answer in found]
         good = sum(isinstance(answer, np.ndarray) for answer in every)
         _count(context, {"good": good, "failed": len(every) - good})
         return bodies
@@ -167,20 +170,29 @@ class Handler:
         """Embeds the golden images, all the way that a client's images go."""
         images, expected = self.model.extractor.folder.golden()
         (answers,) = self._embed([images])
+        if isinstance(answers, Exception):
+            raise EngineError(f"the golden images were not embedded ({answers})")
         for answer, right in zip(answers, expected, strict=True):
             if not isinstance(answer, np.ndarray):
                 raise EngineError(f"a golden image was not embedded ({answer!r})")
             if not (found := float(cosine(answer[None], right[None])[0])) >= needed:
                 raise EngineError(f"a golden image gives other features (cosine {found:.4f}, {needed} needed)")
 
-    def _embed(self, groups: Sequence[Sequence[bytes | Vector]]) -> list[list[Answer]]:
-        """The answers of several requests, whose images make batches together."""
+    def _embed(self, groups: Sequence[Sequence[bytes | Vector]]) -> list[list[Answer] | ApiError]:
+        """The answers of several requests, whose images make batches together and take turns; or that one is late."""
 
-        async def embed() -> list[list[Answer]]:
-            return await asyncio.gather(*(self._batcher.embed(group) for group in groups if group))
+        async def embed_group(number: int, group: Sequence[bytes | Vector]) -> list[Answer] | ApiError:
+            if not group:
+                return []
+            try:
+                return await asyncio.wait_for(self._batcher.embed(group, str(number)), self._settings.timeout_s)
+            except TimeoutError:
+                return timed_out(self._settings.timeout_s)
 
-        found = iter(asyncio.run_coroutine_threadsafe(embed(), self._loop).result())
-        return [next(found) if group else [] for group in groups]
+        async def embed() -> list[list[Answer] | ApiError]:
+            return await asyncio.gather(*(embed_group(number, group) for number, group in enumerate(groups)))
+
+        return asyncio.run_coroutine_threadsafe(embed(), self._loop).result()
 
     def _take(self, parts: Mapping[str, Any], headers: Mapping[str, Any]) -> _Asked | Exception:
         try:
@@ -193,16 +205,15 @@ class Handler:
         kind = str(headers.get("content-type", "")).partition(";")[0].strip().lower()
         if body is not None and (HEADER_LENGTH in headers or kind == JSON):
             asked, rest = parse_infer(_bytes(body), headers.get(HEADER_LENGTH))
-            images = infer_images(asked.inputs[0], rest, self.model, self.limits.items)
+            images = infer_images(asked.inputs[0], rest, self.model, self._settings.max_items)
             return _Asked(images, lambda answers: infer_reply(asked, self.model, answers))
         form = choose_type(str(headers.get("accept", "")), VECTOR_TYPES)
         found = [_bytes(part) for name, part in parts.items() if _is_image(name, headers)]
         if not any(found):
             raise ApiError(422, "no_image", "no image came; send one as the body, or several as a form's files")
-        if len(found) > self.limits.items:
-            raise ApiError(
-                413, "too_many_images", f"the request has more than {self.limits.items:,} images; send less at once"
-            )
+        if len(found) > self._settings.max_items:
+            message = f"the request has more than {self._settings.max_items:,} images; send less at once"
+            raise ApiError(413, "too_many_images", message)
 
         def reply(answers: Sequence[Answer]) -> Reply:
             require_one(answers)
@@ -221,7 +232,7 @@ def handle(requests: Sequence[Mapping[str, Any]] | None, context: Any) -> list[b
         return _handler.answer(requests, context)
     properties, config = context.system_properties, context.model_yaml_config
     if properties.get("gpu_id") is not None:  # before the engine looks for GPUs
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(properties["gpu_id"])
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(properties["gpu_id"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     _keep_parts()
     try:
         folder = ModelFolder(Path(properties["model_dir"], MODEL_FOLDER))
@@ -229,6 +240,12 @@ def handle(requests: Sequence[Mapping[str, Any]] | None, context: Any) -> list[b
     except RobustFeatError as exc:
         raise RuntimeError(f"robustfeat: {exc}") from exc  # which TorchServe reports
     return None
+
+
+def visible_gpu(number: int, visible: str | None) -> str:
+    """What CUDA_VISIBLE_DEVICES must be for the GPU that TorchServe numbers so, among those visible now."""
+    listed = [entry.strip() for entry in (visible or "").split(",") if entry.strip()]
+    return listed[number % len(listed)] if listed else str(number)
 
 
 def _keep_parts() -> None:
@@ -265,7 +282,7 @@ def _bytes(part: Any) -> bytes:
 def _refuse(exc: Exception, at: int, context: Any) -> bytes:
     """The error of request `at`, in the form of its protocol."""
     if not isinstance(exc, ApiError):
-        print(f"robustfeat: {exc!r}", flush=True)  # to TorchServe's log
+        traceback.print_exception(exc, file=sys.stdout)  # to TorchServe's log
         exc = ApiError(500, "internal", "the model failed; try again")
     context.set_response_status(exc.status, HTTPStatus(exc.status).phrase, at)
     context.set_response_content_type(at, JSON)

@@ -7,7 +7,9 @@ import http.client
 import importlib.util
 import json
 import os
+import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,18 +23,18 @@ from pathlib import Path
 from types import FrameType
 
 from robustfeat.errors import EngineError, InputError
-from robustfeat.serving.torchserve.archive import PROPERTIES, Addresses
+from robustfeat.serving.processes import python_command
+from robustfeat.serving.torchserve.archive import KEYS, PROPERTIES, Addresses
 from robustfeat.serving.torchserve.java import find_java
 
-__all__ = ["KEYS", "TorchServe", "require_torchserve"]
-
-KEYS = "key_file.json"
-"""Where TorchServe writes its tokens, in the folder that it is started in."""
+__all__ = ["TorchServe", "require_torchserve"]
 
 START_S = 120.0
 STOP_S = 30.0
 _ASK_S = 5.0
 _LINES = 200
+_SCRATCH = ".torchserve"
+_LONGEST = 107 - len("/.ts.sock.65535")
 
 
 def require_torchserve() -> Path:
@@ -41,6 +43,8 @@ def require_torchserve() -> Path:
     Raises:
         EngineError: it, or something that it does not say that it needs, is not installed.
     """
+    if sys.version_info >= (3, 14):
+        raise EngineError(f"TorchServe needs Python 3.11 to 3.13; this is {platform.python_version()}")
     spec = importlib.util.find_spec("ts")
     home = Path(spec.origin).parents[1] if spec and spec.origin else None
     missing = [name for name in ("torch", "yaml", "psutil") if importlib.util.find_spec(name) is None]
@@ -82,9 +86,8 @@ class TorchServe:
         """
         keys = self._store / KEYS
         keys.unlink(missing_ok=True)  # of one that was killed
-        # Sockets of the workers, and the unpacked archive: never those of another TorchServe.
-        with tempfile.TemporaryDirectory(prefix="robustfeat-") as scratch, self._signals():
-            self._process = self._start(Path(scratch))
+        with _scratch(self._store) as scratch, self._signals():
+            self._process = self._start(scratch)
             reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
             reader.start()
             try:
@@ -107,11 +110,11 @@ class TorchServe:
     def _start(self, scratch: Path) -> subprocess.Popen[str]:
         # Through a process that becomes Java's, so that TorchServe ends even when this one is killed.
         code = (
-            f"import os, signal, sys; sys.path[:] = {sys.path!r}; from robustfeat.serving.parent import "
-            "die_with_parent; die_with_parent(signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
+            "import os, signal; from robustfeat.serving.processes import die_with_parent; "
+            "die_with_parent(signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
         )
         command = [
-            *(sys.executable, "-P", "-c", code),
+            *python_command(code),
             self._java.path,
             f"-Dmodel_server_home={self._home}",
             f"-Djava.io.tmpdir={scratch}",
@@ -149,7 +152,7 @@ class TorchServe:
         while self._process.poll() is None and not self._stopping:
             if self._ready(keys):
                 return True
-            if any("WORKER_STOPPED" in line for line in self._said):
+            if any("WORKER_STOPPED" in line for line in list(self._said)):
                 time.sleep(0.2)  # until the last of it is read
                 raise EngineError(f"a worker of TorchServe cannot start ({self._reason()}); {self._logs}")
             if time.monotonic() > end:
@@ -169,7 +172,7 @@ class TorchServe:
 
     def _reason(self) -> str:
         """The last error that it told, or else its last line."""
-        said = [line.strip() for line in self._said if line.strip()] or ["it said nothing"]
+        said = [line.strip() for line in list(self._said) if line.strip()] or ["it said nothing"]
         workers = [line.partition("MODEL_LOG - ")[2] for line in said]
         for lines in (workers, said):
             if errors := [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]:
@@ -209,8 +212,24 @@ class TorchServe:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def _scratch(store: Path) -> Iterator[Path]:
+    """A folder for the workers' sockets and the unpacked archive; never that of another TorchServe."""
+    place = store.absolute() / _SCRATCH
+    if len(os.fsencode(place)) > _LONGEST:  # for a socket in it
+        with tempfile.TemporaryDirectory(prefix="robustfeat-") as elsewhere:
+            yield Path(elsewhere)
+        return
+    shutil.rmtree(place, ignore_errors=True)  # of one that was killed
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def _require_free(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

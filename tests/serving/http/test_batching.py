@@ -15,10 +15,7 @@ from numpy.typing import NDArray
 from robustfeat import FeatureExtractor
 from robustfeat.hub.preprocessing import normalise
 from robustfeat.serving.http.batching import Batcher
-from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.http.metrics import Metrics
-
-LIMITS = Limits(body_bytes=2**20, pixels=10**8, items=64, queue=256, timeout_s=30, decode_timeout_s=10, connections=10)
 
 
 class Model:
@@ -52,7 +49,8 @@ def play(
 
     def run(scene: Callable[[Batcher], Awaitable[Any]]) -> Any:
         async def played() -> Any:
-            with Batcher(model, LIMITS, Metrics(0).of_model("m"), decoders=2, batch_size=8) as batcher:  # type: ignore[arg-type]
+            watch, limits = Metrics(0).of_model("m"), {"max_pixels": 10**8, "decode_timeout_s": 10.0}
+            with Batcher(model, watch, **limits, decoders=2, batch_size=8) as batcher:  # type: ignore[arg-type]
                 batcher.attach()
                 return await scene(batcher)
 

@@ -45,6 +45,8 @@ def test_the_manifest_and_the_configuration_say_what_was_asked(unpacked: Path) -
     config = yaml.safe_load((unpacked / manifest["configFile"]).read_text())
     assert (config["minWorkers"], config["maxWorkers"]) == (3, 3)
     assert config["robustfeat"]["precision"] == "int8"
+    assert (config["deviceType"], config["batchSize"]) == ("cpu", 32)
+    assert config["responseTimeout"] > config["robustfeat"]["timeout_s"] == 60
 
 
 def test_the_model_in_it_is_whole(unpacked: Path) -> None:
@@ -83,6 +85,8 @@ def test_the_defaults_are_safe(store: Path) -> None:
     assert properties["enable_model_api"] == "false"
     assert properties["allowed_urls"] == ""
     assert properties["install_py_dep_per_model"] == "false"
+    assert properties["max_request_size"] == str(32 * 2**20)
+    assert int(properties["max_response_size"]) >= 64 * 512 * 12
     assert all("127.0.0.1" in text for name, text in properties.items() if name.endswith("_address"))
 
 
@@ -106,6 +110,7 @@ def test_the_configuration_is_replaced_while_it_is_ours(robustfeat: Run, tmp_pat
         (["--name", "a b"], "expected letters"),
         (["--name", "../up"], "expected letters"),
         (["nowhere"], "no such folder"),
+        (["--host", "::1"], "IPv4"),
         (["--precision", "bf16", "--engine", "onnxruntime"], "no bf16"),
         (["--engine", "openvino", "--device", "cuda"], "does not run on cuda"),
     ],
@@ -141,6 +146,15 @@ def test_an_archive_is_built_for_machines_unlike_this_one(robustfeat: Run, tmp_p
         config = json.loads(mar.read("model-config.yaml"))
         assert (config["deviceType"], config["batchSize"], config["robustfeat"]["device"]) == ("gpu", 128, "cuda")
         assert "onnxruntime-gpu" in mar.read("requirements.txt").decode()
+
+
+def test_answers_may_be_larger_than_requests(robustfeat: Run, tmp_path: Path) -> None:
+    done = robustfeat("torchserve", "--out", tmp_path, "--max-body", 1, "--max-items", 10_000)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "config.properties").read_text()
+    assert f"max_request_size={2**20}" in text
+    (largest,) = re.findall(r"max_response_size=(\d+)", text)
+    assert int(largest) >= 10_000 * 512 * 12
 
 
 def test_one_command_at_a_time_has_a_store(robustfeat: Run, tmp_path: Path) -> None:

@@ -47,5 +47,6 @@ def test_the_options_are_named_as_they_are() -> None:
     from robustfeat.cli.torchserve_command import command
 
     known = {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
-    others = {"--ncs", "--start", "--foreground", "--ts-config", "--model-store", "--head"}
-    assert set(re.findall(r"(?<![\w-])--[a-z-]+", TEXT)) <= known | others
+    torchserve = {"--ncs", "--start", "--stop", "--foreground", "--ts-config", "--model-store"}
+    others = {"--data-binary", "--head", "--only", "--rounds", "--seconds"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT)) <= known | torchserve | others

@@ -1,0 +1,168 @@
+"""What a worker does with its settings, without TorchServe around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from robustfeat.errors import EngineError
+from robustfeat.hub.catalog import builtin_model
+from robustfeat.hub.folder import GOLDEN_FEATURES, ModelFolder, file_sha256
+from robustfeat.serving.cpus import available_cpus
+from robustfeat.serving.torchserve.handler import Handler, Settings, visible_gpu
+
+pytest.importorskip("ts", reason="TorchServe has no version for this Python")
+
+SETTINGS = Settings(
+    precision="fp32",
+    engine="onnxruntime",
+    device="cpu",
+    decoding="exact",
+    threads=None,
+    workers=1,
+    revision=None,
+    max_items=64,
+    max_body_bytes=2**20,
+    max_pixels=10_000_000,
+    timeout_s=30,
+    decode_timeout_s=10,
+)
+
+
+class Context:
+    """As much of TorchServe's as a handler uses."""
+
+    def __init__(self, count: int, content_type: str = "image/jpeg") -> None:
+        self.metrics = self
+        self.counted: dict[str, int] = {}
+        self.status, self.types = [200] * count, [""] * count
+        self._headers = {"Content-Type": content_type, "url_path": ""}
+
+    def get_all_request_header(self, at: int) -> dict[str, Any]:
+        return dict(self._headers)
+
+    def set_response_status(self, code: int, phrase: str, at: int) -> None:
+        self.status[at] = code
+
+    def set_response_content_type(self, at: int, kind: str) -> None:
+        self.types[at] = kind
+
+    def set_response_header(self, at: int, name: str, text: str) -> None:
+        pass
+
+    def add_counter(self, name: str, number: int, dimensions: list[Any]) -> None:
+        self.counted[dimensions[0].value] = number
+
+
+def handler(**changes: Any) -> Handler:
+    return Handler(builtin_model(), "m", dataclasses.replace(SETTINGS, **changes))
+
+
+def png(side: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def photo(example_files: list[Path]) -> bytes:
+    return example_files[0].read_bytes()
+
+
+def test_the_workers_share_the_processors() -> None:
+    processors = available_cpus()
+    assert handler(workers=processors).model.extractor.engine.threads == 1
+    assert handler(workers=1).model.extractor.engine.threads == processors
+    assert handler(workers=processors, threads=2).model.extractor.engine.threads == 2
+
+
+def test_precision_decoding_and_revision_are_the_archive_s() -> None:
+    served = handler(precision="int8", decoding="scaled", revision="f" * 40).model
+    assert (served.extractor.precision, served.extractor.decoding, served.version) == ("int8", "scaled", "f" * 40)
+    assert served.about == {"model": "m", "revision": "f" * 40, "precision": "int8"}
+
+
+def test_a_worker_that_gives_other_features_does_not_start(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(builtin_model().path, tmp_path / "model"))
+    golden = np.load(folder / GOLDEN_FEATURES)
+    np.save(folder / GOLDEN_FEATURES, golden[::-1])
+    config = json.loads((folder / "config.json").read_text())
+    config["robustfeat"]["files"][GOLDEN_FEATURES] = file_sha256(folder / GOLDEN_FEATURES)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match="a golden image gives other features"):
+        Handler(ModelFolder(folder), "m", SETTINGS)
+
+
+def test_each_request_has_its_own_answer_and_they_are_counted(photo: bytes) -> None:
+    context = Context(3)
+    good, bad, also = handler().answer([{"body": photo}, {"body": b"no image"}, {"body": bytearray(photo)}], context)
+    assert context.status == [200, 422, 200]
+    assert json.loads(good)["data"][0]["embedding"] == json.loads(also)["data"][0]["embedding"]
+    assert json.loads(bad)["error"]["code"] == "unreadable_image"
+    assert context.counted == {"good": 2, "failed": 1}
+
+
+def test_the_limit_of_pixels_holds() -> None:
+    context = Context(2)
+    _, large = handler(max_pixels=1_000_000).answer([{"body": png(1000)}, {"body": png(1001)}], context)
+    assert context.status == [200, 422]
+    assert "over the limit of 1,000,000 pixels" in json.loads(large)["error"]["message"]
+
+
+def test_a_request_that_takes_too_long_fails_alone(photo: bytes) -> None:
+    """Sixty images of 9 megapixels take seconds on any machine; the photograph beside them does not."""
+    slow = {"images": png(3000), **{f"images#{number}": png(3000) for number in range(2, 60)}}
+    context = Context(2)
+    began = time.monotonic()
+    late, good = handler(timeout_s=1).answer([slow, {"body": photo}], context)
+    assert time.monotonic() - began < 3
+    assert context.status == [503, 200]
+    assert json.loads(late)["error"]["code"] == "timeout"
+    assert len(json.loads(good)["data"][0]["embedding"]) == 512
+
+
+def test_images_that_take_too_long_to_decode_fail_alone(photo: bytes) -> None:
+    """Decoders are looked at every second at first; a dozen images of 81 megapixels take longer."""
+    slow = {f"images#{number}": png(9000) for number in range(12)}
+    context = Context(2)
+    late, good = handler(decode_timeout_s=0.02, max_pixels=10**8).answer([slow, {"body": photo}], context)
+    assert "longer than 0.02 s" in late.decode()
+    assert context.status[1] == 200
+    assert len(json.loads(good)["data"][0]["embedding"]) == 512
+
+
+@pytest.mark.parametrize(
+    ("number", "visible", "expected"),
+    [(0, None, "0"), (3, "", "3"), (1, "2,3", "3"), (0, "GPU-abc, GPU-def", "GPU-abc"), (2, "5,6", "5")],
+)
+def test_a_worker_takes_a_gpu_among_those_that_are_visible(number: int, visible: str | None, expected: str) -> None:
+    assert visible_gpu(number, visible) == expected
+
+
+@pytest.fixture(autouse=True)
+def ends() -> Iterator[None]:
+    """A handler lives as long as its process; here its decoders end with the test."""
+    from robustfeat.serving.http.batching import Batcher
+
+    made: list[Batcher] = []
+    original = Batcher.__enter__
+
+    def enter(self: Batcher) -> Batcher:
+        made.append(self)
+        return original(self)
+
+    Batcher.__enter__ = enter  # type: ignore[method-assign]
+    yield
+    Batcher.__enter__ = original  # type: ignore[method-assign]
+    for batcher in made:
+        batcher.__exit__()
