@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import shutil
-import time
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.folder import GOLDEN_FEATURES, ModelFolder, file_sha256
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.torchserve.handler import Handler, Settings, visible_gpu
+from tests.serving.http.conftest import children
 
 pytest.importorskip("ts", reason="TorchServe has no version for this Python")
 
@@ -42,14 +44,14 @@ SETTINGS = Settings(
 class Context:
     """As much of TorchServe's as a handler uses."""
 
-    def __init__(self, count: int, content_type: str = "image/jpeg") -> None:
+    def __init__(self, count: int, content_types: Sequence[str] = ()) -> None:
         self.metrics = self
         self.counted: dict[str, int] = {}
         self.status, self.types = [200] * count, [""] * count
-        self._headers = {"Content-Type": content_type, "url_path": ""}
+        self._content_types = content_types or ["image/jpeg"] * count
 
     def get_all_request_header(self, at: int) -> dict[str, Any]:
-        return dict(self._headers)
+        return {"Content-Type": self._content_types[at], "url_path": ""}
 
     def set_response_status(self, code: int, phrase: str, at: int) -> None:
         self.status[at] = code
@@ -119,23 +121,30 @@ def test_the_limit_of_pixels_holds() -> None:
     assert "over the limit of 1,000,000 pixels" in json.loads(large)["error"]["message"]
 
 
+def stop_decoders(before: list[int]) -> None:
+    for decoder in set(children(os.getpid())) - set(before):
+        os.kill(decoder, signal.SIGSTOP)
+
+
 def test_a_request_that_takes_too_long_fails_alone(photo: bytes) -> None:
-    """Sixty images of 9 megapixels take seconds on any machine; the photograph beside them does not."""
-    slow = {"images": png(3000), **{f"images#{number}": png(3000) for number in range(2, 60)}}
-    context = Context(2)
-    began = time.monotonic()
-    late, good = handler(timeout_s=1).answer([slow, {"body": photo}], context)
-    assert time.monotonic() - began < 3
+    """A prepared tensor needs no decoder, and so it is answered while they stand still."""
+    before = children(os.getpid())
+    served = handler(timeout_s=2, decode_timeout_s=60)
+    stop_decoders(before)
+    tensor = {"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 64, 64], "data": [0.5] * (3 * 64 * 64)}
+    context = Context(2, ["image/jpeg", "application/json"])
+    late, good = served.answer([{"body": photo}, {"body": {"inputs": [tensor]}}], context)
     assert context.status == [503, 200]
     assert json.loads(late)["error"]["code"] == "timeout"
-    assert len(json.loads(good)["data"][0]["embedding"]) == 512
+    assert json.loads(good)["outputs"][0]["shape"] == [1, 512]
 
 
-def test_the_time_to_decode_an_image_is_limited() -> None:
-    """Decoders are looked at every second at first; a dozen images of 81 megapixels take longer."""
-    slow = {f"images#{number}": png(9000) for number in range(12)}
-    (answer,) = handler(decode_timeout_s=0.02, max_pixels=10**8).answer([slow], Context(1))
-    assert "longer than 0.02 s" in answer.decode()
+def test_the_time_to_decode_an_image_is_limited(photo: bytes) -> None:
+    before = children(os.getpid())
+    served = handler(decode_timeout_s=2)
+    stop_decoders(before)
+    (answer,) = served.answer([{"body": photo}], Context(1))
+    assert "longer than 2 s" in answer.decode()
 
 
 @pytest.mark.parametrize(
