@@ -129,7 +129,7 @@ def stop_decoders(before: list[int]) -> None:
 def test_a_request_that_takes_too_long_fails_alone(photo: bytes) -> None:
     """A prepared tensor needs no decoder, and so it is answered while they stand still."""
     before = children(os.getpid())
-    served = handler(timeout_s=2, decode_timeout_s=60)
+    served = handler(timeout_s=5, decode_timeout_s=60)
     stop_decoders(before)
     tensor = {"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 64, 64], "data": [0.5] * (3 * 64 * 64)}
     context = Context(2, ["image/jpeg", "application/json"])
