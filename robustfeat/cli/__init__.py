@@ -52,16 +52,17 @@ class _LazyGroup(click.Group):
         return command
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 done but some inputs failed or a check fell short.",
+)
 @click.version_option(__version__, prog_name="robustfeat")
 def cli() -> None:
-    r"""Robust image features: train, export, publish, embed and serve.
+    """Robust image features: train, export, publish, embed and serve.
 
     A model is a folder. MODEL is such a folder, ORG/NAME on the Hugging Face Hub, or `builtin` for the model that the
     package carries.
-
-    \b
-    Exit codes: 0 done, 1 error, 2 wrong usage, 3 done but some inputs failed or a check fell short.
     """
 
 

@@ -50,7 +50,12 @@ from robustfeat.cli.extraction import Extraction, serving_options
 @click.option("--max-pixels", type=click.IntRange(1), default=100_000_000, show_default=True, help="Of an image.")
 @click.option("--max-items", type=click.IntRange(1), default=64, show_default=True, help="Images in a request.")
 @click.option(
-    "--timeout", type=click.IntRange(1), default=60, show_default=True, metavar="SECONDS", help="For a batch."
+    "--timeout",
+    type=click.IntRange(1),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="From a worker's getting a request to its answer.",
 )
 @click.option(
     "--decode-timeout", type=click.IntRange(1), default=10, show_default=True, metavar="SECONDS", help="For an image."
