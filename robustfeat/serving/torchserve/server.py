@@ -175,8 +175,10 @@ class TorchServe:
         said = [line.strip() for line in list(self._said) if line.strip()] or ["it said nothing"]
         workers = [line.partition("MODEL_LOG - ")[2] for line in said]
         for lines in (workers, said):
-            if errors := [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]:
-                return errors[-1][:300]
+            errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+            # TorchServe puts an error of its own, "500 - Unknown exception", behind a handler's.
+            if errors := [line for line in errors if not re.match(r"RuntimeError: \d+ - ", line)]:
+                return errors[-1].removeprefix("RuntimeError: robustfeat: ")[:300]
         return said[-1][:300]
 
     @contextlib.contextmanager

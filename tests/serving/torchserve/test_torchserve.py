@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -254,6 +255,14 @@ def test_a_worker_that_cannot_start_is_told(robustfeat: Run, tmp_path: Path) -> 
     assert done.stdout == ""
     _, line = done.stderr.splitlines()
     assert "cannot start (ImportError: torch is broken)" in line
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
+def test_a_model_that_cannot_be_loaded_is_told(robustfeat: Run, tmp_path: Path) -> None:
+    done = robustfeat("torchserve", "--out", tmp_path, "--device", "cuda", "--run", "--port", free_ports(5))
+    assert done.returncode == 1
+    _, line = done.stderr.splitlines()
+    assert "cannot start (device cuda: ONNX Runtime runs on the CPU here" in line
 
 
 def test_a_second_command_leaves_the_first_alone(robustfeat: Run, torchserver: TorchServer) -> None:
