@@ -1,0 +1,60 @@
+"""Class folders: `CLASS/image.jpg`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from robustfeat.errors import DataError
+from robustfeat.serving.inputs import IMAGE_SUFFIXES, list_folder
+from robustfeat.training.data.image_set import ImageSet
+
+__all__ = ["open_folders"]
+
+
+class _Files:
+    """Image bytes from files."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self._root, self._names = root, names
+
+    def read(self, index: int) -> bytes:
+        return (self._root / self._names[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+
+def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet:
+    """The images under `root`, one folder a class.
+
+    Args:
+        classes: of the training split, for another split; by default the folders' names, sorted.
+
+    Raises:
+        DataError: there are no class folders, no images, or a class that the training split lacks.
+    """
+    found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    if not found:
+        raise DataError(f"{root}: holds no class folders; expected {root.name}/CLASS/image.jpg")
+    classes = classes or found
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise DataError(f"{root}: class {unknown[0]!r} is not in the training split; remove it or add it there")
+    names: list[str] = []
+    labels: list[int] = []
+    digest = hashlib.sha256("\n".join(classes).encode())
+    for label, name in enumerate(classes):
+        images = list_folder(root / name)[0] if (root / name).is_dir() else []
+        for image in images:
+            names.append(f"{name}/{image.path}")
+            labels.append(label)
+            # A dangling link has no size; it is left out, and named, when its turn comes.
+            size = Path(image.file).stat().st_size if Path(image.file).exists() else -1
+            digest.update(f"{names[-1]}\0{size}\n".encode(errors="surrogateescape"))
+    if not names:
+        raise DataError(f"{root}: holds no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return ImageSet(classes, np.array(labels, np.int64), _Files(root, names), digest.hexdigest())
