@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "clock"]
 
 _REDRAW_S = 0.1
 _PLAIN_LINE_S = 10.0
@@ -65,9 +65,9 @@ class Progress:
         speed = fresh / elapsed
         parts = [f"{self.label} {self.done:,}/{self.total:,} {self.unit}", f"{speed:,.1f}/s"]
         if self.done < self.total and speed > 0:
-            parts.append(f"{_clock((self.total - self.done) / speed)} left")
+            parts.append(f"{clock((self.total - self.done) / speed)} left")
         else:
-            parts.append(_clock(elapsed))
+            parts.append(clock(elapsed))
         return ", ".join([*parts, note] if note else parts)
 
     def _print(self, line: str, *, last: bool) -> None:
@@ -79,7 +79,8 @@ class Progress:
         self._stream.flush()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     minutes, seconds_left = divmod(rest, 60)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,22 +17,44 @@ import click
 @click.option(
     "--config", metavar="RECIPE", help="A shipped recipe's name or a TOML file; the options below override it."
 )
-@click.option("--method", help="erm, el, cl, hrrl, or package.module:Class.  [default: hrrl]")
+@click.option(
+    "--method",
+    help="erm, el, cl or hrrl; random, balanced or groupdro to compare with; or package.module:Class.  [default: hrrl]",
+)
 @click.option("--concepts", help="imagenet11, classes, or a CSV file class,concept.  [default: imagenet11]")
 @click.option("--epochs", type=int)
-@click.option("--batch-size", type=int)
+@click.option("--batch-size", type=int, help="Images in a step, of all processes together.")
 @click.option("--lr", type=float, help="Learning rate.")
 @click.option("--weight-decay", type=float)
 @click.option("--image-size", type=int, help="Side of the training and validation images in pixels, in all epochs.")
 @click.option("--tau", type=float, help="Example level: length of the step at 224 px.")
-@click.option("--lambda", "lam", type=float, help="Concept level: strength of the pull towards N_k / N.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]))
+@click.option(
+    "--inner",
+    type=click.Choice(["full", "half", "free"]),
+    help="Example level: a whole inner pass, one at half the resolution, or none, with replayed batches.",
+)
+@click.option("--lambda", "lam", type=float, help="Concept level: strength of the pull towards q0.")
+@click.option("--c", "q_warmup_divisor", metavar="C|auto", help="Concept level: divides q's first steps.")
+@click.option("--reference", metavar="CSV", help="Concept level: q0, as concept,share.  [default: N_k / N]")
+@click.option("--target", metavar="IMAGES", help="Concept level: q0, estimated from a target's images.")
+@click.option("--target-model", metavar="MODEL", default="builtin", show_default=True, help="What classifies them.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]))
+@click.option("--compile/--no-compile", default=None, help="Run the network through torch.compile.")
 @click.option("--seed", type=int)
 @click.option("--val-fraction", type=float, help="Share held out where DATA has no validation split.")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key of a recipe; repeatable.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN, by its recipe where none is given.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processors for the network.")
+@click.option("--cache-px", type=int, help="Decode once, to squares of this side; 0 decodes each time.")
+@click.option(
+    "--cache",
+    default="auto",
+    show_default=True,
+    metavar="ram|device|FOLDER",
+    help="Where those are kept; auto is the GPU's memory or, on a CPU, ram.",
+)
 @click.option(
     "--checkpoint-every-s",
     type=float,
@@ -43,11 +68,15 @@ def command(
     data: str,
     out: str,
     config: str | None,
-    image_size: int | None,
+    reference: str | None,
+    target: str | None,
+    target_model: str,
+    settings: tuple[str, ...],
     resume: bool,
     device: str,
     workers: int | None,
     threads: int | None,
+    cache: str,
     checkpoint_every_s: float,
     as_json: bool,
     quiet: bool,
@@ -57,15 +86,36 @@ def command(
 
     DATA is a folder with train/ and val/ (or validation/, test/) of class folders, or with train-*.parquet and
     validation-*.parquet files that have the columns image and label. Without --config the recipe is the paper's for
-    ImageNet. SIGINT and SIGTERM save a checkpoint first; --resume then goes on exactly.
+    ImageNet. SIGINT and SIGTERM save a checkpoint first; --resume then goes on exactly. Several GPUs, or processes on
+    a CPU, train together by `torchrun --nproc-per-node N -m robustfeat train ...`.
     """
-    from robustfeat.training.recipe import Recipe, load_recipe
+    from robustfeat.errors import InputError
+    from robustfeat.training.concepts import load_reference
+    from robustfeat.training.recipe import RECIPE_NAME, Recipe, load_recipe
+    from robustfeat.training.target import estimate_reference
     from robustfeat.training.trainer import train
 
     changes = {name: value for name, value in overrides.items() if value is not None}
+    image_size = changes.pop("image_size", None)
     if image_size is not None:
         changes |= {"image_sizes": ((0, image_size),), "validation_size": image_size}
-    recipe = (load_recipe(config) if config else Recipe()).replace(**changes)
+    changes |= dict(_setting(text) for text in settings)
+    if "q_warmup_divisor" in changes:
+        changes["q_warmup_divisor"] = _toml_value(str(changes["q_warmup_divisor"]))
+    if reference and target:
+        raise InputError("--reference and --target: both give q0; pass one of them")
+    saved = Path(out) / RECIPE_NAME
+    if resume and not config and not changes and not reference and not target and saved.exists():
+        config = str(saved)
+    recipe = (load_recipe(config) if config else Recipe()).override(changes)
+    if reference:
+        recipe = recipe.replace(reference=load_reference(reference))
+    if target:
+        shares = estimate_reference(target, recipe.concepts, target_model)
+        recipe = recipe.replace(reference=shares)
+        if not quiet:
+            told = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            click.echo(f"q0 of {target}: {told}", err=True)
     result = train(
         data,
         recipe,
@@ -74,19 +124,37 @@ def command(
         device=device,
         workers=workers,
         threads=threads,
+        cache=cache,
         checkpoint_every_s=checkpoint_every_s,
         quiet=quiet,
     )
-    if as_json:
+    first = os.environ.get("RANK", "0") == "0"
+    if as_json and first:
         summary = {
             "run": str(result.run),
             "validation_accuracy": round(result.validation_accuracy, 5),
             "bad_images": len(result.bad_images),
         }
         click.echo(json.dumps(summary))
-    elif not quiet:
+    elif not quiet and first:
         click.echo(f"{result.run}: validation accuracy {result.validation_accuracy:.2%}", err=True)
-    if result.bad_images:
+    if result.bad_images and first:
+        # Of several ranks one says so: torchrun takes any exit code but 0 for a crash of all.
         click.echo(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)
         return 3
     return 0
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise click.UsageError(f"--set {text}: expected KEY=VALUE, for example --set warmup_epochs=2")
+    return key.strip(), _toml_value(value.strip())
+
+
+def _toml_value(text: str) -> Any:
+    """A number, true, a list, a table; what is none of them is text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

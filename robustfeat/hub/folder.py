@@ -27,6 +27,7 @@ __all__ = ["ModelFolder", "file_sha256", "holds_code", "seal_folder"]
 CONFIG = "config.json"
 CARD = "README.md"
 WEIGHTS = "model.safetensors"
+TRAINING = "training.json"
 PREPROCESSOR = "preprocessor_config.json"
 ONNX = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
 COMPACT_ONNX = "model.onnx"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-__all__ = ["CGROUP", "MEMBERSHIP", "available_cpus", "cpu_quota", "visible_cpus"]
+__all__ = ["CGROUP", "MEMBERSHIP", "available_cpus", "cpu_quota", "groups", "visible_cpus"]
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -36,22 +36,22 @@ def cpu_quota(cgroup: Path = CGROUP, membership: Path = MEMBERSHIP) -> float | N
         cgroup: where the hierarchy is mounted.
         membership: tells which group this process is in.
     """
-    quotas = [quota for folder in _groups(cgroup, membership) if (quota := _quota(folder)) is not None]
+    quotas = [quota for folder in groups(cgroup, membership, "cpu") if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
-def _groups(cgroup: Path, membership: Path) -> Iterator[Path]:
-    """Folders of this process's group, of those around it, and of the roots."""
-    roots = {"": cgroup, "cpu": cgroup / "cpu"}
+def groups(cgroup: Path, membership: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's group, of those around it, and of the roots, in v2 and in v1's `controller`."""
+    roots = {"": cgroup, controller: cgroup / controller}
     yield from roots.values()
     lines = []
     with suppress(OSError):
         lines = membership.read_text().splitlines()
     for line in lines:
         _, controllers, place = line.split(":", 2)
-        for controller in {"", "cpu"} & set(controllers.split(",")):
+        for name in {"", controller} & set(controllers.split(",")):
             group = PurePosixPath(place.lstrip("/"))
-            yield from (roots[controller] / part for part in (group, *group.parents) if part.parts)
+            yield from (roots[name] / part for part in (group, *group.parents) if part.parts)
 
 
 def _quota(group: Path) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Checkpoint:
         concept_of_class: C numbers.
         epoch, step: the next step to make: `step` within `epoch`, both counted from 0.
         global_step: steps made so far.
-        model, optimizer, objective: their state dicts.
+        model, optimizer, objective, scaler: their state dicts (the scaler's is empty but for fp16).
     """
 
     recipe: dict[str, Any]
@@ -43,6 +43,7 @@ class Checkpoint:
     model: dict[str, Any]
     optimizer: dict[str, Any]
     objective: dict[str, Any]
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(checkpoint: Checkpoint, run: Path) -> None:
@@ -75,7 +76,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{file}: not a checkpoint of robustfeat train; expected one written by it")
     version = state.pop("format_version")
     names = {item.name for item in fields(Checkpoint)}
-    if version != _FORMAT_VERSION or set(state) != names:
+    needed = {item.name for item in fields(Checkpoint) if item.default_factory is MISSING}
+    if version != _FORMAT_VERSION or not needed <= set(state) <= names:
         raise CheckpointError(
             f"{file}: format_version {version}; this robustfeat reads {_FORMAT_VERSION}: upgrade robustfeat"
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
 
-__all__ = ["ConceptMap", "assign_concepts", "load_concepts"]
+__all__ = ["ConceptMap", "assign_concepts", "load_concepts", "load_reference"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,34 @@ class ConceptMap:
     Attributes:
         names: the K concepts that have classes here, sorted.
         of_class: (C,) int64, the concept of each class.
+        class_counts: (C,) int64, the training examples of each class.
         empty: concepts of the map without any class here; they are left out, since N / N_k would be infinite.
     """
 
     names: tuple[str, ...]
     of_class: NDArray[np.int64]
+    class_counts: NDArray[np.int64]
     empty: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """(K,) N_k, the training examples of each concept."""
+        return np.bincount(self.of_class, weights=self.class_counts, minlength=len(self.names)).astype(np.int64)
+
+    def distribution(self, shares: Mapping[str, float]) -> NDArray[np.float64]:
+        """(K,) summing to 1, from shares or counts by name; concepts that are not named get 0.
+
+        Raises:
+            DataError: a name is no concept here, or nothing is left.
+        """
+        unknown = sorted(set(shares) - set(self.names))
+        if unknown:
+            raise DataError(f"reference: concept {unknown[0]!r} has no classes here; known are {', '.join(self.names)}")
+        values = np.array([float(shares.get(name, 0.0)) for name in self.names])
+        if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+            raise DataError(f"reference: shares must be non-negative and not all 0; got {dict(shares)}")
+        distribution: NDArray[np.float64] = values / values.sum()
+        return distribution
 
 
 def load_concepts(source: str) -> dict[str, str]:
@@ -36,7 +59,17 @@ def load_concepts(source: str) -> dict[str, str]:
     Raises:
         DataError: the file is missing, has another header, or gives a class two concepts.
     """
-    if source == "imagenet11":
+    concepts: dict[str, str] = {}
+    for number, (name, concept) in _read_rows(source, "--concepts", ("class", "concept")):
+        if concepts.setdefault(name, concept) != concept:
+            raise DataError(f"--concepts {source}: line {number} gives class {name!r} a second concept, {concept!r}")
+    return concepts
+
+
+def _read_rows(source: str, option: str, header: tuple[str, str]) -> list[tuple[int, tuple[str, str]]]:
+    """Line numbers and cells of a CSV file with two columns, or of a shipped one."""
+    expected = ",".join(header)
+    if option == "--concepts" and source == "imagenet11":
         text = resources.files("robustfeat.training").joinpath("concept_maps/imagenet11.csv").read_text("utf-8")
     else:
         try:
@@ -44,26 +77,45 @@ def load_concepts(source: str) -> dict[str, str]:
                 text = handle.read()
         except (OSError, UnicodeDecodeError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
+            names = "imagenet11, classes, or " if option == "--concepts" else ""
             raise DataError(
-                f"--concepts {source}: cannot be read ({reason}); "
-                "expected imagenet11, classes, or a CSV file with the header class,concept"
+                f"{option} {source}: cannot be read ({reason}); expected {names}a CSV file with the header {expected}"
             ) from exc
     rows = csv.reader(text.splitlines())
-    header = [cell.strip() for cell in next(rows, [])]
-    if header[:2] != ["class", "concept"]:
-        raise DataError(
-            f"--concepts {source}: the first line must be class,concept; got {','.join(header) or 'nothing'}"
-        )
-    concepts: dict[str, str] = {}
+    first = [cell.strip() for cell in next(rows, [])]
+    if tuple(first[:2]) != header:
+        raise DataError(f"{option} {source}: the first line must be {expected}; got {','.join(first) or 'nothing'}")
+    pairs = []
     for number, row in enumerate(rows, start=2):
         if not row:
             continue
         if len(row) < 2 or not row[0].strip() or not row[1].strip():
-            raise DataError(f"--concepts {source}: line {number} needs a class and a concept; got {','.join(row)!r}")
-        name, concept = row[0].strip(), row[1].strip()
-        if concepts.setdefault(name, concept) != concept:
-            raise DataError(f"--concepts {source}: line {number} gives class {name!r} a second concept, {concept!r}")
-    return concepts
+            raise DataError(
+                f"{option} {source}: line {number} needs a {header[0]} and a {header[1]}; got {','.join(row)!r}"
+            )
+        pairs.append((number, (row[0].strip(), row[1].strip())))
+    return pairs
+
+
+def load_reference(file: str) -> dict[str, float]:
+    """Concept to share, from a CSV with the header `concept,share`; shares may also be counts.
+
+    Raises:
+        DataError: the file is missing, has another header, or a share is no number.
+    """
+    rows = _read_rows(file, "--reference", ("concept", "share"))
+    shares: dict[str, float] = {}
+    for number, (name, text) in rows:
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share < math.inf or name in shares:
+            raise DataError(
+                f"--reference {file}: line {number} needs a new concept and a share >= 0; got {name!r}, {text!r}"
+            )
+        shares[name] = share
+    return shares
 
 
 def assign_concepts(source: str, classes: Sequence[str], counts: NDArray[np.int64]) -> ConceptMap:
@@ -89,4 +141,4 @@ def assign_concepts(source: str, classes: Sequence[str], counts: NDArray[np.int6
     index = {concept: number for number, concept in enumerate(used)}
     # A class without examples never appears in a batch; any index serves.
     of_class = np.array([index.get(mapping[name], 0) for name in classes], np.int64)
-    return ConceptMap(tuple(used), of_class, tuple(sorted(set(mapping.values()) - set(used))))
+    return ConceptMap(tuple(used), of_class, np.asarray(counts), tuple(sorted(set(mapping.values()) - set(used))))

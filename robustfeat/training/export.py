@@ -24,7 +24,7 @@ from robustfeat.errors import DataError, DecodeError, ExportError, InputError
 from robustfeat.files import new_folder
 from robustfeat.hub.card import render_card
 from robustfeat.hub.config import Evaluation, ModelConfig
-from robustfeat.hub.folder import COMPACT_ONNX, GOLDEN_FEATURES, ONNX, WEIGHTS, ModelFolder, seal_folder
+from robustfeat.hub.folder import COMPACT_ONNX, GOLDEN_FEATURES, ONNX, TRAINING, WEIGHTS, ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
 from robustfeat.serving.extractor import FeatureExtractor, cosine
 from robustfeat.serving.inputs import list_inputs
@@ -32,10 +32,10 @@ from robustfeat.serving.verify import MIN_COSINE
 from robustfeat.training.checkpoint import load_checkpoint
 from robustfeat.training.compact import compact_onnx
 from robustfeat.training.data import open_training_data
+from robustfeat.training.journal import read_metrics
 from robustfeat.training.network import build_network
 from robustfeat.training.onnx_files import export_onnx, quantize_onnx
 from robustfeat.training.recipe import Recipe
-from robustfeat.training.trainer import METRICS_NAME
 
 __all__ = ["Backbone", "ExportReport", "export_run", "folder_images", "write_model_folder"]
 
@@ -155,7 +155,7 @@ def export_run(
         "concept_of_class": checkpoint.concept_of_class,
         "data": config.provenance["data"],
         "versions": _versions(),
-        "metrics": _read_metrics(folder / METRICS_NAME),
+        "metrics": read_metrics(folder),
     }
     images = None
     if int8:
@@ -219,7 +219,7 @@ def write_model_folder(
 
         (path / "preprocessor_config.json").write_text(json.dumps(_preprocessor_config(contract), indent=2) + "\n")
         training = json.dumps(dict(backbone.training), ensure_ascii=False)
-        (path / "training.json").write_text(training + "\n", "utf-8")
+        (path / TRAINING).write_text(training + "\n", "utf-8")
         folder = seal_folder(path, config, render_card(config))
         cosines = _check(folder)
     return ExportReport(ModelFolder(out), cosines)
@@ -309,12 +309,6 @@ def folder_images(folder: str | Path) -> list[Image.Image]:
     if not images:
         raise DataError(f"--calibration {folder}: none of its images can be decoded")
     return images
-
-
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ losses then move q (Eq. 6).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ConceptAdversary", "DivergedError", "perturb", "project_simplex"]
+from robustfeat.training.distributed import sum_over_ranks
+
+__all__ = [
+    "ConceptAdversary",
+    "DivergedError",
+    "GroupAdversary",
+    "concept_totals",
+    "input_gradient",
+    "perturb",
+    "project_simplex",
+    "step_along",
+]
+
+_BATCHES_FOR_MU = 10
 
 
 class DivergedError(ValueError):
@@ -44,44 +58,121 @@ def project_simplex(v: Tensor) -> Tensor:
         raise ValueError(f"v must be 1-D and not empty; got shape {tuple(v.shape)}")
     if not bool(torch.isfinite(v).all()):
         raise ValueError("v must be finite; got NaN or infinity")
-    # Shifting by a constant leaves the projection unchanged and keeps the sums exact for large v.
-    values = v.double() - v.double().max()
+    return _project(v.double()).to(v.dtype)
+
+
+def _project(values: Tensor) -> Tensor:
+    """(K,) float64 to its projection, without a look at the numbers: on a GPU nothing waits for them."""
+    # Shifting by a constant leaves the projection unchanged and keeps the sums exact for large values.
+    values = values - values.max()
     descending, _ = torch.sort(values, descending=True)
     excess = torch.cumsum(descending, 0) - 1
-    ranks = torch.arange(1, v.numel() + 1, device=v.device, dtype=torch.float64)
-    rho = int((descending - excess / ranks > 0).sum())
-    theta = excess[rho - 1] / rho
-    return (values - theta).clamp_min(0).to(v.dtype)
+    ranks = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
+    rho = (descending - excess / ranks > 0).sum().clamp_min(1)
+    theta = excess.gather(0, (rho - 1).view(1)) / rho
+    return (values - theta).clamp_min(0)
 
 
 @contextmanager
-def _batch_statistics_only(model: nn.Module) -> Iterator[None]:
-    """BatchNorm uses the batch's statistics as in training and leaves its running ones alone."""
+def _inner_pass(model: nn.Module, batch_norm: str) -> Iterator[None]:
+    """No gradients for parameters, and BatchNorm's running statistics stay as they are.
+
+    Autograd would skip the parameters' gradients by itself; a compiled graph would not, unless they ask for none.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = [
         module
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
     ]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
     for layer in layers:
-        layer.track_running_stats = False
+        if batch_norm == "eval":
+            layer.training = False
+        else:
+            layer.track_running_stats = False
     try:
         yield
     finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         for layer in layers:
-            layer.track_running_stats = True
+            layer.training = layer.track_running_stats = True
 
 
-def perturb(model: nn.Module, images: Tensor, labels: Tensor, tau: float) -> Tensor:
+_LOSS_SCALE = 1024.0
+"""Keeps the gradients of well classified images above fp16's smallest numbers; the normalisation takes it out again."""
+
+
+def input_gradient(
+    model: nn.Module, images: Tensor, labels: Tensor, *, half: bool = False, batch_norm: str = "batch"
+) -> Tensor:
+    """The gradient of each image's loss with regard to the image, up to a common factor.
+
+    Args:
+        model: maps images to logits (m, C); used in the mode that it is in. Under data parallelism the wrapped module.
+        images: (m, 3, H, W) float, in the network's normalised input space.
+        labels: (m,) int64.
+        half: of the loss at half the resolution, a quarter of the work; still with regard to the whole image.
+        batch_norm: `batch` (this batch's statistics, where the model is in training mode) or `eval` (running ones).
+
+    Returns:
+        (m, 3, H, W) float32. Parameters get no gradient, and running statistics stay as they are.
+    """
+    x = images.detach().requires_grad_()
+    with torch.enable_grad(), _inner_pass(model, batch_norm):
+        seen = x
+        if half:
+            size = ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+            seen = functional.adaptive_avg_pool2d(x, size).contiguous(memory_format=torch.channels_last)
+        # The sum, not the mean: a mean divides each image's gradient by m, and fp16 then underflows.
+        loss = _LOSS_SCALE * functional.cross_entropy(model(seen).float(), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x)
+    return gradient.float()
+
+
+def step_along(images: Tensor, direction: Tensor, tau: float, std: Tensor | None = None) -> Tensor:
+    """Moves each image by the length tau: x~ = x + tau z, z = direction / ||direction||.
+
+    Args:
+        images: (m, 3, H, W) float, in the network's normalised input space.
+        direction: (m, 3, H, W) float, in the same space; an image whose direction is zero or not finite stays.
+        tau: L2 length of the step.
+        std: (1, 3, 1, 1); where it is given, tau is a length in pixels of range [0, 1], and `direction` a gradient.
+
+    Returns:
+        (m, 3, H, W), detached, of the dtype of `images`.
+    """
+    direction = direction.float()
+    if std is not None:
+        direction = direction / std  # the chain rule: pixels = normalised * std + mean
+    norm = direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    z = torch.where((norm > 0) & torch.isfinite(norm), direction / norm, torch.zeros_like(direction))
+    if std is not None:
+        z = z / std
+    return (images.detach() + tau * z).to(images.dtype)
+
+
+def perturb(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    tau: float,
+    *,
+    half: bool = False,
+    batch_norm: str = "batch",
+    std: Tensor | None = None,
+) -> Tensor:
     """The augmentation of Theorem 2: x~ = x + tau * grad / ||grad||, per image; x~ = x where the gradient is 0.
 
     The inner pass computes the input's gradient alone: parameters get no gradient, and BatchNorm's running
     statistics stay as they are. Under data parallelism pass the wrapped module (`ddp.module`).
 
     Args:
-        model: maps images to logits (m, C); used in the mode that it is in.
-        images: (m, 3, H, W) float, in the network's normalised input space.
-        labels: (m,) int64.
-        tau: L2 length of the step, in the same space.
+        model, images, labels, half, batch_norm: see `input_gradient`.
+        tau: L2 length of the step, in the normalised input space, or, with `std`, in pixels of range [0, 1].
+        std: see `step_along`.
 
     Returns:
         (m, 3, H, W), detached, of the dtype of `images`.
@@ -90,15 +181,25 @@ def perturb(model: nn.Module, images: Tensor, labels: Tensor, tau: float) -> Ten
     """
     if tau == 0:
         return images.detach()
-    x = images.detach().requires_grad_()
-    with torch.enable_grad(), _batch_statistics_only(model):
-        # The sum, not the mean: a mean divides each image's gradient by m, and fp16 then underflows.
-        loss = functional.cross_entropy(model(x).float(), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x)
-    gradient = gradient.float()
-    norm = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    z = torch.where(norm > 0, gradient / norm, torch.zeros_like(gradient))
-    return (images.detach() + tau * z).to(images.dtype)
+    gradient = input_gradient(model, images, labels, half=half, batch_norm=batch_norm)
+    return step_along(images, gradient, tau, std)
+
+
+def concept_totals(losses: Tensor, concepts: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The losses' sum and the number of examples of each concept in this step's batch, on all ranks together.
+
+    Args:
+        losses: (m,) of this rank.
+        concepts: (m,) int64 below `size`.
+
+    Returns:
+        (K,) and (K,) float64: one exchange under data parallelism, and the same bits on each rank.
+    """
+    membership = functional.one_hot(concepts, size).double()
+    # A product, not index_add_: that sums in no fixed order on a GPU.
+    totals = torch.stack([membership.T @ losses.detach().double(), membership.sum(0)])
+    sums, counts = sum_over_ranks(totals)
+    return sums, counts
 
 
 class ConceptAdversary:
@@ -108,15 +209,21 @@ class ConceptAdversary:
         counts: (K,) N_k, the training examples of each concept, all positive.
         lam: lambda of Eq. 4, positive and finite; a smaller one lets q go further from the reference.
         warmup_steps: s of Algorithm 1; for the first s steps the step size is 1 / (c lambda t).
-        c: the divisor during those steps, at least 1.
+        c: the divisor during those steps, at least 1; `auto`: Theorem 3's (mu / lambda) sqrt(ln s / 2 s), with mu
+            the mean norm of the gradient at q0 over the first 10 batches, which leave q where it is.
         reference: (K,) q0, on the simplex; N_k / N by default.
+        steps: `decaying` (Algorithm 1), `constant` (always 1 / (c lambda s), where the first phase of Algorithm 1
+            ends) or `averaged` (Algorithm 1's iterates; their mean weighs the model).
+        baseline: take the last batch's mean loss from each loss. In expectation that adds one constant to all
+            components of the gradient, which the projection takes out again, and its noise shrinks.
 
     Attributes:
-        q: (K,) float64, the current distribution.
+        q: (K,) float64, the distribution that weighs the losses now.
         reference: (K,) float64, q0.
         step: how many updates were made.
 
     q, its gradient and the projection are float64: in float32 (N / N_k)(N_k / N) is not 1 for a quarter of counts.
+    On a GPU nothing here waits for the device.
     """
 
     def __init__(
@@ -124,17 +231,25 @@ class ConceptAdversary:
         counts: Tensor,
         lam: float,
         warmup_steps: int = 1000,
-        c: float = 10.0,
+        c: float | str = 10.0,
         reference: Tensor | None = None,
+        *,
+        steps: str = "decaying",
+        baseline: bool = False,
     ) -> None:
         counts = torch.as_tensor(counts).double()
         if counts.ndim != 1 or counts.numel() == 0 or not bool((counts > 0).all()):
             raise ValueError("counts must be 1-D and positive: drop concepts without examples first")
         if not 0 < lam < float("inf"):
             raise ValueError(f"lam must be positive and finite; got {lam}")
-        if warmup_steps < 0 or c < 1:
-            raise ValueError(f"warmup_steps must be >= 0 and c >= 1; got {warmup_steps} and {c}")
-        self.lam, self.warmup_steps, self.c = float(lam), int(warmup_steps), float(c)
+        if warmup_steps < 0 or (c != "auto" and (isinstance(c, str) or c < 1)):
+            raise ValueError(f"warmup_steps must be >= 0 and c auto or >= 1; got {warmup_steps} and {c}")
+        if c == "auto" and warmup_steps < 2:
+            raise ValueError(f"c = auto must have warmup_steps >= 2, since ln s is in it; got {warmup_steps}")
+        if steps not in {"decaying", "constant", "averaged"}:
+            raise ValueError(f"steps must be decaying, constant or averaged; got {steps!r}")
+        self.lam, self.warmup_steps, self.steps, self.baseline = float(lam), int(warmup_steps), steps, baseline
+        self._c: float | Tensor | None = None if isinstance(c, str) else float(c)
         self._n_over_nk = counts.sum() / counts
         if reference is None:
             self.reference = counts / counts.sum()
@@ -145,7 +260,15 @@ class ConceptAdversary:
             if abs(float(self.reference.sum()) - 1) > 1e-6:
                 raise ValueError(f"reference must sum to 1; got {float(self.reference.sum())}")
         self.q = self.reference.clone()
+        self._iterate = self.q
         self.step = 0
+        self._norms: list[Tensor] = []
+        self._lagged_mean: Tensor | None = None
+
+    @property
+    def c(self) -> float | None:
+        """The divisor of the first phase; None while `auto` has not measured it yet."""
+        return None if self._c is None else float(self._c)
 
     def weights(self, concepts: Tensor) -> Tensor:
         """(N / N_k) q_k for each example: (m,) int64 concepts to (m,) float32 weights (Eq. 5)."""
@@ -157,30 +280,60 @@ class ConceptAdversary:
         return self._n_over_nk * self.q
 
     def update(self, losses: Tensor, concepts: Tensor) -> None:
-        """One step of Eq. 6 from this batch's losses.
+        """One step of Eq. 6 from this batch's losses; under data parallelism, from those of all ranks.
 
         Args:
             losses: (m,) the unweighted losses at x~.
             concepts: (m,) int64.
 
         Raises:
-            DivergedError: a loss is not finite.
+            DivergedError: a loss is not finite. On a GPU q becomes NaN instead, since looking would wait for it.
         """
         self._move_to(losses.device)
-        losses = losses.detach().double()
-        if not bool(torch.isfinite(losses).all()):
+        sums, counts = concept_totals(losses, concepts, len(self.q))
+        if losses.device.type == "cpu" and not bool(torch.isfinite(sums).all()):
             raise DivergedError("a loss is not finite")
+        total = counts.sum()
+        mean = sums.sum() / total
+        if self.baseline:
+            sums = sums - (mean if self._lagged_mean is None else self._lagged_mean) * counts
+            self._lagged_mean = mean
+        gradient = self._n_over_nk * sums / total - self.lam * (self._iterate - self.reference)
+        if self._c is None:
+            self._measure(gradient)
+            return
         t = self.step + 1
-        rate = 1 / (self.lam * t * (self.c if t <= self.warmup_steps else 1.0))
-        # A product, not index_add_: that sums in no fixed order on a GPU.
-        sums = functional.one_hot(concepts, len(self.q)).double().T @ losses
-        gradient = self._n_over_nk * sums / losses.numel() - self.lam * (self.q - self.reference)
-        self.q = project_simplex(self.q + rate * gradient)
+        if self.steps == "constant":
+            rate = 1 / (self.lam * max(1, self.warmup_steps) * self._c)
+        else:
+            rate = 1 / (self.lam * t * (self._c if t <= self.warmup_steps else 1.0))
+        self._iterate = _project(self._iterate + rate * gradient)
+        self.q = self.q + (self._iterate - self.q) / t if self.steps == "averaged" else self._iterate
         self.step = t
+
+    def _measure(self, gradient: Tensor) -> None:
+        """Theorem 3's c, once enough gradients are seen."""
+        self._norms.append(gradient.norm())
+        if len(self._norms) == _BATCHES_FOR_MU:
+            s = self.warmup_steps
+            mu = torch.stack(self._norms).mean()
+            self._c = (mu / self.lam * math.sqrt(math.log(s) / (2 * s))).clamp_min(1)
+            self._norms = []
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from here."""
-        return {"q": self.q.cpu().clone(), "step": self.step}
+
+        def kept(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.cpu().clone()
+
+        return {
+            "q": kept(self.q),
+            "step": self.step,
+            "iterate": kept(self._iterate),
+            "c": self.c,
+            "norms": [kept(norm) for norm in self._norms],
+            "lagged_mean": kept(self._lagged_mean),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a saved state.
@@ -190,10 +343,66 @@ class ConceptAdversary:
         """
         if state["q"].shape != self.q.shape:
             raise ValueError(f"the state has {state['q'].numel()} concepts, this adversary {self.q.numel()}")
-        self.q = state["q"].double().to(self.q.device)
+        device = self.q.device
+        self.q = state["q"].double().to(device)
         self.step = int(state["step"])
+        iterate, mean = state.get("iterate"), state.get("lagged_mean")
+        self._iterate = self.q if iterate is None else iterate.to(device)
+        self._c = state.get("c", self._c)
+        self._norms = [norm.to(device) for norm in state.get("norms", [])]
+        self._lagged_mean = None if mean is None else mean.to(device)
 
     def _move_to(self, device: torch.device) -> None:
         if self.q.device != device:
             self.q, self.reference = self.q.to(device), self.reference.to(device)
-            self._n_over_nk = self._n_over_nk.to(device)
+            self._n_over_nk, self._iterate = self._n_over_nk.to(device), self._iterate.to(device)
+            self._norms = [norm.to(device) for norm in self._norms]
+            self._lagged_mean = None if self._lagged_mean is None else self._lagged_mean.to(device)
+
+
+class GroupAdversary:
+    """The group distribution of GroupDRO, by exponentiated gradient: a comparison, not a part of HRRL.
+
+    q_k <- q_k exp(eta L_k), normalised, with L_k the mean loss of group k in the batch (0 where the batch has none);
+    the model then descends sum_k q_k L_k. Neither the entropy geometry nor the means within the batch are Eq. 6's,
+    and nothing pulls q back.
+
+    Args:
+        size: K.
+        rate: eta.
+
+    Source: Sagawa, Koh, Hashimoto and Liang, ICLR 2020, Algorithm 1.
+    """
+
+    def __init__(self, size: int, rate: float = 0.01) -> None:
+        self.q = torch.full((size,), 1 / size, dtype=torch.float64)
+        self.rate = rate
+
+    def update(self, losses: Tensor, concepts: Tensor) -> Tensor:
+        """Moves q by this batch and weighs its examples.
+
+        Args:
+            losses: (m,) of this rank.
+            concepts: (m,) int64.
+
+        Returns:
+            (m,) float32 weights whose products with the losses have sum_k q_k L_k as their mean over all ranks.
+
+        Raises:
+            DivergedError: a loss is not finite (on a GPU the weights become NaN instead).
+        """
+        self.q = self.q.to(losses.device)
+        sums, counts = concept_totals(losses, concepts, len(self.q))
+        if losses.device.type == "cpu" and not bool(torch.isfinite(sums).all()):
+            raise DivergedError("a loss is not finite")
+        means = sums / counts.clamp_min(1)
+        self.q = torch.softmax(self.q.log() + self.rate * means, 0)
+        return (self.q * counts.sum() / counts.clamp_min(1)).float()[concepts]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here."""
+        return {"q": self.q.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state."""
+        self.q = state["q"].to(self.q.device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -12,10 +14,12 @@ from typing import Any
 from robustfeat.errors import InputError
 from robustfeat.hub.preprocessing import Preprocessing
 
-__all__ = ["Recipe", "load_recipe", "shipped_recipes"]
+__all__ = ["RECIPE_NAME", "Recipe", "load_recipe", "shipped_recipes"]
+
+RECIPE_NAME = "recipe.toml"
 
 
-_INTEGERS = frozenset({"epochs", "batch_size", "q_warmup_steps", "seed"})
+_INTEGERS = frozenset({"epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed"})
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("epochs", 1, 100_000),
     ("batch_size", 2, 1_000_000),
@@ -29,9 +33,23 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("lam", 1e-12, 1e30),
     ("q_warmup_steps", 0, 1e12),
     ("q_warmup_divisor", 1, 1e12),
+    ("group_rate", 0, 1e6),
+    ("replays", 1, 1000),
+    ("recalibrate", 0, 1_000_000),
+    ("cache_px", 0, 4096),
     ("seed", 0, 2**40),
     ("val_fraction", 0, 1),
 )
+_CHOICES = {
+    "schedule": ("step", "linear"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "tau_unit": ("normalised", "pixel"),
+    "inner": ("full", "half", "free"),
+    "inner_batch_norm": ("batch", "eval"),
+    "batch_norm": ("batch", "sync", "frozen"),
+    "q_steps": ("decaying", "constant", "averaged"),
+}
+_SWITCHES = ("nesterov", "q_baseline", "compile")
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class Recipe:
     """Everything that decides a run's result besides its data. The defaults are the paper's, for ImageNet.
 
     Attributes:
-        method: erm, el, cl, hrrl, or package.module:Class.
+        method: erm, el, cl, hrrl; random, balanced, groupdro; or package.module:Class.
         concepts: imagenet11, classes, or a CSV file `class,concept`.
         epochs, batch_size, lr, momentum, weight_decay, nesterov: of SGD.
         schedule: `step` (lr / 10 at each of `milestones`, in epochs) or `linear` (to zero at the end).
@@ -50,9 +68,22 @@ class Recipe:
         min_crop_area: training crops cover between this share and all of an image's area.
         tau: length of the example-level step at 224 px; at side S it is tau * S / 224.
         tau_ramp_epochs: tau rises linearly from zero for so long (0, the paper: it does not).
+        tau_unit: `normalised` (the length is measured in the network's input) or `pixel` (in pixels from 0 to 1).
+        inner: where the example level's gradient comes from: `full` (the paper: a pass of its own), `half` (that pass
+            at half the resolution) or `free` (the step before, on the same batch).
+        replays: with `free`, the steps in a row that use one batch; an epoch stays as many steps.
+        inner_batch_norm: in the inner pass, `batch` statistics or running ones (`eval`).
         lam: lambda of the concept level.
-        q_warmup_steps, q_warmup_divisor: s and c of Algorithm 1.
-        precision: fp32 or bf16 (autocast).
+        q_warmup_steps, q_warmup_divisor: s and c of Algorithm 1; c may be `auto` (Theorem 3).
+        q_steps, q_baseline: see `ConceptAdversary`, `steps` and `baseline`.
+        reference: q0 as shares by concept, normalised to sum to 1 (None, the paper: N_k / N).
+        group_rate: eta of GroupDRO.
+        batch_norm: `batch` (each rank's own statistics), `sync` (all ranks', on GPUs) or `frozen` (the running ones).
+        recalibrate: after the last epoch, measure BatchNorm's running statistics anew on so many batches of
+            unperturbed images (0, the paper: they stay as training left them, on x~).
+        precision: fp32, bf16 or fp16 (autocast; fp16 on GPUs alone).
+        compile: run the network through torch.compile.
+        cache_px: decode each training image once, to a square of this side that a cache keeps (0: decode each time).
         seed: of the initial weights, the order and the crops.
         val_fraction: share of the training images held out where the data has no validation split.
         parts: use only the first so many Parquet files of the training split (None: all).
@@ -75,10 +106,22 @@ class Recipe:
     min_crop_area: float = 0.08
     tau: float = 0.35
     tau_ramp_epochs: float = 0.0
+    tau_unit: str = "normalised"
+    inner: str = "full"
+    replays: int = 4
+    inner_batch_norm: str = "batch"
     lam: float = 10.0
     q_warmup_steps: int = 1000
-    q_warmup_divisor: float = 10.0
+    q_warmup_divisor: float | str = 10.0
+    q_steps: str = "decaying"
+    q_baseline: bool = False
+    reference: dict[str, float] | None = None
+    group_rate: float = 0.01
+    batch_norm: str = "batch"
+    recalibrate: int = 0
     precision: str = "fp32"
+    compile: bool = False
+    cache_px: int = 0
     seed: int = 0
     val_fraction: float = 0.02
     parts: int | None = field(default=None)
@@ -88,10 +131,13 @@ class Recipe:
         object.__setattr__(self, "image_sizes", tuple((int(first), int(side)) for first, side in self.image_sizes))
         for name, least, most in _RANGES:
             value = getattr(self, name)
+            if name == "q_warmup_divisor" and value == "auto":
+                continue
             kind = int if name in _INTEGERS else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
                 whole = "a whole number " if name in _INTEGERS else ""
                 raise InputError(f"recipe: {name} must be {whole}from {least:g} to {most:g}; got {value!r}")
+        self._check_choices()
         if self.parts is not None and (not isinstance(self.parts, int) or self.parts < 1):
             raise InputError(f"recipe: parts must be a whole number >= 1; got {self.parts!r}")
         if self.nesterov and not self.momentum:
@@ -101,14 +147,20 @@ class Recipe:
             raise InputError(f"recipe: image_sizes must start at epoch 0 and ascend; got {self.image_sizes}")
         if min(side for _, side in self.image_sizes) < 16:
             raise InputError(f"recipe: image_sizes must be at least 16 px; got {self.image_sizes}")
-        if self.schedule not in {"step", "linear"}:
-            raise InputError(f"recipe: schedule must be step or linear; got {self.schedule!r}")
-        if self.precision not in {"fp32", "bf16"}:
-            raise InputError(f"recipe: precision must be fp32 or bf16; got {self.precision!r}")
         try:
             self.preprocessing()
         except ValueError as exc:
             raise InputError(f"recipe: {exc}") from exc
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"recipe: {name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"recipe: {name} must be true or false; got {getattr(self, name)!r}")
+        if self.q_warmup_divisor == "auto" and self.q_warmup_steps < 2:
+            raise InputError(f"recipe: q_warmup_divisor auto needs q_warmup_steps >= 2; got {self.q_warmup_steps}")
 
     def image_size(self, epoch: int) -> int:
         """S of the training crops in this epoch, counted from 0."""
@@ -133,10 +185,23 @@ class Recipe:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def override(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with these keys changed, as the command line names them.
+
+        Raises:
+            InputError: a key is unknown or a value is out of range.
+        """
+        return Recipe.from_dict({**self.to_dict(), **changes})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         data = dataclasses.asdict(self)
         return {**data, "milestones": list(self.milestones), "image_sizes": [list(pair) for pair in self.image_sizes]}
+
+    def to_toml(self) -> str:
+        """A file that `load_recipe` reads."""
+        lines = [f"{name} = {_toml(value)}" for name, value in self.to_dict().items() if value is not None]
+        return "\n".join(lines) + "\n"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -153,6 +218,13 @@ class Recipe:
             return cls(**data)
         except (TypeError, ValueError) as exc:
             raise InputError(f"{source}: a value has the wrong type ({exc})") from exc
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    # JSON's text, numbers, booleans and lists are TOML's, too.
+    return json.dumps(value, ensure_ascii=False)
 
 
 def shipped_recipes() -> list[str]:

@@ -1,40 +1,47 @@
-"""Training in one process, on a CPU or a GPU: SGD, checkpoints, exact resume, metrics as JSON lines."""
+"""Training on a CPU, a GPU or several: epochs, checkpoints, exact resume, what is said on the way."""
 
 from __future__ import annotations
 
-import json
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import distributed
 
-from robustfeat.errors import CheckpointError, DataError, InputError, TrainingError
+from robustfeat.errors import CheckpointError, DataError, InputError, RobustFeatError, TrainingError
 from robustfeat.files import new_file
-from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.progress import Progress
+from robustfeat.progress import Progress, clock
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint, save_checkpoint
 from robustfeat.training.concepts import assign_concepts
-from robustfeat.training.data import EvaluationBatches, TrainingBatches, load_batches, open_training_data
+from robustfeat.training.curves import CURVES_NAME, draw_curves
+from robustfeat.training.data import (
+    Batch,
+    CachedSet,
+    EvaluationBatches,
+    TrainingBatches,
+    build_cache,
+    cached_batches,
+    load_batches,
+    open_training_data,
+)
+from robustfeat.training.distributed import Ranks, exchange, join_group, raise_together, sum_over_ranks
 from robustfeat.training.hrrl import DivergedError
-from robustfeat.training.network import build_network
-from robustfeat.training.objective import create_objective
-from robustfeat.training.recipe import Recipe
+from robustfeat.training.journal import METRICS_NAME, Journal, Window
+from robustfeat.training.recipe import RECIPE_NAME, Recipe
+from robustfeat.training.signals import StopRequest, stop_on_signal
+from robustfeat.training.step import TrainingStep
 
-__all__ = ["METRICS_NAME", "TrainingResult", "train"]
+__all__ = ["TrainingResult", "train"]
 
-METRICS_NAME = "metrics.jsonl"
 _LOG_EVERY_STEPS = 50
 _MAX_BAD_SHARE = 0.01
+_HEAVY_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -61,123 +68,143 @@ def train(
     device: str = "auto",
     workers: int | None = None,
     threads: int | None = None,
+    cache: str = "auto",
     checkpoint_every_s: float = 300.0,
     quiet: bool = False,
 ) -> TrainingResult:
-    """Trains by `recipe` on `data` into the folder `out`.
+    """Trains by `recipe` on `data` into the folder `out`; started by torchrun, together with the other ranks.
 
     Args:
         data: see `open_training_data`.
-        out: gets `checkpoint.pt` and `metrics.jsonl`.
+        out: gets `checkpoint.pt`, `metrics.jsonl`, `recipe.toml`, `curves.png` and `tensorboard/`.
         resume: go on from the checkpoint in `out`; the recipe and the data must be the same.
         device: auto, cpu or cuda.
-        workers: processes that decode images; by default one for each processor, at most 8.
-        threads: processors for the network; by default all that the cgroup grants.
+        workers: processes that decode images; by default one for each processor, at most 8, and 1 where a cache
+            has decoded them.
+        threads: processors for the network; by default all that the cgroup grants. Ranks on one machine share both.
+        cache: where the squares of `recipe.cache_px` are kept: ram, device (the GPU), a folder, or auto (device or
+            ram). Nothing is cached where that is 0.
         checkpoint_every_s: also within an epoch; one is written after each epoch in any case.
 
     Raises:
         DataError, CheckpointError, InputError: see the messages.
         TrainingError: the loss is no longer finite, or a signal stopped the run (its state is saved).
     """
-    trainer = _Trainer(Path(data), recipe, Path(out), device, workers, threads, checkpoint_every_s, quiet)
-    return trainer.run(resume)
+    ranks = Ranks.from_environment()
+    chosen = _choose_device(device, ranks)
+    cpus = max(1, available_cpus() // ranks.local_world)
+    torch.set_num_threads(threads or cpus)
+    if recipe.batch_size % ranks.world:
+        raise InputError(
+            f"--batch-size {recipe.batch_size}: is shared by {ranks.world} processes and must be a multiple of that"
+        )
+    with join_group(chosen):
+        trainer = _Trainer(Path(data), recipe, Path(out), ranks, chosen, quiet or ranks.rank > 0)
+        with _together():
+            trainer.open_data(cache, min(8, cpus) if workers is None else workers, workers)
+        return trainer.run(resume, checkpoint_every_s)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """An error within the block ends all ranks, and one of them says it."""
+    error: RobustFeatError | None = None
+    try:
+        yield
+    except RobustFeatError as exc:
+        error = exc
+    raise_together(error)
 
 
 class _Trainer:
-    def __init__(
-        self,
-        data: Path,
-        recipe: Recipe,
-        out: Path,
-        device: str,
-        workers: int | None,
-        threads: int | None,
-        checkpoint_every_s: float,
-        quiet: bool,
-    ) -> None:
-        self.recipe, self.out, self.quiet = recipe, out, quiet
-        self.checkpoint_every_s = checkpoint_every_s
-        self.device = _choose_device(device)
-        cpus = available_cpus()
-        self.workers = min(8, cpus) if workers is None else workers
-        torch.set_num_threads(threads or cpus)
+    def __init__(self, data: Path, recipe: Recipe, out: Path, ranks: Ranks, device: torch.device, quiet: bool) -> None:
+        self.data, self.recipe, self.out, self.ranks, self.device, self.quiet = data, recipe, out, ranks, device, quiet
         self.progress = Progress("", 0, quiet=quiet)
+        self.epoch = self.step = self.global_step = 0
+        self.bad_images: dict[str, set[str]] = {"training": set(), "validation": set()}
+        self._note = ""
+        self._last_metrics: dict[str, Any] = {}
 
+    def open_data(self, cache: str, workers: int, workers_asked: int | None) -> None:
+        """Finds the images, their concepts, and room for the cache; no other rank is needed for it."""
+        recipe = self.recipe
         self.train_set, self.validation_set = open_training_data(
-            data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts
+            self.data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts
         )
         if len(self.train_set) < recipe.batch_size:
             raise DataError(
-                f"{data}: {len(self.train_set)} training images, fewer than one batch of {recipe.batch_size}; "
+                f"{self.data}: {len(self.train_set)} training images, fewer than one batch of {recipe.batch_size}; "
                 "pass a smaller --batch-size"
             )
         classes = self.train_set.classes
         class_counts = np.bincount(self.train_set.labels, minlength=len(classes))
         self.concepts = assign_concepts(recipe.concepts, classes, class_counts)
-        concept_counts = np.bincount(self.concepts.of_class, weights=class_counts, minlength=len(self.concepts.names))
         self.data_identity: dict[str, Any] = {
-            "root": str(data.resolve()),
+            "root": str(self.data.resolve()),
             "fingerprint": self.train_set.fingerprint,
             "images": len(self.train_set),
             "validation_images": len(self.validation_set),
         }
-
-        if recipe.precision == "fp32":
-            # Exact resume needs the same kernels each time, and fp32 means fp32.
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.allow_tf32 = False
-        torch.manual_seed(recipe.seed)
-        self.model = build_network(len(classes)).to(memory_format=torch.channels_last).to(self.device)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-        )
-        self.objective = create_objective(recipe, torch.from_numpy(concept_counts))
-        self.concept_of_class = torch.from_numpy(self.concepts.of_class).to(self.device)
-        contract = recipe.preprocessing()
-        self.mean = torch.tensor(contract.mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(contract.std, device=self.device).view(1, 3, 1, 1)
-        self.epoch = self.step = self.global_step = 0
-        self.bad_images: dict[str, set[str]] = {"training": set(), "validation": set()}
-
-    def run(self, resume: bool) -> TrainingResult:
-        if resume:
-            self._load()
-        elif (self.out / CHECKPOINT_NAME).exists() or (self.out / METRICS_NAME).exists():
-            raise CheckpointError(
-                f"{self.out}: holds a run already; pass --resume to go on with it or choose another --out"
-            )
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise InputError(f"--out {self.out}: cannot be made ({exc.strerror})") from exc
         self._introduce()
-        if not resume:
+        self.workers = workers
+        if recipe.cache_px:
+            place = ("device" if self.device.type == "cuda" else "ram") if cache == "auto" else cache
+            self.train_set = build_cache(
+                self.train_set,
+                recipe.cache_px,
+                place,
+                device=self.device,
+                workers=workers,
+                processes=self.ranks.local_world,
+                quiet=self.quiet,
+            )
+            self.workers = 1 if workers_asked is None else workers_asked
+
+    def run(self, resume: bool, checkpoint_every_s: float) -> TrainingResult:
+        with _together():
+            saved = self._find_checkpoint(resume)
+        self.train_step = TrainingStep(self.recipe, self.concepts, self.device, self.ranks)
+        if saved is not None:
+            self.train_step.load_state_dict({
+                name: getattr(saved, name) for name in ("model", "optimizer", "objective", "scaler")
+            })  # fmt: skip
+            self.epoch, self.step, self.global_step = saved.epoch, saved.step, saved.global_step
+            self._saved_step = self.global_step
+        self.journal = None
+        if self.ranks.rank == 0:
+            self.journal = Journal(self.out, self.global_step, self.concepts.names)
+        if saved is None:
             # At once: a run that is killed before its first epoch ends can then be resumed, too.
             self._save()
         accuracy = float("nan")
-        with _stop_on_signal() as stop:
-            while self.epoch < self.recipe.epochs:
-                accuracy = self._run_epoch(stop)
-        if np.isnan(accuracy):  # resumed after the last epoch
-            accuracy = self._validate()[1]
+        try:
+            with stop_on_signal() as stop:
+                while self.epoch < self.recipe.epochs:
+                    accuracy = self._run_epoch(stop, checkpoint_every_s)
+            if np.isnan(accuracy):  # resumed after the last epoch
+                accuracy = self._validate()[1]
+        finally:
+            if self.journal is not None:
+                self.journal.close()
+        if self.ranks.rank == 0:
+            draw_curves(self.out, self.concepts.names)
+            self.progress.say(f"{self.out / CURVES_NAME} shows loss, accuracy and the path of q")
         return TrainingResult(self.out, accuracy, tuple(sorted(set().union(*self.bad_images.values()))))
 
     def _introduce(self) -> None:
         recipe, say = self.recipe, self.progress.say
+        ranks = f" on {self.ranks.world} ranks" if self.ranks.world > 1 else ""
+        inner = f", inner pass {recipe.inner}" if recipe.inner != "full" else ""
         say(
             f"{len(self.train_set):,} training and {len(self.validation_set):,} validation images, "
             f"{len(self.train_set.classes)} classes, {len(self.concepts.names)} concepts; "
-            f"{recipe.method} on {self.device.type}, {recipe.precision}, {recipe.epochs} epochs"
+            f"{recipe.method} on {self.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs"
         )
         if self.concepts.empty:
             say(f"concepts without examples here, left out: {', '.join(self.concepts.empty)}")
 
-    def _run_epoch(self, stop: _Stop) -> float:
-        recipe, side = self.recipe, self.recipe.image_size(self.epoch)
+    def _run_epoch(self, stop: StopRequest, checkpoint_every_s: float) -> float:
+        recipe, side, replays = self.recipe, self.recipe.image_size(self.epoch), self.train_step.objective.replays
         batches = TrainingBatches(
             self.train_set,
             recipe.batch_size,
@@ -185,163 +212,274 @@ class _Trainer:
             seed=recipe.seed,
             epoch=self.epoch,
             min_crop_area=recipe.min_crop_area,
+            replays=replays,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
         )
-        steps = len(batches)
-        label = f"epoch {self.epoch + 1}/{recipe.epochs} at {side} px"
+        steps = batches.plan.steps
         self.progress = Progress(
-            label, steps * recipe.batch_size, start=self.step * recipe.batch_size, quiet=self.quiet
+            f"epoch {self.epoch + 1}/{recipe.epochs} at {side} px",
+            steps * recipe.batch_size,
+            start=self.step * recipe.batch_size,
+            quiet=self.quiet,
         )
         saved_at = time.monotonic()
-        window = _Window(self.device)
-        self.model.train()
-        for batch in load_batches(batches, self.workers, self.step):
-            self._note_failures(batch.failures, "training", len(self.train_set))
-            at = self.epoch + self.step / steps
-            if len(batch.labels) > 1:  # BatchNorm needs two
-                self._train_step(batch.images, batch.labels, at, window)
-            self.step += 1
-            self.global_step += 1
-            last = self.step == steps
-            due = time.monotonic() - saved_at > self.checkpoint_every_s
-            if last or due or stop.requested or self.global_step % _LOG_EVERY_STEPS == 0:
-                self._log_window(window, side, at)
-                window = _Window(self.device)
-            self.progress.advance(recipe.batch_size, self._note)
-            if (due or stop.requested) and not last:
-                self._save()
-                saved_at = time.monotonic()
-                stop.check(self.out)
+        window = Window(self.device)
+        self.train_step.train()
+        for batch in self._load(batches, range(self.step // replays, len(batches))):
+            due = time.monotonic() - saved_at > checkpoint_every_s
+            total, least, stopping, due = self._agree(batch, stop.requested, due, window)
+            times = min(replays, steps - self.step)
+            pixels = batch.pixels(self.device, side)
+            for replay in range(times):
+                at = self.epoch + self.step / steps
+                if least > 1:  # BatchNorm needs two
+                    self._train_step(batch, pixels, at, replay, total, window)
+                self.step += 1
+                self.global_step += 1
+                last = self.step == steps
+                saving = replay + 1 == times and (due or stopping)
+                if last or saving or self.global_step % _LOG_EVERY_STEPS == 0:
+                    self._log_window(window, side, at, steps)
+                    window = Window(self.device)
+                self.progress.advance(recipe.batch_size, self._note)
+                if saving and not last:
+                    self._save()
+                    saved_at = time.monotonic()
+                    if stopping:
+                        self._end_early()
         self.epoch, self.step = self.epoch + 1, 0
-        loss, accuracy = self._validate()
-        if not np.isfinite(loss):
-            raise self._diverged(f"the validation loss is {loss}")
-        self._log("epoch", epoch=self.epoch, validation_loss=round(loss, 5), validation_accuracy=round(accuracy, 5))
-        self.progress.finish(f"validation accuracy {accuracy:.2%}")
-        self._save()
-        if self.epoch < recipe.epochs:
-            stop.check(self.out)
+        accuracy = self._end_epoch()
+        if self.epoch < recipe.epochs and max(exchange(stop.requested)):
+            self._end_early()
         return accuracy
 
-    def _train_step(self, images: Tensor, labels: Tensor, epoch: float, window: _Window) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate(epoch)
-        # Methods that draw random numbers draw the same ones after a resume.
-        torch.manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
-        x, labels = self._to_input(images), labels.to(self.device, non_blocking=True)
-        concepts = self.concept_of_class[labels]
+    def _load(self, batches: TrainingBatches, numbers: range) -> Iterator[Batch]:
+        """Batches from decoding processes; on a GPU with a cache, whole squares that it crops itself."""
+        if isinstance(self.train_set, CachedSet) and self.device.type == "cuda":
+            return cached_batches(self.train_set, batches.plan, numbers, self.device)
+        return load_batches(batches, self.workers, numbers, pin=self.device.type == "cuda")
+
+    def _agree(self, batch: Batch, stop: bool, due: bool, window: Window) -> tuple[int, int, bool, bool]:
+        """What all ranks must know before a step: total and least size, whether to stop, whether to save.
+
+        Raises:
+            TrainingError: a loss was not finite. On a GPU that is looked at only when the window is logged.
+            DataError: too many images are bad.
+        """
+        bad = window.first_bad_step() if self.device.type == "cpu" else None
+        told = torch.tensor([
+            len(batch.labels), stop, due and self.ranks.rank == 0, len(batch.failures), bad is not None
+        ])  # fmt: skip
+        if self.ranks.world > 1:
+            parts = [torch.empty_like(told) for _ in range(self.ranks.world)]
+            distributed.all_gather(parts, told)
+        else:
+            parts = [told]
+        sizes, stops, dues, failures, diverged = torch.stack(parts).T.tolist()
+        if any(diverged):
+            self._check_finite(window)
+        if any(failures):
+            self._note_failures(batch.failures, "training", len(self.train_set))
+        return sum(sizes), min(sizes), any(stops), any(dues)
+
+    def _train_step(
+        self, batch: Batch, pixels: torch.Tensor, epoch: float, replay: int, total: int, window: Window
+    ) -> None:
         try:
-            with self._autocast():
-                x = self.objective.training_images(self.model, x, labels, epoch)
-                logits = self.model(x.contiguous(memory_format=torch.channels_last)).float()
-            losses = functional.cross_entropy(logits, labels, reduction="none")
-            loss = self.objective.training_loss(losses, concepts)
+            result = self.train_step(pixels, batch.labels, epoch, self.global_step, replay=replay, total=total)
         except DivergedError as exc:
-            raise self._diverged(str(exc)) from exc
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        window.add(losses, loss, logits, labels)
+            self._diverged(self.global_step, str(exc))
+        except torch.OutOfMemoryError as exc:
+            raise TrainingError(
+                f"the GPU's memory does not suffice for {len(pixels)} images of {pixels.shape[-1]} px in a step; "
+                "pass a smaller --batch-size, --precision bf16, or a --cache elsewhere"
+            ) from exc
+        window.add(result, self.global_step)
+
+    def _end_epoch(self) -> float:
+        """Validates, logs, recalibrates after the last epoch, saves."""
+        loss, accuracy = self._validate()
+        self._check_validation(loss)
+        self._write("epoch", epoch=self.epoch, validation_loss=round(loss, 5), validation_accuracy=round(accuracy, 5))
+        if self.epoch == self.recipe.epochs and self.recipe.recalibrate:
+            before = accuracy
+            self._recalibrate()
+            loss, accuracy = self._validate()
+            self._check_validation(loss)
+            numbers = {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
+            self._write("recalibrated", epoch=self.epoch, **numbers)
+            self.progress.say(f"BatchNorm recalibrated: validation accuracy {before:.2%} to {accuracy:.2%}")
+        self.progress.finish(f"validation accuracy {accuracy:.2%}")
+        self._save()
+        return accuracy
+
+    def _recalibrate(self) -> None:
+        recipe, side = self.recipe, self.recipe.image_size(self.recipe.epochs - 1)
+        batches = TrainingBatches(
+            self.train_set,
+            recipe.batch_size,
+            side,
+            seed=recipe.seed,
+            epoch=recipe.epochs,
+            min_crop_area=recipe.min_crop_area,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+        )
+        loaded = self._load(batches, range(min(recipe.recalibrate, len(batches))))
+        self.train_step.recalibrate(batch.pixels(self.device, side) for batch in loaded if len(batch.labels))
 
     def _validate(self) -> tuple[float, float]:
-        """Mean loss and accuracy on the validation images."""
-        contract: Preprocessing = self.recipe.preprocessing()
-        self.model.eval()
-        loss = correct = count = 0.0
-        with torch.no_grad():
-            for batch in load_batches(EvaluationBatches(self.validation_set, 256, contract), self.workers):
-                self._note_failures(batch.failures, "validation", len(self.validation_set))
-                labels = batch.labels.to(self.device)
-                with self._autocast():
-                    logits = self.model(self._to_input(batch.images)).float()
-                loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-                correct += float((logits.argmax(1) == labels).sum())
-                count += len(labels)
-        self.model.train()
+        """Mean loss and accuracy on the validation images; each rank counts its batches, and the sums are exact."""
+        contract = self.recipe.preprocessing()
+        batches = EvaluationBatches(self.validation_set, 256, contract)
+        numbers = range(self.ranks.rank, len(batches), self.ranks.world)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        failures: list[str] = []
+        self.train_step.network.eval()
+        for batch in load_batches(batches, self.workers, numbers, pin=self.device.type == "cuda"):
+            failures.extend(batch.failures)
+            if len(batch.labels):
+                loss, correct = self.train_step.evaluate(batch.pixels(self.device, contract.image_size), batch.labels)
+                sums += torch.stack([loss, correct.double(), torch.full_like(loss, len(batch.labels))])
+        self._note_failures(tuple(failures), "validation", len(self.validation_set))
+        loss_sum, correct_sum, count = sum_over_ranks(sums).tolist()
         if not count:
             raise DataError(f"{self.data_identity['root']}: none of the validation images can be decoded")
-        return loss / count, correct / count
-
-    def _to_input(self, images: Tensor) -> Tensor:
-        """(m, 3, S, S) uint8 on the CPU to the normalised input on the device."""
-        return (images.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+        return loss_sum / count, correct_sum / count
 
     def _note_failures(self, failures: tuple[str, ...], split: str, total: int) -> None:
+        """Names new bad images of any rank; a collective call."""
         bad = self.bad_images[split]
-        for line in failures:
+        for line in (line for lines in exchange(failures) for line in lines):
             if line not in bad:
                 bad.add(line)
                 self.progress.say(f"left out: {line}")
         if len(bad) > max(10, _MAX_BAD_SHARE * total):
-            raise DataError(
-                f"{len(bad)} {split} images cannot be decoded, over 1 % of {total}; "
-                f"first {min(bad)}; repair or remove them, then train again"
+            self._fail(
+                DataError(
+                    f"{len(bad)} {split} images cannot be decoded, over 1 % of {total}; "
+                    f"first {min(bad)}; repair or remove them, then train again"
+                )
             )
 
-    def _log_window(self, window: _Window, side: int, epoch: float) -> None:
-        numbers = window.numbers()
+    def _log_window(self, window: Window, side: int, epoch: float, steps: int) -> None:
+        self._check_finite(window)
+        numbers = window.numbers(self.ranks.world)
         if numbers is None:
             return
-        if not np.isfinite(numbers["objective"]):
-            raise self._diverged(f"the loss is {numbers['objective']}")
-        tau = getattr(self.objective, "tau", None)
-        self._note = f"loss {numbers['loss']:.3f}, accuracy {numbers['accuracy']:.1%}"
-        self._log(
+        objective = self.train_step.objective
+        told = objective.metrics()
+        self._last_metrics = {**numbers, **told}
+        note = [f"loss {numbers['loss']:.3f}", f"accuracy {numbers['accuracy']:.1%}"]
+        if "heaviest" in told:
+            note.append(
+                f"weights {told['weight_min']:.2f} {told['lightest']} to {told['weight_max']:.2f} {told['heaviest']}"
+            )
+        pixels = sum(self.recipe.image_size(later) ** 2 for later in range(self.epoch + 1, self.recipe.epochs)) * steps
+        left = pixels / side**2 + steps - self.step
+        note.append(f"run {clock(left * self.recipe.batch_size / max(numbers['images_per_s'], 1e-9))} left")
+        self._note = ", ".join(note)
+        self._write(
             "train",
             epoch=round(epoch, 5),
             image_size=side,
             lr=round(self.recipe.learning_rate(epoch), 8),
-            **({"tau": round(tau(side, epoch), 6)} if callable(tau) else {}),
+            tau=round(objective.tau(side, epoch), 6),
             **numbers,
-            **self.objective.metrics(),
+            **told,
         )
 
-    _note = ""
+    def _write(self, event: str, **numbers: Any) -> None:
+        if self.journal is not None:
+            self.journal.write(event, self.global_step, numbers)
 
-    def _log(self, event: str, **numbers: Any) -> None:
-        line = json.dumps({"event": event, "step": self.global_step, **numbers})
-        try:
-            with open(self.out / METRICS_NAME, "a", encoding="utf-8") as handle:
-                handle.write(line + "\n")
-        except OSError as exc:
-            raise InputError(
-                f"{self.out / METRICS_NAME}: cannot be written ({exc.strerror}); free space, then go on with --resume"
-            ) from exc
+    def _check_finite(self, window: Window) -> None:
+        """Ends all ranks when one saw a loss that is not finite; a collective call."""
+        steps = [step for step in exchange(window.first_bad_step()) if step is not None]
+        if steps:
+            self._diverged(min(steps), "the loss is not finite")
 
-    def _diverged(self, reason: str) -> TrainingError:
-        return TrainingError(
-            f"training diverged at step {self.global_step} ({reason}); "
-            "the last checkpoint is intact: try a smaller --lr or --tau, or a larger --lambda"
+    def _check_validation(self, loss: float) -> None:
+        if not np.isfinite(loss):
+            self._diverged(self.global_step, f"the validation loss is {loss}")
+
+    def _diverged(self, step: int, reason: str) -> NoReturn:
+        self._fail(
+            TrainingError(
+                f"training diverged at step {step} ({reason}); likely cause: {self._likely_cause()}. "
+                f"{self.out / CHECKPOINT_NAME} is intact, of step {self._saved_step}; start anew with the change, "
+                "in another --out"
+            )
         )
+
+    def _likely_cause(self) -> str:
+        recipe, last = self.recipe, self._last_metrics
+        if last.get("weight_max", 0) >= _HEAVY_WEIGHT:
+            return (
+                f"an example of concept {last.get('heaviest')} weighed {last['weight_max']:.1f} times as much as at "
+                "the start; try a larger --lambda or a smaller --lr"
+            )
+        if recipe.precision == "fp16":
+            return "numbers beyond fp16's range; try --precision bf16"
+        tau = self.train_step.objective.tau_at_224px
+        strong = f", or a smaller --tau than {tau:g}" if tau > 3 else ""
+        return f"a learning rate of {recipe.lr:g} is too high; try a smaller --lr{strong}"
+
+    def _fail(self, error: RobustFeatError) -> NoReturn:
+        """All ranks are here with the same error: rank 0 says it."""
+        raise_together(error)
+        raise error
+
+    def _end_early(self) -> NoReturn:
+        self._fail(TrainingError(f"stopped; {self.out / CHECKPOINT_NAME} is up to date: go on with --resume"))
 
     def _save(self) -> None:
-        save_checkpoint(
-            Checkpoint(
-                recipe=self.recipe.to_dict(),
-                data=self.data_identity,
-                classes=list(self.train_set.classes),
-                concepts=list(self.concepts.names),
-                concept_of_class=self.concepts.of_class.tolist(),
-                epoch=self.epoch,
-                step=self.step,
-                global_step=self.global_step,
-                model=self.model.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                objective=self.objective.state_dict(),
-            ),
-            self.out,
-        )
+        if self.ranks.rank == 0:
+            save_checkpoint(
+                Checkpoint(
+                    recipe=self.recipe.to_dict(),
+                    data=self.data_identity,
+                    classes=list(self.train_set.classes),
+                    concepts=list(self.concepts.names),
+                    concept_of_class=self.concepts.of_class.tolist(),
+                    epoch=self.epoch,
+                    step=self.step,
+                    global_step=self.global_step,
+                    **self.train_step.state_dict(),
+                ),
+                self.out,
+            )
+        self._saved_step = self.global_step
+        exchange(None)  # none goes on, and above all none ends, before the file is whole
 
-    def _load(self) -> None:
-        saved = load_checkpoint(self.out)
-        mine = self.recipe.to_dict()
-        changed = [name for name in mine if saved.recipe.get(name) != mine[name]]
+    def _find_checkpoint(self, resume: bool) -> Checkpoint | None:
+        """The checkpoint to go on from, if any; makes the run's folder."""
+        if resume:
+            saved = load_checkpoint(self.out)
+            self._require_the_same(saved)
+            return saved
+        if self.ranks.rank == 0:
+            if (self.out / CHECKPOINT_NAME).exists() or (self.out / METRICS_NAME).exists():
+                raise CheckpointError(
+                    f"{self.out}: holds a run already; pass --resume to go on with it or choose another --out"
+                )
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise InputError(f"--out {self.out}: cannot be made ({exc.strerror})") from exc
+            with new_file(self.out / RECIPE_NAME) as partial:
+                partial.write_text(self.recipe.to_toml(), "utf-8")
+        return None
+
+    def _require_the_same(self, saved: Checkpoint) -> None:
+        # Through a recipe: a key that is newer than the checkpoint has its default there.
+        then, now = Recipe.from_dict(saved.recipe).to_dict(), self.recipe.to_dict()
+        changed = [name for name in now if then[name] != now[name]]
         if changed:
             name = changed[0]
             raise CheckpointError(
-                f"{self.out}: was trained with {name} = {saved.recipe.get(name)}, now it is {mine[name]}; "
+                f"{self.out}: was trained with {name} = {then[name]}, now it is {now[name]}; "
                 "resume with the same options or choose another --out"
             )
         if (
@@ -352,94 +490,21 @@ class _Trainer:
                 f"{self.out}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) "
                 "or concepts; resume with the same or choose another --out"
             )
-        self.model.load_state_dict(saved.model)
-        self.optimizer.load_state_dict(saved.optimizer)
-        self.objective.load_state_dict(saved.objective)
-        self.epoch, self.step, self.global_step = saved.epoch, saved.step, saved.global_step
-        self._forget_later_metrics()
-
-    def _forget_later_metrics(self) -> None:
-        """Drops the lines written after the checkpoint; those steps are made again."""
-        file = self.out / METRICS_NAME
-        if not file.exists():
-            return
-        kept = []
-        for line in file.read_text("utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] > self.global_step:
-                    break
-            except ValueError:  # a line cut short by the kill
-                break
-            kept.append(line + "\n")
-        with new_file(file) as partial:
-            partial.write_text("".join(kept), "utf-8")
 
 
-class _Window:
-    """Sums over the steps between two log lines, kept on the device so that no step waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, device=device, dtype=torch.float64)
-        self._images = self._steps = 0
-        self._began = time.monotonic()
-
-    def add(self, losses: Tensor, objective: Tensor, logits: Tensor, labels: Tensor) -> None:
-        correct = (logits.detach().argmax(1) == labels).sum()
-        self._sums += torch.stack([losses.detach().sum().double(), objective.detach().double(), correct.double()])
-        self._images += len(labels)
-        self._steps += 1
-
-    def numbers(self) -> dict[str, float] | None:
-        """Means over the window: unweighted loss, what was descended, accuracy, speed."""
-        if not self._steps:
-            return None
-        loss, objective, correct = self._sums.tolist()
-        return {
-            "loss": round(loss / self._images, 5),
-            "objective": round(objective / self._steps, 5),
-            "accuracy": round(correct / self._images, 5),
-            "images_per_s": round(self._images / max(time.monotonic() - self._began, 1e-9), 1),
-        }
-
-
-class _Stop:
-    """A request to stop after the current step."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def check(self, out: Path) -> None:
-        if self.requested:
-            raise TrainingError(f"stopped; {out / CHECKPOINT_NAME} is up to date: go on with --resume")
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM let the step finish and the checkpoint be written; a second one ends at once."""
-    stop = _Stop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-        signal.signal(number, before[signal.Signals(number)])
-
-    try:
-        for number in before:
-            signal.signal(number, request)
-    except ValueError:  # not the main thread: the caller handles signals
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _choose_device(name: str) -> torch.device:
+def _choose_device(name: str, ranks: Ranks) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError("--device cuda: PyTorch sees no GPU; check the driver, or pass --device cpu")
     if name not in {"auto", "cpu", "cuda"}:
         raise InputError(f"--device {name}: expected auto, cpu or cuda")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"--nproc-per-node {ranks.local_world}: this machine has {torch.cuda.device_count()} GPUs; start one "
+            "process for each, or pass --device cpu"
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    return device

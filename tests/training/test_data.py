@@ -142,7 +142,7 @@ def test_training_batches_do_not_depend_on_workers_or_start(dataset: Path) -> No
     batches = TrainingBatches(train, 6, 24, seed=1, epoch=2)
     alone = list(load_batches(batches, 0))
     workers = list(load_batches(batches, 2))
-    later = list(load_batches(batches, 1, start=3))
+    later = list(load_batches(batches, 1, range(3, 5)))
     assert len(alone) == len(workers) == 5
     for a, b in zip(alone, workers, strict=True):
         assert a.images.equal(b.images)
@@ -153,7 +153,7 @@ def test_training_batches_do_not_depend_on_workers_or_start(dataset: Path) -> No
 
 def test_an_epoch_shows_each_image_once_and_the_next_in_another_order(dataset: Path) -> None:
     train, _ = open_training_data(dataset)
-    orders = [TrainingBatches(train, 6, 24, seed=1, epoch=epoch)._order.tolist() for epoch in (0, 1)]
+    orders = [TrainingBatches(train, 6, 24, seed=1, epoch=epoch).plan.order.tolist() for epoch in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(30))
     assert orders[0] != orders[1]
 
@@ -182,7 +182,7 @@ def test_a_damaged_image_leaves_its_neighbours_as_they_are(dataset: Path, tmp_pa
     train, _ = open_training_data(root)
     batches = TrainingBatches(train, 6, 24, seed=1, epoch=0)
     whole = batches[0]
-    victim = int(batches._order[2])
+    victim = int(batches.plan.order[2])
     (root / "train" / train.source.name(victim)).write_bytes(b"junk")
     broken = batches[0]
     assert len(broken.labels) == 5

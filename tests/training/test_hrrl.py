@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.hrrl import ConceptAdversary, perturb, project_simplex
 from robustfeat.training.network import build_network
-from robustfeat.training.objective import Objective
+from robustfeat.training.objective import Objective, StepBatch
 from robustfeat.training.recipe import Recipe
 
 COUNTS = torch.tensor([5000, 120, 33000, 777, 1])
@@ -207,18 +208,19 @@ def test_h_of_s_peaks_where_figure_2_says() -> None:
 def test_huge_lambda_without_perturbation_is_plain_sgd_bit_for_bit(network: nn.Module) -> None:
     plain = copy.deepcopy(network)
     recipe = Recipe(tau=0.0, lam=1e12)
-    counts = torch.tensor([500, 300, 11])
-    objective = Objective(recipe, counts)
+    concepts_of = ConceptMap(("a", "b", "c"), np.arange(7) % 3, np.array([300, 200, 11, 100, 100, 0, 100]))
+    objective = Objective(recipe, concepts_of)
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4) for n in (network, plain)]
     generator = torch.Generator().manual_seed(9)
     for step in range(8):
         x = torch.randn(12, 3, 32, 32, generator=generator)
         y = torch.randint(0, 7, (12,), generator=generator)
         concepts = y % 3
-        losses = functional.cross_entropy(network(objective.training_images(network, x, y, step)), y, reduction="none")
+        batch = StepBatch(x, y, concepts, step, len(y))
+        losses = functional.cross_entropy(network(objective.training_images(network, batch)), y, reduction="none")
         assert torch.equal(objective.adversary.weights(concepts), torch.ones(12))
         optimizers[0].zero_grad()
-        objective.training_loss(losses, concepts).backward()
+        objective.training_loss(losses, batch).backward()
         optimizers[0].step()
         optimizers[1].zero_grad()
         functional.cross_entropy(plain(x), y, reduction="none").mean().backward()

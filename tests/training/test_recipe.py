@@ -58,7 +58,7 @@ def test_a_recipe_file_is_read(tmp_path: Path) -> None:
         ("epochs = 2.5", "epochs must be a whole number from 1"),
         ("parts = 0", "parts must be a whole number >= 1"),
         ("nesterov = true\nmomentum = 0", "nesterov needs a momentum"),
-        ("schedule = 'cosine'", "schedule must be step or linear"),
+        ("schedule = 'cosine'", "schedule must be one of step, linear"),
         ("image_sizes = [[1, 32]]", "must start at epoch 0"),
         ("lr = ", "not valid TOML"),
     ],

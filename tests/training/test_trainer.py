@@ -20,7 +20,7 @@ from robustfeat.errors import CheckpointError, DataError, TrainingError
 from robustfeat.training.checkpoint import load_checkpoint
 from robustfeat.training.data import TrainingBatches, open_training_data
 from robustfeat.training.network import build_network
-from robustfeat.training.objective import Objective
+from robustfeat.training.objective import Objective, StepBatch
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.trainer import train
 from tests.conftest import ROOT, Run, train_arguments
@@ -114,13 +114,11 @@ def test_training_learns(dataset: Path, tmp_path: Path) -> None:
 class Doubled(Objective):
     """A researcher's own: the images as they are, twice the loss."""
 
-    def training_images(
-        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epoch: float
-    ) -> torch.Tensor:
-        return images
+    def training_images(self, model: nn.Module, batch: StepBatch) -> torch.Tensor:
+        return batch.images
 
-    def training_loss(self, losses: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
-        return 2 * losses.mean()
+    def training_loss(self, losses: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        return batch.mean(2 * losses)
 
 
 def test_a_method_of_ones_own_is_used(dataset: Path, tmp_path: Path) -> None:

@@ -1,7 +1,18 @@
 """Training sets, and the batches made of them."""
 
 from robustfeat.training.data.batches import Batch, EvaluationBatches, TrainingBatches, load_batches
+from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
 
-__all__ = ["Batch", "EvaluationBatches", "ImageSet", "TrainingBatches", "load_batches", "open_training_data"]
+__all__ = [
+    "Batch",
+    "CachedSet",
+    "EvaluationBatches",
+    "ImageSet",
+    "TrainingBatches",
+    "build_cache",
+    "cached_batches",
+    "load_batches",
+    "open_training_data",
+]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,40 +17,115 @@ from torch.utils.data import DataLoader, Dataset
 
 from robustfeat.errors import DecodeError, TrainingError
 from robustfeat.hub.preprocessing import Preprocessing, resize_and_crop
+from robustfeat.training.data.crops import crop_boxes, crop_squares
 from robustfeat.training.data.image_set import ImageSet
 
-__all__ = ["Batch", "EvaluationBatches", "TrainingBatches", "load_batches"]
+__all__ = ["Batch", "EpochPlan", "EvaluationBatches", "TrainingBatches", "collect", "load_batches"]
+
+Item = TypeVar("Item")
+Number = TypeVar("Number", np.int64, np.float64)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch, on the CPU.
+    """One batch, or a rank's part of it.
 
     Attributes:
-        images: (m, 3, S, S) uint8, channels last in memory.
+        images: (m, 3, S, S) uint8, channels last in memory; with `boxes` (m, 3, P, P), not cropped yet.
         labels: (m,) int64.
         failures: a line for each image that could not be decoded; such images are left out of the batch.
+        boxes, flips: what `crop_squares` cuts out of `images`, where that is still to be done.
     """
 
     images: Tensor
     labels: Tensor
     failures: tuple[str, ...] = ()
+    boxes: Tensor | None = None
+    flips: Tensor | None = None
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from while the CPU goes on."""
+
+        def pinned(values: Tensor) -> Tensor:
+            return values if values.is_cuda else values.pin_memory()
+
+        boxes, flips = (None if part is None else pinned(part) for part in (self.boxes, self.flips))
+        return Batch(pinned(self.images), pinned(self.labels), self.failures, boxes, flips)
+
+    def pixels(self, device: torch.device, side: int) -> Tensor:
+        """(m, 3, side, side) float32 from 0 to 255 on the device, cropped."""
+        images = self.images.to(device, non_blocking=True)
+        if self.boxes is None or self.flips is None:
+            return images.float()
+        boxes, flips = (part.to(device, non_blocking=True) for part in (self.boxes, self.flips))
+        return crop_squares(images.permute(0, 2, 3, 1), boxes, flips, side)
 
 
-def _collect(
+class EpochPlan:
+    """Which images an epoch's batches hold, and how they are cropped: nothing but seed, epoch and number decide.
+
+    Args:
+        data: the images.
+        batch_size: of all ranks together.
+        replays: how many steps use each batch; an epoch is N / batch_size steps in any case, and so many epochs
+            together show every image once.
+        rank, world: of each batch, this rank's part.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        min_crop_area: float = 0.08,
+        replays: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._batch_size, self._seed, self._epoch = batch_size, seed, epoch
+        self._min_crop_area, self._rank, self._world = min_crop_area, rank, world
+        self.order = np.random.default_rng([seed, epoch // replays]).permutation(len(data))
+        self.steps = len(self.order) // batch_size
+        self.batches = math.ceil(self.steps / replays)
+        self._first = epoch % replays * self.batches
+
+    def rows(self, number: int) -> NDArray[np.int64]:
+        """This rank's rows of the batch `number` of the epoch."""
+        start = (self._first + number) % self.steps * self._batch_size
+        return self._part(self.order[start : start + self._batch_size])
+
+    def draws(self, number: int) -> NDArray[np.float64]:
+        """(m, 5) from [0, 1) for the same rows: four for the box, one for the flip."""
+        rng = np.random.default_rng([self._seed, self._epoch, number])
+        return self._part(rng.random((self._batch_size, 5)))
+
+    def crops(
+        self, draws: NDArray[np.float64], sizes: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """(m, 4) boxes in pixels and (m,) flips for images of these (m, 2) sizes."""
+        return crop_boxes(draws[:, :4], sizes, self._min_crop_area), draws[:, 4] < 0.5
+
+    def _part(self, values: NDArray[Number]) -> NDArray[Number]:
+        size = self._batch_size // self._world
+        return values[self._rank * size : (self._rank + 1) * size]
+
+
+def collect(
     data: ImageSet,
-    indices: NDArray[np.int64],
+    rows: NDArray[np.int64],
     view: Callable[[Image.Image, int], NDArray[np.uint8]],
     side: int,
 ) -> Batch:
-    """`view` maps an image and its place in the batch to (side, side, 3)."""
-    squares = np.empty((len(indices), side, side, 3), np.uint8)
+    """These rows; `view` maps an image and its place in the batch to (side, side, 3)."""
+    squares = np.empty((len(rows), side, side, 3), np.uint8)
     kept: list[int] = []
     failures: list[str] = []
-    for place, index in enumerate(indices):
+    for place, row in enumerate(rows):
         try:
-            squares[len(kept)] = view(data.image(int(index)), place)
-            kept.append(int(index))
+            squares[len(kept)] = view(data.image(int(row)), place)
+            kept.append(int(row))
         except DecodeError as exc:
             failures.append(str(exc))
     images = torch.from_numpy(squares[: len(kept)]).permute(0, 3, 1, 2)
@@ -57,41 +133,58 @@ def _collect(
 
 
 class TrainingBatches(Dataset[Batch]):
-    """The batches of one epoch: item `step` is a whole batch, shuffled, cropped and flipped.
+    """The batches of one epoch: each is decoded, cropped and flipped when it is asked for.
 
-    What item `step` holds follows from seed, epoch and step alone, whatever the number of workers, so a resumed
+    What an item holds follows from seed, epoch and its number alone, whatever the number of workers, so a resumed
     run sees the batches that the unbroken one saw. The last, smaller batch of an epoch is left out.
 
     Args:
+        data, batch_size, seed, epoch, min_crop_area, replays, rank, world: see `EpochPlan`.
         side: S, the side of the square crops in pixels.
-        min_crop_area: crops cover between this share and all of an image's area, at aspect ratios 3/4 to 4/3.
     """
 
     def __init__(
-        self, data: ImageSet, batch_size: int, side: int, *, seed: int, epoch: int, min_crop_area: float = 0.08
+        self,
+        data: ImageSet,
+        batch_size: int,
+        side: int,
+        *,
+        seed: int,
+        epoch: int,
+        min_crop_area: float = 0.08,
+        replays: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self._data, self._batch_size, self._side = data, batch_size, side
-        self._seed, self._epoch, self._min_crop_area = seed, epoch, min_crop_area
-        self._order = np.random.default_rng([seed, epoch]).permutation(len(data))
+        self._data, self._side = data, side
+        self.plan = EpochPlan(
+            data,
+            batch_size,
+            seed=seed,
+            epoch=epoch,
+            min_crop_area=min_crop_area,
+            replays=replays,
+            rank=rank,
+            world=world,
+        )
 
     def __len__(self) -> int:
-        return len(self._order) // self._batch_size
+        return self.plan.batches
 
-    def __getitem__(self, step: int) -> Batch:
-        indices = self._order[step * self._batch_size : (step + 1) * self._batch_size]
-        rng = np.random.default_rng([self._seed, self._epoch, step])
-        draws = rng.random((len(indices), 5))
-        return _collect(self._data, indices, lambda image, place: self._crop(image, draws[place]), self._side)
+    def __getitem__(self, number: int) -> Batch:
+        draws = self.plan.draws(number)
+        rows = self.plan.rows(number)
+        return collect(
+            self._data, rows, lambda image, place: self._crop(image, int(rows[place]), draws[place]), self._side
+        )
 
-    def _crop(self, image: Image.Image, draw: NDArray[np.float64]) -> NDArray[np.uint8]:
-        width, height = image.size
-        area = height * width * (self._min_crop_area + (1 - self._min_crop_area) * draw[0])
-        ratio = math.exp((2 * draw[1] - 1) * math.log(4 / 3))
-        w, h = min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)
-        left, top = draw[2] * (width - w), draw[3] * (height - h)
+    def _crop(self, image: Image.Image, row: int, draw: NDArray[np.float64]) -> NDArray[np.uint8]:
+        original = self._data.original_size(row) or image.size
+        boxes, flips = self.plan.crops(draw[None], np.array([original]))
+        left, top, w, h = boxes[0] * np.tile(np.divide(image.size, original), 2)
         size = (self._side, self._side)
         square = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)))
-        return square[:, ::-1] if draw[4] < 0.5 else square
+        return square[:, ::-1] if flips[0] else square
 
 
 class EvaluationBatches(Dataset[Batch]):
@@ -103,29 +196,34 @@ class EvaluationBatches(Dataset[Batch]):
     def __len__(self) -> int:
         return math.ceil(len(self._data) / self._batch_size)
 
-    def __getitem__(self, step: int) -> Batch:
-        stop = min((step + 1) * self._batch_size, len(self._data))
-        indices = np.arange(step * self._batch_size, stop)
+    def __getitem__(self, number: int) -> Batch:
+        stop = min((number + 1) * self._batch_size, len(self._data))
+        rows = np.arange(number * self._batch_size, stop)
         contract = self._contract
-        return _collect(self._data, indices, lambda image, _: resize_and_crop(image, contract), contract.image_size)
+        return collect(self._data, rows, lambda image, _: resize_and_crop(image, contract), contract.image_size)
 
 
-def load_batches(batches: Dataset[Batch], workers: int, start: int = 0) -> Iterator[Batch]:
-    """Items `start` onwards in order, prepared by `workers` processes (0: in this one).
+def load_batches(
+    batches: Dataset[Item], workers: int, numbers: Sequence[int] | None = None, *, pin: bool = False
+) -> Iterator[Item]:
+    """The items of these numbers (all by default) in order, prepared by `workers` processes (0: in this one).
+
+    Args:
+        pin: hand them over in pinned memory, for a GPU.
 
     Raises:
         TrainingError: a worker died.
     """
-    steps = range(start, len(batches))  # type: ignore[arg-type]
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=steps,
+        sampler=range(len(batches)) if numbers is None else numbers,  # type: ignore[arg-type]
         num_workers=workers,
         # Forked workers share the images in memory; other start methods would copy them into each.
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals_to_the_parent,
+        pin_memory=pin,
     )
     try:
         yield from loader

@@ -56,6 +56,10 @@ class ImageSet:
         except (DecodeError, OSError) as exc:
             raise DecodeError(f"{self.source.name(index)}: {exc}") from exc
 
+    def original_size(self, index: int) -> tuple[int, int] | None:
+        """Width and height before `image` was brought to another shape; None where it was not."""
+        return None
+
     def subset(self, indices: NDArray[np.int64]) -> ImageSet:
         """These rows, in this order."""
         digest = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()

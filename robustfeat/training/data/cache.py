@@ -1,0 +1,279 @@
+"""Training images decoded once: squares of uint8 in memory, in a memory-mapped file, or on the GPU.
+
+An image is kept whole, resized to a square without regard to its proportions; crops are drawn in its own proportions
+and undo that. Images that are such squares already are kept as they are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from robustfeat.errors import DataError, DecodeError, InputError
+from robustfeat.files import new_file
+from robustfeat.progress import Progress
+from robustfeat.serving.memory import available_memory
+from robustfeat.training.data.batches import Batch, EpochPlan, load_batches
+from robustfeat.training.data.image_set import ImageSet
+
+__all__ = ["CachedSet", "build_cache", "cached_batches"]
+
+_FORMAT_VERSION = 1
+_BLOCK_BYTES = 2**25
+_SHARE_OF_FREE = 0.9
+
+
+@dataclass(frozen=True)
+class CachedSet(ImageSet):
+    """An `ImageSet` whose images need no decoding.
+
+    Attributes:
+        squares: (N, P, P, 3) uint8; those of bad images are zero.
+        sizes: (N, 2) int32, width and height before.
+        bad: rows that could not be decoded, and why.
+    """
+
+    squares: Tensor = field(repr=False)
+    sizes: NDArray[np.int32] = field(repr=False)
+    bad: dict[int, str]
+
+    def image(self, index: int) -> Image.Image:
+        """RGB, P x P.
+
+        Raises:
+            DecodeError: it could not be decoded when the cache was filled.
+        """
+        if index in self.bad:
+            raise DecodeError(self.bad[index])
+        return Image.fromarray(self.squares[index].numpy())
+
+    def original_size(self, index: int) -> tuple[int, int]:
+        """Width and height of the image itself."""
+        width, height = self.sizes[index]
+        return int(width), int(height)
+
+
+@dataclass(frozen=True)
+class _Block:
+    squares: NDArray[np.uint8]
+    sizes: NDArray[np.int32]
+    bad: dict[int, str]
+
+
+class _Blocks(Dataset[_Block]):
+    """All images in order, decoded, so many at once."""
+
+    def __init__(self, data: ImageSet, side: int) -> None:
+        self._data, self._side = data, side
+        self.rows = max(16, _BLOCK_BYTES // (side * side * 3))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._data) / self.rows)
+
+    def __getitem__(self, number: int) -> _Block:
+        rows = range(number * self.rows, min((number + 1) * self.rows, len(self._data)))
+        block = _Block(np.zeros((len(rows), self._side, self._side, 3), np.uint8), np.ones((len(rows), 2), "i4"), {})
+        for place, row in enumerate(rows):
+            try:
+                image = self._data.image(row)
+            except DecodeError as exc:
+                block.bad[row] = str(exc)
+                continue
+            block.sizes[place] = image.size
+            if image.size != (self._side, self._side):
+                image = image.resize((self._side, self._side), Image.Resampling.BICUBIC)
+            block.squares[place] = np.asarray(image)
+        return block
+
+
+def build_cache(
+    data: ImageSet,
+    side: int,
+    place: str,
+    *,
+    device: torch.device,
+    workers: int = 0,
+    processes: int = 1,
+    quiet: bool = False,
+) -> CachedSet:
+    """Decodes every image of `data` once.
+
+    Args:
+        side: P.
+        place: `ram`, `device` (the GPU), or a folder for memory-mapped files, which later runs and other processes
+            of this machine share; a run that is killed while it fills one goes on where it stopped.
+        device: the network's.
+        workers: processes that decode.
+        processes: how many processes of this machine fill a cache of their own, for `ram`.
+
+    Raises:
+        DataError: there is not enough room, which is said before anything is decoded.
+        InputError: `place` is `device` and there is no GPU, or no folder that can be written.
+    """
+    need = len(data) * (side * side * 3 + 8)
+    if place == "device":
+        if device.type != "cuda":
+            raise InputError("--cache device: training runs on the CPU; pass --cache ram or a folder")
+        _require_room(need, torch.cuda.mem_get_info(device)[0], "GPU memory", len(data), side)
+    elif place == "ram":
+        _require_room(need * processes, available_memory(), "memory", len(data), side)
+    else:
+        return _build_file(data, side, Path(place), workers, quiet)
+    squares = torch.empty((len(data), side, side, 3), dtype=torch.uint8, device=device if place == "device" else "cpu")
+    sizes, bad = np.ones((len(data), 2), np.int32), {}
+    for first, block in _decode(data, side, workers, 0, quiet):
+        last = first + len(block.sizes)
+        squares[first:last] = torch.from_numpy(block.squares)
+        sizes[first:last] = block.sizes
+        bad.update(block.bad)
+    return _cached(data, squares, sizes, bad)
+
+
+def _cached(data: ImageSet, squares: Tensor, sizes: NDArray[np.int32], bad: dict[int, str]) -> CachedSet:
+    return CachedSet(data.classes, data.labels, data.source, data.fingerprint, squares, sizes, bad)
+
+
+def _decode(data: ImageSet, side: int, workers: int, done: int, quiet: bool) -> Iterator[tuple[int, _Block]]:
+    progress = Progress("decoding to the cache", len(data), start=done, quiet=quiet)
+    blocks = _Blocks(data, side)
+    first = done // blocks.rows
+    for number, block in enumerate(load_batches(blocks, workers, range(first, len(blocks))), first):
+        yield number * blocks.rows, block
+        progress.advance(len(block.sizes))
+    progress.finish()
+
+
+def _require_room(need: int, free: int | None, what: str, images: int, side: int) -> None:
+    if free is not None and need > _SHARE_OF_FREE * free:
+        fitting = int((_SHARE_OF_FREE * free / need) ** 0.5 * side)
+        raise DataError(
+            f"the cache of {images:,} images of {side} px needs {need / 1e9:.1f} GB of {what} and {free / 1e9:.1f} GB "
+            f"are free; pass --cache FOLDER on a disk with room, --cache-px {fitting} or less, or --cache-px 0 to "
+            "decode each time"
+        )
+
+
+def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bool) -> CachedSet:
+    """The cache as files in `folder`: NAME.u8 (squares, then sizes) and NAME.json (how far it is, and what is bad)."""
+    key = {"format_version": _FORMAT_VERSION, "fingerprint": data.fingerprint, "side": side, "images": len(data)}
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    file, state_file = folder / f"{name}.u8", folder / f"{name}.json"
+    pixels = side * side * 3
+    size = len(data) * (pixels + 8)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f"{name}.lock"):
+            state = _read_state(state_file, key)
+            if state is None or not file.exists() or file.stat().st_size != size:
+                file.unlink(missing_ok=True)
+                _require_room(size, shutil.disk_usage(folder).free, f"{folder}", len(data), side)
+                with open(file, "wb") as handle:
+                    # Taken now: a full disk under a memory map would be a signal, not an error.
+                    os.posix_fallocate(handle.fileno(), 0, size)
+                state = {**key, "done": 0, "bad": {}}
+            if state["done"] < len(data):
+                _fill_file(data, side, file, state, state_file, workers, quiet)
+    except OSError as exc:
+        raise InputError(
+            f"--cache {folder}: cannot be written ({exc.strerror or exc}); free space or choose another folder"
+        ) from exc
+    whole = np.memmap(file, np.uint8, "c")  # pages of our own where written, which nothing does
+    squares = whole[: len(data) * pixels].reshape(len(data), side, side, 3)
+    sizes = whole[len(data) * pixels :].view(np.int32).reshape(len(data), 2)
+    return _cached(data, torch.from_numpy(squares), sizes, {int(row): line for row, line in state["bad"].items()})
+
+
+def _fill_file(
+    data: ImageSet, side: int, file: Path, state: dict[str, Any], state_file: Path, workers: int, quiet: bool
+) -> None:
+    pixels = side * side * 3
+    with open(file, "r+b") as handle:
+        for first, block in _decode(data, side, workers, state["done"], quiet):
+            for values, offset in ((block.squares, first * pixels), (block.sizes, len(data) * pixels + first * 8)):
+                handle.seek(offset)
+                handle.write(values.tobytes())
+            handle.flush()
+            os.fsync(handle.fileno())
+            state["done"] = first + len(block.sizes)
+            state["bad"] |= {str(row): line for row, line in block.bad.items()}
+            with new_file(state_file) as partial:
+                partial.write_text(json.dumps(state), "utf-8")
+
+
+def _read_state(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        state = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(state, dict) and {"done", "bad"} <= state.keys()
+    return state if whole and key.items() <= state.items() else None
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """One process at a time fills a cache; the others wait and then find it."""
+    with open(file, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def cached_batches(data: CachedSet, plan: EpochPlan, numbers: range, device: torch.device) -> Iterator[Batch]:
+    """Whole squares and their boxes, to be cropped on the GPU; a thread prepares the next while one is used."""
+
+    def prepare(number: int) -> Batch:
+        rows, draws = plan.rows(number), plan.draws(number)
+        failures = tuple(data.bad[int(row)] for row in rows if int(row) in data.bad)
+        if failures:
+            good = np.array([int(row) not in data.bad for row in rows])
+            rows, draws = rows[good], draws[good]
+        sizes = data.sizes[rows].astype(np.int64)
+        boxes, flips = plan.crops(draws, sizes)
+        index = torch.from_numpy(rows)
+        if data.squares.is_cuda:
+            index = index.pin_memory().to(data.squares.device, non_blocking=True)
+        batch = Batch(
+            data.squares.index_select(0, index).permute(0, 3, 1, 2),
+            torch.from_numpy(data.labels[rows]),
+            failures,
+            torch.from_numpy(boxes / np.tile(sizes, 2)).float(),
+            torch.from_numpy(flips),
+        )
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    yield from _prefetched(prepare, numbers)
+
+
+def _prefetched(prepare: Callable[[int], Batch], numbers: range) -> Iterator[Batch]:
+    queue: Queue[Batch | BaseException | None] = Queue(2)
+
+    def work() -> None:
+        try:
+            for number in numbers:
+                queue.put(prepare(number))
+            queue.put(None)
+        except BaseException as exc:
+            queue.put(exc)
+
+    Thread(target=work, daemon=True).start()
+    while (item := queue.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item

@@ -1,0 +1,129 @@
+"""Data parallelism: the processes that torchrun starts, one group, and sums that are the same bits on each of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from robustfeat.errors import InputError, RobustFeatError, TrainingError, first_line
+
+__all__ = ["Ranks", "exchange", "join_group", "raise_together", "sum_over_ranks"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together.
+
+    Attributes:
+        rank, world: its number, and how many there are.
+        local_rank, local_world: the same on this machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """As torchrun tells it; alone without torchrun.
+
+        Raises:
+            InputError: a variable that torchrun sets is no number.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return cls()
+        values = [os.environ.get(name, default) for name, default in zip(names, "0101", strict=True)]
+        try:
+            return cls(*map(int, values))
+        except ValueError:
+            raise InputError(f"{', '.join(names)}: expected numbers, as torchrun sets; got {values}") from None
+
+
+@contextmanager
+def join_group(device: torch.device) -> Iterator[Ranks]:
+    """Joins the other processes of a torchrun: gloo for what lies on the CPU, NCCL for what lies on GPUs.
+
+    Raises:
+        TrainingError: the others cannot be reached.
+    """
+    ranks = Ranks.from_environment()
+    if ranks.world == 1:
+        yield ranks
+        return
+    try:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as exc:
+        raise TrainingError(
+            f"rank {ranks.rank} of {ranks.world} cannot join the others ({first_line(exc)}); "
+            "start it with torchrun, which sets MASTER_ADDR and MASTER_PORT"
+        ) from exc
+    try:
+        yield ranks
+    except RobustFeatError as exc:
+        raise exc if ranks.rank == 0 else type(exc)(f"rank {ranks.rank}: {exc}") from exc
+    except RuntimeError as exc:
+        if not any(sign in str(exc) for sign in _LOST_PEER):
+            raise
+        raise TrainingError(
+            f"rank {ranks.rank} lost another one ({first_line(exc)}); what that one said tells why: "
+            "mend it, then go on with --resume"
+        ) from exc
+    finally:
+        distributed.destroy_process_group()
+
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
+
+
+def raise_together(error: RobustFeatError | None) -> None:
+    """Ends all ranks when one of them has an error; a collective call, so that none waits for one that is gone.
+
+    Raises:
+        RobustFeatError: `error`, on the first rank that has one. The others end with exit code 1 and say nothing.
+    """
+    failed = [rank for rank, message in enumerate(exchange(error and str(error))) if message is not None]
+    if failed:
+        if error is not None and (not distributed.is_initialized() or failed[0] == distributed.get_rank()):
+            raise error
+        sys.exit(1)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks; `values` itself outside of a group.
+
+    Every rank adds the same numbers in the order of the ranks, so the results are the same bits, whatever route the
+    backend takes: q must not drift apart.
+
+    Args:
+        values: of the same shape on each rank.
+    """
+    if not distributed.is_initialized():
+        return values
+    values = values.contiguous()
+    gathered = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, values)
+    total = gathered[0]
+    for part in gathered[1:]:
+        total = total + part
+    return total
+
+
+def exchange(value: Any) -> list[Any]:
+    """Each rank's `value`, in the order of the ranks; small, picklable, of our own processes alone."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values

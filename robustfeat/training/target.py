@@ -1,0 +1,81 @@
+"""The reference distribution q0 of a target task, from unlabelled images of it: the future work of the paper."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from robustfeat.errors import DataError, ModelFolderError, first_line
+from robustfeat.hub.catalog import resolve_model
+from robustfeat.hub.folder import TRAINING, WEIGHTS
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.input_list import InputList
+from robustfeat.serving.inputs import list_inputs
+from robustfeat.training.concepts import assign_concepts
+
+__all__ = ["estimate_reference"]
+
+_BATCH = 64
+
+
+def _batches(listed: InputList) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    for image in listed:
+        try:
+            batch.append(image.read())
+        except OSError:
+            batch.append(b"")  # cannot be decoded, and counts as that
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def estimate_reference(images: str, concepts: str, model: str = "builtin") -> dict[str, float]:
+    """The share of each concept among a target's images, as a classifier sees them.
+
+    The mean over the images of the model's softmax, summed within concepts. A class that the model does not know
+    counts for those that it takes it for.
+
+    Args:
+        images: a folder of the target's images, or one image.
+        concepts: see `load_concepts`; must have every class of the model.
+        model: a model folder, builtin, or ORG/NAME, trained by robustfeat (its classifier is used).
+
+    Returns:
+        Share by concept; they sum to 1.
+
+    Raises:
+        DataError: the model has no class names, a class of it has no concept, or no image can be decoded.
+        ModelFolderError, HubError, InputError: the model or the images cannot be read.
+    """
+    folder = resolve_model(model)
+    extractor = FeatureExtractor.open(folder)
+    try:
+        folder.verify([WEIGHTS, TRAINING])
+        classes = json.loads((folder.path / TRAINING).read_text("utf-8"))["classes"]
+        state = load_file(folder.path / WEIGHTS)
+        parts = (state[f"{folder.config.classifier}.{part}"] for part in ("weight", "bias"))
+        weight, bias = (part.astype(np.float64) for part in parts)
+    except (ModelFolderError, OSError, ValueError, KeyError) as exc:
+        raise DataError(
+            f"--target-model {model}: has no named classes ({first_line(exc)}); pass a model that robustfeat trained"
+        ) from exc
+    of_class = assign_concepts(concepts, classes, np.ones(len(classes), np.int64))
+    totals, count, failed = np.zeros(len(of_class.names)), 0, 0
+    with list_inputs([images]) as listed:
+        for batch in _batches(listed):
+            features = extractor.embed(batch, on_error="nan").astype(np.float64)
+            features = features[np.isfinite(features).all(1)]
+            failed += len(batch) - len(features)
+            logits = features @ weight.T + bias
+            shares = np.exp(logits - logits.max(1, keepdims=True))
+            np.add.at(totals, of_class.of_class, (shares / shares.sum(1, keepdims=True)).sum(0))
+            count += len(features)
+    if not count:
+        raise DataError(f"--target {images}: none of its {failed} images can be decoded")
+    return {name: round(float(total / count), 6) for name, total in zip(of_class.names, totals, strict=True)}
