@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from robustfeat.errors import DecodeError, TrainingError
+from robustfeat.errors import DecodeError, RobustFeatError, TrainingError
 from robustfeat.hub.preprocessing import Preprocessing, resize_and_crop
 from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.order import epoch_order
 
 __all__ = ["Batch", "EvaluationBatches", "TrainingBatches", "load_batches"]
 
@@ -72,7 +73,7 @@ class TrainingBatches(Dataset[Batch]):
     ) -> None:
         self._data, self._batch_size, self._side = data, batch_size, side
         self._seed, self._epoch, self._min_crop_area = seed, epoch, min_crop_area
-        self._order = np.random.default_rng([seed, epoch]).permutation(len(data))
+        self._order = epoch_order(len(data), data.blocks, batch_size, seed=seed, epoch=epoch)
 
     def __len__(self) -> int:
         return len(self._order) // self._batch_size
@@ -115,7 +116,9 @@ def load_batches(batches: Dataset[Batch], workers: int, start: int = 0) -> Itera
 
     Raises:
         TrainingError: a worker died.
+        RobustFeatError: what a worker raised.
     """
+    raised: RobustFeatError | None = None
     steps = range(start, len(batches))  # type: ignore[arg-type]
     loader = DataLoader(
         batches,
@@ -129,12 +132,19 @@ def load_batches(batches: Dataset[Batch], workers: int, start: int = 0) -> Itera
     )
     try:
         yield from loader
+    except RobustFeatError as exc:
+        # A worker's error comes with its traceback as text, whose last line is `module.Class: message`.
+        raised = type(exc)(
+            str(exc).strip().splitlines()[-1].removeprefix(f"{type(exc).__module__}.{type(exc).__name__}: ")
+        )
     except RuntimeError as exc:
         if "DataLoader worker" not in str(exc):
             raise
         raise TrainingError(
             "a process that decodes images died (out of memory?); pass fewer --workers, then go on with --resume"
         ) from exc
+    if raised:
+        raise raised  # here, since the first one's frames keep the workers waiting
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -10,6 +10,7 @@ from robustfeat.errors import DataError
 from robustfeat.training.data.folders import open_folders
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.parquet import read_parquet
+from robustfeat.training.data.row_groups import LocalParquet
 
 __all__ = ["open_training_data"]
 
@@ -43,11 +44,11 @@ def open_training_data(
             raise DataError(
                 f"{root}: holds neither train/ with class folders nor train-*.parquet files; see docs/training.md"
             )
-        table = read_parquet(files[:parts])
-        names = table.class_names or tuple(str(label) for label in sorted(set(table.labels)))
+        table = read_parquet([LocalParquet(file) for file in files[:parts]])
+        names = table.classes()
         train = table.to_image_set(names, indexed=table.class_names is not None)
         found = [sorted(root.glob(f"{name}-*.parquet")) for name in _VALIDATION_NAMES]
-        held_out = next((read_parquet(files) for files in found if files), None)
+        held_out = next((read_parquet([LocalParquet(file) for file in files]) for files in found if files), None)
         validation = held_out.to_image_set(names, indexed=table.class_names is not None) if held_out else None
     if validation is None:
         order = np.random.default_rng([seed, 0x5EED]).permutation(len(train))
