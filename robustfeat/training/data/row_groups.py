@@ -43,9 +43,14 @@ class ParquetPart(Protocol):
 
 @dataclass(frozen=True)
 class LocalParquet:
-    """A file on this machine."""
+    """A file on this machine.
+
+    Attributes:
+        shown: what messages call it; by default its path.
+    """
 
     path: Path
+    shown: str = ""
 
     @property
     def name(self) -> str:
@@ -54,7 +59,7 @@ class LocalParquet:
 
     @property
     def place(self) -> str:  # noqa: D102
-        return str(self.path)
+        return self.shown or str(self.path)
 
     @property
     def size(self) -> int:  # noqa: D102
@@ -72,7 +77,7 @@ class LocalParquet:
         try:
             yield
         except (pyarrow.ArrowException, OSError) as exc:
-            raise DataError(f"{self.path}: not a Parquet file, or damaged ({first_line(exc)}); copy it again") from exc
+            raise DataError(f"{self.place}: not a Parquet file, or damaged ({first_line(exc)}); copy it again") from exc
 
 
 @dataclass(frozen=True)
