@@ -55,9 +55,10 @@ def command(
 ) -> int:
     """Trains ResNet-18 on DATA.
 
-    DATA is a folder with train/ and val/ (or validation/, test/) of class folders, or with train-*.parquet and
-    validation-*.parquet files that have the columns image and label. Without --config the recipe is the paper's for
-    ImageNet. SIGINT and SIGTERM save a checkpoint first; --resume then goes on exactly.
+    DATA is a folder with train/ and val/ (or validation/, test/) of class folders, with train-*.parquet and
+    validation-*.parquet files that have the columns image and label, or with train-*.tar and validation-*.tar shards;
+    or hf://datasets/ORG/NAME, a dataset of the Hub. Without --config the recipe is the paper's for ImageNet. SIGINT and
+    SIGTERM save a checkpoint first; --resume then goes on exactly.
     """
     from robustfeat.training.recipe import Recipe, load_recipe
     from robustfeat.training.trainer import train

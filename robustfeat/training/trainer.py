@@ -24,7 +24,13 @@ from robustfeat.progress import Progress
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint, save_checkpoint
 from robustfeat.training.concepts import assign_concepts
-from robustfeat.training.data import EvaluationBatches, TrainingBatches, load_batches, open_training_data
+from robustfeat.training.data import (
+    EvaluationBatches,
+    TrainingBatches,
+    is_hub_dataset,
+    load_batches,
+    open_training_data,
+)
 from robustfeat.training.hrrl import DivergedError
 from robustfeat.training.network import build_network
 from robustfeat.training.objective import create_objective
@@ -79,14 +85,14 @@ def train(
         DataError, CheckpointError, InputError: see the messages.
         TrainingError: the loss is no longer finite, or a signal stopped the run (its state is saved).
     """
-    trainer = _Trainer(Path(data), recipe, Path(out), device, workers, threads, checkpoint_every_s, quiet)
+    trainer = _Trainer(data, recipe, Path(out), device, workers, threads, checkpoint_every_s, quiet)
     return trainer.run(resume)
 
 
 class _Trainer:
     def __init__(
         self,
-        data: Path,
+        data: str | Path,
         recipe: Recipe,
         out: Path,
         device: str,
@@ -116,7 +122,7 @@ class _Trainer:
         self.concepts = assign_concepts(recipe.concepts, classes, class_counts)
         concept_counts = np.bincount(self.concepts.of_class, weights=class_counts, minlength=len(self.concepts.names))
         self.data_identity: dict[str, Any] = {
-            "root": str(data.resolve()),
+            "root": str(data if is_hub_dataset(data) else Path(data).resolve()),
             "fingerprint": self.train_set.fingerprint,
             "images": len(self.train_set),
             "validation_images": len(self.validation_set),

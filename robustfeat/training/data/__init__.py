@@ -1,7 +1,16 @@
 """Training sets, and the batches made of them."""
 
 from robustfeat.training.data.batches import Batch, EvaluationBatches, TrainingBatches, load_batches
+from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
 
-__all__ = ["Batch", "EvaluationBatches", "ImageSet", "TrainingBatches", "load_batches", "open_training_data"]
+__all__ = [
+    "Batch",
+    "EvaluationBatches",
+    "ImageSet",
+    "TrainingBatches",
+    "is_hub_dataset",
+    "load_batches",
+    "open_training_data",
+]

@@ -137,6 +137,9 @@ def load_batches(batches: Dataset[Batch], workers: int, start: int = 0) -> Itera
         raised = type(exc)(
             str(exc).strip().splitlines()[-1].removeprefix(f"{type(exc).__module__}.{type(exc).__name__}: ")
         )
+        # Its frames hold the iterator: without them that is gone here, and with it the workers, or the process would
+        # wait for them at its end.
+        exc.__traceback__ = None
     except RuntimeError as exc:
         if "DataLoader worker" not in str(exc):
             raise
@@ -144,7 +147,7 @@ def load_batches(batches: Dataset[Batch], workers: int, start: int = 0) -> Itera
             "a process that decodes images died (out of memory?); pass fewer --workers, then go on with --resume"
         ) from exc
     if raised:
-        raise raised  # here, since the first one's frames keep the workers waiting
+        raise raised
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -174,9 +174,10 @@ class _Dataset:
             total = int(match["total"]) if match else len(names)
             if len(names) < min(total, limit or total):
                 raise absent
-        patterns = [f"{inside}{split}-*.{files.kind}" for split in ("train", *VALIDATION_NAMES)]
-        patterns.append(inside + CLASSES_NAME)
-        if parts is None and self.access.cached_folder(self.repo, self.revision, patterns) is None:
+        splits = {name.partition("-")[0] for name in files.validation} or set(VALIDATION_NAMES)
+        splits |= {"train"} if parts is None else set()
+        patterns = [*(f"{inside}{split}-*.{files.kind}" for split in splits), inside + CLASSES_NAME]
+        if self.access.cached_folder(self.repo, self.revision, patterns) is None:
             raise absent
         return FetchedDataset(folder / inside, f"{self.place}/{inside}".rstrip("/"), files)
 

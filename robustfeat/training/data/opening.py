@@ -89,12 +89,11 @@ def _open_files(files: SplitFiles, folder: Path, place: str) -> tuple[ImageSet, 
 def _open_parquet(
     train: Sequence[ParquetPart], validation: Sequence[ParquetPart], *, stream: bool = False
 ) -> tuple[ImageSet, ImageSet | None]:
-    table = read_parquet(train, stream=stream)
-    classes, indexed = table.classes(), table.class_names is not None
-    images = table.to_image_set(classes, indexed=indexed)
-    return images, read_parquet(validation, stream=stream).to_image_set(
-        classes, indexed=indexed
-    ) if validation else None
+    split = read_parquet(train, stream=stream)
+    classes, indexed = split.classes(), split.class_names is not None
+    images = split.to_image_set(classes, indexed=indexed)
+    held_out = read_parquet(validation, stream=stream) if validation else None
+    return images, held_out.to_image_set(classes, indexed=indexed) if held_out else None
 
 
 def _open_shards(
@@ -103,4 +102,5 @@ def _open_shards(
     split = read_shards(train)
     classes, indexed = split.classes(names), names is not None
     images = split.to_image_set(classes, indexed=indexed)
-    return images, read_shards(validation).to_image_set(classes, indexed=indexed) if validation else None
+    held_out = read_shards(validation) if validation else None
+    return images, held_out.to_image_set(classes, indexed=indexed) if held_out else None
