@@ -175,6 +175,7 @@ def test_a_revision_and_a_folder_are_chosen(hub: FakeHub, read: Read) -> None:
         "small/val-0.parquet": parquet_bytes([2]),
         "large/data/train-0.parquet": parquet_bytes([3]),
         "large/data/test-0.parquet": parquet_bytes([4]),
+        "wds/train-0.tar": b"",  # only where there are no Parquet files
     }
     repo = hub.add("org/photos", configurations, kind="datasets")
     old = repo.branches["main"]
