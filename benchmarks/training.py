@@ -1,6 +1,6 @@
 """What a step of each method costs beside a step of ERM, and what feeding it costs beside data that lies in memory.
 
-    python benchmarks/training.py --out training.json [--data tiny-imagenet/] [--side 64] [--batch-size 256] [--steps 30]
+    python benchmarks/training.py --out training.json [--data tiny-imagenet/] [--side 64] [--batch-size 256]
 
 One process, one device (the GPU where there is one), the trainer's own step. The methods take turns: one step of each
 (free: of one after the other of its replays), N times over; the figures are medians. `ideal` is the network's
@@ -107,7 +107,7 @@ class Bench:
         def forward_backward(turn: int) -> None:
             with ideal.autocast():
                 logits = ideal.network(ideal.to_input(self.pixels).contiguous(memory_format=torch.channels_last))
-            functional.cross_entropy(logits.float(), self.labels).backward()
+            functional.cross_entropy(logits.float(), self.labels).backward()  # type: ignore[no-untyped-call]
             ideal.network.zero_grad()
 
         def run(step: TrainingStep, turn: int) -> None:
@@ -188,7 +188,12 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments)
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
-    result: dict[str, Any] = {"machine": hardware(), "device": name, "torch": torch.__version__, "asked": vars(arguments)}
+    result: dict[str, Any] = {
+        "machine": hardware(),
+        "device": name,
+        "torch": torch.__version__,
+        "asked": vars(arguments),
+    }
     if arguments.only != "loading":
         result["methods"] = bench.methods()
         for method, numbers in result["methods"].items():

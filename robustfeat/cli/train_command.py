@@ -55,6 +55,7 @@ import click
     metavar="ram|device|FOLDER",
     help="Where those are kept; auto is the GPU's memory or, on a CPU, ram.",
 )
+@click.option("--stream", is_flag=True, help="Read a dataset of the Hub over the network and keep nothing.")
 @click.option(
     "--checkpoint-every-s",
     type=float,
@@ -77,6 +78,7 @@ def command(
     workers: int | None,
     threads: int | None,
     cache: str,
+    stream: bool,
     checkpoint_every_s: float,
     as_json: bool,
     quiet: bool,
@@ -84,10 +86,11 @@ def command(
 ) -> int:
     """Trains ResNet-18 on DATA.
 
-    DATA is a folder with train/ and val/ (or validation/, test/) of class folders, or with train-*.parquet and
-    validation-*.parquet files that have the columns image and label. Without --config the recipe is the paper's for
-    ImageNet. SIGINT and SIGTERM save a checkpoint first; --resume then goes on exactly. Several GPUs, or processes on
-    a CPU, train together by `torchrun --nproc-per-node N -m robustfeat train ...`.
+    DATA is a folder with train/ and val/ (or validation/, test/) of class folders, with train-*.parquet and
+    validation-*.parquet files that have the columns image and label, or with train-*.tar and validation-*.tar shards;
+    or hf://datasets/ORG/NAME, a dataset of the Hub. Without --config the recipe is the paper's for ImageNet. SIGINT and
+    SIGTERM save a checkpoint first; --resume then goes on exactly. Several GPUs, or processes on a CPU, train together
+    by `torchrun --nproc-per-node N -m robustfeat train ...`.
     """
     from robustfeat.errors import InputError
     from robustfeat.training.concepts import load_reference
@@ -125,6 +128,7 @@ def command(
         workers=workers,
         threads=threads,
         cache=cache,
+        stream=stream,
         checkpoint_every_s=checkpoint_every_s,
         quiet=quiet,
     )

@@ -6,15 +6,16 @@ library (another one in each major version) and the system's, and their texts ru
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from robustfeat.errors import HubError, RobustFeatError, UnreachableError
 
@@ -81,12 +82,14 @@ class HubAccess:
         cache_dir: of the Hub's libraries; by default their own (HF_HUB_CACHE).
         local_files_only: answer from the cache alone, without a network call; HF_HUB_OFFLINE=1 does so, too.
         endpoint: of a mirror or a private Hub; by default HF_ENDPOINT, or huggingface.co.
+        repo_type: what the repositories hold, model or dataset.
     """
 
     token: str | bool | None = None
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
     endpoint: str | None = None
+    repo_type: str = "model"
 
     @property
     def cache(self) -> Path | None:
@@ -126,7 +129,7 @@ class HubAccess:
         own = _client().constants.HF_HUB_ETAG_TIMEOUT
         with self.explaining(repo, revision):
             timeout = own if "HF_HUB_ETAG_TIMEOUT" in os.environ else _CONTACT_S
-            info = self.api().model_info(repo, revision=revision, timeout=timeout)
+            info = self.api().repo_info(repo, repo_type=self.repo_type, revision=revision, timeout=timeout)
             names = [file.rfilename for file in info.siblings or ()]
             if not is_commit(info.sha) or not all(isinstance(name, str) for name in names):
                 raise HubError(f"{self.address} does not answer as a Hub does; check HF_ENDPOINT")
@@ -139,7 +142,7 @@ class HubAccess:
             HubError: it cannot be listed.
         """
         with self.explaining(repo, revision):
-            entries = self.api().list_repo_tree(repo, recursive=True, revision=revision)
+            entries = self.api().list_repo_tree(repo, recursive=True, revision=revision, repo_type=self.repo_type)
             return {
                 entry.path: RemoteFile(entry.path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
                 for entry in entries
@@ -176,7 +179,9 @@ class HubAccess:
     def cached(self, repo: str, name: str, revision: str | None) -> str | None:
         """The path of a file in the cache, if it is there; nothing is asked of the network."""
         try:
-            found = _client().try_to_load_from_cache(repo, name, cache_dir=self.cache, revision=revision)
+            found = _client().try_to_load_from_cache(
+                repo, name, cache_dir=self.cache, revision=revision, repo_type=self.repo_type
+            )
         except (OSError, ValueError):  # a damaged cache has nothing
             return None
         return found if isinstance(found, str) and Path(found).is_file() else None
@@ -192,6 +197,7 @@ class HubAccess:
                 _client().hf_hub_download(
                     repo,
                     name,
+                    repo_type=self.repo_type,
                     revision=revision,
                     token=self._token,
                     cache_dir=self.cache,
@@ -200,6 +206,59 @@ class HubAccess:
                     library_name="robustfeat",
                 )
             )
+
+    def download_all(self, repo: str, names: Sequence[str], revision: str | None) -> Path:
+        """The folder in the cache with these files at one commit, downloaded where need be, several at once.
+
+        Raises:
+            HubError: one is not in the cache and cannot be downloaded.
+        """
+        with self.explaining(repo, revision):
+            folder = self._snapshot(repo, revision, [glob.escape(name) for name in names], offline=False)
+            # When the Hub fails, the client is content with what there is.
+            if missing := [name for name in names if not (folder / name).is_file()]:
+                raise UnreachableError(
+                    f"{self._subject(repo)}: {missing[0]} could not be downloaded; run the same command again"
+                )
+            return folder
+
+    def cached_folder(self, repo: str, revision: str | None, patterns: Sequence[str] = ()) -> Path | None:
+        """The folder in the cache with what was downloaded of a revision; None where there is none.
+
+        None, too, where files that match `patterns` are known to the client and not there; nothing is asked of the
+        network.
+        """
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return self._snapshot(repo, revision, patterns, offline=True)
+        except (LocalEntryNotFoundError, OSError, ValueError):
+            return None
+
+    def open(self, repo: str, name: str, revision: str, size: int) -> Any:
+        """A file of the Hub, opened for reading at random: each read is a request, and nothing is kept.
+
+        Inside `explaining`, as what is done with it has to be.
+        """
+        filesystem = _client().HfFileSystem(endpoint=self.endpoint, token=self._token)
+        kind = "datasets/" if self.repo_type == "dataset" else ""
+        place = f"{kind}{repo}@{quote(revision, safe='')}/{name}"
+        return filesystem.open(place, "rb", size=size, cache_type="none")
+
+    def _snapshot(self, repo: str, revision: str | None, patterns: Sequence[str], *, offline: bool) -> Path:
+        return Path(
+            _client().snapshot_download(
+                repo,
+                repo_type=self.repo_type,
+                revision=revision,
+                allow_patterns=list(patterns),
+                token=self._token,
+                cache_dir=self.cache,
+                endpoint=self.endpoint,
+                local_files_only=offline,
+                library_name="robustfeat",
+            )
+        )
 
     @contextmanager
     def explaining(
@@ -217,7 +276,10 @@ class HubAccess:
         except Exception as exc:
             meaning, kind = self._meaning(exc, repo, revision, name, writing=writing)
             # Without its cause, whose text may hold the token.
-            raise kind(self._redact(f"{repo}: {meaning}")) from None
+            raise kind(self._redact(f"{self._subject(repo)}: {meaning}")) from None
+
+    def _subject(self, repo: str) -> str:
+        return repo if self.repo_type == "model" else f"hf://{self.repo_type}s/{repo}"
 
     def _check(self) -> None:
         """Refuses an address and a token that nothing can be sent to or with: the network is not to blame."""
@@ -246,15 +308,21 @@ class HubAccess:
         # What the client tried instead is said by these two, and why it had to by their cause.
         if isinstance(exc, errors.LocalEntryNotFoundError) or "Force download failed" in str(exc):
             cause = exc.__cause__ or exc
+        gate = f"ask for it at {self.address}/{repo}"
+        if self.repo_type != "model":
+            gate = f"accept its terms at {self.address}/{self.repo_type}s/{repo}"
         meanings = {  # subclasses before their bases
             errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE forbids asking the Hub; unset it",
             errors.LocalTokenNotFoundError: "needs a token; run hf auth login, or set HF_TOKEN",
-            errors.GatedRepoError: f"access is gated; ask for it at {self.address}/{repo}, then run hf auth login",
+            errors.GatedRepoError: f"access is gated; {gate}, then run hf auth login",
             errors.RevisionNotFoundError: f"has no revision {revision!r}; {{revisions}} (a commit has 40 digits)",
-            errors.RepositoryNotFoundError: f"no such model at {self.address}, and no such folder here; check the "
+            errors.RepositoryNotFoundError: f"no such {self.repo_type} at {self.address}"
+            f"{', and no such folder here' if self.repo_type == 'model' else ''}; check the "
             "name, or, if it is private, log in (hf auth login) with a token that may read it",
             errors.RemoteEntryNotFoundError: f"holds no {name}, so it is not a model of robustfeat, or an incomplete "
-            "one; check the name and the revision",
+            "one; check the name and the revision"
+            if self.repo_type == "model"
+            else f"holds no {name}; check the name and the revision",
         }
         for kind, meaning in meanings.items():
             if isinstance(cause, kind):
@@ -270,7 +338,10 @@ class HubAccess:
         if isinstance(cause, OSError) and cause.errno is not None:
             place = cause.filename or "a file of the cache or the network"
             return f"{place}: {cause.strerror}; check the disk, HF_HOME and HF_HUB_CACHE", HubError
-        return f"{_said(cause)} ({type(cause).__name__}); if it stays, delete this model from the cache", HubError
+        return (
+            f"{_said(cause)} ({type(cause).__name__}); if it stays, delete this {self.repo_type} from the cache",
+            HubError,
+        )
 
     def _status(self, status: int, said: str, *, writing: bool) -> tuple[str, type[HubError]]:
         taken = f"the name is taken by somebody else, or the token may not do this ({said}); choose another name, or "
@@ -287,7 +358,7 @@ class HubAccess:
 
     def _revisions(self, repo: str) -> str:
         with suppress(Exception):  # a hint
-            refs = self.api().list_repo_refs(repo)
+            refs = self.api().list_repo_refs(repo, repo_type=self.repo_type)
             names = [ref.name for ref in (*refs.branches, *refs.tags)]
             return f"it has {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
         return "check the branch, tag or commit"

@@ -122,7 +122,8 @@ def assign_concepts(source: str, classes: Sequence[str], counts: NDArray[np.int6
     """The concepts of a training set's classes.
 
     Args:
-        source: `classes` (each class is a concept of its own) or what `load_concepts` takes.
+        source: `classes` (each class is a concept of its own) or what `load_concepts` takes. `imagenet11` also takes
+            ImageNet's 1,000 classes as the Hub names them ("tench, Tinca tinca" first), or numbered from 0.
         classes: the C class names.
         counts: (C,) training examples of each class.
 
@@ -130,6 +131,8 @@ def assign_concepts(source: str, classes: Sequence[str], counts: NDArray[np.int6
         DataError: a class has no concept.
     """
     mapping = {name: name for name in classes} if source == "classes" else load_concepts(source)
+    if source == "imagenet11":
+        mapping |= _concepts_by_position(mapping, classes)
     missing = [name for name in classes if name not in mapping]
     if missing:
         raise DataError(
@@ -142,3 +145,18 @@ def assign_concepts(source: str, classes: Sequence[str], counts: NDArray[np.int6
     # A class without examples never appears in a batch; any index serves.
     of_class = np.array([index.get(mapping[name], 0) for name in classes], np.int64)
     return ConceptMap(tuple(used), of_class, np.asarray(counts), tuple(sorted(set(mapping.values()) - set(used))))
+
+
+def _concepts_by_position(concepts: Mapping[str, str], classes: Sequence[str]) -> dict[str, str]:
+    """The concepts of ImageNet's classes under other names: wnids, sorted, are its classes 0, 1, 2, ...
+
+    Empty unless the classes are all of them, by number ("0" to "999", in any order) or in words (beginning with tench).
+    """
+    if len(classes) != len(concepts) or any(name in concepts for name in classes):
+        return {}
+    wnids = sorted(concepts)
+    if set(classes) == {str(number) for number in range(len(wnids))}:
+        return {name: concepts[wnids[int(name)]] for name in classes}
+    if classes[0].lower().startswith("tench"):
+        return {name: concepts[wnid] for name, wnid in zip(classes, wnids, strict=True)}
+    return {}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import robustfeat
-from robustfeat.errors import DataError, DecodeError, ExportError, InputError
+from robustfeat.errors import DataError, DecodeError, ExportError, HubError, InputError
 from robustfeat.files import new_folder
 from robustfeat.hub.card import render_card
 from robustfeat.hub.config import Evaluation, ModelConfig
@@ -275,7 +275,7 @@ def _training_images(data: Mapping[str, Any], recipe: Recipe) -> list[Image.Imag
         train, _ = open_training_data(
             data["root"], val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts
         )
-    except DataError as exc:
+    except (DataError, HubError) as exc:
         raise DataError(f"int8 needs real images: {exc}; pass --calibration FOLDER or --no-int8") from exc
     if train.fingerprint != data["fingerprint"]:
         raise DataError(f"{data['root']}: has changed since training; pass --calibration FOLDER or --no-int8")

@@ -27,6 +27,7 @@ from robustfeat.training.data import (
     TrainingBatches,
     build_cache,
     cached_batches,
+    is_hub_dataset,
     load_batches,
     open_training_data,
 )
@@ -69,6 +70,7 @@ def train(
     workers: int | None = None,
     threads: int | None = None,
     cache: str = "auto",
+    stream: bool = False,
     checkpoint_every_s: float = 300.0,
     quiet: bool = False,
 ) -> TrainingResult:
@@ -84,6 +86,7 @@ def train(
         threads: processors for the network; by default all that the cgroup grants. Ranks on one machine share both.
         cache: where the squares of `recipe.cache_px` are kept: ram, device (the GPU), a folder, or auto (device or
             ram). Nothing is cached where that is 0.
+        stream: read the Parquet files of a dataset of the Hub over the network, each epoch anew.
         checkpoint_every_s: also within an epoch; one is written after each epoch in any case.
 
     Raises:
@@ -99,9 +102,9 @@ def train(
             f"--batch-size {recipe.batch_size}: is shared by {ranks.world} processes and must be a multiple of that"
         )
     with join_group(chosen):
-        trainer = _Trainer(Path(data), recipe, Path(out), ranks, chosen, quiet or ranks.rank > 0)
+        trainer = _Trainer(data, recipe, Path(out), ranks, chosen, quiet or ranks.rank > 0)
         with _together():
-            trainer.open_data(cache, min(8, cpus) if workers is None else workers, workers)
+            trainer.open_data(cache, stream, min(8, cpus) if workers is None else workers, workers)
         return trainer.run(resume, checkpoint_every_s)
 
 
@@ -117,7 +120,9 @@ def _together() -> Iterator[None]:
 
 
 class _Trainer:
-    def __init__(self, data: Path, recipe: Recipe, out: Path, ranks: Ranks, device: torch.device, quiet: bool) -> None:
+    def __init__(
+        self, data: str | Path, recipe: Recipe, out: Path, ranks: Ranks, device: torch.device, quiet: bool
+    ) -> None:
         self.data, self.recipe, self.out, self.ranks, self.device, self.quiet = data, recipe, out, ranks, device, quiet
         self.progress = Progress("", 0, quiet=quiet)
         self.epoch = self.step = self.global_step = 0
@@ -125,11 +130,11 @@ class _Trainer:
         self._note = ""
         self._last_metrics: dict[str, Any] = {}
 
-    def open_data(self, cache: str, workers: int, workers_asked: int | None) -> None:
+    def open_data(self, cache: str, stream: bool, workers: int, workers_asked: int | None) -> None:
         """Finds the images, their concepts, and room for the cache; no other rank is needed for it."""
         recipe = self.recipe
         self.train_set, self.validation_set = open_training_data(
-            self.data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts
+            self.data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts, stream=stream
         )
         if len(self.train_set) < recipe.batch_size:
             raise DataError(
@@ -140,7 +145,7 @@ class _Trainer:
         class_counts = np.bincount(self.train_set.labels, minlength=len(classes))
         self.concepts = assign_concepts(recipe.concepts, classes, class_counts)
         self.data_identity: dict[str, Any] = {
-            "root": str(self.data.resolve()),
+            "root": str(self.data if is_hub_dataset(self.data) else Path(self.data).resolve()),
             "fingerprint": self.train_set.fingerprint,
             "images": len(self.train_set),
             "validation_images": len(self.validation_set),

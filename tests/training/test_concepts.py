@@ -39,6 +39,47 @@ def test_each_class_can_be_its_own_concept() -> None:
     assert result.of_class.tolist() == [1, 0]
 
 
+WNIDS = sorted(load_concepts("imagenet11"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [str(number) for number in range(1000)],
+        sorted(str(number) for number in range(1000)),  # as class folders are: 0, 1, 10, 100
+        ["tench, Tinca tinca", *(f"class {number}" for number in range(1, 1000))],
+        ["Tench", *(f"class {number}" for number in range(1, 1000))],
+    ],
+    ids=["numbers", "numbers as text", "words", "capitals"],
+)
+def test_imagenets_classes_under_other_names(names: list[str]) -> None:
+    result = assign_concepts("imagenet11", names, np.ones(1000, np.int64))
+    assert Counter(result.names[concept] for concept in result.of_class) == TABLE_1
+    place = {wnid: number for number, wnid in enumerate(WNIDS)}
+    for wnid, concept in (("n01443537", "Animal"), ("n02099712", "Dog"), ("n04285008", "Vehicle")):
+        number = place[wnid]  # goldfish is 1, Labrador retriever 208, sports car 817
+        of = names.index(str(number)) if names[0] == "0" else number
+        assert result.names[result.of_class[of]] == concept
+    assert (place["n01443537"], place["n02099712"], place["n04285008"]) == (1, 208, 817)
+    assert result.empty == ()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [str(number) for number in range(1, 1001)],
+        [str(number) for number in range(999)],
+        [*(f"class {number}" for number in range(999)), "tench"],
+        ["tench", *(f"class {number}" for number in range(998))],
+        ["tench", *WNIDS[1:]],
+    ],
+    ids=["from 1", "one less", "tench last", "tench and one less", "wnids, too"],
+)
+def test_other_classes_are_not_taken_for_imagenets(names: list[str]) -> None:
+    with pytest.raises(DataError, match="classes have no concept"):
+        assign_concepts("imagenet11", names, np.ones(len(names), np.int64))
+
+
 def test_a_class_without_a_concept_is_named(tmp_path: Path) -> None:
     file = tmp_path / "c.csv"
     file.write_text("class,concept\ncat,Animal\n")

@@ -2,6 +2,7 @@
 
 from robustfeat.training.data.batches import Batch, EvaluationBatches, TrainingBatches, load_batches
 from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches
+from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
 
@@ -13,6 +14,7 @@ __all__ = [
     "TrainingBatches",
     "build_cache",
     "cached_batches",
+    "is_hub_dataset",
     "load_batches",
     "open_training_data",
 ]

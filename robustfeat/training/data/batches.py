@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from robustfeat.errors import DecodeError, TrainingError
+from robustfeat.errors import DecodeError, RobustFeatError, TrainingError
 from robustfeat.hub.preprocessing import Preprocessing, resize_and_crop
 from robustfeat.training.data.crops import crop_boxes, crop_squares
 from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.order import epoch_order
 
 __all__ = ["Batch", "EpochPlan", "EvaluationBatches", "TrainingBatches", "collect", "load_batches"]
 
@@ -86,7 +87,7 @@ class EpochPlan:
     ) -> None:
         self._batch_size, self._seed, self._epoch = batch_size, seed, epoch
         self._min_crop_area, self._rank, self._world = min_crop_area, rank, world
-        self.order = np.random.default_rng([seed, epoch // replays]).permutation(len(data))
+        self.order = epoch_order(len(data), data.blocks, batch_size, seed=seed, epoch=epoch // replays)
         self.steps = len(self.order) // batch_size
         self.batches = math.ceil(self.steps / replays)
         self._first = epoch % replays * self.batches
@@ -213,7 +214,9 @@ def load_batches(
 
     Raises:
         TrainingError: a worker died.
+        RobustFeatError: what a worker raised.
     """
+    raised: RobustFeatError | None = None
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -227,12 +230,22 @@ def load_batches(
     )
     try:
         yield from loader
+    except RobustFeatError as exc:
+        # A worker's error comes with its traceback as text, whose last line is `module.Class: message`.
+        raised = type(exc)(
+            str(exc).strip().splitlines()[-1].removeprefix(f"{type(exc).__module__}.{type(exc).__name__}: ")
+        )
+        # Its frames hold the iterator: without them that is gone here, and with it the workers, or the process would
+        # wait for them at its end.
+        exc.__traceback__ = None
     except RuntimeError as exc:
         if "DataLoader worker" not in str(exc):
             raise
         raise TrainingError(
             "a process that decodes images died (out of memory?); pass fewer --workers, then go on with --resume"
         ) from exc
+    if raised:
+        raise raised
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -41,7 +41,7 @@ _BLOCK_BYTES = 2**25
 _SHARE_OF_FREE = 0.9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CachedSet(ImageSet):
     """An `ImageSet` whose images need no decoding.
 
@@ -148,7 +148,7 @@ def build_cache(
 
 
 def _cached(data: ImageSet, squares: Tensor, sizes: NDArray[np.int32], bad: dict[int, str]) -> CachedSet:
-    return CachedSet(data.classes, data.labels, data.source, data.fingerprint, squares, sizes, bad)
+    return CachedSet(data.classes, data.labels, data.source, data.fingerprint, squares=squares, sizes=sizes, bad=bad)
 
 
 def _decode(data: ImageSet, side: int, workers: int, done: int, quiet: bool) -> Iterator[tuple[int, _Block]]:

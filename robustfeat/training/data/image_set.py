@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from PIL import Image
 from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import decode
 
-__all__ = ["ImageSet", "Source"]
+__all__ = ["ImageSet", "Source", "sort_classes"]
 
 
 class Source(Protocol):
@@ -26,6 +28,13 @@ class Source(Protocol):
         """What messages call it."""
 
 
+@runtime_checkable
+class _Divisible(Protocol):
+    """A source that wants to know which of its rows are left."""
+
+    def subset(self, indices: NDArray[np.int64]) -> Source: ...
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Labelled images, encoded.
@@ -35,12 +44,15 @@ class ImageSet:
         labels: (N,) int64.
         source: gives each image's bytes and its name for messages.
         fingerprint: sha256 over the classes, the labels and the images' names and sizes.
+        blocks: (B + 1,) int64, where each block of rows that are read together begins, and last N; None where any row
+            is as quick as any other.
     """
 
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
     source: Source
     fingerprint: str
+    blocks: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,9 +73,13 @@ class ImageSet:
         return None
 
     def subset(self, indices: NDArray[np.int64]) -> ImageSet:
-        """These rows, in this order."""
+        """These rows, in this order; in blocks where those of the whole are, and the order is ascending."""
         digest = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
-        return ImageSet(self.classes, self.labels[indices], _Subset(self.source, indices), digest)
+        blocks = None
+        if self.blocks is not None and (np.diff(indices) > 0).all():
+            blocks = np.unique(np.searchsorted(indices, self.blocks))  # without those that are empty now
+        source = self.source.subset(indices) if isinstance(self.source, _Divisible) else _Subset(self.source, indices)
+        return ImageSet(self.classes, self.labels[indices], source, digest, blocks)
 
 
 class _Subset:
@@ -75,3 +91,11 @@ class _Subset:
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._indices[index]))
+
+
+def sort_classes(labels: Iterable[object]) -> tuple[str, ...]:
+    """Class names out of labels, each once: by number where all are integers ("2" before "10")."""
+    names = {str(label) for label in labels}
+    if all(re.fullmatch("-?[0-9]+", name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))

@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from robustfeat.errors import DataError
 from robustfeat.training.data.folders import open_folders
+from robustfeat.training.data.hub_dataset import fetch_dataset, is_hub_dataset, list_remote_parquet
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.parquet import read_parquet
+from robustfeat.training.data.row_groups import LocalParquet, ParquetPart
+from robustfeat.training.data.split_files import VALIDATION_NAMES, SplitFiles, find_split_files
+from robustfeat.training.data.tar_shards import CLASSES_NAME, read_class_names, read_shards
 
 __all__ = ["open_training_data"]
 
-_VALIDATION_NAMES = ("val", "validation", "test")
-
 
 def open_training_data(
-    root: str | Path, *, val_fraction: float = 0.02, seed: int = 0, parts: int | None = None
+    root: str | Path, *, val_fraction: float = 0.02, seed: int = 0, parts: int | None = None, stream: bool = False
 ) -> tuple[ImageSet, ImageSet]:
     """The training and validation images under `root`.
 
     Args:
-        root: a folder with `train/` and `val|validation|test/` of class folders, or with `train-*.parquet` and
-            `validation-*.parquet` files (columns `image`, `label`).
+        root: a folder with `train/` and `val|validation|test/` of class folders, with `train-*.parquet` and
+            `validation-*.parquet` files (columns `image`, `label`), or with `train-*.tar` and `validation-*.tar`
+            shards; or `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`, a dataset of the Hub with such files.
         val_fraction: where there is no validation split, this share of the training images, drawn with `seed`.
-        parts: only the first `parts` Parquet files of the training split.
+        parts: only the first `parts` files of the training split, of Parquet files and shards.
+        stream: read the Parquet files of the Hub where they are, and keep nothing here.
 
     Raises:
         DataError: with what is missing and what would do.
+        HubError: the dataset is not there, or cannot be fetched.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected a folder with train/ class folders or train-*.parquet files")
-    if (root / "train").is_dir():
-        train = open_folders(root / "train")
-        splits = [root / name for name in _VALIDATION_NAMES if (root / name).is_dir()]
-        validation = open_folders(splits[0], train.classes) if splits else None
-    else:
-        files = sorted(root.glob("train-*.parquet"))
-        if not files:
-            raise DataError(
-                f"{root}: holds neither train/ with class folders nor train-*.parquet files; see docs/training.md"
-            )
-        table = read_parquet(files[:parts])
-        names = table.class_names or tuple(str(label) for label in sorted(set(table.labels)))
-        train = table.to_image_set(names, indexed=table.class_names is not None)
-        found = [sorted(root.glob(f"{name}-*.parquet")) for name in _VALIDATION_NAMES]
-        held_out = next((read_parquet(files) for files in found if files), None)
-        validation = held_out.to_image_set(names, indexed=table.class_names is not None) if held_out else None
+    train, validation = (
+        _open_hub_dataset(str(root), parts, stream) if is_hub_dataset(root) else _open(Path(root), parts)
+    )
     if validation is None:
         order = np.random.default_rng([seed, 0x5EED]).permutation(len(train))
         size = max(1, round(val_fraction * len(train)))
@@ -58,3 +48,59 @@ def open_training_data(
             )
         validation, train = train.subset(np.sort(order[:size])), train.subset(np.sort(order[size:]))
     return train, validation
+
+
+def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; expected a folder with train/ class folders or train-*.parquet files")
+    if (root / "train").is_dir():
+        train = open_folders(root / "train")
+        splits = [root / name for name in VALIDATION_NAMES if (root / name).is_dir()]
+        return train, open_folders(splits[0], train.classes) if splits else None
+    files = find_split_files((entry.name for entry in root.iterdir()), str(root), parts)
+    if files is None:
+        raise DataError(
+            f"{root}: holds neither train/ with class folders nor train-*.parquet or train-*.tar files; "
+            "see docs/training.md"
+        )
+    return _open_files(files, root, str(root))
+
+
+def _open_hub_dataset(url: str, parts: int | None, stream: bool) -> tuple[ImageSet, ImageSet | None]:
+    if stream:
+        return _open_parquet(*list_remote_parquet(url, parts), stream=True)
+    fetched = fetch_dataset(url, parts)
+    return _open_files(fetched.files, fetched.folder, fetched.place)
+
+
+def _open_files(files: SplitFiles, folder: Path, place: str) -> tuple[ImageSet, ImageSet | None]:
+    """Files in `folder`, which messages call `place`."""
+    if files.kind == "tar":
+        train, validation = ([folder / name for name in names] for names in (files.train, files.validation))
+        return _open_shards(train, validation, read_class_names(folder / CLASSES_NAME))
+    return _open_parquet(
+        *(
+            [LocalParquet(folder / name, f"{place}/{name}") for name in names]
+            for names in (files.train, files.validation)
+        )
+    )
+
+
+def _open_parquet(
+    train: Sequence[ParquetPart], validation: Sequence[ParquetPart], *, stream: bool = False
+) -> tuple[ImageSet, ImageSet | None]:
+    split = read_parquet(train, stream=stream)
+    classes, indexed = split.classes(), split.class_names is not None
+    images = split.to_image_set(classes, indexed=indexed)
+    held_out = read_parquet(validation, stream=stream) if validation else None
+    return images, held_out.to_image_set(classes, indexed=indexed) if held_out else None
+
+
+def _open_shards(
+    train: Sequence[Path], validation: Sequence[Path], names: tuple[str, ...] | None
+) -> tuple[ImageSet, ImageSet | None]:
+    split = read_shards(train)
+    classes, indexed = split.classes(names), names is not None
+    images = split.to_image_set(classes, indexed=indexed)
+    held_out = read_shards(validation) if validation else None
+    return images, held_out.to_image_set(classes, indexed=indexed) if held_out else None

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from robustfeat.errors import DataError, first_line
+from robustfeat.errors import DataError
 from robustfeat.serving.sources import class_names
-from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.image_set import ImageSet, Source, sort_classes
+from robustfeat.training.data.row_groups import OpenedParquet, ParquetPart, RowGroups, open_part
 
-__all__ = ["ParquetSplit", "read_parquet"]
+__all__ = ["LARGE_BYTES", "ParquetSplit", "read_parquet"]
+
+LARGE_BYTES = 4 * 2**30
+"""A split whose files have more bytes stays where it is; a smaller one is held in memory."""
+
+_FOOTERS_AT_ONCE = 16
 
 
 class _Rows:
@@ -44,15 +51,25 @@ class ParquetSplit:
     Attributes:
         labels: as they stand in the files, numbers or text.
         class_names: from the files' metadata, where they have it.
+        blocks: as `ImageSet` has them.
     """
 
-    files: Sequence[Path]
-    source: _Rows
+    files: Sequence[ParquetPart]
+    source: Source
     labels: list[Any]
     class_names: tuple[str, ...] | None
+    blocks: NDArray[np.int64] | None = None
+
+    def classes(self) -> tuple[str, ...]:
+        """The class names: from the metadata, in its order unless they are numbers, or the labels themselves."""
+        names = self.class_names
+        if names is None:
+            return sort_classes(self.labels)
+        # Folders named 0 to 999 are written in the order of the text: 0, 1, 10, 100.
+        return sort_classes(names) if all(str(name).isdecimal() for name in names) else names
 
     def to_image_set(self, classes: tuple[str, ...], *, indexed: bool) -> ImageSet:
-        """Labels as numbers within `classes`; `indexed`: numbers in the files are such numbers already."""
+        """Labels as numbers within `classes`; `indexed`: numbers in the files are positions in the metadata's names."""
         own_names = dict(enumerate(self.class_names or classes))
         index = {name: number for number, name in enumerate(classes)}
         numbers = []
@@ -67,38 +84,50 @@ class ParquetSplit:
         digest = hashlib.sha256("\n".join(classes).encode())
         digest.update(labels.tobytes())
         for file in self.files:
-            digest.update(f"{file.name}\0{file.stat().st_size}\n".encode())
-        return ImageSet(classes, labels, self.source, digest.hexdigest())
+            digest.update(f"{file.name}\0{file.size}\n".encode())
+        return ImageSet(classes, labels, self.source, digest.hexdigest(), self.blocks)
 
 
-def read_parquet(files: Sequence[Path]) -> ParquetSplit:
-    """The rows of `files`, in order.
+def read_parquet(files: Sequence[ParquetPart], *, stream: bool = False) -> ParquetSplit:
+    """The rows of `files`, in order: their labels, and where their images are.
+
+    Args:
+        files: of one split.
+        stream: leave the images where they are, however few they are.
 
     Raises:
         DataError: a file is damaged or has other columns, or a row has no label.
+        HubError: a file of the Hub cannot be read.
     """
-    import pyarrow
-    import pyarrow.parquet
+    on_demand = stream or sum(file.size for file in files) > LARGE_BYTES
 
-    chunks: list[Any] = []
-    places: list[tuple[str, int]] = []
+    def read(part: ParquetPart) -> tuple[OpenedParquet, list[Any], list[Any]]:
+        with part.explaining(), part.open() as handle:
+            opened, reader = open_part(part, handle)
+            labels = reader.read(columns=["label"]).column(0).to_pylist()
+            images = [] if on_demand else reader.read(columns=[opened.column]).column(0).chunks
+        return opened, labels, images
+
+    if on_demand:  # a network takes its time to answer for each
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            parts = list(pool.map(read, files))
+    else:
+        parts = [read(file) for file in files]
     labels: list[Any] = []
-    names: tuple[str, ...] | None = None
-    for file in files:
-        try:
-            table = pyarrow.parquet.read_table(file, columns=["image", "label"])
-        except (pyarrow.ArrowException, OSError) as exc:
-            raise DataError(f"{file}: not a Parquet file with the columns image and label ({first_line(exc)})") from exc
-        if set(table.column_names) != {"image", "label"}:
-            got = ", ".join(table.column_names) or "others"
-            raise DataError(f"{file}: needs the columns image and label; got {got}")
-        names = names or class_names(table.schema, "label")
-        places.append((file.name, len(labels)))
-        for chunk in table.column("image").chunks:
-            chunks.append(chunk.field("bytes") if pyarrow.types.is_struct(chunk.type) else chunk)
-        labels.extend(table.column("label").to_pylist())
+    places: list[tuple[str, int]] = []
+    for opened, own, _ in parts:
+        places.append((opened.part.name, len(labels)))
+        labels += own
     if not labels:
-        raise DataError(f"{files[0]}: holds no rows; expected images and their labels")
+        raise DataError(f"{files[0].place}: holds no rows; expected images and their labels")
+    names = next((found for opened, *_ in parts if (found := class_names(opened.schema, "label"))), None)
+    source: Source
+    if on_demand:
+        source = groups = RowGroups([opened for opened, *_ in parts])
+        blocks = groups.blocks
+    else:
+        chunks = [chunk.field("bytes") if hasattr(chunk, "field") else chunk for *_, own in parts for chunk in own]
+        source, blocks = _Rows(chunks, places), None
     if None in labels:
-        raise DataError(f"{files[0].parent}: row {labels.index(None)} has no label; every row needs one")
-    return ParquetSplit(files, _Rows(chunks, places), labels, names)
+        raise DataError(f"{source.name(labels.index(None))} has no label; every row needs one")
+    return ParquetSplit(files, source, labels, names, blocks)

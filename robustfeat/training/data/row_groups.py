@@ -1,0 +1,213 @@
+"""Parquet files, local or not, and their row groups read on demand: images that do not fit into memory."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import DataError, first_line
+from robustfeat.training.data.order import blocks_at_once
+
+__all__ = ["LocalParquet", "OpenedParquet", "ParquetPart", "RowGroups", "open_part"]
+
+
+class ParquetPart(Protocol):
+    """One of a split's Parquet files, wherever it lies."""
+
+    @property
+    def name(self) -> str:
+        """Without its folder."""
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    def open(self) -> Any:
+        """For pyarrow, at its beginning."""
+
+    def explaining(self) -> AbstractContextManager[None]:
+        """Makes the errors of reading it ours."""
+
+
+@dataclass(frozen=True)
+class LocalParquet:
+    """A file on this machine.
+
+    Attributes:
+        shown: what messages call it; by default its path.
+    """
+
+    path: Path
+    shown: str = ""
+
+    @property
+    def name(self) -> str:
+        """See `ParquetPart`, as for all here."""
+        return self.path.name
+
+    @property
+    def place(self) -> str:  # noqa: D102
+        return self.shown or str(self.path)
+
+    @property
+    def size(self) -> int:  # noqa: D102
+        return self.path.stat().st_size
+
+    def open(self) -> Any:  # noqa: D102
+        import pyarrow
+
+        return pyarrow.OSFile(str(self.path), "rb")
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:  # noqa: D102
+        import pyarrow
+
+        try:
+            yield
+        except (pyarrow.ArrowException, OSError) as exc:
+            raise DataError(f"{self.place}: not a Parquet file, or damaged ({first_line(exc)}); copy it again") from exc
+
+
+@dataclass(frozen=True)
+class OpenedParquet:
+    """What is known of a file once it was opened.
+
+    Attributes:
+        metadata: pyarrow's; with it, the file's footer need not be read again.
+        schema: pyarrow's.
+        column: what holds the images' bytes, as pyarrow names columns within columns.
+    """
+
+    part: ParquetPart
+    metadata: Any
+    schema: Any
+    column: str
+
+
+def open_part(part: ParquetPart, handle: Any) -> tuple[OpenedParquet, Any]:
+    """A file, and pyarrow's reader of it; inside `part.explaining()`.
+
+    Raises:
+        DataError: it lacks a column, or holds no images in it.
+    """
+    from pyarrow import parquet, types
+
+    reader = parquet.ParquetFile(handle, pre_buffer=False)
+    schema = reader.schema_arrow
+    if not {"image", "label"} <= set(schema.names):
+        got = ", ".join(schema.names) or "none"
+        raise DataError(f"{part.place}: needs the columns image and label; got {got}")
+    kind, column = schema.field("image").type, "image"
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind, column = kind.field("bytes").type, "image.bytes"
+    if not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or types.is_null(kind)):
+        raise DataError(f"{part.place}: the column image must hold encoded images (bytes); got {kind}")
+    return OpenedParquet(part, reader.metadata, schema, column), reader
+
+
+class RowGroups:
+    """Image bytes, read a row group at a time, which stays until each of its rows was read or others push it out.
+
+    Reads are quick where they follow `epoch_order`, or the rows' own order. Each process holds row groups of its own.
+
+    Args:
+        files: in the order of the rows.
+        rows: (N,) which of all rows these are, in this order; None for all.
+    """
+
+    def __init__(self, files: Sequence[OpenedParquet], rows: NDArray[np.int64] | None = None) -> None:
+        self._files, self._rows = files, rows
+        counts = [
+            (file, group, opened.metadata.row_group(group).num_rows)
+            for file, opened in enumerate(files)
+            for group in range(opened.metadata.num_row_groups)
+        ]
+        self._groups = [(file, group) for file, group, count in counts if count]
+        self._sizes = np.array([count for *_, count in counts if count], np.int64)
+        self.blocks = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._uses = self._sizes
+        if rows is not None:
+            self._uses = np.bincount(self._block_of(rows), minlength=len(self._groups))
+        self._process = -1
+        self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._capacity = 0
+
+    def subset(self, indices: NDArray[np.int64]) -> RowGroups:
+        """These rows, in this order."""
+        return RowGroups(self._files, indices if self._rows is None else self._rows[indices])
+
+    def read(self, index: int) -> bytes:
+        """An image's bytes.
+
+        Raises:
+            DataError: the row group cannot be read.
+        """
+        row = index if self._rows is None else int(self._rows[index])
+        block = int(self._block_of(row))
+        held = self._hold(block)
+        value = held.images[row - int(self.blocks[block])].as_py()
+        held.left -= 1
+        if held.left <= 0:
+            del self._held[block]
+        return bytes(value or b"")
+
+    def name(self, index: int) -> str:
+        """The file and the row in it."""
+        row = index if self._rows is None else int(self._rows[index])
+        block = int(self._block_of(row))
+        file = self._groups[block][0]
+        first = next(number for number, (of, _) in enumerate(self._groups) if of == file)
+        return f"{self._files[file].part.name} row {row - int(self.blocks[first])}"
+
+    def _block_of(self, row: Any) -> Any:
+        return np.searchsorted(self.blocks, row, side="right") - 1
+
+    def _hold(self, block: int) -> _Held:
+        if self._process != os.getpid():  # what a forked worker inherits is of no use to it
+            self._process, self._held = os.getpid(), OrderedDict()
+            self._capacity = blocks_at_once(int(np.count_nonzero(self._uses)), _workers())
+        if block in self._held:
+            self._held.move_to_end(block)
+        else:
+            while len(self._held) >= self._capacity:
+                self._held.popitem(last=False)
+            self._held[block] = _Held(self._load(block), int(self._uses[block]))
+        return self._held[block]
+
+    def _load(self, block: int) -> Any:
+        from pyarrow import compute, parquet, types
+
+        file, group = self._groups[block]
+        opened = self._files[file]
+        with opened.part.explaining(), opened.part.open() as handle:
+            reader = parquet.ParquetFile(handle, metadata=opened.metadata, pre_buffer=False)
+            # Arrow's threads would compete with the other workers.
+            column = reader.read_row_group(group, columns=[opened.column], use_threads=False).column(0)
+        return compute.struct_field(column, "bytes") if types.is_struct(column.type) else column
+
+
+@dataclass
+class _Held:
+    images: Any  # an Arrow array in chunks
+    left: int  # rows not read yet
+
+
+def _workers() -> int:
+    """How many processes share the rows."""
+    from torch.utils.data import get_worker_info
+
+    about: Callable[[], Any] = get_worker_info
+    info = about()
+    return info.num_workers if info else 0
