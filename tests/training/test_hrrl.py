@@ -6,11 +6,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustfeat.training.concepts import ConceptMap
-from robustfeat.training.hrrl import ConceptAdversary, perturb, project_simplex
+from robustfeat.training.hrrl import (
+    ConceptAdversary,
+    GroupAdversary,
+    input_gradient,
+    perturb,
+    project_simplex,
+    step_along,
+)
 from robustfeat.training.network import build_network
 from robustfeat.training.objective import Objective, StepBatch
 from robustfeat.training.recipe import Recipe
@@ -120,6 +130,101 @@ def test_perturb_uses_batch_statistics_in_training_mode(network: nn.Module, batc
     assert not torch.allclose(trained, evaluated, atol=1e-3)
 
 
+def test_perturb_at_half_resolution_follows_the_loss_of_the_shrunk_image(network: nn.Module, batch) -> None:
+    """z is the gradient, with regard to the whole image, of the loss at means of 2 x 2 pixels."""
+    network.eval()
+    images, labels = batch
+    small = images.reshape(6, 3, 16, 2, 16, 2).mean((3, 5)).requires_grad_()
+    functional.cross_entropy(network(small), labels, reduction="sum").backward()
+    whole = small.grad.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = images + 0.5 * whole / whole.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(perturb(network, images, labels, 0.5, half=True), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_perturb_at_half_resolution_takes_odd_sides(network: nn.Module) -> None:
+    images = torch.randn(2, 3, 33, 37)
+    moved = perturb(network.eval(), images, torch.tensor([0, 1]), 2.0, half=True)
+    np.testing.assert_allclose((moved - images).flatten(1).norm(dim=1), 2, rtol=1e-4)
+
+
+def test_perturb_with_eval_statistics_in_training_mode(network: nn.Module, batch) -> None:
+    expected = perturb(network.eval(), *batch, 1.0)
+    network.train()
+    before = copy.deepcopy(network.state_dict())
+    torch.testing.assert_close(perturb(network, *batch, 1.0, batch_norm="eval"), expected)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(module.training for module in network.modules())
+
+
+def test_perturb_in_pixels_adds_that_length_to_the_pixels(network: nn.Module, batch) -> None:
+    """The reference differentiates with regard to the pixels, with the normalisation as a part of the network."""
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), torch.tensor([0.1, 0.2, 0.4]).view(1, 3, 1, 1)
+    network.eval()
+    pixels, labels = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(2)), batch[1]
+    x = pixels.clone().requires_grad_()
+    functional.cross_entropy(network((x - mean) / std), labels, reduction="sum").backward()
+    expected = pixels + 0.3 * x.grad / x.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    moved = perturb(network, (pixels - mean) / std, labels, 0.3, std=std) * std + mean
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_leaves_an_image_alone_whose_direction_is_not_finite(batch) -> None:
+    images = batch[0]
+    direction = torch.ones_like(images)
+    direction[2, 0, 3, 3] = math.inf
+    moved = step_along(images, direction, 1.0)
+    assert torch.equal(moved[2], images[2])
+    assert not torch.equal(moved[1], images[1])
+
+
+class Backward(TorchDispatchMode):
+    """Notes, for each convolution's backward pass, which gradients it computes: of input, weight, bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.masks.append(list(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_inner_pass_computes_no_gradients_of_parameters(network: nn.Module, batch) -> None:
+    images, labels = batch
+    with Backward() as inner:
+        input_gradient(network, images, labels)
+    assert inner.masks == [[True, False, False]] * 20
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    with Backward() as whole:
+        functional.cross_entropy(network(images), labels).backward()
+    assert sorted(whole.masks) == [[False, True, False]] + [[True, True, False]] * 19
+
+
+def test_a_compiled_inner_pass_computes_no_gradients_of_parameters(network: nn.Module, batch) -> None:
+    """Read off the graphs that a compiler gets: which of input, weight and bias each convolution's backward gives."""
+    masks: list[list[bool]] = []
+
+    def look(graph, example_inputs):
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.convolution_backward.default:
+                masks.append(list(node.args[-1]))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    model = torch.compile(network, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    images, labels = batch
+    moved = step_along(images, input_gradient(model, images, labels), 1.0)
+    assert masks == [[True, False, False]] * 20
+    torch.testing.assert_close(moved, perturb(network, images, labels, 1.0), rtol=1e-3, atol=1e-3)
+    masks.clear()
+    functional.cross_entropy(model(images), labels).backward()
+    assert sorted(masks) == [[False, True, False]] + [[True, True, False]] * 19
+    masks.clear()
+    input_gradient(model, images, labels)
+    assert not masks  # nothing is compiled again
+
+
 def numpy_adversary(counts, lam, s, c, batches):
     """Eq. 6 and Algorithm 1 once more, in NumPy; the projection by bisection instead of sorting."""
     n_k = np.asarray(counts, float)
@@ -156,6 +261,126 @@ def test_adversary_equals_a_numpy_transcription_over_hundreds_of_steps(lam: floa
     assert adversary.step == 400
 
 
+def random_batches(steps: int, size: int = 64) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    rng = np.random.default_rng(4)
+    shares = COUNTS.numpy() / COUNTS.sum().item()
+    return [
+        (torch.from_numpy(rng.gamma(2.0, 1.0, size)), torch.from_numpy(rng.choice(5, size, p=shares)))
+        for _ in range(steps)
+    ]
+
+
+def test_c_auto_is_theorem_3s() -> None:
+    lam, s = 0.5, 400
+    batches = random_batches(12)
+    adversary = ConceptAdversary(COUNTS, lam, warmup_steps=s, c="auto")
+    n_k, norms = COUNTS.numpy().astype(float), []
+    for losses, concepts in batches[:10]:
+        assert adversary.c is None
+        sums = np.array([losses[concepts == k].sum() for k in range(5)])
+        norms.append(np.linalg.norm(n_k.sum() / n_k * sums / 64))
+        adversary.update(losses, concepts)
+        assert torch.equal(adversary.q, adversary.reference)
+    assert adversary.c == pytest.approx(np.mean(norms) / lam * math.sqrt(math.log(s) / (2 * s)))
+    assert adversary.step == 0
+    known = ConceptAdversary(COUNTS, lam, warmup_steps=s, c=adversary.c)
+    for losses, concepts in batches[10:]:
+        adversary.update(losses, concepts)
+        known.update(losses, concepts)
+    torch.testing.assert_close(adversary.q, known.q)
+
+
+def test_constant_steps_have_the_size_that_the_first_phase_ends_with() -> None:
+    losses, concepts = random_batches(1)[0]
+    decaying, constant = (
+        ConceptAdversary(COUNTS, 1.0, warmup_steps=50, c=3.0, steps=s) for s in ("decaying", "constant")
+    )
+    decaying.step = 49
+    decaying.update(losses, concepts)
+    constant.update(losses, concepts)
+    torch.testing.assert_close(decaying.q, constant.q)
+    for batch in random_batches(20):
+        constant.update(*batch)
+    before = constant.q
+    constant.update(losses, concepts)
+    assert not torch.allclose(before, constant.q, atol=1e-4)  # it does not fade
+
+
+def test_averaged_steps_weigh_by_the_mean_of_the_iterates() -> None:
+    plain, averaged = (ConceptAdversary(COUNTS, 1.0, warmup_steps=7, steps=steps) for steps in ("decaying", "averaged"))
+    path = []
+    for losses, concepts in random_batches(30):
+        plain.update(losses, concepts)
+        averaged.update(losses, concepts)
+        path.append(plain.q)
+    torch.testing.assert_close(averaged.q, torch.stack(path).mean(0))
+
+
+def test_the_baseline_changes_nothing_where_the_batch_has_the_shares_of_the_set() -> None:
+    """One constant is added to each component of the gradient, and the projection takes it out."""
+    counts = torch.tensor([10, 20, 30])
+    concepts = torch.tensor([0, 1, 1, 2, 2, 2])
+    plain, lagged = ConceptAdversary(counts, 2.0, 5), ConceptAdversary(counts, 2.0, 5, baseline=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        losses = torch.rand(6, generator=generator) + 3
+        plain.update(losses, concepts)
+        lagged.update(losses, concepts)
+        torch.testing.assert_close(plain.q, lagged.q)
+
+
+def test_the_baseline_calms_q() -> None:
+    """Losses that are all alike should leave q at rest; what moves it is the batches' uneven shares."""
+    far = {}
+    for baseline in (False, True):
+        adversary = ConceptAdversary(COUNTS[:4], 1.0, warmup_steps=100, baseline=baseline)
+        distance = 0.0
+        for _, concepts in random_batches(100):
+            adversary.update(torch.full((64,), 4.0), concepts.clamp_max(3))
+            distance += float((adversary.q - adversary.reference).norm())
+        far[baseline] = distance
+    assert far[True] < 1e-9
+    assert far[False] > 1
+
+
+def test_a_reference_of_ones_own_is_where_q_starts_and_what_pulls_it() -> None:
+    reference = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0])
+    adversary = ConceptAdversary(COUNTS, 1e9, reference=reference)
+    weights = adversary.weights(torch.arange(5))
+    torch.testing.assert_close(weights, (COUNTS.sum() / COUNTS * reference).float())
+    for losses, concepts in random_batches(20):
+        adversary.update(losses, concepts)
+    torch.testing.assert_close(adversary.q, reference.double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"c": "auto"}, {"steps": "averaged"}, {"baseline": True}, {"steps": "constant"}])
+@pytest.mark.parametrize("cut", [4, 13])
+def test_every_kind_of_adversary_goes_on_from_its_state(options, cut: int) -> None:
+    whole, first, second = (ConceptAdversary(COUNTS, 1.0, warmup_steps=7, **options) for _ in range(3))
+    batches = random_batches(25)
+    for batch in batches:
+        whole.update(*batch)
+    for batch in batches[:cut]:
+        first.update(*batch)
+    second.load_state_dict(first.state_dict())
+    for batch in batches[cut:]:
+        second.update(*batch)
+    assert torch.equal(whole.q, second.q)
+
+
+def test_groups_follow_a_numpy_transcription_of_groupdro() -> None:
+    adversary = GroupAdversary(5, rate=0.1)
+    q = np.full(5, 0.2)
+    for losses, concepts in random_batches(50):
+        means = np.array([losses[concepts == k].mean() if (concepts == k).any() else 0.0 for k in range(5)])
+        q = q * np.exp(0.1 * means)
+        q /= q.sum()
+        weights = adversary.update(losses, concepts)
+        np.testing.assert_allclose(adversary.q, q, rtol=1e-9)
+        descended = float((weights * losses).mean())
+        assert descended == pytest.approx(float(q @ means), rel=1e-6)
+
+
 def test_weights_are_exactly_one_at_the_start() -> None:
     counts = torch.randint(1, 10_000, (1000,), generator=torch.Generator().manual_seed(0))
     weights = ConceptAdversary(counts, 1.0).weights(torch.arange(1000))
@@ -186,7 +411,16 @@ def test_adversary_settles_at_the_maximiser_of_equation_4() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"lam": 0}, {"lam": math.inf}, {"lam": 1, "c": 0.5}, {"lam": 1, "reference": torch.ones(5)}]
+    "options",
+    [
+        {"lam": 0},
+        {"lam": math.inf},
+        {"lam": 1, "c": 0.5},
+        {"lam": 1, "c": "best"},
+        {"lam": 1, "c": "auto", "warmup_steps": 1},
+        {"lam": 1, "steps": "quick"},
+        {"lam": 1, "reference": torch.ones(5)},
+    ],
 )
 def test_adversary_refuses_bad_arguments(options) -> None:
     with pytest.raises(ValueError, match="must"):

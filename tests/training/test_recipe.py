@@ -68,3 +68,24 @@ def test_bad_recipes_are_explained(tmp_path: Path, text: str, message: str) -> N
     file.write_text(text)
     with pytest.raises(InputError, match=message):
         load_recipe(str(file))
+
+
+def test_a_recipe_survives_its_toml_file(tmp_path: Path) -> None:
+    recipe = Recipe(
+        method="pack.mod:Class", concepts='a "quoted" \\ path é.csv', reference={"Bird, small": 0.25, "Dog": 1e-9},
+        q_warmup_divisor="auto", image_sizes=((0, 32), (4, 48)), lr=1e-05, parts=2, compile=True,
+    )  # fmt: skip
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml(), "utf-8")
+    assert load_recipe(str(tmp_path / "recipe.toml")) == recipe
+
+
+def test_shipped_recipes_are_these() -> None:
+    assert shipped_recipes() == ["imagenet-fast", "imagenet-paper", "tiny-imagenet", "tiny-imagenet-fast"]
+
+
+def test_imagenet_paper_is_the_papers() -> None:
+    recipe = load_recipe("imagenet-paper")
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.milestones) == (90, 256, 0.1, (30, 60))
+    assert (recipe.weight_decay, recipe.momentum, recipe.nesterov) == (1e-4, 0.9, False)
+    assert (recipe.q_warmup_steps, recipe.q_warmup_divisor, recipe.concepts) == (1000, 10, "imagenet11")
+    assert (recipe.inner, recipe.method, recipe.image_sizes) == ("full", "hrrl", ((0, 224),))

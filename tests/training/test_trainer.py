@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,17 +13,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
 from robustfeat.errors import CheckpointError, DataError, TrainingError
 from robustfeat.training.checkpoint import load_checkpoint
 from robustfeat.training.data import TrainingBatches, open_training_data
+from robustfeat.training.data.batches import EpochPlan
 from robustfeat.training.network import build_network
 from robustfeat.training.objective import Objective, StepBatch
-from robustfeat.training.recipe import Recipe
+from robustfeat.training.recipe import Recipe, load_recipe
 from robustfeat.training.trainer import train
 from tests.conftest import ROOT, Run, train_arguments
 
@@ -279,6 +284,145 @@ def test_damaged_images_count_against_their_own_split(dataset: Path, tmp_path: P
     assert len(result.bad_images) == 11
 
 
-def test_divergence_is_said_in_one_line(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="training diverged at step"):
-        train(dataset, recipe(dataset, lr=1e30), tmp_path / "run", workers=0, threads=1, quiet=True)
+@pytest.mark.parametrize("method", ["erm", "hrrl"])
+def test_divergence_stops_with_step_checkpoint_and_likely_cause(dataset: Path, tmp_path: Path, method: str) -> None:
+    with pytest.raises(TrainingError) as caught:
+        train(dataset, recipe(dataset, lr=1e30, method=method), tmp_path / "run", workers=0, threads=1, quiet=True)
+    message = str(caught.value)
+    step = int(re.match(r"training diverged at step (\d) \(.*not finite\); ", message)[1])  # type: ignore[index]
+    assert 1 <= step <= 3
+    assert "likely cause: a learning rate of 1e+30 is too high; try a smaller --lr" in message
+    assert "checkpoint.pt is intact, of step 0" in message
+    assert load_checkpoint(tmp_path / "run").global_step == 0
+
+
+class BadAtSeven(Objective):
+    """Its loss is NaN at the eighth step."""
+
+    steps = 0
+
+    def training_loss(self, losses: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        self.steps += 1
+        return super().training_loss(losses, batch) * (math.nan if self.steps == 8 else 1.0)
+
+
+def test_a_nan_in_the_second_epoch_leaves_the_first_ones_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    method = "tests.training.test_trainer:BadAtSeven"
+    with pytest.raises(TrainingError, match=r"diverged at step 7 .* is intact, of step 5"):
+        train(dataset, recipe(dataset, method=method), tmp_path / "run", workers=0, threads=1, quiet=True)
+    saved = load_checkpoint(tmp_path / "run")
+    assert saved.global_step == 5
+    assert all(value.isfinite().all() for value in saved.model.values())
+
+
+class Heavy(Objective):
+    """Its loss is NaN once a line was logged in which a concept weighs much."""
+
+    def training_loss(self, losses: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        value = super().training_loss(losses, batch)
+        return value * (math.nan if batch.epoch >= 1 else 1.0)
+
+
+def test_a_heavy_concept_is_named_as_the_cause(dataset: Path, tmp_path: Path) -> None:
+    """A reference that gives the smallest of the classes all of the weight."""
+    settings = recipe(
+        dataset,
+        method="tests.training.test_trainer:Heavy",
+        concepts="classes",
+        reference={"hat": 1.0},
+        lr=1e-6,
+        lam=1e9,
+    )
+    with pytest.raises(TrainingError, match=r"concept hat weighed 10\.0 times .* larger --lambda or a smaller --lr"):
+        train(dataset, settings, tmp_path / "run", workers=0, threads=1, quiet=True)
+
+
+def test_a_run_shows_what_it_did(finished_run: Path, dataset: Path) -> None:
+    """TensorBoard's events by its own reader, the curves as an image, the recipe as a file that trains the same."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(finished_run / "tensorboard"))
+    board.Reload()
+    lines = metrics(finished_run)
+    assert {"train/loss", "train/accuracy", "q/upper", "q/other", "epoch/validation_accuracy"} <= set(
+        board.Tags()["scalars"]
+    )
+    steps = [line for line in lines if line["event"] == "train"]
+    assert [event.step for event in board.Scalars("train/loss")] == [line["step"] for line in steps]
+    assert [event.value for event in board.Scalars("q/upper")] == pytest.approx([line["q"][1] for line in steps])
+    with Image.open(finished_run / "curves.png") as image:
+        assert image.size[0] > 1000
+        assert len(image.convert("RGB").getcolors(2**20)) > 50  # not blank
+    assert load_recipe(str(finished_run / "recipe.toml")).to_dict() == load_checkpoint(finished_run).recipe
+
+
+def test_progress_names_the_heaviest_and_lightest_concepts_and_the_time_left(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustfeat.training.trainer._LOG_EVERY_STEPS", 2)
+    monkeypatch.setattr("robustfeat.progress._PLAIN_LINE_S", 0)
+    train(dataset, recipe(dataset), tmp_path / "run", workers=0, threads=1)
+    line = capsys.readouterr().err.splitlines()[3]
+    assert re.search(
+        r"^epoch 1/2 at 32 px 18/30 images, [\d.]+/s, .* left, loss \d\.\d+, accuracy [\d.]+%, "
+        r"weights 0\.\d\d (upper|other) to 1\.\d\d (upper|other), run 0:\d\d left$",
+        line,
+    ), line
+
+
+@pytest.mark.parametrize("inner", ["half", "free"])
+def test_every_inner_pass_trains_as_many_steps(dataset: Path, tmp_path: Path, inner: str) -> None:
+    train(dataset, recipe(dataset, inner=inner, replays=3), tmp_path / "run", workers=0, threads=1, quiet=True)
+    assert load_checkpoint(tmp_path / "run").global_step == 10
+
+
+def test_free_shows_every_image_within_as_many_epochs_as_replays(dataset: Path) -> None:
+    data, _ = open_training_data(dataset)
+    plans = [EpochPlan(data, 6, seed=0, epoch=epoch, replays=5) for epoch in range(6)]
+    assert [(plan.steps, plan.batches) for plan in plans] == [(5, 1)] * 6
+    seen = np.concatenate([plan.rows(0) for plan in plans[:5]])
+    assert sorted(seen) == list(range(30))
+    assert not np.array_equal(plans[5].rows(0), plans[0].rows(0))
+
+
+def test_a_stopped_free_run_goes_on_at_a_whole_batch(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+    options = {"epochs": 6, "inner": "free", "checkpoint-every-s": 0}
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert robustfeat(*train_arguments(dataset, unbroken, **options), "--quiet").returncode == 0
+    process = start([*train_arguments(dataset, broken, **options), "--quiet"])
+    wait_for_step(process, broken, 7)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert load_checkpoint(broken).step in {0, 4}
+    assert robustfeat(*train_arguments(dataset, broken, **options), "--resume", "--quiet").returncode == 0
+    assert_same_parameters(unbroken, broken)
+
+
+def test_resume_takes_the_runs_own_recipe(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+    arguments = [*train_arguments(dataset, tmp_path / "run", epochs=3), "--set", "q_baseline=true", "--quiet"]
+    process = start([*arguments, "--checkpoint-every-s=0"])
+    wait_for_step(process, tmp_path / "run", 2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = robustfeat("train", dataset, "--out", tmp_path / "run", "--resume", "--device", "cpu", "--workers", 0)
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(tmp_path / "run").global_step == 15
+
+
+def test_a_recalibrated_run_reports_both_accuracies(dataset: Path, tmp_path: Path) -> None:
+    train(dataset, recipe(dataset, recalibrate=3), tmp_path / "run", workers=0, threads=1, quiet=True)
+    plain = train(dataset, recipe(dataset), tmp_path / "plain", workers=0, threads=1, quiet=True)
+    events = metrics(tmp_path / "run")
+    assert [line["event"] for line in events] == ["train", "epoch", "train", "epoch", "recalibrated"]
+    assert events[3]["validation_accuracy"] == pytest.approx(plain.validation_accuracy, abs=1e-5)
+    assert events[4]["validation_loss"] != events[3]["validation_loss"]
+    first, second = load_checkpoint(tmp_path / "run").model, load_checkpoint(tmp_path / "plain").model
+    assert torch.equal(first["fc.weight"], second["fc.weight"])
+    assert not torch.equal(first["bn1.running_mean"], second["bn1.running_mean"])
+
+
+def test_a_cached_run_is_the_decoding_run(dataset: Path, tmp_path: Path) -> None:
+    """At the images' own size, bit for bit."""
+    train(dataset, recipe(dataset, cache_px=40), tmp_path / "cached", workers=1, threads=1, quiet=True)
+    train(dataset, recipe(dataset), tmp_path / "plain", workers=0, threads=1, quiet=True)
+    assert_same_parameters(tmp_path / "cached", tmp_path / "plain")

@@ -1,0 +1,111 @@
+"""q0 from a target's images, and from a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from robustfeat.errors import DataError
+from robustfeat.hub.preprocessing import decode, preprocess
+from robustfeat.training.concepts import load_reference
+from robustfeat.training.network import build_network
+from robustfeat.training.target import estimate_reference
+from tests.conftest import Run, train_arguments
+
+
+def test_the_estimate_is_the_mean_softmax_by_concept(model: Path, dataset: Path, examples: Path) -> None:
+    """The reference runs the whole network in PyTorch."""
+    from safetensors.torch import load_file
+
+    from robustfeat.hub.folder import ModelFolder
+
+    training = json.loads((model / "training.json").read_text())
+    network = build_network(len(training["classes"]))
+    network.load_state_dict(load_file(model / "model.safetensors"))
+    network.eval()
+    contract = ModelFolder(model).config.preprocessing
+    images = [decode(file.read_bytes()) for file in sorted((examples / "hat").glob("*.jpg"))]
+    with torch.no_grad():
+        logits = network(torch.from_numpy(preprocess(images, contract)))
+    shares = nn.functional.softmax(logits.double(), 1).mean(0)
+    expected: dict[str, float] = {}
+    for share, concept in zip(shares.tolist(), training["concept_of_class"], strict=True):
+        name = training["concepts"][concept]
+        expected[name] = expected.get(name, 0.0) + share
+    estimate = estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"), str(model))
+    assert estimate == pytest.approx(expected, abs=1e-5)
+    assert sum(estimate.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_images_that_cannot_be_read_do_not_count(model: Path, dataset: Path, examples: Path, tmp_path: Path) -> None:
+    concepts = str(dataset / "concepts.csv")
+    folder = tmp_path / "target"
+    shutil.copytree(examples / "hat", folder)
+    whole = estimate_reference(str(folder), concepts, str(model))
+    (folder / "bad.jpg").write_bytes(b"junk")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    assert estimate_reference(str(folder), concepts, str(model)) == whole
+    for file in folder.glob("*.jpg"):
+        file.unlink()
+    (folder / "bad.jpg").write_bytes(b"junk")
+    with pytest.raises(DataError, match="none of its 1 images can be decoded"):
+        estimate_reference(str(folder), concepts, str(model))
+
+
+def test_a_model_without_classes_is_refused(model: Path, examples: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="classes have no concept"):
+        estimate_reference(str(examples / "hat"), "imagenet11", str(model))
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    (copy / "training.json").write_text("{}")
+    with pytest.raises(DataError, match=r"has no named classes .* pass a model that robustfeat trained"):
+        estimate_reference(str(examples / "hat"), "imagenet11", str(copy))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("concept,share\nbird,0.2\nbird,0.3\n", "line 3 needs a new concept and a share >= 0; got 'bird', '0.3'"),
+        ("concept,share\nbird,-1\n", "line 2 needs a new concept"),
+        ("concept,share\nbird,many\n", "line 2 needs a new concept"),
+        ("bird,1\n", "the first line must be concept,share; got bird,1"),
+        ("concept,share\nbird\n", "line 2 needs a concept and a share; got 'bird'"),
+    ],
+)
+def test_bad_references_are_explained(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "q0.csv"
+    file.write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_reference(str(file))
+
+
+def test_a_run_starts_at_the_reference_of_its_target(
+    dataset: Path, model: Path, examples: Path, tmp_path: Path, robustfeat: Run
+) -> None:
+    arguments = train_arguments(dataset, tmp_path / "run", epochs=1, **{"lambda": 1e9})
+    result = robustfeat(*arguments, "--target", examples / "hat", "--target-model", model)
+    assert result.returncode == 0, result.stderr
+    estimate = estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"), str(model))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert dict(zip(sorted(estimate), line["q"], strict=True)) == pytest.approx(estimate, abs=1e-4)
+    assert "q0 of" in result.stderr
+    (tmp_path / "q0.csv").write_text("concept,share\nupper,1\nother,3\n")
+    arguments = train_arguments(dataset, tmp_path / "second", epochs=1, **{"lambda": 1e9})
+    assert robustfeat(*arguments, "--reference", tmp_path / "q0.csv", "--quiet").returncode == 0
+    line = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["q"] == pytest.approx([0.75, 0.25], abs=1e-4)
+
+
+def test_both_references_at_once_are_refused(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    arguments = [*train_arguments(dataset, tmp_path / "run"), "--reference", "x.csv", "--target", tmp_path]
+    result = robustfeat(*arguments)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "robustfeat: --reference and --target: both give q0; pass one of them\n",
+    )
