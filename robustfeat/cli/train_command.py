@@ -95,7 +95,6 @@ def command(
     from robustfeat.errors import InputError
     from robustfeat.training.concepts import load_reference
     from robustfeat.training.recipe import RECIPE_NAME, Recipe, load_recipe
-    from robustfeat.training.target import estimate_reference
     from robustfeat.training.trainer import train
 
     changes = {name: value for name, value in overrides.items() if value is not None}
@@ -113,12 +112,6 @@ def command(
     recipe = (load_recipe(config) if config else Recipe()).override(changes)
     if reference:
         recipe = recipe.replace(reference=load_reference(reference))
-    if target:
-        shares = estimate_reference(target, recipe.concepts, target_model)
-        recipe = recipe.replace(reference=shares)
-        if not quiet:
-            told = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
-            click.echo(f"q0 of {target}: {told}", err=True)
     result = train(
         data,
         recipe,
@@ -129,6 +122,8 @@ def command(
         threads=threads,
         cache=cache,
         stream=stream,
+        target=target,
+        target_model=target_model,
         checkpoint_every_s=checkpoint_every_s,
         quiet=quiet,
     )
@@ -143,9 +138,9 @@ def command(
     elif not quiet and first:
         click.echo(f"{result.run}: validation accuracy {result.validation_accuracy:.2%}", err=True)
     if result.bad_images and first:
-        # Of several ranks one says so: torchrun takes any exit code but 0 for a crash of all.
         click.echo(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)
-        return 3
+        # torchrun takes any exit code but 0 for a crash, and reports or restarts a run that is done.
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 3
     return 0
 
 

@@ -23,13 +23,14 @@ class Checkpoint:
 
     Attributes:
         recipe: as `Recipe.to_dict` gives it.
-        data: the training data: `root`, `fingerprint`, `images`, `validation_images`.
+        data: the training data: `root`, `fingerprint`, `images`, `validation_images`; and `ranks`, that share a batch.
         classes: the C class names.
         concepts: the K concept names.
         concept_of_class: C numbers.
         epoch, step: the next step to make: `step` within `epoch`, both counted from 0.
         global_step: steps made so far.
         model, optimizer, objective, scaler: their state dicts (the scaler's is empty but for fp16).
+        bad_images: for `training` and `validation`, those that could not be decoded so far.
     """
 
     recipe: dict[str, Any]
@@ -44,6 +45,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     objective: dict[str, Any]
     scaler: dict[str, Any] = field(default_factory=dict)
+    bad_images: dict[str, list[str]] = field(default_factory=dict)
 
 
 def save_checkpoint(checkpoint: Checkpoint, run: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, distributed
 
 from robustfeat.errors import InputError, RobustFeatError, TrainingError, first_line
 
-__all__ = ["Ranks", "exchange", "join_group", "raise_together", "sum_over_ranks"]
+__all__ = ["Ranks", "gather_objects", "join_group", "raise_together", "sum_over_ranks"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def join_group(device: torch.device) -> Iterator[Ranks]:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             device_id=device if device.type == "cuda" else None,
+            timeout=_TIMEOUT,
         )
     except (RuntimeError, ValueError) as exc:
         raise TrainingError(
@@ -84,6 +86,7 @@ def join_group(device: torch.device) -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
+_TIMEOUT = timedelta(hours=4)  # one process may fill a cache while the others wait
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
 
 
@@ -93,7 +96,7 @@ def raise_together(error: RobustFeatError | None) -> None:
     Raises:
         RobustFeatError: `error`, on the first rank that has one. The others end with exit code 1 and say nothing.
     """
-    failed = [rank for rank, message in enumerate(exchange(error and str(error))) if message is not None]
+    failed = [rank for rank, message in enumerate(gather_objects(error and str(error))) if message is not None]
     if failed:
         if error is not None and (not distributed.is_initialized() or failed[0] == distributed.get_rank()):
             raise error
@@ -120,7 +123,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
-def exchange(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """Each rank's `value`, in the order of the ranks; small, picklable, of our own processes alone."""
     if not distributed.is_initialized():
         return [value]

@@ -101,7 +101,7 @@ def _inner_pass(model: nn.Module, batch_norm: str) -> Iterator[None]:
             layer.training = layer.track_running_stats = True
 
 
-_LOSS_SCALE = 1024.0
+_LOSS_SCALE = 64.0
 """Keeps the gradients of well classified images above fp16's smallest numbers; the normalisation takes it out again."""
 
 

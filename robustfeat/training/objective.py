@@ -129,6 +129,8 @@ class Objective:
             return self._replayed_images(images, tau, batch.replay)
         if self.direction == "random":
             direction = torch.randn_like(images)
+            if (std := self._std(images)) is not None:  # `step_along` takes a gradient then, and divides by it
+                direction = direction * std
         else:
             half = self.inner == "half"
             direction = input_gradient(model, images, batch.labels, half=half, batch_norm=self.inner_batch_norm)

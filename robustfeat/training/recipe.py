@@ -71,7 +71,8 @@ class Recipe:
         tau_unit: `normalised` (the length is measured in the network's input) or `pixel` (in pixels from 0 to 1).
         inner: where the example level's gradient comes from: `full` (the paper: a pass of its own), `half` (that pass
             at half the resolution) or `free` (the step before, on the same batch).
-        replays: with `free`, the steps in a row that use one batch; an epoch stays as many steps.
+        replays: with `free`, the steps in a row that use one batch; an epoch stays as many steps. An image that
+            weighs nothing leaves no gradient and is not moved in the next step.
         inner_batch_norm: in the inner pass, `batch` statistics or running ones (`eval`).
         lam: lambda of the concept level.
         q_warmup_steps, q_warmup_divisor: s and c of Algorithm 1; c may be `auto` (Theorem 3).
@@ -86,7 +87,7 @@ class Recipe:
         cache_px: decode each training image once, to a square of this side that a cache keeps (0: decode each time).
         seed: of the initial weights, the order and the crops.
         val_fraction: share of the training images held out where the data has no validation split.
-        parts: use only the first so many Parquet files of the training split (None: all).
+        parts: use only the first so many Parquet files or tar shards of the training split (None: all).
     """
 
     method: str = "hrrl"
@@ -104,7 +105,7 @@ class Recipe:
     validation_size: int = 224
     crop_pct: float = 0.875
     min_crop_area: float = 0.08
-    tau: float = 0.35
+    tau: float = 1.0
     tau_ramp_epochs: float = 0.0
     tau_unit: str = "normalised"
     inner: str = "full"
@@ -127,8 +128,9 @@ class Recipe:
     parts: int | None = field(default=None)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(int(epoch) for epoch in self.milestones))
-        object.__setattr__(self, "image_sizes", tuple((int(first), int(side)) for first, side in self.image_sizes))
+        self._check_shapes()
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        object.__setattr__(self, "image_sizes", tuple((first, side) for first, side in self.image_sizes))
         for name, least, most in _RANGES:
             value = getattr(self, name)
             if name == "q_warmup_divisor" and value == "auto":
@@ -138,7 +140,7 @@ class Recipe:
                 whole = "a whole number " if name in _INTEGERS else ""
                 raise InputError(f"recipe: {name} must be {whole}from {least:g} to {most:g}; got {value!r}")
         self._check_choices()
-        if self.parts is not None and (not isinstance(self.parts, int) or self.parts < 1):
+        if self.parts is not None and (not _is_whole(self.parts) or self.parts < 1):
             raise InputError(f"recipe: parts must be a whole number >= 1; got {self.parts!r}")
         if self.nesterov and not self.momentum:
             raise InputError("recipe: nesterov needs a momentum above 0")
@@ -151,6 +153,25 @@ class Recipe:
             self.preprocessing()
         except ValueError as exc:
             raise InputError(f"recipe: {exc}") from exc
+
+    def _check_shapes(self) -> None:
+        for name in ("method", "concepts"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise InputError(f"recipe: {name} must be text; got {getattr(self, name)!r}")
+        if not isinstance(self.milestones, list | tuple) or not all(_is_whole(epoch) for epoch in self.milestones):
+            raise InputError(f"recipe: milestones must be a list of epochs, as [30, 60]; got {self.milestones!r}")
+        if not isinstance(self.image_sizes, list | tuple) or not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in self.image_sizes
+        ):
+            raise InputError(
+                f"recipe: image_sizes must be pairs of an epoch and a side, as [[0, 48]]; got {self.image_sizes!r}"
+            )
+        shares = self.reference
+        if shares is not None and not (
+            isinstance(shares, dict)
+            and all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares.values())
+        ):
+            raise InputError(f"recipe: reference must give each concept a number, as {{Bird = 0.2}}; got {shares!r}")
 
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
@@ -218,6 +239,10 @@ class Recipe:
             return cls(**data)
         except (TypeError, ValueError) as exc:
             raise InputError(f"{source}: a value has the wrong type ({exc})") from exc
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _toml(value: Any) -> str:

@@ -42,7 +42,7 @@ class TrainingStep:
         recipe: how it is trained.
         concepts: of the training set's classes.
         device: where.
-        ranks: this process among those that train together; a group of them must have been joined.
+        ranks: this process among those that train together; where there are several, call `distribute`.
 
     Attributes:
         network: ResNet-18 as it is saved, neither wrapped nor compiled.
@@ -58,12 +58,13 @@ class TrainingStep:
             # Exact resume needs the same kernels each time, and fp32 means fp32.
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.allow_tf32 = False
+        else:
+            torch.backends.cudnn.benchmark = True
         self.recipe, self.device, self._ranks = recipe, device, ranks
         torch.manual_seed(recipe.seed)
         self.network = build_network(len(concepts.of_class)).to(memory_format=torch.channels_last).to(device)
-        trained: nn.Module = self.network
         if recipe.batch_norm == "sync" and ranks.world > 1:
-            trained = self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # type: ignore[no-untyped-call]
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # type: ignore[no-untyped-call]
         self._optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=recipe.lr,
@@ -73,20 +74,37 @@ class TrainingStep:
             # On a CPU it saves 3 ms a step and is not bit for bit the plain optimiser.
             fused=device.type == "cuda",
         )
+        if recipe.precision == "fp16":
+            # Where the first step overflows, the fused optimiser skips it and leaves buffers that it never wrote.
+            for parameter in self.network.parameters():
+                self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.objective: Objective = create_objective(recipe, concepts)
-        if ranks.world > 1:
-            # DDP gives every rank the BatchNorm statistics of rank 0 before each pass, so that what is evaluated and
-            # saved is one network. Its hooks do not work with autograd.grad: inner passes use the bare network.
-            trained = nn.parallel.DistributedDataParallel(
-                self.network, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-            )
-        self._inner = _compiled(self.network) if recipe.compile else self.network
-        self._trained = _compiled(trained) if recipe.compile else trained
+        self._inner = self._trained = _compiled(self.network) if recipe.compile else self.network
         self._concept_of_class = torch.from_numpy(concepts.of_class).to(device)
         contract = recipe.preprocessing()
         self._mean = torch.tensor(contract.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(contract.std, device=device).view(1, 3, 1, 1)
+
+    def distribute(self) -> None:
+        """From here on steps are made together with the other ranks; a collective call."""
+        if self._ranks.world == 1:
+            return
+        # Its hooks do not work with autograd.grad: inner passes use the bare network. Buffers: `_share_statistics`.
+        trained = nn.parallel.DistributedDataParallel(
+            self.network,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        self._trained = _compiled(trained) if self.recipe.compile else trained
+
+    def _share_statistics(self) -> None:
+        """Running statistics become the mean over the ranks, so that all evaluate and save one network."""
+        buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
+        mean = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / self._ranks.world
+        parts = torch.split(mean, [buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
 
     def train(self) -> None:
         """To training mode, BatchNorm by the recipe's policy."""
@@ -115,7 +133,7 @@ class TrainingStep:
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(epoch)
         # Methods that draw random numbers draw the same ones after a resume, and each rank its own.
-        torch.manual_seed((self.recipe.seed * 1_000_003 + number) * 4099 + self._ranks.rank)
+        torch.manual_seed(((self.recipe.seed * 1_000_003 + number) * 4099 + self._ranks.rank) % 2**63)
         labels = labels.to(self.device, non_blocking=True)
         batch = StepBatch(
             self.to_input(pixels), labels, self._concept_of_class[labels], epoch, total or len(labels), replay
@@ -129,6 +147,8 @@ class TrainingStep:
         self._scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        if self._ranks.world > 1 and self.recipe.batch_norm == "batch":
+            self._share_statistics()
         correct = (logits.detach().argmax(1) == labels).sum()
         return StepResult(losses.detach(), objective.detach(), correct)
 
@@ -168,9 +188,8 @@ class TrainingStep:
                 self.network(self.to_input(pixels).contiguous(memory_format=torch.channels_last))
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-            for buffer in (layer.running_mean, layer.running_var):
-                if buffer is not None:
-                    buffer.copy_(sum_over_ranks(buffer) / self._ranks.world)
+        if self._ranks.world > 1:
+            self._share_statistics()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: model, optimizer, objective, scaler."""

@@ -30,13 +30,15 @@ from robustfeat.training.data import (
     is_hub_dataset,
     load_batches,
     open_training_data,
+    require_room,
 )
-from robustfeat.training.distributed import Ranks, exchange, join_group, raise_together, sum_over_ranks
+from robustfeat.training.distributed import Ranks, gather_objects, join_group, raise_together, sum_over_ranks
 from robustfeat.training.hrrl import DivergedError
 from robustfeat.training.journal import METRICS_NAME, Journal, Window
 from robustfeat.training.recipe import RECIPE_NAME, Recipe
 from robustfeat.training.signals import StopRequest, stop_on_signal
 from robustfeat.training.step import TrainingStep
+from robustfeat.training.target import estimate_reference
 
 __all__ = ["TrainingResult", "train"]
 
@@ -71,6 +73,8 @@ def train(
     threads: int | None = None,
     cache: str = "auto",
     stream: bool = False,
+    target: str | None = None,
+    target_model: str = "builtin",
     checkpoint_every_s: float = 300.0,
     quiet: bool = False,
 ) -> TrainingResult:
@@ -81,11 +85,12 @@ def train(
         out: gets `checkpoint.pt`, `metrics.jsonl`, `recipe.toml`, `curves.png` and `tensorboard/`.
         resume: go on from the checkpoint in `out`; the recipe and the data must be the same.
         device: auto, cpu or cuda.
-        workers: processes that decode images; by default one for each processor, at most 8, and 1 where a cache
-            has decoded them.
+        workers: processes that decode images; by default one for each processor, at most 16, and 1 for images that a
+            cache has decoded.
         threads: processors for the network; by default all that the cgroup grants. Ranks on one machine share both.
         cache: where the squares of `recipe.cache_px` are kept: ram, device (the GPU), a folder, or auto (device or
             ram). Nothing is cached where that is 0.
+        target, target_model: images from which this model estimates the recipe's `reference`; see `estimate_reference`.
         stream: read the Parquet files of a dataset of the Hub over the network, each epoch anew.
         checkpoint_every_s: also within an epoch; one is written after each epoch in any case.
 
@@ -95,17 +100,38 @@ def train(
     """
     ranks = Ranks.from_environment()
     chosen = _choose_device(device, ranks)
-    cpus = max(1, available_cpus() // ranks.local_world)
-    torch.set_num_threads(threads or cpus)
-    if recipe.batch_size % ranks.world:
+    torch.set_num_threads(threads or max(1, available_cpus() // ranks.local_world))
+    if recipe.batch_size % ranks.world or recipe.batch_size < 2 * ranks.world:
         raise InputError(
-            f"--batch-size {recipe.batch_size}: is shared by {ranks.world} processes and must be a multiple of that"
+            f"--batch-size {recipe.batch_size}: is shared by {ranks.world} processes and must be a multiple of that, "
+            "at least 2 for each"
         )
     with join_group(chosen):
-        trainer = _Trainer(data, recipe, Path(out), ranks, chosen, quiet or ranks.rank > 0)
-        with _together():
-            trainer.open_data(cache, stream, min(8, cpus) if workers is None else workers, workers)
-        return trainer.run(resume, checkpoint_every_s)
+        if target is not None:
+            recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
+        trainer = _Trainer(data, recipe, Path(out), ranks, chosen, workers, quiet or ranks.rank > 0)
+        try:
+            with _together():
+                saved = trainer.prepare(resume, cache, stream)
+            with _together():
+                trainer.fill_cache(cache)
+            return trainer.run(saved, checkpoint_every_s)
+        except torch.OutOfMemoryError as exc:
+            raise TrainingError(
+                "the GPU's memory does not suffice; pass a smaller --batch-size, --precision bf16, or another --cache"
+            ) from exc
+
+
+def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, quiet: bool) -> dict[str, float]:
+    """One rank looks at the target's images; all take its numbers."""
+    shares: dict[str, float] = {}
+    with _together():
+        if ranks.rank == 0:
+            shares = estimate_reference(target, recipe.concepts, model)
+            told = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            Progress("", 0, quiet=quiet).say(f"q0 of {target}: {told}")
+    first: dict[str, float] = gather_objects(shares)[0]
+    return first
 
 
 @contextmanager
@@ -121,17 +147,26 @@ def _together() -> Iterator[None]:
 
 class _Trainer:
     def __init__(
-        self, data: str | Path, recipe: Recipe, out: Path, ranks: Ranks, device: torch.device, quiet: bool
+        self,
+        data: str | Path,
+        recipe: Recipe,
+        out: Path,
+        ranks: Ranks,
+        device: torch.device,
+        workers: int | None,
+        quiet: bool,
     ) -> None:
         self.data, self.recipe, self.out, self.ranks, self.device, self.quiet = data, recipe, out, ranks, device, quiet
+        self.decoders = max(1, min(16, available_cpus() // ranks.local_world)) if workers is None else workers
+        self.loaders = 1 if recipe.cache_px and workers is None else self.decoders
         self.progress = Progress("", 0, quiet=quiet)
-        self.epoch = self.step = self.global_step = 0
+        self.epoch = self.step = self.global_step = self.saved_step = 0
         self.bad_images: dict[str, set[str]] = {"training": set(), "validation": set()}
         self._note = ""
         self._last_metrics: dict[str, Any] = {}
 
-    def open_data(self, cache: str, stream: bool, workers: int, workers_asked: int | None) -> None:
-        """Finds the images, their concepts, and room for the cache; no other rank is needed for it."""
+    def prepare(self, resume: bool, cache: str, stream: bool) -> Checkpoint | None:
+        """All that can be wrong without the other ranks, before anything that takes long; the checkpoint, if any."""
         recipe = self.recipe
         self.train_set, self.validation_set = open_training_data(
             self.data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts, stream=stream
@@ -149,32 +184,39 @@ class _Trainer:
             "fingerprint": self.train_set.fingerprint,
             "images": len(self.train_set),
             "validation_images": len(self.validation_set),
+            "ranks": self.ranks.world,
         }
-        self._introduce()
-        self.workers = workers
+        self.train_step = TrainingStep(recipe, self.concepts, self.device, self.ranks)
         if recipe.cache_px:
-            place = ("device" if self.device.type == "cuda" else "ram") if cache == "auto" else cache
+            place = self._cache_place(cache)
+            require_room(self.train_set, recipe.cache_px, place, device=self.device, processes=self.ranks.local_world)
+        saved = self._find_checkpoint(resume)
+        self._introduce()
+        return saved
+
+    def _cache_place(self, cache: str) -> str:
+        return ("device" if self.device.type == "cuda" else "ram") if cache == "auto" else cache
+
+    def fill_cache(self, cache: str) -> None:
+        """Decodes, where the recipe says so."""
+        if self.recipe.cache_px:
+            place = self._cache_place(cache)
+            # A folder is filled by one process of the machine while the others wait.
+            helpers = self.ranks.local_world if place not in {"ram", "device"} else 1
             self.train_set = build_cache(
                 self.train_set,
-                recipe.cache_px,
+                self.recipe.cache_px,
                 place,
                 device=self.device,
-                workers=workers,
-                processes=self.ranks.local_world,
+                workers=self.decoders * helpers,
                 quiet=self.quiet,
             )
-            self.workers = 1 if workers_asked is None else workers_asked
 
-    def run(self, resume: bool, checkpoint_every_s: float) -> TrainingResult:
-        with _together():
-            saved = self._find_checkpoint(resume)
-        self.train_step = TrainingStep(self.recipe, self.concepts, self.device, self.ranks)
+    def run(self, saved: Checkpoint | None, checkpoint_every_s: float) -> TrainingResult:
+        """Trains to the end of the recipe, from a checkpoint or from the beginning."""
+        self.train_step.distribute()
         if saved is not None:
-            self.train_step.load_state_dict({
-                name: getattr(saved, name) for name in ("model", "optimizer", "objective", "scaler")
-            })  # fmt: skip
-            self.epoch, self.step, self.global_step = saved.epoch, saved.step, saved.global_step
-            self._saved_step = self.global_step
+            self._restore(saved)
         self.journal = None
         if self.ranks.rank == 0:
             self.journal = Journal(self.out, self.global_step, self.concepts.names)
@@ -195,6 +237,20 @@ class _Trainer:
             draw_curves(self.out, self.concepts.names)
             self.progress.say(f"{self.out / CURVES_NAME} shows loss, accuracy and the path of q")
         return TrainingResult(self.out, accuracy, tuple(sorted(set().union(*self.bad_images.values()))))
+
+    def _restore(self, saved: Checkpoint) -> None:
+        parts = ("model", "optimizer", "objective", "scaler")
+        self.train_step.load_state_dict({name: getattr(saved, name) for name in parts})
+        self.epoch, self.step, self.global_step = saved.epoch, saved.step, saved.global_step
+        self.saved_step = saved.global_step
+        for split, lines in saved.bad_images.items():
+            self.bad_images[split].update(lines)
+        before = saved.data.get("ranks", 1)
+        if before != self.ranks.world:
+            self.progress.say(
+                f"was trained on {before} ranks, goes on with {self.ranks.world}: BatchNorm's statistics and random "
+                "directions differ from those of an unbroken run"
+            )
 
     def _introduce(self) -> None:
         recipe, say = self.recipe, self.progress.say
@@ -255,7 +311,7 @@ class _Trainer:
                         self._end_early()
         self.epoch, self.step = self.epoch + 1, 0
         accuracy = self._end_epoch()
-        if self.epoch < recipe.epochs and max(exchange(stop.requested)):
+        if self.epoch < recipe.epochs and max(gather_objects(stop.requested)):
             self._end_early()
         return accuracy
 
@@ -263,7 +319,7 @@ class _Trainer:
         """Batches from decoding processes; on a GPU with a cache, whole squares that it crops itself."""
         if isinstance(self.train_set, CachedSet) and self.device.type == "cuda":
             return cached_batches(self.train_set, batches.plan, numbers, self.device)
-        return load_batches(batches, self.workers, numbers, pin=self.device.type == "cuda")
+        return load_batches(batches, self.loaders, numbers, pin=self.device.type == "cuda")
 
     def _agree(self, batch: Batch, stop: bool, due: bool, window: Window) -> tuple[int, int, bool, bool]:
         """What all ranks must know before a step: total and least size, whether to stop, whether to save.
@@ -295,11 +351,6 @@ class _Trainer:
             result = self.train_step(pixels, batch.labels, epoch, self.global_step, replay=replay, total=total)
         except DivergedError as exc:
             self._diverged(self.global_step, str(exc))
-        except torch.OutOfMemoryError as exc:
-            raise TrainingError(
-                f"the GPU's memory does not suffice for {len(pixels)} images of {pixels.shape[-1]} px in a step; "
-                "pass a smaller --batch-size, --precision bf16, or a --cache elsewhere"
-            ) from exc
         window.add(result, self.global_step)
 
     def _end_epoch(self) -> float:
@@ -342,7 +393,7 @@ class _Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         failures: list[str] = []
         self.train_step.network.eval()
-        for batch in load_batches(batches, self.workers, numbers, pin=self.device.type == "cuda"):
+        for batch in load_batches(batches, self.decoders, numbers, pin=self.device.type == "cuda"):
             failures.extend(batch.failures)
             if len(batch.labels):
                 loss, correct = self.train_step.evaluate(batch.pixels(self.device, contract.image_size), batch.labels)
@@ -356,7 +407,7 @@ class _Trainer:
     def _note_failures(self, failures: tuple[str, ...], split: str, total: int) -> None:
         """Names new bad images of any rank; a collective call."""
         bad = self.bad_images[split]
-        for line in (line for lines in exchange(failures) for line in lines):
+        for line in (line for lines in gather_objects(failures) for line in lines):
             if line not in bad:
                 bad.add(line)
                 self.progress.say(f"left out: {line}")
@@ -401,7 +452,7 @@ class _Trainer:
 
     def _check_finite(self, window: Window) -> None:
         """Ends all ranks when one saw a loss that is not finite; a collective call."""
-        steps = [step for step in exchange(window.first_bad_step()) if step is not None]
+        steps = [step for step in gather_objects(window.first_bad_step()) if step is not None]
         if steps:
             self._diverged(min(steps), "the loss is not finite")
 
@@ -413,7 +464,7 @@ class _Trainer:
         self._fail(
             TrainingError(
                 f"training diverged at step {step} ({reason}); likely cause: {self._likely_cause()}. "
-                f"{self.out / CHECKPOINT_NAME} is intact, of step {self._saved_step}; start anew with the change, "
+                f"{self.out / CHECKPOINT_NAME} is intact, of step {self.saved_step}; start anew with the change, "
                 "in another --out"
             )
         )
@@ -451,12 +502,13 @@ class _Trainer:
                     epoch=self.epoch,
                     step=self.step,
                     global_step=self.global_step,
+                    bad_images={split: sorted(lines) for split, lines in self.bad_images.items()},
                     **self.train_step.state_dict(),
                 ),
                 self.out,
             )
-        self._saved_step = self.global_step
-        exchange(None)  # none goes on, and above all none ends, before the file is whole
+        self.saved_step = self.global_step
+        gather_objects(None)  # none goes on, and above all none ends, before the file is whole
 
     def _find_checkpoint(self, resume: bool) -> Checkpoint | None:
         """The checkpoint to go on from, if any; makes the run's folder."""

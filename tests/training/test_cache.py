@@ -22,6 +22,7 @@ from robustfeat.training.data import (
     cached_batches,
     load_batches,
     open_training_data,
+    require_room,
 )
 from robustfeat.training.data import cache as cache_module
 from robustfeat.training.data.crops import crop_boxes, crop_squares
@@ -165,6 +166,25 @@ def test_a_file_that_a_kill_left_half_filled_is_filled_up(
     assert asked == [16], "a full one is used as it is"
 
 
+def test_a_kill_right_after_the_file_was_made_again_leaves_no_black_images(
+    train: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build_cache(train, 40, str(tmp_path), device=CPU, quiet=True)
+    next(tmp_path.glob("*.u8")).unlink()
+    decode = cache_module._decode
+    monkeypatch.setattr(cache_module, "_decode", lambda *arguments: iter(()))  # as if it had been killed there
+    build_cache(train, 40, str(tmp_path), device=CPU, quiet=True)
+    monkeypatch.setattr(cache_module, "_decode", decode)
+    assert torch.equal(build_cache(train, 40, str(tmp_path), device=CPU, quiet=True).squares, whole.squares)
+
+
+def test_ranks_that_share_memory_need_room_for_each(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "available_memory", lambda: 300_000)  # 30 x 40 x 40 x 3 is 144,000
+    require_room(train, 40, "ram", device=CPU)
+    with pytest.raises(DataError, match=r"and 0\.0 GB are free"):
+        require_room(train, 40, "ram", device=CPU, processes=2)
+
+
 def test_a_file_is_not_taken_for_other_data_or_another_size(dataset: Path, tmp_path: Path) -> None:
     cache, root = tmp_path / "cache", Path(shutil.copytree(dataset, tmp_path / "data"))
     build_cache(open_training_data(root)[0], 40, str(cache), device=CPU, quiet=True)
@@ -191,13 +211,16 @@ def test_too_little_room_is_said_before_anything_is_decoded(
     with pytest.raises(
         DataError, match=r"30 images of 40 px needs 0\.0 GB .* and 0\.0 GB are free; pass --cache FOLDER"
     ):
-        build_cache(train, 40, "ram" if place == "ram" else folder, device=CPU, quiet=True)
+        if place == "ram":
+            require_room(train, 40, "ram", device=CPU)
+        else:
+            build_cache(train, 40, folder, device=CPU, quiet=True)
     assert not list(tmp_path.rglob("*.u8"))
 
 
 def test_what_is_no_place_for_a_cache_is_said(train: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--cache device: training runs on the CPU"):
-        build_cache(train, 40, "device", device=CPU, quiet=True)
+        require_room(train, 40, "device", device=CPU)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file: cannot be written \(File exists\)"):
         build_cache(train, 40, str(tmp_path / "file"), device=CPU, quiet=True)

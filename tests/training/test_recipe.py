@@ -85,6 +85,7 @@ def test_shipped_recipes_are_these() -> None:
 
 def test_imagenet_paper_is_the_papers() -> None:
     recipe = load_recipe("imagenet-paper")
+    assert recipe == Recipe()
     assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.milestones) == (90, 256, 0.1, (30, 60))
     assert (recipe.weight_decay, recipe.momentum, recipe.nesterov) == (1e-4, 0.9, False)
     assert (recipe.q_warmup_steps, recipe.q_warmup_divisor, recipe.concepts) == (1000, 10, "imagenet11")

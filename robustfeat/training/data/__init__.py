@@ -1,7 +1,7 @@
 """Training sets, and the batches made of them."""
 
 from robustfeat.training.data.batches import Batch, EvaluationBatches, TrainingBatches, load_batches
-from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches
+from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches, require_room
 from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
@@ -17,4 +17,5 @@ __all__ = [
     "is_hub_dataset",
     "load_batches",
     "open_training_data",
+    "require_room",
 ]

@@ -13,11 +13,11 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Queue
-from threading import Thread
+from queue import Full, Queue
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from robustfeat.serving.memory import available_memory
 from robustfeat.training.data.batches import Batch, EpochPlan, load_batches
 from robustfeat.training.data.image_set import ImageSet
 
-__all__ = ["CachedSet", "build_cache", "cached_batches"]
+__all__ = ["CachedSet", "build_cache", "cached_batches", "require_room"]
 
 _FORMAT_VERSION = 1
 _BLOCK_BYTES = 2**25
@@ -111,7 +111,6 @@ def build_cache(
     *,
     device: torch.device,
     workers: int = 0,
-    processes: int = 1,
     quiet: bool = False,
 ) -> CachedSet:
     """Decodes every image of `data` once.
@@ -122,20 +121,12 @@ def build_cache(
             of this machine share; a run that is killed while it fills one goes on where it stopped.
         device: the network's.
         workers: processes that decode.
-        processes: how many processes of this machine fill a cache of their own, for `ram`.
 
     Raises:
-        DataError: there is not enough room, which is said before anything is decoded.
-        InputError: `place` is `device` and there is no GPU, or no folder that can be written.
+        DataError: a folder has not enough room, which is said before anything is decoded (see also `require_room`).
+        InputError: `place` is no folder that can be written.
     """
-    need = len(data) * (side * side * 3 + 8)
-    if place == "device":
-        if device.type != "cuda":
-            raise InputError("--cache device: training runs on the CPU; pass --cache ram or a folder")
-        _require_room(need, torch.cuda.mem_get_info(device)[0], "GPU memory", len(data), side)
-    elif place == "ram":
-        _require_room(need * processes, available_memory(), "memory", len(data), side)
-    else:
+    if place not in {"ram", "device"}:
         return _build_file(data, side, Path(place), workers, quiet)
     squares = torch.empty((len(data), side, side, 3), dtype=torch.uint8, device=device if place == "device" else "cpu")
     sizes, bad = np.ones((len(data), 2), np.int32), {}
@@ -145,6 +136,26 @@ def build_cache(
         sizes[first:last] = block.sizes
         bad.update(block.bad)
     return _cached(data, squares, sizes, bad)
+
+
+def require_room(data: ImageSet, side: int, place: str, *, device: torch.device, processes: int = 1) -> None:
+    """Says before anything is decoded that memory does not suffice.
+
+    Args:
+        data, side, place, device: see `build_cache`; a folder's room is looked at when its file is made.
+        processes: how many processes of this machine fill a cache of their own, for `ram`.
+
+    Raises:
+        DataError: there is not enough.
+        InputError: `place` is `device` and there is no GPU.
+    """
+    need = len(data) * (side * side * 3 + 8)
+    if place == "device":
+        if device.type != "cuda":
+            raise InputError("--cache device: training runs on the CPU; pass --cache ram or a folder")
+        _require(need, torch.cuda.mem_get_info(device)[0], "GPU memory", len(data), side)
+    elif place == "ram":
+        _require(need * processes, available_memory(), "memory", len(data), side)
 
 
 def _cached(data: ImageSet, squares: Tensor, sizes: NDArray[np.int32], bad: dict[int, str]) -> CachedSet:
@@ -161,7 +172,7 @@ def _decode(data: ImageSet, side: int, workers: int, done: int, quiet: bool) -> 
     progress.finish()
 
 
-def _require_room(need: int, free: int | None, what: str, images: int, side: int) -> None:
+def _require(need: int, free: int | None, what: str, images: int, side: int) -> None:
     if free is not None and need > _SHARE_OF_FREE * free:
         fitting = int((_SHARE_OF_FREE * free / need) ** 0.5 * side)
         raise DataError(
@@ -180,14 +191,20 @@ def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bo
     size = len(data) * (pixels + 8)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock"):
+        with _locked(folder / f"{name}.lock", quiet):
             state = _read_state(state_file, key)
             if state is None or not file.exists() or file.stat().st_size != size:
+                # First what says that the file is full: a kill may come at any point.
+                state_file.unlink(missing_ok=True)
                 file.unlink(missing_ok=True)
-                _require_room(size, shutil.disk_usage(folder).free, f"{folder}", len(data), side)
+                _require(size, shutil.disk_usage(folder).free, f"{folder}", len(data), side)
                 with open(file, "wb") as handle:
-                    # Taken now: a full disk under a memory map would be a signal, not an error.
-                    os.posix_fallocate(handle.fileno(), 0, size)
+                    try:
+                        # Taken now: a full disk under a memory map would be a signal, not an error.
+                        os.posix_fallocate(handle.fileno(), 0, size)
+                    except OSError:
+                        file.unlink()
+                        raise
                 state = {**key, "done": 0, "bad": {}}
             if state["done"] < len(data):
                 _fill_file(data, side, file, state, state_file, workers, quiet)
@@ -228,10 +245,14 @@ def _read_state(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def _locked(file: Path, quiet: bool) -> Iterator[None]:
     """One process at a time fills a cache; the others wait and then find it."""
     with open(file, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            Progress("", 0, quiet=quiet).say(f"waiting for another process, which fills the cache in {file.parent}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
@@ -258,22 +279,36 @@ def cached_batches(data: CachedSet, plan: EpochPlan, numbers: range, device: tor
         )
         return batch.pin_memory() if device.type == "cuda" else batch
 
-    yield from _prefetched(prepare, numbers)
+    yield from _prefetched(prepare, numbers, device)
 
 
-def _prefetched(prepare: Callable[[int], Batch], numbers: range) -> Iterator[Batch]:
+def _prefetched(prepare: Callable[[int], Batch], numbers: range, device: torch.device) -> Iterator[Batch]:
     queue: Queue[Batch | BaseException | None] = Queue(2)
+    ended = Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not ended.is_set():
+            with suppress(Full):
+                queue.put(item, timeout=1)
+                return
 
     def work() -> None:
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # each thread has a current device of its own
             for number in numbers:
-                queue.put(prepare(number))
-            queue.put(None)
+                if ended.is_set():
+                    return
+                put(prepare(number))
+            put(None)
         except BaseException as exc:
-            queue.put(exc)
+            put(exc)
 
     Thread(target=work, daemon=True).start()
-    while (item := queue.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+    try:
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()

@@ -10,7 +10,7 @@ from robustfeat.errors import DataError
 
 __all__ = ["VALIDATION_NAMES", "SplitFiles", "find_split_files"]
 
-VALIDATION_NAMES = ("val", "validation", "test")
+VALIDATION_NAMES = ("val", "validation", "valid", "dev", "test")
 
 _FILE = re.compile(rf"(?P<split>train|{'|'.join(VALIDATION_NAMES)})-.*\.(?P<kind>parquet|tar)")
 _COMPRESSED = re.compile(rf"(train|{'|'.join(VALIDATION_NAMES)})-.*\.(tgz|tbz2?|txz|tar\.\w+)", re.IGNORECASE)
