@@ -4,8 +4,8 @@
 
 One process, one device (the GPU where there is one), the trainer's own step. The methods take turns: one step of each
 (on a GPU twelve, since the host runs ahead there; free: one after the other of its replays), N times over; the figures
-are medians. `ideal` is the network's forward and backward pass alone. With --data, ERM steps from the decoded cache and from its sources take turns
-with steps on one batch that lies in memory.
+are medians. `ideal` is the network's forward and backward pass alone. With --data, ERM steps from the decoded cache and
+from its sources take turns with steps on one batch that lies in memory.
 """
 
 from __future__ import annotations
