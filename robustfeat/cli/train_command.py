@@ -43,10 +43,10 @@ import click
 @click.option("--seed", type=int)
 @click.option("--val-fraction", type=float, help="Share held out where DATA has no validation split.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key of a recipe; repeatable.")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN, by its recipe where none is given.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN, by its recipe.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images.")
-@click.option("--threads", type=click.IntRange(min=1), help="Processors for the network.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Processors for the network.")
 @click.option("--cache-px", type=int, help="Decode once, to squares of this side; 0 decodes each time.")
 @click.option(
     "--cache",
@@ -93,8 +93,10 @@ def command(
     by `torchrun --nproc-per-node N -m robustfeat train ...`.
     """
     from robustfeat.errors import InputError
+    from robustfeat.training.checkpoint import load_checkpoint
     from robustfeat.training.concepts import load_reference
-    from robustfeat.training.recipe import RECIPE_NAME, Recipe, load_recipe
+    from robustfeat.training.distributed import Ranks
+    from robustfeat.training.recipe import Recipe, load_recipe
     from robustfeat.training.trainer import train
 
     changes = {name: value for name, value in overrides.items() if value is not None}
@@ -104,12 +106,18 @@ def command(
     changes |= dict(_setting(text) for text in settings)
     if "q_warmup_divisor" in changes:
         changes["q_warmup_divisor"] = _toml_value(str(changes["q_warmup_divisor"]))
+    for option, value in (("--config", config), ("--reference", reference), ("--target", target), ("--cache", cache)):
+        if value == "":
+            raise InputError(f"{option}: got nothing; name one, or leave the option out")
     if reference and target:
         raise InputError("--reference and --target: both give q0; pass one of them")
-    saved = Path(out) / RECIPE_NAME
-    if resume and not config and not changes and not reference and not target and saved.exists():
-        config = str(saved)
-    recipe = (load_recipe(config) if config else Recipe()).override(changes)
+    if config:
+        recipe = load_recipe(config)
+    elif resume:
+        recipe = Recipe.from_dict(load_checkpoint(Path(out)).recipe)
+    else:
+        recipe = Recipe()
+    recipe = recipe.override(changes)
     if reference:
         recipe = recipe.replace(reference=load_reference(reference))
     result = train(
@@ -120,14 +128,14 @@ def command(
         device=device,
         workers=workers,
         threads=threads,
-        cache=cache,
+        cache=cache.lower() if cache.lower() in {"auto", "ram", "device"} else cache,
         stream=stream,
         target=target,
         target_model=target_model,
         checkpoint_every_s=checkpoint_every_s,
         quiet=quiet,
     )
-    first = os.environ.get("RANK", "0") == "0"
+    first = Ranks.from_environment().rank == 0
     if as_json and first:
         summary = {
             "run": str(result.run),

@@ -47,8 +47,8 @@ class ConceptMap:
         if unknown:
             raise DataError(f"reference: concept {unknown[0]!r} has no classes here; known are {', '.join(self.names)}")
         values = np.array([float(shares.get(name, 0.0)) for name in self.names])
-        if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
-            raise DataError(f"reference: shares must be non-negative and not all 0; got {dict(shares)}")
+        if (values < 0).any() or not 0 < values.sum() < math.inf:
+            raise DataError(f"reference: shares must be non-negative, finite and not all 0; got {dict(shares)}")
         distribution: NDArray[np.float64] = values / values.sum()
         return distribution
 
@@ -81,12 +81,15 @@ def _read_rows(source: str, option: str, header: tuple[str, str]) -> list[tuple[
             raise DataError(
                 f"{option} {source}: cannot be read ({reason}); expected {names}a CSV file with the header {expected}"
             ) from exc
-    rows = csv.reader(text.splitlines())
-    first = [cell.strip() for cell in next(rows, [])]
+    try:
+        rows = list(csv.reader(text.splitlines()))
+    except csv.Error as exc:
+        raise DataError(f"{option} {source}: not a CSV file ({exc}); expected the header {expected}") from exc
+    first = [cell.strip() for cell in rows[0]] if rows else []
     if tuple(first[:2]) != header:
         raise DataError(f"{option} {source}: the first line must be {expected}; got {','.join(first) or 'nothing'}")
     pairs = []
-    for number, row in enumerate(rows, start=2):
+    for number, row in enumerate(rows[1:], start=2):
         if not row:
             continue
         if len(row) < 2 or not row[0].strip() or not row[1].strip():

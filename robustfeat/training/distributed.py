@@ -37,16 +37,19 @@ class Ranks:
         """As torchrun tells it; alone without torchrun.
 
         Raises:
-            InputError: a variable that torchrun sets is no number.
+            InputError: the variables that torchrun sets make no sense.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         values = [os.environ.get(name, default) for name, default in zip(names, "0101", strict=True)]
         try:
-            return cls(*map(int, values))
+            ranks = cls(*map(int, values))
         except ValueError:
-            raise InputError(f"{', '.join(names)}: expected numbers, as torchrun sets; got {values}") from None
+            ranks = cls(-1)
+        if not (0 <= ranks.rank < ranks.world and 0 <= ranks.local_rank < ranks.local_world <= ranks.world):
+            raise InputError(f"{', '.join(names)}: expected what torchrun sets; got {', '.join(values)}: unset them")
+        return ranks
 
 
 @contextmanager

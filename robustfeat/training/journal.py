@@ -39,10 +39,15 @@ class Journal:
             kept = [line for line in read_metrics(run) if line["step"] <= step]
             with new_file(self._file) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-        self._board = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=step + 1)
+        try:
+            self._board = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=step + 1)
+        except OSError as exc:
+            raise InputError(
+                f"{run / TENSORBOARD_NAME}: cannot be written ({exc.strerror}); remove what is there, or free space"
+            ) from exc
 
     def write(self, event: str, step: int, numbers: dict[str, Any]) -> None:
-        """One event, `train` or `epoch`, at this step.
+        """One event (`train`, `epoch` or `recalibrated`) at this step.
 
         Raises:
             InputError: the file cannot be written.
@@ -73,7 +78,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     file = run / METRICS_NAME
     if file.exists():
-        for line in file.read_text("utf-8").splitlines():
+        for line in file.read_text("utf-8", errors="replace").splitlines():
             try:
                 event = json.loads(line)
                 event["step"] = int(event["step"])

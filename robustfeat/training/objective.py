@@ -231,7 +231,10 @@ def create_objective(recipe: Recipe, concepts: ConceptMap) -> Objective:
         factory = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as exc:
         raise InputError(f"--method {name}: cannot be imported ({exc}); is its folder on PYTHONPATH?") from exc
-    objective: Objective = factory(recipe, concepts)
+    try:
+        objective: Objective = factory(recipe, concepts)
+    except TypeError as exc:
+        raise InputError(f"--method {name}: cannot be called with (recipe, concepts): {exc}") from exc
     if not isinstance(objective, Objective):
         raise InputError(f"--method {name}: is no Objective; subclass robustfeat.training.objective.Objective")
     return objective

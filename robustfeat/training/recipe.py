@@ -19,7 +19,9 @@ __all__ = ["RECIPE_NAME", "Recipe", "load_recipe", "shipped_recipes"]
 RECIPE_NAME = "recipe.toml"
 
 
-_INTEGERS = frozenset({"epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed"})
+_INTEGERS = frozenset({
+    "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
+})  # fmt: skip
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("epochs", 1, 100_000),
     ("batch_size", 2, 1_000_000),
@@ -39,6 +41,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("cache_px", 0, 4096),
     ("seed", 0, 2**40),
     ("val_fraction", 0, 1),
+    ("validation_size", 8, 1024),
+    ("crop_pct", 0.01, 1),
 )
 _CHOICES = {
     "schedule": ("step", "linear"),
@@ -147,8 +151,10 @@ class Recipe:
         starts = [first for first, _ in self.image_sizes]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise InputError(f"recipe: image_sizes must start at epoch 0 and ascend; got {self.image_sizes}")
-        if min(side for _, side in self.image_sizes) < 16:
-            raise InputError(f"recipe: image_sizes must be at least 16 px; got {self.image_sizes}")
+        if not all(16 <= side <= 4096 for _, side in self.image_sizes):
+            raise InputError(f"recipe: image_sizes must be from 16 to 4096 px; got {self.image_sizes}")
+        if 0 < self.cache_px < 16:
+            raise InputError(f"recipe: cache_px must be 0 or at least 16; got {self.cache_px}")
         try:
             self.preprocessing()
         except ValueError as exc:
@@ -158,7 +164,9 @@ class Recipe:
         for name in ("method", "concepts"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise InputError(f"recipe: {name} must be text; got {getattr(self, name)!r}")
-        if not isinstance(self.milestones, list | tuple) or not all(_is_whole(epoch) for epoch in self.milestones):
+        if not isinstance(self.milestones, list | tuple) or not all(
+            _is_whole(epoch) and epoch >= 0 for epoch in self.milestones
+        ):
             raise InputError(f"recipe: milestones must be a list of epochs, as [30, 60]; got {self.milestones!r}")
         if not isinstance(self.image_sizes, list | tuple) or not all(
             isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in self.image_sizes
@@ -237,6 +245,8 @@ class Recipe:
             raise InputError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         try:
             return cls(**data)
+        except InputError as exc:
+            raise InputError(f"{source}: {str(exc).removeprefix('recipe: ')}") from exc
         except (TypeError, ValueError) as exc:
             raise InputError(f"{source}: a value has the wrong type ({exc})") from exc
 
@@ -268,13 +278,13 @@ def load_recipe(source: str) -> Recipe:
         text = resources.files("robustfeat.training").joinpath(f"recipes/{source}.toml").read_text("utf-8")
     else:
         try:
-            text = Path(source).read_text("utf-8")
+            text = Path(source).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as exc:
             raise InputError(
                 f"--config {source}: neither a TOML file nor one of {', '.join(shipped_recipes())}"
             ) from exc
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # a number of thousands of digits is a ValueError of another kind
         raise InputError(f"--config {source}: not valid TOML ({exc})") from exc
     return Recipe.from_dict(data, f"--config {source}")

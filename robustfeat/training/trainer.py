@@ -101,11 +101,8 @@ def train(
     ranks = Ranks.from_environment()
     chosen = _choose_device(device, ranks)
     torch.set_num_threads(threads or max(1, available_cpus() // ranks.local_world))
-    if recipe.batch_size % ranks.world or recipe.batch_size < 2 * ranks.world:
-        raise InputError(
-            f"--batch-size {recipe.batch_size}: is shared by {ranks.world} processes and must be a multiple of that, "
-            "at least 2 for each"
-        )
+    if not checkpoint_every_s >= 0:
+        raise InputError(f"--checkpoint-every-s {checkpoint_every_s}: expected seconds, 0 or more")
     with join_group(chosen):
         if target is not None:
             recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
@@ -167,7 +164,14 @@ class _Trainer:
 
     def prepare(self, resume: bool, cache: str, stream: bool) -> Checkpoint | None:
         """All that can be wrong without the other ranks, before anything that takes long; the checkpoint, if any."""
-        recipe = self.recipe
+        recipe, world = self.recipe, self.ranks.world
+        if recipe.batch_size % world or recipe.batch_size < 2 * world:
+            raise InputError(
+                f"--batch-size {recipe.batch_size}: is shared by {world} processes and must be a multiple of that, "
+                "at least 2 for each"
+            )
+        if stream and not is_hub_dataset(self.data):
+            raise InputError(f"--stream: {self.data} is not on the Hub; expected hf://datasets/ORG/NAME")
         self.train_set, self.validation_set = open_training_data(
             self.data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts, stream=stream
         )
@@ -219,6 +223,8 @@ class _Trainer:
             self._restore(saved)
         self.journal = None
         if self.ranks.rank == 0:
+            with new_file(self.out / RECIPE_NAME) as partial:
+                partial.write_text(self.recipe.to_toml(), "utf-8")
             self.journal = Journal(self.out, self.global_step, self.concepts.names)
         if saved is None:
             # At once: a run that is killed before its first epoch ends can then be resumed, too.
@@ -517,16 +523,16 @@ class _Trainer:
             self._require_the_same(saved)
             return saved
         if self.ranks.rank == 0:
-            if (self.out / CHECKPOINT_NAME).exists() or (self.out / METRICS_NAME).exists():
+            try:
+                taken = (self.out / CHECKPOINT_NAME).exists() or (self.out / METRICS_NAME).exists()
+                if not taken:
+                    self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise InputError(f"--out {self.out}: cannot be made ({exc.strerror}); choose another folder") from exc
+            if taken:
                 raise CheckpointError(
                     f"{self.out}: holds a run already; pass --resume to go on with it or choose another --out"
                 )
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as exc:
-                raise InputError(f"--out {self.out}: cannot be made ({exc.strerror})") from exc
-            with new_file(self.out / RECIPE_NAME) as partial:
-                partial.write_text(self.recipe.to_toml(), "utf-8")
         return None
 
     def _require_the_same(self, saved: Checkpoint) -> None:

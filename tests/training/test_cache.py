@@ -178,6 +178,31 @@ def test_a_kill_right_after_the_file_was_made_again_leaves_no_black_images(
     assert torch.equal(build_cache(train, 40, str(tmp_path), device=CPU, quiet=True).squares, whole.squares)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"done": "abc"},
+        {"done": None},
+        {"done": 29.5},
+        {"done": -5},
+        {"done": 31},
+        {"bad": []},
+        {"bad": {"99": "x"}},
+        None,
+    ],
+)
+def test_a_damaged_cache_is_filled_again(train: ImageSet, tmp_path: Path, change: dict[str, object] | None) -> None:
+    whole = build_cache(train, 40, str(tmp_path), device=CPU, quiet=True).squares.clone()
+    state, file = next(tmp_path.glob("*.json")), next(tmp_path.glob("*.u8"))
+    if change is None:
+        file.write_bytes(bytes(file.stat().st_size))
+    else:
+        state.write_text(json.dumps(json.loads(state.read_text()) | change))
+    again = build_cache(train, 40, str(tmp_path), device=CPU, quiet=True)
+    assert torch.equal(again.squares, whole)
+    assert not again.bad
+
+
 def test_ranks_that_share_memory_need_room_for_each(train: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "available_memory", lambda: 300_000)  # 30 x 40 x 40 x 3 is 144,000
     require_room(train, 40, "ram", device=CPU)

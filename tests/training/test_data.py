@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,23 @@ def test_without_validation_a_seeded_share_is_held_out(tmp_path: Path) -> None:
 
     assert values(train) | values(validation) == set(range(100))
     assert open_training_data(tmp_path, val_fraction=0.1, seed=4)[1].fingerprint != validation.fingerprint
+
+
+def test_a_class_folder_may_have_any_name_and_a_pipe_is_no_image(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / os.fsdecode(b"caf\xe9")
+    folder.mkdir(parents=True)
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(jpeg(number))
+    os.mkfifo(folder / "pipe.png")
+    train, _ = open_training_data(tmp_path, val_fraction=0.3)
+    failures = []
+    for row in range(len(train)):
+        try:
+            train.image(row)
+        except DecodeError as exc:
+            failures.append(str(exc))
+    assert len(train) == 3
+    assert all("pipe.png: no such file, or not a regular one" in line for line in failures)
 
 
 def test_fingerprint_changes_with_the_data(parquet: Path) -> None:

@@ -90,3 +90,33 @@ def test_imagenet_paper_is_the_papers() -> None:
     assert (recipe.weight_decay, recipe.momentum, recipe.nesterov) == (1e-4, 0.9, False)
     assert (recipe.q_warmup_steps, recipe.q_warmup_divisor, recipe.concepts) == (1000, 10, "imagenet11")
     assert (recipe.inner, recipe.method, recipe.image_sizes) == ("full", "hrrl", ((0, 224),))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "method = 5", "method = []", "concepts = 0", "concepts = true", "concepts = []", "reference = 5",
+        "reference = {a = 'x'}", "reference = {a = {b = 1}}", "milestones = 'abc'", "milestones = [1.9]",
+        "milestones = [-1]", "image_sizes = 5", "image_sizes = [[0, inf]]", "image_sizes = [[0, 32.7]]",
+        "image_sizes = [[0, 1000000]]", "validation_size = 'abc'", "crop_pct = true", "parts = true", "cache_px = 1",
+        "tau = nan", "q_warmup_divisor = 'much'", "compile = 1", "epochs = 2024-01-01", "nothing = 1",
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_said_with_its_key_and_file(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(line)
+    with pytest.raises(InputError, match=rf"^--config {file}: .*{line.split(' ', maxsplit=1)[0]}"):
+        load_recipe(str(file))
+
+
+@pytest.mark.parametrize("text", ["lr = " + "1" * 5000, "reference = " + "[" * 5000, "lr = ", "\x00"])
+def test_what_is_no_toml_is_said(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=f"^--config {file}: not valid TOML"):
+        load_recipe(str(file))
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("\ufeffepochs = 3\n", "utf-8")
+    assert load_recipe(str(tmp_path / "mine.toml")).epochs == 3

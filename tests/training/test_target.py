@@ -74,6 +74,7 @@ def test_a_model_without_classes_is_refused(model: Path, examples: Path, tmp_pat
         ("concept,share\nbird,-1\n", "line 2 needs a new concept"),
         ("concept,share\nbird,many\n", "line 2 needs a new concept"),
         ("bird,1\n", "the first line must be concept,share; got bird,1"),
+        ("concept,share\nbird," + "1" * 200_000 + "\n", "not a CSV file"),
         ("concept,share\nbird\n", "line 2 needs a concept and a share; got 'bird'"),
     ],
 )

@@ -411,6 +411,21 @@ def test_resume_takes_the_runs_own_recipe(dataset: Path, tmp_path: Path, robustf
     assert load_checkpoint(tmp_path / "run").global_step == 15
 
 
+def test_resume_with_an_option_keeps_the_rest_of_the_recipe(
+    dataset: Path, finished_run: Path, tmp_path: Path, robustfeat: Run
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (run / "recipe.toml").unlink()
+    result = robustfeat("train", dataset, "--out", run, "--resume", "--device", "cpu", "--lr", 0.3)
+    assert result.returncode == 1
+    assert "was trained with lr = 0.02, now it is 0.3" in result.stderr
+    for option in ("--reference", "--target", "--config", "--cache"):
+        result = robustfeat("train", dataset, "--out", tmp_path / "new", option, "")
+        assert (result.returncode, f"{option}: got nothing" in result.stderr) == (1, True)
+        if option == "--reference":  # the others are checked in the same place
+            break
+
+
 def test_a_recalibrated_run_reports_both_accuracies(dataset: Path, tmp_path: Path) -> None:
     train(dataset, recipe(dataset, recalibrate=3), tmp_path / "run", workers=0, threads=1, quiet=True)
     plain = train(dataset, recipe(dataset), tmp_path / "plain", workers=0, threads=1, quiet=True)

@@ -193,7 +193,12 @@ def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bo
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}.lock", quiet):
             state = _read_state(state_file, key)
-            if state is None or not file.exists() or file.stat().st_size != size:
+            if (
+                state is None
+                or not file.exists()
+                or file.stat().st_size != size
+                or _zeroed(file, len(data), state["done"])
+            ):
                 # First what says that the file is full: a kill may come at any point.
                 state_file.unlink(missing_ok=True)
                 file.unlink(missing_ok=True)
@@ -240,8 +245,18 @@ def _read_state(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
         state = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(state, dict) and {"done", "bad"} <= state.keys()
-    return state if whole and key.items() <= state.items() else None
+    if not isinstance(state, dict) or not key.items() <= state.items():
+        return None
+    done, bad = state.get("done"), state.get("bad")
+    if type(done) is not int or not 0 <= done <= key["images"] or not isinstance(bad, dict):
+        return None
+    return state if all(row.isdecimal() and int(row) < key["images"] for row in bad) else None
+
+
+def _zeroed(file: Path, images: int, done: int) -> bool:
+    """Whether rows that are said to be done are not there: every image has a size."""
+    sizes = np.memmap(file, np.int32, "r", offset=file.stat().st_size - images * 8, shape=(images, 2))
+    return bool((sizes[:done] < 1).any())
 
 
 @contextmanager

@@ -22,7 +22,10 @@ class _Files:
         self._root, self._names = root, names
 
     def read(self, index: int) -> bytes:
-        return (self._root / self._names[index]).read_bytes()
+        file = self._root / self._names[index]
+        if not file.is_file():  # a pipe would be waited for, for ever
+            raise OSError("no such file, or not a regular one")
+        return file.read_bytes()
 
     def name(self, index: int) -> str:
         return self._names[index]
@@ -46,7 +49,7 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
         raise DataError(f"{root}: class {unknown[0]!r} is not in the training split; remove it or add it there")
     names: list[str] = []
     labels: list[int] = []
-    digest = hashlib.sha256("\n".join(classes).encode())
+    digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
     for label, name in enumerate(classes):
         images = list_folder(root / name)[0] if (root / name).is_dir() else []
         for image in images:
