@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 
 from robustfeat.errors import CheckpointError
 from robustfeat.files import new_file
+from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.recipe import Recipe
 
-__all__ = ["CHECKPOINT_NAME", "Checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINT_NAME", "Checkpoint", "load_checkpoint", "require_same_run", "save_checkpoint"]
 
 CHECKPOINT_NAME = "checkpoint.pt"
 _FORMAT_VERSION = 1
@@ -84,3 +87,27 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{file}: format_version {version}; this robustfeat reads {_FORMAT_VERSION}: upgrade robustfeat"
         )
     return Checkpoint(**state)
+
+
+def require_same_run(
+    saved: Checkpoint, run: Path, recipe: Recipe, data: Mapping[str, Any], concepts: ConceptMap
+) -> None:
+    """A run goes on only by the recipe, and on the data and concepts, that it began with.
+
+    Raises:
+        CheckpointError: naming the first difference.
+    """
+    # Through a recipe: a key that is newer than the checkpoint has its default there.
+    then, now = Recipe.from_dict(saved.recipe).to_dict(), recipe.to_dict()
+    changed = [name for name in now if then[name] != now[name]]
+    if changed:
+        name = changed[0]
+        raise CheckpointError(
+            f"{run}: was trained with {name} = {then[name]}, now it is {now[name]}; "
+            "resume with the same options or choose another --out"
+        )
+    if saved.data["fingerprint"] != data["fingerprint"] or saved.concept_of_class != concepts.of_class.tolist():
+        raise CheckpointError(
+            f"{run}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) "
+            "or concepts; resume with the same or choose another --out"
+        )

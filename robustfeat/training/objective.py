@@ -16,7 +16,8 @@ from torch import Tensor, distributed, nn
 
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import ConceptMap
-from robustfeat.training.hrrl import ConceptAdversary, GroupAdversary, input_gradient, step_along
+from robustfeat.training.groupdro import GroupAdversary
+from robustfeat.training.hrrl import ConceptAdversary, input_gradient, step_along
 from robustfeat.training.recipe import Recipe
 
 __all__ = ["METHODS", "Objective", "StepBatch", "create_objective"]

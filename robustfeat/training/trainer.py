@@ -17,7 +17,13 @@ from robustfeat.errors import CheckpointError, DataError, InputError, RobustFeat
 from robustfeat.files import new_file
 from robustfeat.progress import Progress, clock
 from robustfeat.serving.cpus import available_cpus
-from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint, save_checkpoint
+from robustfeat.training.checkpoint import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    load_checkpoint,
+    require_same_run,
+    save_checkpoint,
+)
 from robustfeat.training.concepts import assign_concepts
 from robustfeat.training.curves import CURVES_NAME, draw_curves
 from robustfeat.training.data import (
@@ -520,7 +526,7 @@ class _Trainer:
         """The checkpoint to go on from, if any; makes the run's folder."""
         if resume:
             saved = load_checkpoint(self.out)
-            self._require_the_same(saved)
+            require_same_run(saved, self.out, self.recipe, self.data_identity, self.concepts)
             return saved
         if self.ranks.rank == 0:
             try:
@@ -534,25 +540,6 @@ class _Trainer:
                     f"{self.out}: holds a run already; pass --resume to go on with it or choose another --out"
                 )
         return None
-
-    def _require_the_same(self, saved: Checkpoint) -> None:
-        # Through a recipe: a key that is newer than the checkpoint has its default there.
-        then, now = Recipe.from_dict(saved.recipe).to_dict(), self.recipe.to_dict()
-        changed = [name for name in now if then[name] != now[name]]
-        if changed:
-            name = changed[0]
-            raise CheckpointError(
-                f"{self.out}: was trained with {name} = {then[name]}, now it is {now[name]}; "
-                "resume with the same options or choose another --out"
-            )
-        if (
-            saved.data["fingerprint"] != self.data_identity["fingerprint"]
-            or saved.concept_of_class != self.concepts.of_class.tolist()
-        ):
-            raise CheckpointError(
-                f"{self.out}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) "
-                "or concepts; resume with the same or choose another --out"
-            )
 
 
 def _choose_device(name: str, ranks: Ranks) -> torch.device:

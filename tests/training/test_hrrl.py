@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.groupdro import GroupAdversary
 from robustfeat.training.hrrl import (
     ConceptAdversary,
-    GroupAdversary,
     input_gradient,
     perturb,
     project_simplex,

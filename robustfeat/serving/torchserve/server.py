@@ -33,6 +33,7 @@ START_S = 120.0
 STOP_S = 30.0
 _ASK_S = 5.0
 _LINES = 200
+_LATE_S = 5.0
 _SCRATCH = ".torchserve"
 _LONGEST = 107 - len("/.ts.sock.65535")
 
@@ -153,7 +154,9 @@ class TorchServe:
             if self._ready(keys):
                 return True
             if any("WORKER_STOPPED" in line for line in list(self._said)):
-                time.sleep(0.2)  # until the last of it is read
+                late = time.monotonic() + _LATE_S
+                while not self._errors(own=True) and time.monotonic() < late:
+                    time.sleep(0.1)  # what the worker itself says comes by another way, and later
                 raise EngineError(f"a worker of TorchServe cannot start ({self._reason()}); {self._logs}")
             if time.monotonic() > end:
                 raise EngineError(f"TorchServe's workers were not ready within {START_S:g} s; {self._logs}")
@@ -172,14 +175,19 @@ class TorchServe:
 
     def _reason(self) -> str:
         """The last error that it told, or else its last line."""
+        errors = self._errors(own=True) or self._errors(own=False)
+        if errors:
+            return errors[-1].removeprefix("RuntimeError: robustfeat: ")[:300]
         said = [line.strip() for line in list(self._said) if line.strip()] or ["it said nothing"]
-        workers = [line.partition("MODEL_LOG - ")[2] for line in said]
-        for lines in (workers, said):
-            errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
-            # TorchServe puts an error of its own, "500 - Unknown exception", behind a handler's.
-            if errors := [line for line in errors if not re.match(r"RuntimeError: \d+ - ", line)]:
-                return errors[-1].removeprefix("RuntimeError: robustfeat: ")[:300]
         return said[-1][:300]
+
+    def _errors(self, *, own: bool) -> list[str]:
+        """Lines that name an exception: the worker's own, or TorchServe's."""
+        said = [line.strip() for line in list(self._said)]
+        lines = [line.partition("MODEL_LOG - ")[2] for line in said] if own else said
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+        # TorchServe puts an error of its own, "500 - Unknown exception", behind a handler's.
+        return [line for line in errors if not re.match(r"RuntimeError: \d+ - ", line)]
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
