@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 
 from robustfeat.errors import HubError, RobustFeatError, UnreachableError
 
-__all__ = ["HubAccess", "RemoteFile", "is_commit", "is_hub_name", "is_revision"]
+__all__ = ["DatasetAccess", "HubAccess", "RemoteFile", "is_commit", "is_hub_name", "is_revision"]
 
 _NAME = re.compile(r"(\w|\w[\w.-]*\w)/(\w|\w[\w.-]{,94}\w)", re.ASCII)
 _BAD_REQUEST = 400
@@ -82,14 +82,15 @@ class HubAccess:
         cache_dir: of the Hub's libraries; by default their own (HF_HUB_CACHE).
         local_files_only: answer from the cache alone, without a network call; HF_HUB_OFFLINE=1 does so, too.
         endpoint: of a mirror or a private Hub; by default HF_ENDPOINT, or huggingface.co.
-        repo_type: what the repositories hold, model or dataset.
+        repo_type: what the repositories hold; a kind of access, not a setting.
     """
+
+    repo_type: ClassVar[str] = "model"
 
     token: str | bool | None = None
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
     endpoint: str | None = None
-    repo_type: str = "model"
 
     @property
     def cache(self) -> Path | None:
@@ -366,6 +367,12 @@ class HubAccess:
     def _redact(self, text: str) -> str:
         own = self._own_token()
         return _no_credentials(text.replace(own, "<token>") if own else text)
+
+
+class DatasetAccess(HubAccess):
+    """The same for repositories of datasets."""
+
+    repo_type = "dataset"
 
 
 def _no_credentials(text: str) -> str:

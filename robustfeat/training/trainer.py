@@ -227,14 +227,14 @@ class _Trainer:
         self.train_step.distribute()
         if saved is not None:
             self._restore(saved)
+        else:
+            # At once: a run that is killed before its first epoch ends can then be resumed, too.
+            self._save()
         self.journal = None
         if self.ranks.rank == 0:
             with new_file(self.out / RECIPE_NAME) as partial:
                 partial.write_text(self.recipe.to_toml(), "utf-8")
             self.journal = Journal(self.out, self.global_step, self.concepts.names)
-        if saved is None:
-            # At once: a run that is killed before its first epoch ends can then be resumed, too.
-            self._save()
         accuracy = float("nan")
         try:
             with stop_on_signal() as stop:

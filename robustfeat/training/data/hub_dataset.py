@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from robustfeat.errors import DataError, HubError, UnreachableError, first_line
-from robustfeat.hub.remote import HubAccess, is_hub_name, is_revision
+from robustfeat.hub.remote import DatasetAccess, HubAccess, is_hub_name, is_revision
 from robustfeat.training.data.row_groups import ParquetPart
 from robustfeat.training.data.split_files import VALIDATION_NAMES, SplitFiles, find_split_files
 from robustfeat.training.data.tar_shards import CLASSES_NAME
@@ -115,7 +115,7 @@ class _Dataset:
         if not match or not is_hub_name(match["repo"]) or (revision is not None and not is_revision(revision)):
             raise DataError(f"{url}: expected hf://datasets/ORG/NAME, with @REVISION or /FOLDER after it where needed")
         folder = (match["folder"] or "").strip("/")
-        return cls(match["repo"], revision, f"{folder}/" if folder else "", HubAccess(repo_type="dataset"))
+        return cls(match["repo"], revision, f"{folder}/" if folder else "", DatasetAccess())
 
     @property
     def place(self) -> str:
