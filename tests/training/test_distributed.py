@@ -161,6 +161,7 @@ def test_what_is_wrong_is_said_once_and_ends_both(dataset: Path, tmp_path: Path)
     assert "--batch-size 5: is shared by 2 processes and must be a multiple of that, at least 2 for each" in stderr
 
 
+@pytest.mark.slow
 def test_a_bad_image_of_either_rank_is_named_by_the_first(dataset: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(dataset, tmp_path / "data"))
     victims = [next((data / "train" / name).iterdir()) for name in ("hat", "skirt", "dress")]

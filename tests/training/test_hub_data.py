@@ -126,6 +126,7 @@ def test_downloaded_and_streamed_give_the_same(hub: FakeHub, read: Read, tmp_pat
     assert streamed["seen"] == large["seen"]
 
 
+@pytest.mark.slow
 def test_streaming_reads_each_row_group_once(hub: FakeHub, read: Read) -> None:
     hub.add("org/photos", FILES, kind="datasets")
     read("hf://datasets/org/photos", stream=True)
@@ -137,6 +138,7 @@ def test_streaming_reads_each_row_group_once(hub: FakeHub, read: Read) -> None:
     assert sum(line.startswith("GET /datasets/") for line in hub.requests) <= opening + 4 + 3
 
 
+@pytest.mark.slow
 def test_parts_limits_what_is_downloaded(hub: FakeHub, read: Read) -> None:
     hub.add("org/photos", FILES, kind="datasets")
     url, limited = "hf://datasets/org/photos", ("hf://datasets/org/photos", {"parts": 1})
@@ -169,6 +171,7 @@ def test_the_cache_serves_without_a_network(hub: FakeHub, read: Read) -> None:
         assert "error" in absent
 
 
+@pytest.mark.slow
 def test_a_revision_and_a_folder_are_chosen(hub: FakeHub, read: Read) -> None:
     configurations = {
         "small/train-0.parquet": parquet_bytes([1]),
@@ -232,6 +235,7 @@ def test_what_cannot_be_read_is_said(hub: FakeHub, read: Read, stream: bool) -> 
     assert read("hf://datasets/org/gated", stream=stream, token="hf_alice")["values"] == VALUES
 
 
+@pytest.mark.slow
 def test_a_stream_that_breaks_stops_in_one_line(hub: FakeHub, read: Read) -> None:
     """The Hub opens its files, and refuses the row groups that a worker then asks for."""
     hub.add("org/photos", {"train-0.parquet": parquet_bytes(list(range(20))), "test-0.parquet": b""}, kind="datasets")

@@ -88,6 +88,7 @@ def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["erm", "el", "cl", "hrrl"])
+@pytest.mark.slow
 def test_each_method_trains_with_bf16(dataset: Path, tmp_path: Path, method: str) -> None:
     result = train(
         dataset,
@@ -198,7 +199,7 @@ def test_a_run_killed_before_its_first_epoch_ended_resumes(dataset: Path, tmp_pa
     assert load_checkpoint(tmp_path / "run").global_step == 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_first(
     dataset: Path, tmp_path: Path, robustfeat: Run, number: signal.Signals
 ) -> None:
@@ -387,6 +388,7 @@ def test_free_shows_every_image_within_as_many_epochs_as_replays(dataset: Path) 
     assert not np.array_equal(plans[5].rows(0), plans[0].rows(0))
 
 
+@pytest.mark.slow
 def test_a_stopped_free_run_goes_on_at_a_whole_batch(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
     options = {"epochs": 6, "inner": "free", "checkpoint-every-s": 0}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"

@@ -239,6 +239,7 @@ def test_stopping_leaves_no_process_and_no_token(tmp_path: Path, photos: list[by
     assert sorted(file.name for file in server.store.iterdir()) == ["config.properties", "logs", "robustfeat.mar"]
 
 
+@pytest.mark.slow
 def test_whoever_kills_the_command_ends_torchserve(tmp_path: Path) -> None:
     with torchserving(tmp_path / "store") as server:
         every = server.processes()
