@@ -56,7 +56,9 @@ def noise(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in dataset.rglob("*.png"):
         target = root / file.relative_to(dataset)
         target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(target)
+        for copy in range(10):
+            image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+            image.save(target.with_stem(f"{target.stem}-{copy}"))
     shutil.copy(dataset / "concepts.csv", root)
     return root
 
@@ -69,7 +71,7 @@ def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         # A small rate: the network without batch statistics is chaotic in float32. In float64 the two agree to
         # 1e-15 at any rate; in float32 a last bit decides a ReLU now and then, and that turns the directions z.
-        options = {"epochs": 10, "method": "tests.training.recording:Recording", "lambda": 1, "lr": 2e-5, "tau": 0.05}
+        options = {"epochs": 1, "method": "tests.training.recording:Recording", "lambda": 1, "lr": 2e-5, "tau": 0.05}
         arguments = train_arguments(noise, folder / "run", **options)
         code, _, stderr = finish(start([*arguments, "--set", "batch_norm=frozen", "--json"], folder, ranks=ranks))
         assert code == 0, stderr
@@ -77,7 +79,7 @@ def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return folders[0], folders[1]
 
 
-def test_q_is_the_same_bits_on_both_ranks_at_every_step(one_and_two: tuple[Path, Path]) -> None:
+def assert_q_is_the_same_bits_on_both_ranks_at_every_step(one_and_two: tuple[Path, Path]) -> None:
     first, second = (read(one_and_two[1] / f"rank{rank}.jsonl")[0] for rank in (0, 1))
     assert len(first) == 50
     assert first == second
@@ -85,7 +87,7 @@ def test_q_is_the_same_bits_on_both_ranks_at_every_step(one_and_two: tuple[Path,
     assert max(moved) > 1e-3
 
 
-def test_two_ranks_make_the_steps_that_one_makes(one_and_two: tuple[Path, Path]) -> None:
+def assert_two_ranks_make_the_steps_that_one_makes(one_and_two: tuple[Path, Path]) -> None:
     one, two = one_and_two
     alone_q, alone_losses = read(one / "rank0.jsonl")
     parts = [read(two / f"rank{rank}.jsonl") for rank in (0, 1)]
@@ -100,11 +102,11 @@ def test_two_ranks_make_the_steps_that_one_makes(one_and_two: tuple[Path, Path])
         torch.testing.assert_close(value, shared[name], rtol=1e-3, atol=1e-4)
 
 
-def test_one_rank_writes_and_evaluation_is_summed_exactly(one_and_two: tuple[Path, Path]) -> None:
+def assert_one_rank_writes_and_evaluation_is_summed_exactly(one_and_two: tuple[Path, Path]) -> None:
     epochs = []
     for folder in one_and_two:
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines if line["event"] == "epoch"] == list(range(5, 51, 5))
+        assert [line["step"] for line in lines if line["event"] == "epoch"] == [50]
         assert len(list((folder / "run" / "tensorboard").iterdir())) == 1
         epochs.append([line for line in lines if line["event"] == "epoch"])
     for alone, shared in zip(*epochs, strict=True):
@@ -112,23 +114,30 @@ def test_one_rank_writes_and_evaluation_is_summed_exactly(one_and_two: tuple[Pat
         assert shared["validation_accuracy"] == alone["validation_accuracy"]
 
 
+def test_two_ranks_train_as_one(one_and_two: tuple[Path, Path]) -> None:
+    """One test, since runs are what takes time and workers of pytest do not share them."""
+    assert_q_is_the_same_bits_on_both_ranks_at_every_step(one_and_two)
+    assert_two_ranks_make_the_steps_that_one_makes(one_and_two)
+    assert_one_rank_writes_and_evaluation_is_summed_exactly(one_and_two)
+
+
 def test_two_killed_ranks_go_on_to_the_result_of_an_unbroken_run(dataset: Path, tmp_path: Path) -> None:
     """Killed in the middle of an epoch, where each rank's batches have BatchNorm statistics of their own."""
     method = "tests.training.recording:Recording"
-    options = {"epochs": 4, "checkpoint-every-s": 0, "method": method, "set": "inner_batch_norm=eval"}
+    options = {"epochs": 3, "method": method, "set": "inner_batch_norm=eval"}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     code, _, stderr = finish(start(train_arguments(dataset, unbroken, **options), tmp_path))
     assert code == 0, stderr
     running = [[line["running"] for line in read_lines(tmp_path / f"rank{rank}.jsonl")] for rank in (0, 1)]
     assert running[0] == running[1], "the running statistics are those of one network"
-    assert len(set(running[0])) == 20
-    process = start(train_arguments(dataset, broken, **options), tmp_path)
+    assert len(set(running[0])) == 15
+    process = start(train_arguments(dataset, broken, **options, **{"checkpoint-every-s": 0}), tmp_path)
     wait_for_step(process, broken, 7)
     # torchrun gives each rank a session of its own.
     subprocess.run(["pkill", "-KILL", "-f", str(broken)], check=True)
     process.communicate()
     saved = load_checkpoint(broken)
-    assert 6 <= saved.global_step < 20
+    assert 6 <= saved.global_step < 15
     code, _, stderr = finish(start([*train_arguments(dataset, broken, **options), "--resume"], tmp_path))
     assert code == 0, stderr
     assert_same_parameters(unbroken, broken)
@@ -148,17 +157,13 @@ def test_a_signal_to_torchrun_saves_first(dataset: Path, tmp_path: Path) -> None
 
 
 def test_what_is_wrong_is_said_once_and_ends_both(dataset: Path, tmp_path: Path) -> None:
-    data = Path(shutil.copytree(dataset, tmp_path / "data"))
-    shutil.rmtree(data / "train" / "hat")
-    (data / "train" / "hat").mkdir()
-    process = start(train_arguments(data, tmp_path / "run", **{"batch-size": 100}), tmp_path)
-    code, _, stderr = finish(process)
-    assert code != 0
-    assert stderr.count("fewer than one batch of 100") == 1
     process = start(train_arguments(dataset, tmp_path / "run", **{"batch-size": 5}), tmp_path)
     code, _, stderr = finish(process)
     assert code != 0
-    assert "--batch-size 5: is shared by 2 processes and must be a multiple of that, at least 2 for each" in stderr
+    assert (
+        stderr.count("--batch-size 5: is shared by 2 processes and must be a multiple of that, at least 2 for each")
+        == 1
+    )
 
 
 @pytest.mark.slow
