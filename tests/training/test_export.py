@@ -136,6 +136,7 @@ def test_an_expanded_folder_gives_the_same_features_bit_for_bit(
     assert features[0].tobytes() == features[1].tobytes()
 
 
+@pytest.mark.slow
 def test_results_licence_and_datasets_reach_the_card(robustfeat: Run, finished_run: Path, tmp_path: Path) -> None:
     evaluation = {"dataset": "Clothes", "dataset_id": "clothes", "metric": "accuracy", "value": 61.5}
     (tmp_path / "results.json").write_text(json.dumps({"evaluations": [evaluation], "Speed": "fast"}))

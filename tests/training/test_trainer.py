@@ -169,6 +169,7 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     raise AssertionError("the run made no progress")
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
     options = {"epochs": 3, "checkpoint-every-s": 0, "workers": 1}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"

@@ -229,6 +229,7 @@ def test_a_killed_decoder_costs_nothing(torchserver: TorchServer, photos: list[b
     assert torchserver.form(PREDICT, photos[:4]).status == 200
 
 
+@pytest.mark.slow
 def test_stopping_leaves_no_process_and_no_token(tmp_path: Path, photos: list[bytes]) -> None:
     with torchserving(tmp_path / "store", "--workers", 2) as server:
         every = server.processes()
