@@ -28,6 +28,7 @@ from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.data import (
     Batch,
     CachedSet,
+    EpochPlan,
     ImageSet,
     TrainingBatches,
     build_cache,
@@ -168,7 +169,7 @@ class Bench:
 
     def batches(self, data: ImageSet, side: int, size: int) -> Iterator[Batch]:
         for epoch in count():
-            batches = TrainingBatches(data, size, side, seed=0, epoch=epoch)
+            batches = TrainingBatches(data, side, EpochPlan(data, size, seed=0, epoch=epoch))
             if isinstance(data, CachedSet) and self.device.type == "cuda":
                 yield from cached_batches(data, batches.plan, range(len(batches)), self.device)
             else:

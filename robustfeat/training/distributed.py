@@ -53,15 +53,14 @@ class Ranks:
 
 
 @contextmanager
-def join_group(device: torch.device) -> Iterator[Ranks]:
+def join_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     """Joins the other processes of a torchrun: gloo for what lies on the CPU, NCCL for what lies on GPUs.
 
     Raises:
         TrainingError: the others cannot be reached.
     """
-    ranks = Ranks.from_environment()
     if ranks.world == 1:
-        yield ranks
+        yield
         return
     try:
         distributed.init_process_group(
@@ -75,9 +74,11 @@ def join_group(device: torch.device) -> Iterator[Ranks]:
             "start it with torchrun, which sets MASTER_ADDR and MASTER_PORT"
         ) from exc
     try:
-        yield ranks
+        yield
     except RobustFeatError as exc:
-        raise exc if ranks.rank == 0 else type(exc)(f"rank {ranks.rank}: {exc}") from exc
+        if ranks.rank == 0:
+            raise
+        raise type(exc)(f"rank {ranks.rank}: {exc}") from exc
     except RuntimeError as exc:
         if not any(sign in str(exc) for sign in _LOST_PEER):
             raise

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.groupdro import GroupAdversary
-from robustfeat.training.hrrl import ConceptAdversary, input_gradient, step_along
+from robustfeat.training.hrrl import ConceptAdversary, perturb, step_along
 from robustfeat.training.recipe import Recipe
 
 __all__ = ["METHODS", "Objective", "StepBatch", "create_objective"]
@@ -128,14 +128,13 @@ class Objective:
             return images
         if self.inner == "free" and self.direction == "gradient":
             return self._replayed_images(images, tau, batch.replay)
+        std = self._std(images)
         if self.direction == "random":
-            direction = torch.randn_like(images)
-            if (std := self._std(images)) is not None:  # `step_along` takes a gradient then, and divides by it
-                direction = direction * std
-        else:
-            half = self.inner == "half"
-            direction = input_gradient(model, images, batch.labels, half=half, batch_norm=self.inner_batch_norm)
-        return step_along(images, direction, tau, self._std(images))
+            noise = torch.randn_like(images)
+            # With `std`, `step_along` takes a gradient, and divides by it.
+            return step_along(images, noise if std is None else noise * std, tau, std)
+        half = self.inner == "half"
+        return perturb(model, images, batch.labels, tau, half=half, batch_norm=self.inner_batch_norm, std=std)
 
     def _replayed_images(self, images: Tensor, tau: float, replay: int) -> Tensor:
         """Z comes from the input's gradient in the step before, on the same batch; the first has none.

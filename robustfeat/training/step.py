@@ -104,7 +104,8 @@ class TrainingStep:
         buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         mean = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / self._ranks.world
         parts = torch.split(mean, [buffer.numel() for buffer in buffers])
-        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     def train(self) -> None:
         """To training mode, BatchNorm by the recipe's policy."""

@@ -29,6 +29,7 @@ from robustfeat.training.curves import CURVES_NAME, draw_curves
 from robustfeat.training.data import (
     Batch,
     CachedSet,
+    EpochPlan,
     EvaluationBatches,
     TrainingBatches,
     build_cache,
@@ -109,15 +110,15 @@ def train(
     torch.set_num_threads(threads or max(1, available_cpus() // ranks.local_world))
     if not checkpoint_every_s >= 0:
         raise InputError(f"--checkpoint-every-s {checkpoint_every_s}: expected seconds, 0 or more")
-    with join_group(chosen):
+    with join_group(ranks, chosen):
         if target is not None:
             recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
-        trainer = _Trainer(data, recipe, Path(out), ranks, chosen, workers, quiet or ranks.rank > 0)
+        trainer = _Trainer(data, recipe, Path(out), ranks, chosen, workers, cache, quiet or ranks.rank > 0)
         try:
             with _together():
-                saved = trainer.prepare(resume, cache, stream)
+                saved = trainer.prepare(resume, stream)
             with _together():
-                trainer.fill_cache(cache)
+                trainer.fill_cache()
             return trainer.run(saved, checkpoint_every_s)
         except torch.OutOfMemoryError as exc:
             raise TrainingError(
@@ -157,18 +158,20 @@ class _Trainer:
         ranks: Ranks,
         device: torch.device,
         workers: int | None,
+        cache: str,
         quiet: bool,
     ) -> None:
         self.data, self.recipe, self.out, self.ranks, self.device, self.quiet = data, recipe, out, ranks, device, quiet
         self.decoders = max(1, min(16, available_cpus() // ranks.local_world)) if workers is None else workers
         self.loaders = 1 if recipe.cache_px and workers is None else self.decoders
+        self.cache = ("device" if device.type == "cuda" else "ram") if cache == "auto" else cache
         self.progress = Progress("", 0, quiet=quiet)
         self.epoch = self.step = self.global_step = self.saved_step = 0
         self.bad_images: dict[str, set[str]] = {"training": set(), "validation": set()}
         self._note = ""
         self._last_metrics: dict[str, Any] = {}
 
-    def prepare(self, resume: bool, cache: str, stream: bool) -> Checkpoint | None:
+    def prepare(self, resume: bool, stream: bool) -> Checkpoint | None:
         """All that can be wrong without the other ranks, before anything that takes long; the checkpoint, if any."""
         recipe, world = self.recipe, self.ranks.world
         if recipe.batch_size % world or recipe.batch_size < 2 * world:
@@ -198,25 +201,21 @@ class _Trainer:
         }
         self.train_step = TrainingStep(recipe, self.concepts, self.device, self.ranks)
         if recipe.cache_px:
-            place = self._cache_place(cache)
-            require_room(self.train_set, recipe.cache_px, place, device=self.device, processes=self.ranks.local_world)
+            processes = self.ranks.local_world
+            require_room(self.train_set, recipe.cache_px, self.cache, device=self.device, processes=processes)
         saved = self._find_checkpoint(resume)
         self._introduce()
         return saved
 
-    def _cache_place(self, cache: str) -> str:
-        return ("device" if self.device.type == "cuda" else "ram") if cache == "auto" else cache
-
-    def fill_cache(self, cache: str) -> None:
+    def fill_cache(self) -> None:
         """Decodes, where the recipe says so."""
         if self.recipe.cache_px:
-            place = self._cache_place(cache)
             # A folder is filled by one process of the machine while the others wait.
-            helpers = self.ranks.local_world if place not in {"ram", "device"} else 1
+            helpers = self.ranks.local_world if self.cache not in {"ram", "device"} else 1
             self.train_set = build_cache(
                 self.train_set,
                 self.recipe.cache_px,
-                place,
+                self.cache,
                 device=self.device,
                 workers=self.decoders * helpers,
                 quiet=self.quiet,
@@ -278,17 +277,7 @@ class _Trainer:
 
     def _run_epoch(self, stop: StopRequest, checkpoint_every_s: float) -> float:
         recipe, side, replays = self.recipe, self.recipe.image_size(self.epoch), self.train_step.objective.replays
-        batches = TrainingBatches(
-            self.train_set,
-            recipe.batch_size,
-            side,
-            seed=recipe.seed,
-            epoch=self.epoch,
-            min_crop_area=recipe.min_crop_area,
-            replays=replays,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-        )
+        batches = self._batches(self.epoch, side, replays)
         steps = batches.plan.steps
         self.progress = Progress(
             f"epoch {self.epoch + 1}/{recipe.epochs} at {side} px",
@@ -326,6 +315,20 @@ class _Trainer:
         if self.epoch < recipe.epochs and max(gather_objects(stop.requested)):
             self._end_early()
         return accuracy
+
+    def _batches(self, epoch: int, side: int, replays: int = 1) -> TrainingBatches:
+        recipe = self.recipe
+        plan = EpochPlan(
+            self.train_set,
+            recipe.batch_size,
+            seed=recipe.seed,
+            epoch=epoch,
+            min_crop_area=recipe.min_crop_area,
+            replays=replays,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+        )
+        return TrainingBatches(self.train_set, side, plan)
 
     def _load(self, batches: TrainingBatches, numbers: range) -> Iterator[Batch]:
         """Batches from decoding processes; on a GPU with a cache, whole squares that it crops itself."""
@@ -384,16 +387,7 @@ class _Trainer:
 
     def _recalibrate(self) -> None:
         recipe, side = self.recipe, self.recipe.image_size(self.recipe.epochs - 1)
-        batches = TrainingBatches(
-            self.train_set,
-            recipe.batch_size,
-            side,
-            seed=recipe.seed,
-            epoch=recipe.epochs,
-            min_crop_area=recipe.min_crop_area,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-        )
+        batches = self._batches(recipe.epochs, side)
         loaded = self._load(batches, range(min(recipe.recalibrate, len(batches))))
         self.train_step.recalibrate(batch.pixels(self.device, side) for batch in loaded if len(batch.labels))
 

@@ -16,6 +16,7 @@ from robustfeat.errors import DataError, InputError
 from robustfeat.serving.memory import available_memory
 from robustfeat.training.data import (
     CachedSet,
+    EpochPlan,
     ImageSet,
     TrainingBatches,
     build_cache,
@@ -68,7 +69,7 @@ def test_boxes_keep_to_area_ratio_and_image() -> None:
 
 
 def batches(data: ImageSet, side: int = 24, epoch: int = 0) -> TrainingBatches:
-    return TrainingBatches(data, 6, side, seed=1, epoch=epoch)
+    return TrainingBatches(data, side, EpochPlan(data, 6, seed=1, epoch=epoch))
 
 
 @pytest.fixture
@@ -112,10 +113,10 @@ def test_a_cache_keeps_the_proportions_of_wide_images(tmp_path: Path) -> None:
     cached = build_cache(train, 64, "ram", device=CPU, quiet=True)
     assert cached.original_size(0) == (120, 60)
     arguments = {"seed": 0, "epoch": 0, "min_crop_area": 0.45}
-    decoded = TrainingBatches(train, 6, 32, **arguments)[0].images.float()  # type: ignore[arg-type]
-    ours = TrainingBatches(cached, 6, 32, **arguments)[0].images.float()  # type: ignore[arg-type]
+    decoded = TrainingBatches(train, 32, EpochPlan(train, 6, **arguments))[0].images.float()  # type: ignore[arg-type]
+    ours = TrainingBatches(cached, 32, EpochPlan(cached, 6, **arguments))[0].images.float()  # type: ignore[arg-type]
     assert float((decoded - ours).abs().mean()) < 6
-    whole = next(cached_batches(cached, TrainingBatches(cached, 6, 32, **arguments).plan, range(1), CPU))  # type: ignore[arg-type]
+    whole = next(cached_batches(cached, EpochPlan(cached, 6, **arguments), range(1), CPU))  # type: ignore[arg-type]
     assert float((decoded - whole.pixels(CPU, 32)).abs().mean()) < 6
 
 

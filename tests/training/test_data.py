@@ -13,7 +13,7 @@ from PIL import Image
 
 from robustfeat.errors import DataError, DecodeError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.data import EvaluationBatches, TrainingBatches, load_batches, open_training_data
+from robustfeat.training.data import EpochPlan, EvaluationBatches, TrainingBatches, load_batches, open_training_data
 
 
 def jpeg(value: int) -> bytes:
@@ -157,7 +157,7 @@ def test_fingerprint_changes_with_the_data(parquet: Path) -> None:
 
 def test_training_batches_do_not_depend_on_workers_or_start(dataset: Path) -> None:
     train, _ = open_training_data(dataset)
-    batches = TrainingBatches(train, 6, 24, seed=1, epoch=2)
+    batches = TrainingBatches(train, 24, EpochPlan(train, 6, seed=1, epoch=2))
     alone = list(load_batches(batches, 0))
     workers = list(load_batches(batches, 2))
     later = list(load_batches(batches, 1, range(3, 5)))
@@ -171,7 +171,7 @@ def test_training_batches_do_not_depend_on_workers_or_start(dataset: Path) -> No
 
 def test_an_epoch_shows_each_image_once_and_the_next_in_another_order(dataset: Path) -> None:
     train, _ = open_training_data(dataset)
-    orders = [TrainingBatches(train, 6, 24, seed=1, epoch=epoch).plan.order.tolist() for epoch in (0, 1)]
+    orders = [EpochPlan(train, 6, seed=1, epoch=epoch).order.tolist() for epoch in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(30))
     assert orders[0] != orders[1]
 
@@ -186,7 +186,7 @@ def test_crops_are_flipped_for_half_of_the_images(tmp_path: Path) -> None:
     (tmp_path / "val" / "a").mkdir(parents=True)
     gradient.save(tmp_path / "val" / "a" / "x.png")
     train, _ = open_training_data(tmp_path)
-    batch = TrainingBatches(train, 200, 16, seed=0, epoch=0)[0]
+    batch = TrainingBatches(train, 16, EpochPlan(train, 200, seed=0, epoch=0))[0]
     rising = (batch.images[:, 0, 8, -1].int() > batch.images[:, 0, 8, 0].int()).float().mean()
     assert 0.4 < float(rising) < 0.6
     spread = batch.images[:, 0, 8].float()
@@ -198,7 +198,7 @@ def test_a_damaged_image_leaves_its_neighbours_as_they_are(dataset: Path, tmp_pa
 
     root = Path(shutil.copytree(dataset, tmp_path / "data"))
     train, _ = open_training_data(root)
-    batches = TrainingBatches(train, 6, 24, seed=1, epoch=0)
+    batches = TrainingBatches(train, 24, EpochPlan(train, 6, seed=1, epoch=0))
     whole = batches[0]
     victim = int(batches.plan.order[2])
     (root / "train" / train.source.name(victim)).write_bytes(b"junk")

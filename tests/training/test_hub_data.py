@@ -25,12 +25,12 @@ Read = Callable[..., Any]
 PROGRAM = """
 import json, sys
 from robustfeat.errors import RobustFeatError
-from robustfeat.training.data import TrainingBatches, load_batches, open_training_data, parquet
+from robustfeat.training.data import EpochPlan, TrainingBatches, load_batches, open_training_data, parquet
 for url, options, workers, limit in json.loads(sys.argv[1]):
     parquet.LARGE_BYTES = limit
     try:
         splits = open_training_data(url, **options)
-        batches = TrainingBatches(splits[0], 2, 16, seed=0, epoch=0)
+        batches = TrainingBatches(splits[0], 16, EpochPlan(splits[0], 2, seed=0, epoch=0))
         made = [] if workers is None else load_batches(batches, workers)
         seen = sorted(int(label) for batch in made for label in batch.labels)
         print(json.dumps({

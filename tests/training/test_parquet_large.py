@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from robustfeat.errors import DataError
-from robustfeat.training.data import ImageSet, TrainingBatches, load_batches, open_training_data, parquet
+from robustfeat.training.data import EpochPlan, ImageSet, TrainingBatches, load_batches, open_training_data, parquet
 from robustfeat.training.data.row_groups import LocalParquet, RowGroups
 from tests.training.test_data import jpeg
 
@@ -80,7 +80,7 @@ def test_large_files_give_what_small_ones_give(root: Path, monkeypatch: pytest.M
 def test_an_epoch_reads_each_row_group_once(root: Path, opened: Path) -> None:
     train, _ = open_training_data(root)
     opened.write_text("")
-    batches = TrainingBatches(train, 20, 16, seed=1, epoch=0)
+    batches = TrainingBatches(train, 16, EpochPlan(train, 20, seed=1, epoch=0))
     seen: list[int] = []
     for step in range(len(batches)):
         seen += batches[step].labels.tolist()
@@ -92,9 +92,9 @@ def test_an_epoch_reads_each_row_group_once(root: Path, opened: Path) -> None:
 @pytest.mark.usefixtures("large")
 def test_workers_read_row_groups_of_their_own(root: Path, opened: Path) -> None:
     train, _ = open_training_data(root)
-    alone = TrainingBatches(train, 20, 16, seed=1, epoch=0)[7]
+    alone = TrainingBatches(train, 16, EpochPlan(train, 20, seed=1, epoch=0))[7]
     opened.write_text("")
-    made = list(load_batches(TrainingBatches(train, 20, 16, seed=1, epoch=0), 2))
+    made = list(load_batches(TrainingBatches(train, 16, EpochPlan(train, 20, seed=1, epoch=0)), 2))
     assert made[7].images.equal(alone.images)
     assert sorted(int(label) for batch in made for label in batch.labels) == list(range(ROWS))
     lines = opened.read_text().splitlines()
@@ -109,7 +109,7 @@ def test_what_is_held_is_let_go(root: Path) -> None:
     (train, _), source = open_training_data(root), None
     for data in (train, train.subset(np.delete(np.arange(ROWS), np.arange(0, ROWS, 17)))):
         source = data.source
-        batches = TrainingBatches(data, 20, 16, seed=1, epoch=0)
+        batches = TrainingBatches(data, 16, EpochPlan(data, 20, seed=1, epoch=0))
         most = 0
         for step in range(len(batches)):
             batches[step]
@@ -166,7 +166,7 @@ def test_a_damaged_row_group_stops_with_its_file(root: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"train-0\.parquet: not a Parquet file, or damaged"):
         train.image(0)
     with pytest.raises(DataError, match=r"^\S*train-0\.parquet: not a Parquet file, or damaged [^\n]*$"):
-        list(load_batches(TrainingBatches(train, 8, 16, seed=1, epoch=0), 1))
+        list(load_batches(TrainingBatches(train, 16, EpochPlan(train, 8, seed=1, epoch=0)), 1))
 
 
 @pytest.mark.parametrize("limit", [0, 10**9])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from robustfeat.errors import DataError
-from robustfeat.training.data import TrainingBatches, load_batches, open_training_data
+from robustfeat.training.data import EpochPlan, TrainingBatches, load_batches, open_training_data
 from tests.training.test_data import jpeg
 
 Members = Iterable[tuple[str, bytes]]
@@ -68,7 +68,9 @@ def test_a_share_is_held_out_without_validation(shards: Path) -> None:
 
 def test_workers_read_what_one_process_reads(shards: Path) -> None:
     train, _ = open_training_data(shards)
-    alone, workers = (list(load_batches(TrainingBatches(train, 2, 16, seed=0, epoch=0), w)) for w in (0, 2))
+    alone, workers = (
+        list(load_batches(TrainingBatches(train, 16, EpochPlan(train, 2, seed=0, epoch=0)), w)) for w in (0, 2)
+    )
     assert len(alone) == len(workers) == 2
     assert all(a.images.equal(b.images) and a.labels.equal(b.labels) for a, b in zip(alone, workers, strict=True))
 
@@ -234,7 +236,7 @@ def test_fingerprint_changes_with_names_labels_and_sizes(shards: Path) -> None:
 def test_a_shard_that_shrank_since_is_an_undecodable_image(shards: Path) -> None:
     train, _ = open_training_data(shards)
     os.truncate(shards / "train-0001.tar", 520)
-    batch = TrainingBatches(train, 5, 16, seed=0, epoch=0)[0]
+    batch = TrainingBatches(train, 16, EpochPlan(train, 5, seed=0, epoch=0))[0]
     assert len(batch.labels) == 3
     assert "000030.png: the archive ends before this member does" in " ".join(batch.failures)
 

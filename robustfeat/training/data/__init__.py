@@ -1,6 +1,6 @@
 """Training sets, and the batches made of them."""
 
-from robustfeat.training.data.batches import Batch, EvaluationBatches, TrainingBatches, load_batches
+from robustfeat.training.data.batches import Batch, EpochPlan, EvaluationBatches, TrainingBatches, load_batches
 from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches, require_room
 from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.image_set import ImageSet
@@ -9,6 +9,7 @@ from robustfeat.training.data.opening import open_training_data
 __all__ = [
     "Batch",
     "CachedSet",
+    "EpochPlan",
     "EvaluationBatches",
     "ImageSet",
     "TrainingBatches",

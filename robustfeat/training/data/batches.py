@@ -21,7 +21,7 @@ from robustfeat.training.data.crops import crop_boxes, crop_squares
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.order import epoch_order
 
-__all__ = ["Batch", "EpochPlan", "EvaluationBatches", "TrainingBatches", "collect", "load_batches"]
+__all__ = ["Batch", "EpochPlan", "EvaluationBatches", "TrainingBatches", "load_batches"]
 
 Item = TypeVar("Item")
 Number = TypeVar("Number", np.int64, np.float64)
@@ -113,7 +113,7 @@ class EpochPlan:
         return values[self._rank * size : (self._rank + 1) * size]
 
 
-def collect(
+def _collect(
     data: ImageSet,
     rows: NDArray[np.int64],
     view: Callable[[Image.Image, int], NDArray[np.uint8]],
@@ -140,34 +140,12 @@ class TrainingBatches(Dataset[Batch]):
     run sees the batches that the unbroken one saw. The last, smaller batch of an epoch is left out.
 
     Args:
-        data, batch_size, seed, epoch, min_crop_area, replays, rank, world: see `EpochPlan`.
         side: S, the side of the square crops in pixels.
+        plan: of the epoch, for the same data.
     """
 
-    def __init__(
-        self,
-        data: ImageSet,
-        batch_size: int,
-        side: int,
-        *,
-        seed: int,
-        epoch: int,
-        min_crop_area: float = 0.08,
-        replays: int = 1,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self._data, self._side = data, side
-        self.plan = EpochPlan(
-            data,
-            batch_size,
-            seed=seed,
-            epoch=epoch,
-            min_crop_area=min_crop_area,
-            replays=replays,
-            rank=rank,
-            world=world,
-        )
+    def __init__(self, data: ImageSet, side: int, plan: EpochPlan) -> None:
+        self._data, self._side, self.plan = data, side, plan
 
     def __len__(self) -> int:
         return self.plan.batches
@@ -175,7 +153,7 @@ class TrainingBatches(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         draws = self.plan.draws(number)
         rows = self.plan.rows(number)
-        return collect(
+        return _collect(
             self._data, rows, lambda image, place: self._crop(image, int(rows[place]), draws[place]), self._side
         )
 
@@ -201,7 +179,7 @@ class EvaluationBatches(Dataset[Batch]):
         stop = min((number + 1) * self._batch_size, len(self._data))
         rows = np.arange(number * self._batch_size, stop)
         contract = self._contract
-        return collect(self._data, rows, lambda image, _: resize_and_crop(image, contract), contract.image_size)
+        return _collect(self._data, rows, lambda image, _: resize_and_crop(image, contract), contract.image_size)
 
 
 def load_batches(
