@@ -3,15 +3,17 @@
     python benchmarks/training.py --out training.json [--data tiny-imagenet/] [--side 64] [--batch-size 256]
 
 One process, one device (the GPU where there is one), the trainer's own step. The methods take turns: one step of each
-(on a GPU twelve, since the host runs ahead there; free: one after the other of its replays), N times over; the figures
-are medians. `ideal` is the network's forward and backward pass alone. With --data, ERM steps from the decoded cache and
-from its sources take turns with steps on one batch that lies in memory.
+(on a GPU twelve, since the host runs ahead there; free: one after the other of its replays), N times over, each time in
+another order, since a step leaves its caches to the next; the figures are medians. `ideal` is the network's forward and
+backward pass alone. With --data, ERM steps from the decoded cache and from its sources take turns with steps on one
+batch that lies in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -94,8 +96,11 @@ class Bench:
         """Seconds of `steps` turns of each, after three that do not count."""
         times: dict[str, list[float]] = {name: [] for name in works}
         burst = 12 if self.device.type == "cuda" else 1
+        order, shuffled = list(works), random.Random(0)
         for turn in range(-3, self.arguments.steps):
-            for name, work in works.items():
+            shuffled.shuffle(order)
+            for name in order:
+                work = works[name]
                 numbers = range((turn + 3) * burst, (turn + 4) * burst)
                 taken = self.seconds(lambda work=work, numbers=numbers: [work(n) for n in numbers])  # type: ignore[misc]
                 if turn >= 0:

@@ -146,11 +146,11 @@ def step_along(images: Tensor, direction: Tensor, tau: float, std: Tensor | None
     direction = direction.float()
     if std is not None:
         direction = direction / std  # the chain rule: pixels = normalised * std + mean
-    norm = direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    z = torch.where((norm > 0) & torch.isfinite(norm), direction / norm, torch.zeros_like(direction))
-    if std is not None:
-        z = z / std
-    return (images.detach() + tau * z).to(images.dtype)
+    norm = torch.linalg.vector_norm(direction, dim=(1, 2, 3), keepdim=True)
+    length = tau / norm if std is None else tau / (norm * std)
+    # Few passes over the images: each costs one percent of a step on a CPU.
+    moved = torch.addcmul(images.detach().float(), direction, length)
+    return torch.where((norm > 0) & torch.isfinite(norm), moved, images.detach()).to(images.dtype)
 
 
 def perturb(

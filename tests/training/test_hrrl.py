@@ -21,7 +21,7 @@ from robustfeat.training.hrrl import (
     project_simplex,
     step_along,
 )
-from robustfeat.training.network import build_network
+from robustfeat.training.network import FirstConv, build_network
 from robustfeat.training.objective import Objective, StepBatch
 from robustfeat.training.recipe import Recipe
 
@@ -38,6 +38,21 @@ def network() -> nn.Module:
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(6, 3, 32, 32, generator=generator), torch.tensor([0, 1, 2, 3, 4, 6])
+
+
+@pytest.mark.parametrize("side", [(64, 64), (33, 48), (17, 9), (1, 2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_first_layer_has_the_gradients_of_an_ordinary_one(side, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    layer = FirstConv().to(dtype)
+    images = torch.randn(3, 3, *side, dtype=dtype, requires_grad=True)
+    expected = functional.conv2d(images, layer.weight, stride=2, padding=3)
+    output = layer(images)
+    gradient = torch.randn_like(output)
+    assert torch.equal(output, expected)
+    wanted = torch.autograd.grad(expected, [images, layer.weight], gradient)
+    for got, reference in zip(torch.autograd.grad(output, [images, layer.weight], gradient), wanted, strict=True):
+        torch.testing.assert_close(got, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max()))
 
 
 @pytest.mark.parametrize("size", [1, 2, 11, 500])
@@ -194,7 +209,7 @@ def test_the_inner_pass_computes_no_gradients_of_parameters(network: nn.Module, 
     images, labels = batch
     with Backward() as inner:
         input_gradient(network, images, labels)
-    assert inner.masks == [[True, False, False]] * 20
+    assert inner.masks == [[True, False, False]] * 19  # the first layer's is a convolution of its own: `FirstConv`
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
     with Backward() as whole:
         functional.cross_entropy(network(images), labels).backward()
@@ -215,7 +230,7 @@ def test_a_compiled_inner_pass_computes_no_gradients_of_parameters(network: nn.M
     model = torch.compile(network, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
     images, labels = batch
     moved = step_along(images, input_gradient(model, images, labels), 1.0)
-    assert masks == [[True, False, False]] * 20
+    assert masks == [[True, False, False]] * 19
     torch.testing.assert_close(moved, perturb(network, images, labels, 1.0), rtol=1e-3, atol=1e-3)
     masks.clear()
     functional.cross_entropy(model(images), labels).backward()
