@@ -111,7 +111,7 @@ def test_a_cache_keeps_the_proportions_of_wide_images(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     train = open_training_data(tmp_path)[0]
     cached = build_cache(train, 64, "ram", device=CPU, quiet=True)
-    assert cached.original_size(0) == (120, 60)
+    assert cached.original_sizes(np.array([0])).tolist() == [[120, 60]]
     arguments = {"seed": 0, "epoch": 0, "min_crop_area": 0.45}
     decoded = TrainingBatches(train, 32, EpochPlan(train, 6, **arguments))[0].images.float()  # type: ignore[arg-type]
     ours = TrainingBatches(cached, 32, EpochPlan(cached, 6, **arguments))[0].images.float()  # type: ignore[arg-type]

@@ -151,19 +151,25 @@ class TrainingBatches(Dataset[Batch]):
         return self.plan.batches
 
     def __getitem__(self, number: int) -> Batch:
-        draws = self.plan.draws(number)
-        rows = self.plan.rows(number)
-        return _collect(
-            self._data, rows, lambda image, place: self._crop(image, int(rows[place]), draws[place]), self._side
-        )
+        rows, draws = self.plan.rows(number), self.plan.draws(number)
+        sizes = self._data.original_sizes(rows)
+        boxes, flips = (None, None) if sizes is None else self.plan.crops(draws, sizes)
 
-    def _crop(self, image: Image.Image, row: int, draw: NDArray[np.float64]) -> NDArray[np.uint8]:
-        original = self._data.original_size(row) or image.size
-        boxes, flips = self.plan.crops(draw[None], np.array([original]))
-        left, top, w, h = boxes[0] * np.tile(np.divide(image.size, original), 2)
+        def crop(image: Image.Image, place: int) -> NDArray[np.uint8]:
+            if sizes is None or boxes is None or flips is None:
+                own, flip = self.plan.crops(draws[place : place + 1], np.array([image.size]))
+                return self._crop(image, own[0].tolist(), bool(flip[0]))
+            x, y = (np.array(image.size) / sizes[place]).tolist()
+            left, top, w, h = boxes[place].tolist()
+            return self._crop(image, (left * x, top * y, w * x, h * y), bool(flips[place]))
+
+        return _collect(self._data, rows, crop, self._side)
+
+    def _crop(self, image: Image.Image, box: Sequence[float], flip: bool) -> NDArray[np.uint8]:
+        left, top, w, h = box
         size = (self._side, self._side)
         square = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)))
-        return square[:, ::-1] if flips[0] else square
+        return square[:, ::-1] if flip else square
 
 
 class EvaluationBatches(Dataset[Batch]):

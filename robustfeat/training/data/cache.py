@@ -65,10 +65,9 @@ class CachedSet(ImageSet):
             raise DecodeError(self.bad[index])
         return Image.fromarray(self.squares[index].numpy())
 
-    def original_size(self, index: int) -> tuple[int, int]:
-        """Width and height of the image itself."""
-        width, height = self.sizes[index]
-        return int(width), int(height)
+    def original_sizes(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(m, 2) widths and heights of the images themselves, which `image` returns as squares."""
+        return self.sizes[indices].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -280,7 +279,7 @@ def cached_batches(data: CachedSet, plan: EpochPlan, numbers: range, device: tor
         if failures:
             good = np.array([int(row) not in data.bad for row in rows])
             rows, draws = rows[good], draws[good]
-        sizes = data.sizes[rows].astype(np.int64)
+        sizes = data.original_sizes(rows)
         boxes, flips = plan.crops(draws, sizes)
         index = torch.from_numpy(rows)
         if data.squares.is_cuda:

@@ -68,8 +68,8 @@ class ImageSet:
         except (DecodeError, OSError) as exc:
             raise DecodeError(f"{self.source.name(index)}: {exc}") from exc
 
-    def original_size(self, index: int) -> tuple[int, int] | None:
-        """Width and height before `image` was brought to another shape; None where it was not."""
+    def original_sizes(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """(m, 2) widths and heights of these images themselves; None where `image` returns them as they are."""
         return None
 
     def subset(self, indices: NDArray[np.int64]) -> ImageSet:
