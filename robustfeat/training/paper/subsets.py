@@ -1,0 +1,85 @@
+"""Parts of a training set, drawn once and written as Parquet files that training reads like any other data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import DataError
+from robustfeat.files import new_folder
+from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.data import ImageSet
+
+__all__ = ["draw_by_concept", "write_subset"]
+
+_ROWS_A_GROUP = 1000
+
+
+def draw_by_concept(
+    labels: NDArray[np.int64], concepts: ConceptMap, shares: Mapping[str, float], size: int, seed: int = 0
+) -> NDArray[np.int64]:
+    """Rows in which each concept has a given share, evenly over its classes.
+
+    Args:
+        labels: (N,) class numbers.
+        concepts: of the classes.
+        shares: by concept; those of concepts that have examples here are normalised to sum to 1.
+        size: how many rows.
+        seed: of the draw.
+
+    Returns:
+        About `size` row numbers (each class has a whole number), ascending.
+
+    Raises:
+        DataError: a class has too few images.
+    """
+    rng = np.random.default_rng(seed)
+    total = sum(shares[name] for name in concepts.names)
+    rows: list[NDArray[np.int64]] = []
+    for number, name in enumerate(concepts.names):
+        classes = np.flatnonzero(concepts.of_class == number)
+        each = round(size * shares[name] / total / len(classes))
+        for one in classes:
+            own = np.flatnonzero(labels == one)
+            if each > len(own):
+                raise DataError(
+                    f"class {one} of {name} has {len(own)} images and {each} are needed; ask for fewer than {size}"
+                )
+            rows.append(rng.choice(own, each, replace=False))
+    return np.sort(np.concatenate(rows))
+
+
+def write_subset(train: ImageSet, rows: NDArray[np.int64], validation: ImageSet, folder: Path) -> None:
+    """Writes these rows, and the whole validation split, as a folder that `robustfeat train` takes as DATA.
+
+    Args:
+        train: where the rows are taken from, in their order.
+        rows: their numbers.
+        validation: the other split.
+        folder: appears whole or not at all.
+    """
+    with new_folder(folder) as partial:
+        _write(train, rows, partial / "train-00000-of-00001.parquet")
+        _write(validation, np.arange(len(validation)), partial / "validation-00000-of-00001.parquet")
+
+
+def _write(images: ImageSet, rows: NDArray[np.int64], file: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    column = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    # As Hugging Face `datasets` writes it, so that the class names come back with the numbers.
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(images.classes)}}
+    schema = pa.schema(
+        [("image", column), ("label", pa.int64())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    with parquet.ParquetWriter(file, schema) as writer:
+        for start in range(0, len(rows), _ROWS_A_GROUP):
+            part = rows[start : start + _ROWS_A_GROUP]
+            values = [{"bytes": images.source.read(int(row)), "path": None} for row in part]
+            writer.write_table(pa.table({"image": values, "label": images.labels[part]}, schema))
