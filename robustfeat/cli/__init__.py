@@ -21,6 +21,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = (
     "doctor",
     "embed",
+    "evaluate",
     "export",
     "import",
     "info",

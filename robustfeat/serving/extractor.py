@@ -138,6 +138,14 @@ class FeatureExtractor:
         return self.config.feature_size
 
     @property
+    def identity(self) -> list[Any]:
+        """All that its features depend on besides the image, as plain data."""
+        config, engine = self.config, self.engine
+        return [
+            dict(config.files), config.preprocessing.hash, self.precision, engine.name, engine.version, self.decoding
+        ]  # fmt: skip
+
+    @property
     def batch_size(self) -> int:
         """See `default_batch_size`."""
         return default_batch_size(self.config.preprocessing.image_size, self.engine.device)

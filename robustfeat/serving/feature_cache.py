@@ -9,35 +9,44 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import InputError
-from robustfeat.serving.extractor import FeatureExtractor
 
-__all__ = ["FeatureCache"]
+__all__ = ["FeatureCache", "FeatureMaker"]
+
+
+class FeatureMaker(Protocol):
+    """What computes features: a `FeatureExtractor`, or a network that is being evaluated."""
+
+    @property
+    def identity(self) -> Sequence[Any]:
+        """Plain data for JSON that differs where features may."""
+
+    @property
+    def feature_size(self) -> int:
+        """D."""
 
 
 class FeatureCache:
-    """Features of one extractor by the sha256 of what was embedded.
+    """Features of one maker by the sha256 of what was embedded.
 
     Another model, precision, engine or decoding has other keys, so that one file serves all.
 
     Args:
         file: made if need be, with its folder.
-        extractor: whose features these are.
+        maker: whose features these are.
 
     Raises:
         InputError: the file cannot be opened, or is something else.
     """
 
-    def __init__(self, file: str | os.PathLike[str], extractor: FeatureExtractor) -> None:
-        self._file, self._size = Path(file), extractor.feature_size
-        config = extractor.config
-        maker = [dict(config.files), config.preprocessing.hash, extractor.precision, extractor.engine.name]
-        maker += [extractor.engine.version, extractor.decoding]
-        self._prefix = hashlib.sha256(json.dumps(maker, sort_keys=True).encode()).digest()
+    def __init__(self, file: str | os.PathLike[str], maker: FeatureMaker) -> None:
+        self._file, self._size = Path(file), maker.feature_size
+        self._prefix = hashlib.sha256(json.dumps(list(maker.identity), sort_keys=True).encode()).digest()
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as connection, connection:

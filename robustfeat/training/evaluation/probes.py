@@ -1,0 +1,160 @@
+"""What frozen features are worth: linear SVMs, and second opinions that have nothing to choose."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.progress import Progress
+from robustfeat.serving.heads.fitting import C_GRID, select_and_fit
+from robustfeat.serving.heads.kinds import SCALINGS
+from robustfeat.serving.heads.report import Report
+from robustfeat.training.evaluation.tasks import TaskFeatures
+
+__all__ = ["FEW_SHOTS", "Score", "few_shot", "libsvm", "naive_bayes", "nearest_neighbours", "svm", "wilson"]
+
+FEW_SHOTS = (1, 5, 10, 50)
+_DRAWS = 5
+_NEIGHBOURS = 10
+_Z = 1.959963984540054  # 97.5 % of the normal distribution
+_LIBSVM_ROWS = 5000
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How well a classifier tells a task's test images.
+
+    Attributes:
+        accuracy, balanced_accuracy: shares; the latter is the mean recall of the classes.
+        interval: Wilson's 95 % interval of the accuracy.
+        right: (m,) bool, for each test image.
+        details: what was chosen, as plain data.
+    """
+
+    accuracy: float
+    balanced_accuracy: float
+    interval: tuple[float, float]
+    right: NDArray[np.bool_]
+    details: dict[str, Any]
+
+    @classmethod
+    def of(cls, predicted: NDArray[np.int64], features: TaskFeatures, **details: Any) -> Score:
+        """Compares predictions with the test labels."""
+        report = Report.of(predicted, features.y_test, features.classes)
+        right = predicted == features.y_test
+        interval = wilson(int(right.sum()), len(right))
+        return cls(report.accuracy, report.balanced_accuracy, interval, right, details)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without the single images."""
+        return {
+            "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+            "interval": list(self.interval),
+            **self.details,
+        }
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share.
+
+    >>> wilson(81, 100)
+    (0.7222..., 0.8748...)
+    """
+    share, z2 = right / count, _Z**2 / count
+    middle, half = share + z2 / 2, _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
+    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+
+
+def svm(
+    features: TaskFeatures,
+    *,
+    cs: Sequence[float] = C_GRID,
+    scalings: Sequence[str] = tuple(SCALINGS),
+    threads: int | None = None,
+    quiet: bool = True,
+) -> Score:
+    """A linear SVM, C and scaling chosen on a held-out tenth of the training rows (see `select_and_fit`)."""
+    progress = Progress(f"{features.model}: {features.task} svm", len(cs) * len(scalings) + 1, "fits", quiet=quiet)
+    selection, head, converged = select_and_fit(
+        features.x, features.y, cs=cs, scalings=scalings, threads=threads, progress=progress
+    )
+    progress.finish()
+    best = selection.best
+    held_out = None if math.isnan(best.score) else best.score
+    return Score.of(
+        head.predict(features.x_test), features, C=best.c, scaling=best.scaling, held_out=held_out, converged=converged
+    )
+
+
+def naive_bayes(features: TaskFeatures) -> Score:
+    """Gaussian naive Bayes, which no scaling changes."""
+    _, head, _ = select_and_fit(features.x, features.y, kind="naive-bayes", scalings=["none"])
+    return Score.of(head.predict(features.x_test), features)
+
+
+def nearest_neighbours(features: TaskFeatures) -> Score:
+    """The majority of the 10 training images with the largest cosine (of fewer, where there are fewer)."""
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.preprocessing import normalize
+
+    neighbours = min(_NEIGHBOURS, len(features.x))
+    classifier = KNeighborsClassifier(neighbours).fit(normalize(features.x), features.y)
+    return Score.of(classifier.predict(normalize(features.x_test)), features, neighbours=neighbours)
+
+
+def few_shot(features: TaskFeatures, shots: Sequence[int] = FEW_SHOTS, *, seed: int = 0) -> dict[int, dict[str, Any]]:
+    """Accuracy with few images a class: by number of images, mean and deviation over five draws.
+
+    C = 1 and l2 scaling: one image a class leaves nothing to choose by. A class with fewer images gives all it has;
+    numbers beyond the largest class's are left out.
+    """
+    from sklearn.preprocessing import normalize
+    from sklearn.svm import LinearSVC
+
+    x, x_test = (normalize(part.astype(np.float64)) for part in (features.x, features.x_test))
+    classes = np.unique(features.y)
+    most = int(np.bincount(features.y).max())
+    curve = {}
+    for count in shots:
+        if count > most:
+            continue
+        scores = []
+        for draw in range(_DRAWS):
+            rng = np.random.default_rng([seed, count, draw])
+            own = [np.flatnonzero(features.y == one) for one in classes]
+            rows = np.concatenate([rng.choice(part, min(count, len(part)), replace=False) for part in own])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of as many classes as rows, which is what one shot means
+                classifier = LinearSVC(C=1.0, dual=False).fit(x[rows], features.y[rows])
+            scores.append(float(np.mean(classifier.predict(x_test) == features.y_test)))
+        curve[count] = {"accuracy": float(np.mean(scores)), "deviation": float(np.std(scores, ddof=1))}
+    return curve
+
+
+def libsvm(features: TaskFeatures, c: float, scaling: str, *, seed: int = 0) -> dict[str, Score]:
+    """LIBSVM's linear SVM (one against one, hinge loss), the paper's, beside `LinearSVC` on the same rows.
+
+    Args:
+        features: of which at most 5,000 training rows are used, drawn with `seed`.
+        c, scaling: of both.
+    """
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer, StandardScaler
+    from sklearn.svm import SVC, LinearSVC
+
+    rows = np.sort(np.random.default_rng(seed).permutation(len(features.x))[:_LIBSVM_ROWS])
+    scores = {}
+    for name, classifier in (("LIBSVM", SVC(kernel="linear", C=c)), ("LinearSVC", LinearSVC(C=c, dual=False))):
+        scaler = {"none": None, "l2": Normalizer(), "standard": StandardScaler()}[scaling]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of iterations that ran out: both are scored as they are
+            fitted = make_pipeline(scaler, classifier).fit(features.x[rows].astype(np.float64), features.y[rows])
+        scores[name] = Score.of(fitted.predict(features.x_test.astype(np.float64)), features, rows=len(rows))
+    return scores

@@ -1,0 +1,196 @@
+"""What is evaluated: a model folder, a training run, or a network of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from robustfeat.errors import EngineError, InputError, first_line
+from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square, resize_and_crop
+from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
+from robustfeat.serving.feature_cache import FeatureMaker
+from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint
+from robustfeat.training.network import build_network
+from robustfeat.training.recipe import Recipe
+
+__all__ = ["FolderSubject", "NetworkSubject", "Subject", "network_of", "open_subject"]
+
+
+class Subject(FeatureMaker, Protocol):
+    """Computes features of images.
+
+    Attributes:
+        name: what tables call it.
+    """
+
+    name: str
+
+    @property
+    def contract(self) -> Preprocessing:
+        """How images become squares."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many squares at once are quick."""
+
+    def prepare(self, image: bytes | Image.Image) -> NDArray[np.uint8]:
+        """The (S, S, 3) uint8 square that the network sees; DecodeError where the image cannot be read."""
+
+    def embed_prepared(self, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(n, S, S, 3) uint8 to (n, D) float32."""
+
+
+class FolderSubject:
+    """A model folder, run as `robustfeat embed` runs it, by ONNX."""
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        self._extractor = extractor
+        self.name = extractor.config.name
+        self.identity: Sequence[Any] = extractor.identity
+        self.feature_size = extractor.feature_size
+        self.contract = extractor.config.preprocessing
+        self.batch_size = extractor.batch_size
+
+    def prepare(self, image: bytes | Image.Image) -> NDArray[np.uint8]:
+        """See `Subject`."""
+        return self._extractor.prepare(image)
+
+    def embed_prepared(self, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `Subject`."""
+        return self._extractor.embed_prepared(squares)
+
+
+class NetworkSubject:
+    """A PyTorch network from (n, 3, S, S) to (n, D) features, in fp32 and evaluation mode.
+
+    Args:
+        network: moved to the device.
+        contract: how images become its input.
+        name: what tables call it.
+        device: where it runs.
+
+    Raises:
+        InputError: it does not give one vector for each image.
+    """
+
+    def __init__(self, network: nn.Module, contract: Preprocessing, name: str, device: torch.device) -> None:
+        self.network = network.eval().to(device).to(memory_format=torch.channels_last)
+        self.contract, self.name, self._device = contract, name, device
+        self.batch_size = default_batch_size(contract.image_size, device.type)
+        self.identity: Sequence[Any] = ["torch", state_digest(network), str(network), contract.hash, device.type]
+        try:
+            shape = tuple(self._run(np.zeros((2, contract.image_size, contract.image_size, 3), np.uint8)).shape)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as exc:
+            raise InputError(
+                f"{name}: fails on two images of {contract.image_size} px ({first_line(exc)}); pass --image-size if it "
+                "needs another size"
+            ) from exc
+        if len(shape) != 2 or shape[0] != 2:
+            raise InputError(f"{name}: must give one vector an image, (n, D); got {shape} for two images")
+        self.feature_size = shape[1]
+
+    def prepare(self, image: bytes | Image.Image) -> NDArray[np.uint8]:
+        """See `Subject`."""
+        if isinstance(image, Image.Image):
+            return resize_and_crop(image, self.contract)
+        return prepare_square(image, self.contract)
+
+    def embed_prepared(self, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `Subject`."""
+        features: NDArray[np.float32] = self._run(squares).float().cpu().numpy()
+        return features
+
+    def _run(self, squares: NDArray[np.uint8]) -> Tensor:
+        pixels = torch.from_numpy(normalise(squares, self.contract)).to(self._device)
+        with torch.no_grad():
+            features: Tensor = self.network(pixels.contiguous(memory_format=torch.channels_last))
+        return features
+
+
+def state_digest(network: nn.Module) -> str:
+    """sha256 over the names, types, shapes and values of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        values = value.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def network_of(checkpoint: Checkpoint) -> nn.Module:
+    """The trained network with its classifier, in evaluation mode."""
+    network = build_network(len(checkpoint.classes))
+    network.load_state_dict(checkpoint.model)
+    return network.eval()
+
+
+def open_subject(
+    model: str, *, image_size: int | None = None, crop_pct: float | None = None, device: str = "auto"
+) -> Subject:
+    """What `robustfeat evaluate` calls MODEL.
+
+    Args:
+        model: a run of `robustfeat train` (its folder or checkpoint.pt), `package.module:build` (called without
+            arguments; returns a torch module from (n, 3, S, S) to (n, D)), or what `FeatureExtractor.from_pretrained`
+            takes.
+        image_size, crop_pct: of the preprocessing, for runs and networks of one's own; by default the recipe's, and
+            224 px and 0.875. A model folder has its own.
+        device: auto, cpu or cuda.
+
+    Raises:
+        CheckpointError, ModelFolderError, HubError, EngineError, InputError: it cannot be used; see the message.
+    """
+    path = Path(model)
+    is_run = path.is_file() or (path / CHECKPOINT_NAME).is_file()
+    module_name, colon, attribute = model.partition(":")
+    is_code = colon and not path.exists() and all(part.isidentifier() for part in module_name.split("."))
+    if not is_run and not is_code:
+        if image_size is not None or crop_pct is not None:
+            raise InputError(
+                f"{model}: a model folder has its own preprocessing; leave --image-size and --crop-pct out"
+            )
+        return FolderSubject(FeatureExtractor.from_pretrained(model, device=device))
+    chosen = _torch_device(device)
+    try:
+        if is_run:
+            checkpoint = load_checkpoint(path)
+            network = network_of(checkpoint)
+            network.fc = nn.Identity()
+            contract = Recipe.from_dict(checkpoint.recipe).preprocessing(image_size, crop_pct)
+            name = (path if path.is_dir() else path.parent).resolve().name
+        else:
+            network = _build(model, module_name, attribute)
+            contract = Preprocessing(image_size or 224, 0.875 if crop_pct is None else crop_pct)
+            name = model
+    except ValueError as exc:
+        raise InputError(f"{model}: {exc}") from exc
+    return NetworkSubject(network, contract, name, chosen)
+
+
+def _torch_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EngineError("--device cuda: PyTorch sees no GPU; check the driver, or pass --device cpu")
+    return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _build(model: str, module_name: str, attribute: str) -> nn.Module:
+    try:
+        build = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, SyntaxError) as exc:
+        raise InputError(f"{model}: cannot be imported ({first_line(exc)}); is its folder on PYTHONPATH?") from exc
+    try:
+        network = build()
+    except Exception as exc:  # whatever a builder of somebody's raises
+        raise InputError(f"{model}: failed when it was called without arguments ({first_line(exc)})") from exc
+    if not isinstance(network, nn.Module):
+        raise InputError(f"{model}: must return a torch.nn.Module; got {type(network).__name__}")
+    return network

@@ -1,0 +1,179 @@
+"""Target tasks: labelled images to learn from and to test on, and a model's features of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import DataError, DecodeError, InputError
+from robustfeat.progress import Progress
+from robustfeat.serving.feature_cache import FeatureCache
+from robustfeat.training.data import ImageSet, open_training_data
+from robustfeat.training.evaluation.subject import Subject
+
+__all__ = ["Task", "TaskFeatures", "embed_images", "embed_task", "open_task", "parse_task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled images.
+
+    Attributes:
+        name: what tables call it.
+        train, test: of the same classes.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+
+
+@dataclass(frozen=True, eq=False)
+class TaskFeatures:
+    """A model's view of a task.
+
+    Attributes:
+        task, model: names.
+        classes: C names.
+        x, x_test: (n, D) and (m, D) float32.
+        y, y_test: (n,) and (m,) int64 into `classes`.
+    """
+
+    task: str
+    model: str
+    classes: tuple[str, ...]
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+    x_test: NDArray[np.float32]
+    y_test: NDArray[np.int64]
+
+
+def parse_task(text: str) -> tuple[str, str]:
+    """`NAME=DATA` to its parts; without a name, the last part of DATA.
+
+    Raises:
+        InputError: a part is empty.
+    """
+    name, equals, place = text.partition("=")
+    if not equals:
+        name, place = Path(text).name, text
+    if not name.strip() or not place.strip():
+        raise InputError(f"--task {text!r}: expected NAME=DATA, such as pets=data/pets")
+    return name.strip(), place.strip()
+
+
+def open_task(
+    name: str,
+    place: str,
+    *,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+) -> Task:
+    """Opens a task's two splits.
+
+    Args:
+        name: what tables call it.
+        place: any DATA of `robustfeat train`; its validation split (or `test`) is the test set.
+        train_rows, test_rows: at most so many images, drawn with `seed`.
+        val_fraction: the share that is the test set where there is no such split.
+        seed: of both draws.
+
+    Raises:
+        DataError: nothing is there, a split is empty, or there is nothing to tell apart.
+    """
+    if Path(place).suffix in {".npy", ".parquet", ".safetensors"} and Path(place).is_file():
+        raise DataError(
+            f"--task {name}={place}: is a file, expected a folder of images with labels; features of another model "
+            "cannot be compared, so they are computed here. Score features that you have with robustfeat svm"
+        )
+    train, test = open_training_data(place, val_fraction=val_fraction, seed=seed)
+    parts = []
+    for split, images, limit in (("training", train, train_rows), ("test", test, test_rows)):
+        rows = np.arange(len(images))
+        if limit is not None and limit < len(images):
+            rows = np.random.default_rng(seed).permutation(len(images))[:limit]
+        part = images if len(rows) == len(images) else images.subset(np.sort(rows))
+        if not len(part):
+            raise DataError(f"--task {name}={place}: no {split} images; a task needs some of both splits")
+        parts.append(part)
+    found = np.unique(parts[0].labels)
+    if len(found) < 2:
+        raise DataError(
+            f"--task {name}={place}: all {len(parts[0]):,} training images are of one class, "
+            f"{train.classes[int(found[0])]!r}; a task needs two"
+        )
+    return Task(name, parts[0], parts[1])
+
+
+def embed_images(
+    subject: Subject, images: ImageSet, *, cache: Path | None = None, label: str = "", quiet: bool = True
+) -> NDArray[np.float32]:
+    """(N, D) float32, row i of image i.
+
+    Args:
+        subject: the model.
+        images: read in order.
+        cache: a file of features by content (see `FeatureCache`): what is there is not computed again.
+        label: for the progress line.
+        quiet: no progress.
+
+    Raises:
+        DecodeError: naming an image that cannot be read.
+    """
+    kept = FeatureCache(cache, subject) if cache else None
+    features = np.empty((len(images), subject.feature_size), np.float32)
+    progress = Progress(label, len(images), quiet=quiet)
+    for start in range(0, len(images), subject.batch_size):
+        rows = range(start, min(start + subject.batch_size, len(images)))
+        features[rows.start : rows.stop] = _embed_rows(subject, images, rows, kept)
+        progress.advance(len(rows))
+    progress.finish()
+    if not np.isfinite(features).all():
+        bad = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
+        raise DataError(f"{images.source.name(bad)}: {subject.name} gives features that are not finite")
+    return features
+
+
+def _embed_rows(
+    subject: Subject, images: ImageSet, rows: Sequence[int], cache: FeatureCache | None
+) -> NDArray[np.float32]:
+    contents = []
+    for row in rows:
+        try:
+            contents.append(images.source.read(row))
+        except OSError as exc:
+            raise DecodeError(
+                f"{images.source.name(row)}: {exc.strerror or exc}; a task's images must be readable"
+            ) from exc
+    keys = [cache.key(content) for content in contents] if cache else [str(row).encode() for row in rows]
+    known = cache.get(keys) if cache else {}
+    fresh: dict[bytes, NDArray[np.uint8]] = {}
+    for row, key, content in zip(rows, keys, contents, strict=True):
+        if key not in known and key not in fresh:
+            try:
+                fresh[key] = subject.prepare(content)
+            except DecodeError as exc:
+                raise DecodeError(
+                    f"{images.source.name(row)}: {exc}; repair or remove it: a score would be of other images"
+                ) from exc
+    if fresh:
+        made = dict(zip(fresh, subject.embed_prepared(np.stack(list(fresh.values()))), strict=True))
+        if cache:
+            cache.put(made)
+        known = known | made
+    return np.stack([known[key] for key in keys])
+
+
+def embed_task(subject: Subject, task: Task, *, cache: Path | None = None, quiet: bool = True) -> TaskFeatures:
+    """A model's features of a task; see `embed_images`."""
+    x, x_test = (
+        embed_images(subject, images, cache=cache, label=f"{subject.name}: {task.name} {split}", quiet=quiet)
+        for split, images in (("train", task.train), ("test", task.test))
+    )
+    return TaskFeatures(task.name, subject.name, task.train.classes, x, task.train.labels, x_test, task.test.labels)

@@ -1,0 +1,145 @@
+"""How large the paper's experiments are made: its own scale, and ones that fit smaller machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from robustfeat.training.recipe import Recipe, load_recipe
+
+__all__ = ["METHODS", "PAPER_NUMBERS", "SCALES", "TABLES", "Scale", "Target"]
+
+METHODS = ("erm", "el", "cl", "hrrl")
+CONTROLS = ("erm-long", "random", "balanced", "groupdro")
+
+TABLES = {"table2": "cifar10", "table3": "sop", "table4": "svhn"}
+"""Which target each of the paper's tables of accuracies is about."""
+
+PAPER_NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
+    "cifar10": {"erm": (85.77, 0.12), "el": (86.62, 0.18), "cl": (85.64, 0.26), "hrrl": (86.49, 0.19)},
+    "sop": {"erm": (73.47, 0.09), "el": (73.48, 0.08), "cl": (74.34, 0.05), "hrrl": (74.23, 0.08)},
+    "svhn": {"erm": (63.23, 0.35), "el": (65.01, 0.37), "cl": (65.47, 0.27), "hrrl": (67.33, 0.39)},
+}
+"""Tables 2 to 4: mean and deviation of three runs, in %."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What stands for one of the paper's targets.
+
+    Attributes:
+        title: what tables call it.
+        train_rows, test_rows: at most so many images of each split; None for all.
+    """
+
+    title: str
+    train_rows: int | None = None
+    test_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything that decides how large an experiment is.
+
+    Attributes:
+        name: for `--scale`.
+        title: for the headings of tables and figures: what was scaled down.
+        recipe: of the benchmark's runs, by ERM; methods, tau, lambda and seeds are filled in.
+        long_epochs: of ERM given HRRL's time.
+        selection: the recipe of the runs that choose tau and lambda.
+        selection_rows: how many of the benchmark's images those see; None for all.
+        taus, lams: what is chosen from.
+        targets: by the names cifar10, sop and svhn.
+        seeds: of the runs.
+        biased_rows: of the benchmark with ImageNet's shares of concepts.
+        finetune_epochs, finetune_milestone: of Figure 3; lr falls to a tenth at the latter.
+        finetune_rows: training images of a target in Figure 3; None for all.
+        steps: lengths of the step in Figure 4, at 224 px.
+    """
+
+    name: str
+    title: str
+    recipe: Recipe
+    long_epochs: int
+    selection: Recipe
+    selection_rows: int | None
+    taus: tuple[float, ...]
+    lams: tuple[float, ...]
+    targets: dict[str, Target]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    biased_rows: int = 20_000
+    finetune_epochs: int = 100
+    finetune_milestone: int = 50
+    finetune_rows: int | None = None
+    steps: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def _paper() -> Scale:
+    recipe = load_recipe("imagenet-paper").replace(method="erm")
+    grid = tuple(10.0**power for power in range(-3, 2))
+    return Scale(
+        name="paper",
+        title="ImageNet, 90 epochs",
+        recipe=recipe,
+        long_epochs=151,
+        selection=recipe.replace(seed=100),
+        selection_rows=None,
+        taus=grid,
+        lams=grid,
+        targets={
+            "cifar10": Target("CIFAR-10"), "sop": Target("SOP"), "svhn": Target("SVHN"),
+        },
+        biased_rows=1_281_167,
+    )  # fmt: skip
+
+
+def _tiny() -> Scale:
+    recipe = load_recipe("tiny-imagenet").replace(method="erm", epochs=10, warmup_epochs=1.0, q_warmup_steps=50)
+    return Scale(
+        name="tiny",
+        title="Tiny ImageNet, 20,000 images, 64 px, 10 epochs",
+        recipe=recipe.replace(parts=1),
+        long_epochs=17,
+        selection=recipe.replace(epochs=5, seed=100),
+        selection_rows=10_000,
+        taus=(0.1, 0.35, 1.0, 3.5),
+        lams=(1.0, 10.0, 100.0),
+        targets={
+            "cifar10": Target("CIFAR-10 (JPEG copy)", 10_000),
+            "sop": Target("caltech-artifacts (stands in for SOP)"),
+            "svhn": Target("MNIST-M (stands in for SVHN)"),
+        },
+        finetune_epochs=20,
+        finetune_milestone=10,
+        finetune_rows=2_000,
+    )
+
+
+def _quick() -> Scale:
+    recipe = load_recipe("tiny-imagenet").replace(
+        method="erm", epochs=2, warmup_epochs=0.0, batch_size=16, image_sizes=((0, 24),), validation_size=24,
+        q_warmup_steps=5, cache_px=0, precision="fp32", lr=0.05,
+    )  # fmt: skip
+    return Scale(
+        name="quick",
+        title="a check of the programs, with no meaning as a result",
+        recipe=recipe,
+        long_epochs=3,
+        selection=recipe.replace(epochs=1, seed=100),
+        selection_rows=64,
+        taus=(0.35, 1.0),
+        lams=(1.0, 10.0),
+        targets={
+            "cifar10": Target("CIFAR-10's place", 60, 40),
+            "sop": Target("SOP's place", 60, 40),
+            "svhn": Target("SVHN's place", 60, 40),
+        },
+        seeds=(0, 1),
+        biased_rows=60,
+        finetune_epochs=2,
+        finetune_milestone=1,
+        finetune_rows=40,
+        steps=(0.0, 1.0),
+    )
+
+
+SCALES = {"paper": _paper, "tiny": _tiny, "quick": _quick}

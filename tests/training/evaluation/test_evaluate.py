@@ -1,0 +1,165 @@
+"""`robustfeat evaluate`: models of every kind on real images, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from robustfeat.errors import DataError, DecodeError, InputError
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.training.evaluation.report import evaluate_task
+from robustfeat.training.evaluation.subject import open_subject
+from robustfeat.training.evaluation.tasks import embed_task, open_task, parse_task
+from tests.conftest import Run
+
+NETWORK = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+
+def text():
+    return "no network"
+
+def images():
+    return nn.Identity()
+
+def broken():
+    raise OSError("weights are gone")
+"""
+
+
+@pytest.fixture
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_network.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_network"
+
+
+def test_a_run_has_the_features_of_its_exported_folder(finished_run: Path, model: Path, dataset: Path) -> None:
+    task = open_task("clothes", str(dataset))
+    of_run, of_folder = (embed_task(open_subject(str(name)), task) for name in (finished_run, model))
+    assert of_run.x.shape == of_folder.x.shape == (30, 512)
+    np.testing.assert_allclose(of_run.x, of_folder.x, rtol=0, atol=1e-5 * of_run.x.max())
+    files = [task.train.source.read(row) for row in range(30)]
+    np.testing.assert_array_equal(of_folder.x[:8], FeatureExtractor.from_pretrained(model).embed(files)[:8])
+
+
+def test_a_network_of_ones_own_is_evaluated(network: str, dataset: Path) -> None:
+    subject = open_subject(f"{network}:build", image_size=32, crop_pct=1.0)
+    features = embed_task(subject, open_task("clothes", str(dataset)))
+    with Image.open(next((dataset / "val").rglob("*.png"))) as image:
+        square = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR), np.float64)
+    mean, std = (np.array(values) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    blocks = ((square / 255 - mean) / std).reshape(4, 8, 4, 8, 3).mean((1, 3))
+    rows = np.abs(features.x_test - blocks.transpose(2, 0, 1).reshape(-1)).max(1)
+    assert rows.min() < 0.02  # one level of 255 is 0.017
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text", "must return a torch.nn.Module; got str"),
+        ("images", "must give one vector an image"),
+        ("broken", "failed when it was called without arguments .*weights are gone"),
+        ("nothing", "cannot be imported"),
+    ],
+)
+def test_what_is_no_network_is_refused(network: str, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_subject(f"{network}:{name}", image_size=32)
+
+
+def test_features_are_computed_once(model: Path, dataset: Path, tmp_path: Path, monkeypatch) -> None:
+    subject, task, cache = open_subject(str(model)), open_task("clothes", str(dataset)), tmp_path / "features.db"
+    first = embed_task(subject, task, cache=cache)
+
+    def computed_again(squares):
+        raise AssertionError("features were computed again")
+
+    monkeypatch.setattr(subject, "embed_prepared", computed_again)
+    again = embed_task(subject, task, cache=cache)
+    np.testing.assert_array_equal(first.x, again.x)
+    # Another model's features are not taken for these.
+    other = open_subject("builtin")
+    assert not np.allclose(embed_task(other, task, cache=cache).x, first.x)
+
+
+def test_two_networks_of_the_same_shape_have_other_identities(dataset: Path, finished_run: Path) -> None:
+    subject = open_subject(str(finished_run))
+    with torch.no_grad():
+        subject.network.conv1.weight[0, 0, 0, 0] += 1e-3
+    changed = type(subject)(subject.network, subject.contract, subject.name, torch.device("cpu"))
+    assert changed.identity != subject.identity
+
+
+def test_the_command_prints_a_table_or_json(model: Path, dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+    out = tmp_path / "results.json"
+    done = robustfeat("evaluate", model, "--task", f"clothes={dataset}", "--out", out, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "| trained | clothes |" in done.stdout.replace(json.loads(out.read_text())[0]["model"], "trained")
+    (result,) = json.loads(out.read_text())
+    expected = evaluate_task(open_subject(str(model)), open_task("clothes", str(dataset)))
+    assert result == expected
+    assert (result["train"], result["test"], result["classes"]) == (30, 10, 10)
+    assert list(result["few_shot"]) == ["1"]  # there are three images a class
+
+
+def test_rows_are_drawn_the_same_way_each_time(dataset: Path) -> None:
+    tasks = [open_task("clothes", str(dataset), train_rows=12, test_rows=4) for _ in range(2)]
+    assert [len(tasks[0].train), len(tasks[0].test)] == [12, 4]
+    np.testing.assert_array_equal(tasks[0].train.labels, tasks[1].train.labels)
+    assert len(np.unique(tasks[0].train.labels)) > 1
+
+
+def test_a_task_of_one_class_is_refused(dataset: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(dataset / split / "hat", tmp_path / "one" / split / "hat")
+    with pytest.raises(DataError, match=r"--task one=.*all 3 training images are of one class, 'hat'"):
+        open_task("one", str(tmp_path / "one"))
+
+
+def test_a_task_without_labels_is_refused(tmp_path: Path) -> None:
+    rows = [{"bytes": b"", "path": "a.jpg"}] * 3
+    parquet.write_table(pa.table({"image": rows}), tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match="label"):
+        open_task("bare", str(tmp_path))
+
+
+def test_an_image_that_cannot_be_read_is_named(model: Path, dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clothes"
+    shutil.copytree(dataset, folder)
+    bad = next((folder / "train" / "hat").iterdir())
+    bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(DecodeError, match=rf"{bad.name}: .*repair or remove it"):
+        embed_task(open_subject(str(model)), open_task("clothes", str(folder)))
+
+
+def test_a_file_of_features_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "feats.npy", np.zeros((3, 512), np.float32))
+    with pytest.raises(DataError, match="features of another model cannot be compared"):
+        open_task("feats", str(tmp_path / "feats.npy"))
+
+
+def test_a_model_folder_keeps_its_own_preprocessing(model: Path) -> None:
+    with pytest.raises(InputError, match="has its own preprocessing"):
+        open_subject(str(model), image_size=32)
+
+
+@pytest.mark.parametrize("text", ["=data", "name=", " = "])
+def test_tasks_have_a_name_and_a_place(text: str) -> None:
+    with pytest.raises(InputError, match="expected NAME=DATA"):
+        parse_task(text)
+
+
+def test_a_task_without_a_name_is_called_after_its_data() -> None:
+    assert parse_task("data/pets") == ("pets", "data/pets")

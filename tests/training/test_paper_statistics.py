@@ -1,0 +1,70 @@
+"""Intervals of differences, against SciPy's."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from robustfeat.training.paper.cells import Cells, pack, unpack
+from robustfeat.training.paper.statistics import compare
+
+
+def runs(rng: np.random.Generator, share: float, seeds: int = 3, images: int = 2000) -> list[np.ndarray]:
+    return [rng.random(images) < share for _ in range(seeds)]
+
+
+def test_intervals_are_scipys() -> None:
+    rng = np.random.default_rng(0)
+    right, baseline = runs(rng, 0.6), runs(rng, 0.5)
+    result = compare(right, baseline)
+    by_seed = [a.mean() - b.mean() for a, b in zip(right, baseline, strict=True)]
+    expected = stats.ttest_rel([a.mean() for a in right], [b.mean() for b in baseline]).confidence_interval()
+    assert result.difference == pytest.approx(np.mean(by_seed))
+    assert result.over_seeds == pytest.approx(tuple(expected), abs=1e-12)
+    by_image = (np.stack(right).astype(float) - np.stack(baseline)).mean(0)
+    reference = stats.bootstrap((by_image,), np.mean, n_resamples=10_000, method="percentile", random_state=1)
+    assert result.over_images == pytest.approx(tuple(reference.confidence_interval), abs=1e-3)
+
+
+@pytest.mark.parametrize(("share", "mark"), [(0.7, "holds"), (0.3, "fails"), (0.5, "undecided")])
+def test_marks_need_both_intervals(share: float, mark: str) -> None:
+    rng = np.random.default_rng(1)
+    assert compare(runs(rng, share), runs(rng, 0.5)).mark == mark
+
+
+def test_one_seed_decides_nothing() -> None:
+    rng = np.random.default_rng(2)
+    result = compare(runs(rng, 0.9, 1), runs(rng, 0.1, 1))
+    assert (result.over_seeds, result.mark) == (None, "undecided")
+    assert result.over_images[0] > 0.5
+
+
+def test_seeds_that_disagree_are_undecided_however_many_images() -> None:
+    base = np.zeros(100_000, bool)
+    better, worse = base.copy(), base.copy()
+    better[:60_000], worse[:1] = True, True
+    result = compare([better, worse], [base, base])
+    assert result.over_images[0] > 0
+    assert result.mark == "undecided"
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
+def test_packed_answers_come_back(count: int) -> None:
+    right = np.random.default_rng(count).random(count) < 0.5
+    np.testing.assert_array_equal(unpack(pack(right)), right)
+
+
+def test_a_cell_is_computed_once_for_the_same_inputs(tmp_path) -> None:
+    calls = []
+
+    def compute() -> dict[str, float]:
+        calls.append(1)
+        return {"accuracy": 0.1 + len(calls)}
+
+    cells = Cells(tmp_path / "cells")
+    first = cells.get("a", {"seed": 0, "sizes": (1, 2)}, compute)
+    assert Cells(tmp_path / "cells").get("a", {"seed": 0, "sizes": (1, 2)}, compute) == first
+    assert len(calls) == 1
+    assert cells.get("a", {"seed": 1, "sizes": (1, 2)}, compute) != first
+    (tmp_path / "cells" / "a.json").write_text("{")  # damaged
+    cells.get("a", {"seed": 1, "sizes": (1, 2)}, compute)
+    assert len(calls) == 3
