@@ -26,6 +26,7 @@ _COMMANDS = (
     "import",
     "info",
     "models",
+    "paper",
     "pull",
     "push",
     "serve",

@@ -137,10 +137,16 @@ def _origin(config: ModelConfig) -> str:
     if not method:
         return f"Imported: {config.provenance.get('source', 'unknown')}."
     return (
-        f"Pre-trained with {str(method).upper()} ([Qian, Hu and Li, CVPR 2020](https://arxiv.org/abs/1911.04047)) "
+        f"Pre-trained with {_method(str(method))} "
         f"on {config.provenance['data']['images']:,} images in {config.num_classes} classes and "
         f"{len(config.concepts)} concepts."
     )
+
+
+def _method(name: str) -> str:
+    if name in {"el", "cl", "hrrl"}:
+        return f"{name.upper()} ([Qian, Hu and Li, CVPR 2020](https://arxiv.org/abs/1911.04047))"
+    return "ERM" if name == "erm" else f"`{name}`"
 
 
 def _table(name: str, content: Any) -> str:

@@ -99,14 +99,16 @@ def require_same_run(
     """
     # Through a recipe: a key that is newer than the checkpoint has its default there.
     then, now = Recipe.from_dict(saved.recipe).to_dict(), recipe.to_dict()
-    changed = [name for name in now if then[name] != now[name]]
+    # A file of concepts may have moved: what it says is compared below.
+    changed = [name for name in now if then[name] != now[name] and name != "concepts"]
     if changed:
         name = changed[0]
         raise CheckpointError(
             f"{run}: was trained with {name} = {then[name]}, now it is {now[name]}; "
             "resume with the same options or choose another --out"
         )
-    if saved.data["fingerprint"] != data["fingerprint"] or saved.concept_of_class != concepts.of_class.tolist():
+    same_concepts = saved.concept_of_class == concepts.of_class.tolist() and saved.concepts == list(concepts.names)
+    if saved.data["fingerprint"] != data["fingerprint"] or not same_concepts:
         raise CheckpointError(
             f"{run}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) "
             "or concepts; resume with the same or choose another --out"

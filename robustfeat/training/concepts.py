@@ -38,15 +38,18 @@ class ConceptMap:
         return np.bincount(self.of_class, weights=self.class_counts, minlength=len(self.names)).astype(np.int64)
 
     def distribution(self, shares: Mapping[str, float]) -> NDArray[np.float64]:
-        """(K,) summing to 1, from shares or counts by name; concepts that are not named get 0.
+        """(K,) summing to 1, from shares or counts by name. Those of concepts without classes here are left out.
 
         Raises:
-            DataError: a name is no concept here, or nothing is left.
+            DataError: a name is no concept of the map, a concept has no share, or nothing is left.
         """
-        unknown = sorted(set(shares) - set(self.names))
+        unknown = sorted(set(shares) - set(self.names) - set(self.empty))
         if unknown:
-            raise DataError(f"reference: concept {unknown[0]!r} has no classes here; known are {', '.join(self.names)}")
-        values = np.array([float(shares.get(name, 0.0)) for name in self.names])
+            raise DataError(f"reference: {unknown[0]!r} is no concept here; known are {', '.join(self.names)}")
+        missing = [name for name in self.names if name not in shares]
+        if missing:
+            raise DataError(f"reference: no share for concept {missing[0]!r}; add one, 0 if that is meant")
+        values = np.array([float(shares[name]) for name in self.names])
         if (values < 0).any() or not 0 < values.sum() < math.inf:
             raise DataError(f"reference: shares must be non-negative, finite and not all 0; got {dict(shares)}")
         distribution: NDArray[np.float64] = values / values.sum()

@@ -29,7 +29,11 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
     figure = Figure(figsize=(13 if with_q else 9, 4), dpi=110, layout="constrained")
     loss, accuracy, *rest = figure.subplots(1, 3 if with_q else 2)
     for axes, key, title in ((loss, "loss", "loss"), (accuracy, "accuracy", "accuracy")):
-        axes.plot([event["epoch"] for event in steps], [event[key] for event in steps], label="training images", lw=1)
+        marker = "o-" if len(steps) < _FEW_POINTS else "-"
+        axes.plot(
+            [event["epoch"] for event in steps], [event[key] for event in steps], marker, ms=2, lw=1,
+            label="training images",
+        )  # fmt: skip
         axes.plot(
             [e["epoch"] for e in epochs], [e[f"validation_{key}"] for e in epochs], "o-", ms=3, label="validation"
         )
@@ -41,10 +45,12 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
         lines = zip(*(event["q"] for event in with_q), strict=True)
         for number, (name, shares) in enumerate(zip(concepts, lines, strict=True)):
             if len(concepts) <= _LABELLED_CONCEPTS:
-                axes.plot([e["epoch"] for e in with_q], shares, _STYLES[number // 10 % 3], label=name, lw=1)
+                style = ("o" if len(with_q) < _FEW_POINTS else "") + _STYLES[number // 10 % 3]
+                axes.plot([e["epoch"] for e in with_q], shares, style, ms=2, label=name, lw=1)
             else:
                 axes.plot([e["epoch"] for e in with_q], shares, lw=0.5)
-        axes.set(xlabel="epoch", title="q, the weight of each concept's loss", ylim=(0, None))
+        axes.set(xlabel="epoch", title="q, the weight of each concept's loss")
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
         if len(concepts) <= _LABELLED_CONCEPTS:
             axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -53,4 +59,5 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
 
 
 _LABELLED_CONCEPTS = 30
+_FEW_POINTS = 20  # a line through one or two is not seen
 _STYLES = ("-", "--", ":")  # ten colours, then another line

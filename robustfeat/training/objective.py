@@ -229,7 +229,9 @@ def create_objective(recipe: Recipe, concepts: ConceptMap) -> Objective:
         raise InputError(f"--method {name}: expected {', '.join(METHODS)} or package.module:Class")
     try:
         factory = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as exc:
+    except AttributeError as exc:
+        raise InputError(f"--method {name}: {module_name} has no {class_name}") from exc
+    except (ImportError, ValueError) as exc:
         raise InputError(f"--method {name}: cannot be imported ({exc}); is its folder on PYTHONPATH?") from exc
     try:
         objective: Objective = factory(recipe, concepts)

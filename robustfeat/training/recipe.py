@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -41,7 +42,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("cache_px", 0, 4096),
     ("seed", 0, 2**40),
     ("val_fraction", 0, 1),
-    ("validation_size", 8, 1024),
+    ("validation_size", 8, 4096),
     ("crop_pct", 0.01, 1),
 )
 _CHOICES = {
@@ -151,8 +152,6 @@ class Recipe:
         starts = [first for first, _ in self.image_sizes]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise InputError(f"recipe: image_sizes must start at epoch 0 and ascend; got {self.image_sizes}")
-        if not all(16 <= side <= 4096 for _, side in self.image_sizes):
-            raise InputError(f"recipe: image_sizes must be from 16 to 4096 px; got {self.image_sizes}")
         if 0 < self.cache_px < 16:
             raise InputError(f"recipe: cache_px must be 0 or at least 16; got {self.cache_px}")
         try:
@@ -174,6 +173,8 @@ class Recipe:
             raise InputError(
                 f"recipe: image_sizes must be pairs of an epoch and a side, as [[0, 48]]; got {self.image_sizes!r}"
             )
+        if not all(16 <= side <= 4096 for _, side in self.image_sizes):
+            raise InputError(f"recipe: image_sizes must be from 16 to 4096 px; got {self.image_sizes}")
         shares = self.reference
         if shares is not None and not (
             isinstance(shares, dict)
@@ -220,7 +221,10 @@ class Recipe:
         Raises:
             InputError: a key is unknown or a value is out of range.
         """
-        return Recipe.from_dict({**self.to_dict(), **changes})
+        own = self.to_dict()
+        if "image_sizes" in changes:
+            del own["validation_size"]  # it follows from them, unless it is among the changes
+        return Recipe.from_dict({**own, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -234,7 +238,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "recipe") -> Recipe:
-        """The inverse of `to_dict`; keys left out take their defaults.
+        """The inverse of `to_dict`; keys left out take their defaults, `validation_size` the last of `image_sizes`.
 
         Raises:
             InputError: a key is unknown or a value is out of range.
@@ -243,6 +247,9 @@ class Recipe:
         unknown = sorted(set(data) - known)
         if unknown:
             raise InputError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        if "validation_size" not in data and "image_sizes" in data:
+            with suppress(TypeError, ValueError, IndexError):  # said below
+                data = {**data, "validation_size": data["image_sizes"][-1][1]}
         try:
             return cls(**data)
         except InputError as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -90,12 +91,16 @@ class TrainingStep:
         """From here on steps are made together with the other ranks; a collective call."""
         if self._ranks.world == 1:
             return
+        # Newer versions of PyTorch call it so, and warn of the old name.
+        parameters = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        options: dict[str, Any] = {sync: False}
         # Its hooks do not work with autograd.grad: inner passes use the bare network. Buffers: `_share_statistics`.
         trained = nn.parallel.DistributedDataParallel(
             self.network,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **options,
         )
         self._trained = _compiled(trained) if self.recipe.compile else trained
 
@@ -144,6 +149,11 @@ class TrainingStep:
             logits = self._trained(x.contiguous(memory_format=torch.channels_last)).float()
         losses = functional.cross_entropy(logits, labels, reduction="none")
         objective = self.objective.training_loss(losses, batch)
+        if objective.ndim:
+            raise InputError(
+                f"--method {self.recipe.method}: training_loss must return a scalar, as batch.mean makes it; got shape "
+                f"{tuple(objective.shape)}"
+            )
         self._optimizer.zero_grad()
         self._scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
         self._scaler.step(self._optimizer)

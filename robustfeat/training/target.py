@@ -47,7 +47,7 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
         model: a model folder, builtin, or ORG/NAME, trained by robustfeat (its classifier is used).
 
     Returns:
-        Share by concept; they sum to 1.
+        Share by concept; they sum to 1. Concepts without classes of the model have 0.
 
     Raises:
         DataError: the model has no class names, a class of it has no concept, or no image can be decoded.
@@ -65,7 +65,13 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
         raise DataError(
             f"--target-model {model}: has no named classes ({first_line(exc)}); pass a model that robustfeat trained"
         ) from exc
-    of_class = assign_concepts(concepts, classes, np.ones(len(classes), np.int64))
+    try:
+        of_class = assign_concepts(concepts, classes, np.ones(len(classes), np.int64))
+    except DataError as exc:
+        raise DataError(
+            f"--target {images}: {model} tells the target's concepts by classes of its own, which need concepts, too: "
+            f"{exc}"
+        ) from exc
     totals, count, failed = np.zeros(len(of_class.names)), 0, 0
     with list_inputs([images]) as listed:
         for batch in _batches(listed):
@@ -78,4 +84,5 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
             count += len(features)
     if not count:
         raise DataError(f"--target {images}: none of its {failed} images can be decoded")
-    return {name: round(float(total / count), 6) for name, total in zip(of_class.names, totals, strict=True)}
+    shares = {name: round(float(total / count), 6) for name, total in zip(of_class.names, totals, strict=True)}
+    return shares | dict.fromkeys(of_class.empty, 0.0)  # which this model cannot tell

@@ -164,6 +164,7 @@ class _Trainer:
         self.data, self.recipe, self.out, self.ranks, self.device, self.quiet = data, recipe, out, ranks, device, quiet
         self.decoders = max(1, min(16, available_cpus() // ranks.local_world)) if workers is None else workers
         self.loaders = 1 if recipe.cache_px and workers is None else self.decoders
+        self.cache_asked = cache != "auto"
         self.cache = ("device" if device.type == "cuda" else "ram") if cache == "auto" else cache
         self.progress = Progress("", 0, quiet=quiet)
         self.epoch = self.step = self.global_step = self.saved_step = 0
@@ -184,6 +185,12 @@ class _Trainer:
         self.train_set, self.validation_set = open_training_data(
             self.data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts, stream=stream
         )
+        if self.cache_asked and not recipe.cache_px:
+            raise InputError(f"--cache {self.cache}: caches squares of --cache-px, which is 0; pass both or neither")
+        if 0 < recipe.cache_px < max(side for _, side in recipe.image_sizes):
+            self.progress.say(
+                f"--cache-px {recipe.cache_px} is less than the largest training size: crops are magnified from it"
+            )
         if len(self.train_set) < recipe.batch_size:
             raise DataError(
                 f"{self.data}: {len(self.train_set)} training images, fewer than one batch of {recipe.batch_size}; "
@@ -272,6 +279,8 @@ class _Trainer:
             f"{len(self.train_set.classes)} classes, {len(self.concepts.names)} concepts; "
             f"{recipe.method} on {self.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs"
         )
+        if recipe.parts and (Path(self.data) / "train").is_dir():
+            say(f"parts = {recipe.parts}: class folders have no parts, all of their images are used")
         if self.concepts.empty:
             say(f"concepts without examples here, left out: {', '.join(self.concepts.empty)}")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,16 @@ def test_class_folders(dataset: Path) -> None:
     assert np.bincount(train.labels).tolist() == [3] * 10
 
 
+def test_class_folders_may_be_the_data_themselves(dataset: Path, tmp_path: Path) -> None:
+    train, held_out = open_training_data(dataset / "train", val_fraction=0.2)
+    assert (len(train), len(held_out)) == (24, 6)
+    assert train.classes == open_training_data(dataset)[0].classes
+    (tmp_path / "photos").mkdir()
+    shutil.copytree(dataset / "train" / "hat", tmp_path / "photos" / "hat")  # a folder of photographs is no data set
+    with pytest.raises(DataError, match="holds neither class folders"):
+        open_training_data(tmp_path / "photos")
+
+
 def test_a_class_that_training_lacks_is_named(dataset: Path, tmp_path: Path) -> None:
     for split, name in (("train", "a"), ("val", "b")):
         (tmp_path / split / name).mkdir(parents=True)
@@ -194,7 +205,6 @@ def test_crops_are_flipped_for_half_of_the_images(tmp_path: Path) -> None:
 
 
 def test_a_damaged_image_leaves_its_neighbours_as_they_are(dataset: Path, tmp_path: Path) -> None:
-    import shutil
 
     root = Path(shutil.copytree(dataset, tmp_path / "data"))
     train, _ = open_training_data(root)

@@ -35,6 +35,16 @@ def test_image_sizes_grow_with_the_epochs() -> None:
     assert [recipe.image_size(epoch) for epoch in range(7)] == [32, 32, 32, 48, 48, 64, 64]
 
 
+def test_validation_images_are_as_large_as_the_last_training_images(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("image_sizes = [[0, 24], [2, 32]]\n")
+    recipe = load_recipe(str(file))
+    assert recipe.preprocessing().image_size == 32
+    assert recipe.override({"image_sizes": [[0, 48]]}).validation_size == 48
+    assert recipe.override({"image_sizes": [[0, 48]], "validation_size": 64}).validation_size == 64
+    assert recipe.override({"validation_size": 64}).override({"lr": 0.2}).validation_size == 64
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_load_and_survive_json(name: str) -> None:
     recipe = load_recipe(name)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from torch import nn
 
 from robustfeat.errors import DataError
 from robustfeat.hub.preprocessing import decode, preprocess
-from robustfeat.training.concepts import load_reference
+from robustfeat.training.concepts import ConceptMap, load_reference
 from robustfeat.training.network import build_network
 from robustfeat.training.target import estimate_reference
 from tests.conftest import Run, train_arguments
@@ -100,6 +101,20 @@ def test_a_run_starts_at_the_reference_of_its_target(
     assert robustfeat(*arguments, "--reference", tmp_path / "q0.csv", "--quiet").returncode == 0
     line = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["q"] == pytest.approx([0.75, 0.25], abs=1e-4)
+
+
+def test_a_reference_names_every_concept_that_is_there() -> None:
+    concepts = ConceptMap(("bird", "dog"), np.array([0, 1]), np.array([5, 5]), empty=("cat",))
+    np.testing.assert_allclose(concepts.distribution({"bird": 3, "dog": 1, "cat": 4}), [0.75, 0.25])
+    with pytest.raises(DataError, match="no share for concept 'dog'; add one, 0 if that is meant"):
+        concepts.distribution({"bird": 1})
+    with pytest.raises(DataError, match="'fish' is no concept here; known are bird, dog"):
+        concepts.distribution({"bird": 1, "dog": 1, "fish": 1})
+
+
+def test_a_target_is_told_by_classes_that_need_concepts(dataset: Path, examples: Path) -> None:
+    with pytest.raises(DataError, match=r"--target .*builtin tells the target's concepts by classes of its own"):
+        estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"))
 
 
 def test_both_references_at_once_are_refused(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:

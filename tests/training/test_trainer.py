@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from robustfeat.errors import CheckpointError, DataError, TrainingError
+from robustfeat.errors import CheckpointError, DataError, InputError, TrainingError
 from robustfeat.training.checkpoint import load_checkpoint
 from robustfeat.training.data import TrainingBatches, open_training_data
 from robustfeat.training.data.batches import EpochPlan
@@ -142,6 +142,43 @@ def test_a_method_of_ones_own_is_used(dataset: Path, tmp_path: Path) -> None:
     first, second = load_checkpoint(mine).model, load_checkpoint(plain).model
     torch.testing.assert_close(first["fc.weight"], second["fc.weight"], rtol=1e-4, atol=1e-6)
     assert metrics(mine)[0]["objective"] == pytest.approx(2 * metrics(mine)[0]["loss"], rel=1e-3)
+
+
+class Unreduced(Objective):
+    """A mistake: a loss for each image."""
+
+    def training_loss(self, losses: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        return losses
+
+
+def test_a_method_that_returns_no_scalar_is_told(dataset: Path, tmp_path: Path) -> None:
+    own = recipe(dataset, method="tests.training.test_trainer:Unreduced")
+    with pytest.raises(InputError, match=r"Unreduced: training_loss must return a scalar.*got shape \(6,\)"):
+        train(dataset, own, tmp_path / "run", workers=0, threads=1, quiet=True)
+    with pytest.raises(InputError, match=r"tests\.training\.test_trainer has no Unwritten"):
+        train(
+            dataset,
+            own.replace(method="tests.training.test_trainer:Unwritten"),
+            tmp_path / "other",
+            workers=0,
+            quiet=True,
+        )
+
+
+def test_a_cache_without_a_size_is_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--cache ram: caches squares of --cache-px, which is 0"):
+        train(dataset, recipe(dataset), tmp_path / "run", cache="ram", workers=0, quiet=True)
+
+
+def test_a_file_of_concepts_may_be_named_from_any_folder(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+    relative = os.path.relpath(dataset / "concepts.csv", ROOT)
+    arguments = train_arguments(dataset, tmp_path / "run", concepts=relative, epochs=1)
+    assert robustfeat(*arguments, "--quiet").returncode == 0
+    assert load_recipe(str(tmp_path / "run" / "recipe.toml")).concepts == str((dataset / "concepts.csv").resolve())
+    moved = tmp_path / "moved.csv"
+    moved.write_bytes((dataset / "concepts.csv").read_bytes())
+    again = robustfeat(*train_arguments(dataset, tmp_path / "run", concepts=moved, epochs=1), "--resume", "--quiet")
+    assert again.returncode == 0, again.stderr
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -333,7 +370,7 @@ def test_a_heavy_concept_is_named_as_the_cause(dataset: Path, tmp_path: Path) ->
         dataset,
         method="tests.training.test_trainer:Heavy",
         concepts="classes",
-        reference={"hat": 1.0},
+        reference={folder.name: float(folder.name == "hat") for folder in (dataset / "train").iterdir()},
         lr=1e-6,
         lam=1e9,
     )

@@ -12,7 +12,7 @@ from robustfeat.errors import DataError
 from robustfeat.serving.inputs import IMAGE_SUFFIXES, list_folder
 from robustfeat.training.data.image_set import ImageSet
 
-__all__ = ["open_folders"]
+__all__ = ["holds_class_folders", "open_folders"]
 
 
 class _Files:
@@ -29,6 +29,13 @@ class _Files:
 
     def name(self, index: int) -> str:
         return self._names[index]
+
+
+def holds_class_folders(root: Path) -> bool:
+    """Whether at least two folders in `root` hold image files."""
+    folders = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    found = (any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir()) for folder in folders)
+    return sum(found) >= 2
 
 
 def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet:

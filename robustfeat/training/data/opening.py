@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from robustfeat.errors import DataError
-from robustfeat.training.data.folders import open_folders
+from robustfeat.training.data.folders import holds_class_folders, open_folders
 from robustfeat.training.data.hub_dataset import fetch_dataset, is_hub_dataset, list_remote_parquet
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.parquet import read_parquet
@@ -25,7 +25,7 @@ def open_training_data(
     """The training and validation images under `root`.
 
     Args:
-        root: a folder with `train/` and `val|validation|test/` of class folders, with `train-*.parquet` and
+        root: a folder of class folders, or with `train/` and `val|validation|test/` of them, with `train-*.parquet` and
             `validation-*.parquet` files (columns `image`, `label`), or with `train-*.tar` and `validation-*.tar`
             shards; or `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`, a dataset of the Hub with such files.
         val_fraction: where there is no validation split, this share of the training images, drawn with `seed`.
@@ -59,9 +59,11 @@ def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:
         return train, open_folders(splits[0], train.classes) if splits else None
     files = find_split_files((entry.name for entry in root.iterdir()), str(root), parts)
     if files is None:
+        if holds_class_folders(root):
+            return open_folders(root), None
         raise DataError(
-            f"{root}: holds neither train/ with class folders nor train-*.parquet or train-*.tar files; "
-            "see docs/training.md"
+            f"{root}: holds neither class folders (CLASS/image.jpg, or train/CLASS/image.jpg) nor train-*.parquet or "
+            "train-*.tar files; see docs/training.md"
         )
     return _open_files(files, root, str(root))
 

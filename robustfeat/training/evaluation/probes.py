@@ -17,7 +17,9 @@ from robustfeat.serving.heads.kinds import SCALINGS
 from robustfeat.serving.heads.report import Report
 from robustfeat.training.evaluation.tasks import TaskFeatures
 
-__all__ = ["FEW_SHOTS", "Score", "few_shot", "libsvm", "naive_bayes", "nearest_neighbours", "svm", "wilson"]
+__all__ = [
+    "FEW_SHOTS", "Score", "few_shot", "held_out_score", "libsvm", "naive_bayes", "nearest_neighbours", "svm", "wilson"
+]  # fmt: skip
 
 FEW_SHOTS = (1, 5, 10, 50)
 _DRAWS = 5
@@ -91,6 +93,18 @@ def svm(
     return Score.of(
         head.predict(features.x_test), features, C=best.c, scaling=best.scaling, held_out=held_out, converged=converged
     )
+
+
+def held_out_score(x: NDArray[np.float32], y: NDArray[np.int64], *, threads: int | None = None) -> dict[str, Any]:
+    """The accuracy of `svm`'s choice on the held-out tenth that it was chosen by, for choices between models.
+
+    Args:
+        x, y: training rows alone.
+        threads: processors; by default what the cgroup grants.
+    """
+    selection, _, _ = select_and_fit(x, y, threads=threads)
+    best = selection.best
+    return {"held_out": best.score, "C": best.c, "scaling": best.scaling}
 
 
 def naive_bayes(features: TaskFeatures) -> Score:

@@ -44,6 +44,7 @@ class Scale:
         name: for `--scale`.
         title: for the headings of tables and figures: what was scaled down.
         recipe: of the benchmark's runs, by ERM; methods, tau, lambda and seeds are filled in.
+        rows: how many of the benchmark's images they see; None for all.
         long_epochs: of ERM given HRRL's time.
         selection: the recipe of the runs that choose tau and lambda.
         selection_rows: how many of the benchmark's images those see; None for all.
@@ -59,6 +60,7 @@ class Scale:
     name: str
     title: str
     recipe: Recipe
+    rows: int | None
     long_epochs: int
     selection: Recipe
     selection_rows: int | None
@@ -80,6 +82,7 @@ def _paper() -> Scale:
         name="paper",
         title="ImageNet, 90 epochs",
         recipe=recipe,
+        rows=None,
         long_epochs=151,
         selection=recipe.replace(seed=100),
         selection_rows=None,
@@ -97,7 +100,8 @@ def _tiny() -> Scale:
     return Scale(
         name="tiny",
         title="Tiny ImageNet, 20,000 images, 64 px, 10 epochs",
-        recipe=recipe.replace(parts=1),
+        recipe=recipe.replace(parts=1),  # of Parquet files, a fifth each
+        rows=20_000,
         long_epochs=17,
         selection=recipe.replace(epochs=5, seed=100),
         selection_rows=10_000,
@@ -123,6 +127,7 @@ def _quick() -> Scale:
         name="quick",
         title="a check of the programs, with no meaning as a result",
         recipe=recipe,
+        rows=160,
         long_epochs=3,
         selection=recipe.replace(epochs=1, seed=100),
         selection_rows=64,

@@ -1,0 +1,84 @@
+"""`robustfeat paper`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_NAMES = ("table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5")
+
+
+@click.command("paper", short_help="The paper's tables and figures, computed here.")
+@click.argument("exhibits", metavar="EXHIBIT...", nargs=-1, required=True, type=click.Choice([*_NAMES, "all"]))
+@click.option("--out", required=True, metavar="REPORT", help="Folder for runs, results and the report.")
+@click.option(
+    "--scale",
+    type=click.Choice(["tiny", "paper"]),
+    default="tiny",
+    show_default=True,
+    help="How large: two cores and a day, or the paper's own.",
+)
+@click.option("--quick", is_flag=True, help="A check of the programs in minutes; the numbers mean nothing.")
+@click.option("--benchmark", metavar="DATA", help="What to pre-train on: Tiny ImageNet, or ImageNet.")
+@click.option(
+    "--target", "targets", metavar="NAME=DATA", multiple=True, help="For cifar10, sop and svhn: what stands for it."
+)
+@click.option("--biased", is_flag=True, help="Tables of models trained on ImageNet's shares of concepts.")
+@click.option("--controls", is_flag=True, help="Tables with the control methods, too.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1, 1024), help="Processors for the network.")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def command(
+    exhibits: tuple[str, ...],
+    out: str,
+    scale: str,
+    quick: bool,
+    benchmark: str | None,
+    targets: tuple[str, ...],
+    biased: bool,
+    controls: bool,
+    device: str,
+    threads: int | None,
+    workers: int | None,
+    quiet: bool,
+) -> int:
+    """Computes tables and figures of the HRRL paper: table1 to table4, fig2 to fig5, or all.
+
+    Trains what is missing in REPORT/runs, measures it, keeps each result in REPORT/cells, and writes CSV, Markdown, PNG
+    and SVG files and REPORT/index.html. A run that is stopped goes on when the command is given again. table1 and fig2
+    need no data. docs/protocol.md says what is compared, and how.
+    """
+    from robustfeat.errors import InputError
+    from robustfeat.training.evaluation.tasks import parse_task
+    from robustfeat.training.paper.exhibits import EXHIBITS
+    from robustfeat.training.paper.render import markdown, write_exhibit, write_page
+    from robustfeat.training.paper.scale import SCALES
+    from robustfeat.training.paper.study import Machine, Study
+
+    places = dict(parse_task(text) for text in targets)
+    chosen = SCALES["quick" if quick else scale]()
+    if unknown := sorted(set(places) - set(chosen.targets)):
+        raise InputError(f"--target {unknown[0]}: expected {', '.join(chosen.targets)}, such as cifar10=data/cifar10")
+    study = Study(
+        Path(out),
+        chosen,
+        benchmark,
+        places,
+        Machine(device, threads, workers, quiet),
+        biased=biased,
+        controls=controls,
+    )
+    names = _NAMES if "all" in exhibits else tuple(name for name in _NAMES if name in exhibits)
+    study.require_data(names)
+    made = []
+    for name in names:
+        exhibit = EXHIBITS[name](study)
+        made.append(exhibit)
+        write_exhibit(exhibit, Path(out))
+        click.echo(markdown(exhibit))
+    page = Path(out) / ("index-biased.html" if biased else "index.html")
+    write_page(made, page, f"HRRL: {chosen.title}")
+    study.say(f"{page} shows all of it")
+    return 0

@@ -1,0 +1,107 @@
+"""Fine-tuning: a pre-trained network as the start of training on a task (Section 4.4 and Figure 3)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustfeat.errors import DecodeError, InputError, TrainingError
+from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.progress import Progress
+from robustfeat.training.data import Batch, EpochPlan, EvaluationBatches, ImageSet, TrainingBatches, load_batches
+from robustfeat.training.evaluation.tasks import Task
+
+__all__ = ["finetune"]
+
+_TEST_BATCH = 256
+
+
+def finetune(
+    network: nn.Module,
+    feature_size: int,
+    contract: Preprocessing,
+    task: Task,
+    *,
+    epochs: int = 100,
+    lr: float = 0.01,
+    milestone: int = 50,
+    batch_size: int = 128,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    min_crop_area: float = 0.35,
+    seed: int = 0,
+    device: torch.device | None = None,
+    quiet: bool = True,
+) -> list[float]:
+    """Trains all layers, and a new classifier, on a task by ERM.
+
+    Args:
+        network: images to (n, D) features; a copy of it is trained.
+        feature_size: D.
+        contract: how images become the network's input.
+        task: its training images are cropped and mirrored at random, its test images scored after each epoch.
+        epochs, lr, milestone: the learning rate falls to a tenth after `milestone` epochs.
+        batch_size, momentum, weight_decay, min_crop_area: of SGD and the crops.
+        seed: of the classifier, the order and the crops.
+        device: where it runs; the CPU by default.
+        quiet: no progress.
+
+    Returns:
+        The test error after each epoch, as a share. The last is the result: the best would be chosen by test images.
+
+    Raises:
+        InputError: fewer training images than one batch.
+        TrainingError: the loss is no longer finite.
+    """
+    if len(task.train) < batch_size:
+        raise InputError(
+            f"{task.name}: {len(task.train)} training images, fewer than one batch of {batch_size}; "
+            "pass a smaller batch"
+        )
+    device = device or torch.device("cpu")
+    torch.manual_seed(seed)
+    model = nn.Sequential(copy.deepcopy(network), nn.Linear(feature_size, len(task.train.classes)))
+    model = model.to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (contract.mean, contract.std))
+
+    def images_of(batch: Batch) -> Tensor:
+        if batch.failures:
+            raise DecodeError(batch.failures[0])
+        x = (batch.pixels(device, contract.image_size) / 255 - mean) / std
+        return x.contiguous(memory_format=torch.channels_last)
+
+    errors = []
+    progress = Progress(f"fine-tuning on {task.name}", epochs, "epochs", quiet=quiet)
+    for epoch in range(epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = lr if epoch < milestone else lr / 10
+        model.train()
+        plan = EpochPlan(task.train, batch_size, seed=seed, epoch=epoch, min_crop_area=min_crop_area)
+        for batch in load_batches(TrainingBatches(task.train, contract.image_size, plan), 0):
+            loss = functional.cross_entropy(model(images_of(batch)), batch.labels.to(device))
+            if not torch.isfinite(loss):
+                raise TrainingError(f"fine-tuning on {task.name} diverged in epoch {epoch + 1}; try a smaller lr")
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        model.eval()
+        errors.append(_test_error(model, images_of, task.test, contract))
+        progress.advance(1, f"test error {errors[-1]:.2%}")
+    progress.finish()
+    return errors
+
+
+def _test_error(
+    model: nn.Module, images_of: Callable[[Batch], Tensor], images: ImageSet, contract: Preprocessing
+) -> float:
+    wrong = 0
+    for batch in load_batches(EvaluationBatches(images, _TEST_BATCH, contract), 0):
+        x = images_of(batch)
+        with torch.no_grad():
+            wrong += int((model(x).argmax(1) != batch.labels.to(x.device)).sum())
+    return wrong / len(images)

@@ -1,0 +1,77 @@
+"""A classifier on its own benchmark's images: moved along their gradients (Figure 4), and by concept (Figure 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from robustfeat.errors import DecodeError
+from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.training.data import EvaluationBatches, ImageSet, load_batches
+from robustfeat.training.hrrl import input_gradient, step_along
+from robustfeat.training.objective import TAU_REFERENCE_PX
+
+__all__ = ["accuracy_by_step", "class_accuracy"]
+
+_BATCH = 256
+
+
+def _batches(images: ImageSet, contract: Preprocessing, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images and labels; DecodeError where one cannot be read."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (contract.mean, contract.std))
+    for batch in load_batches(EvaluationBatches(images, _BATCH, contract), 0):
+        if batch.failures:
+            raise DecodeError(batch.failures[0])
+        yield (batch.pixels(device, contract.image_size) / 255 - mean) / std, batch.labels.to(device)
+
+
+def accuracy_by_step(
+    network: nn.Module, contract: Preprocessing, images: ImageSet, steps: Sequence[float], device: torch.device
+) -> list[float]:
+    """Accuracy on images that Theorem 2's augmentation moved, by the length of the step.
+
+    Args:
+        network: to logits, in evaluation mode; each image follows its own gradient.
+        contract: how images become the network's input.
+        images: of the network's classes.
+        steps: lengths at 224 px, scaled to the network's size as tau is; 0 leaves the images as they are.
+        device: the network's.
+
+    Source: Section 4.5 and Figure 4.
+    """
+    right = torch.zeros(len(steps), dtype=torch.int64)
+    for x, labels in _batches(images, contract, device):
+        gradient = input_gradient(network, x, labels)
+        for place, step in enumerate(steps):
+            moved = step_along(x, gradient, step * contract.image_size / TAU_REFERENCE_PX) if step else x
+            with torch.no_grad():
+                right[place] += int((network(moved).argmax(1) == labels).sum())
+    return [int(count) / len(images) for count in right]
+
+
+def class_accuracy(
+    network: nn.Module,
+    contract: Preprocessing,
+    images: ImageSet,
+    group_of_class: NDArray[np.int64],
+    groups: int,
+    device: torch.device,
+) -> NDArray[np.float64]:
+    """(groups,) accuracy of the images of each group of classes; NaN for groups without images.
+
+    Source: Section 4.5 and Figure 5, with concepts as groups.
+    """
+    right, count = np.zeros(groups), np.zeros(groups)
+    for x, labels in _batches(images, contract, device):
+        with torch.no_grad():
+            hits = (network(x).argmax(1) == labels).cpu().numpy()
+        group = group_of_class[labels.cpu().numpy()]
+        np.add.at(right, group, hits)
+        np.add.at(count, group, 1)
+    with np.errstate(invalid="ignore"):
+        shares: NDArray[np.float64] = right / count
+    return shares

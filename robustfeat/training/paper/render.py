@@ -1,0 +1,95 @@
+"""Tables and figures as files: CSV, Markdown, PNG, SVG, and one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from robustfeat.files import new_file
+from robustfeat.training.paper.exhibits import Exhibit
+
+__all__ = ["markdown", "write_exhibit", "write_page"]
+
+_STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left; white-space: nowrap; }
+svg { max-width: 100%; height: auto; }"""
+
+
+def markdown(exhibit: Exhibit) -> str:
+    """Heading, table and notes."""
+    keys = list(exhibit.rows[0])
+    lines = [f"| {' | '.join(keys)} |", f"|{'---|' * len(keys)}"]
+    lines += [f"| {' | '.join(str(row.get(key, '')) for key in keys)} |" for row in exhibit.rows]
+    return "\n".join([f"### {exhibit.title}", "", *lines, "", *exhibit.notes]).rstrip() + "\n"
+
+
+def write_exhibit(exhibit: Exhibit, folder: Path) -> list[Path]:
+    """Writes NAME.csv and NAME.md, and for figures NAME.png and NAME.svg; returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(exhibit.rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(exhibit.rows)
+    contents: dict[str, bytes] = {"csv": text.getvalue().encode(), "md": markdown(exhibit).encode()}
+    if exhibit.panels:
+        contents |= {kind: _draw(exhibit, kind) for kind in ("png", "svg")}
+    files = []
+    for kind, content in contents.items():
+        files.append(folder / f"{exhibit.name}.{kind}")
+        with new_file(files[-1]) as partial:
+            partial.write_bytes(content)
+    return files
+
+
+def write_page(exhibits: Sequence[Exhibit], file: Path, title: str) -> None:
+    """All of them on one page; pictures are part of it."""
+    parts = []
+    for exhibit in exhibits:
+        keys = list(exhibit.rows[0])
+        cells = [keys, *([str(row.get(key, "")) for key in keys] for row in exhibit.rows)]
+        lines = [
+            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
+            for tag, line in zip(["th"] + ["td"] * len(exhibit.rows), cells, strict=True)
+        ]
+        picture = ""
+        if exhibit.panels:
+            drawn = _draw(exhibit, "svg").decode()
+            picture = drawn[drawn.index("<svg") :]  # without the XML header, which HTML does not have
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in exhibit.notes)
+        parts.append(
+            f'<section id="{exhibit.name}"><h2>{html.escape(exhibit.title)}</h2>{picture}'
+            f"<table>{''.join(lines)}</table>{notes}</section>"
+        )
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
+    )
+    with new_file(file) as partial:
+        partial.write_text(page, "utf-8")
+
+
+def _draw(exhibit: Exhibit, kind: str) -> bytes:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    # Names within an SVG would be random, and clash with those of the next one on the page.
+    with mpl.rc_context({"svg.hashsalt": exhibit.name}):
+        count = len(exhibit.panels)
+        figure = Figure(figsize=(5.5 * count + 1.5, 4), dpi=110, layout="constrained")
+        for axes, (title, x_label, y_label, curves) in zip(
+            figure.subplots(1, count, squeeze=False)[0], exhibit.panels, strict=True
+        ):
+            for curve in curves:
+                axes.plot(
+                    *zip(*curve.points, strict=True), "o-" if len(curve.points) < 40 else "-", ms=3, label=curve.label
+                )
+            axes.set(title=title, xlabel=x_label, ylabel=y_label)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()

@@ -1,0 +1,289 @@
+"""The paper's experiments on somebody's data: what has to be trained and measured, and where it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import CheckpointError, InputError
+from robustfeat.progress import Progress
+from robustfeat.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
+from robustfeat.training.concepts import assign_concepts, load_concepts
+from robustfeat.training.data import ImageSet, open_training_data
+from robustfeat.training.evaluation.probes import held_out_score, svm
+from robustfeat.training.evaluation.subject import open_subject
+from robustfeat.training.evaluation.tasks import Task, embed_images, embed_task, open_task
+from robustfeat.training.paper.cells import Cells, pack
+from robustfeat.training.paper.scale import TABLES, Scale
+from robustfeat.training.paper.subsets import draw_by_concept, write_subset
+from robustfeat.training.recipe import Recipe
+from robustfeat.training.trainer import train
+
+__all__ = ["Machine", "Study"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where runs are trained.
+
+    Attributes:
+        device, threads, workers: see `train`.
+        quiet: no progress.
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    workers: int | None = None
+    quiet: bool = False
+
+
+class Study:
+    """Runs, features and cells of one report.
+
+    Args:
+        folder: the report's; gets `runs/`, `data/`, `cells/` and `features.db`.
+        scale: how large everything is.
+        benchmark: DATA of the set to pre-train on; None where nothing needs it.
+        targets: DATA by target: cifar10, sop, svhn.
+        machine: where runs are trained.
+        biased: pre-train on a part of the benchmark that has ImageNet's shares of concepts.
+        controls: the tables have the control methods, too.
+
+    What is there already is taken: finished runs with the same recipe, unfinished ones go on, and a cell whose
+    inputs are the same needs no run at all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        scale: Scale,
+        benchmark: str | None,
+        targets: Mapping[str, str],
+        machine: Machine,
+        *,
+        biased: bool = False,
+        controls: bool = False,
+    ) -> None:
+        self.folder, self.scale, self.machine = folder, scale, machine
+        self.biased, self.controls = biased, controls
+        self._benchmark, self._targets = benchmark, dict(targets)
+        self.cells = Cells(folder / "cells")
+        self._tasks: dict[str, Task] = {}
+        self._data: dict[str, str] = {}
+        self._features = folder / "features.db"
+
+    def require_data(self, exhibits: Sequence[str]) -> None:
+        """Opens whatever these need, before anything that takes long.
+
+        Raises:
+            InputError, DataError: something is missing or cannot be used.
+        """
+        needed = [TABLES[name] for name in exhibits if name in TABLES]
+        if needed or {"fig3", "fig4", "fig5"} & set(exhibits):
+            _ = self.benchmark
+        if needed or "fig3" in exhibits:
+            # All of them choose tau and lambda.
+            for target in self.scale.targets:
+                self.task(target)
+
+    @property
+    def stage(self) -> str:
+        """What names of runs begin with."""
+        return "biased" if self.biased else "main"
+
+    def task(self, target: str) -> Task:
+        """The target's images, as many as the scale says.
+
+        Raises:
+            InputError: no DATA was given for it.
+        """
+        if target not in self._tasks:
+            if target not in self._targets:
+                raise InputError(f"--target {target}=DATA: is missing; {self.scale.targets[target].title} is needed")
+            wanted = self.scale.targets[target]
+            self._tasks[target] = open_task(
+                target, self._targets[target], train_rows=wanted.train_rows, test_rows=wanted.test_rows
+            )
+        return self._tasks[target]
+
+    @cached_property
+    def benchmark(self) -> tuple[ImageSet, ImageSet]:
+        """What the main runs see: training and validation images."""
+        return open_training_data(self.data("main"), parts=self.scale.recipe.parts)
+
+    def _main_data(self) -> str:
+        if self._benchmark is None:
+            raise InputError("--benchmark DATA: is missing; the set of images to pre-train on")
+        return self._benchmark
+
+    def data(self, stage: str) -> str:
+        """DATA of the runs of a stage; parts of the benchmark are written when they are first asked for."""
+        if stage not in self._data:
+            self._data[stage] = self._part_of_benchmark(stage)
+        return self._data[stage]
+
+    def _part_of_benchmark(self, stage: str) -> str:
+        folder = self.folder / "data" / stage
+        if stage == "selection" and self.scale.selection_rows is None:
+            return self.data("main")
+        if not folder.exists():
+            if stage == "main":
+                images, validation = open_training_data(self._main_data(), parts=self.scale.recipe.parts)
+                if self.scale.rows is None or len(images) <= self.scale.rows:
+                    return self._main_data()
+                rows = _draw(len(images), self.scale.rows)
+            elif stage == "selection":
+                images, validation = self.benchmark
+                rows = _draw(len(images), self.scale.selection_rows)
+            else:
+                images, validation = open_training_data(self._main_data())
+                counts = np.bincount(images.labels, minlength=len(images.classes))
+                concepts = assign_concepts(self.scale.recipe.concepts, images.classes, counts)
+                rows = draw_by_concept(images.labels, concepts, _imagenet_shares(), self.scale.biased_rows)
+            write_subset(images, rows, validation, folder)
+        return str(folder)
+
+    def recipe(self, stage: str, method: str, seed: int, tau: float | None, lam: float | None) -> Recipe:
+        """Of one run; tau and lambda are filled in where the method has them."""
+        recipe = self.scale.selection if stage == "selection" else self.scale.recipe
+        if stage == "biased":
+            recipe = recipe.replace(parts=None)
+        elif stage == "selection" and self.scale.selection_rows is None:
+            recipe = recipe.replace(parts=self.scale.recipe.parts)
+        changes: dict[str, Any] = {"method": "erm" if method == "erm-long" else method, "seed": seed}
+        if method == "erm-long":
+            changes["epochs"] = self.scale.long_epochs
+        if tau is not None and method in {"el", "hrrl", "random"}:
+            changes["tau"] = tau
+        if lam is not None and method in {"cl", "hrrl"}:
+            changes["lam"] = lam
+        return recipe.replace(**changes)
+
+    def run(self, name: str, stage: str, recipe: Recipe) -> Path:
+        """The folder of a finished run: as it is, or trained now.
+
+        Raises:
+            CheckpointError: another run has that name.
+        """
+        folder = self.folder / "runs" / name
+        resume = (folder / CHECKPOINT_NAME).exists()
+        if resume:
+            saved = load_checkpoint(folder)
+            then, now = Recipe.from_dict(saved.recipe).to_dict(), recipe.to_dict()
+            changed = [key for key in now if now[key] != then[key]]
+            if changed:
+                raise CheckpointError(
+                    f"{folder}: was trained with {changed[0]} = {then[changed[0]]}, this report needs "
+                    f"{now[changed[0]]}; move it away, or choose another --out"
+                )
+            if saved.epoch == recipe.epochs:
+                return folder
+        self.say(f"{name}: {'goes on' if resume else 'is trained'}")
+        train(
+            self.data(stage),
+            recipe,
+            folder,
+            resume=resume,
+            device=self.machine.device,
+            threads=self.machine.threads,
+            workers=self.machine.workers,
+            quiet=self.machine.quiet,
+        )
+        return folder
+
+    def say(self, text: str) -> None:
+        """A line on stderr."""
+        Progress("", 0, quiet=self.machine.quiet).say(text)
+
+    def score(self, method: str, seed: int, target: str, tau: float, lam: float) -> Mapping[str, Any]:
+        """A cell of Tables 2 to 4: the SVM's accuracy on the target, and which test images it tells."""
+        recipe = self.recipe(self.stage, method, seed, tau, lam)
+        name = f"{self.stage}-{method}-s{seed}"
+        task = self.task(target)
+
+        def compute() -> dict[str, Any]:
+            subject = open_subject(str(self.run(name, self.stage, recipe)), device=self.machine.device)
+            found = svm(embed_task(subject, task, cache=self._features, quiet=self.machine.quiet))
+            return {**found.to_dict(), "right": pack(found.right), "run": name}
+
+        inputs = {**self.inputs(self.stage, recipe), "task": self.identity(task)}
+        return self.cells.get(f"{target}-{name}", inputs, compute)
+
+    def inputs(self, stage: str, recipe: Recipe) -> dict[str, Any]:
+        """What decides a run, for a cell."""
+        data = open_training_data(self.data(stage), parts=recipe.parts)[0]
+        return {"recipe": recipe.to_dict(), "benchmark": _identity(data)}
+
+    @staticmethod
+    def identity(task: Task) -> list[Any]:
+        """What decides a task, for a cell."""
+        return _identity(task.train) + _identity(task.test)
+
+    @cached_property
+    def chosen(self) -> tuple[float, float]:
+        """Tau and lambda, by held-out training images of the targets."""
+        taus = {tau: self._selection_score("el", tau, None) for tau in self.scale.taus}
+        lams = {lam: self._selection_score("cl", None, lam) for lam in self.scale.lams}
+        tau, lam = (max(scores, key=lambda value: scores[value]) for scores in (taus, lams))
+        self.say(f"tau {tau:g} of {_told(taus)}; lambda {lam:g} of {_told(lams)} (mean held-out accuracy in %)")
+        return tau, lam
+
+    def selection(self) -> Iterator[tuple[str, float, str, float]]:
+        """What was tried: method, value, target, held-out accuracy."""
+        for method, values in (("el", self.scale.taus), ("cl", self.scale.lams)):
+            for value in values:
+                tau, lam = (value, None) if method == "el" else (None, value)
+                for target in self.scale.targets:
+                    yield method, value, target, self._held_out(method, tau, lam, target)
+
+    def _selection_score(self, method: str, tau: float | None, lam: float | None) -> float:
+        return float(np.mean([self._held_out(method, tau, lam, target) for target in self.scale.targets]))
+
+    def selection_run(self, method: str, tau: float | None = None, lam: float | None = None) -> tuple[str, Recipe]:
+        """Name and recipe of one run of the grid."""
+        seed = self.scale.selection.seed
+        value = f"-tau{tau:g}" if tau is not None else f"-lam{lam:g}" if lam is not None else ""
+        return f"selection-{method}{value}-s{seed}", self.recipe("selection", method, seed, tau, lam)
+
+    def _held_out(self, method: str, tau: float | None, lam: float | None, target: str) -> float:
+        name, recipe = self.selection_run(method, tau, lam)
+        task = self.task(target)
+
+        def compute() -> dict[str, Any]:
+            subject = open_subject(str(self.run(name, "selection", recipe)), device=self.machine.device)
+            x = embed_images(subject, task.train, cache=self._features, label=f"{name}: {target}", quiet=True)
+            return held_out_score(x, task.train.labels)
+
+        inputs = {**self.inputs("selection", recipe), "task": _identity(task.train)}
+        return float(self.cells.get(f"{target}-{name}", inputs, compute)["held_out"])
+
+    def scores(self, methods: Sequence[str], target: str) -> dict[str, list[Mapping[str, Any]]]:
+        """Tables 2 to 4: for each method the cells of all seeds."""
+        tau, lam = self.chosen
+        return {method: [self.score(method, seed, target, tau, lam) for seed in self.scale.seeds] for method in methods}
+
+
+def _identity(images: ImageSet) -> list[Any]:
+    return [images.fingerprint, len(images)]
+
+
+def _draw(count: int, size: int | None) -> NDArray[np.int64]:
+    """Row numbers, ascending."""
+    rows: NDArray[np.int64] = np.sort(np.random.default_rng(0).permutation(count)[:size])
+    return rows
+
+
+def _told(scores: Mapping[float, float]) -> str:
+    return ", ".join(f"{value:g}: {100 * score:.2f}" for value, score in scores.items())
+
+
+def _imagenet_shares() -> dict[str, float]:
+    """The share of ImageNet's classes that each concept has (Table 1)."""
+    concepts = list(load_concepts("imagenet11").values())
+    return {name: concepts.count(name) / len(concepts) for name in sorted(set(concepts))}

@@ -1,0 +1,155 @@
+"""`robustfeat paper`: what needs no data, and all of it on a few hundred small images."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from robustfeat.errors import CheckpointError, DataError, InputError
+from robustfeat.training.concepts import ConceptMap, load_concepts
+from robustfeat.training.data import open_training_data
+from robustfeat.training.evaluation.probes import svm
+from robustfeat.training.evaluation.subject import open_subject
+from robustfeat.training.evaluation.tasks import embed_task, open_task
+from robustfeat.training.paper.scale import SCALES
+from robustfeat.training.paper.study import Machine, Study
+from robustfeat.training.paper.subsets import draw_by_concept, write_subset
+from tests.conftest import Run
+
+
+def crops(files: list[Path], rng: np.random.Generator, folder: Path, count: int) -> None:
+    """Parts of photographs, 32 px."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        with Image.open(files[number % len(files)]) as image:
+            side = int(min(image.size) * rng.uniform(0.4, 0.9))
+            left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
+            image.crop((left, top, left + side, top + side)).resize((32, 32)).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def benchmark(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of ImageNet's classes of each concept, 8 and 2 images each, which show clothes."""
+    root, rng = tmp_path_factory.mktemp("benchmark"), np.random.default_rng(0)
+    concepts = load_concepts("imagenet11")
+    folders = sorted(examples.iterdir())
+    wnids = [
+        [wnid for wnid in sorted(concepts) if concepts[wnid] == name][:2] for name in sorted(set(concepts.values()))
+    ]
+    for number, wnid in enumerate(sorted(wnid for pair in wnids for wnid in pair)):
+        files = sorted(folders[number % len(folders)].glob("*.jpg"))
+        crops(files, rng, root / "train" / wnid, 8)
+        crops(files, rng, root / "val" / wnid, 2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def target(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes of clothes, 7 and 4 images each."""
+    root, rng = tmp_path_factory.mktemp("target"), np.random.default_rng(1)
+    for folder in sorted(examples.iterdir()):
+        files = sorted(folder.glob("*.jpg"))
+        crops(files[:3], rng, root / "train" / folder.name, 7)
+        crops(files[3:], rng, root / "test" / folder.name, 4)
+    return root
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_what_needs_no_data_matches_the_paper(tmp_path: Path, robustfeat: Run) -> None:
+    done = robustfeat("paper", "table1", "fig2", "--out", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    concepts = rows(tmp_path / "report" / "table1.csv")
+    assert len(concepts) == 11
+    assert all(row["classes in the paper"] == row["classes here"] for row in concepts)
+    assert {row["mu"]: row["maximum at s"] for row in rows(tmp_path / "report" / "fig2.csv")} == {
+        "100": "755", "150": "1534", "200": "2550", "300": "5253",
+    }  # fmt: skip
+    assert "11 of 11 counts agree." in done.stdout
+
+
+def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path: Path, robustfeat: Run) -> None:
+    out = tmp_path / "report"
+    targets = [part for name in ("cifar10", "sop", "svhn") for part in ("--target", f"{name}={target}")]
+    command = ["paper", "all", "--scale", "tiny", "--quick", "--benchmark", benchmark, *targets, "--out", out]
+    command += ["--threads", 1, "--workers", 0, "--device", "cpu"]
+    done = robustfeat(*command)
+    assert done.returncode == 0, done.stderr
+    for name in ("table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5"):
+        kinds = ("csv", "md", "png", "svg") if name.startswith("fig") else ("csv", "md")
+        assert all((out / f"{name}.{kind}").stat().st_size > 50 for kind in kinds), name
+    page = (out / "index.html").read_text()
+    assert page.count("<section") == 8
+    assert page.count("<svg") == 4
+    assert not re.search(r'(src|href)="(?!#)', page)  # nothing is fetched from elsewhere
+    table = rows(out / "table2.csv")
+    assert [row["method"] for row in table] == ["ERM", "EL", "CL", "HRRL"]
+    assert all(row["verdict"] in {"holds", "fails", "undecided"} for row in table[1:])
+    # A cell says what the evaluation of that run says.
+    cell = json.loads((out / "cells" / "cifar10-main-hrrl-s1.json").read_text())
+    quick = SCALES["quick"]().targets["cifar10"]
+    task = open_task("cifar10", str(target), train_rows=quick.train_rows, test_rows=quick.test_rows)
+    score = svm(embed_task(open_subject(str(out / "runs" / "main-hrrl-s1")), task))
+    assert cell["values"]["accuracy"] == score.accuracy
+    # Given again, nothing is computed: neither runs nor features are needed any more.
+    (out / "runs").rename(tmp_path / "runs")
+    (out / "features.db").unlink()
+    again = robustfeat(*command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    assert not (out / "runs").exists()
+
+
+def test_missing_data_is_said_before_anything_is_trained(benchmark: Path, tmp_path: Path, robustfeat: Run) -> None:
+    done = robustfeat("paper", "table2", "--quick", "--benchmark", benchmark, "--out", tmp_path / "report")
+    assert done.returncode == 1
+    assert done.stderr == "robustfeat: --target cifar10=DATA: is missing; CIFAR-10's place is needed\n"
+    with pytest.raises(InputError, match="--benchmark DATA: is missing"):
+        Study(tmp_path, SCALES["quick"](), None, {}, Machine()).require_data(["fig4"])
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_run_of_another_recipe_is_not_taken(benchmark: Path, tmp_path: Path) -> None:
+    study = Study(tmp_path, SCALES["quick"](), str(benchmark), {}, Machine("cpu", 1, 0, quiet=True))
+    recipe = study.recipe("main", "erm", 0, None, None).replace(epochs=1)
+    study.run("main-erm-s0", "main", recipe)
+    with pytest.raises(CheckpointError, match=r"main-erm-s0: was trained with lr = 0\.05, this report needs 0\.06"):
+        study.run("main-erm-s0", "main", recipe.replace(lr=0.06))
+
+
+def test_selection_sees_no_test_image(benchmark: Path, target: Path, tmp_path: Path) -> None:
+    """With test images that cannot be read, tau and lambda are chosen all the same."""
+    blind = tmp_path / "blind"
+    for file in target.rglob("*.png"):
+        copy = blind / file.relative_to(target)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(b"" if "test" in file.relative_to(target).parts else file.read_bytes())
+    chosen = []
+    for place, report in ((target, tmp_path / "a"), (blind, tmp_path / "b")):
+        places = dict.fromkeys(("cifar10", "sop", "svhn"), str(place))
+        study = Study(report, SCALES["quick"](), str(benchmark), places, Machine("cpu", 1, 0, quiet=True))
+        chosen.append((study.chosen, list(study.selection())))
+    assert chosen[0] == chosen[1]
+
+
+def test_a_biased_subset_has_the_shares_asked_for(benchmark: Path, tmp_path: Path) -> None:
+    images, validation = open_training_data(benchmark)
+    of_class = np.arange(len(images.classes)) % 2
+    concepts = ConceptMap(("few", "many"), of_class, np.bincount(images.labels))
+    drawn = draw_by_concept(images.labels, concepts, {"few": 1.0, "many": 4.0}, 55)
+    assert np.bincount(images.labels[drawn], minlength=len(of_class)).tolist() == [1, 4] * (len(of_class) // 2)
+    write_subset(images, drawn, validation, tmp_path / "subset")
+    again, same_validation = open_training_data(tmp_path / "subset")
+    assert again.classes == images.classes
+    np.testing.assert_array_equal(again.labels, images.labels[drawn])
+    assert again.source.read(7) == images.source.read(int(drawn[7]))
+    assert len(same_validation) == len(validation)
+    with pytest.raises(DataError, match="has 8 images and"):
+        draw_by_concept(images.labels, concepts, {"few": 1.0, "many": 40.0}, 500)
