@@ -110,7 +110,7 @@ def test_a_reference_by_names_is_where_q_starts() -> None:
     assert objective.metrics()["q"] == [0.25, 0.75]
     assert objective.metrics()["heaviest"] == "dog"
     assert objective.metrics()["weight_max"] == pytest.approx(0.75 * 5)
-    with pytest.raises(DataError, match="concept 'cat' has no classes here; known are bird, dog"):
+    with pytest.raises(DataError, match="'cat' is no concept here; known are bird, dog"):
         create_objective(Recipe(reference={"cat": 1.0}), CONCEPTS)
 
 

@@ -131,12 +131,16 @@ def test_selection_sees_no_test_image(benchmark: Path, target: Path, tmp_path: P
         copy = blind / file.relative_to(target)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(b"" if "test" in file.relative_to(target).parts else file.read_bytes())
-    chosen = []
-    for place, report in ((target, tmp_path / "a"), (blind, tmp_path / "b")):
-        places = dict.fromkeys(("cifar10", "sop", "svhn"), str(place))
-        study = Study(report, SCALES["quick"](), str(benchmark), places, Machine("cpu", 1, 0, quiet=True))
-        chosen.append((study.chosen, list(study.selection())))
-    assert chosen[0] == chosen[1]
+    places = dict.fromkeys(("cifar10", "sop", "svhn"), str(blind))
+    study = Study(tmp_path / "report", SCALES["quick"](), str(benchmark), places, Machine("cpu", 1, 0, quiet=True))
+    tried = list(study.selection())
+    assert len(tried) == 12
+    sums: dict[tuple[str, float], float] = {}
+    for method, value, _, score in tried:
+        sums[method, value] = sums.get((method, value), 0.0) + score
+    tau, lam = study.chosen
+    assert sums["el", tau] == max(sums["el", value] for value in study.scale.taus)
+    assert sums["cl", lam] == max(sums["cl", value] for value in study.scale.lams)
 
 
 def test_a_biased_subset_has_the_shares_asked_for(benchmark: Path, tmp_path: Path) -> None:

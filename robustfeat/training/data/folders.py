@@ -12,22 +12,24 @@ from robustfeat.errors import DataError
 from robustfeat.serving.inputs import IMAGE_SUFFIXES, list_folder
 from robustfeat.training.data.image_set import ImageSet
 
-__all__ = ["holds_class_folders", "open_folders"]
+__all__ = ["ImageFiles", "holds_class_folders", "open_folders"]
 
 
-class _Files:
-    """Image bytes from files."""
+class ImageFiles:
+    """Image bytes from files under a folder, as a `Source`."""
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self._root, self._names = root, names
 
     def read(self, index: int) -> bytes:
+        """See `Source`."""
         file = self._root / self._names[index]
         if not file.is_file():  # a pipe would be waited for, for ever
             raise OSError("no such file, or not a regular one")
         return file.read_bytes()
 
     def name(self, index: int) -> str:
+        """See `Source`."""
         return self._names[index]
 
 
@@ -67,4 +69,4 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
             digest.update(f"{names[-1]}\0{size}\n".encode(errors="surrogateescape"))
     if not names:
         raise DataError(f"{root}: holds no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return ImageSet(classes, np.array(labels, np.int64), _Files(root, names), digest.hexdigest())
+    return ImageSet(classes, np.array(labels, np.int64), ImageFiles(root, names), digest.hexdigest())

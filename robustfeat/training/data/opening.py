@@ -12,6 +12,7 @@ from robustfeat.training.data.folders import holds_class_folders, open_folders
 from robustfeat.training.data.hub_dataset import fetch_dataset, is_hub_dataset, list_remote_parquet
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.parquet import read_parquet
+from robustfeat.training.data.published import open_published
 from robustfeat.training.data.row_groups import LocalParquet, ParquetPart
 from robustfeat.training.data.split_files import VALIDATION_NAMES, SplitFiles, find_split_files
 from robustfeat.training.data.tar_shards import CLASSES_NAME, read_class_names, read_shards
@@ -27,7 +28,8 @@ def open_training_data(
     Args:
         root: a folder of class folders, or with `train/` and `val|validation|test/` of them, with `train-*.parquet` and
             `validation-*.parquet` files (columns `image`, `label`), or with `train-*.tar` and `validation-*.tar`
-            shards; or `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`, a dataset of the Hub with such files.
+            shards; one that `open_published` knows; or `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`, a dataset of the
+            Hub with such files.
         val_fraction: where there is no validation split, this share of the training images, drawn with `seed`.
         parts: only the first `parts` files of the training split, of Parquet files and shards.
         stream: read the Parquet files of the Hub where they are, and keep nothing here.
@@ -53,6 +55,9 @@ def open_training_data(
 def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected a folder with train/ class folders or train-*.parquet files")
+    published = open_published(root)
+    if published is not None:
+        return published
     if (root / "train").is_dir():
         train = open_folders(root / "train")
         splits = [root / name for name in VALIDATION_NAMES if (root / name).is_dir()]

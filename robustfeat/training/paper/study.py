@@ -85,12 +85,12 @@ class Study:
             InputError, DataError: something is missing or cannot be used.
         """
         needed = [TABLES[name] for name in exhibits if name in TABLES]
-        if needed or {"fig3", "fig4", "fig5"} & set(exhibits):
-            _ = self.benchmark
         if needed or "fig3" in exhibits:
             # All of them choose tau and lambda.
             for target in self.scale.targets:
                 self.task(target)
+        if needed or {"fig3", "fig4", "fig5"} & set(exhibits):
+            _ = self.benchmark
 
     @property
     def stage(self) -> str:
