@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,6 +21,12 @@ import click
 @click.option("--crop-pct", type=float, help="Its centre crop.")
 @click.option("--few-shot/--no-few-shot", default=True, show_default=True, help="1, 5, 10 and 50 images a class.")
 @click.option("--libsvm", is_flag=True, help="Also LIBSVM's one-against-one SVM, on at most 5,000 images.")
+@click.option("--corruptions", is_flag=True, help="Also accuracy on corrupted test images, and the features' drift.")
+@click.option("--finetune", is_flag=True, help="Also train all layers on the task; the test error of each epoch.")
+@click.option("--epochs", type=click.IntRange(min=1), default=100, show_default=True, help="Of --finetune.")
+@click.option("--lr", type=float, default=0.01, show_default=True, help="Of --finetune; a tenth in its second half.")
+@click.option("--batch-size", type=click.IntRange(min=2), default=128, show_default=True, help="Of --finetune.")
+@click.option("--plot", metavar="FILE", help="Draw the curves of --finetune, as .png or .svg.")
 @click.option("--cache", metavar="FILE", help="Keep features there, by image and model; what it has is not computed.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors for fitting.")
@@ -36,6 +43,12 @@ def command(
     crop_pct: float | None,
     few_shot: bool,
     libsvm: bool,
+    corruptions: bool,
+    finetune: bool,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    plot: str | None,
     cache: str | None,
     device: str,
     threads: int | None,
@@ -46,18 +59,26 @@ def command(
     """Scores each MODEL's frozen features on each task.
 
     By a linear SVM, with C and scaling chosen on a held-out tenth of the training images, by naive Bayes and nearest
-    neighbours, and by SVMs of few images a class.
+    neighbours, and by SVMs of few images a class. --finetune trains the network itself.
 
     MODEL is a model folder, ORG/NAME, `builtin`, a run of `robustfeat train`, or package.module:build, a function that
     returns a torch module from images to features. DATA is what `robustfeat train` takes; its validation or test split
     is the test set, and is looked at once, at the end.
     """
+    import torch
+
     from robustfeat.errors import InputError
     from robustfeat.files import new_file
-    from robustfeat.training.evaluation.report import evaluate_task, evaluation_table
-    from robustfeat.training.evaluation.subject import open_subject
+    from robustfeat.serving.cpus import available_cpus
+    from robustfeat.training.evaluation.report import draw_finetuning, evaluate_task, evaluation_table
+    from robustfeat.training.evaluation.subject import open_network, open_subject
     from robustfeat.training.evaluation.tasks import open_task, parse_task
 
+    if plot and (not finetune or not plot.endswith((".png", ".svg"))):
+        raise InputError(f"--plot {plot}: expected a .png or .svg file, together with --finetune")
+    if out and not Path(out).absolute().parent.is_dir():
+        raise InputError(f"--out {out}: its folder does not exist; make it first")
+    torch.set_num_threads(threads or available_cpus())
     named = [parse_task(text) for text in tasks]
     if len({name for name, _ in named}) < len(named):
         raise InputError("--task: two tasks have the same name; tell them apart as NAME=DATA")
@@ -66,9 +87,11 @@ def command(
         open_task(name, place, train_rows=train_rows, test_rows=test_rows, val_fraction=val_fraction)
         for name, place in named
     ]
-    subjects = [open_subject(model, image_size=image_size, crop_pct=crop_pct, device=device) for model in models]
+    how: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "device": device}
+    subjects = [open_subject(model, **how) for model in models]
+    networks = [open_network(model, **how) if finetune else None for model in models]
     results = []
-    for subject in subjects:
+    for subject, network in zip(subjects, networks, strict=True):
         for task in opened:
             result = evaluate_task(
                 subject,
@@ -76,6 +99,9 @@ def command(
                 cache=Path(cache) if cache else None,
                 with_few_shot=few_shot,
                 with_libsvm=libsvm,
+                with_corruptions=corruptions,
+                finetuned=network,
+                finetuning={"epochs": epochs, "milestone": (epochs + 1) // 2, "lr": lr, "batch_size": batch_size},
                 threads=threads,
                 quiet=quiet,
             )
@@ -84,6 +110,8 @@ def command(
                 click.echo(json.dumps(result))
     if not as_json:
         click.echo(evaluation_table(results))
+    if plot:
+        draw_finetuning(results, Path(plot))
     if out:
         with new_file(out) as partial:
             partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")

@@ -117,7 +117,9 @@ def command(
     else:
         recipe = Recipe.from_dict(load_checkpoint(Path(out)).recipe) if resume else Recipe()
     recipe = recipe.override(changes | ({"reference": load_reference(reference)} if reference else {}))
-    if Path(recipe.concepts).is_file():  # so that the run's recipe.toml serves from any folder
+    if (
+        recipe.concepts not in {"imagenet11", "classes"} and Path(recipe.concepts).is_file()
+    ):  # so that the run's recipe.toml serves from any folder
         recipe = recipe.replace(concepts=str(Path(recipe.concepts).resolve()))
     result = train(
         data,

@@ -51,11 +51,10 @@ class _ImageGradient(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (weight,) = ctx.saved_tensors
         # Image row 2 i + a meets output row i - 1 + u through the kernel's row a + 5 - 2 u, u = 0 to 3; columns alike.
-        parts = functional.pad(weight.detach().to(gradient.dtype), (1, 0, 1, 0)).view(64, 3, 4, 2, 4, 2)
+        parts = functional.pad(weight.to(gradient.dtype), (1, 0, 1, 0)).view(64, 3, 4, 2, 4, 2)
         kernel = parts.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(12, 64, 4, 4)
         shifted = functional.conv2d(gradient, kernel.contiguous(memory_format=torch.channels_last), padding=2)
         images = functional.pixel_shuffle(shifted[:, :, 1:, 1:], 2)

@@ -185,6 +185,11 @@ class _Trainer:
         self.train_set, self.validation_set = open_training_data(
             self.data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts, stream=stream
         )
+        root = None if is_hub_dataset(self.data) else Path(self.data)
+        if root and root.resolve() in self.out.resolve().parents and not (root / "train").is_dir():
+            raise InputError(
+                f"--out {self.out}: lies in DATA, where it would be taken for a class; choose another folder"
+            )
         if self.cache_asked and not recipe.cache_px:
             raise InputError(f"--cache {self.cache}: caches squares of --cache-px, which is 0; pass both or neither")
         if 0 < recipe.cache_px < max(side for _, side in recipe.image_sizes):
@@ -279,8 +284,8 @@ class _Trainer:
             f"{len(self.train_set.classes)} classes, {len(self.concepts.names)} concepts; "
             f"{recipe.method} on {self.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs"
         )
-        if recipe.parts and (Path(self.data) / "train").is_dir():
-            say(f"parts = {recipe.parts}: class folders have no parts, all of their images are used")
+        if recipe.parts and not is_hub_dataset(self.data) and not any(Path(self.data).glob("train-*")):
+            say(f"parts = {recipe.parts}: {self.data} is not in Parquet files or shards, all of its images are used")
         if self.concepts.empty:
             say(f"concepts without examples here, left out: {', '.join(self.concepts.empty)}")
 

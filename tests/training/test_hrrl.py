@@ -55,6 +55,14 @@ def test_first_layer_has_the_gradients_of_an_ordinary_one(side, dtype: torch.dty
         torch.testing.assert_close(got, reference, rtol=tolerance, atol=tolerance * float(reference.abs().max()))
 
 
+def test_first_layer_can_be_differentiated_twice() -> None:
+    """As gradient penalties of methods of one's own do."""
+    torch.manual_seed(0)
+    layer = FirstConv().double()
+    images = torch.randn(1, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[:, :2].tanh(), images)
+
+
 @pytest.mark.parametrize("size", [1, 2, 11, 500])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 def test_projection_meets_the_optimality_conditions(size: int, scale: float) -> None:

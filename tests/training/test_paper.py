@@ -1,8 +1,10 @@
 """`robustfeat paper`: what needs no data, and all of it on a few hundred small images."""
 
 import csv
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,14 @@ import pytest
 from PIL import Image
 
 from robustfeat.errors import CheckpointError, DataError, InputError
-from robustfeat.training.concepts import ConceptMap, load_concepts
+from robustfeat.training.concepts import ConceptMap, assign_concepts, load_concepts
 from robustfeat.training.data import open_training_data
 from robustfeat.training.evaluation.probes import svm
 from robustfeat.training.evaluation.subject import open_subject
 from robustfeat.training.evaluation.tasks import embed_task, open_task
 from robustfeat.training.paper.scale import SCALES
 from robustfeat.training.paper.study import Machine, Study
-from robustfeat.training.paper.subsets import draw_by_concept, write_subset
+from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from tests.conftest import Run
 
 
@@ -119,9 +121,37 @@ def test_missing_data_is_said_before_anything_is_trained(benchmark: Path, tmp_pa
 def test_a_run_of_another_recipe_is_not_taken(benchmark: Path, tmp_path: Path) -> None:
     study = Study(tmp_path, SCALES["quick"](), str(benchmark), {}, Machine("cpu", 1, 0, quiet=True))
     recipe = study.recipe("main", "erm", 0, None, None).replace(epochs=1)
-    study.run("main-erm-s0", "main", recipe)
+    study.run("main-erm-s0", recipe)
     with pytest.raises(CheckpointError, match=r"main-erm-s0: was trained with lr = 0\.05, this report needs 0\.06"):
-        study.run("main-erm-s0", "main", recipe.replace(lr=0.06))
+        study.run("main-erm-s0", recipe.replace(lr=0.06))
+
+
+def test_a_report_keeps_to_its_benchmark(benchmark: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(benchmark, other)
+    for file in sorted(other.glob("train/*/0.png")):
+        file.write_bytes(file.read_bytes() + b"more")
+    machine, quick = Machine("cpu", 1, 0, quiet=True), SCALES["quick"]()
+    first = Study(tmp_path / "report", quick, str(benchmark), {}, machine)
+    first.run(*first.selection_run("erm"))
+    with pytest.raises(InputError, match="was drawn from another benchmark or at another scale"):
+        Study(tmp_path / "report", quick, str(other), {}, machine).data("main")
+    whole = dataclasses.replace(quick, rows=None, selection_rows=None)
+    run, recipe = Study(tmp_path / "whole", whole, str(benchmark), {}, machine).selection_run("erm")
+    Study(tmp_path / "whole", whole, str(benchmark), {}, machine).run(run, recipe)
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        Study(tmp_path / "whole", whole, str(other), {}, machine).run(run, recipe)
+    shutil.rmtree(other / "val")
+    with pytest.raises(InputError, match="has no validation split"):
+        Study(tmp_path / "third", whole, str(other), {}, machine).data("main")
+
+
+def test_the_biased_benchmark_has_imagenets_shares(benchmark: Path, tmp_path: Path) -> None:
+    study = Study(tmp_path, SCALES["quick"](), str(benchmark), {}, Machine("cpu", 1, 0, quiet=True), biased=True)
+    images, _ = open_training_data(study.data("biased"))
+    concepts = assign_concepts("imagenet11", images.classes, np.bincount(images.labels))
+    counts = dict(zip(concepts.names, concepts.counts.tolist(), strict=True))
+    assert (counts["Device"], counts["Dog"], counts["Bird"]) == (8, 8, 4)  # 60 x 0.129, 0.118, 0.059, in pairs
 
 
 def test_selection_sees_no_test_image(benchmark: Path, target: Path, tmp_path: Path) -> None:
@@ -149,11 +179,13 @@ def test_a_biased_subset_has_the_shares_asked_for(benchmark: Path, tmp_path: Pat
     concepts = ConceptMap(("few", "many"), of_class, np.bincount(images.labels))
     drawn = draw_by_concept(images.labels, concepts, {"few": 1.0, "many": 4.0}, 55)
     assert np.bincount(images.labels[drawn], minlength=len(of_class)).tolist() == [1, 4] * (len(of_class) // 2)
-    write_subset(images, drawn, validation, tmp_path / "subset")
+    write_subset(images, drawn, validation, tmp_path / "subset", {"seed": 0})
+    assert same_origin(tmp_path / "subset", {"seed": 0})
+    assert not same_origin(tmp_path / "subset", {"seed": 1})
     again, same_validation = open_training_data(tmp_path / "subset")
     assert again.classes == images.classes
     np.testing.assert_array_equal(again.labels, images.labels[drawn])
     assert again.source.read(7) == images.source.read(int(drawn[7]))
     assert len(same_validation) == len(validation)
-    with pytest.raises(DataError, match="has 8 images and"):
+    with pytest.raises(DataError, match="has 8 images and 24 are needed"):
         draw_by_concept(images.labels, concepts, {"few": 1.0, "many": 40.0}, 500)

@@ -25,7 +25,17 @@ from robustfeat.serving.heads.labels import LabelledRows
 from robustfeat.serving.heads.large import LargeSet
 from robustfeat.serving.heads.report import Report
 
-__all__ = ["C_GRID", "HELD_OUT", "Candidate", "Selection", "fit_head", "hold_out", "require_two", "select_and_fit"]
+__all__ = [
+    "C_GRID",
+    "HELD_OUT",
+    "Candidate",
+    "Selection",
+    "fit_head",
+    "hold_out",
+    "require_two",
+    "select",
+    "select_and_fit",
+]
 
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.1
@@ -179,6 +189,41 @@ def select_and_fit(
     Returns:
         The selection, the head, whose classes are numbers, and whether its solver converged.
     """
+    selection, data = _select(values, targets, kind, rows, cs, scalings, seed, threads, progress)
+    best = selection.best
+    everything = np.arange(len(targets))
+    fit = partial(data.fit, best.scaling, best.c, everything)
+    ((head, converged),) = _run([fit], 1, threads or available_cpus())
+    if progress:
+        progress.advance(1)
+    return selection, head, converged
+
+
+def select(
+    values: NDArray[Any],
+    targets: NDArray[Any],
+    *,
+    kind: str = "svm",
+    cs: Sequence[float] = C_GRID,
+    scalings: Sequence[str] = tuple(SCALINGS),
+    seed: int = 0,
+    threads: int | None = None,
+) -> Selection:
+    """The first half of `select_and_fit`: what is chosen on held-out rows, without the fit on all."""
+    return _select(values, targets, kind, None, cs, scalings, seed, threads, None)[0]
+
+
+def _select(
+    values: NDArray[Any],
+    targets: NDArray[Any],
+    kind: str,
+    rows: NDArray[np.int64] | None,
+    cs: Sequence[float],
+    scalings: Sequence[str],
+    seed: int,
+    threads: int | None,
+    progress: Progress | None,
+) -> tuple[Selection, _Set]:
     rows = np.arange(len(values)) if rows is None else rows
     threads = threads or available_cpus()
     data: _Set
@@ -201,12 +246,7 @@ def select_and_fit(
     tried = _run([partial(attempt, setting) for setting in grid], data.workers, threads)
     candidates = tuple(candidate for candidate, _ in tried)
     chosen = max(range(len(grid)), key=lambda at: candidates[at].score)  # the first one of equals
-    selection = Selection(candidates[chosen], candidates, fit, held, tried[chosen][1])
-    everything = np.arange(len(targets))
-    ((head, converged),) = _run([partial(data.fit, *grid[chosen], everything)], 1, threads)
-    if progress:
-        progress.advance(1)
-    return selection, head, converged
+    return Selection(candidates[chosen], candidates, fit, held, tried[chosen][1]), data
 
 
 def _run(tasks: Sequence[Callable[[], Any]], workers: int, threads: int) -> list[Any]:

@@ -17,7 +17,7 @@ from robustfeat.training.data.row_groups import LocalParquet, ParquetPart
 from robustfeat.training.data.split_files import VALIDATION_NAMES, SplitFiles, find_split_files
 from robustfeat.training.data.tar_shards import CLASSES_NAME, read_class_names, read_shards
 
-__all__ = ["open_training_data"]
+__all__ = ["open_splits", "open_training_data"]
 
 
 def open_training_data(
@@ -38,9 +38,7 @@ def open_training_data(
         DataError: with what is missing and what would do.
         HubError: the dataset is not there, or cannot be fetched.
     """
-    train, validation = (
-        _open_hub_dataset(str(root), parts, stream) if is_hub_dataset(root) else _open(Path(root), parts)
-    )
+    train, validation = open_splits(root, parts=parts, stream=stream)
     if validation is None:
         order = np.random.default_rng([seed, 0x5EED]).permutation(len(train))
         size = max(1, round(val_fraction * len(train)))
@@ -50,6 +48,15 @@ def open_training_data(
             )
         validation, train = train.subset(np.sort(order[:size])), train.subset(np.sort(order[size:]))
     return train, validation
+
+
+def open_splits(
+    root: str | Path, *, parts: int | None = None, stream: bool = False
+) -> tuple[ImageSet, ImageSet | None]:
+    """The splits under `root` as they are, with None where there is no validation split; see `open_training_data`."""
+    if is_hub_dataset(root):
+        return _open_hub_dataset(str(root), parts, stream)
+    return _open(Path(root), parts)
 
 
 def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:

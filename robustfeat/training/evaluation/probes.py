@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
-from robustfeat.serving.heads.fitting import C_GRID, select_and_fit
+from robustfeat.serving.heads.fitting import C_GRID, select, select_and_fit
+from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import SCALINGS
 from robustfeat.serving.heads.report import Report
 from robustfeat.training.evaluation.tasks import TaskFeatures
@@ -37,6 +38,7 @@ class Score:
         interval: Wilson's 95 % interval of the accuracy.
         right: (m,) bool, for each test image.
         details: what was chosen, as plain data.
+        head: what was fitted, its classes being numbers; None where it is no `Head`.
     """
 
     accuracy: float
@@ -44,14 +46,17 @@ class Score:
     interval: tuple[float, float]
     right: NDArray[np.bool_]
     details: dict[str, Any]
+    head: Head | None = None
 
     @classmethod
-    def of(cls, predicted: NDArray[np.int64], features: TaskFeatures, **details: Any) -> Score:
+    def of(
+        cls, predicted: NDArray[np.int64], features: TaskFeatures, head: Head | None = None, **details: Any
+    ) -> Score:
         """Compares predictions with the test labels."""
         report = Report.of(predicted, features.y_test, features.classes)
         right = predicted == features.y_test
         interval = wilson(int(right.sum()), len(right))
-        return cls(report.accuracy, report.balanced_accuracy, interval, right, details)
+        return cls(report.accuracy, report.balanced_accuracy, interval, right, details, head)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the single images."""
@@ -90,9 +95,8 @@ def svm(
     progress.finish()
     best = selection.best
     held_out = None if math.isnan(best.score) else best.score
-    return Score.of(
-        head.predict(features.x_test), features, C=best.c, scaling=best.scaling, held_out=held_out, converged=converged
-    )
+    chosen = {"C": best.c, "scaling": best.scaling, "held_out": held_out, "converged": converged}
+    return Score.of(head.predict(features.x_test), features, head, **chosen)
 
 
 def held_out_score(x: NDArray[np.float32], y: NDArray[np.int64], *, threads: int | None = None) -> dict[str, Any]:
@@ -102,13 +106,12 @@ def held_out_score(x: NDArray[np.float32], y: NDArray[np.int64], *, threads: int
         x, y: training rows alone.
         threads: processors; by default what the cgroup grants.
     """
-    selection, _, _ = select_and_fit(x, y, threads=threads)
-    best = selection.best
+    best = select(x, y, threads=threads).best
     return {"held_out": best.score, "C": best.c, "scaling": best.scaling}
 
 
 def naive_bayes(features: TaskFeatures) -> Score:
-    """Gaussian naive Bayes, which no scaling changes."""
+    """Gaussian naive Bayes on plain features."""
     _, head, _ = select_and_fit(features.x, features.y, kind="naive-bayes", scalings=["none"])
     return Score.of(head.predict(features.x_test), features)
 

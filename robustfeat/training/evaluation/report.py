@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from robustfeat.files import new_file
+from robustfeat.training.evaluation.corruptions import corruption_scores
+from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm
-from robustfeat.training.evaluation.subject import Subject
+from robustfeat.training.evaluation.subject import NetworkSubject, Subject
 from robustfeat.training.evaluation.tasks import Task, embed_task
 
-__all__ = ["evaluate_task", "evaluation_table"]
+__all__ = ["draw_finetuning", "evaluate_task", "evaluation_table"]
 
 
 def evaluate_task(
@@ -20,6 +23,9 @@ def evaluate_task(
     cache: Path | None = None,
     with_few_shot: bool = True,
     with_libsvm: bool = False,
+    with_corruptions: bool = False,
+    finetuned: NetworkSubject | None = None,
+    finetuning: Mapping[str, Any] | None = None,
     threads: int | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
@@ -31,6 +37,9 @@ def evaluate_task(
         cache: a file that keeps features (see `embed_images`).
         with_few_shot: also the curve of few images a class.
         with_libsvm: also LIBSVM's one-against-one SVM on at most 5,000 training rows.
+        with_corruptions: also the SVM's accuracy on corrupted test images (see `corruption_scores`).
+        finetuned: the same model in PyTorch: also fine-tuned.
+        finetuning: options of `finetune`.
         threads: processors; by default what the cgroup grants.
         quiet: no progress.
 
@@ -54,21 +63,54 @@ def evaluate_task(
     if with_libsvm:
         both = libsvm(features, chosen.details["C"], chosen.details["scaling"])
         result["libsvm"] = {name: score.to_dict() for name, score in both.items()}
+    if with_corruptions and chosen.head is not None:
+        result["corruptions"] = corruption_scores(subject, chosen.head, task.test, quiet=quiet)
+    if finetuned is not None:
+        settings = dict(finetuning or {})
+        errors = finetune(
+            finetuned.network, finetuned.feature_size, finetuned.contract, task,
+            device=finetuned.device, quiet=quiet, **settings,
+        )  # fmt: skip
+        result["finetuned"] = {**settings, "accuracy": 1 - errors[-1], "test_error": errors}
     return result
+
+
+def draw_finetuning(results: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """The test errors of each epoch, a panel for each task and a line for each model (Figure 3).
+
+    Args:
+        results: of `evaluate_task`, with `finetuned`.
+        file: .png or .svg.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(result["task"] for result in results))
+    figure = Figure(figsize=(5.5 * len(tasks) + 1.5, 4), dpi=110, layout="constrained")
+    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
+        for result in results:
+            if result["task"] == task:
+                errors = result["finetuned"]["test_error"]
+                axes.plot(range(1, len(errors) + 1), [100 * error for error in errors], label=result["model"])
+        axes.set(title=task, xlabel="epoch", ylabel="test error in %")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with new_file(file) as partial:
+        figure.savefig(partial, format=file.suffix[1:])
 
 
 def evaluation_table(results: Sequence[Mapping[str, Any]]) -> str:
     """The results in Markdown, a row for each model and task."""
     shots = sorted({int(count) for result in results for count in result.get("few_shot", {})})
     head = ["model", "task", "SVM", "95 %", "balanced", "naive Bayes", "neighbours", *(f"{n}-shot" for n in shots)]
-    if any("libsvm" in result for result in results):
-        head.append("LIBSVM / LinearSVC")
+    more = [name for name in ("libsvm", "corruptions", "finetuned") if any(name in result for result in results)]
+    titles = {"libsvm": "LIBSVM / LinearSVC", "corruptions": "corrupted, kept, drift", "finetuned": "fine-tuned"}
+    head += [titles[name] for name in more]
     lines = [head, ["---"] * len(head)]
-    lines += [list(_cells(result, shots, len(head) > 7 + len(shots))) for result in results]
+    lines += [list(_cells(result, shots, more)) for result in results]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cells(result: Mapping[str, Any], shots: Sequence[int], has_libsvm: bool) -> Iterator[str]:
+def _cells(result: Mapping[str, Any], shots: Sequence[int], more: Sequence[str]) -> Iterator[str]:
     def percent(share: float) -> str:
         return f"{100 * share:.2f}"
 
@@ -80,6 +122,10 @@ def _cells(result: Mapping[str, Any], shots: Sequence[int], has_libsvm: bool) ->
     for count in shots:
         scores = result.get("few_shot", {}).get(str(count))
         yield f"{percent(scores['accuracy'])} ± {percent(scores['deviation'])}" if scores else ""
-    if has_libsvm:
-        both = result.get("libsvm", {})
-        yield " / ".join(percent(score["accuracy"]) for score in both.values())
+    if "libsvm" in more:
+        yield " / ".join(percent(score["accuracy"]) for score in result.get("libsvm", {}).values())
+    if "corruptions" in more:
+        worse = result.get("corruptions")
+        yield f"{percent(worse['corrupted'])}, {worse['kept']:.3f}, {worse['drift']:.4f}" if worse else ""
+    if "finetuned" in more:
+        yield percent(result["finetuned"]["accuracy"]) if "finetuned" in result else ""

@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from robustfeat.errors import EngineError, InputError, first_line
+from robustfeat.hub.catalog import resolve_model
+from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square, resize_and_crop
 from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
@@ -22,7 +24,7 @@ from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_che
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
 
-__all__ = ["FolderSubject", "NetworkSubject", "Subject", "network_of", "open_subject"]
+__all__ = ["FolderSubject", "NetworkSubject", "Subject", "network_of", "open_network", "open_subject", "torch_device"]
 
 
 class Subject(FeatureMaker, Protocol):
@@ -84,11 +86,13 @@ class NetworkSubject:
 
     def __init__(self, network: nn.Module, contract: Preprocessing, name: str, device: torch.device) -> None:
         self.network = network.eval().to(device).to(memory_format=torch.channels_last)
-        self.contract, self.name, self._device = contract, name, device
+        self.contract, self.name, self.device = contract, name, device
         self.batch_size = default_batch_size(contract.image_size, device.type)
-        self.identity: Sequence[Any] = ["torch", state_digest(network), str(network), contract.hash, device.type]
+        side = contract.image_size
+        squares = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
         try:
-            shape = tuple(self._run(np.zeros((2, contract.image_size, contract.image_size, 3), np.uint8)).shape)
+            features = self._run(squares)
+            shape = tuple(features.shape)
         except (RuntimeError, ValueError, TypeError, AttributeError) as exc:
             raise InputError(
                 f"{name}: fails on two images of {contract.image_size} px ({first_line(exc)}); pass --image-size if it "
@@ -97,6 +101,11 @@ class NetworkSubject:
         if len(shape) != 2 or shape[0] != 2:
             raise InputError(f"{name}: must give one vector an image, (n, D); got {shape} for two images")
         self.feature_size = shape[1]
+        # What the code of a network does shows in its features alone, not in its weights.
+        digest = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
+        self.identity: Sequence[Any] = [
+            "torch", torch.__version__, state_digest(network), digest, contract.hash, device.type
+        ]  # fmt: skip
 
     def prepare(self, image: bytes | Image.Image) -> NDArray[np.uint8]:
         """See `Subject`."""
@@ -110,7 +119,7 @@ class NetworkSubject:
         return features
 
     def _run(self, squares: NDArray[np.uint8]) -> Tensor:
-        pixels = torch.from_numpy(normalise(squares, self.contract)).to(self._device)
+        pixels = torch.from_numpy(normalise(squares, self.contract)).to(self.device)
         with torch.no_grad():
             features: Tensor = self.network(pixels.contiguous(memory_format=torch.channels_last))
         return features
@@ -149,26 +158,34 @@ def open_subject(
     Raises:
         CheckpointError, ModelFolderError, HubError, EngineError, InputError: it cannot be used; see the message.
     """
-    path = Path(model)
-    is_run = path.is_file() or (path / CHECKPOINT_NAME).is_file()
-    module_name, colon, attribute = model.partition(":")
-    is_code = colon and not path.exists() and all(part.isidentifier() for part in module_name.split("."))
-    if not is_run and not is_code:
-        if image_size is not None or crop_pct is not None:
-            raise InputError(
-                f"{model}: a model folder has its own preprocessing; leave --image-size and --crop-pct out"
-            )
+    if _kind(model) == "folder":
+        _refuse_preprocessing(model, image_size, crop_pct)
         return FolderSubject(FeatureExtractor.from_pretrained(model, device=device))
-    chosen = _torch_device(device)
+    return open_network(model, image_size=image_size, crop_pct=crop_pct, device=device)
+
+
+def open_network(
+    model: str, *, image_size: int | None = None, crop_pct: float | None = None, device: str = "auto"
+) -> NetworkSubject:
+    """As `open_subject`, always in PyTorch: a model folder's network is made by timm and its safetensors file.
+
+    Raises:
+        As `open_subject`; InputError where timm does not know the folder's architecture.
+    """
+    chosen, kind, path = torch_device(device), _kind(model), Path(model)
     try:
-        if is_run:
+        if kind == "folder":
+            _refuse_preprocessing(model, image_size, crop_pct)
+            folder = resolve_model(model)
+            network, contract, name = _network_of_folder(folder), folder.config.preprocessing, folder.config.name
+        elif kind == "run":
             checkpoint = load_checkpoint(path)
             network = network_of(checkpoint)
             network.fc = nn.Identity()
             contract = Recipe.from_dict(checkpoint.recipe).preprocessing(image_size, crop_pct)
             name = (path if path.is_dir() else path.parent).resolve().name
         else:
-            network = _build(model, module_name, attribute)
+            network = _build(model, *model.split(":", 1))
             contract = Preprocessing(image_size or 224, 0.875 if crop_pct is None else crop_pct)
             name = model
     except ValueError as exc:
@@ -176,10 +193,50 @@ def open_subject(
     return NetworkSubject(network, contract, name, chosen)
 
 
-def _torch_device(device: str) -> torch.device:
+def _kind(model: str) -> str:
+    """`run`, `code` or `folder`."""
+    path = Path(model)
+    if path.is_file() or (path / CHECKPOINT_NAME).is_file():
+        return "run"
+    module_name, colon, _ = model.partition(":")
+    is_code = colon and not path.exists() and all(part.isidentifier() for part in module_name.split("."))
+    return "code" if is_code else "folder"
+
+
+def _refuse_preprocessing(model: str, image_size: int | None, crop_pct: float | None) -> None:
+    if image_size is not None or crop_pct is not None:
+        raise InputError(f"{model}: a model folder has its own preprocessing; leave --image-size and --crop-pct out")
+
+
+def _network_of_folder(folder: ModelFolder) -> nn.Module:
+    import timm
+    from safetensors.torch import load_file
+
+    folder.verify([WEIGHTS])
+    config = folder.config
+    try:
+        network: Any = timm.create_model(config.architecture, num_classes=config.num_classes)
+        network.load_state_dict({name: value.float() for name, value in load_file(folder.path / WEIGHTS).items()})
+    except RuntimeError as exc:
+        raise InputError(f"{folder.path}: timm cannot make its {config.architecture} ({first_line(exc)})") from exc
+    network.reset_classifier(0)
+    made: nn.Module = network
+    return made
+
+
+def torch_device(device: str) -> torch.device:
+    """The device that auto, cpu or cuda means here.
+
+    Raises:
+        EngineError: cuda, and PyTorch sees no GPU.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise EngineError("--device cuda: PyTorch sees no GPU; check the driver, or pass --device cpu")
-    return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    chosen = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    if chosen.type == "cuda":
+        # fp32 means fp32, whatever was trained in this process before.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return chosen
 
 
 def _build(model: str, module_name: str, attribute: str) -> nn.Module:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from robustfeat.training.checkpoint import load_checkpoint
@@ -105,9 +104,9 @@ def _accuracies(study: Study, table: str) -> Exhibit:
         against = None if method == "erm" else compare(answers[method], answers["erm"])
         rows.append({**row, **_compared(against)})
     tau, lam = study.chosen
-    biased = ", with ImageNet's shares of concepts" if study.biased else ""
+    suffix, biased = _biased(study)
     return Exhibit(
-        f"{table}-biased" if study.biased else table,
+        f"{table}{suffix}",
         f"Table {table[-1]}: SVM accuracy in % on {study.scale.targets[target].title}; pre-trained on "
         f"{study.scale.title}{biased}",
         rows,
@@ -116,6 +115,11 @@ def _accuracies(study: Study, table: str) -> Exhibit:
             "Deviations are over seeds (n - 1). Rules and intervals: docs/protocol.md."
         ],
     )
+
+
+def _biased(study: Study) -> tuple[str, str]:
+    """What names and titles of models of the biased benchmark end with."""
+    return ("-biased", ", with ImageNet's shares of concepts") if study.biased else ("", "")
 
 
 def _compared(result: Comparison | None) -> dict[str, str]:
@@ -132,8 +136,8 @@ def _compared(result: Comparison | None) -> dict[str, str]:
     }
 
 
-def _network(study: Study, name: str, stage: str, recipe: Recipe) -> nn.Module:
-    return network_of(load_checkpoint(study.run(name, stage, recipe)))
+def _network(study: Study, name: str, recipe: Recipe) -> nn.Module:
+    return network_of(load_checkpoint(study.run(name, recipe)))
 
 
 def _figure3(study: Study) -> Exhibit:
@@ -155,13 +159,19 @@ def _figure3(study: Study) -> Exhibit:
             def compute(
                 name: str = name, recipe: Recipe = recipe, settings: dict[str, Any] = settings, task: Any = task
             ) -> dict[str, Any]:
-                network = _network(study, name, study.stage, recipe)
+                network = _network(study, name, recipe)
                 classifier = network.get_submodule("fc")
                 assert isinstance(classifier, nn.Linear)
                 network.fc = nn.Identity()
                 contract = recipe.preprocessing()
                 errors = finetune(
-                    network, classifier.in_features, contract, task, quiet=study.machine.quiet, **settings
+                    network,
+                    classifier.in_features,
+                    contract,
+                    task,
+                    device=study.device,
+                    quiet=study.machine.quiet,
+                    **settings,
                 )
                 return {"test_error": errors}
 
@@ -171,7 +181,8 @@ def _figure3(study: Study) -> Exhibit:
                          "test error in %, last epoch": f"{100 * errors[-1]:.2f}"})  # fmt: skip
             curves.append(Curve(_TITLES[method], [(place + 1, 100 * error) for place, error in enumerate(errors)]))
         panels.append((scale.targets[target].title, "epoch", "test error in %", curves))
-    return Exhibit("fig3", f"Figure 3: fine-tuning from {scale.title}, one seed", rows, panels)
+    suffix, biased = _biased(study)
+    return Exhibit(f"fig3{suffix}", f"Figure 3: fine-tuning from {scale.title}{biased}, one seed", rows, panels)
 
 
 def _figure4(study: Study) -> Exhibit:
@@ -182,12 +193,13 @@ def _figure4(study: Study) -> Exhibit:
         name, recipe = study.selection_run(**wanted)
 
         def compute(name: str = name, recipe: Recipe = recipe) -> dict[str, Any]:
-            network = _network(study, name, "selection", recipe)
+            network = _network(study, name, recipe)
             images = study.benchmark[1]
             steps = study.scale.steps
-            return {"accuracy": accuracy_by_step(network, recipe.preprocessing(), images, steps, torch.device("cpu"))}
+            found = accuracy_by_step(network.to(study.device), recipe.preprocessing(), images, steps, study.device)
+            return {"accuracy": found}
 
-        inputs = {**study.inputs("selection", recipe), "steps": study.scale.steps}
+        inputs = {**study.validation_inputs("selection", recipe), "steps": study.scale.steps}
         shares = study.cells.get(f"steps-{name}", inputs, compute)["accuracy"]
         points = [(step, 100 * share) for step, share in zip(study.scale.steps, shares, strict=True)]
         rows.append({"model": label, **{f"step {step:g}": f"{value:.2f}" for step, value in points}})
@@ -206,16 +218,21 @@ def _figure5(study: Study) -> Exhibit:
         name, recipe = study.selection_run(**wanted)
 
         def compute(name: str = name, recipe: Recipe = recipe) -> dict[str, Any]:
-            checkpoint = load_checkpoint(study.run(name, "selection", recipe))
+            checkpoint = load_checkpoint(study.run(name, recipe))
             groups = np.array(checkpoint.concept_of_class)
+            # Classes without training images have no concept: a group of their own, which is left out.
+            seen = np.bincount(study.benchmark[0].labels, minlength=len(groups)) > 0
+            groups[~seen] = len(checkpoint.concepts)
             found = class_accuracy(
-                network_of(checkpoint), recipe.preprocessing(), study.benchmark[1], groups, len(checkpoint.concepts),
-                torch.device("cpu"),
+                network_of(checkpoint).to(study.device), recipe.preprocessing(), study.benchmark[1], groups,
+                len(checkpoint.concepts) + 1, study.device,
             )  # fmt: skip
-            told = zip(checkpoint.concepts, found.tolist(), strict=True)
+            told = zip(checkpoint.concepts, found[:-1].tolist(), strict=True)
             return {"accuracy": {concept: share for concept, share in told if not math.isnan(share)}}
 
-        by_concept = study.cells.get(f"concepts-{name}", study.inputs("selection", recipe), compute)["accuracy"]
+        by_concept = study.cells.get(f"concepts-{name}", study.validation_inputs("selection", recipe), compute)[
+            "accuracy"
+        ]
         ordered = sorted(by_concept.items(), key=lambda item: item[1])
         low, high = ordered[0], ordered[-1]
         spread = 100 * float(np.std(list(by_concept.values())))

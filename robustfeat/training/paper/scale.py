@@ -51,7 +51,7 @@ class Scale:
         taus, lams: what is chosen from.
         targets: by the names cifar10, sop and svhn.
         seeds: of the runs.
-        biased_rows: of the benchmark with ImageNet's shares of concepts.
+        biased_rows: of the benchmark with ImageNet's shares of concepts; None where it has them itself.
         finetune_epochs, finetune_milestone: of Figure 3; lr falls to a tenth at the latter.
         finetune_rows: training images of a target in Figure 3; None for all.
         steps: lengths of the step in Figure 4, at 224 px.
@@ -68,7 +68,7 @@ class Scale:
     lams: tuple[float, ...]
     targets: dict[str, Target]
     seeds: tuple[int, ...] = (0, 1, 2)
-    biased_rows: int = 20_000
+    biased_rows: int | None = 20_000
     finetune_epochs: int = 100
     finetune_milestone: int = 50
     finetune_rows: int | None = None
@@ -91,7 +91,7 @@ def _paper() -> Scale:
         targets={
             "cifar10": Target("CIFAR-10"), "sop": Target("SOP"), "svhn": Target("SVHN"),
         },
-        biased_rows=1_281_167,
+        biased_rows=None,
     )  # fmt: skip
 
 

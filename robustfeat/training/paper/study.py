@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from robustfeat.errors import CheckpointError, InputError
+from robustfeat.errors import CheckpointError, DataError, InputError
 from robustfeat.progress import Progress
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from robustfeat.training.concepts import assign_concepts, load_concepts
-from robustfeat.training.data import ImageSet, open_training_data
+from robustfeat.training.data import ImageSet, open_splits, open_training_data
 from robustfeat.training.evaluation.probes import held_out_score, svm
-from robustfeat.training.evaluation.subject import open_subject
+from robustfeat.training.evaluation.subject import open_subject, torch_device
 from robustfeat.training.evaluation.tasks import Task, embed_images, embed_task, open_task
 from robustfeat.training.paper.cells import Cells, pack
 from robustfeat.training.paper.scale import TABLES, Scale
-from robustfeat.training.paper.subsets import draw_by_concept, write_subset
+from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.trainer import train
 
@@ -76,6 +78,7 @@ class Study:
         self.cells = Cells(folder / "cells")
         self._tasks: dict[str, Task] = {}
         self._data: dict[str, str] = {}
+        self._identities: dict[str, list[Any]] = {}
         self._features = folder / "features.db"
 
     def require_data(self, exhibits: Sequence[str]) -> None:
@@ -84,6 +87,8 @@ class Study:
         Raises:
             InputError, DataError: something is missing or cannot be used.
         """
+        if self.biased and self.scale.biased_rows is None:
+            raise InputError(f"--biased: at --scale {self.scale.name} the benchmark has ImageNet's shares itself")
         needed = [TABLES[name] for name in exhibits if name in TABLES]
         if needed or "fig3" in exhibits:
             # All of them choose tau and lambda.
@@ -91,6 +96,7 @@ class Study:
                 self.task(target)
         if needed or {"fig3", "fig4", "fig5"} & set(exhibits):
             _ = self.benchmark
+            self.data(self.stage)
 
     @property
     def stage(self) -> str:
@@ -125,29 +131,43 @@ class Study:
     def data(self, stage: str) -> str:
         """DATA of the runs of a stage; parts of the benchmark are written when they are first asked for."""
         if stage not in self._data:
-            self._data[stage] = self._part_of_benchmark(stage)
+            if stage == "selection" and self.scale.selection_rows is None:
+                self._data[stage] = self.data("main")
+            else:
+                self._data[stage] = self._part_of_benchmark(stage)
         return self._data[stage]
 
     def _part_of_benchmark(self, stage: str) -> str:
+        place = self.data("main") if stage == "selection" else self._main_data()
+        images, validation = open_splits(place, parts=None if stage == "biased" else self.scale.recipe.parts)
+        if validation is None:
+            raise InputError(
+                f"--benchmark {place}: has no validation split; runs of several seeds would hold out different images. "
+                "Move some of each class to val/"
+            )
+        size = {"main": self.scale.rows, "selection": self.scale.selection_rows, "biased": self.scale.biased_rows}[
+            stage
+        ]
+        if stage == "main" and (size is None or len(images) <= size):
+            return place
+        origin = {"benchmark": _identity(images), "validation": _identity(validation), "stage": stage, "rows": size}
         folder = self.folder / "data" / stage
-        if stage == "selection" and self.scale.selection_rows is None:
-            return self.data("main")
         if not folder.exists():
-            if stage == "main":
-                images, validation = open_training_data(self._main_data(), parts=self.scale.recipe.parts)
-                if self.scale.rows is None or len(images) <= self.scale.rows:
-                    return self._main_data()
-                rows = _draw(len(images), self.scale.rows)
-            elif stage == "selection":
-                images, validation = self.benchmark
-                rows = _draw(len(images), self.scale.selection_rows)
-            else:
-                images, validation = open_training_data(self._main_data())
-                counts = np.bincount(images.labels, minlength=len(images.classes))
-                concepts = assign_concepts(self.scale.recipe.concepts, images.classes, counts)
-                rows = draw_by_concept(images.labels, concepts, _imagenet_shares(), self.scale.biased_rows)
-            write_subset(images, rows, validation, folder)
+            write_subset(images, self._draw(stage, images, size), validation, folder, origin)
+        elif not same_origin(folder, origin):
+            raise InputError(
+                f"{folder}: was drawn from another benchmark or at another scale; choose another --out or move it away"
+            )
         return str(folder)
+
+    def _draw(self, stage: str, images: ImageSet, size: int | None) -> NDArray[np.int64]:
+        """Row numbers, ascending."""
+        if stage == "biased":
+            counts = np.bincount(images.labels, minlength=len(images.classes))
+            concepts = assign_concepts(self.scale.recipe.concepts, images.classes, counts)
+            return draw_by_concept(images.labels, concepts, _imagenet_shares(), size or len(images))
+        rows: NDArray[np.int64] = np.sort(np.random.default_rng(0).permutation(len(images))[:size])
+        return rows
 
     def recipe(self, stage: str, method: str, seed: int, tau: float | None, lam: float | None) -> Recipe:
         """Of one run; tau and lambda are filled in where the method has them."""
@@ -165,13 +185,13 @@ class Study:
             changes["lam"] = lam
         return recipe.replace(**changes)
 
-    def run(self, name: str, stage: str, recipe: Recipe) -> Path:
-        """The folder of a finished run: as it is, or trained now.
+    def run(self, name: str, recipe: Recipe) -> Path:
+        """The folder of a finished run, whose name begins with its stage: as it is, or trained now.
 
         Raises:
             CheckpointError: another run has that name.
         """
-        folder = self.folder / "runs" / name
+        folder, stage = self.folder / "runs" / name, name.partition("-")[0]
         resume = (folder / CHECKPOINT_NAME).exists()
         if resume:
             saved = load_checkpoint(folder)
@@ -181,6 +201,10 @@ class Study:
                 raise CheckpointError(
                     f"{folder}: was trained with {changed[0]} = {then[changed[0]]}, this report needs "
                     f"{now[changed[0]]}; move it away, or choose another --out"
+                )
+            if saved.data["fingerprint"] != self._benchmark_of(stage, recipe)[0]:
+                raise CheckpointError(
+                    f"{folder}: was trained on other data ({saved.data['root']}); move it away, or choose another --out"
                 )
             if saved.epoch == recipe.epochs:
                 return folder
@@ -197,6 +221,11 @@ class Study:
         )
         return folder
 
+    @cached_property
+    def device(self) -> torch.device:
+        """Where networks are measured."""
+        return torch_device(self.machine.device)
+
     def say(self, text: str) -> None:
         """A line on stderr."""
         Progress("", 0, quiet=self.machine.quiet).say(text)
@@ -208,7 +237,7 @@ class Study:
         task = self.task(target)
 
         def compute() -> dict[str, Any]:
-            subject = open_subject(str(self.run(name, self.stage, recipe)), device=self.machine.device)
+            subject = open_subject(str(self.run(name, recipe)), device=self.machine.device)
             found = svm(embed_task(subject, task, cache=self._features, quiet=self.machine.quiet))
             return {**found.to_dict(), "right": pack(found.right), "run": name}
 
@@ -217,8 +246,16 @@ class Study:
 
     def inputs(self, stage: str, recipe: Recipe) -> dict[str, Any]:
         """What decides a run, for a cell."""
-        data = open_training_data(self.data(stage), parts=recipe.parts)[0]
-        return {"recipe": recipe.to_dict(), "benchmark": _identity(data)}
+        return {"recipe": recipe.to_dict(), "benchmark": self._benchmark_of(stage, recipe)}
+
+    def _benchmark_of(self, stage: str, recipe: Recipe) -> list[Any]:
+        if stage not in self._identities:
+            self._identities[stage] = _identity(open_training_data(self.data(stage), parts=recipe.parts)[0])
+        return self._identities[stage]
+
+    def validation_inputs(self, stage: str, recipe: Recipe) -> dict[str, Any]:
+        """As `inputs`, for what is measured on the benchmark's validation images."""
+        return {**self.inputs(stage, recipe), "validation": _identity(self.benchmark[1])}
 
     @staticmethod
     def identity(task: Task) -> list[Any]:
@@ -256,9 +293,12 @@ class Study:
         task = self.task(target)
 
         def compute() -> dict[str, Any]:
-            subject = open_subject(str(self.run(name, "selection", recipe)), device=self.machine.device)
+            subject = open_subject(str(self.run(name, recipe)), device=self.machine.device)
             x = embed_images(subject, task.train, cache=self._features, label=f"{name}: {target}", quiet=True)
-            return held_out_score(x, task.train.labels)
+            found = held_out_score(x, task.train.labels)
+            if math.isnan(found["held_out"]):
+                raise DataError(f"{target}: one image a class leaves none to choose tau and lambda by; give it more")
+            return found
 
         inputs = {**self.inputs("selection", recipe), "task": _identity(task.train)}
         return float(self.cells.get(f"{target}-{name}", inputs, compute)["held_out"])
@@ -271,12 +311,6 @@ class Study:
 
 def _identity(images: ImageSet) -> list[Any]:
     return [images.fingerprint, len(images)]
-
-
-def _draw(count: int, size: int | None) -> NDArray[np.int64]:
-    """Row numbers, ascending."""
-    rows: NDArray[np.int64] = np.sort(np.random.default_rng(0).permutation(count)[:size])
-    return rows
 
 
 def _told(scores: Mapping[float, float]) -> str:

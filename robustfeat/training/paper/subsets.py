@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,9 @@ from robustfeat.files import new_folder
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.data import ImageSet
 
-__all__ = ["draw_by_concept", "write_subset"]
+__all__ = ["draw_by_concept", "same_origin", "write_subset"]
 
+_ORIGIN = "origin.json"
 _ROWS_A_GROUP = 1000
 
 
@@ -41,19 +43,21 @@ def draw_by_concept(
     total = sum(shares[name] for name in concepts.names)
     rows: list[NDArray[np.int64]] = []
     for number, name in enumerate(concepts.names):
-        classes = np.flatnonzero(concepts.of_class == number)
+        classes = np.flatnonzero((concepts.of_class == number) & (concepts.class_counts > 0))
         each = round(size * shares[name] / total / len(classes))
         for one in classes:
             own = np.flatnonzero(labels == one)
             if each > len(own):
                 raise DataError(
-                    f"class {one} of {name} has {len(own)} images and {each} are needed; ask for fewer than {size}"
+                    f"a class of {name} has {len(own)} images and {each} are needed for {size:,} with these shares"
                 )
             rows.append(rng.choice(own, each, replace=False))
     return np.sort(np.concatenate(rows))
 
 
-def write_subset(train: ImageSet, rows: NDArray[np.int64], validation: ImageSet, folder: Path) -> None:
+def write_subset(
+    train: ImageSet, rows: NDArray[np.int64], validation: ImageSet, folder: Path, origin: Mapping[str, Any]
+) -> None:
     """Writes these rows, and the whole validation split, as a folder that `robustfeat train` takes as DATA.
 
     Args:
@@ -61,10 +65,21 @@ def write_subset(train: ImageSet, rows: NDArray[np.int64], validation: ImageSet,
         rows: their numbers.
         validation: the other split.
         folder: appears whole or not at all.
+        origin: plain data that tells what it was drawn from, and how; see `same_origin`.
     """
     with new_folder(folder) as partial:
+        (partial / _ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", "utf-8")
         _write(train, rows, partial / "train-00000-of-00001.parquet")
         _write(validation, np.arange(len(validation)), partial / "validation-00000-of-00001.parquet")
+
+
+def same_origin(folder: Path, origin: Mapping[str, Any]) -> bool:
+    """Whether a folder of `write_subset` has this origin."""
+    try:
+        told = json.loads((folder / _ORIGIN).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(told == json.loads(json.dumps(origin)))
 
 
 def _write(images: ImageSet, rows: NDArray[np.int64], file: Path) -> None:

@@ -13,8 +13,10 @@ from pyarrow import parquet
 
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corruption_scores
+from robustfeat.training.evaluation.probes import svm
 from robustfeat.training.evaluation.report import evaluate_task
-from robustfeat.training.evaluation.subject import open_subject
+from robustfeat.training.evaluation.subject import open_network, open_subject
 from robustfeat.training.evaluation.tasks import embed_task, open_task, parse_task
 from tests.conftest import Run
 
@@ -112,6 +114,52 @@ def test_the_command_prints_a_table_or_json(model: Path, dataset: Path, tmp_path
     assert result == expected
     assert (result["train"], result["test"], result["classes"]) == (30, 10, 10)
     assert list(result["few_shot"]) == ["1"]  # there are three images a class
+
+
+def test_a_folder_becomes_the_network_that_it_was_exported_from(finished_run: Path, model: Path, dataset: Path) -> None:
+    task = open_task("clothes", str(dataset))
+    of_run, of_folder = (embed_task(open_network(str(name)), task) for name in (finished_run, model))
+    np.testing.assert_array_equal(of_run.x, of_folder.x)
+
+
+def test_corruptions_cost_accuracy_and_move_features(dataset: Path) -> None:
+    """The head knows its images by heart: what it loses, corruptions took."""
+    subject = open_subject("builtin")
+    task = open_task("clothes", str(dataset))
+    task = type(task)(task.name, task.train, task.train)
+    head = svm(embed_task(subject, task)).head
+    scores = corruption_scores(subject, head, task.test, names=("noise", "jpeg"), severities=(1, 5))
+    assert scores["clean"] == 1.0
+    by = scores["by_corruption"]
+    assert by["noise"]["5"]["accuracy"] < scores["clean"]
+    for name in ("noise", "jpeg"):
+        assert 0 < by[name]["1"]["drift"] < by[name]["5"]["drift"] < 1
+    accuracies = [entry["accuracy"] for kind in by.values() for entry in kind.values()]
+    assert scores["corrupted"] == pytest.approx(np.mean(accuracies))
+    assert scores["kept"] == pytest.approx(scores["corrupted"] / scores["clean"])
+
+
+@pytest.mark.parametrize("name", list(CORRUPTIONS))
+def test_worse_severities_are_further_from_the_image(name: str, example_files: list[Path]) -> None:
+    with Image.open(example_files[0]) as image:
+        square = np.asarray(image.convert("RGB").resize((64, 64)))
+    moved = [np.abs(corrupt(square, name, severity).astype(int) - square).mean() for severity in SEVERITIES]
+    assert 0 < moved[0] < moved[2] < moved[4]
+    np.testing.assert_array_equal(corrupt(square, name, 3, seed=5), corrupt(square, name, 3, seed=5))
+
+
+def test_fine_tuning_is_drawn(model: Path, dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+    done = robustfeat(
+        "evaluate", model, "--task", f"clothes={dataset}", "--finetune", "--epochs", 2, "--batch-size", 10, "--plot",
+        tmp_path / "curves.png", "--out", tmp_path / "r.json", "--quiet", "--no-few-shot",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "r.json").read_text())
+    errors = result["finetuned"]["test_error"]
+    assert len(errors) == 2
+    assert f"| {100 * (1 - errors[-1]):.2f} |" in done.stdout
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 500
 
 
 def test_rows_are_drawn_the_same_way_each_time(dataset: Path) -> None:

@@ -1,0 +1,91 @@
+"""Accuracy on moved images and by concept, and fine-tuning: each against a loop of its own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from robustfeat.errors import InputError, TrainingError
+from robustfeat.hub.preprocessing import preprocess
+from robustfeat.training.checkpoint import load_checkpoint
+from robustfeat.training.data import ImageSet, open_training_data
+from robustfeat.training.evaluation.finetuning import finetune
+from robustfeat.training.evaluation.robustness import accuracy_by_step, class_accuracy
+from robustfeat.training.evaluation.subject import network_of
+from robustfeat.training.evaluation.tasks import Task
+from robustfeat.training.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images(dataset: Path) -> ImageSet:
+    return open_training_data(dataset)[0]
+
+
+@pytest.fixture(scope="module")
+def network(finished_run: Path) -> nn.Module:
+    return network_of(load_checkpoint(finished_run))
+
+
+@pytest.fixture(scope="module")
+def contract(finished_run: Path):
+    return Recipe.from_dict(load_checkpoint(finished_run).recipe).preprocessing()
+
+
+def logits(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network(x)
+
+
+def test_accuracy_by_step_is_that_of_a_plain_loop(images: ImageSet, network: nn.Module, contract) -> None:
+    """Image by image, with the gradient of autograd; 32 px, so a step of 7 at 224 px has length 1."""
+    right = np.zeros(2)
+    for row in range(len(images)):
+        label = torch.tensor([int(images.labels[row])])
+        x = torch.from_numpy(preprocess([images.image(row)], contract)).requires_grad_()
+        functional.cross_entropy(network(x), label).backward()
+        moved = x + x.grad / x.grad.norm()
+        right += [int(logits(network, seen).argmax()) == int(label) for seen in (x, moved)]
+    network.zero_grad()
+    shares = accuracy_by_step(network, contract, images, [0.0, 7.0], CPU)
+    np.testing.assert_allclose(shares, right / len(images), atol=1.5 / len(images))  # a tie may turn
+    assert shares[1] < shares[0]
+
+
+def test_class_accuracy_is_that_of_a_plain_loop(images: ImageSet, network: nn.Module, contract) -> None:
+    groups = np.arange(10) % 3
+    x = torch.from_numpy(preprocess([images.image(row) for row in range(len(images))], contract))
+    hits = logits(network, x).argmax(1).numpy() == images.labels
+    expected = [hits[groups[images.labels] == group].mean() for group in range(3)]
+    found = class_accuracy(network, contract, images, groups, 4, CPU)
+    np.testing.assert_allclose(found[:3], expected, atol=1.5 / 9)
+    assert np.isnan(found[3])
+
+
+def test_fine_tuning_learns_repeats_and_leaves_the_network_alone(
+    images: ImageSet, network: nn.Module, contract
+) -> None:
+    task = Task("clothes", images, images)  # what it was trained on: whether it learns, not how it generalises
+    features = nn.Sequential(*list(network.children())[:-1], nn.Flatten())
+    before = {name: value.clone() for name, value in features.state_dict().items()}
+    settings = {"epochs": 6, "milestone": 4, "batch_size": 10, "lr": 0.05, "min_crop_area": 1.0}
+    errors = finetune(features, 512, contract, task, **settings)
+    assert len(errors) == 6
+    assert errors[-1] < 0.6  # 0.9 by chance
+    assert errors == finetune(features, 512, contract, task, **settings)
+    assert errors != finetune(features, 512, contract, task, **settings, seed=1)
+    for name, value in features.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_fine_tuning_says_what_it_cannot_do(images: ImageSet, network: nn.Module, contract) -> None:
+    task = Task("clothes", images, images)
+    features = nn.Sequential(*list(network.children())[:-1], nn.Flatten())
+    with pytest.raises(InputError, match="30 training images, fewer than one batch of 128"):
+        finetune(features, 512, contract, task, epochs=1)
+    with pytest.raises(TrainingError, match=r"diverged in epoch \d+; try a smaller lr"):
+        finetune(features, 512, contract, task, epochs=6, batch_size=10, lr=1e30)
