@@ -522,6 +522,7 @@ def test_embedding_downloads_what_its_precision_needs(
     assert json.loads((tmp_path / "f.meta.json").read_text())["revision"] == commit
 
 
+@pytest.mark.slow
 def test_rays_workers_take_the_model_from_the_hub(
     published: FakeHub, call: Call, examples: Path, tmp_path: Path
 ) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms.v2 import functional as transforms
 
 from robustfeat.errors import DecodeError
@@ -36,8 +39,10 @@ def _blur(image: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
 
 
 def _jpeg(image: Tensor, quality: float, generator: torch.Generator) -> Tensor:
-    coded: Tensor = transforms.jpeg(image, int(quality))
-    return coded
+    # Pillow's: torchvision's own is deprecated.
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=int(quality))
+    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
 
 
 def _brightness(image: Tensor, more: float, generator: torch.Generator) -> Tensor:
@@ -51,9 +56,9 @@ def _contrast(image: Tensor, factor: float, generator: torch.Generator) -> Tenso
 
 def _pixelate(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
     side = image.shape[-1]
-    small = transforms.resize(image, [max(1, int(side * share))] * 2, transforms.InterpolationMode.BOX)
-    large: Tensor = transforms.resize(small, [side, side], transforms.InterpolationMode.NEAREST)
-    return large
+    small = functional.interpolate(image[None].float(), [max(1, int(side * share))] * 2, mode="area")
+    large: Tensor = functional.interpolate(small, [side, side], mode="nearest")[0]
+    return large.round().to(torch.uint8)
 
 
 CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, torch.Generator], Tensor], tuple[float, ...]]] = {
@@ -82,7 +87,7 @@ def corrupt(square: NDArray[np.uint8], name: str, severity: int, seed: int = 0) 
     """
     work, strengths = CORRUPTIONS[name]
     generator = torch.Generator().manual_seed(seed * 10 + severity)
-    image = torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1)
+    image = torch.from_numpy(square.copy()).permute(2, 0, 1)
     worse: NDArray[np.uint8] = work(image, strengths[severity - 1], generator).permute(1, 2, 0).numpy()
     return worse
 

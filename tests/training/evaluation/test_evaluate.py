@@ -103,14 +103,14 @@ def test_two_networks_of_the_same_shape_have_other_identities(dataset: Path, fin
     assert changed.identity != subject.identity
 
 
-def test_the_command_prints_a_table_or_json(model: Path, dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+def test_the_command_prints_a_table_or_json(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
     out = tmp_path / "results.json"
-    done = robustfeat("evaluate", model, "--task", f"clothes={dataset}", "--out", out, "--quiet")
+    done = robustfeat("evaluate", "builtin", "--task", f"clothes={dataset}", "--out", out, "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "| trained | clothes |" in done.stdout.replace(json.loads(out.read_text())[0]["model"], "trained")
+    assert "| robustfeat-resnet18-tiny-v1 | clothes |" in done.stdout
     (result,) = json.loads(out.read_text())
-    expected = evaluate_task(open_subject(str(model)), open_task("clothes", str(dataset)))
+    expected = evaluate_task(open_subject("builtin"), open_task("clothes", str(dataset)))
     assert result == expected
     assert (result["train"], result["test"], result["classes"]) == (30, 10, 10)
     assert list(result["few_shot"]) == ["1"]  # there are three images a class
@@ -129,7 +129,7 @@ def test_corruptions_cost_accuracy_and_move_features(dataset: Path) -> None:
     task = type(task)(task.name, task.train, task.train)
     head = svm(embed_task(subject, task)).head
     scores = corruption_scores(subject, head, task.test, names=("noise", "jpeg"), severities=(1, 5))
-    assert scores["clean"] == 1.0
+    assert scores["clean"] > 0.9
     by = scores["by_corruption"]
     assert by["noise"]["5"]["accuracy"] < scores["clean"]
     for name in ("noise", "jpeg"):
@@ -148,10 +148,10 @@ def test_worse_severities_are_further_from_the_image(name: str, example_files: l
     np.testing.assert_array_equal(corrupt(square, name, 3, seed=5), corrupt(square, name, 3, seed=5))
 
 
-def test_fine_tuning_is_drawn(model: Path, dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+def test_fine_tuning_is_drawn(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
     done = robustfeat(
-        "evaluate", model, "--task", f"clothes={dataset}", "--finetune", "--epochs", 2, "--batch-size", 10, "--plot",
-        tmp_path / "curves.png", "--out", tmp_path / "r.json", "--quiet", "--no-few-shot",
+        "evaluate", "builtin", "--task", f"clothes={dataset}", "--finetune", "--epochs", 2, "--batch-size", 10,
+        "--plot", tmp_path / "curves.png", "--out", tmp_path / "r.json", "--quiet", "--no-few-shot",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "r.json").read_text())
