@@ -14,7 +14,7 @@ from robustfeat.files import new_file
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.recipe import Recipe
 
-__all__ = ["CHECKPOINT_NAME", "Checkpoint", "load_checkpoint", "require_same_run", "save_checkpoint"]
+__all__ = ["CHECKPOINT_NAME", "Checkpoint", "changed_key", "load_checkpoint", "require_same_run", "save_checkpoint"]
 
 CHECKPOINT_NAME = "checkpoint.pt"
 _FORMAT_VERSION = 1
@@ -89,6 +89,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(**state)
 
 
+def changed_key(saved: Checkpoint, recipe: Recipe) -> tuple[str, Any, Any] | None:
+    """The first key in which a run's recipe is another than this one: its name, then and now."""
+    # Through a recipe: a key that is newer than the checkpoint has its default there.
+    then, now = Recipe.from_dict(saved.recipe).to_dict(), recipe.to_dict()
+    # A file of concepts may have moved: what it says is compared apart.
+    changed = (name for name in now if then[name] != now[name] and name != "concepts")
+    return next(((name, then[name], now[name]) for name in changed), None)
+
+
 def require_same_run(
     saved: Checkpoint, run: Path, recipe: Recipe, data: Mapping[str, Any], concepts: ConceptMap
 ) -> None:
@@ -97,14 +106,10 @@ def require_same_run(
     Raises:
         CheckpointError: naming the first difference.
     """
-    # Through a recipe: a key that is newer than the checkpoint has its default there.
-    then, now = Recipe.from_dict(saved.recipe).to_dict(), recipe.to_dict()
-    # A file of concepts may have moved: what it says is compared below.
-    changed = [name for name in now if then[name] != now[name] and name != "concepts"]
-    if changed:
-        name = changed[0]
+    if change := changed_key(saved, recipe):
+        name, then, now = change
         raise CheckpointError(
-            f"{run}: was trained with {name} = {then[name]}, now it is {now[name]}; "
+            f"{run}: was trained with {name} = {then}, now it is {now}; "
             "resume with the same options or choose another --out"
         )
     same_concepts = saved.concept_of_class == concepts.of_class.tolist() and saved.concepts == list(concepts.names)

@@ -32,6 +32,7 @@ from robustfeat.training.data import (
     EpochPlan,
     EvaluationBatches,
     TrainingBatches,
+    are_class_folders,
     build_cache,
     cached_batches,
     is_hub_dataset,
@@ -185,8 +186,7 @@ class _Trainer:
         self.train_set, self.validation_set = open_training_data(
             self.data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts, stream=stream
         )
-        root = None if is_hub_dataset(self.data) else Path(self.data)
-        if root and root.resolve() in self.out.resolve().parents and not (root / "train").is_dir():
+        if Path(self.data).resolve() in self.out.resolve().parents and are_class_folders(self.data):
             raise InputError(
                 f"--out {self.out}: lies in DATA, where it would be taken for a class; choose another folder"
             )

@@ -12,9 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from robustfeat.errors import DataError, DecodeError
+from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.data import EpochPlan, EvaluationBatches, TrainingBatches, load_batches, open_training_data
+from robustfeat.training.data import (
+    EpochPlan,
+    EvaluationBatches,
+    TrainingBatches,
+    are_class_folders,
+    load_batches,
+    open_training_data,
+)
+from robustfeat.training.recipe import Recipe
+from robustfeat.training.trainer import train as train_run
 
 
 def jpeg(value: int) -> bytes:
@@ -118,6 +127,16 @@ def test_class_folders_may_be_the_data_themselves(dataset: Path, tmp_path: Path)
     shutil.copytree(dataset / "train" / "hat", tmp_path / "photos" / "hat")  # a folder of photographs is no data set
     with pytest.raises(DataError, match="holds neither class folders"):
         open_training_data(tmp_path / "photos")
+
+
+def test_a_run_may_not_lie_among_the_classes(dataset: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(dataset / "train", photos)
+    recipe = Recipe(concepts="classes", batch_size=6, image_sizes=((0, 32),), validation_size=32, epochs=1)
+    with pytest.raises(InputError, match="lies in DATA, where it would be taken for a class"):
+        train_run(photos, recipe, photos / "run", workers=0, quiet=True)
+    assert not (photos / "run").exists()
+    assert not are_class_folders(dataset)
 
 
 def test_a_class_that_training_lacks_is_named(dataset: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from robustfeat.training.data.row_groups import LocalParquet, ParquetPart
 from robustfeat.training.data.split_files import VALIDATION_NAMES, SplitFiles, find_split_files
 from robustfeat.training.data.tar_shards import CLASSES_NAME, read_class_names, read_shards
 
-__all__ = ["open_splits", "open_training_data"]
+__all__ = ["are_class_folders", "open_splits", "open_training_data"]
 
 
 def open_training_data(
@@ -48,6 +48,13 @@ def open_training_data(
             )
         validation, train = train.subset(np.sort(order[:size])), train.subset(np.sort(order[size:]))
     return train, validation
+
+
+def are_class_folders(root: str | Path) -> bool:
+    """Whether DATA is a folder of class folders itself, without train/."""
+    if is_hub_dataset(root) or (Path(root) / "train").is_dir() or any(Path(root).glob("train-*")):
+        return False
+    return holds_class_folders(Path(root))
 
 
 def open_splits(

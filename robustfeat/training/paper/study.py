@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import CheckpointError, DataError, InputError
 from robustfeat.progress import Progress
-from robustfeat.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
+from robustfeat.training.checkpoint import CHECKPOINT_NAME, changed_key, load_checkpoint
 from robustfeat.training.concepts import assign_concepts, load_concepts
 from robustfeat.training.data import ImageSet, open_splits, open_training_data
 from robustfeat.training.evaluation.probes import held_out_score, svm
@@ -195,12 +195,11 @@ class Study:
         resume = (folder / CHECKPOINT_NAME).exists()
         if resume:
             saved = load_checkpoint(folder)
-            then, now = Recipe.from_dict(saved.recipe).to_dict(), recipe.to_dict()
-            changed = [key for key in now if now[key] != then[key]]
-            if changed:
+            if change := changed_key(saved, recipe):
+                name, then, now = change
                 raise CheckpointError(
-                    f"{folder}: was trained with {changed[0]} = {then[changed[0]]}, this report needs "
-                    f"{now[changed[0]]}; move it away, or choose another --out"
+                    f"{folder}: was trained with {name} = {then}, this report needs {now}; move it away, or choose "
+                    "another --out"
                 )
             if saved.data["fingerprint"] != self._benchmark_of(stage, recipe)[0]:
                 raise CheckpointError(
@@ -238,7 +237,8 @@ class Study:
 
         def compute() -> dict[str, Any]:
             subject = open_subject(str(self.run(name, recipe)), device=self.machine.device)
-            found = svm(embed_task(subject, task, cache=self._features, quiet=self.machine.quiet))
+            features = embed_task(subject, task, cache=self._features, quiet=self.machine.quiet)
+            found = svm(features, threads=self.machine.threads, quiet=self.machine.quiet)
             return {**found.to_dict(), "right": pack(found.right), "run": name}
 
         inputs = {**self.inputs(self.stage, recipe), "task": self.identity(task)}
@@ -295,7 +295,7 @@ class Study:
         def compute() -> dict[str, Any]:
             subject = open_subject(str(self.run(name, recipe)), device=self.machine.device)
             x = embed_images(subject, task.train, cache=self._features, label=f"{name}: {target}", quiet=True)
-            found = held_out_score(x, task.train.labels)
+            found = held_out_score(x, task.train.labels, threads=self.machine.threads)
             if math.isnan(found["held_out"]):
                 raise DataError(f"{target}: one image a class leaves none to choose tau and lambda by; give it more")
             return found
