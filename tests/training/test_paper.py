@@ -84,22 +84,27 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     command += ["--threads", 1, "--workers", 0, "--device", "cpu"]
     done = robustfeat(*command)
     assert done.returncode == 0, done.stderr
-    for name in ("table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5"):
-        kinds = ("csv", "md", "png", "svg") if name.startswith("fig") else ("csv", "md")
+    names = ["table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5"]
+    for name in (*names, "selection", "opinions", "corruptions"):
+        kinds = ("csv", "md", "png", "svg") if name.startswith(("fig", "corr")) else ("csv", "md")
         assert all((out / f"{name}.{kind}").stat().st_size > 50 for kind in kinds), name
     page = (out / "index.html").read_text()
-    assert page.count("<section") == 8
-    assert page.count("<svg") == 4
+    assert page.count("<section") == 11
+    assert page.count("<svg") == 5
     assert not re.search(r'(src|href)="(?!#)', page)  # nothing is fetched from elsewhere
     table = rows(out / "table2.csv")
     assert [row["method"] for row in table] == ["ERM", "EL", "CL", "HRRL"]
     assert all(row["verdict"] in {"holds", "fails", "undecided"} for row in table[1:])
     # A cell says what the evaluation of that run says.
-    cell = json.loads((out / "cells" / "cifar10-main-hrrl-s1.json").read_text())
+    cell = json.loads((out / "cells" / "svm-cifar10-main-hrrl-s1.json").read_text())
     quick = SCALES["quick"]().targets["cifar10"]
     task = open_task("cifar10", str(target), train_rows=quick.train_rows, test_rows=quick.test_rows)
     score = svm(embed_task(open_subject(str(out / "runs" / "main-hrrl-s1")), task))
     assert cell["values"]["accuracy"] == score.accuracy
+    # Every seed is through before the next begins, so that a report that is stopped has compared something.
+    first, second = ([file.stat().st_mtime for file in out.glob(f"cells/svm-*-s{seed}.json")] for seed in (0, 1))
+    assert len(first) == len(second) == 12
+    assert max(first) < min(second)
     # Given again, nothing is computed: neither runs nor features are needed any more.
     (out / "runs").rename(tmp_path / "runs")
     (out / "features.db").unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from robustfeat.serving.heads.head import Head
 from robustfeat.training.data import ImageSet
 from robustfeat.training.evaluation.subject import Subject
 
-__all__ = ["CORRUPTIONS", "SEVERITIES", "corrupt", "corruption_scores"]
+__all__ = ["CORRUPTIONS", "SEVERITIES", "Corrupted", "classify_corrupted", "corrupt"]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -92,7 +93,45 @@ def corrupt(square: NDArray[np.uint8], name: str, severity: int, seed: int = 0) 
     return worse
 
 
-def corruption_scores(
+@dataclass(frozen=True, eq=False)
+class Corrupted:
+    """What corruptions did to m test images.
+
+    Attributes:
+        kinds: names and severities, in the order of the rows below.
+        clean: (m,) bool, which images are told as they are.
+        right: (kinds, m) bool, which are told when corrupted.
+        drift: (kinds, m) float32, 1 - cosine between an image's features before and after.
+    """
+
+    kinds: tuple[tuple[str, int], ...]
+    clean: NDArray[np.bool_]
+    right: NDArray[np.bool_]
+    drift: NDArray[np.float32]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON.
+
+        `clean`: accuracy; `corrupted`: its mean over all kinds; `kept`: corrupted / clean; `drift`: its mean;
+        `by_corruption`: accuracy and drift by name and severity.
+        """
+        clean, corrupted = float(self.clean.mean()), float(self.right.mean())
+        by_corruption: dict[str, dict[str, Any]] = {}
+        for place, (name, severity) in enumerate(self.kinds):
+            by_corruption.setdefault(name, {})[str(severity)] = {
+                "accuracy": float(self.right[place].mean()),
+                "drift": float(self.drift[place].mean(dtype=np.float64)),
+            }
+        return {
+            "clean": clean,
+            "corrupted": corrupted,
+            "kept": corrupted / clean if clean else 0.0,
+            "drift": float(self.drift.mean(dtype=np.float64)),
+            "by_corruption": by_corruption,
+        }
+
+
+def classify_corrupted(
     subject: Subject,
     head: Head,
     images: ImageSet,
@@ -100,8 +139,8 @@ def corruption_scores(
     names: Sequence[str] = tuple(CORRUPTIONS),
     severities: Sequence[int] = SEVERITIES,
     quiet: bool = True,
-) -> dict[str, Any]:
-    """Accuracy on corrupted test images of a head that was fitted on clean ones, and the drift of the features.
+) -> Corrupted:
+    """Asks a head that was fitted on clean images about corrupted ones.
 
     Args:
         subject: the model.
@@ -110,43 +149,28 @@ def corruption_scores(
         names, severities: what is tried.
         quiet: no progress.
 
-    Returns:
-        `clean` accuracy; `corrupted`, the mean accuracy over all kinds and severities; `kept`, corrupted / clean;
-        `drift`, the mean of 1 - cosine between an image's features before and after; `by_corruption`: accuracy and
-        drift by kind and severity.
-
     Raises:
         DecodeError: naming an image that cannot be read.
     """
-    kinds = [(name, severity) for name in names for severity in severities]
-    right, drift = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0.0)
-    clean_right = 0
+    kinds = tuple((name, severity) for name in names for severity in severities)
+    clean = np.empty(len(images), np.bool_)
+    right = np.empty((len(kinds), len(images)), np.bool_)
+    drift = np.empty((len(kinds), len(images)), np.float32)
     progress = Progress(f"{subject.name}: corruptions", len(images), quiet=quiet)
     for start in range(0, len(images), subject.batch_size):
         rows = range(start, min(start + subject.batch_size, len(images)))
+        here = slice(rows.start, rows.stop)
         squares = np.stack([_square(subject, images, row) for row in rows])
-        labels = images.labels[rows.start : rows.stop]
-        clean = subject.embed_prepared(squares)
-        clean_right += int((head.predict(clean) == labels).sum())
-        for kind in kinds:
+        before = subject.embed_prepared(squares)
+        clean[here] = head.predict(before) == images.labels[here]
+        for place, kind in enumerate(kinds):
             worse = np.stack([corrupt(square, *kind, seed=row) for row, square in zip(rows, squares, strict=True)])
-            features = subject.embed_prepared(worse)
-            right[kind] += int((head.predict(features) == labels).sum())
-            drift[kind] += float((1 - cosine(features, clean)).sum())
+            after = subject.embed_prepared(worse)
+            right[place, here] = head.predict(after) == images.labels[here]
+            drift[place, here] = 1 - cosine(after, before)
         progress.advance(len(rows))
     progress.finish()
-    count, accuracy = len(images), {kind: hits / len(images) for kind, hits in right.items()}
-    corrupted = float(np.mean(list(accuracy.values())))
-    return {
-        "clean": clean_right / count,
-        "corrupted": corrupted,
-        "kept": corrupted * count / clean_right if clean_right else 0.0,
-        "drift": float(np.mean(list(drift.values()))) / count,
-        "by_corruption": {
-            name: {str(s): {"accuracy": accuracy[name, s], "drift": drift[name, s] / count} for s in severities}
-            for name in names
-        },
-    }
+    return Corrupted(kinds, clean, right, drift)
 
 
 def _square(subject: Subject, images: ImageSet, row: int) -> NDArray[np.uint8]:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from robustfeat.files import new_file
-from robustfeat.training.evaluation.corruptions import corruption_scores
+from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm
 from robustfeat.training.evaluation.subject import NetworkSubject, Subject
-from robustfeat.training.evaluation.tasks import Task, embed_task
+from robustfeat.training.evaluation.tasks import Task, TaskFeatures, embed_task
 
-__all__ = ["draw_finetuning", "evaluate_task", "evaluation_table"]
+__all__ = ["draw_finetuning", "evaluate_task", "evaluation_table", "second_opinions"]
 
 
 def evaluate_task(
@@ -37,7 +37,7 @@ def evaluate_task(
         cache: a file that keeps features (see `embed_images`).
         with_few_shot: also the curve of few images a class.
         with_libsvm: also LIBSVM's one-against-one SVM on at most 5,000 training rows.
-        with_corruptions: also the SVM's accuracy on corrupted test images (see `corruption_scores`).
+        with_corruptions: also the SVM's accuracy on corrupted test images (see `classify_corrupted`).
         finetuned: the same model in PyTorch: also fine-tuned.
         finetuning: options of `finetune`.
         threads: processors; by default what the cgroup grants.
@@ -55,16 +55,10 @@ def evaluate_task(
         "train": len(features.x),
         "test": len(features.x_test),
         "svm": chosen.to_dict(),
-        "naive_bayes": naive_bayes(features).to_dict(),
-        "neighbours": nearest_neighbours(features).to_dict(),
+        **second_opinions(features, chosen.details, with_few_shot=with_few_shot, with_libsvm=with_libsvm),
     }
-    if with_few_shot:
-        result["few_shot"] = {str(count): scores for count, scores in few_shot(features).items()}
-    if with_libsvm:
-        both = libsvm(features, chosen.details["C"], chosen.details["scaling"])
-        result["libsvm"] = {name: score.to_dict() for name, score in both.items()}
     if with_corruptions and chosen.head is not None:
-        result["corruptions"] = corruption_scores(subject, chosen.head, task.test, quiet=quiet)
+        result["corruptions"] = classify_corrupted(subject, chosen.head, task.test, quiet=quiet).to_dict()
     if finetuned is not None:
         settings = dict(finetuning or {})
         errors = finetune(
@@ -73,6 +67,28 @@ def evaluate_task(
         )  # fmt: skip
         result["finetuned"] = {**settings, "accuracy": 1 - errors[-1], "test_error": errors}
     return result
+
+
+def second_opinions(
+    features: TaskFeatures, svm_choice: Mapping[str, Any], *, with_few_shot: bool = True, with_libsvm: bool = False
+) -> dict[str, Any]:
+    """The probes beside the SVM, a block of plain data each.
+
+    Args:
+        features: of one model and task.
+        svm_choice: `C` and `scaling` of the SVM, which LIBSVM takes over.
+        with_few_shot, with_libsvm: see `evaluate_task`.
+    """
+    blocks: dict[str, Any] = {
+        "naive_bayes": naive_bayes(features).to_dict(),
+        "neighbours": nearest_neighbours(features).to_dict(),
+    }
+    if with_few_shot:
+        blocks["few_shot"] = {str(count): scores for count, scores in few_shot(features).items()}
+    if with_libsvm:
+        both = libsvm(features, svm_choice["C"], svm_choice["scaling"])
+        blocks["libsvm"] = {name: score.to_dict() for name, score in both.items()}
+    return blocks
 
 
 def draw_finetuning(results: Sequence[Mapping[str, Any]], file: Path) -> None:

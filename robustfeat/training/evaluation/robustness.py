@@ -15,7 +15,7 @@ from robustfeat.training.data import EvaluationBatches, ImageSet, load_batches
 from robustfeat.training.hrrl import input_gradient, step_along
 from robustfeat.training.objective import TAU_REFERENCE_PX
 
-__all__ = ["accuracy_by_step", "class_accuracy"]
+__all__ = ["accuracy_by_step", "class_hits"]
 
 _BATCH = 256
 
@@ -53,25 +53,16 @@ def accuracy_by_step(
     return [int(count) / len(images) for count in right]
 
 
-def class_accuracy(
-    network: nn.Module,
-    contract: Preprocessing,
-    images: ImageSet,
-    group_of_class: NDArray[np.int64],
-    groups: int,
-    device: torch.device,
-) -> NDArray[np.float64]:
-    """(groups,) accuracy of the images of each group of classes; NaN for groups without images.
+def class_hits(
+    network: nn.Module, contract: Preprocessing, images: ImageSet, device: torch.device
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each class how many of its images are told, and how many there are: (classes,) both.
 
-    Source: Section 4.5 and Figure 5, with concepts as groups.
+    Source: Section 4.5 and Figure 5, which sums them up by concept.
     """
-    right, count = np.zeros(groups), np.zeros(groups)
+    right = np.zeros(len(images.classes), np.int64)
     for x, labels in _batches(images, contract, device):
         with torch.no_grad():
-            hits = (network(x).argmax(1) == labels).cpu().numpy()
-        group = group_of_class[labels.cpu().numpy()]
-        np.add.at(right, group, hits)
-        np.add.at(count, group, 1)
-    with np.errstate(invalid="ignore"):
-        shares: NDArray[np.float64] = right / count
-    return shares
+            hits = network(x).argmax(1) == labels
+        np.add.at(right, labels[hits].cpu().numpy(), 1)
+    return right, np.bincount(images.labels, minlength=len(right))

@@ -95,10 +95,7 @@ def open_task(
     train, test = open_training_data(place, val_fraction=val_fraction, seed=seed)
     parts = []
     for split, images, limit in (("training", train, train_rows), ("test", test, test_rows)):
-        rows = np.arange(len(images))
-        if limit is not None and limit < len(images):
-            rows = np.random.default_rng(seed).permutation(len(images))[:limit]
-        part = images if len(rows) == len(images) else images.subset(np.sort(rows))
+        part = draw_images(images, limit, seed)
         if not len(part):
             raise DataError(f"--task {name}={place}: no {split} images; a task needs some of both splits")
         parts.append(part)
@@ -109,6 +106,13 @@ def open_task(
             f"{train.classes[int(found[0])]!r}; a task needs two"
         )
     return Task(name, parts[0], parts[1])
+
+
+def draw_images(images: ImageSet, limit: int | None, seed: int = 0) -> ImageSet:
+    """At most `limit` of the images, in their order; all of them by default."""
+    if limit is None or limit >= len(images):
+        return images
+    return images.subset(np.sort(np.random.default_rng(seed).permutation(len(images))[:limit]))
 
 
 def embed_images(

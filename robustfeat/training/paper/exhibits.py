@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,11 +13,14 @@ from torch import nn
 
 from robustfeat.training.checkpoint import load_checkpoint
 from robustfeat.training.concepts import load_concepts
+from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from robustfeat.training.evaluation.finetuning import finetune
-from robustfeat.training.evaluation.robustness import accuracy_by_step, class_accuracy
+from robustfeat.training.evaluation.probes import FEW_SHOTS
+from robustfeat.training.evaluation.robustness import accuracy_by_step, class_hits
 from robustfeat.training.evaluation.subject import network_of
+from robustfeat.training.evaluation.tasks import draw_images
 from robustfeat.training.paper.cells import unpack
-from robustfeat.training.paper.scale import CONTROLS, METHODS, PAPER_NUMBERS, TABLES
+from robustfeat.training.paper.scale import CORRUPTED, PAPER_NUMBERS, TABLES
 from robustfeat.training.paper.statistics import Comparison, compare
 from robustfeat.training.paper.study import Study
 from robustfeat.training.recipe import Recipe
@@ -33,6 +36,8 @@ _FIGURE2_PEAKS = {100: 755, 150: 1534, 200: 2550, 300: 5253}
 
 _TITLES = {"erm": "ERM", "el": "EL", "cl": "CL", "hrrl": "HRRL", "erm-long": "ERM for HRRL's time",
            "random": "random directions", "balanced": "class-balanced ERM", "groupdro": "GroupDRO"}  # fmt: skip
+
+_CORRUPTIONS = len(CORRUPTIONS) * len(SEVERITIES)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def _figure2(study: Study) -> Exhibit:
 
 def _accuracies(study: Study, table: str) -> Exhibit:
     target = TABLES[table]
-    cells = study.scores(METHODS + (CONTROLS if study.controls else ()), target)
+    cells = {name: [study.score(name, seed, target) for seed in study.scale.seeds] for name in study.methods}
     answers = {method: [unpack(cell["right"]) for cell in found] for method, found in cells.items()}
     paper = PAPER_NUMBERS[target]
     rows = []
@@ -97,7 +102,7 @@ def _accuracies(study: Study, table: str) -> Exhibit:
         row = {
             "method": _TITLES[method],
             "paper": f"{paper[method][0]:.2f} ± {paper[method][1]:.2f}" if method in paper else "",
-            "here": f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}",
+            "here": _spread(values),
             "seeds": len(values),
             "paper, minus ERM": f"{paper[method][0] - paper['erm'][0]:+.2f}" if method in paper else "",
         }
@@ -122,6 +127,12 @@ def _biased(study: Study) -> tuple[str, str]:
     return ("-biased", ", with ImageNet's shares of concepts") if study.biased else ("", "")
 
 
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and deviation over seeds."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+
+
 def _compared(result: Comparison | None) -> dict[str, str]:
     def interval(ends: tuple[float, float] | None) -> str:
         return "" if ends is None else f"{100 * ends[0]:+.2f} to {100 * ends[1]:+.2f}"
@@ -141,18 +152,14 @@ def _network(study: Study, name: str, recipe: Recipe) -> nn.Module:
 
 
 def _figure3(study: Study) -> Exhibit:
-    tau, lam = study.chosen
-    scale, seed = study.scale, study.scale.seeds[0]
+    scale = study.scale
     rows, panels = [], []
     for target in scale.targets:
         task = study.task(target)
-        if scale.finetune_rows is not None and scale.finetune_rows < len(task.train):
-            rows_used = np.sort(np.random.default_rng(0).permutation(len(task.train))[: scale.finetune_rows])
-            task = type(task)(task.name, task.train.subset(rows_used), task.test)
+        task = dataclasses.replace(task, train=draw_images(task.train, scale.finetune_rows))
         curves = []
         for method in ("erm", "hrrl"):
-            recipe = study.recipe(study.stage, method, seed, tau, lam)
-            name = f"{study.stage}-{method}-s{seed}"
+            name, recipe = study.main_run(method, scale.seeds[0])
             settings: dict[str, Any] = {"epochs": scale.finetune_epochs, "milestone": scale.finetune_milestone}
             settings["batch_size"] = min(128, len(task.train))
 
@@ -219,25 +226,29 @@ def _figure5(study: Study) -> Exhibit:
 
         def compute(name: str = name, recipe: Recipe = recipe) -> dict[str, Any]:
             checkpoint = load_checkpoint(study.run(name, recipe))
-            groups = np.array(checkpoint.concept_of_class)
-            # Classes without training images have no concept: a group of their own, which is left out.
-            seen = np.bincount(study.benchmark[0].labels, minlength=len(groups)) > 0
-            groups[~seen] = len(checkpoint.concepts)
-            found = class_accuracy(
-                network_of(checkpoint).to(study.device), recipe.preprocessing(), study.benchmark[1], groups,
-                len(checkpoint.concepts) + 1, study.device,
-            )  # fmt: skip
-            told = zip(checkpoint.concepts, found[:-1].tolist(), strict=True)
-            return {"accuracy": {concept: share for concept, share in told if not math.isnan(share)}}
+            trained, images = study.benchmark
+            network = network_of(checkpoint).to(study.device)
+            right, count = class_hits(network, recipe.preprocessing(), images, study.device)
+            # Classes without training images have no concept.
+            shown = (count > 0) & (np.bincount(trained.labels, minlength=len(count)) > 0)
+            of_class = np.array(checkpoint.concept_of_class)
+            by_concept = {}
+            for place, concept in enumerate(checkpoint.concepts):
+                if (own := shown & (of_class == place)).any():
+                    by_concept[concept] = right[own].sum() / count[own].sum()
+            by_class = {images.classes[place]: right[place] / count[place] for place in np.flatnonzero(shown)}
+            return {"accuracy": by_concept, "by_class": by_class}
 
-        by_concept = study.cells.get(f"concepts-{name}", study.validation_inputs("selection", recipe), compute)[
-            "accuracy"
-        ]
+        cell = study.cells.get(f"concepts-{name}", study.validation_inputs("selection", recipe), compute)
+        by_concept, by_class = cell["accuracy"], sorted(cell["by_class"].items(), key=lambda item: item[1])
         ordered = sorted(by_concept.items(), key=lambda item: item[1])
         low, high = ordered[0], ordered[-1]
         spread = 100 * float(np.std(list(by_concept.values())))
+        tenth = 100 * float(np.mean([share for _, share in by_class[: max(1, len(by_class) // 10)]]))
         rows.append({"model": label, "worst concept": f"{low[0]} {100 * low[1]:.2f}",
                      "best concept": f"{high[0]} {100 * high[1]:.2f}", "deviation over concepts": f"{spread:.2f}",
+                     "worst class": f"{by_class[0][0]} {100 * by_class[0][1]:.2f}",
+                     "worst tenth of classes": f"{tenth:.2f}",
                      **{concept: f"{100 * share:.2f}" for concept, share in sorted(by_concept.items())}})  # fmt: skip
         curves.append(Curve(label, [(place + 1, 100 * share) for place, (_, share) in enumerate(ordered)]))
     return Exhibit(
@@ -251,6 +262,83 @@ def _selection_title(study: Study) -> str:
     return study.scale.title if rows is None else f"{rows:,} images, {study.scale.selection.epochs} epochs, one seed"
 
 
+def _selection(study: Study) -> Exhibit:
+    chosen = dict(zip(("el", "cl"), study.chosen, strict=True))
+    shares: dict[tuple[str, float], dict[str, float]] = {}
+    for method, value, target, share in study.selection():
+        shares.setdefault((method, value), {})[study.scale.targets[target].title] = 100 * share
+    rows = [
+        {
+            "model": f"{_TITLES[method]}, {'tau' if method == 'el' else 'lambda'} {value:g}",
+            **{title: f"{share:.2f}" for title, share in found.items()},
+            "mean": f"{np.mean(list(found.values())):.2f}",
+            "chosen": "yes" if value == chosen[method] else "",
+        }
+        for (method, value), found in shares.items()
+    ]
+    return Exhibit(
+        "selection", f"Selection: SVM accuracy in % on held-out training images; {_selection_title(study)}", rows
+    )
+
+
+def _opinions(study: Study) -> Exhibit:
+    rows = []
+    for target in study.scale.targets:
+        for method in study.methods:
+            cells = [study.opinions(method, seed, target) for seed in study.scale.seeds]
+            balanced = [study.score(method, seed, target)["balanced_accuracy"] for seed in study.scale.seeds]
+            row = {"target": study.scale.targets[target].title, "method": _TITLES[method]}
+            row["SVM, balanced"] = _spread([100 * share for share in balanced])
+            for key, title in (("naive_bayes", "naive Bayes"), ("neighbours", "neighbours")):
+                row[title] = _spread([100 * cell[key]["accuracy"] for cell in cells])
+            for count in FEW_SHOTS:
+                few = [cell["few_shot"].get(str(count)) for cell in cells]
+                row[f"{count}-shot"] = _spread([100 * curve["accuracy"] for curve in few]) if all(few) else ""
+            both = cells[0]["libsvm"].values()
+            row["LIBSVM / LinearSVC"] = " / ".join(f"{100 * score['accuracy']:.2f}" for score in both)
+            rows.append(row)
+    suffix, biased = _biased(study)
+    return Exhibit(
+        f"opinions{suffix}", f"Second opinions, accuracy in %; pre-trained on {study.scale.title}{biased}", rows,
+        notes=["LIBSVM is one against one with the hinge loss, on at most 5,000 training rows, first seed."],
+    )  # fmt: skip
+
+
+def _corruptions(study: Study) -> Exhibit:
+    rows, panels, scale = [], [], study.scale
+    for target in scale.targets:
+        told, curves = {}, []
+        for method in CORRUPTED:
+            cells = [study.corrupted(method, seed, target) for seed in scale.seeds]
+            told[method] = [np.frombuffer(bytes.fromhex(cell["told"]), np.uint8) / _CORRUPTIONS for cell in cells]
+            row = {"target": scale.targets[target].title, "method": _TITLES[method]}
+            row |= {key: _spread([100 * cell[key] for cell in cells]) for key in ("clean", "corrupted")}
+            row |= {key: _spread([cell[key] for cell in cells], 4) for key in ("kept", "drift")}
+            against = None if method == "erm" else compare(told[method], told["erm"])
+            compared = _compared(against)
+            compared["corrupted, minus ERM"] = compared.pop("here, minus ERM")
+            rows.append({**row, **compared})
+            by_kind = [cell["by_corruption"].values() for cell in cells]
+            points = [(0.0, 100 * float(np.mean([cell["clean"] for cell in cells])))]
+            for severity in SEVERITIES:
+                shares = [kind[str(severity)]["accuracy"] for kinds in by_kind for kind in kinds]
+                points.append((severity, 100 * float(np.mean(shares))))
+            curves.append(Curve(_TITLES[method], points))
+        panels.append((scale.targets[target].title, "severity", "SVM accuracy in %", curves))
+    suffix, biased = _biased(study)
+    limit = "all" if scale.corrupted_rows is None else f"at most {scale.corrupted_rows:,}"
+    return Exhibit(
+        f"corruptions{suffix}",
+        f"Common corruptions: SVM accuracy in %; pre-trained on {scale.title}{biased}",
+        rows,
+        panels,
+        [
+            f"Of {limit} test images of each target. Kept: corrupted / clean. Drift: 1 - cosine of an image's features "
+            "before and after. docs/evaluation.md tells more."
+        ],
+    )
+
+
 EXHIBITS: dict[str, Callable[[Study], Exhibit]] = {
     "table1": _table1,
     **{table: partial(_accuracies, table=table) for table in TABLES},
@@ -258,5 +346,8 @@ EXHIBITS: dict[str, Callable[[Study], Exhibit]] = {
     "fig3": _figure3,
     "fig4": _figure4,
     "fig5": _figure5,
+    "selection": _selection,
+    "opinions": _opinions,
+    "corruptions": _corruptions,
 }
 """By name: called with a study."""

@@ -45,8 +45,8 @@ def write_exhibit(exhibit: Exhibit, folder: Path) -> list[Path]:
     return files
 
 
-def write_page(exhibits: Sequence[Exhibit], file: Path, title: str) -> None:
-    """All of them on one page; pictures are part of it."""
+def write_page(exhibits: Sequence[Exhibit], file: Path, title: str, remarks: Sequence[str] = ()) -> None:
+    """All of them on one page, below the remarks; pictures are part of it."""
     parts = []
     for exhibit in exhibits:
         keys = list(exhibit.rows[0])
@@ -64,9 +64,10 @@ def write_page(exhibits: Sequence[Exhibit], file: Path, title: str) -> None:
             f'<section id="{exhibit.name}"><h2>{html.escape(exhibit.title)}</h2>{picture}'
             f"<table>{''.join(lines)}</table>{notes}</section>"
         )
+    listed = f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in remarks)}</ul>" if remarks else ""
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{listed}{''.join(parts)}</html>\n"
     )
     with new_file(file) as partial:
         partial.write_text(page, "utf-8")

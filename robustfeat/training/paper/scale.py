@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from robustfeat.training.recipe import Recipe, load_recipe
 
-__all__ = ["METHODS", "PAPER_NUMBERS", "SCALES", "TABLES", "Scale", "Target"]
+__all__ = ["CONTROLS", "CORRUPTED", "METHODS", "PAPER_NUMBERS", "SCALES", "TABLES", "Scale", "Target"]
 
 METHODS = ("erm", "el", "cl", "hrrl")
 CONTROLS = ("erm-long", "random", "balanced", "groupdro")
+CORRUPTED = ("erm", "hrrl")
+"""Methods that are compared on corrupted images."""
 
 TABLES = {"table2": "cifar10", "table3": "sop", "table4": "svhn"}
 """Which target each of the paper's tables of accuracies is about."""
@@ -54,6 +56,7 @@ class Scale:
         biased_rows: of the benchmark with ImageNet's shares of concepts; None where it has them itself.
         finetune_epochs, finetune_milestone: of Figure 3; lr falls to a tenth at the latter.
         finetune_rows: training images of a target in Figure 3; None for all.
+        corrupted_rows: test images of a target that are corrupted; None for all.
         steps: lengths of the step in Figure 4, at 224 px.
     """
 
@@ -72,7 +75,26 @@ class Scale:
     finetune_epochs: int = 100
     finetune_milestone: int = 50
     finetune_rows: int | None = None
+    corrupted_rows: int | None = None
     steps: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+    def differences(self) -> list[str]:
+        """What is not as in the paper, a sentence each."""
+        if self.name == "paper":
+            return []
+        recipe, selection = self.recipe, self.selection
+        stand_ins = ", ".join(target.title for target in self.targets.values())
+        few = max(target.train_rows or 0 for target in self.targets.values())
+        share = (self.rows or 0) // recipe.batch_size * recipe.epochs / (1_281_167 // 256 * 90)
+        return [
+            f"Pre-trained on {self.rows:,} images, {recipe.validation_size} px, not on ImageNet's 1,281,167 at 224 px.",
+            f"Epochs: {recipe.epochs} instead of 90, which is {100 * share:.2f} % of the updates.",
+            f"Targets: {stand_ins}; at most {few:,} training images of each.",
+            f"tau and lambda were chosen from {len(self.taus)} and {len(self.lams)} values, with {selection.epochs} "
+            f"of these epochs, on {self.selection_rows:,} images.",
+            f"Figure 3 fine-tunes for {self.finetune_epochs} epochs on at most {self.finetune_rows:,} images, not for "
+            "100 on all. Figures 4 and 5 show the models that tau and lambda were chosen by.",
+        ]
 
 
 def _paper() -> Scale:
@@ -115,12 +137,13 @@ def _tiny() -> Scale:
         finetune_epochs=20,
         finetune_milestone=10,
         finetune_rows=2_000,
+        corrupted_rows=2_000,
     )
 
 
 def _quick() -> Scale:
     recipe = load_recipe("tiny-imagenet").replace(
-        method="erm", epochs=2, warmup_epochs=0.0, batch_size=16, image_sizes=((0, 24),), validation_size=24,
+        method="erm", epochs=1, warmup_epochs=0.0, batch_size=16, image_sizes=((0, 24),), validation_size=24,
         q_warmup_steps=5, cache_px=0, precision="fp32", lr=0.05,
     )  # fmt: skip
     return Scale(
@@ -128,8 +151,8 @@ def _quick() -> Scale:
         title="a check of the programs, with no meaning as a result",
         recipe=recipe,
         rows=160,
-        long_epochs=3,
-        selection=recipe.replace(epochs=1, seed=100),
+        long_epochs=2,
+        selection=recipe.replace(seed=100),
         selection_rows=64,
         taus=(0.35, 1.0),
         lams=(1.0, 10.0),
@@ -143,6 +166,7 @@ def _quick() -> Scale:
         finetune_epochs=2,
         finetune_milestone=1,
         finetune_rows=40,
+        corrupted_rows=10,
         steps=(0.0, 1.0),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,12 @@ class Comparison:
     mark: str
 
 
-def compare(right: Sequence[NDArray[np.bool_]], baseline: Sequence[NDArray[np.bool_]], *, seed: int = 0) -> Comparison:
+def compare(right: Sequence[NDArray[Any]], baseline: Sequence[NDArray[Any]], *, seed: int = 0) -> Comparison:
     """Compares.
 
     Args:
-        right, baseline: for each seed, in the same order, (m,) bool: which test images each method tells.
+        right, baseline: for each seed, in the same order, (m,) bool: which test images each method tells; or the share
+            of tries at which it tells them.
         seed: of the bootstrap.
     """
     from scipy.stats import t

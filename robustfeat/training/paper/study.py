@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +19,13 @@ from robustfeat.progress import Progress
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, changed_key, load_checkpoint
 from robustfeat.training.concepts import assign_concepts, load_concepts
 from robustfeat.training.data import ImageSet, open_splits, open_training_data
+from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.probes import held_out_score, svm
-from robustfeat.training.evaluation.subject import open_subject, torch_device
-from robustfeat.training.evaluation.tasks import Task, embed_images, embed_task, open_task
+from robustfeat.training.evaluation.report import second_opinions
+from robustfeat.training.evaluation.subject import Subject, open_subject, torch_device
+from robustfeat.training.evaluation.tasks import Task, TaskFeatures, draw_images, embed_images, embed_task, open_task
 from robustfeat.training.paper.cells import Cells, pack
-from robustfeat.training.paper.scale import TABLES, Scale
+from robustfeat.training.paper.scale import CONTROLS, CORRUPTED, METHODS, TABLES, Scale
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.trainer import train
@@ -89,12 +92,12 @@ class Study:
         """
         if self.biased and self.scale.biased_rows is None:
             raise InputError(f"--biased: at --scale {self.scale.name} the benchmark has ImageNet's shares itself")
-        needed = [TABLES[name] for name in exhibits if name in TABLES]
-        if needed or "fig3" in exhibits:
+        needed = {*TABLES, "fig3", "selection", "opinions", "corruptions"} & set(exhibits)
+        if needed:
             # All of them choose tau and lambda.
             for target in self.scale.targets:
                 self.task(target)
-        if needed or {"fig3", "fig4", "fig5"} & set(exhibits):
+        if needed or {"fig4", "fig5"} & set(exhibits):
             _ = self.benchmark
             self.data(self.stage)
 
@@ -229,20 +232,77 @@ class Study:
         """A line on stderr."""
         Progress("", 0, quiet=self.machine.quiet).say(text)
 
-    def score(self, method: str, seed: int, target: str, tau: float, lam: float) -> Mapping[str, Any]:
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Rows of Tables 2 to 4."""
+        return METHODS + (CONTROLS if self.controls else ())
+
+    def main_run(self, method: str, seed: int) -> tuple[str, Recipe]:
+        """Name and recipe of one run, with the chosen tau and lambda."""
+        return f"{self.stage}-{method}-s{seed}", self.recipe(self.stage, method, seed, *self.chosen)
+
+    def score(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
         """A cell of Tables 2 to 4: the SVM's accuracy on the target, and which test images it tells."""
-        recipe = self.recipe(self.stage, method, seed, tau, lam)
-        name = f"{self.stage}-{method}-s{seed}"
-        task = self.task(target)
+
+        def measure(subject: Subject, task: Task) -> dict[str, Any]:
+            found = svm(self._features_of(subject, task), threads=self.machine.threads, quiet=self.machine.quiet)
+            return {**found.to_dict(), "right": pack(found.right)}
+
+        return self._measured("svm", method, seed, target, measure)
+
+    def opinions(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
+        """Second opinions on the same features; LIBSVM's for the first seed alone."""
+        chosen, with_libsvm = self.score(method, seed, target), seed == self.scale.seeds[0]
+
+        def measure(subject: Subject, task: Task) -> dict[str, Any]:
+            return second_opinions(self._features_of(subject, task), chosen, with_libsvm=with_libsvm)
+
+        return self._measured("opinions", method, seed, target, measure, libsvm=with_libsvm)
+
+    def corrupted(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
+        """What the SVM keeps under common corruptions; `told`: of how many of them, by test image."""
+        chosen, rows = self.score(method, seed, target), self.scale.corrupted_rows
+
+        def measure(subject: Subject, task: Task) -> dict[str, Any]:
+            features = self._features_of(subject, task)
+            head = svm(features, cs=[chosen["C"]], scalings=[chosen["scaling"]], threads=self.machine.threads).head
+            assert head is not None  # an SVM is one
+            found = classify_corrupted(subject, head, draw_images(task.test, rows), quiet=self.machine.quiet)
+            return {**found.to_dict(), "told": found.right.sum(0, np.uint8).tobytes().hex()}
+
+        return self._measured("corruptions", method, seed, target, measure, rows=rows)
+
+    def _measured(
+        self,
+        kind: str,
+        method: str,
+        seed: int,
+        target: str,
+        measure: Callable[[Subject, Task], dict[str, Any]],
+        **settings: Any,
+    ) -> Mapping[str, Any]:
+        """A cell about one run and one target; `settings` decide it, too."""
+        (name, recipe), task = self.main_run(method, seed), self.task(target)
 
         def compute() -> dict[str, Any]:
-            subject = open_subject(str(self.run(name, recipe)), device=self.machine.device)
-            features = embed_task(subject, task, cache=self._features, quiet=self.machine.quiet)
-            found = svm(features, threads=self.machine.threads, quiet=self.machine.quiet)
-            return {**found.to_dict(), "right": pack(found.right), "run": name}
+            return {**measure(open_subject(str(self.run(name, recipe)), device=self.machine.device), task), "run": name}
 
-        inputs = {**self.inputs(self.stage, recipe), "task": self.identity(task)}
-        return self.cells.get(f"{target}-{name}", inputs, compute)
+        inputs = {**self.inputs(self.stage, recipe), "task": self.identity(task), **settings}
+        return self.cells.get(f"{kind}-{target}-{name}", inputs, compute)
+
+    def _features_of(self, subject: Subject, task: Task) -> TaskFeatures:
+        return embed_task(subject, task, cache=self._features, quiet=self.machine.quiet)
+
+    def measure(self, exhibits: Sequence[str]) -> None:
+        """Computes the cells of main runs that these need, run by run: what is stopped has used each run it trained."""
+        tables = [TABLES[name] for name in exhibits if name in TABLES]
+        for seed, method in itertools.product(self.scale.seeds, self.methods):
+            for target in tables:
+                self.score(method, seed, target)
+            for target in self.scale.targets if "opinions" in exhibits else ():
+                self.opinions(method, seed, target)
+            for target in self.scale.targets if "corruptions" in exhibits and method in CORRUPTED else ():
+                self.corrupted(method, seed, target)
 
     def inputs(self, stage: str, recipe: Recipe) -> dict[str, Any]:
         """What decides a run, for a cell."""
@@ -302,11 +362,6 @@ class Study:
 
         inputs = {**self.inputs("selection", recipe), "task": _identity(task.train)}
         return float(self.cells.get(f"{target}-{name}", inputs, compute)["held_out"])
-
-    def scores(self, methods: Sequence[str], target: str) -> dict[str, list[Mapping[str, Any]]]:
-        """Tables 2 to 4: for each method the cells of all seeds."""
-        tau, lam = self.chosen
-        return {method: [self.score(method, seed, target, tau, lam) for seed in self.scale.seeds] for method in methods}
 
 
 def _identity(images: ImageSet) -> list[Any]:

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corruption_scores
+from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, classify_corrupted, corrupt
 from robustfeat.training.evaluation.probes import svm
 from robustfeat.training.evaluation.report import evaluate_task
 from robustfeat.training.evaluation.subject import open_network, open_subject
@@ -128,7 +128,8 @@ def test_corruptions_cost_accuracy_and_move_features(dataset: Path) -> None:
     task = open_task("clothes", str(dataset))
     task = type(task)(task.name, task.train, task.train)
     head = svm(embed_task(subject, task)).head
-    scores = corruption_scores(subject, head, task.test, names=("noise", "jpeg"), severities=(1, 5))
+    found = classify_corrupted(subject, head, task.test, names=("noise", "jpeg"), severities=(1, 5))
+    scores = found.to_dict()
     assert scores["clean"] > 0.9
     by = scores["by_corruption"]
     assert by["noise"]["5"]["accuracy"] < scores["clean"]
