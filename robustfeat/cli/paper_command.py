@@ -84,13 +84,14 @@ def command(
     names = _NAMES if "all" in exhibits else tuple(name for name in _NAMES if name in exhibits)
     study.require_data(names)
     study.measure(names)
-    made = []
-    for name in names:
-        exhibit = EXHIBITS[name](study)
-        made.append(exhibit)
-        write_exhibit(exhibit, Path(out))
-        click.echo(markdown(exhibit))
     page = Path(out) / ("index-biased.html" if biased else "index.html")
-    write_page(made, page, f"HRRL: {chosen.title}", chosen.differences())
+    with study.alone():
+        made = []
+        for name in names:
+            exhibit = EXHIBITS[name](study)
+            made.append(exhibit)
+            write_exhibit(exhibit, Path(out))
+            click.echo(markdown(exhibit))
+        write_page(made, page, f"HRRL: {chosen.title}", chosen.differences())
     study.say(f"{page} shows what was asked for")
     return 0

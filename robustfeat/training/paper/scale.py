@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from robustfeat.training.recipe import Recipe, load_recipe
 
-__all__ = ["CONTROLS", "CORRUPTED", "METHODS", "PAPER_NUMBERS", "SCALES", "TABLES", "Scale", "Target"]
+__all__ = ["CONTROLS", "CORRUPTED", "METHODS", "PAPER_NUMBERS", "SCALES", "TABLES", "TUNED", "Scale", "Target"]
 
 METHODS = ("erm", "el", "cl", "hrrl")
 CONTROLS = ("erm-long", "random", "balanced", "groupdro")
+TUNED = ("el", "cl", "hrrl", "random")
+"""Methods that have the chosen tau or lambda."""
 CORRUPTED = ("erm", "hrrl")
 """Methods that are compared on corrupted images."""
 

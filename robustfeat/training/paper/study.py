@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,16 @@ from robustfeat.training.evaluation.probes import held_out_score, svm
 from robustfeat.training.evaluation.report import second_opinions
 from robustfeat.training.evaluation.subject import Subject, open_subject, torch_device
 from robustfeat.training.evaluation.tasks import Task, TaskFeatures, draw_images, embed_images, embed_task, open_task
-from robustfeat.training.paper.cells import Cells, pack
-from robustfeat.training.paper.scale import CONTROLS, CORRUPTED, METHODS, TABLES, Scale
+from robustfeat.training.paper.cells import BusyError, Cells, held, pack
+from robustfeat.training.paper.scale import CONTROLS, CORRUPTED, METHODS, TABLES, TUNED, Scale
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.trainer import train
 
 __all__ = ["Machine", "Study"]
+
+_CHOOSING = ("fig3", "selection", "opinions", "corruptions")  # beside the tables: what needs tau and lambda
+_PATIENCE = 5.0  # s, when all that is left is with other processes
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class Study:
         self.folder, self.scale, self.machine = folder, scale, machine
         self.biased, self.controls = biased, controls
         self._benchmark, self._targets = benchmark, dict(targets)
-        self.cells = Cells(folder / "cells")
+        self._locks = folder / "locks"
+        self.cells = Cells(folder / "cells", self._locks)
         self._tasks: dict[str, Task] = {}
         self._data: dict[str, str] = {}
         self._identities: dict[str, list[Any]] = {}
@@ -92,7 +98,7 @@ class Study:
         """
         if self.biased and self.scale.biased_rows is None:
             raise InputError(f"--biased: at --scale {self.scale.name} the benchmark has ImageNet's shares itself")
-        needed = {*TABLES, "fig3", "selection", "opinions", "corruptions"} & set(exhibits)
+        needed = {*TABLES, *_CHOOSING} & set(exhibits)
         if needed:
             # All of them choose tau and lambda.
             for target in self.scale.targets:
@@ -137,7 +143,8 @@ class Study:
             if stage == "selection" and self.scale.selection_rows is None:
                 self._data[stage] = self.data("main")
             else:
-                self._data[stage] = self._part_of_benchmark(stage)
+                with held(self._locks / f"data-{stage}.lock", wait=True):
+                    self._data[stage] = self._part_of_benchmark(stage)
         return self._data[stage]
 
     def _part_of_benchmark(self, stage: str) -> str:
@@ -193,7 +200,12 @@ class Study:
 
         Raises:
             CheckpointError: another run has that name.
+            BusyError: another process trains it, and `cells.wait` is False.
         """
+        with held(self._locks / f"{name}.lock", wait=self.cells.wait):
+            return self._run(name, recipe)
+
+    def _run(self, name: str, recipe: Recipe) -> Path:
         folder, stage = self.folder / "runs" / name, name.partition("-")[0]
         resume = (folder / CHECKPOINT_NAME).exists()
         if resume:
@@ -238,8 +250,9 @@ class Study:
         return METHODS + (CONTROLS if self.controls else ())
 
     def main_run(self, method: str, seed: int) -> tuple[str, Recipe]:
-        """Name and recipe of one run, with the chosen tau and lambda."""
-        return f"{self.stage}-{method}-s{seed}", self.recipe(self.stage, method, seed, *self.chosen)
+        """Name and recipe of one run, with the chosen tau and lambda where the method has them."""
+        tau, lam = self.chosen if method in TUNED else (None, None)
+        return f"{self.stage}-{method}-s{seed}", self.recipe(self.stage, method, seed, tau, lam)
 
     def score(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
         """A cell of Tables 2 to 4: the SVM's accuracy on the target, and which test images it tells."""
@@ -294,15 +307,40 @@ class Study:
         return embed_task(subject, task, cache=self._features, quiet=self.machine.quiet)
 
     def measure(self, exhibits: Sequence[str]) -> None:
-        """Computes the cells of main runs that these need, run by run: what is stopped has used each run it trained."""
+        """Computes the cells of the selection and of the main runs that these need.
+
+        Run by run and seed by seed, so that what is stopped has used each run it trained. What another process with
+        the same folder is doing is left to it.
+        """
         tables = [TABLES[name] for name in exhibits if name in TABLES]
+        todo: list[Callable[[], object]] = []
+        if {*TABLES, *_CHOOSING} & set(exhibits):
+            todo += [partial(self._held_out, *tried) for tried in self._grid()]
         for seed, method in itertools.product(self.scale.seeds, self.methods):
-            for target in tables:
-                self.score(method, seed, target)
-            for target in self.scale.targets if "opinions" in exhibits else ():
-                self.opinions(method, seed, target)
-            for target in self.scale.targets if "corruptions" in exhibits and method in CORRUPTED else ():
-                self.corrupted(method, seed, target)
+            todo += [partial(self.score, method, seed, target) for target in tables]
+            if "opinions" in exhibits:
+                todo += [partial(self.opinions, method, seed, target) for target in self.scale.targets]
+            if "corruptions" in exhibits and method in CORRUPTED:
+                todo += [partial(self.corrupted, method, seed, target) for target in self.scale.targets]
+        self.cells.wait, told = False, False
+        while todo:
+            left = []
+            for work in todo:
+                try:
+                    work()
+                except BusyError:
+                    left.append(work)
+            if len(left) == len(todo):
+                if not told:
+                    self.say(f"waiting for other processes, which are at work on the rest in {self.folder}")
+                told = True
+                time.sleep(_PATIENCE)
+            todo = left
+        self.cells.wait = True
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Waits for other processes that draw this report's exhibits."""
+        return held(self._locks / "report.lock", wait=True)
 
     def inputs(self, stage: str, recipe: Recipe) -> dict[str, Any]:
         """What decides a run, for a cell."""
@@ -324,23 +362,25 @@ class Study:
 
     @cached_property
     def chosen(self) -> tuple[float, float]:
-        """Tau and lambda, by held-out training images of the targets."""
-        taus = {tau: self._selection_score("el", tau, None) for tau in self.scale.taus}
-        lams = {lam: self._selection_score("cl", None, lam) for lam in self.scale.lams}
-        tau, lam = (max(scores, key=lambda value: scores[value]) for scores in (taus, lams))
-        self.say(f"tau {tau:g} of {_told(taus)}; lambda {lam:g} of {_told(lams)} (mean held-out accuracy in %)")
-        return tau, lam
+        """Tau and lambda, by the mean over the targets of the accuracy on held-out training images."""
+        scores: dict[tuple[str, float], list[float]] = {}
+        for method, value, _, share in self.selection():
+            scores.setdefault((method, value), []).append(share)
+        best = {}
+        for method in ("el", "cl"):
+            means = {value: float(np.mean(shares)) for (one, value), shares in scores.items() if one == method}
+            best[method] = max(means, key=lambda value: means[value])
+        return best["el"], best["cl"]
 
     def selection(self) -> Iterator[tuple[str, float, str, float]]:
         """What was tried: method, value, target, held-out accuracy."""
-        for method, values in (("el", self.scale.taus), ("cl", self.scale.lams)):
-            for value in values:
-                tau, lam = (value, None) if method == "el" else (None, value)
-                for target in self.scale.targets:
-                    yield method, value, target, self._held_out(method, tau, lam, target)
+        for method, value, target in self._grid():
+            yield method, value, target, self._held_out(method, value, target)
 
-    def _selection_score(self, method: str, tau: float | None, lam: float | None) -> float:
-        return float(np.mean([self._held_out(method, tau, lam, target) for target in self.scale.targets]))
+    def _grid(self) -> Iterator[tuple[str, float, str]]:
+        for method, values in (("el", self.scale.taus), ("cl", self.scale.lams)):
+            for value, target in itertools.product(values, self.scale.targets):
+                yield method, value, target
 
     def selection_run(self, method: str, tau: float | None = None, lam: float | None = None) -> tuple[str, Recipe]:
         """Name and recipe of one run of the grid."""
@@ -348,8 +388,8 @@ class Study:
         value = f"-tau{tau:g}" if tau is not None else f"-lam{lam:g}" if lam is not None else ""
         return f"selection-{method}{value}-s{seed}", self.recipe("selection", method, seed, tau, lam)
 
-    def _held_out(self, method: str, tau: float | None, lam: float | None, target: str) -> float:
-        name, recipe = self.selection_run(method, tau, lam)
+    def _held_out(self, method: str, value: float, target: str) -> float:
+        name, recipe = self.selection_run(method, **{"tau" if method == "el" else "lam": value})
         task = self.task(target)
 
         def compute() -> dict[str, Any]:
@@ -366,10 +406,6 @@ class Study:
 
 def _identity(images: ImageSet) -> list[Any]:
     return [images.fingerprint, len(images)]
-
-
-def _told(scores: Mapping[float, float]) -> str:
-    return ", ".join(f"{value:g}: {100 * score:.2f}" for value, score in scores.items())
 
 
 def _imagenet_shares() -> dict[str, float]:

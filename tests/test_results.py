@@ -1,0 +1,75 @@
+"""docs/results.md: its tables are those of its cells, computed again here in another way."""
+
+import csv
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.results import fill
+
+DOCS = Path(__file__).parents[1] / "docs"
+CELLS = DOCS / "results" / "cells"
+TABLES = {"table2": "cifar10", "table3": "sop", "table4": "svhn"}
+METHODS = {"erm": "ERM", "el": "EL", "cl": "CL", "hrrl": "HRRL"}
+
+
+def svm_cells(target: str, method: str) -> list[dict]:
+    files = sorted(CELLS.glob(f"svm-{target}-main-{method}-s*.json"))
+    return [json.loads(file.read_text())["values"] for file in files]
+
+
+def answers(cell: dict) -> np.ndarray:
+    count, digits = cell["right"].split(":")
+    return np.array([int(bit) for digit in digits for bit in f"{int(digit, 16):04b}"][: int(count)])
+
+
+def ends(text: str) -> list[float]:
+    return [float(number) for number in text.split(" to ")]
+
+
+def test_the_page_shows_the_tables_as_they_are() -> None:
+    page = (DOCS / "results.md").read_text()
+    assert page == fill(page, DOCS / "results")
+    assert set(TABLES) <= set(re.findall(r"<!-- results/(\w+)\.md -->", page))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_is_what_its_cells_say(table: str) -> None:
+    with open(DOCS / "results" / f"{table}.csv", newline="") as handle:
+        rows = {row["method"]: row for row in csv.DictReader(handle)}
+    cells = {method: svm_cells(TABLES[table], method) for method in METHODS}
+    baseline = np.array([cell["accuracy"] for cell in cells["erm"]])
+    for method, title in METHODS.items():
+        row, accuracies = rows[title], np.array([cell["accuracy"] for cell in cells[method]])
+        assert int(row["seeds"]) == len(accuracies) >= 3
+        assert row["here"] == f"{100 * accuracies.mean():.2f} ± {100 * accuracies.std(ddof=1):.2f}"
+        images = np.stack([answers(cell) for cell in cells[method]])
+        np.testing.assert_allclose(images.mean(1), accuracies)
+        if method == "erm":
+            continue
+        paired = stats.ttest_1samp(100 * (accuracies - baseline), 0).confidence_interval(0.95)
+        over_seeds = ends(row["95 % over seeds"])
+        np.testing.assert_allclose(over_seeds, [paired.low, paired.high], atol=0.006)
+        # The bootstrap of a mean of many images is close to the normal distribution.
+        gains = 100 * (images - np.stack([answers(cell) for cell in cells["erm"]])).mean(0)
+        half = 1.96 * gains.std() / np.sqrt(len(gains))
+        over_images = ends(row["95 % over images"])
+        np.testing.assert_allclose(over_images, [gains.mean() - half, gains.mean() + half], atol=0.05 + 0.05 * half)
+        low, high = min(*over_seeds, *over_images), max(*over_seeds, *over_images)
+        assert row["verdict"] == ("holds" if low > 0 else "fails" if high < 0 else "undecided")
+
+
+def test_runs_that_are_compared_differ_in_nothing_but_the_method() -> None:
+    recipes = defaultdict(list)
+    for file in CELLS.glob("svm-*-main-*.json"):
+        inputs = json.loads(file.read_text())["inputs"]
+        recipe = {key: value for key, value in inputs["recipe"].items() if key not in {"method", "seed", "tau", "lam"}}
+        if "erm-long" in file.name:
+            recipe.pop("epochs")
+        recipes[json.dumps([recipe, inputs["benchmark"]], sort_keys=True)].append(file.name)
+    assert len(recipes) == 1
