@@ -3,8 +3,8 @@
     robustfeat paper all --scale tiny ... --out REPORT
     python benchmarks/results.py REPORT
 
-Copies REPORT's cells, tables and figures to docs/results/, then replaces what stands between
-`<!-- results/NAME.md -->` and `<!-- end -->`. Without REPORT it only does the latter.
+Copies REPORT's cells, tables and figures to docs/results/, in place of what was there, then replaces what stands
+between `<!-- results/NAME.md -->` and `<!-- end -->`. Without REPORT it only does the latter.
 """
 
 from __future__ import annotations
@@ -15,31 +15,40 @@ import shutil
 from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
-_BLOCK = re.compile(r"(<!-- results/(\S+)\.md -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- results/(\S+)\.md -->\n)((?:(?!<!-- results/).)*?)(<!-- end -->)", re.DOTALL)
 
 
 def fill(text: str, folder: Path) -> str:
-    """The text with each block replaced by the table of that name, and by its figure where there is one."""
+    """The text with each block replaced by the table of that name, and by its figure where there is one.
+
+    Raises:
+        ValueError: a block has no end.
+        FileNotFoundError: the folder has no such table.
+    """
 
     def block(found: re.Match[str]) -> str:
-        opening, name, closing = found.groups()
+        opening, name, _, closing = found.groups()
         figure = f"![{name}](results/{name}.svg)\n\n" if (folder / f"{name}.svg").exists() else ""
         return f"{opening}{(folder / f'{name}.md').read_text('utf-8')}\n{figure}{closing}"
 
-    return _BLOCK.sub(block, text)
+    filled, count = _BLOCK.subn(block, text)
+    if count != text.count("<!-- results/"):
+        raise ValueError("a line <!-- results/NAME.md --> has no <!-- end --> before the next one")
+    return filled
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", nargs="?", type=Path)
-    report = parser.parse_args().report
-    folder, page = DOCS / "results", DOCS / "results.md"
+    report, folder, page = parser.parse_args().report, DOCS / "results", DOCS / "results.md"
+    text = fill(page.read_text("utf-8"), report or folder)
     if report:
-        (folder / "cells").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "cells").mkdir(parents=True)
         for pattern in ("cells/*.json", "*.md", "*.csv", "*.svg"):
             for file in report.glob(pattern):
                 shutil.copy(file, folder / file.relative_to(report))
-    page.write_text(fill(page.read_text("utf-8"), folder), "utf-8")
+    page.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

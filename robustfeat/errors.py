@@ -9,7 +9,8 @@
     ├── HeadError           a head is incomplete, altered, or from a newer version
     ├── EngineError         the inference engine is missing, or is not what was asked for
     ├── DataError           a training set or concept map cannot be used
-    ├── TrainingError       training cannot go on (it diverged, or was stopped)
+    ├── TrainingError       training cannot go on (it was stopped, or ranks were lost)
+    │   └── DivergedError       its loss is no longer finite
     ├── CheckpointError     a checkpoint is missing, damaged, or belongs to another run
     └── ExportError         an exported file disagrees with the network that it came from
 
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "DecodeError",
+    "DivergedError",
     "EngineError",
     "ExportError",
     "HeadError",
@@ -72,6 +74,10 @@ class DataError(RobustFeatError):
 
 class TrainingError(RobustFeatError):
     """Training cannot go on."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no longer finite."""
 
 
 class CheckpointError(RobustFeatError):

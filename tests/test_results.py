@@ -18,6 +18,9 @@ TABLES = {"table2": "cifar10", "table3": "sop", "table4": "svhn"}
 METHODS = {"erm": "ERM", "el": "EL", "cl": "CL", "hrrl": "HRRL"}
 
 
+pytestmark = pytest.mark.skipif(not CELLS.exists(), reason="nothing is published yet")
+
+
 def svm_cells(target: str, method: str) -> list[dict]:
     files = sorted(CELLS.glob(f"svm-{target}-main-{method}-s*.json"))
     return [json.loads(file.read_text())["values"] for file in files]
@@ -61,7 +64,8 @@ def test_a_table_is_what_its_cells_say(table: str) -> None:
         over_images = ends(row["95 % over images"])
         np.testing.assert_allclose(over_images, [gains.mean() - half, gains.mean() + half], atol=0.05 + 0.05 * half)
         low, high = min(*over_seeds, *over_images), max(*over_seeds, *over_images)
-        assert row["verdict"] == ("holds" if low > 0 else "fails" if high < 0 else "undecided")
+        if min(abs(low), abs(high)) > 0.01:  # what is printed tells on which side of 0 it is
+            assert row["verdict"] == ("holds" if low > 0 else "fails" if high < 0 else "undecided")
 
 
 def test_runs_that_are_compared_differ_in_nothing_but_the_method() -> None:

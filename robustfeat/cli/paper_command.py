@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 _NAMES = (
-    "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5", "selection", "opinions", "corruptions"
+    "verdicts", "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5",
+    "selection", "opinions", "corruptions",
 )  # fmt: skip
 
 
@@ -48,7 +49,8 @@ def command(
 ) -> int:
     """Computes tables and figures of the HRRL paper: table1 to table4, fig2 to fig5, and others, or all.
 
-    The others are selection (of tau and lambda), opinions (of other classifiers) and corruptions (of test images).
+    The others are verdicts (of all comparisons with ERM), selection (of tau and lambda), opinions (of other
+    classifiers) and corruptions (of test images).
 
     Trains what is missing in REPORT/runs, measures it, keeps each result in REPORT/cells, and writes CSV, Markdown, PNG
     and SVG files and REPORT/index.html. A run that is stopped goes on when the command is given again. table1 and fig2
@@ -60,6 +62,7 @@ def command(
     from robustfeat.serving.cpus import available_cpus
     from robustfeat.training.evaluation.tasks import parse_task
     from robustfeat.training.paper.exhibits import EXHIBITS
+    from robustfeat.training.paper.measures import Measures
     from robustfeat.training.paper.render import markdown, write_exhibit, write_page
     from robustfeat.training.paper.scale import SCALES
     from robustfeat.training.paper.study import Machine, Study
@@ -72,23 +75,16 @@ def command(
     if unknown := sorted(set(places) - set(chosen.targets)):
         raise InputError(f"--target {unknown[0]}: expected {', '.join(chosen.targets)}, such as cifar10=data/cifar10")
     torch.set_num_threads(threads or available_cpus())
-    study = Study(
-        Path(out),
-        chosen,
-        benchmark,
-        places,
-        Machine(device, threads, workers, quiet),
-        biased=biased,
-        controls=controls,
-    )
+    study = Study(Path(out), chosen, benchmark, places, Machine(device, threads, workers, quiet), biased=biased)
+    measures = Measures(study, controls=controls)
     names = _NAMES if "all" in exhibits else tuple(name for name in _NAMES if name in exhibits)
-    study.require_data(names)
-    study.measure(names)
+    measures.require_data(names)
+    measures.compute(names)
     page = Path(out) / ("index-biased.html" if biased else "index.html")
-    with study.alone():
+    with study.locks.held(page.name):
         made = []
         for name in names:
-            exhibit = EXHIBITS[name](study)
+            exhibit = EXHIBITS[name](measures)
             made.append(exhibit)
             write_exhibit(exhibit, Path(out))
             click.echo(markdown(exhibit))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustfeat.training.hrrl import DivergedError, concept_totals
+from robustfeat.errors import DivergedError
+from robustfeat.training.hrrl import concept_totals
 
 __all__ = ["GroupAdversary"]
 

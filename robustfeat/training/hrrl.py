@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustfeat.errors import DivergedError
 from robustfeat.training.distributed import sum_over_ranks
 
 __all__ = [
     "ConceptAdversary",
-    "DivergedError",
     "concept_totals",
     "input_gradient",
     "perturb",
@@ -30,10 +30,6 @@ __all__ = [
 ]
 
 _BATCHES_FOR_MU = 10
-
-
-class DivergedError(ValueError):
-    """The losses are no longer finite."""
 
 
 def project_simplex(v: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from robustfeat.errors import CheckpointError, DataError, InputError, RobustFeatError, TrainingError
+from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError, RobustFeatError, TrainingError
 from robustfeat.files import new_file
 from robustfeat.progress import Progress, clock
 from robustfeat.serving.cpus import available_cpus
@@ -41,7 +41,6 @@ from robustfeat.training.data import (
     require_room,
 )
 from robustfeat.training.distributed import Ranks, gather_objects, join_group, raise_together, sum_over_ranks
-from robustfeat.training.hrrl import DivergedError
 from robustfeat.training.journal import METRICS_NAME, Journal, Window
 from robustfeat.training.recipe import RECIPE_NAME, Recipe
 from robustfeat.training.signals import StopRequest, stop_on_signal
@@ -104,7 +103,8 @@ def train(
 
     Raises:
         DataError, CheckpointError, InputError: see the messages.
-        TrainingError: the loss is no longer finite, or a signal stopped the run (its state is saved).
+        DivergedError: the loss is no longer finite.
+        TrainingError: a signal stopped the run (its state is saved).
     """
     ranks = Ranks.from_environment()
     chosen = _choose_device(device, ranks)
@@ -354,7 +354,7 @@ class _Trainer:
         """What all ranks must know before a step: total and least size, whether to stop, whether to save.
 
         Raises:
-            TrainingError: a loss was not finite. On a GPU that is looked at only when the window is logged.
+            DivergedError: a loss was not finite. On a GPU that is looked at only when the window is logged.
             DataError: too many images are bad.
         """
         bad = window.first_bad_step() if self.device.type == "cpu" else None
@@ -482,7 +482,7 @@ class _Trainer:
 
     def _diverged(self, step: int, reason: str) -> NoReturn:
         self._fail(
-            TrainingError(
+            DivergedError(
                 f"training diverged at step {step} ({reason}); likely cause: {self._likely_cause()}. "
                 f"{self.out / CHECKPOINT_NAME} is intact, of step {self.saved_step}; start anew with the change, "
                 "in another --out"

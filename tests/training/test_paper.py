@@ -18,6 +18,7 @@ from robustfeat.training.data import open_training_data
 from robustfeat.training.evaluation.probes import svm
 from robustfeat.training.evaluation.subject import open_subject
 from robustfeat.training.evaluation.tasks import embed_task, open_task
+from robustfeat.training.paper.measures import Measures
 from robustfeat.training.paper.scale import SCALES
 from robustfeat.training.paper.study import Machine, Study
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
@@ -93,16 +94,19 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     assert sorted(shares[0] + shares[1]) == sorted(folder.name for folder in (out / "runs").iterdir())
     assert done.stdout == helper.stdout
     names = ["table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5"]
-    for name in (*names, "selection", "opinions", "corruptions"):
+    for name in (*names, "verdicts", "selection", "opinions", "corruptions"):
         kinds = ("csv", "md", "png", "svg") if name.startswith(("fig", "corr")) else ("csv", "md")
         assert all((out / f"{name}.{kind}").stat().st_size > 50 for kind in kinds), name
     page = (out / "index.html").read_text()
-    assert page.count("<section") == 11
+    assert page.count("<section") == 12
     assert page.count("<svg") == 5
     assert not re.search(r'(src|href)="(?!#)', page)  # nothing is fetched from elsewhere
     table = rows(out / "table2.csv")
     assert [row["method"] for row in table] == ["ERM", "EL", "CL", "HRRL"]
     assert all(row["verdict"] in {"holds", "fails", "undecided"} for row in table[1:])
+    assert [row["CIFAR-10's place"].split() for row in rows(out / "verdicts.csv")] == [
+        [row["here, minus ERM"], row["verdict"]] for row in table[1:]
+    ]
     # A cell says what the evaluation of that run says.
     cell = json.loads((out / "cells" / "svm-cifar10-main-hrrl-s1.json").read_text())
     quick = SCALES["quick"]().targets["cifar10"]
@@ -123,7 +127,7 @@ def test_missing_data_is_said_before_anything_is_trained(benchmark: Path, tmp_pa
     assert done.returncode == 1
     assert done.stderr == "robustfeat: --target cifar10=DATA: is missing; CIFAR-10's place is needed\n"
     with pytest.raises(InputError, match="--benchmark DATA: is missing"):
-        Study(tmp_path, SCALES["quick"](), None, {}, Machine()).require_data(["fig4"])
+        Measures(Study(tmp_path, SCALES["quick"](), None, {}, Machine())).require_data(["fig4"])
     assert not (tmp_path / "report").exists()
 
 
@@ -172,12 +176,13 @@ def test_selection_sees_no_test_image(benchmark: Path, target: Path, tmp_path: P
         copy.write_bytes(b"" if "test" in file.relative_to(target).parts else file.read_bytes())
     places = dict.fromkeys(("cifar10", "sop", "svhn"), str(blind))
     study = Study(tmp_path / "report", SCALES["quick"](), str(benchmark), places, Machine("cpu", 1, 0, quiet=True))
-    tried = list(study.selection())
+    measures = Measures(study)
+    tried = list(measures.grid())
     assert len(tried) == 12
     sums: dict[tuple[str, float], float] = {}
-    for method, value, _, score in tried:
-        sums[method, value] = sums.get((method, value), 0.0) + score
-    tau, lam = study.chosen
+    for method, value, place in tried:
+        sums[method, value] = sums.get((method, value), 0.0) + measures.held_out(method, value, place)
+    tau, lam = measures.chosen
     assert sums["el", tau] == max(sums["el", value] for value in study.scale.taus)
     assert sums["cl", lam] == max(sums["cl", value] for value in study.scale.lams)
 

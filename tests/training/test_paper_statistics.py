@@ -1,10 +1,14 @@
 """Intervals of differences, against SciPy's."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from robustfeat.training.paper.cells import Cells, pack, unpack
+from robustfeat.training.paper.locks import BusyError, Locks
 from robustfeat.training.paper.statistics import compare
 
 
@@ -47,6 +51,15 @@ def test_seeds_that_disagree_are_undecided_however_many_images() -> None:
     assert result.mark == "undecided"
 
 
+def test_seeds_that_agree_on_too_few_images_are_undecided() -> None:
+    base = np.zeros(50, bool)
+    better = base.copy()
+    better[7] = True
+    result = compare([better] * 3, [base] * 3)
+    assert result.over_seeds == pytest.approx((0.02, 0.02))
+    assert result.mark == "undecided"
+
+
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
 def test_packed_answers_come_back(count: int) -> None:
     right = np.random.default_rng(count).random(count) < 0.5
@@ -60,11 +73,39 @@ def test_a_cell_is_computed_once_for_the_same_inputs(tmp_path) -> None:
         calls.append(1)
         return {"accuracy": 0.1 + len(calls)}
 
-    cells = Cells(tmp_path / "cells")
-    first = cells.get("a", {"seed": 0, "sizes": (1, 2)}, compute)
-    assert Cells(tmp_path / "cells").get("a", {"seed": 0, "sizes": (1, 2)}, compute) == first
+    locks = Locks(tmp_path / "locks", print)
+    cells = Cells(tmp_path / "cells", locks)
+    first = cells.get("svm", "a", {"seed": 0, "sizes": (1, 2)}, compute)
+    assert Cells(tmp_path / "cells", locks).get("svm", "a", {"seed": 0, "sizes": (1, 2)}, compute) == first
     assert len(calls) == 1
-    assert cells.get("a", {"seed": 1, "sizes": (1, 2)}, compute) != first
-    (tmp_path / "cells" / "a.json").write_text("{")  # damaged
-    cells.get("a", {"seed": 1, "sizes": (1, 2)}, compute)
+    assert cells.get("svm", "a", {"seed": 1, "sizes": (1, 2)}, compute) != first
+    file = tmp_path / "cells" / "svm-a.json"
+    file.write_text("{")  # damaged
+    cells.get("svm", "a", {"seed": 1, "sizes": (1, 2)}, compute)
     assert len(calls) == 3
+    file.write_text(file.read_text().replace('"version": 1', '"version": 0'))  # of code that measured otherwise
+    cells.get("svm", "a", {"seed": 1, "sizes": (1, 2)}, compute)
+    assert len(calls) == 4
+
+
+def test_what_another_process_does_is_left_to_it_or_waited_for(tmp_path) -> None:
+    said: list[str] = []
+    ours, other = Locks(tmp_path, said.append), Locks(tmp_path, said.append)
+    other.wait = False
+
+    def wait() -> None:
+        with other.held("run", always_wait=True):
+            pass
+
+    with ThreadPoolExecutor() as pool:
+        with ours.held("run"):
+            with pytest.raises(BusyError, match="run"), other.held("run"):
+                pass
+            with other.held("another run"):
+                pass
+            waiting = pool.submit(wait)
+            while not said:
+                time.sleep(0.01)
+            assert said == ["waiting for another process, which is at work on run"]
+            assert not waiting.done()
+        waiting.result(timeout=60)

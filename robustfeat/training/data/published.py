@@ -174,4 +174,5 @@ def _of_files(root: Path, paths: Sequence[str], names: Sequence[str], classes: t
         file = root / path
         digest.update(f"{path}\0{file.stat().st_size if file.exists() else -1}\n".encode(errors="surrogateescape"))
     labels = np.array([index[name] for name in names], np.int64)
+    digest.update(labels.tobytes())  # which paths may not tell
     return ImageSet(classes, labels, ImageFiles(root, paths), digest.hexdigest())

@@ -111,9 +111,9 @@ def held_out_score(x: NDArray[np.float32], y: NDArray[np.int64], *, threads: int
     return {"held_out": best.score, "C": best.c, "scaling": best.scaling}
 
 
-def naive_bayes(features: TaskFeatures) -> Score:
+def naive_bayes(features: TaskFeatures, *, threads: int | None = None) -> Score:
     """Gaussian naive Bayes on plain features."""
-    _, head, _ = select_and_fit(features.x, features.y, kind="naive-bayes", scalings=["none"])
+    _, head, _ = select_and_fit(features.x, features.y, kind="naive-bayes", scalings=["none"], threads=threads)
     return Score.of(head.predict(features.x_test), features)
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from robustfeat.files import new_file
+from robustfeat.serving.cpus import available_cpus
 from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm
 from robustfeat.training.evaluation.subject import NetworkSubject, Subject
 from robustfeat.training.evaluation.tasks import Task, TaskFeatures, embed_task
 
-__all__ = ["draw_finetuning", "evaluate_task", "evaluation_table", "second_opinions"]
+__all__ = ["draw_finetuning", "evaluate_task", "evaluation_table", "libsvm_cell", "second_opinions"]
 
 
 def evaluate_task(
@@ -55,7 +56,9 @@ def evaluate_task(
         "train": len(features.x),
         "test": len(features.x_test),
         "svm": chosen.to_dict(),
-        **second_opinions(features, chosen.details, with_few_shot=with_few_shot, with_libsvm=with_libsvm),
+        **second_opinions(
+            features, chosen.details, with_few_shot=with_few_shot, with_libsvm=with_libsvm, threads=threads
+        ),
     }
     if with_corruptions and chosen.head is not None:
         result["corruptions"] = classify_corrupted(subject, chosen.head, task.test, quiet=quiet).to_dict()
@@ -70,24 +73,32 @@ def evaluate_task(
 
 
 def second_opinions(
-    features: TaskFeatures, svm_choice: Mapping[str, Any], *, with_few_shot: bool = True, with_libsvm: bool = False
+    features: TaskFeatures,
+    svm_choice: Mapping[str, Any],
+    *,
+    with_few_shot: bool = True,
+    with_libsvm: bool = False,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """The probes beside the SVM, a block of plain data each.
 
     Args:
         features: of one model and task.
         svm_choice: `C` and `scaling` of the SVM, which LIBSVM takes over.
-        with_few_shot, with_libsvm: see `evaluate_task`.
+        with_few_shot, with_libsvm, threads: see `evaluate_task`.
     """
-    blocks: dict[str, Any] = {
-        "naive_bayes": naive_bayes(features).to_dict(),
-        "neighbours": nearest_neighbours(features).to_dict(),
-    }
-    if with_few_shot:
-        blocks["few_shot"] = {str(count): scores for count, scores in few_shot(features).items()}
-    if with_libsvm:
-        both = libsvm(features, svm_choice["C"], svm_choice["scaling"])
-        blocks["libsvm"] = {name: score.to_dict() for name, score in both.items()}
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(threads or available_cpus()):
+        blocks: dict[str, Any] = {
+            "naive_bayes": naive_bayes(features, threads=threads).to_dict(),
+            "neighbours": nearest_neighbours(features).to_dict(),
+        }
+        if with_few_shot:
+            blocks["few_shot"] = {str(count): scores for count, scores in few_shot(features).items()}
+        if with_libsvm:
+            both = libsvm(features, svm_choice["C"], svm_choice["scaling"])
+            blocks["libsvm"] = {name: score.to_dict() for name, score in both.items()}
     return blocks
 
 
@@ -126,6 +137,11 @@ def evaluation_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def libsvm_cell(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Both accuracies in %; * marks a solver that was stopped before its end."""
+    return " / ".join(f"{100 * one['accuracy']:.2f}{'' if one['converged'] else '*'}" for one in scores.values())
+
+
 def _cells(result: Mapping[str, Any], shots: Sequence[int], more: Sequence[str]) -> Iterator[str]:
     def percent(share: float) -> str:
         return f"{100 * share:.2f}"
@@ -139,7 +155,7 @@ def _cells(result: Mapping[str, Any], shots: Sequence[int], more: Sequence[str])
         scores = result.get("few_shot", {}).get(str(count))
         yield f"{percent(scores['accuracy'])} ± {percent(scores['deviation'])}" if scores else ""
     if "libsvm" in more:
-        yield " / ".join(percent(score["accuracy"]) for score in result.get("libsvm", {}).values())
+        yield libsvm_cell(result.get("libsvm", {}))
     if "corruptions" in more:
         worse = result.get("corruptions")
         yield f"{percent(worse['corrupted'])}, {worse['kept']:.3f}, {worse['drift']:.4f}" if worse else ""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.files import new_file
+from robustfeat.training.paper.locks import Locks
 
-__all__ = ["BusyError", "Cells", "held", "pack", "unpack"]
+__all__ = ["Cells", "pack", "unpack"]
 
-_FORMAT_VERSION = 1
-
-
-class BusyError(Exception):
-    """Another process is at work on this part of the report."""
-
-
-@contextmanager
-def held(lock: Path, *, wait: bool) -> Iterator[None]:
-    """Keeps other processes that do the same from a part of a report.
-
-    Args:
-        lock: an empty file, which is made and stays.
-        wait: for another process to come to its end.
-
-    Raises:
-        BusyError: another process is at it, and `wait` is False.
-    """
-    import fcntl
-
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise BusyError(str(lock)) from None
-        yield
+_VERSIONS = {"held-out": 1, "svm": 1, "opinions": 1, "corruptions": 1, "finetune": 1, "steps": 1, "concepts": 1}
+"""By kind of cell; one more whenever a change of code changes what such a cell would hold."""
 
 
 class Cells:
@@ -49,32 +24,31 @@ class Cells:
 
     Args:
         folder: of the files; made when the first is written.
-        locks: a folder for locks.
-
-    Attributes:
-        wait: for other processes that compute the same; otherwise `BusyError` is raised.
+        locks: with other processes.
     """
 
-    def __init__(self, folder: Path, locks: Path) -> None:
+    def __init__(self, folder: Path, locks: Locks) -> None:
         self._folder, self._locks = folder, locks
-        self.wait = True
 
-    def get(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    def get(
+        self, kind: str, name: str, inputs: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
+    ) -> Mapping[str, Any]:
         """The values of a cell: from its file if that has the same inputs, else computed and written.
 
         Args:
-            name: of the file.
-            inputs: plain data; everything that decides the values.
+            kind: what is measured; the first part of the file's name.
+            name: of what, the second part.
+            inputs: plain data; everything that decides the values, but for the code.
             compute: gives the values, plain data.
 
         Raises:
-            BusyError: see `wait`.
+            BusyError: another process computes it, and `locks.wait` is not set.
         """
-        file = self._folder / f"{name}.json"
-        key = {"format_version": _FORMAT_VERSION, "inputs": json.loads(json.dumps(inputs))}
+        file = self._folder / f"{kind}-{name}.json"
+        key = {"version": _VERSIONS[kind], "inputs": json.loads(json.dumps(inputs))}
         if (known := _values(file, key)) is not None:
             return known
-        with held(self._locks / f"{name}.lock", wait=self.wait):
+        with self._locks.held(file.stem):
             if (known := _values(file, key)) is not None:  # by whom we waited for
                 return known
             values = dict(compute())

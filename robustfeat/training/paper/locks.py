@@ -1,0 +1,54 @@
+"""Locks by which several processes part the work on one report."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from robustfeat.errors import InputError
+
+__all__ = ["BusyError", "Locks"]
+
+
+class BusyError(Exception):
+    """Another process is at work on this part of the report."""
+
+
+class Locks:
+    """Files that the kernel locks, and frees when their process ends.
+
+    Args:
+        folder: of the files; made when it is needed.
+        say: is told what is waited for.
+
+    Attributes:
+        wait: for other processes to come to their end; otherwise `BusyError` is raised.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self._folder, self._say = folder, say
+        self.wait = True
+
+    @contextmanager
+    def held(self, name: str, *, always_wait: bool = False) -> Iterator[None]:
+        """Keeps other processes from what has this name.
+
+        Raises:
+            BusyError: another process has it, and neither `wait` nor `always_wait` is set.
+            InputError: the file system does not keep locks.
+        """
+        file = self._folder / f"{name}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not (self.wait or always_wait):
+                    raise BusyError(name) from None
+                self._say(f"waiting for another process, which is at work on {name}")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as exc:
+                raise InputError(f"{file}: cannot be locked ({exc.strerror}); choose an --out on a local disk") from exc
+            yield

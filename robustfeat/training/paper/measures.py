@@ -1,0 +1,288 @@
+"""What is measured of a study's runs: which cells there are, and what each of them holds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from robustfeat.errors import DataError, DivergedError
+from robustfeat.training.checkpoint import load_checkpoint
+from robustfeat.training.evaluation.corruptions import classify_corrupted
+from robustfeat.training.evaluation.finetuning import finetune
+from robustfeat.training.evaluation.probes import held_out_score, svm
+from robustfeat.training.evaluation.report import second_opinions
+from robustfeat.training.evaluation.robustness import accuracy_by_step, class_hits
+from robustfeat.training.evaluation.subject import NetworkSubject, network_of, open_network
+from robustfeat.training.evaluation.tasks import Task, TaskFeatures, draw_images, embed_images, embed_task
+from robustfeat.training.paper.cells import Cells, pack
+from robustfeat.training.paper.locks import BusyError
+from robustfeat.training.paper.scale import CONTROLS, CORRUPTED, METHODS, TABLES, WITH_LAMBDA, WITH_TAU
+from robustfeat.training.paper.study import Study, identity
+from robustfeat.training.recipe import Recipe
+
+__all__ = ["Measures"]
+
+_CHOOSING = {*TABLES, "verdicts", "fig3", "selection", "opinions", "corruptions"}
+"""Exhibits that need tau and lambda, and so all targets."""
+_PATIENCE = 5.0  # s, when all that is left is with other processes
+
+
+class Measures:
+    """Results of a study's runs, each kept as a cell: one whose inputs are the same needs no run at all.
+
+    Args:
+        study: gets `cells/` and `features.db` in its folder.
+        controls: the tables have the control methods, too.
+    """
+
+    def __init__(self, study: Study, *, controls: bool = False) -> None:
+        self.study, self.scale = study, study.scale
+        self.methods = METHODS + (CONTROLS if controls else ())
+        self.cells = Cells(study.folder / "cells", study.locks)
+        self._cache = study.folder / "features.db"
+
+    def require_data(self, exhibits: Sequence[str]) -> None:
+        """Opens whatever these need, before anything that takes long.
+
+        Raises:
+            InputError, DataError: something is missing or cannot be used.
+        """
+        if choosing := _CHOOSING & set(exhibits):
+            for target in self.scale.targets:
+                self.study.task(target)
+        if choosing or {"fig4", "fig5"} & set(exhibits):
+            _ = self.study.benchmark
+            self.study.data(self.study.stage)
+
+    def compute(self, exhibits: Sequence[str]) -> None:
+        """Computes the cells that these need.
+
+        Run by run and seed by seed, so that what is stopped has used each run it trained. What another process with
+        the same folder is doing is left to it.
+
+        Raises:
+            DivergedError: a main run diverged; what can be computed without it was.
+        """
+        study, todo, failed = self.study, list(self._needed(set(exhibits))), None
+        study.locks.wait, told = False, False
+        try:
+            while todo:
+                left = []
+                for work in todo:
+                    try:
+                        work()
+                    except BusyError:
+                        left.append(work)
+                    except DivergedError as exc:
+                        failed = failed or exc
+                if len(left) == len(todo):
+                    if not told:
+                        study.say(f"waiting for other processes, which are at work on the rest in {study.folder}")
+                    told = True
+                    time.sleep(_PATIENCE)
+                todo = left
+        finally:
+            study.locks.wait = True
+        if failed:
+            raise failed
+
+    def _needed(self, exhibits: set[str]) -> Iterator[Callable[[], object]]:
+        if _CHOOSING & exhibits:
+            yield from (partial(self.held_out, *tried) for tried in self.grid())
+        if "fig4" in exhibits:
+            yield from (partial(self.by_step, method, tau) for _, method, tau in self.step_models())
+        if "fig5" in exhibits:
+            yield from (partial(self.by_class, method, lam) for _, method, lam in self.concept_models())
+        tables = [target for name, target in TABLES.items() if {name, "verdicts"} & exhibits]
+        for seed, method in itertools.product(self.scale.seeds, self.methods):
+            yield from (partial(self.score, method, seed, target) for target in tables)
+            if "opinions" in exhibits:
+                yield from (partial(self.opinions, method, seed, target) for target in self.scale.targets)
+            if "corruptions" in exhibits and method in CORRUPTED:
+                yield from (partial(self.corrupted, method, seed, target) for target in self.scale.targets)
+            if "fig3" in exhibits and method in CORRUPTED and seed == self.scale.seeds[0]:
+                yield from (partial(self.finetuned, method, target) for target in self.scale.targets)
+
+    # The choice of tau and lambda
+
+    def grid(self) -> Iterator[tuple[str, float, str]]:
+        """What is tried: method, value, target."""
+        for method, values in (("el", self.scale.taus), ("cl", self.scale.lams)):
+            for value, target in itertools.product(values, self.scale.targets):
+                yield method, value, target
+
+    def held_out(self, method: str, value: float, target: str) -> float | None:
+        """The SVM's accuracy on held-out training images of the target; None where training diverged."""
+        name, recipe = self.study.selection_run(method, value)
+        images = self.study.task(target).train
+
+        def compute() -> dict[str, Any]:
+            try:
+                subject = self._subject(name, recipe)
+            except DivergedError as exc:
+                return {"held_out": None, "diverged": str(exc)}
+            x = embed_images(subject, images, cache=self._cache, label=f"{name}: {target}", quiet=True)
+            found = held_out_score(x, images.labels, threads=self.study.machine.threads)
+            if math.isnan(found["held_out"]):
+                raise DataError(f"{target}: one image a class leaves none to choose tau and lambda by; give it more")
+            return found
+
+        inputs = {**self.study.inputs("selection", recipe), "task": identity(images)}
+        share: float | None = self.cells.get("held-out", f"{target}-{name}", inputs, compute)["held_out"]
+        return share
+
+    @cached_property
+    def chosen(self) -> tuple[float, float]:
+        """Tau and lambda, by the mean over the targets of the accuracy on held-out training images.
+
+        Raises:
+            DivergedError: no value of one of them could be trained with.
+        """
+        shares: dict[str, dict[float, list[float]]] = {"el": {}, "cl": {}}
+        for method, value, target in self.grid():
+            if (share := self.held_out(method, value, target)) is not None:
+                shares[method].setdefault(value, []).append(share)
+        for method, found in shares.items():
+            if not found:
+                raise DivergedError(f"{method}: every run of the selection diverged; try a smaller learning rate")
+        tau, lam = (max(found, key=lambda value: float(np.mean(found[value]))) for found in shares.values())
+        return tau, lam
+
+    # Main runs
+
+    def main_run(self, method: str, seed: int) -> tuple[str, Recipe]:
+        """Name and recipe of one run, with the chosen tau and lambda where the method has them."""
+        tau, lam = self.chosen if method in WITH_TAU + WITH_LAMBDA else (None, None)
+        stage = self.study.stage
+        return f"{stage}-{method}-s{seed}", self.study.recipe(stage, method, seed, tau, lam)
+
+    def score(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
+        """A cell of Tables 2 to 4: the SVM's accuracy on the target, and which test images it tells."""
+
+        def measure(subject: NetworkSubject, task: Task) -> dict[str, Any]:
+            machine = self.study.machine
+            found = svm(self._features(subject, task), threads=machine.threads, quiet=machine.quiet)
+            return {**found.to_dict(), "right": pack(found.right)}
+
+        return self._of_main_run("svm", method, seed, self.study.task(target), measure)
+
+    def opinions(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
+        """Second opinions on the same features; LIBSVM's for the first seed alone."""
+        chosen, with_libsvm = self.score(method, seed, target), seed == self.scale.seeds[0]
+
+        def measure(subject: NetworkSubject, task: Task) -> dict[str, Any]:
+            features, threads = self._features(subject, task), self.study.machine.threads
+            return second_opinions(features, chosen, with_libsvm=with_libsvm, threads=threads)
+
+        return self._of_main_run("opinions", method, seed, self.study.task(target), measure, libsvm=with_libsvm)
+
+    def corrupted(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
+        """What the SVM keeps under common corruptions; `told`: of how many of them, by test image."""
+        chosen, rows = self.score(method, seed, target), self.scale.corrupted_rows
+
+        def measure(subject: NetworkSubject, task: Task) -> dict[str, Any]:
+            features, machine = self._features(subject, task), self.study.machine
+            head = svm(features, cs=[chosen["C"]], scalings=[chosen["scaling"]], threads=machine.threads).head
+            assert head is not None  # an SVM is one
+            found = classify_corrupted(subject, head, draw_images(task.test, rows), quiet=machine.quiet)
+            return {**found.to_dict(), "told": found.right.sum(0, np.uint8).tobytes().hex()}
+
+        return self._of_main_run("corruptions", method, seed, self.study.task(target), measure, rows=rows)
+
+    def finetuned(self, method: str, target: str) -> Mapping[str, Any]:
+        """Figure 3: the test error of each epoch, from the run of the first seed."""
+        task, scale = self.study.task(target), self.scale
+        task = replace(task, train=draw_images(task.train, scale.finetune_rows))
+        settings = {
+            "epochs": scale.finetune_epochs,
+            "milestone": scale.finetune_milestone,
+            "batch_size": min(128, len(task.train)),
+        }
+
+        def measure(subject: NetworkSubject, task: Task) -> dict[str, Any]:
+            device, quiet = self.study.device, self.study.machine.quiet
+            errors = finetune(
+                subject.network, subject.feature_size, subject.contract, task, device=device, quiet=quiet, **settings
+            )
+            return {"test_error": errors}
+
+        return self._of_main_run("finetune", method, scale.seeds[0], task, measure, **settings)
+
+    def _of_main_run(
+        self,
+        kind: str,
+        method: str,
+        seed: int,
+        task: Task,
+        measure: Callable[[NetworkSubject, Task], dict[str, Any]],
+        **settings: Any,
+    ) -> Mapping[str, Any]:
+        """A cell about one run and one target; `settings` decide it, too."""
+        name, recipe = self.main_run(method, seed)
+
+        def compute() -> dict[str, Any]:
+            return {**measure(self._subject(name, recipe), task), "run": name}
+
+        decides = {"task": identity(task.train) + identity(task.test), **settings}
+        inputs = {**self.study.inputs(self.study.stage, recipe), **decides}
+        return self.cells.get(kind, f"{task.name}-{name}", inputs, compute)
+
+    def _subject(self, name: str, recipe: Recipe) -> NetworkSubject:
+        return open_network(str(self.study.run(name, recipe)), device=self.study.machine.device)
+
+    def _features(self, subject: NetworkSubject, task: Task) -> TaskFeatures:
+        return embed_task(subject, task, cache=self._cache, quiet=self.study.machine.quiet)
+
+    # Runs of the selection, on the benchmark's validation images
+
+    def step_models(self) -> list[tuple[str, str, float | None]]:
+        """Of Figure 4: label, method and tau."""
+        return [("ERM", "erm", None), *((f"EL, tau {tau:g}", "el", tau) for tau in self.scale.taus)]
+
+    def by_step(self, method: str, value: float | None) -> list[float]:
+        """Accuracy on validation images that were moved along their gradient, by the length of the step."""
+        name, recipe = self.study.selection_run(method, value)
+        steps = self.scale.steps
+
+        def compute() -> dict[str, Any]:
+            network, images = self._classifier(name, recipe), self.study.benchmark[1]
+            return {"accuracy": accuracy_by_step(network, recipe.preprocessing(), images, steps, self.study.device)}
+
+        inputs = {**self.study.inputs("selection", recipe), "steps": steps}
+        shares: list[float] = self.cells.get("steps", name, inputs, compute)["accuracy"]
+        return shares
+
+    def concept_models(self) -> list[tuple[str, str, float | None]]:
+        """Of Figure 5: label, method and lambda."""
+        return [("ERM", "erm", None), *((f"CL, lambda {lam:g}", "cl", lam) for lam in self.scale.lams)]
+
+    def by_class(self, method: str, value: float | None) -> Mapping[str, Any]:
+        """Accuracy on validation images: `by_concept` and `by_class`."""
+        name, recipe = self.study.selection_run(method, value)
+
+        def compute() -> dict[str, Any]:
+            network, (trained, images) = self._classifier(name, recipe), self.study.benchmark
+            checkpoint = load_checkpoint(self.study.run(name, recipe))
+            right, count = class_hits(network, recipe.preprocessing(), images, self.study.device)
+            # Classes without training images have no concept.
+            shown = (count > 0) & (np.bincount(trained.labels, minlength=len(count)) > 0)
+            of_class = np.array(checkpoint.concept_of_class)
+            by_concept = {}
+            for place, concept in enumerate(checkpoint.concepts):
+                if (own := shown & (of_class == place)).any():
+                    by_concept[concept] = right[own].sum() / count[own].sum()
+            by_class = {images.classes[place]: right[place] / count[place] for place in np.flatnonzero(shown)}
+            return {"by_concept": by_concept, "by_class": by_class}
+
+        return self.cells.get("concepts", name, self.study.inputs("selection", recipe), compute)
+
+    def _classifier(self, name: str, recipe: Recipe) -> nn.Module:
+        return network_of(load_checkpoint(self.study.run(name, recipe))).to(self.study.device)
