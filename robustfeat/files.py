@@ -30,9 +30,11 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to; it becomes `target` when the block ends well and vanishes when it does not.
 
     Raises:
-        InputError: the file system refuses (full, read-only, missing folder).
+        InputError: the file system refuses (full, read-only, missing folder), or `target` is no regular file.
     """
-    target = Path(target)
+    target = Path(os.path.realpath(target))  # what a link points to, not the link
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target}: exists and is not a regular file; choose another place")
     partial = _beside(target)
     try:
         yield partial

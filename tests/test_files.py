@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,20 @@ def test_new_file_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
         assert not target.exists()
     assert target.read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_new_file_follows_links_and_leaves_what_is_no_file(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "a.txt", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    with new_file(link) as partial:
+        partial.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="pipe: exists and is not a regular file"), new_file(pipe):
+        pass
+    assert pipe.is_fifo()
 
 
 def test_new_file_keeps_the_old_content_when_the_block_fails(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import click
+
+from robustfeat.cli.extraction import ABOVE_ZERO
 
 
 @click.command("evaluate", short_help="Measure how well a model's features transfer.")
@@ -24,7 +27,9 @@ import click
 @click.option("--corruptions", is_flag=True, help="Also accuracy on corrupted test images, and the features' drift.")
 @click.option("--finetune", is_flag=True, help="Also train all layers on the task; the test error of each epoch.")
 @click.option("--epochs", type=click.IntRange(min=1), default=100, show_default=True, help="Of --finetune.")
-@click.option("--lr", type=float, default=0.01, show_default=True, help="Of --finetune; a tenth in its second half.")
+@click.option(
+    "--lr", type=ABOVE_ZERO, default=0.01, show_default=True, help="Of --finetune; a tenth in its second half."
+)
 @click.option("--batch-size", type=click.IntRange(min=2), default=128, show_default=True, help="Of --finetune.")
 @click.option("--plot", metavar="FILE", help="Draw the curves of --finetune, as .png or .svg.")
 @click.option("--cache", metavar="FILE", help="Keep features there, by image and model; what it has is not computed.")
@@ -70,16 +75,14 @@ def command(
     from robustfeat.errors import InputError
     from robustfeat.files import new_file
     from robustfeat.serving.cpus import available_cpus
+    from robustfeat.training.evaluation.finetuning import require_batch
     from robustfeat.training.evaluation.report import draw_finetuning, evaluate_task, evaluation_table
     from robustfeat.training.evaluation.subject import open_network, open_subject
     from robustfeat.training.evaluation.tasks import open_task, parse_task
 
-    if plot and (not finetune or not plot.endswith((".png", ".svg"))):
-        raise InputError(f"--plot {plot}: expected a .png or .svg file, together with --finetune")
-    if out and not Path(out).absolute().parent.is_dir():
-        raise InputError(f"--out {out}: its folder does not exist; make it first")
+    _refuse_files(out, plot, finetune)
     torch.set_num_threads(threads or available_cpus())
-    named = [parse_task(text) for text in tasks]
+    named = [parse_task(text, "--task") for text in tasks]
     if len({name for name, _ in named}) < len(named):
         raise InputError("--task: two tasks have the same name; tell them apart as NAME=DATA")
     # All that can be wrong comes before anything that takes long.
@@ -87,8 +90,14 @@ def command(
         open_task(name, place, train_rows=train_rows, test_rows=test_rows, val_fraction=val_fraction)
         for name, place in named
     ]
+    for task in opened if finetune else ():
+        require_batch(task, batch_size)
     how: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "device": device}
     subjects = [open_subject(model, **how) for model in models]
+    names = [subject.name for subject in subjects]
+    for model, subject in zip(models, subjects, strict=True):
+        if names.count(subject.name) > 1:
+            subject.name = model
     networks = [open_network(model, **how) if finetune else None for model in models]
     results = []
     for subject, network in zip(subjects, networks, strict=True):
@@ -106,13 +115,25 @@ def command(
                 quiet=quiet,
             )
             results.append(result)
+            if out:  # what is done stays, whatever happens to the next one
+                with new_file(out) as partial:
+                    partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
             if as_json:
                 click.echo(json.dumps(result))
     if not as_json:
         click.echo(evaluation_table(results))
     if plot:
         draw_finetuning(results, Path(plot))
-    if out:
-        with new_file(out) as partial:
-            partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     return 0
+
+
+def _refuse_files(out: str | None, plot: str | None, finetune: bool) -> None:
+    from robustfeat.errors import InputError
+
+    if plot and (not finetune or Path(plot).suffix not in {".png", ".svg"}):
+        raise InputError(f"--plot {plot}: expected a .png or .svg file, together with --finetune")
+    for option, file in (("--out", out), ("--plot", plot)):
+        if file and not os.access(Path(file).absolute().parent, os.W_OK | os.X_OK):
+            raise InputError(f"{option} {file}: its folder does not exist or cannot be written to; make it first")
+        if file and Path(file).is_dir():
+            raise InputError(f"{option} {file}: is a folder; name a file in it")

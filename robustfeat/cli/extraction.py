@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,20 @@ import click
 if TYPE_CHECKING:
     from robustfeat.serving.extractor import FeatureExtractor
 
-__all__ = ["Extraction", "extraction_options", "pin_options", "serving_options"]
+__all__ = ["ABOVE_ZERO", "Extraction", "extraction_options", "pin_options", "serving_options"]
+
+
+class _Number(click.FloatRange):
+    """A float that is not infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
+ABOVE_ZERO = _Number(min=0, min_open=True)
 
 _PIN_OPTIONS = (
     click.option("--revision", metavar="REV", help="A branch, tag or commit on the Hub.  [default: main]"),

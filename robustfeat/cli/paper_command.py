@@ -67,7 +67,9 @@ def command(
     from robustfeat.training.paper.scale import SCALES
     from robustfeat.training.paper.study import Machine, Study
 
-    named = [parse_task(text) for text in targets]
+    if not out:
+        raise InputError("--out: expected a folder; got an empty name")
+    named = [parse_task(text, "--target") for text in targets]
     places = dict(named)
     if len(places) < len(named):
         raise InputError("--target: the same target is given twice; one DATA stands for each")

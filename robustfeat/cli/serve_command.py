@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from robustfeat.cli.extraction import Extraction, serving_options
+from robustfeat.cli.extraction import ABOVE_ZERO, Extraction, serving_options
 
 if TYPE_CHECKING:
     from robustfeat.serving.http.keys import KeyRing
     from robustfeat.serving.http.limits import Limits
     from robustfeat.serving.http.log import Log
     from robustfeat.serving.http.service import Service
-
-
-class _Number(click.FloatRange):
-    """A float above zero, and not infinite."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value} is no finite number.", param, ctx)
-        return number
-
-
-_NUMBER = _Number(min=0, min_open=True)
 
 
 @click.command("serve", short_help="Answer over HTTP.")
@@ -64,7 +50,7 @@ _NUMBER = _Number(min=0, min_open=True)
 )
 @click.option(
     "--max-body",
-    type=_NUMBER,
+    type=ABOVE_ZERO,
     default=32,
     show_default=True,
     metavar="MIB",
@@ -82,7 +68,7 @@ _NUMBER = _Number(min=0, min_open=True)
 @click.option("--max-connections", type=click.IntRange(1), default=1024, show_default=True, help="To a worker.")
 @click.option(
     "--timeout",
-    type=_NUMBER,
+    type=ABOVE_ZERO,
     default=30,
     show_default=True,
     metavar="SECONDS",
@@ -90,7 +76,7 @@ _NUMBER = _Number(min=0, min_open=True)
 )
 @click.option(
     "--decode-timeout",
-    type=_NUMBER,
+    type=ABOVE_ZERO,
     default=10,
     show_default=True,
     metavar="SECONDS",
@@ -98,7 +84,7 @@ _NUMBER = _Number(min=0, min_open=True)
 )
 @click.option(
     "--drain",
-    type=_NUMBER,
+    type=ABOVE_ZERO,
     default=20,
     show_default=True,
     metavar="SECONDS",

@@ -68,8 +68,10 @@ class FeatureCache:
             with closing(self._connect()) as connection:
                 for key in dict.fromkeys(keys):
                     row = connection.execute("SELECT value FROM features WHERE key = ?", (key,)).fetchone()
-                    if row is not None and len(row[0]) == 4 * self._size:
-                        found[key] = np.frombuffer(row[0], "<f4")
+                    if row is not None and isinstance(row[0], bytes) and len(row[0]) == 4 * self._size:
+                        value = np.frombuffer(row[0], "<f4")
+                        if np.isfinite(value).all():
+                            found[key] = value
         except sqlite3.Error as exc:
             raise InputError(f"{self._file}: cannot be read ({exc}); delete it to start anew") from exc
         return found

@@ -85,6 +85,13 @@ def test_names_in_another_order_are_matched_by_name(tmp_path: Path) -> None:
     assert open_training_data(tmp_path)[1].labels.tolist() == [1]
 
 
+def test_files_of_one_split_name_their_classes_alike(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", [0, 1], [0, 1], ["cat", "dog"])
+    write_parquet(tmp_path / "train-1.parquet", [2], [0], ["dog", "cat"])
+    with pytest.raises(DataError, match=r"train-1\.parquet: its class names are not those of train-0\.parquet"):
+        open_training_data(tmp_path)
+
+
 @pytest.mark.parametrize("label", [7, -1])
 def test_a_label_outside_the_names_is_named(tmp_path: Path, label: int) -> None:
     write_parquet(tmp_path / "train-0.parquet", [0, 1, 2], [0, 1, label], ["cat", "dog"])

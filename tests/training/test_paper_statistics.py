@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from robustfeat.errors import InputError
 from robustfeat.training.paper.cells import Cells, pack, unpack
 from robustfeat.training.paper.locks import BusyError, Locks
 from robustfeat.training.paper.statistics import compare
@@ -78,14 +79,16 @@ def test_a_cell_is_computed_once_for_the_same_inputs(tmp_path) -> None:
     first = cells.get("svm", "a", {"seed": 0, "sizes": (1, 2)}, compute)
     assert Cells(tmp_path / "cells", locks).get("svm", "a", {"seed": 0, "sizes": (1, 2)}, compute) == first
     assert len(calls) == 1
-    assert cells.get("svm", "a", {"seed": 1, "sizes": (1, 2)}, compute) != first
     file = tmp_path / "cells" / "svm-a.json"
-    file.write_text("{")  # damaged
-    cells.get("svm", "a", {"seed": 1, "sizes": (1, 2)}, compute)
-    assert len(calls) == 3
-    file.write_text(file.read_text().replace('"version": 1', '"version": 0'))  # of code that measured otherwise
-    cells.get("svm", "a", {"seed": 1, "sizes": (1, 2)}, compute)
-    assert len(calls) == 4
+    with pytest.raises(InputError, match=r"svm-a\.json: is the result of another seed; move the folder away"):
+        cells.get("svm", "a", {"seed": 1, "sizes": (1, 2)}, compute)
+    whole = file.read_text()
+    damaged = ["{", whole.replace("1.1", "9.9"), whole.replace('"version": 1', '"version": 0')]
+    for count, text in enumerate(damaged, 2):
+        assert text != whole
+        file.write_text(text)
+        cells.get("svm", "a", {"seed": 0, "sizes": (1, 2)}, compute)
+        assert len(calls) == count
 
 
 def test_what_another_process_does_is_left_to_it_or_waited_for(tmp_path) -> None:

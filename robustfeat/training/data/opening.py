@@ -41,8 +41,8 @@ def open_training_data(
     train, validation = open_splits(root, parts=parts, stream=stream)
     if validation is None:
         order = np.random.default_rng([seed, 0x5EED]).permutation(len(train))
-        size = max(1, round(val_fraction * len(train)))
-        if not 0 < val_fraction < 1 or size >= len(train):
+        size = max(1, round(val_fraction * len(train))) if 0 < val_fraction < 1 else len(train)
+        if size >= len(train):
             raise DataError(
                 f"{root}: no validation split, and --val-fraction {val_fraction} of {len(train)} images leaves none"
             )

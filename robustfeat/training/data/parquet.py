@@ -120,7 +120,7 @@ def read_parquet(files: Sequence[ParquetPart], *, stream: bool = False) -> Parqu
         labels += own
     if not labels:
         raise DataError(f"{files[0].place}: holds no rows; expected images and their labels")
-    names = next((found for opened, *_ in parts if (found := class_names(opened.schema, "label"))), None)
+    names = _class_names([opened for opened, *_ in parts])
     source: Source
     if on_demand:
         source = groups = RowGroups([opened for opened, *_ in parts])
@@ -131,3 +131,15 @@ def read_parquet(files: Sequence[ParquetPart], *, stream: bool = False) -> Parqu
     if None in labels:
         raise DataError(f"{source.name(labels.index(None))} has no label; every row needs one")
     return ParquetSplit(files, source, labels, names, blocks)
+
+
+def _class_names(parts: Sequence[OpenedParquet]) -> tuple[str, ...] | None:
+    """The names that the parts give to their labels; None where none of them does."""
+    named = [(part.part.name, names) for part in parts if (names := class_names(part.schema, "label"))]
+    for file, names in named[1:]:
+        if names != named[0][1]:
+            raise DataError(
+                f"{file}: its class names are not those of {named[0][0]}, or in another order; the same number would "
+                "mean two classes. Write both with the same names"
+            )
+    return named[0][1] if named else None

@@ -167,14 +167,20 @@ def classify_corrupted(
             worse = np.stack([corrupt(square, *kind, seed=row) for row, square in zip(rows, squares, strict=True)])
             after = subject.embed_prepared(worse)
             right[place, here] = head.predict(after) == images.labels[here]
-            drift[place, here] = 1 - cosine(after, before)
+            drift[place, here] = _drift(after, before)
         progress.advance(len(rows))
     progress.finish()
     return Corrupted(kinds, clean, right, drift)
+
+
+def _drift(after: NDArray[np.float32], before: NDArray[np.float32]) -> NDArray[np.float64]:
+    """1 - cosine; where a vector is zero 1, or 0 if both are."""
+    moved = 1 - cosine(after, before)
+    return np.where(np.isnan(moved), (after != before).any(1), moved)
 
 
 def _square(subject: Subject, images: ImageSet, row: int) -> NDArray[np.uint8]:
     try:
         return subject.prepare(images.source.read(row))
     except (DecodeError, OSError) as exc:
-        raise DecodeError(f"{images.source.name(row)}: {exc}") from exc
+        raise DecodeError(f"{images.source.name(row)}: {exc}; repair or remove it") from exc

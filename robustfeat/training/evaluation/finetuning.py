@@ -15,7 +15,7 @@ from robustfeat.progress import Progress
 from robustfeat.training.data import Batch, EpochPlan, EvaluationBatches, ImageSet, TrainingBatches, load_batches
 from robustfeat.training.evaluation.tasks import Task
 
-__all__ = ["finetune"]
+__all__ = ["finetune", "require_batch"]
 
 _TEST_BATCH = 256
 
@@ -57,11 +57,7 @@ def finetune(
         InputError: fewer training images than one batch.
         TrainingError: the loss is no longer finite.
     """
-    if len(task.train) < batch_size:
-        raise InputError(
-            f"{task.name}: {len(task.train)} training images, fewer than one batch of {batch_size}; "
-            "pass a smaller batch"
-        )
+    require_batch(task, batch_size)
     device = device or torch.device("cpu")
     torch.manual_seed(seed)
     model = nn.Sequential(copy.deepcopy(network), nn.Linear(feature_size, len(task.train.classes)))
@@ -94,6 +90,19 @@ def finetune(
         progress.advance(1, f"test error {errors[-1]:.2%}")
     progress.finish()
     return errors
+
+
+def require_batch(task: Task, batch_size: int) -> None:
+    """Whether a task has the training images of one batch.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    if len(task.train) < batch_size:
+        raise InputError(
+            f"{task.name}: {len(task.train)} training images, fewer than one batch of {batch_size}; "
+            "pass a smaller batch"
+        )
 
 
 def _test_error(

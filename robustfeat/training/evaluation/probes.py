@@ -123,8 +123,9 @@ def nearest_neighbours(features: TaskFeatures) -> Score:
     from sklearn.preprocessing import normalize
 
     neighbours = min(_NEIGHBOURS, len(features.x))
-    classifier = KNeighborsClassifier(neighbours).fit(normalize(features.x), features.y)
-    return Score.of(classifier.predict(normalize(features.x_test)), features, neighbours=neighbours)
+    x, x_test = (normalize(part.astype(np.float64)).astype(np.float32) for part in (features.x, features.x_test))
+    classifier = KNeighborsClassifier(neighbours).fit(x, features.y)
+    return Score.of(classifier.predict(x_test), features, neighbours=neighbours)
 
 
 def few_shot(features: TaskFeatures, shots: Sequence[int] = FEW_SHOTS, *, seed: int = 0) -> dict[int, dict[str, Any]]:
@@ -160,14 +161,17 @@ def libsvm(features: TaskFeatures, c: float, scaling: str, *, seed: int = 0) -> 
     """LIBSVM's linear SVM (one against one, hinge loss), the paper's, beside `LinearSVC` on the same rows.
 
     Args:
-        features: of which at most 5,000 training rows are used, drawn with `seed`.
+        features: of which at most 5,000 training rows are used, drawn with `seed`, and one of each class that these
+            have not.
         c, scaling: of both.
     """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import Normalizer, StandardScaler
     from sklearn.svm import SVC, LinearSVC
 
-    rows = np.sort(np.random.default_rng(seed).permutation(len(features.x))[:_LIBSVM_ROWS])
+    drawn = np.random.default_rng(seed).permutation(len(features.x))[:_LIBSVM_ROWS]
+    firsts = np.unique(features.y, return_index=True)[1]  # so that rare classes are there
+    rows = np.unique(np.concatenate([drawn, firsts[~np.isin(features.y[firsts], features.y[drawn])]]))
     scores = {}
     one_vs_one, ours = SVC(kernel="linear", C=c, max_iter=_LIBSVM_STEPS), LinearSVC(C=c, dual=False)
     for name, classifier in (("LIBSVM", one_vs_one), ("LinearSVC", ours)):

@@ -8,6 +8,7 @@ from typing import Any
 
 from robustfeat.files import new_file
 from robustfeat.serving.cpus import available_cpus
+from robustfeat.serving.sources import printable
 from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm
@@ -117,12 +118,18 @@ def draw_finetuning(results: Sequence[Mapping[str, Any]], file: Path) -> None:
         for result in results:
             if result["task"] == task:
                 errors = result["finetuned"]["test_error"]
-                axes.plot(range(1, len(errors) + 1), [100 * error for error in errors], label=result["model"])
-        axes.set(title=task, xlabel="epoch", ylabel="test error in %")
+                axes.plot(range(1, len(errors) + 1), [100 * error for error in errors], label=_plain(result["model"]))
+        axes.set(xlabel="epoch", ylabel="test error in %")
+        axes.set_title(_plain(task))
         axes.grid(alpha=0.3)
         axes.legend()
     with new_file(file) as partial:
         figure.savefig(partial, format=file.suffix[1:])
+
+
+def _plain(name: str) -> str:
+    """For matplotlib, which takes what is between dollars for formulas."""
+    return printable(name).replace("$", r"\$")
 
 
 def evaluation_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -148,7 +155,8 @@ def _cells(result: Mapping[str, Any], shots: Sequence[int], more: Sequence[str])
 
     best = result["svm"]
     low, high = best["interval"]
-    yield from (result["model"], result["task"], percent(best["accuracy"]), f"{percent(low)} to {percent(high)}")
+    yield from (printable(result[key]).replace("|", r"\|").replace("\n", " ") for key in ("model", "task"))
+    yield from (percent(best["accuracy"]), f"{percent(low)} to {percent(high)}")
     yield from (percent(best["balanced_accuracy"]), percent(result["naive_bayes"]["accuracy"]))
     yield percent(result["neighbours"]["accuracy"])
     for count in shots:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from robustfeat.errors import EngineError, InputError, first_line
+from robustfeat.errors import CheckpointError, EngineError, InputError, first_line
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square, resize_and_crop
@@ -90,17 +90,10 @@ class NetworkSubject:
         self.batch_size = default_batch_size(contract.image_size, device.type)
         side = contract.image_size
         squares = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
-        try:
-            features = self._run(squares)
-            shape = tuple(features.shape)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as exc:
-            raise InputError(
-                f"{name}: fails on two images of {contract.image_size} px ({first_line(exc)}); pass --image-size if it "
-                "needs another size"
-            ) from exc
-        if len(shape) != 2 or shape[0] != 2:
-            raise InputError(f"{name}: must give one vector an image, (n, D); got {shape} for two images")
-        self.feature_size = shape[1]
+        self.feature_size = 0
+        features = self._run(squares)
+        self.feature_size = features.shape[1]
+        self._run(squares[:1])
         # What the code of a network does shows in its features alone, not in its weights.
         digest = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
         self.identity: Sequence[Any] = [
@@ -120,8 +113,22 @@ class NetworkSubject:
 
     def _run(self, squares: NDArray[np.uint8]) -> Tensor:
         pixels = torch.from_numpy(normalise(squares, self.contract)).to(self.device)
-        with torch.no_grad():
-            features: Tensor = self.network(pixels.contiguous(memory_format=torch.channels_last))
+        side, count = self.contract.image_size, len(pixels)
+        try:
+            with torch.no_grad():
+                features = self.network(pixels.contiguous(memory_format=torch.channels_last))
+        except Exception as exc:  # whatever a network of somebody's raises
+            raise InputError(
+                f"{self.name}: fails on {count} images of {side} px ({type(exc).__name__}: {first_line(exc)}); pass "
+                "--image-size if it needs another size"
+            ) from exc
+        expected = f"({count}, {self.feature_size or 'D'})"
+        if not isinstance(features, Tensor) or features.is_complex():
+            kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(f"{self.name}: must give real numbers in a tensor, {expected}; got {kind}")
+        shape = tuple(features.shape)
+        if len(shape) != 2 or shape[0] != count or not shape[1] or self.feature_size not in (0, shape[1]):
+            raise InputError(f"{self.name}: must give one vector an image, {expected}; got {shape} for {count} images")
         return features
 
 
@@ -136,9 +143,18 @@ def state_digest(network: nn.Module) -> str:
 
 
 def network_of(checkpoint: Checkpoint) -> nn.Module:
-    """The trained network with its classifier, in evaluation mode."""
-    network = build_network(len(checkpoint.classes))
-    network.load_state_dict(checkpoint.model)
+    """The trained network with its classifier, in evaluation mode.
+
+    Raises:
+        CheckpointError: the weights are not those of such a network.
+    """
+    try:
+        network = build_network(len(checkpoint.classes))
+        network.load_state_dict(checkpoint.model)
+    except (RuntimeError, TypeError, AttributeError) as exc:
+        raise CheckpointError(
+            f"the checkpoint's weights do not fit its network ({first_line(exc)}); train again or use another"
+        ) from exc
     return network.eval()
 
 
@@ -186,7 +202,7 @@ def open_network(
             name = (path if path.is_dir() else path.parent).resolve().name
         else:
             network = _build(model, *model.split(":", 1))
-            contract = Preprocessing(image_size or 224, 0.875 if crop_pct is None else crop_pct)
+            contract = Preprocessing(224 if image_size is None else image_size, 0.875 if crop_pct is None else crop_pct)
             name = model
     except ValueError as exc:
         raise InputError(f"{model}: {exc}") from exc
@@ -214,6 +230,8 @@ def _network_of_folder(folder: ModelFolder) -> nn.Module:
 
     folder.verify([WEIGHTS])
     config = folder.config
+    if ":" in config.architecture:
+        raise InputError(f"{folder.path}: its architecture {config.architecture!r} is no network that timm has itself")
     try:
         network: Any = timm.create_model(config.architecture, num_classes=config.num_classes)
         network.load_state_dict({name: value.float() for name, value in load_file(folder.path / WEIGHTS).items()})
@@ -242,11 +260,11 @@ def torch_device(device: str) -> torch.device:
 def _build(model: str, module_name: str, attribute: str) -> nn.Module:
     try:
         build = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, SyntaxError) as exc:
+    except (Exception, SystemExit) as exc:  # whatever a module of somebody's raises
         raise InputError(f"{model}: cannot be imported ({first_line(exc)}); is its folder on PYTHONPATH?") from exc
     try:
         network = build()
-    except Exception as exc:  # whatever a builder of somebody's raises
+    except (Exception, SystemExit) as exc:  # whatever a builder of somebody's raises
         raise InputError(f"{model}: failed when it was called without arguments ({first_line(exc)})") from exc
     if not isinstance(network, nn.Module):
         raise InputError(f"{model}: must return a torch.nn.Module; got {type(network).__name__}")

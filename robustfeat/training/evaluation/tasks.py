@@ -52,7 +52,7 @@ class TaskFeatures:
     y_test: NDArray[np.int64]
 
 
-def parse_task(text: str) -> tuple[str, str]:
+def parse_task(text: str, option: str = "--task") -> tuple[str, str]:
     """`NAME=DATA` to its parts; without a name, the last part of DATA.
 
     Raises:
@@ -62,7 +62,7 @@ def parse_task(text: str) -> tuple[str, str]:
     if not equals:
         name, place = Path(text).name, text
     if not name.strip() or not place.strip():
-        raise InputError(f"--task {text!r}: expected NAME=DATA, such as pets=data/pets")
+        raise InputError(f"{option} {text!r}: expected NAME=DATA, such as pets=data/pets")
     return name.strip(), place.strip()
 
 
@@ -129,18 +129,27 @@ def embed_images(
 
     Raises:
         DecodeError: naming an image that cannot be read.
+        DataError: features are not finite.
     """
-    kept = FeatureCache(cache, subject) if cache else None
+    try:
+        return _embed_all(subject, images, FeatureCache(cache, subject) if cache else None, label, quiet)
+    except (DecodeError, DataError) as exc:
+        raise type(exc)(f"{label}: {exc}" if label else str(exc)) from exc
+
+
+def _embed_all(
+    subject: Subject, images: ImageSet, cache: FeatureCache | None, label: str, quiet: bool
+) -> NDArray[np.float32]:
     features = np.empty((len(images), subject.feature_size), np.float32)
     progress = Progress(label, len(images), quiet=quiet)
     for start in range(0, len(images), subject.batch_size):
         rows = range(start, min(start + subject.batch_size, len(images)))
-        features[rows.start : rows.stop] = _embed_rows(subject, images, rows, kept)
+        features[rows.start : rows.stop] = _embed_rows(subject, images, rows, cache)
         progress.advance(len(rows))
     progress.finish()
     if not np.isfinite(features).all():
         bad = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
-        raise DataError(f"{images.source.name(bad)}: {subject.name} gives features that are not finite")
+        raise DataError(f"{images.source.name(bad)}: its features are not finite; repair the model")
     return features
 
 
@@ -169,7 +178,7 @@ def _embed_rows(
     if fresh:
         made = dict(zip(fresh, subject.embed_prepared(np.stack(list(fresh.values()))), strict=True))
         if cache:
-            cache.put(made)
+            cache.put({key: value for key, value in made.items() if np.isfinite(value).all()})
         known = known | made
     return np.stack([known[key] for key in keys])
 
@@ -180,4 +189,6 @@ def embed_task(subject: Subject, task: Task, *, cache: Path | None = None, quiet
         embed_images(subject, images, cache=cache, label=f"{subject.name}: {task.name} {split}", quiet=quiet)
         for split, images in (("train", task.train), ("test", task.test))
     )
+    if not np.ptp(x, axis=0).any():
+        raise DataError(f"{subject.name}: gives all training images of {task.name} the same features; repair the model")
     return TaskFeatures(task.name, subject.name, task.train.classes, x, task.train.labels, x_test, task.test.labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.errors import InputError
 from robustfeat.files import new_file
 from robustfeat.training.paper.locks import Locks
 
@@ -43,6 +45,7 @@ class Cells:
 
         Raises:
             BusyError: another process computes it, and `locks.wait` is not set.
+            InputError: the file has the result of other inputs.
         """
         file = self._folder / f"{kind}-{name}.json"
         key = {"version": _VERSIONS[kind], "inputs": json.loads(json.dumps(inputs))}
@@ -51,23 +54,36 @@ class Cells:
         with self._locks.held(file.stem):
             if (known := _values(file, key)) is not None:  # by whom we waited for
                 return known
-            values = dict(compute())
+            values: dict[str, Any] = json.loads(json.dumps(dict(compute())))
             self._folder.mkdir(parents=True, exist_ok=True)
             with new_file(file) as partial:
-                partial.write_text(json.dumps({**key, "values": values}, indent=1) + "\n", "utf-8")
+                cell = {**key, "values": values, "sha256": _digest(values)}
+                partial.write_text(json.dumps(cell, indent=1) + "\n", "utf-8")
         return values
 
 
 def _values(file: Path, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a cell's file holds; None where it is missing, damaged, or of other inputs."""
+    """What a cell's file holds; None where it is missing, damaged, or of older code."""
     try:
         known = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    if isinstance(known, dict) and isinstance(known.get("values"), dict) and key.items() <= known.items():
-        values: Mapping[str, Any] = known["values"]
-        return values
-    return None
+    if not isinstance(known, dict) or known.get("version") != key["version"]:
+        return None
+    values, inputs = known.get("values"), known.get("inputs")
+    if not isinstance(values, dict) or not isinstance(inputs, dict) or known.get("sha256") != _digest(values):
+        return None
+    if changed := [name for name in sorted({*inputs, *key["inputs"]}) if inputs.get(name) != key["inputs"].get(name)]:
+        raise InputError(
+            f"{file}: is the result of another {' and '.join(changed)}; move the folder away, or choose another --out"
+        )
+    found: Mapping[str, Any] = values
+    return found
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """Tells whether values are those that were written."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def pack(right: NDArray[np.bool_]) -> str:

@@ -40,8 +40,12 @@ class Locks:
             InputError: the file system does not keep locks.
         """
         file = self._folder / f"{name}.lock"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "w") as handle:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = open(file, "w")  # noqa: SIM115 - held for the block
+        except OSError as exc:
+            raise InputError(f"{file}: cannot be made ({exc.strerror}); choose another --out") from exc
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

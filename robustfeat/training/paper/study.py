@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustfeat.errors import CheckpointError, InputError
+from robustfeat.errors import CheckpointError, DivergedError, InputError, TrainingError
 from robustfeat.progress import Progress
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, changed_key, load_checkpoint
 from robustfeat.training.concepts import assign_concepts, load_concepts
@@ -205,17 +205,26 @@ class Study:
             if resume and self._saved_epochs(folder, recipe, data) == recipe.epochs:
                 return folder
             self.say(f"{name}: {'goes on' if resume else 'is trained'}")
-            train(
-                data,
-                recipe,
-                folder,
-                resume=resume,
-                device=self.machine.device,
-                threads=self.machine.threads,
-                workers=self.machine.workers,
-                quiet=self.machine.quiet,
-            )
+            try:
+                self._train(data, recipe, folder, resume)
+            except DivergedError as exc:
+                raise DivergedError(f"{name}: {exc}") from exc
+            except TrainingError as exc:
+                raise TrainingError(f"{name}: stopped; what it has is saved: give the same command again") from exc
         return folder
+
+    def _train(self, data: str, recipe: Recipe, folder: Path, resume: bool) -> None:
+        machine = self.machine
+        train(
+            data,
+            recipe,
+            folder,
+            resume=resume,
+            device=machine.device,
+            threads=machine.threads,
+            workers=machine.workers,
+            quiet=machine.quiet,
+        )
 
     def _saved_epochs(self, folder: Path, recipe: Recipe, data: str) -> int:
         saved = load_checkpoint(folder)

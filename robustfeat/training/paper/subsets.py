@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import DataError
+from robustfeat.errors import DataError, DecodeError
 from robustfeat.files import new_folder
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.data import ImageSet
@@ -96,5 +96,12 @@ def _write(images: ImageSet, rows: NDArray[np.int64], file: Path) -> None:
     with parquet.ParquetWriter(file, schema) as writer:
         for start in range(0, len(rows), _ROWS_A_GROUP):
             part = rows[start : start + _ROWS_A_GROUP]
-            values = [{"bytes": images.source.read(int(row)), "path": None} for row in part]
+            values = [{"bytes": _content(images, int(row)), "path": None} for row in part]
             writer.write_table(pa.table({"image": values, "label": images.labels[part]}, schema))
+
+
+def _content(images: ImageSet, row: int) -> bytes:
+    try:
+        return images.source.read(row)
+    except OSError as exc:
+        raise DecodeError(f"{images.source.name(row)}: {exc.strerror or exc}; repair or remove it") from exc

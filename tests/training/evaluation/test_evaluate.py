@@ -1,7 +1,10 @@
 """`robustfeat evaluate`: models of every kind on real images, and what is refused."""
 
 import json
+import re
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +14,14 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
+from robustfeat.cli.evaluate_command import command as evaluate_command
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, classify_corrupted, corrupt
-from robustfeat.training.evaluation.probes import svm
+from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, _drift, classify_corrupted, corrupt
+from robustfeat.training.evaluation.probes import libsvm, svm
 from robustfeat.training.evaluation.report import evaluate_task
 from robustfeat.training.evaluation.subject import open_network, open_subject
-from robustfeat.training.evaluation.tasks import embed_task, open_task, parse_task
+from robustfeat.training.evaluation.tasks import TaskFeatures, embed_task, open_task, parse_task
 from tests.conftest import Run
 
 NETWORK = """
@@ -36,6 +40,29 @@ def images():
 
 def broken():
     raise OSError("weights are gone")
+
+def leaves():
+    raise SystemExit(0)
+
+class Moody(nn.Module):
+    def forward(self, images):
+        if len(images) == 1:
+            return torch.zeros(48)
+        if len(images) > 2:
+            raise KeyError("batch")
+        return torch.zeros(len(images), 48)
+
+class Larger(nn.Module):
+    def forward(self, images):
+        return torch.zeros(len(images), 4 if len(images) <= 2 else 7)
+
+class Constant(nn.Module):
+    def forward(self, images):
+        return torch.ones(len(images), 4)
+
+class Complex(nn.Module):
+    def forward(self, images):
+        return torch.ones(len(images), 4, dtype=torch.complex64)
 """
 
 
@@ -73,11 +100,57 @@ def test_a_network_of_ones_own_is_evaluated(network: str, dataset: Path) -> None
         ("images", "must give one vector an image"),
         ("broken", "failed when it was called without arguments .*weights are gone"),
         ("nothing", "cannot be imported"),
+        ("leaves", "failed when it was called without arguments"),
+        ("Moody", r"must give one vector an image, \(1, 48\); got \(48,\) for 1 images"),
+        ("Complex", "must give real numbers in a tensor.*complex64"),
     ],
 )
 def test_what_is_no_network_is_refused(network: str, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         open_subject(f"{network}:{name}", image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("Larger", InputError, r"must give one vector an image, \(30, 4\); got \(30, 7\)"),
+        ("Constant", DataError, "gives all training images of clothes the same features"),
+    ],
+)
+def test_a_network_that_fails_later_is_named(
+    network: str, dataset: Path, name: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        embed_task(open_subject(f"{network}:{name}", image_size=32), open_task("clothes", str(dataset)))
+    assert f"{network}:{name}" in str(caught.value)
+
+
+def test_finished_results_stay_when_a_later_model_fails(
+    network: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [f"{network}:build", f"{network}:Constant", "--task", f"clothes={dataset}", "--image-size", "32"]
+    arguments += ["--out", str(tmp_path / "r.json"), "--quiet", "--no-few-shot"]
+    with pytest.raises(DataError, match="Constant"):
+        evaluate_command(arguments, standalone_mode=False)
+    (result,) = json.loads((tmp_path / "r.json").read_text())
+    assert result["model"] == f"{network}:build"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "."], "--out .: is a folder"),
+        (["--finetune", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: its folder does not exist"),
+        (["--finetune", "--plot", ".png"], "expected a .png or .svg file"),
+        (["--finetune"], "clothes: 30 training images, fewer than one batch of 128"),
+    ],
+)
+def test_what_cannot_be_written_or_done_is_said_first(
+    network: str, dataset: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=re.escape(message)):
+        evaluate_command([f"{network}:broken", "--task", f"clothes={dataset}", *options], standalone_mode=False)
 
 
 def test_features_are_computed_once(model: Path, dataset: Path, tmp_path: Path, monkeypatch) -> None:
@@ -168,6 +241,38 @@ def test_rows_are_drawn_the_same_way_each_time(dataset: Path) -> None:
     assert [len(tasks[0].train), len(tasks[0].test)] == [12, 4]
     np.testing.assert_array_equal(tasks[0].train.labels, tasks[1].train.labels)
     assert len(np.unique(tasks[0].train.labels)) > 1
+
+
+def test_damaged_values_of_a_cache_are_computed_again(network: str, dataset: Path, tmp_path: Path) -> None:
+    task, cache = open_task("clothes", str(dataset)), tmp_path / "features.db"
+    expected = embed_task(open_subject(f"{network}:build", image_size=32), task, cache=cache)
+    nan = np.full(48, np.nan, "<f4").tobytes()
+    with closing(sqlite3.connect(cache)) as connection, connection:
+        keys = [row[0] for row in connection.execute("SELECT key FROM features")]
+        connection.execute("UPDATE features SET value = 'text' WHERE key = ?", (keys[0],))
+        connection.execute("UPDATE features SET value = ? WHERE key = ?", (nan, keys[1]))
+    again = embed_task(open_subject(f"{network}:build", image_size=32), task, cache=cache)
+    np.testing.assert_array_equal(again.x, expected.x)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan"), float("inf")])
+def test_a_share_of_test_images_lies_between_0_and_1(dataset: Path, fraction: float) -> None:
+    with pytest.raises(DataError, match=r"--val-fraction .* leaves none"):
+        open_task("clothes", str(dataset / "train"), val_fraction=fraction)
+
+
+def test_rare_classes_are_among_libsvms_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustfeat.training.evaluation.probes._LIBSVM_ROWS", 5)
+    x = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    y = np.array([0] * 198 + [1, 2])
+    scores = libsvm(TaskFeatures("t", "m", ("a", "b", "c"), x, y, x, y), 1.0, "none")
+    assert scores["LIBSVM"].details["rows"] == 7
+
+
+def test_drift_of_zero_vectors_is_a_number() -> None:
+    zero, some = np.zeros((1, 3), np.float32), np.array([[1, 0, 0]], np.float32)
+    before, after = np.concatenate([zero, zero, some]), np.concatenate([zero, some, some])
+    assert _drift(after, before).tolist() == [0.0, 1.0, 0.0]
 
 
 def test_a_task_of_one_class_is_refused(dataset: Path, tmp_path: Path) -> None:
