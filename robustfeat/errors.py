@@ -9,8 +9,9 @@
     ├── HeadError           a head is incomplete, altered, or from a newer version
     ├── EngineError         the inference engine is missing, or is not what was asked for
     ├── DataError           a training set or concept map cannot be used
-    ├── TrainingError       training cannot go on (it was stopped, or ranks were lost)
-    │   └── DivergedError       its loss is no longer finite
+    ├── TrainingError       training cannot go on
+    │   ├── DivergedError       its loss is no longer finite
+    │   └── StoppedError        a signal stopped it
     ├── CheckpointError     a checkpoint is missing, damaged, or belongs to another run
     └── ExportError         an exported file disagrees with the network that it came from
 
@@ -30,6 +31,7 @@ __all__ = [
     "InputError",
     "ModelFolderError",
     "RobustFeatError",
+    "StoppedError",
     "TrainingError",
     "UnreachableError",
     "first_line",
@@ -78,6 +80,10 @@ class TrainingError(RobustFeatError):
 
 class DivergedError(TrainingError):
     """The loss is no longer finite."""
+
+
+class StoppedError(TrainingError):
+    """A signal stopped it, and what it had is saved."""
 
 
 class CheckpointError(RobustFeatError):

@@ -90,6 +90,9 @@ def command(
             made.append(exhibit)
             write_exhibit(exhibit, Path(out))
             click.echo(markdown(exhibit))
-        write_page(made, page, f"HRRL: {chosen.title}", chosen.differences())
+        if measures.needs_runs(names):
+            write_page(made, page, f"HRRL: {chosen.title}", chosen.differences())
+        else:
+            write_page(made, page, "HRRL: what needs no training")
     study.say(f"{page} shows what was asked for")
     return 0

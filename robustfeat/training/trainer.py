@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import distributed
 
-from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError, RobustFeatError, TrainingError
+from robustfeat.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    InputError,
+    RobustFeatError,
+    StoppedError,
+    TrainingError,
+)
 from robustfeat.files import new_file
 from robustfeat.progress import Progress, clock
 from robustfeat.serving.cpus import available_cpus
@@ -62,11 +70,13 @@ class TrainingResult:
         run: its folder.
         validation_accuracy: share of validation images classified correctly by the last epoch's parameters.
         bad_images: the images that could not be decoded and were left out.
+        stopped: a signal came when nothing was left to train.
     """
 
     run: Path
     validation_accuracy: float
     bad_images: tuple[str, ...]
+    stopped: bool = False
 
 
 def train(
@@ -104,7 +114,7 @@ def train(
     Raises:
         DataError, CheckpointError, InputError: see the messages.
         DivergedError: the loss is no longer finite.
-        TrainingError: a signal stopped the run (its state is saved).
+        StoppedError: a signal stopped the run (its state is saved).
     """
     ranks = Ranks.from_environment()
     chosen = _choose_device(device, ranks)
@@ -259,7 +269,8 @@ class _Trainer:
         if self.ranks.rank == 0:
             draw_curves(self.out, self.concepts.names)
             self.progress.say(f"{self.out / CURVES_NAME} shows loss, accuracy and the path of q")
-        return TrainingResult(self.out, accuracy, tuple(sorted(set().union(*self.bad_images.values()))))
+        bad_images = tuple(sorted(set().union(*self.bad_images.values())))
+        return TrainingResult(self.out, accuracy, bad_images, stop.requested)
 
     def _restore(self, saved: Checkpoint) -> None:
         parts = ("model", "optimizer", "objective", "scaler")
@@ -508,7 +519,7 @@ class _Trainer:
         raise error
 
     def _end_early(self) -> NoReturn:
-        self._fail(TrainingError(f"stopped; {self.out / CHECKPOINT_NAME} is up to date: go on with --resume"))
+        self._fail(StoppedError(f"stopped; {self.out / CHECKPOINT_NAME} is up to date: go on with --resume"))
 
     def _save(self) -> None:
         if self.ranks.rank == 0:

@@ -268,6 +268,7 @@ def _quiet(threads: int, workers: int) -> Iterator[None]:
 
     with warnings.catch_warnings(), threadpool_limits(max(1, threads // workers)):
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")  # few images a class
         warnings.filterwarnings("ignore", module="sklearn.neighbors")  # features that do not vary within a class
         yield
 

@@ -47,7 +47,7 @@ def _jpeg(image: Tensor, quality: float, generator: torch.Generator) -> Tensor:
 
 
 def _brightness(image: Tensor, more: float, generator: torch.Generator) -> Tensor:
-    return (image + round(255 * more)).clamp(max=255).to(torch.uint8) if more else image
+    return (image.int() + round(255 * more)).clamp(max=255).to(torch.uint8)
 
 
 def _contrast(image: Tensor, factor: float, generator: torch.Generator) -> Tensor:

@@ -35,6 +35,7 @@ def finetune(
     min_crop_area: float = 0.35,
     seed: int = 0,
     device: torch.device | None = None,
+    label: str = "",
     quiet: bool = True,
 ) -> list[float]:
     """Trains all layers, and a new classifier, on a task by ERM.
@@ -48,6 +49,7 @@ def finetune(
         batch_size, momentum, weight_decay, min_crop_area: of SGD and the crops.
         seed: of the classifier, the order and the crops.
         device: where it runs; the CPU by default.
+        label: for the progress line.
         quiet: no progress.
 
     Returns:
@@ -71,8 +73,8 @@ def finetune(
         x = (batch.pixels(device, contract.image_size) / 255 - mean) / std
         return x.contiguous(memory_format=torch.channels_last)
 
-    errors = []
-    progress = Progress(f"fine-tuning on {task.name}", epochs, "epochs", quiet=quiet)
+    errors, note = [], ""
+    progress = Progress(label or f"fine-tuning on {task.name}", epochs * len(task.train), quiet=quiet)
     for epoch in range(epochs):
         for group in optimizer.param_groups:
             group["lr"] = lr if epoch < milestone else lr / 10
@@ -85,10 +87,11 @@ def finetune(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            progress.advance(len(batch.labels), note)
         model.eval()
         errors.append(_test_error(model, images_of, task.test, contract))
-        progress.advance(1, f"test error {errors[-1]:.2%}")
-    progress.finish()
+        note = f"test error {errors[-1]:.2%} after epoch {epoch + 1}"
+    progress.finish(note)
     return errors
 
 

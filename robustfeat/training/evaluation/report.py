@@ -52,6 +52,8 @@ def evaluate_task(
     chosen = svm(features, threads=threads, quiet=quiet)
     result: dict[str, Any] = {
         "model": subject.name,
+        "identity": [str(part) for part in subject.identity],
+        "image_size": subject.contract.image_size,
         "task": task.name,
         "classes": len(features.classes),
         "train": len(features.x),
@@ -67,7 +69,7 @@ def evaluate_task(
         settings = dict(finetuning or {})
         errors = finetune(
             finetuned.network, finetuned.feature_size, finetuned.contract, task,
-            device=finetuned.device, quiet=quiet, **settings,
+            device=finetuned.device, label=f"{subject.name}: fine-tuning on {task.name}", quiet=quiet, **settings,
         )  # fmt: skip
         result["finetuned"] = {**settings, "accuracy": 1 - errors[-1], "test_error": errors}
     return result
@@ -121,6 +123,7 @@ def draw_finetuning(results: Sequence[Mapping[str, Any]], file: Path) -> None:
                 axes.plot(range(1, len(errors) + 1), [100 * error for error in errors], label=_plain(result["model"]))
         axes.set(xlabel="epoch", ylabel="test error in %")
         axes.set_title(_plain(task))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     with new_file(file) as partial:
@@ -137,8 +140,12 @@ def evaluation_table(results: Sequence[Mapping[str, Any]]) -> str:
     shots = sorted({int(count) for result in results for count in result.get("few_shot", {})})
     head = ["model", "task", "SVM", "95 %", "balanced", "naive Bayes", "neighbours", *(f"{n}-shot" for n in shots)]
     more = [name for name in ("libsvm", "corruptions", "finetuned") if any(name in result for result in results)]
-    titles = {"libsvm": "LIBSVM / LinearSVC", "corruptions": "corrupted, kept, drift", "finetuned": "fine-tuned"}
-    head += [titles[name] for name in more]
+    titles = {
+        "libsvm": ["LIBSVM / LinearSVC"],
+        "corruptions": ["corrupted", "kept", "drift"],
+        "finetuned": ["fine-tuned"],
+    }
+    head += [title for name in more for title in titles[name]]
     lines = [head, ["---"] * len(head)]
     lines += [list(_cells(result, shots, more)) for result in results]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -166,6 +173,6 @@ def _cells(result: Mapping[str, Any], shots: Sequence[int], more: Sequence[str])
         yield libsvm_cell(result.get("libsvm", {}))
     if "corruptions" in more:
         worse = result.get("corruptions")
-        yield f"{percent(worse['corrupted'])}, {worse['kept']:.3f}, {worse['drift']:.4f}" if worse else ""
+        yield from (percent(worse["corrupted"]), f"{worse['kept']:.3f}", f"{worse['drift']:.4f}") if worse else [""] * 3
     if "finetuned" in more:
         yield percent(result["finetuned"]["accuracy"]) if "finetuned" in result else ""

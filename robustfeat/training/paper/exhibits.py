@@ -280,9 +280,8 @@ def _corruptions(measures: Measures) -> Exhibit:
             row |= {key: _spread([100 * cell[key] for cell in cells]) for key in ("clean", "corrupted")}
             row |= {key: _spread([cell[key] for cell in cells], 4) for key in ("kept", "drift")}
             against = None if method == "erm" else compare(told[method], told["erm"])
-            compared = _compared(against)
-            compared["corrupted, minus ERM"] = compared.pop("here, minus ERM")
-            rows.append({**row, **compared})
+            renamed = {"here, minus ERM": "corrupted, minus ERM"}
+            rows.append({**row, **{renamed.get(key, key): value for key, value in _compared(against).items()}})
             by_kind = [cell["by_corruption"].values() for cell in cells]
             points = [(0.0, 100 * float(np.mean([cell["clean"] for cell in cells])))]
             for severity in SEVERITIES:

@@ -32,6 +32,7 @@ __all__ = ["Measures"]
 
 _CHOOSING = {*TABLES, "verdicts", "fig3", "selection", "opinions", "corruptions"}
 """Exhibits that need tau and lambda, and so all targets."""
+_WORTH_SAYING = 1.0  # s that a result took
 _PATIENCE = 5.0  # s, when all that is left is with other processes
 
 
@@ -55,12 +56,16 @@ class Measures:
         Raises:
             InputError, DataError: something is missing or cannot be used.
         """
-        if choosing := _CHOOSING & set(exhibits):
+        if _CHOOSING & set(exhibits):
             for target in self.scale.targets:
                 self.study.task(target)
-        if choosing or {"fig4", "fig5"} & set(exhibits):
-            _ = self.study.benchmark
+        if self.needs_runs(exhibits):
             self.study.data(self.study.stage)
+
+    @staticmethod
+    def needs_runs(exhibits: Sequence[str]) -> bool:
+        """Whether any of them shows more than the paper's own numbers and formulas."""
+        return bool((_CHOOSING | {"fig4", "fig5"}) & set(exhibits))
 
     def compute(self, exhibits: Sequence[str]) -> None:
         """Computes the cells that these need.
@@ -72,13 +77,17 @@ class Measures:
             DivergedError: a main run diverged; what can be computed without it was.
         """
         study, todo, failed = self.study, list(self._needed(set(exhibits))), None
+        total = len(todo)
         study.locks.wait, told = False, False
         try:
             while todo:
-                left = []
-                for work in todo:
+                left: list[Callable[[], object]] = []
+                for place, work in enumerate(todo):
+                    began = time.monotonic()
                     try:
                         work()
+                        if time.monotonic() - began > _WORTH_SAYING:
+                            study.say(f"{total - len(left) - len(todo) + place + 1} of {total} results")
                     except BusyError:
                         left.append(work)
                     except DivergedError as exc:
@@ -201,7 +210,7 @@ class Measures:
         """Figure 3: the test error of each epoch, from the run of the first seed."""
         task, scale = self.study.task(target), self.scale
         task = replace(task, train=draw_images(task.train, scale.finetune_rows))
-        settings = {
+        settings: dict[str, Any] = {
             "epochs": scale.finetune_epochs,
             "milestone": scale.finetune_milestone,
             "batch_size": min(128, len(task.train)),

@@ -61,6 +61,7 @@ class Scale:
         title: for the headings of tables and figures: what was scaled down.
         recipe: of the benchmark's runs, by ERM; methods, tau, lambda and seeds are filled in.
         rows: how many of the benchmark's images they see; None for all.
+        validation_rows: how many of its validation images; None for all.
         long_epochs: of ERM given HRRL's time.
         selection: the recipe of the runs that choose tau and lambda.
         selection_rows: how many of the benchmark's images those see; None for all.
@@ -89,6 +90,7 @@ class Scale:
     finetune_epochs: int = 100
     finetune_milestone: int = 50
     finetune_rows: int | None = None
+    validation_rows: int | None = None
     corrupted_rows: int | None = None
     steps: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -181,6 +183,7 @@ def _quick() -> Scale:
         finetune_milestone=1,
         finetune_rows=40,
         corrupted_rows=10,
+        validation_rows=100,
         steps=(0.0, 1.0),
     )
 

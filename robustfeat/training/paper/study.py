@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustfeat.errors import CheckpointError, DivergedError, InputError, TrainingError
+from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError, StoppedError
 from robustfeat.progress import Progress
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, changed_key, load_checkpoint
 from robustfeat.training.concepts import assign_concepts, load_concepts
 from robustfeat.training.data import ImageSet, open_splits, open_training_data
 from robustfeat.training.evaluation.subject import torch_device
-from robustfeat.training.evaluation.tasks import Task, open_task
+from robustfeat.training.evaluation.tasks import Task, draw_images, open_task
 from robustfeat.training.paper.locks import Locks
 from robustfeat.training.paper.scale import WITH_LAMBDA, WITH_TAU, Scale
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from robustfeat.training.recipe import Recipe
-from robustfeat.training.trainer import train
+from robustfeat.training.trainer import TrainingResult, train
 
 __all__ = ["Machine", "Study"]
 
@@ -139,7 +139,10 @@ class Study:
                 f"--benchmark {place}: has no validation split; runs of several seeds would hold out different images. "
                 "Move some of each class to val/"
             )
+        if stage != "selection":
+            self._require_concepts(images)
         scale = self.scale
+        validation = draw_images(validation, scale.validation_rows)
         size = {"main": scale.rows, "selection": scale.selection_rows, "biased": scale.biased_rows}[stage]
         origin: dict[str, Any] = {"benchmark": identity(images), "validation": identity(validation)}
         if stage == "main" and (size is None or len(images) <= size):
@@ -155,6 +158,15 @@ class Study:
                 f"{folder}: was drawn from another benchmark or at another scale; choose another --out or move it away"
             )
         return str(folder), origin
+
+    def _require_concepts(self, images: ImageSet) -> None:
+        try:
+            assign_concepts(self.scale.recipe.concepts, images.classes, np.bincount(images.labels))
+        except DataError as exc:
+            raise DataError(
+                f"--benchmark {self._place}: its classes must be ImageNet's, by wnid or name, since the paper's "
+                f"concepts are of those; got {len(images.classes)} such as {images.classes[0]!r}"
+            ) from exc
 
     def _draw(self, stage: str, images: ImageSet, size: int | None) -> NDArray[np.int64]:
         """Row numbers, ascending."""
@@ -206,16 +218,18 @@ class Study:
                 return folder
             self.say(f"{name}: {'goes on' if resume else 'is trained'}")
             try:
-                self._train(data, recipe, folder, resume)
+                stopped = self._train(data, recipe, folder, resume).stopped
             except DivergedError as exc:
                 raise DivergedError(f"{name}: {exc}") from exc
-            except TrainingError as exc:
-                raise TrainingError(f"{name}: stopped; what it has is saved: give the same command again") from exc
+            except StoppedError as exc:
+                raise StoppedError(f"stopped; {name} is saved as far as it is: give the same command again") from exc
+            if stopped:
+                raise StoppedError(f"stopped after {name}; give the same command again")
         return folder
 
-    def _train(self, data: str, recipe: Recipe, folder: Path, resume: bool) -> None:
+    def _train(self, data: str, recipe: Recipe, folder: Path, resume: bool) -> TrainingResult:
         machine = self.machine
-        train(
+        return train(
             data,
             recipe,
             folder,

@@ -269,6 +269,14 @@ def test_rare_classes_are_among_libsvms_rows(monkeypatch: pytest.MonkeyPatch) ->
     assert scores["LIBSVM"].details["rows"] == 7
 
 
+def test_brightness_darkens_nothing(example_files: list[Path]) -> None:
+    with Image.open(example_files[0]) as image:
+        square = np.asarray(image.convert("RGB").resize((64, 64)))
+    for severity, more in zip(SEVERITIES, (0.05, 0.1, 0.15, 0.2, 0.3), strict=True):
+        expected = np.minimum(square.astype(int) + round(255 * more), 255)
+        np.testing.assert_array_equal(corrupt(square, "brightness", severity), expected)
+
+
 def test_drift_of_zero_vectors_is_a_number() -> None:
     zero, some = np.zeros((1, 3), np.float32), np.array([[1, 0, 0]], np.float32)
     before, after = np.concatenate([zero, zero, some]), np.concatenate([zero, some, some])
