@@ -18,7 +18,7 @@ TABLES = {"table2": "cifar10", "table3": "sop", "table4": "svhn"}
 METHODS = {"erm": "ERM", "el": "EL", "cl": "CL", "hrrl": "HRRL"}
 
 
-pytestmark = pytest.mark.skipif(not CELLS.exists(), reason="nothing is published yet")
+pytestmark = pytest.mark.skipif(not (DOCS / "results" / "table2.csv").exists(), reason="nothing is published yet")
 
 
 def svm_cells(target: str, method: str) -> list[dict]:

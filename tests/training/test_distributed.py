@@ -143,6 +143,7 @@ def test_two_killed_ranks_go_on_to_the_result_of_an_unbroken_run(dataset: Path, 
     assert_same_parameters(unbroken, broken)
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_saves_first(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start([*train_arguments(dataset, out, epochs=200), "--quiet"], tmp_path)

@@ -170,6 +170,7 @@ def test_a_cache_without_a_size_is_refused(dataset: Path, tmp_path: Path) -> Non
         train(dataset, recipe(dataset), tmp_path / "run", cache="ram", workers=0, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_file_of_concepts_may_be_named_from_any_folder(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
     relative = os.path.relpath(dataset / "concepts.csv", ROOT)
     arguments = train_arguments(dataset, tmp_path / "run", concepts=relative, epochs=1)
