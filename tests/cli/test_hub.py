@@ -329,7 +329,9 @@ def test_each_error_is_one_line_with_the_next_step(
     assert not (tmp_path / "f.npy").exists()
 
 
-@pytest.mark.parametrize("loud", [{}, {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}])
+@pytest.mark.parametrize(
+    "loud", [pytest.param({}, marks=pytest.mark.slow), {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}]
+)
 def test_no_token_is_ever_printed(
     published: FakeHub, call: Call, one_file: Path, tmp_path: Path, loud: dict[str, str]
 ) -> None:

@@ -67,6 +67,7 @@ def written(out: Path) -> tuple[bytes, bytes, dict[str, Any]]:
     return out.read_bytes(), out.with_suffix(".index.jsonl").read_bytes(), meta
 
 
+@pytest.mark.slow
 def test_twenty_kills_of_the_process_group_change_no_byte(
     many: Path, model: Path, unbroken: Path, tmp_path: Path
 ) -> None:

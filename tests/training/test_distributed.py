@@ -121,6 +121,7 @@ def test_two_ranks_train_as_one(one_and_two: tuple[Path, Path]) -> None:
     assert_one_rank_writes_and_evaluation_is_summed_exactly(one_and_two)
 
 
+@pytest.mark.slow
 def test_two_killed_ranks_go_on_to_the_result_of_an_unbroken_run(dataset: Path, tmp_path: Path) -> None:
     """Killed in the middle of an epoch, where each rank's batches have BatchNorm statistics of their own."""
     method = "tests.training.recording:Recording"

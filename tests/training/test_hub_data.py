@@ -267,6 +267,7 @@ class _After(Fault):
     def path(self, _: str) -> None: ...
 
 
+@pytest.mark.slow
 def test_training_takes_a_dataset(hub: FakeHub, tmp_path: Path, robustfeat: Callable[..., Any]) -> None:
     files = {"train-0.parquet": parquet_bytes(list(range(12))), "test-0.parquet": parquet_bytes([1, 2])}
     hub.add("org/photos", files, kind="datasets")

@@ -139,6 +139,7 @@ def test_a_signal_to_the_whole_group_drains_too(photos: list[bytes]) -> None:
         assert server.process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_a_revoked_key_stays_revoked_after_a_worker_died(tmp_path: Path, photos: list[bytes]) -> None:
     file = tmp_path / "keys"
     file.write_text("team first-key-1\n")
