@@ -134,6 +134,7 @@ def test_without_ray_the_command_says_what_to_install(robustfeat: Run, photos: P
     assert list(tmp_path.iterdir()) == [fake.parent]
 
 
+@pytest.mark.slow
 def test_ray_goes_on_with_what_a_stopped_run_has_left(
     cluster: str, embed: Embed, photos: Path, local: Path, tmp_path: Path, robustfeat: Run
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_batch_forms_while_the_model_is_busy(
     np.testing.assert_allclose(rows, extractor.embed(photos[:6]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_who_leaves_while_waiting_frees_the_room(
     play: Play, model: Model, photos: list[bytes], extractor: FeatureExtractor
 ) -> None:
