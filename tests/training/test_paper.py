@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robustfeat.errors import CheckpointError, DataError, InputError
+from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError
 from robustfeat.training.concepts import ConceptMap, assign_concepts, load_concepts
 from robustfeat.training.data import open_training_data
 from robustfeat.training.evaluation.probes import svm
@@ -185,6 +185,24 @@ def test_selection_sees_no_test_image(benchmark: Path, target: Path, tmp_path: P
     tau, lam = measures.chosen
     assert sums["el", tau] == max(sums["el", value] for value in study.scale.taus)
     assert sums["cl", lam] == max(sums["cl", value] for value in study.scale.lams)
+
+
+def test_runs_that_diverged_are_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(tmp_path, SCALES["quick"](), None, {}, Machine())
+    lost = {0.35, 1.0}
+    monkeypatch.setattr(Measures, "held_out", lambda _, method, value, target: None if value in lost else 0.5)
+    with pytest.raises(DivergedError, match="el: every run of the selection diverged"):
+        _ = Measures(study).chosen
+    lost.remove(1.0)
+    monkeypatch.setattr(Measures, "held_out", lambda _, method, value, target: None if value in lost else value / 100)
+    assert Measures(study).chosen == (1.0, 10.0)
+
+
+def test_a_longer_run_of_erm_lowers_its_rate_as_much_later(tmp_path: Path) -> None:
+    scale = SCALES["paper"]()
+    recipe = Study(tmp_path, scale, None, {}, Machine()).recipe("main", "erm-long", 0, None, None)
+    assert (recipe.method, recipe.epochs, recipe.milestones) == ("erm", 151, (50, 101))
+    assert scale.recipe.milestones == (30, 60)
 
 
 def test_a_biased_subset_has_the_shares_asked_for(benchmark: Path, tmp_path: Path) -> None:
