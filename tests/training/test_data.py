@@ -168,6 +168,30 @@ def test_without_validation_a_seeded_share_is_held_out(tmp_path: Path) -> None:
     assert open_training_data(tmp_path, val_fraction=0.1, seed=4)[1].fingerprint != validation.fingerprint
 
 
+def test_the_held_out_share_is_one_of_each_class(tmp_path: Path) -> None:
+    labels = [0] * 60 + [1] * 30 + [2] * 10 + [3]
+    write_parquet(tmp_path / "train-0.parquet", list(range(len(labels))), labels)
+    drawn = set()
+    for seed in range(5):
+        train, validation = open_training_data(tmp_path, val_fraction=0.1, seed=seed)
+        held_out, left = (np.bincount(split.labels, minlength=4) for split in (validation, train))
+        assert held_out.sum() == 10
+        assert (np.abs(held_out - [6, 3, 1, 0]) <= 1).all()
+        assert (held_out + left).tolist() == [60, 30, 10, 1]
+        assert left[3] == 1  # nothing could tell a class that training lacks
+        drawn.add(validation.fingerprint)
+    assert len(drawn) == 5
+
+
+def test_every_class_keeps_an_image_to_train_on(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", list(range(8)), [0, 1] * 4)
+    train, _ = open_training_data(tmp_path, val_fraction=0.99)
+    assert sorted(train.labels) == [0, 1]
+    write_parquet(tmp_path / "train-0.parquet", [0, 1], [0, 1])
+    with pytest.raises(DataError, match="leaves none"):
+        open_training_data(tmp_path, val_fraction=0.5)
+
+
 def test_a_class_folder_may_have_any_name_and_a_pipe_is_no_image(tmp_path: Path) -> None:
     folder = tmp_path / "train" / os.fsdecode(b"caf\xe9")
     folder.mkdir(parents=True)

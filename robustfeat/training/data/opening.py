@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
 from robustfeat.training.data.folders import holds_class_folders, open_folders
@@ -30,7 +31,8 @@ def open_training_data(
             `validation-*.parquet` files (columns `image`, `label`), or with `train-*.tar` and `validation-*.tar`
             shards; one that `open_published` knows; or `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`, a dataset of the
             Hub with such files.
-        val_fraction: where there is no validation split, this share of the training images, drawn with `seed`.
+        val_fraction: where there is no validation split, this share of the training images, drawn with `seed` and
+            evenly over classes; each class keeps one to train on.
         parts: only the first `parts` files of the training split, of Parquet files and shards.
         stream: read the Parquet files of the Hub where they are, and keep nothing here.
 
@@ -40,14 +42,29 @@ def open_training_data(
     """
     train, validation = open_splits(root, parts=parts, stream=stream)
     if validation is None:
-        order = np.random.default_rng([seed, 0x5EED]).permutation(len(train))
-        size = max(1, round(val_fraction * len(train))) if 0 < val_fraction < 1 else len(train)
-        if size >= len(train):
+        held_out = _hold_out(train.labels, val_fraction, seed)
+        if not 0 < len(held_out) < len(train):
             raise DataError(
                 f"{root}: no validation split, and --val-fraction {val_fraction} of {len(train)} images leaves none"
             )
-        validation, train = train.subset(np.sort(order[:size])), train.subset(np.sort(order[size:]))
+        rest = np.setdiff1d(np.arange(len(train)), held_out)
+        validation, train = train.subset(held_out), train.subset(rest)
     return train, validation
+
+
+def _hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
+    """Rows to hold out, ascending; none where the share is not one."""
+    draw = np.random.default_rng([seed, 0x5EED])
+    order = draw.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    first_of_class = np.diff(labels[order], prepend=-1) > 0
+    spare = order[~first_of_class]
+    if not 0 < share < 1 or not len(spare):
+        return np.empty(0, np.int64)
+    size = min(max(1, round(share * len(labels))), len(spare))
+    # Every so many rows of what is sorted by class, so that each class has its share.
+    places = (np.arange(size) + draw.random()) * len(spare) / size
+    return np.sort(spare[places.astype(np.int64)])
 
 
 def are_class_folders(root: str | Path) -> bool:
