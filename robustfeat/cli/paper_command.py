@@ -82,7 +82,7 @@ def command(
     names = _NAMES if "all" in exhibits else tuple(name for name in _NAMES if name in exhibits)
     measures.require_data(names)
     measures.compute(names)
-    page = Path(out) / ("index-biased.html" if biased else "index.html")
+    page = Path(out) / f"index{study.suffix}.html"
     with study.locks.held(page.name):
         made = []
         for name in names:
@@ -91,7 +91,7 @@ def command(
             write_exhibit(exhibit, Path(out))
             click.echo(markdown(exhibit))
         if measures.needs_runs(names):
-            write_page(made, page, f"HRRL: {chosen.title}", chosen.differences())
+            write_page(made, page, f"HRRL: {study.title}", study.differences())
         else:
             write_page(made, page, "HRRL: what needs no training")
     study.say(f"{page} shows what was asked for")

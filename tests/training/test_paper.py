@@ -100,11 +100,13 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     page = (out / "index.html").read_text()
     assert page.count("<section") == 12
     assert page.count("<svg") == 5
+    assert f"Targets: {target.name} (for CIFAR-10), {target.name} (for SOP)" in page
+    assert f"a check of the programs, no result: {benchmark.name}, 160 images, 24 px, 1 epochs" in page
     assert not re.search(r'(src|href)="(?!#)', page)  # nothing is fetched from elsewhere
     table = rows(out / "table2.csv")
     assert [row["method"] for row in table] == ["ERM", "EL", "CL", "HRRL"]
     assert all(row["verdict"] in {"holds", "fails", "undecided"} for row in table[1:])
-    assert [row["CIFAR-10's place"].split() for row in rows(out / "verdicts.csv")] == [
+    assert [row[f"{target.name} (for CIFAR-10)"].split() for row in rows(out / "verdicts.csv")] == [
         [row["here, minus ERM"], row["verdict"]] for row in table[1:]
     ]
     # A cell says what the evaluation of that run says.
@@ -125,7 +127,7 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
 def test_missing_data_is_said_before_anything_is_trained(benchmark: Path, tmp_path: Path, robustfeat: Run) -> None:
     done = robustfeat("paper", "table2", "--quick", "--benchmark", benchmark, "--out", tmp_path / "report")
     assert done.returncode == 1
-    assert done.stderr == "robustfeat: --target cifar10=DATA: is missing; CIFAR-10's place is needed\n"
+    assert done.stderr == "robustfeat: --target cifar10=DATA: is missing; CIFAR-10 is needed, or what stands for it\n"
     with pytest.raises(InputError, match="--benchmark DATA: is missing"):
         Measures(Study(tmp_path, SCALES["quick"](), None, {}, Machine())).require_data(["fig4"])
     assert not (tmp_path / "report").exists()

@@ -109,11 +109,10 @@ def _accuracies(measures: Measures, table: str) -> Exhibit:
         against = None if method == "erm" else compare(found, answers["erm"])
         rows.append({**row, **_compared(against), "verdict": against.mark if against else ""})
     tau, lam = measures.chosen
-    suffix, biased = _biased(measures)
     return Exhibit(
-        f"{table}{suffix}",
-        f"Table {table[-1]}: SVM accuracy in % on {measures.scale.targets[target].title}; pre-trained on "
-        f"{measures.scale.title}{biased}",
+        f"{table}{measures.study.suffix}",
+        f"Table {table[-1]}: SVM accuracy in % on {measures.study.target_title(target)}; pre-trained on "
+        f"{measures.study.title}",
         rows,
         notes=[
             f"tau = {tau:g} and lambda = {lam:g}, chosen on held-out training images. "
@@ -129,25 +128,19 @@ def _verdicts(measures: Measures) -> Exhibit:
         answers = _answers(measures, target)
         for method, row in rows.items():
             result = compare(answers[method], answers["erm"])
-            row[measures.scale.targets[target].title] = f"{100 * result.difference:+.2f} {result.mark}"
+            row[measures.study.target_title(target)] = f"{100 * result.difference:+.2f} {result.mark}"
             marks[method].append(result.mark)
-    suffix, biased = _biased(measures)
     of_paper = [mark for method in METHODS if method != "erm" for mark in marks[method]]
     counts = ", ".join(f"{of_paper.count(mark)} {mark}" for mark in ("holds", "fails", "undecided"))
     return Exhibit(
-        f"verdicts{suffix}",
-        f"SVM accuracy minus ERM's, in points; pre-trained on {measures.scale.title}{biased}",
+        f"verdicts{measures.study.suffix}",
+        f"SVM accuracy minus ERM's, in points; pre-trained on {measures.study.title}",
         list(rows.values()),
         notes=[
             f"Of the paper's {len(of_paper)} comparisons: {counts}. docs/protocol.md says what these mean; the others "
             "are controls."
         ],
     )
-
-
-def _biased(measures: Measures) -> tuple[str, str]:
-    """What names and titles of models of the biased benchmark end with."""
-    return ("-biased", ", with ImageNet's shares of concepts") if measures.study.biased else ("", "")
 
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
@@ -176,12 +169,13 @@ def _figure3(measures: Measures) -> Exhibit:
         curves = []
         for method in CORRUPTED:
             errors = [100 * error for error in measures.finetuned(method, target)["test_error"]]
-            rows.append({"target": scale.targets[target].title, "from": _TITLES[method],
+            rows.append({"target": measures.study.target_title(target), "from": _TITLES[method],
                          "test error in %, last epoch": f"{errors[-1]:.2f}"})  # fmt: skip
             curves.append(Curve(_TITLES[method], list(enumerate(errors, 1))))
-        panels.append((scale.targets[target].title, "epoch", "test error in %", curves))
-    suffix, biased = _biased(measures)
-    return Exhibit(f"fig3{suffix}", f"Figure 3: fine-tuning from {scale.title}{biased}, one seed", rows, panels)
+        panels.append((measures.study.target_title(target), "epoch", "test error in %", curves))
+    return Exhibit(
+        f"fig3{measures.study.suffix}", f"Figure 3: fine-tuning from {measures.study.title}, one seed", rows, panels
+    )
 
 
 def _figure4(measures: Measures) -> Exhibit:
@@ -222,7 +216,7 @@ def _figure5(measures: Measures) -> Exhibit:
 def _selection_title(measures: Measures) -> str:
     rows = measures.scale.selection_rows
     return (
-        measures.scale.title if rows is None else f"{rows:,} images, {measures.scale.selection.epochs} epochs, one seed"
+        measures.study.title if rows is None else f"{rows:,} images, {measures.scale.selection.epochs} epochs, one seed"
     )
 
 
@@ -231,7 +225,7 @@ def _selection(measures: Measures) -> Exhibit:
     shares: dict[tuple[str, float], dict[str, float | None]] = {}
     for method, value, target in measures.grid():
         share = measures.held_out(method, value, target)
-        shares.setdefault((method, value), {})[measures.scale.targets[target].title] = share
+        shares.setdefault((method, value), {})[measures.study.target_title(target)] = share
     rows = []
     for (method, value), by_target in shares.items():
         row = {"model": f"{_TITLES[method]}, {'tau' if method == 'el' else 'lambda'} {value:g}"}
@@ -250,7 +244,7 @@ def _opinions(measures: Measures) -> Exhibit:
         for method in measures.methods:
             cells = [measures.opinions(method, seed, target) for seed in measures.scale.seeds]
             balanced = [measures.score(method, seed, target)["balanced_accuracy"] for seed in measures.scale.seeds]
-            row = {"target": measures.scale.targets[target].title, "method": _TITLES[method]}
+            row = {"target": measures.study.target_title(target), "method": _TITLES[method]}
             row["SVM, balanced"] = _spread([100 * share for share in balanced])
             for key, title in (("naive_bayes", "naive Bayes"), ("neighbours", "neighbours")):
                 row[title] = _spread([100 * cell[key]["accuracy"] for cell in cells])
@@ -259,9 +253,10 @@ def _opinions(measures: Measures) -> Exhibit:
                 row[f"{count}-shot"] = _spread([100 * curve["accuracy"] for curve in few]) if all(few) else ""
             row["LIBSVM / LinearSVC"] = libsvm_cell(cells[0]["libsvm"])
             rows.append(row)
-    suffix, biased = _biased(measures)
     return Exhibit(
-        f"opinions{suffix}", f"Second opinions, accuracy in %; pre-trained on {measures.scale.title}{biased}", rows,
+        f"opinions{measures.study.suffix}",
+        f"Second opinions, accuracy in %; pre-trained on {measures.study.title}",
+        rows,
         notes=[
             "LIBSVM is one against one with the hinge loss, on at most 5,000 training rows, first seed; * marks a "
             "solver that was stopped before its end."
@@ -276,7 +271,7 @@ def _corruptions(measures: Measures) -> Exhibit:
         for method in CORRUPTED:
             cells = [measures.corrupted(method, seed, target) for seed in scale.seeds]
             told[method] = [np.frombuffer(bytes.fromhex(cell["told"]), np.uint8) / _CORRUPTIONS for cell in cells]
-            row = {"target": scale.targets[target].title, "method": _TITLES[method]}
+            row = {"target": measures.study.target_title(target), "method": _TITLES[method]}
             row |= {key: _spread([100 * cell[key] for cell in cells]) for key in ("clean", "corrupted")}
             row |= {key: _spread([cell[key] for cell in cells], 4) for key in ("kept", "drift")}
             against = None if method == "erm" else compare(told[method], told["erm"])
@@ -288,12 +283,11 @@ def _corruptions(measures: Measures) -> Exhibit:
                 shares = [kind[str(severity)]["accuracy"] for kinds in by_kind for kind in kinds]
                 points.append((severity, 100 * float(np.mean(shares))))
             curves.append(Curve(_TITLES[method], points))
-        panels.append((scale.targets[target].title, "severity", "SVM accuracy in %", curves))
-    suffix, biased = _biased(measures)
+        panels.append((measures.study.target_title(target), "severity", "SVM accuracy in %", curves))
     limit = "all" if scale.corrupted_rows is None else f"at most {scale.corrupted_rows:,}"
     return Exhibit(
-        f"corruptions{suffix}",
-        f"Common corruptions: SVM accuracy in %; pre-trained on {scale.title}{biased}",
+        f"corruptions{measures.study.suffix}",
+        f"Common corruptions: SVM accuracy in %; pre-trained on {measures.study.title}",
         rows,
         panels,
         [

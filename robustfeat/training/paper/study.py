@@ -89,6 +89,45 @@ class Study:
         """What names of the main runs begin with."""
         return "biased" if self.biased else "main"
 
+    @property
+    def suffix(self) -> str:
+        """What names of tables end with."""
+        return "-biased" if self.biased else ""
+
+    @property
+    def title(self) -> str:
+        """What the models were pre-trained on, for headings."""
+        recipe, rows = self.scale.recipe, self.scale.biased_rows if self.biased else self.scale.rows
+        parts = [_name(self._place or ""), f"{rows:,} images" if rows else "", f"{recipe.validation_size} px"]
+        shares = ", with ImageNet's shares of concepts" if self.biased else ""
+        return f"{self.scale.remark}{', '.join(filter(None, parts))}, {recipe.epochs} epochs{shares}"
+
+    def target_title(self, target: str) -> str:
+        """What tables call a target: its DATA's name, and the paper's for what it stands for."""
+        return f"{_name(self._targets[target])} (for {self.scale.targets[target].title})"
+
+    def differences(self) -> list[str]:
+        """What is not as in the paper, a sentence each."""
+        scale, recipe, selection = self.scale, self.scale.recipe, self.scale.selection
+        if scale.name == "paper":
+            return []
+        share = (scale.rows or 0) // recipe.batch_size * recipe.epochs / (1_281_167 // 256 * 90)
+        told = [
+            f"Pre-trained on {scale.rows:,} images, {recipe.validation_size} px, not ImageNet's 1,281,167 at 224 px.",
+            f"Epochs: {recipe.epochs} instead of 90, which is {100 * share:.2f} % of the updates.",
+        ]
+        if self._targets:
+            named = ", ".join(self.target_title(target) for target in scale.targets if target in self._targets)
+            few = max(target.train_rows or 0 for target in scale.targets.values())
+            told.append(f"Targets: {named}; at most {few:,} training images of each.")
+        return [
+            *told,
+            f"tau and lambda were chosen from {len(scale.taus)} and {len(scale.lams)} values, with {selection.epochs} "
+            f"of these epochs, on {scale.selection_rows:,} images.",
+            f"Figure 3 fine-tunes for {scale.finetune_epochs} epochs on at most {scale.finetune_rows:,} images, not "
+            "for 100 on all. Figures 4 and 5 show the models that tau and lambda were chosen by.",
+        ]
+
     def task(self, target: str) -> Task:
         """The target's images, as many as the scale says.
 
@@ -97,7 +136,10 @@ class Study:
         """
         if target not in self._tasks:
             if target not in self._targets:
-                raise InputError(f"--target {target}=DATA: is missing; {self.scale.targets[target].title} is needed")
+                raise InputError(
+                    f"--target {target}=DATA: is missing; {self.scale.targets[target].title} is needed, or what stands "
+                    "for it"
+                )
             wanted = self.scale.targets[target]
             self._tasks[target] = open_task(
                 target, self._targets[target], train_rows=wanted.train_rows, test_rows=wanted.test_rows
@@ -258,6 +300,11 @@ class Study:
 def identity(images: ImageSet) -> list[Any]:
     """What decides a set of images, as plain data."""
     return [images.fingerprint, len(images)]
+
+
+def _name(place: str) -> str:
+    """DATA's own name: the last part of its path."""
+    return Path(place).name or Path(place).resolve().name
 
 
 def _stretched(recipe: Recipe, epochs: int) -> Recipe:
