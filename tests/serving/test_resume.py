@@ -210,7 +210,10 @@ def test_append_adds_the_new_files_behind_the_old(many: Path, embed: Embed, tmp_
     assert written(out) == (features, index, meta)
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
+@pytest.mark.parametrize(
+    "suffix",
+    [".npy", pytest.param(".safetensors", marks=pytest.mark.slow), pytest.param(".parquet", marks=pytest.mark.slow)],
+)
 def test_an_append_that_is_killed_anywhere_goes_on(
     many: Path, embed: Embed, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,7 @@ def test_fits_by_passes_over_a_file_equal_scikit_learn(
         np.testing.assert_allclose(head.raw_margins(x), wanted, atol=2e-3 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_large_sets_are_selected_like_small_ones(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = digits
     small, _, _ = select_and_fit(x, y, cs=C_GRID[:2])
