@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import io
 import struct
 import zlib
@@ -228,6 +230,21 @@ def test_it_lives_is_ready_and_describes_itself(server: Server, extractor: Featu
     assert info["models"][0]["config_hash"] == extractor.folder.config_hash
     assert info["models"][0]["weights_sha256"] == extractor.config.files["model.safetensors"]
     assert info["heads"][0]["name"] == "clothes"
+
+
+def test_head_is_get_without_its_body(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        for path, status in (("/health/live", 200), ("/health/ready", 200), ("/v2/health/ready", 200), ("/docs", 200),
+                             ("/nothing", 404), ("/embed", 405)):  # fmt: skip
+            heads = []
+            for method in ("HEAD", "GET"):  # on one connection: a body too many would be read as an answer
+                connection.request(method, path)
+                answer = connection.getresponse()
+                heads.append((answer.status, answer.getheader("content-type"), answer.getheader("content-length")))
+                assert bool(answer.read()) == (method == "GET")
+            assert heads[0][:2] == heads[1][:2]
+            assert heads[0][0] == status
 
 
 def test_metrics_count_requests_images_and_reasons(server: Server, photos: list[bytes]) -> None:
