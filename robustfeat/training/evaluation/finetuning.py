@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
-from robustfeat.errors import DecodeError, InputError, TrainingError
+from robustfeat.errors import InputError, TrainingError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.progress import Progress
-from robustfeat.training.data import Batch, EpochPlan, EvaluationBatches, ImageSet, TrainingBatches, load_batches
+from robustfeat.training.data import EpochPlan, EvaluationBatches, ImageSet, TrainingBatches
+from robustfeat.training.evaluation.inputs import network_inputs
 from robustfeat.training.evaluation.tasks import Task
 
 __all__ = ["finetune", "require_batch"]
@@ -65,14 +65,6 @@ def finetune(
     model = nn.Sequential(copy.deepcopy(network), nn.Linear(feature_size, len(task.train.classes)))
     model = model.to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (contract.mean, contract.std))
-
-    def images_of(batch: Batch) -> Tensor:
-        if batch.failures:
-            raise DecodeError(batch.failures[0])
-        x = (batch.pixels(device, contract.image_size) / 255 - mean) / std
-        return x.contiguous(memory_format=torch.channels_last)
-
     errors, note = [], ""
     progress = Progress(label or f"fine-tuning on {task.name}", epochs * len(task.train), quiet=quiet)
     for epoch in range(epochs):
@@ -80,16 +72,16 @@ def finetune(
             group["lr"] = lr if epoch < milestone else lr / 10
         model.train()
         plan = EpochPlan(task.train, batch_size, seed=seed, epoch=epoch, min_crop_area=min_crop_area)
-        for batch in load_batches(TrainingBatches(task.train, contract.image_size, plan), 0):
-            loss = functional.cross_entropy(model(images_of(batch)), batch.labels.to(device))
+        for x, labels in network_inputs(TrainingBatches(task.train, contract.image_size, plan), contract, device):
+            loss = functional.cross_entropy(model(x), labels)
             if not torch.isfinite(loss):
                 raise TrainingError(f"fine-tuning on {task.name} diverged in epoch {epoch + 1}; try a smaller lr")
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            progress.advance(len(batch.labels), note)
+            progress.advance(len(labels), note)
         model.eval()
-        errors.append(_test_error(model, images_of, task.test, contract))
+        errors.append(_test_error(model, task.test, contract, device))
         note = f"test error {errors[-1]:.2%} after epoch {epoch + 1}"
     progress.finish(note)
     return errors
@@ -108,12 +100,9 @@ def require_batch(task: Task, batch_size: int) -> None:
         )
 
 
-def _test_error(
-    model: nn.Module, images_of: Callable[[Batch], Tensor], images: ImageSet, contract: Preprocessing
-) -> float:
+def _test_error(model: nn.Module, images: ImageSet, contract: Preprocessing, device: torch.device) -> float:
     wrong = 0
-    for batch in load_batches(EvaluationBatches(images, _TEST_BATCH, contract), 0):
-        x = images_of(batch)
+    for x, labels in network_inputs(EvaluationBatches(images, _TEST_BATCH, contract), contract, device):
         with torch.no_grad():
-            wrong += int((model(x).argmax(1) != batch.labels.to(x.device)).sum())
+            wrong += int((model(x).argmax(1) != labels).sum())
     return wrong / len(images)

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.data import EvaluationBatches, ImageSet, load_batches
+from robustfeat.training.data import EvaluationBatches, ImageSet
+from robustfeat.training.evaluation.inputs import network_inputs
 from robustfeat.training.hrrl import input_gradient, step_along
 from robustfeat.training.objective import TAU_REFERENCE_PX
 
 __all__ = ["accuracy_by_step", "class_hits"]
 
 _BATCH = 256
-
-
-def _batches(images: ImageSet, contract: Preprocessing, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images and labels; DecodeError where one cannot be read."""
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (contract.mean, contract.std))
-    for batch in load_batches(EvaluationBatches(images, _BATCH, contract), 0):
-        if batch.failures:
-            raise DecodeError(batch.failures[0])
-        yield (batch.pixels(device, contract.image_size) / 255 - mean) / std, batch.labels.to(device)
 
 
 def accuracy_by_step(
@@ -44,7 +35,7 @@ def accuracy_by_step(
     Source: Section 4.5 and Figure 4.
     """
     right = torch.zeros(len(steps), dtype=torch.int64)
-    for x, labels in _batches(images, contract, device):
+    for x, labels in network_inputs(EvaluationBatches(images, _BATCH, contract), contract, device):
         gradient = input_gradient(network, x, labels)
         for place, step in enumerate(steps):
             moved = step_along(x, gradient, step * contract.image_size / TAU_REFERENCE_PX) if step else x
@@ -61,7 +52,7 @@ def class_hits(
     Source: Section 4.5 and Figure 5, which sums them up by concept.
     """
     right = np.zeros(len(images.classes), np.int64)
-    for x, labels in _batches(images, contract, device):
+    for x, labels in network_inputs(EvaluationBatches(images, _BATCH, contract), contract, device):
         with torch.no_grad():
             hits = network(x).argmax(1) == labels
         np.add.at(right, labels[hits].cpu().numpy(), 1)

@@ -1,0 +1,31 @@
+"""What a network sees of a task's images, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from robustfeat.errors import DecodeError
+from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.training.data import Batch, load_batches
+
+__all__ = ["network_inputs"]
+
+
+def network_inputs(
+    batches: Dataset[Batch], contract: Preprocessing, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images (n, 3, S, S), channels last, and their labels (n,), on the device.
+
+    Raises:
+        DecodeError: an image cannot be read; a score would be of other images.
+    """
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (contract.mean, contract.std))
+    for batch in load_batches(batches, 0):
+        if batch.failures:
+            raise DecodeError(batch.failures[0])
+        x = (batch.pixels(device, contract.image_size) / 255 - mean) / std
+        yield x.contiguous(memory_format=torch.channels_last), batch.labels.to(device)
