@@ -45,7 +45,8 @@ def open_training_data(
         held_out = _hold_out(train.labels, val_fraction, seed)
         if not 0 < len(held_out) < len(train):
             raise DataError(
-                f"{root}: no validation split, and --val-fraction {val_fraction} of {len(train)} images leaves none"
+                f"{root}: no validation split, and --val-fraction {val_fraction} of {len(train)} images in "
+                f"{len(train.classes)} classes leaves none, or a class without images; move some of each class to val/"
             )
         rest = np.setdiff1d(np.arange(len(train)), held_out)
         validation, train = train.subset(held_out), train.subset(rest)
