@@ -164,6 +164,8 @@ def test_a_report_keeps_to_its_benchmark(benchmark: Path, tmp_path: Path) -> Non
 def test_the_biased_benchmark_has_imagenets_shares(benchmark: Path, tmp_path: Path) -> None:
     study = Study(tmp_path, SCALES["quick"](), str(benchmark), {}, Machine("cpu", 1, 0, quiet=True), biased=True)
     images, _ = open_training_data(study.data("biased"))
+    assert study.title.endswith("benchmark0, 60 images, 24 px, 1 epochs, with ImageNet's shares of concepts")
+    assert study.differences()[0].startswith("Pre-trained on 60 images")
     concepts = assign_concepts("imagenet11", images.classes, np.bincount(images.labels))
     counts = dict(zip(concepts.names, concepts.counts.tolist(), strict=True))
     assert (counts["Device"], counts["Dog"], counts["Bird"]) == (8, 8, 4)  # 60 x 0.129, 0.118, 0.059, in pairs

@@ -43,7 +43,7 @@ def open_training_data(
     train, validation = open_splits(root, parts=parts, stream=stream)
     if validation is None:
         held_out = _hold_out(train.labels, val_fraction, seed)
-        if not 0 < len(held_out) < len(train):
+        if not len(held_out):
             raise DataError(
                 f"{root}: no validation split, and --val-fraction {val_fraction} of {len(train)} images in "
                 f"{len(train.classes)} classes leaves none, or a class without images; move some of each class to val/"
@@ -54,7 +54,10 @@ def open_training_data(
 
 
 def _hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
-    """Rows to hold out, ascending; none where the share is not one."""
+    """Rows to hold out, ascending; none where the share is not one.
+
+    `serving.heads.fitting.hold_out` is the SVM protocol's, by scikit-learn: with a large share it empties classes.
+    """
     draw = np.random.default_rng([seed, 0x5EED])
     order = draw.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]

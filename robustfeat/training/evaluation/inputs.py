@@ -10,12 +10,9 @@ from torch.utils.data import Dataset
 
 from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.serving.cpus import available_cpus
 from robustfeat.training.data import Batch, load_batches
 
 __all__ = ["network_inputs"]
-
-_MOST_WORKERS = 16
 
 
 def network_inputs(
@@ -27,10 +24,7 @@ def network_inputs(
         DecodeError: an image cannot be read; a score would be of other images.
     """
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (contract.mean, contract.std))
-    on_gpu = device.type == "cuda"
-    # On the CPU the network has all processors already: other processes would decode no sooner.
-    workers = min(_MOST_WORKERS, available_cpus()) if on_gpu else 0
-    for batch in load_batches(batches, workers, pin=on_gpu):
+    for batch in load_batches(batches, 0):
         if batch.failures:
             raise DecodeError(batch.failures[0])
         x = (batch.pixels(device, contract.image_size) / 255 - mean) / std

@@ -95,10 +95,17 @@ class Study:
         return "-biased" if self.biased else ""
 
     @property
+    def rows(self) -> int | None:
+        """How many of the benchmark's images the main runs see; None for all."""
+        return self.scale.biased_rows if self.biased else self.scale.rows
+
+    @property
     def title(self) -> str:
         """What the models were pre-trained on, for headings."""
-        recipe, rows = self.scale.recipe, self.scale.biased_rows if self.biased else self.scale.rows
-        parts = [_name(self._place or ""), f"{rows:,} images" if rows else "", f"{recipe.validation_size} px"]
+        assert self._place is not None  # what has such a heading needs a benchmark
+        recipe = self.scale.recipe
+        size = f"{self.rows:,} images" if self.rows else ""
+        parts = [_name(self._place), size, f"{recipe.validation_size} px"]
         shares = ", with ImageNet's shares of concepts" if self.biased else ""
         return f"{self.scale.remark}{', '.join(filter(None, parts))}, {recipe.epochs} epochs{shares}"
 
@@ -111,9 +118,9 @@ class Study:
         scale, recipe, selection = self.scale, self.scale.recipe, self.scale.selection
         if scale.name == "paper":
             return []
-        share = (scale.rows or 0) // recipe.batch_size * recipe.epochs / (1_281_167 // 256 * 90)
+        share = (self.rows or 0) // recipe.batch_size * recipe.epochs / (1_281_167 // 256 * 90)
         told = [
-            f"Pre-trained on {scale.rows:,} images, {recipe.validation_size} px, not ImageNet's 1,281,167 at 224 px.",
+            f"Pre-trained on {self.rows:,} images, {recipe.validation_size} px, not ImageNet's 1,281,167 at 224 px.",
             f"Epochs: {recipe.epochs} instead of 90, which is {100 * share:.2f} % of the updates.",
         ]
         if self._targets:
