@@ -99,14 +99,14 @@ def _accuracies(measures: Measures, table: str) -> Exhibit:
     paper = PAPER_NUMBERS[target]
     rows = []
     for method, found in answers.items():
+        against = None if method == "erm" else compare(found, answers["erm"])
         row = {
             "method": _TITLES[method],
             "paper": f"{paper[method][0]:.2f} ± {paper[method][1]:.2f}" if method in paper else "",
             "here": _spread([100 * float(right.mean()) for right in found]),
             "seeds": len(found),
-            "paper, minus ERM": f"{paper[method][0] - paper['erm'][0]:+.2f}" if method in paper else "",
+            "paper, minus ERM": f"{paper[method][0] - paper['erm'][0]:+.2f}" if against and method in paper else "",
         }
-        against = None if method == "erm" else compare(found, answers["erm"])
         rows.append({**row, **_compared(against), "verdict": against.mark if against else ""})
     tau, lam = measures.chosen
     return Exhibit(
@@ -137,8 +137,8 @@ def _verdicts(measures: Measures) -> Exhibit:
         f"SVM accuracy minus ERM's, in points; pre-trained on {measures.study.title}",
         list(rows.values()),
         notes=[
-            f"Of the paper's {len(of_paper)} comparisons: {counts}. docs/protocol.md says what these mean; the others "
-            "are controls."
+            f"Of the paper's {len(of_paper)} comparisons: {counts}. docs/protocol.md says what these mean"
+            f"{'; the others are controls' if len(measures.methods) > len(METHODS) else ''}."
         ],
     )
 
