@@ -3,8 +3,8 @@
     robustfeat paper all --scale tiny ... --out REPORT
     python benchmarks/results.py REPORT
 
-Copies REPORT's cells, tables and figures to docs/results/, in place of what was there, then replaces what stands
-between `<!-- results/NAME.md -->` and `<!-- end -->`. Without REPORT it only does the latter.
+Copies REPORT's cells, tables and figures to docs/results/, beside what is there of other reports, then replaces what
+stands between `<!-- results/NAME.md -->` and `<!-- end -->`. Without REPORT it only does the latter.
 """
 
 from __future__ import annotations
@@ -41,14 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", nargs="?", type=Path)
     report, folder, page = parser.parse_args().report, DOCS / "results", DOCS / "results.md"
-    text = fill(page.read_text("utf-8"), report or folder)
     if report:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "cells").mkdir(parents=True)
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
         for pattern in ("cells/*.json", "*.md", "*.csv", "*.svg"):
             for file in report.glob(pattern):
                 shutil.copy(file, folder / file.relative_to(report))
-    page.write_text(text, "utf-8")
+    page.write_text(fill(page.read_text("utf-8"), folder), "utf-8")
 
 
 if __name__ == "__main__":
