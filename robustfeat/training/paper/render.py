@@ -89,6 +89,8 @@ def _draw(exhibit: Exhibit, kind: str) -> bytes:
                     *zip(*curve.points, strict=True), "o-" if len(curve.points) < 40 else "-", ms=3, label=curve.label
                 )
             axes.set(title=title, xlabel=x_label, ylabel=y_label)
+            if all(float(x).is_integer() for curve in curves for x, _ in curve.points):
+                axes.locator_params("x", integer=True)
             axes.grid(alpha=0.3)
             axes.legend()
         buffer = io.BytesIO()
