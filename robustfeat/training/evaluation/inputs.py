@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import normalize
 
 from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import Preprocessing
@@ -23,9 +24,8 @@ def network_inputs(
     Raises:
         DecodeError: an image cannot be read; a score would be of other images.
     """
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (contract.mean, contract.std))
     for batch in load_batches(batches, 0):
         if batch.failures:
             raise DecodeError(batch.failures[0])
-        x = (batch.pixels(device, contract.image_size) / 255 - mean) / std
+        x = normalize(batch.pixels(device, contract.image_size) / 255, list(contract.mean), list(contract.std))
         yield x.contiguous(memory_format=torch.channels_last), batch.labels.to(device)

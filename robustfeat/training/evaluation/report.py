@@ -10,6 +10,7 @@ from robustfeat.files import new_file
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.sources import printable
 from robustfeat.training.evaluation.corruptions import classify_corrupted
+from robustfeat.training.evaluation.figures import Curve, Panel, draw
 from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm
 from robustfeat.training.evaluation.subject import NetworkSubject, Subject
@@ -112,27 +113,19 @@ def draw_finetuning(results: Sequence[Mapping[str, Any]], file: Path) -> None:
         results: of `evaluate_task`, with `finetuned`.
         file: .png or .svg.
     """
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(result["task"] for result in results))
-    figure = Figure(figsize=(5.5 * len(tasks) + 1.5, 4), dpi=110, layout="constrained")
-    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
-        for result in results:
-            if result["task"] == task:
-                errors = result["finetuned"]["test_error"]
-                axes.plot(range(1, len(errors) + 1), [100 * error for error in errors], label=_plain(result["model"]))
-        axes.set(xlabel="epoch", ylabel="test error in %")
-        axes.set_title(_plain(task))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
+    panels = []
+    for task in dict.fromkeys(result["task"] for result in results):
+        curves = [
+            Curve(
+                printable(result["model"]),
+                [(epoch, 100 * error) for epoch, error in enumerate(result["finetuned"]["test_error"], 1)],
+            )
+            for result in results
+            if result["task"] == task
+        ]
+        panels.append(Panel(printable(task), "epoch", "test error in %", curves))
     with new_file(file) as partial:
-        figure.savefig(partial, format=file.suffix[1:])
-
-
-def _plain(name: str) -> str:
-    """For matplotlib, which takes what is between dollars for formulas."""
-    return printable(name).replace("$", r"\$")
+        partial.write_bytes(draw(panels, file.suffix[1:], file.stem))
 
 
 def evaluation_table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from robustfeat.training.concepts import load_concepts
 from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from robustfeat.training.evaluation.figures import Curve, Panel
 from robustfeat.training.evaluation.probes import FEW_SHOTS
 from robustfeat.training.evaluation.report import libsvm_cell
 from robustfeat.training.paper.cells import unpack
@@ -19,7 +20,7 @@ from robustfeat.training.paper.measures import Measures
 from robustfeat.training.paper.scale import CORRUPTED, METHODS, PAPER_NUMBERS, TABLES
 from robustfeat.training.paper.statistics import Comparison, compare
 
-__all__ = ["EXHIBITS", "Curve", "Exhibit"]
+__all__ = ["EXHIBITS", "Exhibit"]
 
 _TABLE1 = {
     "Animal": 121, "Artifact": 107, "Bird": 59, "Container": 56, "Device": 129, "Dog": 118, "Instrumentality": 106,
@@ -35,14 +36,6 @@ _CORRUPTIONS = len(CORRUPTIONS) * len(SEVERITIES)
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A line of a figure; `points` are (x, y)."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
 class Exhibit:
     """A table or a figure.
 
@@ -50,14 +43,14 @@ class Exhibit:
         name: such as table2.
         title: with the scale.
         rows: of the table, or the figure's numbers; all with the same keys.
-        panels: of a figure: title, label of the x axis, label of the y axis, curves.
+        panels: of a figure.
         notes: lines to be read with it.
     """
 
     name: str
     title: str
     rows: Sequence[Mapping[str, Any]]
-    panels: Sequence[tuple[str, str, str, Sequence[Curve]]] = ()
+    panels: Sequence[Panel] = ()
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -80,7 +73,7 @@ def _figure2(measures: Measures) -> Exhibit:
         shown = slice(None, None, 20)
         curves.append(Curve(f"mu = {mu}", list(zip(s[shown].tolist(), h[shown].tolist(), strict=True))))
     return Exhibit(
-        "fig2", "Figure 2: h(s) at lambda = 1", rows, [("", "s", "h(s)", curves)],
+        "fig2", "Figure 2: h(s) at lambda = 1", rows, [Panel("", "s", "h(s)", curves)],
         ["Theorem 3's gain is h(s)^2. The paper takes s = 1000."],
     )  # fmt: skip
 
@@ -172,7 +165,7 @@ def _figure3(measures: Measures) -> Exhibit:
             rows.append({"target": measures.study.target_title(target), "from": _TITLES[method],
                          "test error in %, last epoch": f"{errors[-1]:.2f}"})  # fmt: skip
             curves.append(Curve(_TITLES[method], list(enumerate(errors, 1))))
-        panels.append((measures.study.target_title(target), "epoch", "test error in %", curves))
+        panels.append(Panel(measures.study.target_title(target), "epoch", "test error in %", curves))
     return Exhibit(
         f"fig3{measures.study.suffix}", f"Figure 3: fine-tuning from {measures.study.title}, one seed", rows, panels
     )
@@ -187,7 +180,7 @@ def _figure4(measures: Measures) -> Exhibit:
         curves.append(Curve(label, points))
     return Exhibit(
         "fig4", f"Figure 4: accuracy in % on moved validation images, by step; {_selection_title(measures)}",
-        rows, [("", "length of the step at 224 px", "accuracy in %", curves)],
+        rows, [Panel("", "length of the step at 224 px", "accuracy in %", curves)],
     )  # fmt: skip
 
 
@@ -209,7 +202,7 @@ def _figure5(measures: Measures) -> Exhibit:
         curves.append(Curve(label, [(place, 100 * share) for place, (_, share) in enumerate(by_concept, 1)]))
     return Exhibit(
         "fig5", f"Figure 5: accuracy in % by concept, sorted; {_selection_title(measures)}", rows,
-        [("", "concepts, from worst to best", "accuracy in %", curves)],
+        [Panel("", "concepts, from worst to best", "accuracy in %", curves)],
     )  # fmt: skip
 
 
@@ -283,7 +276,7 @@ def _corruptions(measures: Measures) -> Exhibit:
                 shares = [kind[str(severity)]["accuracy"] for kinds in by_kind for kind in kinds]
                 points.append((severity, 100 * float(np.mean(shares))))
             curves.append(Curve(_TITLES[method], points))
-        panels.append((measures.study.target_title(target), "severity", "SVM accuracy in %", curves))
+        panels.append(Panel(measures.study.target_title(target), "severity", "SVM accuracy in %", curves))
     limit = "all" if scale.corrupted_rows is None else f"at most {scale.corrupted_rows:,}"
     return Exhibit(
         f"corruptions{measures.study.suffix}",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robustfeat.files import new_file
+from robustfeat.training.evaluation.figures import draw
 from robustfeat.training.paper.exhibits import Exhibit
 
 __all__ = ["markdown", "write_exhibit", "write_page"]
@@ -36,7 +37,7 @@ def write_exhibit(exhibit: Exhibit, folder: Path) -> list[Path]:
     writer.writerows(exhibit.rows)
     contents: dict[str, bytes] = {"csv": text.getvalue().encode(), "md": markdown(exhibit).encode()}
     if exhibit.panels:
-        contents |= {kind: _draw(exhibit, kind) for kind in ("png", "svg")}
+        contents |= {kind: draw(exhibit.panels, kind, exhibit.name) for kind in ("png", "svg")}
     files = []
     for kind, content in contents.items():
         files.append(folder / f"{exhibit.name}.{kind}")
@@ -57,7 +58,7 @@ def write_page(exhibits: Sequence[Exhibit], file: Path, title: str, remarks: Seq
         ]
         picture = ""
         if exhibit.panels:
-            drawn = _draw(exhibit, "svg").decode()
+            drawn = draw(exhibit.panels, "svg", exhibit.name).decode()
             picture = drawn[drawn.index("<svg") :]  # without the XML header, which HTML does not have
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in exhibit.notes)
         parts.append(
@@ -71,28 +72,3 @@ def write_page(exhibits: Sequence[Exhibit], file: Path, title: str, remarks: Seq
     )
     with new_file(file) as partial:
         partial.write_text(page, "utf-8")
-
-
-def _draw(exhibit: Exhibit, kind: str) -> bytes:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    # Names within an SVG would be random, and clash with those of the next one on the page.
-    with mpl.rc_context({"svg.hashsalt": exhibit.name}):
-        count = len(exhibit.panels)
-        figure = Figure(figsize=(5.5 * count + 1.5, 4), dpi=110, layout="constrained")
-        for axes, (title, x_label, y_label, curves) in zip(
-            figure.subplots(1, count, squeeze=False)[0], exhibit.panels, strict=True
-        ):
-            for curve in curves:
-                axes.plot(
-                    *zip(*curve.points, strict=True), "o-" if len(curve.points) < 40 else "-", ms=3, label=curve.label
-                )
-            axes.set(title=title, xlabel=x_label, ylabel=y_label)
-            if all(float(x).is_integer() for curve in curves for x, _ in curve.points):
-                axes.locator_params("x", integer=True)
-            axes.grid(alpha=0.3)
-            axes.legend()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()

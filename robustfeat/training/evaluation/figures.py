@@ -1,0 +1,60 @@
+"""Line plots as files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Curve", "Panel", "draw"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure; `points` are (x, y)."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves on the same axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Sequence[Curve]
+
+
+def draw(panels: Sequence[Panel], kind: str, name: str) -> bytes:
+    """The panels beside each other; the same ones give the same bytes.
+
+    Args:
+        panels: at least one.
+        kind: png or svg.
+        name: of the figure; SVGs with different names go on one page.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    # Identifiers within an SVG would be random, and clash with those of the next one on the page.
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure = Figure(figsize=(5.5 * len(panels) + 1.5, 4), dpi=110, layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for curve in panel.curves:
+                style = "o-" if len(curve.points) < 40 else "-"
+                axes.plot(*zip(*curve.points, strict=True), style, ms=3, label=_plain(curve.label))
+            axes.set(title=_plain(panel.title), xlabel=panel.x_label, ylabel=panel.y_label)
+            if all(float(x).is_integer() for curve in panel.curves for x, _ in curve.points):
+                axes.locator_params("x", integer=True)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def _plain(text: str) -> str:
+    """For matplotlib, which takes what is between dollars for formulas."""
+    return text.replace("$", r"\$")

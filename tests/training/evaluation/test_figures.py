@@ -1,0 +1,29 @@
+"""Line plots: what stands on the axes, and that names are drawn as they are."""
+
+import re
+
+from robustfeat.training.evaluation.figures import Curve, Panel, draw
+
+
+def texts(panel: Panel) -> list[str]:
+    """What an SVG of it says: matplotlib draws letters as shapes, with a comment that has the text."""
+    return re.findall(r"<!-- (.*?) -->", draw([panel], "svg", "figure").decode())
+
+
+def test_whole_numbers_have_whole_ticks() -> None:
+    epochs, steps = Curve("ERM", [(1, 1), (2, 9), (3, 5)]), Curve("EL", [(1.25, 1), (3, 9)])
+    for curves, whole in (([epochs], True), ([epochs, steps], False)):
+        assert ({"1.5", "1.50"}.isdisjoint(texts(Panel("", "", "", curves)))) == whole
+
+
+def test_dollars_are_no_formulas() -> None:
+    unreadable = r"a$\nothing$"  # is an error as a formula
+    assert draw([Panel(unreadable, "epoch", "error", [Curve(unreadable, [(0.5, 1)])])], "png", "figure")
+
+
+def test_figures_of_one_page_share_no_names() -> None:
+    panel = Panel("", "epoch", "error", [Curve("ERM", [(1, 2), (3, 4)])])
+    named = [set(re.findall(r'id="(\w{10,})"', draw([panel], "svg", name).decode())) for name in ("fig3", "fig4")]
+    assert named[0]
+    assert not named[0] & named[1]
+    assert draw([panel], "svg", "fig3") == draw([panel], "svg", "fig3")
