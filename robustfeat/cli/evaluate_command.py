@@ -80,7 +80,7 @@ def command(
     from robustfeat.training.evaluation.subject import open_network, open_subject
     from robustfeat.training.evaluation.tasks import open_task, parse_task
 
-    _refuse_files(out, plot, finetune)
+    _refuse_files(out, plot, cache, finetune)
     torch.set_num_threads(threads or available_cpus())
     named = [parse_task(text, "--task") for text in tasks]
     if len({name for name, _ in named}) < len(named):
@@ -90,6 +90,9 @@ def command(
         open_task(name, place, train_rows=train_rows, test_rows=test_rows, val_fraction=val_fraction)
         for name, place in named
     ]
+    for task in opened:
+        for line in task.remarks:
+            click.echo(line, err=True)
     for task in opened if finetune else ():
         require_batch(task, batch_size)
     how: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "device": device}
@@ -127,13 +130,21 @@ def command(
     return 0
 
 
-def _refuse_files(out: str | None, plot: str | None, finetune: bool) -> None:
+def _refuse_files(out: str | None, plot: str | None, cache: str | None, finetune: bool) -> None:
     from robustfeat.errors import InputError
 
     if plot and (not finetune or Path(plot).suffix not in {".png", ".svg"}):
         raise InputError(f"--plot {plot}: expected a .png or .svg file, together with --finetune")
+    named: dict[Path, str] = {}
+    for option, file in (("--cache", cache), ("--out", out), ("--plot", plot)):
+        if file == "":
+            raise InputError(f"{option}: expected a file; got an empty name")
+        if file and (other := named.setdefault(Path(file).resolve(), option)) != option:
+            raise InputError(f"{option} {file}: is what {other} names; give each a file of its own")
     for option, file in (("--out", out), ("--plot", plot)):
         if file and not os.access(Path(file).absolute().parent, os.W_OK | os.X_OK):
             raise InputError(f"{option} {file}: its folder does not exist or cannot be written to; make it first")
         if file and Path(file).is_dir():
             raise InputError(f"{option} {file}: is a folder; name a file in it")
+        if file and Path(file).exists() and not Path(file).is_file():
+            raise InputError(f"{option} {file}: is no regular file; name one, or use --json for the standard output")

@@ -83,7 +83,7 @@ def command(
     measures.require_data(names)
     measures.compute(names)
     page = Path(out) / f"index{study.suffix}.html"
-    with study.locks.held(page.name):
+    with study.locks.held("pages"):  # of tables as well: some have the same name with and without --biased
         made = []
         for name in names:
             exhibit = EXHIBITS[name](measures)

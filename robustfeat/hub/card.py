@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from robustfeat.hub.config import ModelConfig
+from robustfeat.markdown import table
 
 __all__ = ["PLACE", "render_card"]
 
@@ -85,7 +86,7 @@ Hash `{contract.hash}`.
     if config.evaluations:
         columns = ("dataset", "split", "protocol", "metric", "value")
         rows = [{name: getattr(evaluation, name) for name in columns} for evaluation in config.evaluations]
-        card += "\n" + _rows(rows)
+        card += "\n" + table(rows)
     for name, content in config.results.items():
         card += "\n" + _table(name, content)
     if config.recipe:
@@ -153,16 +154,8 @@ def _table(name: str, content: Any) -> str:
     """A result: text as it is, a list of rows (mappings with the same keys) as a table."""
     if not isinstance(content, list) or not content or not isinstance(content[0], Mapping):
         return f"{name}: {content}\n"
-    return f"{name}:\n\n{_rows(content)}"
-
-
-def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return f"{name}:\n\n{table(content)}"
 
 
 def _recipe_table(recipe: Mapping[str, Any]) -> str:
-    lines = ["| option | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in recipe.items())]
-    return "\n".join(lines) + "\n"
+    return table([{"option": key, "value": value} for key, value in recipe.items()])

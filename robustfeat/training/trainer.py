@@ -48,6 +48,7 @@ from robustfeat.training.data import (
     open_training_data,
     require_room,
 )
+from robustfeat.training.device import torch_device
 from robustfeat.training.distributed import Ranks, gather_objects, join_group, raise_together, sum_over_ranks
 from robustfeat.training.journal import METRICS_NAME, Journal, Window
 from robustfeat.training.recipe import RECIPE_NAME, Recipe
@@ -295,6 +296,8 @@ class _Trainer:
             f"{len(self.train_set.classes)} classes, {len(self.concepts.names)} concepts; "
             f"{recipe.method} on {self.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs"
         )
+        for remark in dict.fromkeys(self.train_set.remarks + self.validation_set.remarks):
+            say(remark)
         if recipe.parts and not is_hub_dataset(self.data) and not any(Path(self.data).glob("train-*")):
             say(f"parts = {recipe.parts}: {self.data} is not in Parquet files or shards, all of its images are used")
         if self.concepts.empty:
@@ -562,13 +565,9 @@ class _Trainer:
 
 
 def _choose_device(name: str, ranks: Ranks) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("--device cuda: PyTorch sees no GPU; check the driver, or pass --device cpu")
-    if name not in {"auto", "cpu", "cuda"}:
-        raise InputError(f"--device {name}: expected auto, cpu or cuda")
-    if not available or name == "cpu":
-        return torch.device("cpu")
+    device = torch_device(name)
+    if device.type == "cpu":
+        return device
     if ranks.local_rank >= torch.cuda.device_count():
         raise InputError(
             f"--nproc-per-node {ranks.local_world}: this machine has {torch.cuda.device_count()} GPUs; start one "

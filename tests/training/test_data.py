@@ -92,11 +92,37 @@ def test_files_of_one_split_name_their_classes_alike(tmp_path: Path) -> None:
         open_training_data(tmp_path)
 
 
-@pytest.mark.parametrize("label", [7, -1])
-def test_a_label_outside_the_names_is_named(tmp_path: Path, label: int) -> None:
+@pytest.mark.parametrize(
+    ("label", "message"), [(7, ": label 7 is none of"), (-1, r" has no label \(-1\); every row needs one")]
+)
+def test_a_label_outside_the_names_is_named(tmp_path: Path, label: int, message: str) -> None:
     write_parquet(tmp_path / "train-0.parquet", [0, 1, 2], [0, 1, label], ["cat", "dog"])
-    with pytest.raises(DataError, match=rf"train-0\.parquet row 2: label {label} is none of"):
+    with pytest.raises(DataError, match=rf"train-0\.parquet row 2{message}"):
         open_training_data(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [[0.0, float("nan")], ["cat", ""], [[0], [1]], [b"cat", b"dog"]])
+def test_what_names_no_class_is_no_label(tmp_path: Path, labels: list) -> None:
+    pq.write_table(pa.table({"image": [jpeg(0), jpeg(1)], "label": labels}), tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=r"train-0\.parquet row [01] has no label"):
+        open_training_data(tmp_path)
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", [0, 1, 2], [0, 1, 2], ["cat", "dog", "cat"])
+    with pytest.raises(DataError, match=r"train-0\.parquet: two of its classes are called 'cat'"):
+        open_training_data(tmp_path)
+
+
+def test_what_is_left_out_is_remarked(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset / "train", tmp_path / "train")
+    assert open_training_data(tmp_path)[0].remarks == ()
+    for number, file in enumerate(sorted((tmp_path / "train").glob("*/*"))[:4]):
+        file.rename(file.with_suffix(".avif") if number % 2 else tmp_path / "train" / f"{number}.jpg")
+    train, held_out = open_training_data(tmp_path, val_fraction=0.1)
+    assert train.remarks[0].startswith(f"{tmp_path / 'train'}: 4 files are left out: images are in CLASS/ and end in ")
+    assert held_out.remarks == (f"{tmp_path}: has no validation or test split; 3 of its 26 images are held out",)
+    assert train.subset(np.arange(3)).remarks == train.remarks
 
 
 @pytest.mark.parametrize(
@@ -206,7 +232,19 @@ def test_a_class_folder_may_have_any_name_and_a_pipe_is_no_image(tmp_path: Path)
         except DecodeError as exc:
             failures.append(str(exc))
     assert len(train) == 3
-    assert all("pipe.png: no such file, or not a regular one" in line for line in failures)
+    assert [line.rpartition("/")[2] for line in failures] == ["pipe.png: not a regular file"][: len(failures)]
+
+
+def test_a_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").write_bytes(jpeg(0))
+        (tmp_path / "train" / name / "1.png").write_bytes(jpeg(1))
+    os.truncate(tmp_path / "train" / "b" / "1.png", 2**40)  # without blocks on the disk
+    train, _ = open_training_data(tmp_path, val_fraction=0.3)
+    with pytest.raises(DecodeError, match=r"b/1\.png: over the limit of 536,870,912 bytes"):
+        for row in range(len(train)):
+            train.image(row)
 
 
 def test_fingerprint_changes_with_the_data(parquet: Path) -> None:

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError
+from robustfeat.cli.paper_command import command as paper_command
+from robustfeat.errors import CheckpointError, DataError, DecodeError, DivergedError, InputError
 from robustfeat.training.concepts import ConceptMap, assign_concepts, load_concepts
 from robustfeat.training.data import open_training_data
 from robustfeat.training.evaluation.probes import svm
 from robustfeat.training.evaluation.subject import open_subject
 from robustfeat.training.evaluation.tasks import embed_task, open_task
+from robustfeat.training.paper.locks import Locks
 from robustfeat.training.paper.measures import Measures
 from robustfeat.training.paper.scale import SCALES
 from robustfeat.training.paper.study import Machine, Study
@@ -164,11 +166,61 @@ def test_a_report_keeps_to_its_benchmark(benchmark: Path, tmp_path: Path) -> Non
 def test_the_biased_benchmark_has_imagenets_shares(benchmark: Path, tmp_path: Path) -> None:
     study = Study(tmp_path, SCALES["quick"](), str(benchmark), {}, Machine("cpu", 1, 0, quiet=True), biased=True)
     images, _ = open_training_data(study.data("biased"))
-    assert study.title.endswith("benchmark0, 60 images, 24 px, 1 epochs, with ImageNet's shares of concepts")
-    assert study.differences()[0].startswith("Pre-trained on 60 images")
+    assert 56 <= len(images) <= 64  # each class has a whole number
+    assert study.title.endswith(
+        f"benchmark0, {len(images)} images, 24 px, 1 epochs, with ImageNet's shares of concepts"
+    )
+    assert study.differences()[0].startswith(f"Pre-trained on {len(images)} images")
     concepts = assign_concepts("imagenet11", images.classes, np.bincount(images.labels))
     counts = dict(zip(concepts.names, concepts.counts.tolist(), strict=True))
     assert (counts["Device"], counts["Dog"], counts["Bird"]) == (8, 8, 4)  # 60 x 0.129, 0.118, 0.059, in pairs
+
+
+def test_an_image_of_the_benchmark_that_cannot_be_read_is_named_at_once(benchmark: Path, tmp_path: Path) -> None:
+    shutil.copytree(benchmark, tmp_path / "copy")
+    bad = sorted((tmp_path / "copy" / "val").glob("*/*"))[3]
+    bad.write_bytes(b"junk")
+    study = Study(tmp_path / "report", SCALES["quick"](), str(tmp_path / "copy"), {}, Machine("cpu", 1, 0, quiet=True))
+    with pytest.raises(DecodeError, match=rf"{bad.parent.name}/{bad.name}: .*; repair or remove it"):
+        study.data("main")
+    assert not list((tmp_path / "report" / "data").glob("[!.]*"))
+    # A benchmark that has fewer images than the scale asks for is told as it is.
+    few = dataclasses.replace(SCALES["quick"](), rows=1000, selection_rows=100)
+    study = Study(tmp_path / "few", few, str(benchmark), {"sop": "there/two  words"}, Machine("cpu", 1, 0, quiet=True))
+    assert study.title.endswith(f"{benchmark.name}, 176 images, 24 px, 1 epochs")
+    assert study.differences()[0].startswith("Pre-trained on 176 images")
+    assert study.differences()[2] == "Targets: two words (for SOP), at most 30 training images."
+    assert study.target_title("sop") == "two words (for SOP)"
+
+
+def test_a_cell_is_of_its_target(benchmark: Path, target: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(target, other)
+    shutil.rmtree(other / "train" / "hat")
+    shutil.rmtree(other / "test" / "hat")
+    machine, quick = Machine("cpu", 1, 0, quiet=True), SCALES["quick"]()
+    first, second = (
+        Measures(Study(tmp_path / "report", quick, str(benchmark), {"cifar10": str(place)}, machine))
+        for place in (target, other)
+    )
+    first.held_out("el", 1.0, "cifar10")
+    with pytest.raises(InputError, match="is the result of another task"):
+        second.held_out("el", 1.0, "cifar10")
+    first.score("erm", 0, "cifar10")
+    with pytest.raises(InputError, match="is the result of another task"):
+        second.score("erm", 0, "cifar10")
+
+
+def test_files_of_a_report_are_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    arguments = ["table1", "--out", str(tmp_path)]
+    with ThreadPoolExecutor() as pool:
+        with Locks(tmp_path / "locks", print).held("pages"):
+            waiting = pool.submit(paper_command, arguments, standalone_mode=False)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=5)
+            assert not list(tmp_path.glob("table1*"))
+        assert waiting.result(timeout=60) == 0
+    assert (tmp_path / "table1.csv").exists()
 
 
 def test_selection_sees_no_test_image(benchmark: Path, target: Path, tmp_path: Path) -> None:
@@ -200,6 +252,11 @@ def test_runs_that_diverged_are_not_chosen(tmp_path: Path, monkeypatch: pytest.M
     lost.remove(1.0)
     monkeypatch.setattr(Measures, "held_out", lambda _, method, value, target: None if value in lost else value / 100)
     assert Measures(study).chosen == (1.0, 10.0)
+    once = (1.0, "sop")  # the better value, on two of three targets
+    monkeypatch.setattr(
+        Measures, "held_out", lambda _, method, value, target: None if (value, target) == once else value
+    )
+    assert Measures(study).chosen == (0.35, 10.0)
 
 
 def test_a_longer_run_of_erm_lowers_its_rate_as_much_later(tmp_path: Path) -> None:

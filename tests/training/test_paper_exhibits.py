@@ -1,10 +1,13 @@
-"""The tables of `robustfeat paper`, from answers that are known."""
+"""The tables and figures of `robustfeat paper`, from answers that are known."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from robustfeat.training.paper.cells import pack
 from robustfeat.training.paper.exhibits import EXHIBITS
 from robustfeat.training.paper.measures import Measures
@@ -22,9 +25,10 @@ def measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
 
     monkeypatch.setattr(Measures, "score", score)
     monkeypatch.setattr(Measures, "chosen", (0.1, 10.0))
+    monkeypatch.setattr(Study, "images", lambda *_: (range(20_000), range(10_000)))
     targets = {name: f"somewhere/my-{name}" for name in ("cifar10", "sop", "svhn")}
     study = Study(tmp_path, SCALES["tiny"](), "somewhere/small", targets, Machine())
-    return Measures(study, controls=request.param)
+    return Measures(study, controls=getattr(request, "param", False))
 
 
 @pytest.mark.parametrize("measures", [False, True], ids=["methods", "and controls"], indirect=True)
@@ -49,3 +53,76 @@ def test_only_the_papers_methods_are_counted(measures: Measures) -> None:
     assert "Of the paper's 9 comparisons: 6 holds, 3 fails, 0 undecided." in table.notes[0]
     assert ("controls" in table.notes[0]) == (len(table.rows) > 3)
     assert {row["my-sop (for SOP)"] for row in table.rows if row["method"] == "CL"} == {"-10.00 fails"}
+
+
+def test_the_chosen_values_are_marked(measures: Measures, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held_out(_: Measures, method: str, value: float, target: str) -> float | None:
+        return None if value == 3.5 else 0.5 if target == "sop" else 0.25
+
+    monkeypatch.setattr(Measures, "held_out", held_out)
+    rows = {row["model"]: row for row in EXHIBITS["selection"](measures).rows}
+    assert [model for model, row in rows.items() if row["chosen"]] == ["EL, tau 0.1", "CL, lambda 10"]
+    assert rows["CL, lambda 1"]["my-sop (for SOP)"] == "50.00"
+    assert {rows["CL, lambda 1"]["mean"], rows["EL, tau 0.35"]["mean"]} == {"33.33"}
+    assert (rows["EL, tau 3.5"]["my-sop (for SOP)"], rows["EL, tau 3.5"]["mean"]) == ("diverged", "")
+
+
+def test_corrupted_images_are_compared_with_erms(measures: Measures, monkeypatch: pytest.MonkeyPatch) -> None:
+    def corrupted(_: Measures, method: str, seed: int, target: str) -> dict[str, Any]:
+        share = {"erm": 0.3, "hrrl": 0.4}[method]
+        told = np.full(1000, round(30 * share), np.uint8)
+        by = {name: {str(one): {"accuracy": share - one / 100} for one in SEVERITIES} for name in CORRUPTIONS}
+        scores = {"clean": 0.5, "corrupted": share, "kept": share / 0.5, "drift": 0.125}
+        return {**scores, "by_corruption": by, "told": told.tobytes().hex()}
+
+    monkeypatch.setattr(Measures, "corrupted", corrupted)
+    exhibit = EXHIBITS["corruptions"](measures)
+    erm, hrrl = exhibit.rows[:2]
+    assert (hrrl["method"], hrrl["corrupted"], hrrl["kept"]) == ("HRRL", "40.00 ± 0.00", "0.8000 ± 0.0000")
+    assert (erm["corrupted, minus ERM"], hrrl["corrupted, minus ERM"]) == ("", "+10.00")
+    assert hrrl["95 % over images"] == "+10.00 to +10.00"
+    (drawn,) = (curve for curve in exhibit.panels[0].curves if curve.label == "HRRL")
+    np.testing.assert_allclose(drawn.points, [(0, 50), (1, 39), (2, 38), (3, 37), (4, 36), (5, 35)])
+
+
+def test_what_diverged_is_said_in_figures_4_and_5(measures: Measures, monkeypatch: pytest.MonkeyPatch) -> None:
+    measures.scale = replace(measures.scale, steps=(0.0, 1.0))
+    monkeypatch.setattr(Measures, "by_step", lambda _, method, tau: None if tau == 1 else [0.5, 0.25])
+    figure = EXHIBITS["fig4"](measures)
+    assert figure.columns == ["model", "step 0", "step 1"]
+    assert [row["model"] for row in figure.rows if len(row) == 1] == ["EL, tau 1, diverged"]
+    assert [curve.label for curve in figure.panels[0].curves] == ["ERM", "EL, tau 0.1", "EL, tau 0.35", "EL, tau 3.5"]
+    assert figure.rows[0]["step 1"] == "25.00"
+    assert figure.title.endswith("small, 20,000 images, 5 epochs, one seed")
+    cell = {"by_concept": {"Dog": 0.25, "Bird": 0.5}, "by_class": {"a": 0.25, "b": 0.375, "c": 0.5}}
+    monkeypatch.setattr(Measures, "by_class", lambda _, method, lam: None if lam == 1 else cell)
+    erm, lost, *others = EXHIBITS["fig5"](measures).rows
+    assert lost == {"model": "CL, lambda 1, diverged"}
+    assert len(others) == 2
+    expected = {"worst concept": "Dog 25.00", "best concept": "Bird 50.00", "deviation over concepts": "12.50"}
+    expected |= {"worst class": "a 25.00", "worst tenth of classes": "25.00", "Dog": "25.00", "Bird": "50.00"}
+    assert erm == {"model": "ERM", **expected}
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ("erm", ("erm", 0.35, 10.0, 10)),
+        ("el", ("el", 0.1, 10.0, 10)),
+        ("cl", ("cl", 0.35, 100.0, 10)),
+        ("hrrl", ("hrrl", 0.1, 100.0, 10)),
+        ("erm-long", ("erm", 0.35, 10.0, 17)),
+        ("random", ("random", 0.1, 10.0, 10)),
+        ("balanced", ("balanced", 0.35, 10.0, 10)),
+        ("groupdro", ("groupdro", 0.35, 10.0, 10)),
+    ],
+)
+def test_each_run_has_its_own_seed_and_what_was_chosen(
+    measures: Measures, monkeypatch: pytest.MonkeyPatch, method: str, trained: tuple[Any, ...]
+) -> None:
+    monkeypatch.setattr(Measures, "chosen", (0.1, 100.0))  # the recipe itself has 0.35 and 10
+    for seed in (0, 2):
+        name, recipe = measures.main_run(method, seed)
+        assert name == f"main-{method}-s{seed}"
+        assert (recipe.method, recipe.tau, recipe.lam, recipe.epochs) == trained
+        assert recipe.seed == seed

@@ -1,5 +1,6 @@
 """Intervals of differences, against SciPy's."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ from robustfeat.errors import InputError
 from robustfeat.training.paper.cells import Cells, pack, unpack
 from robustfeat.training.paper.locks import BusyError, Locks
 from robustfeat.training.paper.statistics import compare
+from robustfeat.training.recipe import Recipe
 
 
 def runs(rng: np.random.Generator, share: float, seeds: int = 3, images: int = 2000) -> list[np.ndarray]:
@@ -89,6 +91,20 @@ def test_a_cell_is_computed_once_for_the_same_inputs(tmp_path) -> None:
         file.write_text(text)
         cells.get("svm", "a", {"seed": 0, "sizes": (1, 2)}, compute)
         assert len(calls) == count
+
+
+def test_a_cell_is_kept_when_recipes_get_new_keys(tmp_path) -> None:
+    cells = Cells(tmp_path / "cells", Locks(tmp_path / "locks", print))
+    recipe = Recipe(method="erm", seed=3).to_dict()
+    cells.get("svm", "a", {"recipe": recipe}, lambda: {"accuracy": 0.5})
+    file = tmp_path / "cells" / "svm-a.json"
+    cell = json.loads(file.read_text())
+    del cell["inputs"]["recipe"]["recalibrate"]  # as it was before there was one
+    file.write_text(json.dumps(cell))
+    assert cells.get("svm", "a", {"recipe": recipe}, dict) == {"accuracy": 0.5}
+    for changed in ({**recipe, "recalibrate": 5}, {**recipe, "seed": 4}):
+        with pytest.raises(InputError, match="another recipe"):
+            cells.get("svm", "a", {"recipe": changed}, dict)
 
 
 def test_what_another_process_does_is_left_to_it_or_waited_for(tmp_path) -> None:

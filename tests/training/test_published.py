@@ -123,6 +123,41 @@ def test_tiny_imagenet(tmp_path: Path, example_files: list[Path]) -> None:
         lines.append(f"val_{number}.JPEG\t{wnids[(number + 1) % 2]}\t0\t0\t9\t9")
     (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
     train, test = open_training_data(tmp_path)
-    assert (train.classes, len(train)) == (wnids, 6)
+    assert (train.classes, len(train), train.remarks) == (wnids, 6, ())
     assert test.labels.tolist() == [1, 0, 1]
     assert test.source.read(2) == example_files[8].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"X": np.float64}, r"expected images of three channels .*uint8\); got float64 \(4, 32, 32, 3\)"),
+        ({"y": [1, 2, 3, 103]}, "labels must be whole numbers from 0 to 10; got 1 and others"),
+        ({"y": [1, 2, 3, 1.5]}, "labels must be whole numbers from 0 to 10"),
+        ({"y": [1, 2, 3, np.nan]}, "labels must be whole numbers from 0 to 10"),
+    ],
+)
+def test_svhn_of_other_numbers_is_refused(tmp_path: Path, pixels: np.ndarray, change: dict, message: str) -> None:
+    whole = {"X": pixels[:4].transpose(1, 2, 3, 0), "y": np.array([[1], [2], [3], [10]])}
+    savemat(tmp_path / "test_32x32.mat", whole)
+    if "X" in change:
+        savemat(tmp_path / "train_32x32.mat", {**whole, "X": whole["X"].astype(change["X"])})
+    else:
+        savemat(tmp_path / "train_32x32.mat", {**whole, "y": np.array(change["y"])[:, None]})
+    with pytest.raises(DataError, match=rf"train_32x32\.mat: {message}"):
+        open_training_data(tmp_path)
+
+
+def test_cifar_of_fractions_is_refused(tmp_path: Path, pixels: np.ndarray) -> None:
+    write_cifar(tmp_path, pixels / 255, binary=False)
+    with pytest.raises(DataError, match="expected images of three channels"):
+        open_training_data(tmp_path)
+
+
+def test_images_that_the_annotations_leave_out_are_named(tmp_path: Path, example_files: list[Path]) -> None:
+    for name in ("train/n01443537/a.jpg", "train/n01629819/a.jpg", "val/images/a.jpg", "val/images/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(example_files[0].read_bytes())
+    (tmp_path / "val" / "val_annotations.txt").write_text("a.jpg\tn01443537\t0\t0\t62\t57\n")
+    with pytest.raises(DataError, match=r"val_annotations\.txt: tells no class of b\.jpg and 0 other images"):
+        open_training_data(tmp_path)

@@ -101,17 +101,22 @@ class _SetInMemory:
     def fit(self, scaling: str, c: float | None, places: NDArray[np.int64]) -> tuple[Head, bool]:
         from sklearn.multioutput import MultiOutputClassifier
         from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import Normalizer, StandardScaler
 
         classifier = _classifier(self._kind, c)
         if self._targets.ndim == 2:
             classifier = MultiOutputClassifier(classifier)
-        scaler = {"none": None, "l2": Normalizer(), "standard": StandardScaler()}[scaling]
-        pipeline = make_pipeline(scaler, classifier)
+        pipeline = make_pipeline(scaler(scaling), classifier)
         pipeline.fit(self._x[places], self._targets[places])
         parts = getattr(classifier, "estimators_", [classifier])
         spent = max((int(np.max(getattr(part, "n_iter_", 0))) for part in parts), default=0)
         return Head.from_sklearn(pipeline), spent < getattr(parts[0], "max_iter", math.inf)
+
+
+def scaler(scaling: str) -> Any:
+    """What scikit-learn has for one of `SCALINGS`, not fitted yet; None for none."""
+    from sklearn.preprocessing import Normalizer, StandardScaler
+
+    return {"none": None, "l2": Normalizer(), "standard": StandardScaler()}[scaling]
 
 
 def _classifier(kind: str, c: float | None) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from robustfeat.errors import DataError
 from robustfeat.serving.inputs import IMAGE_SUFFIXES, list_folder
+from robustfeat.serving.sources import ImageSource
 from robustfeat.training.data.image_set import ImageSet
 
 __all__ = ["ImageFiles", "holds_class_folders", "open_folders"]
@@ -23,10 +24,7 @@ class ImageFiles:
 
     def read(self, index: int) -> bytes:
         """See `Source`."""
-        file = self._root / self._names[index]
-        if not file.is_file():  # a pipe would be waited for, for ever
-            raise OSError("no such file, or not a regular one")
-        return file.read_bytes()
+        return ImageSource(self._names[index], str(self._root / self._names[index])).read()
 
     def name(self, index: int) -> str:
         """See `Source`."""
@@ -41,7 +39,7 @@ def holds_class_folders(root: Path) -> bool:
 
 
 def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet:
-    """The images under `root`, one folder a class.
+    """The images under `root`, one folder a class; a remark tells of files that are passed over.
 
     Args:
         classes: of the training split, for another split; by default the folders' names, sorted.
@@ -58,9 +56,11 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
         raise DataError(f"{root}: class {unknown[0]!r} is not in the training split; remove it or add it there")
     names: list[str] = []
     labels: list[int] = []
+    passed_over = sum(entry.suffix.lower() in IMAGE_SUFFIXES for entry in root.iterdir() if entry.is_file())
     digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
     for label, name in enumerate(classes):
-        images = list_folder(root / name)[0] if (root / name).is_dir() else []
+        images, others = list_folder(root / name) if (root / name).is_dir() else ([], 0)
+        passed_over += others
         for image in images:
             names.append(f"{name}/{image.path}")
             labels.append(label)
@@ -69,4 +69,10 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
             digest.update(f"{names[-1]}\0{size}\n".encode(errors="surrogateescape"))
     if not names:
         raise DataError(f"{root}: holds no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return ImageSet(classes, np.array(labels, np.int64), ImageFiles(root, names), digest.hexdigest())
+    remarks: tuple[str, ...] = ()
+    if passed_over:
+        remarks = (
+            f"{root}: {passed_over:,} files are left out: images are in CLASS/ and end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}",
+        )
+    return ImageSet(classes, np.array(labels, np.int64), ImageFiles(root, names), digest.hexdigest(), remarks=remarks)

@@ -46,6 +46,7 @@ class ImageSet:
         fingerprint: sha256 over the classes, the labels and the images' names and sizes.
         blocks: (B + 1,) int64, where each block of rows that are read together begins, and last N; None where any row
             is as quick as any other.
+        remarks: what whoever uses them should be told: what was left out, or where they come from.
     """
 
     classes: tuple[str, ...]
@@ -53,6 +54,7 @@ class ImageSet:
     source: Source
     fingerprint: str
     blocks: NDArray[np.int64] | None = None
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,7 +68,8 @@ class ImageSet:
         try:
             return decode(self.source.read(index))
         except (DecodeError, OSError) as exc:
-            raise DecodeError(f"{self.source.name(index)}: {exc}") from exc
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+            raise DecodeError(f"{self.source.name(index)}: {reason}") from exc
 
     def original_sizes(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """(m, 2) widths and heights of these images themselves; None where `image` returns them as they are."""
@@ -79,7 +82,7 @@ class ImageSet:
         if self.blocks is not None and (np.diff(indices) > 0).all():
             blocks = np.unique(np.searchsorted(indices, self.blocks))  # without those that are empty now
         source = self.source.subset(indices) if isinstance(self.source, _Divisible) else _Subset(self.source, indices)
-        return ImageSet(self.classes, self.labels[indices], source, digest, blocks)
+        return ImageSet(self.classes, self.labels[indices], source, digest, blocks, self.remarks)
 
 
 class _Subset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,8 @@ def open_training_data(
                 f"{len(train.classes)} classes leaves none, or a class without images; move some of each class to val/"
             )
         rest = np.setdiff1d(np.arange(len(train)), held_out)
-        validation, train = train.subset(held_out), train.subset(rest)
+        remark = f"{root}: has no validation or test split; {len(held_out):,} of its {len(train):,} images are held out"
+        validation, train = replace(train.subset(held_out), remarks=(remark,)), train.subset(rest)
     return train, validation
 
 

@@ -128,9 +128,17 @@ def read_parquet(files: Sequence[ParquetPart], *, stream: bool = False) -> Parqu
     else:
         chunks = [chunk.field("bytes") if hasattr(chunk, "field") else chunk for *_, own in parts for chunk in own]
         source, blocks = _Rows(chunks, places), None
-    if None in labels:
-        raise DataError(f"{source.name(labels.index(None))} has no label; every row needs one")
+    for row, label in enumerate(labels):
+        if not _names_a_class(label):
+            raise DataError(
+                f"{source.name(row)} has no label ({label!r}); every row needs one, text or a number from 0"
+            )
     return ParquetSplit(files, source, labels, names, blocks)
+
+
+def _names_a_class(label: Any) -> bool:
+    """Whether it is text or a number from 0: -1 stands for none in published sets, and NaN in tables."""
+    return bool(label) if isinstance(label, str) else isinstance(label, int | float) and label >= 0
 
 
 def _class_names(parts: Sequence[OpenedParquet]) -> tuple[str, ...] | None:
@@ -142,4 +150,9 @@ def _class_names(parts: Sequence[OpenedParquet]) -> tuple[str, ...] | None:
                 f"{file}: its class names are not those of {named[0][0]}, or in another order; the same number would "
                 "mean two classes. Write both with the same names"
             )
-    return named[0][1] if named else None
+    if not named:
+        return None
+    file, names = named[0]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{file}: two of its classes are called {repeated!r}; give each a name of its own")
+    return names

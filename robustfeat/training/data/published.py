@@ -6,6 +6,7 @@ import hashlib
 import io
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ class _Pixels:
 
 
 def _of_pixels(classes: tuple[str, ...], labels: Any, pixels: NDArray[np.uint8], place: Path) -> ImageSet:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        raise DataError(
+            f"{place}: expected images of three channels and whole numbers from 0 to 255 (uint8); got {pixels.dtype} "
+            f"{pixels.shape}"
+        )
     numbers = np.asarray(labels, np.int64)
     if numbers.shape != pixels.shape[:1] or not len(numbers) or not 0 <= numbers.min() <= numbers.max() < len(classes):
         raise DataError(f"{place}: damaged (labels do not fit the images); download and unpack it again")
@@ -111,7 +117,7 @@ def _open_cifar_python(root: Path) -> tuple[ImageSet, ImageSet]:
     def read(file: Path) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         with open(file, "rb") as handle:
             batch = _ArraysOnly(handle, encoding="latin1").load()
-        return np.asarray(batch["labels"], np.int64), np.asarray(batch["data"], np.uint8)
+        return np.asarray(batch["labels"], np.int64), np.asarray(batch["data"])
 
     return _cifar(root, "", read)
 
@@ -132,7 +138,10 @@ def _open_svhn(root: Path) -> tuple[ImageSet, ImageSet]:
             raise DataError(f"{root}: {name} is missing; SVHN's cropped digits have train_32x32.mat and test_32x32.mat")
         data = loadmat(root / name)
         pixels = np.ascontiguousarray(data["X"].transpose(3, 0, 1, 2))
-        digits = data["y"].reshape(-1).astype(np.int64) % 10  # a zero is written as class 10
+        written = data["y"].reshape(-1)
+        if not np.isin(written, range(11)).all():
+            raise DataError(f"{root / name}: labels must be whole numbers from 0 to 10; got {written.min()} and others")
+        digits = written.astype(np.int64) % 10  # a zero is written as class 10
         return _of_pixels(tuple("0123456789"), digits, pixels, root / name)
 
     return read("train_32x32.mat"), read("test_32x32.mat")
@@ -157,10 +166,15 @@ def _open_products(root: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def _open_tiny_imagenet(root: Path) -> tuple[ImageSet, ImageSet]:
-    train = open_folders(root / "train")
+    train = replace(open_folders(root / "train"), remarks=())  # each class has a list of boxes beside its images
     lines = (root / "val" / _ANNOTATIONS).read_text("utf-8").splitlines()
     pairs = [line.split("\t")[:2] for line in lines if line.strip()]
     paths = [f"val/images/{name}" for name, _ in pairs]
+    if unnamed := {entry.name for entry in (root / "val" / "images").iterdir()} - {name for name, _ in pairs}:
+        raise DataError(
+            f"{root / 'val' / _ANNOTATIONS}: tells no class of {min(unnamed)} and {len(unnamed) - 1:,} other images; "
+            "download and unpack it again, or remove them"
+        )
     return train, _of_files(root, paths, [wnid for _, wnid in pairs], train.classes)
 
 

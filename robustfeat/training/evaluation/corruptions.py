@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as transforms
 
-from robustfeat.errors import DecodeError
 from robustfeat.progress import Progress
 from robustfeat.serving.extractor import cosine
 from robustfeat.serving.heads.head import Head
@@ -71,7 +70,8 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, torch.Generator], Tensor],
     "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
 }
 """By name: what is done, and its strength at severities 1 to 5. They are those of CIFAR-10-C (Hendrycks and Dietterich,
-ICLR 2019), which are made for small images; brightness is added to each channel instead of the value of HSV."""
+ICLR 2019), which are made for small images; brightness is added to each channel instead of the value of HSV, and
+contrast is torchvision's, which leads to the image's mean grey instead of the mean of each channel."""
 
 
 def corrupt(square: NDArray[np.uint8], name: str, severity: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -160,7 +160,7 @@ def classify_corrupted(
     for start in range(0, len(images), subject.batch_size):
         rows = range(start, min(start + subject.batch_size, len(images)))
         here = slice(rows.start, rows.stop)
-        squares = np.stack([_square(subject, images, row) for row in rows])
+        squares = np.stack([subject.prepare(images.image(row)) for row in rows])
         before = subject.embed_prepared(squares)
         clean[here] = head.predict(before) == images.labels[here]
         for place, kind in enumerate(kinds):
@@ -177,10 +177,3 @@ def _drift(after: NDArray[np.float32], before: NDArray[np.float32]) -> NDArray[n
     """1 - cosine; where a vector is zero 1, or 0 if both are."""
     moved = 1 - cosine(after, before)
     return np.where(np.isnan(moved), (after != before).any(1), moved)
-
-
-def _square(subject: Subject, images: ImageSet, row: int) -> NDArray[np.uint8]:
-    try:
-        return subject.prepare(images.source.read(row))
-    except (DecodeError, OSError) as exc:
-        raise DecodeError(f"{images.source.name(row)}: {exc}; repair or remove it") from exc

@@ -11,13 +11,12 @@ from torch.nn import functional
 from robustfeat.errors import InputError, TrainingError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.progress import Progress
-from robustfeat.training.data import EpochPlan, EvaluationBatches, ImageSet, TrainingBatches
+from robustfeat.training.data import EpochPlan, TrainingBatches
 from robustfeat.training.evaluation.inputs import network_inputs
+from robustfeat.training.evaluation.robustness import class_hits
 from robustfeat.training.evaluation.tasks import Task
 
 __all__ = ["finetune", "require_batch"]
-
-_TEST_BATCH = 256
 
 
 def finetune(
@@ -81,7 +80,8 @@ def finetune(
             optimizer.step()
             progress.advance(len(labels), note)
         model.eval()
-        errors.append(_test_error(model, task.test, contract, device))
+        right, count = class_hits(model, contract, task.test, device)
+        errors.append(int((count - right).sum()) / len(task.test))
         note = f"test error {errors[-1]:.2%} after epoch {epoch + 1}"
     progress.finish(note)
     return errors
@@ -98,11 +98,3 @@ def require_batch(task: Task, batch_size: int) -> None:
             f"{task.name}: {len(task.train)} training images, fewer than one batch of {batch_size}; "
             "pass a smaller batch"
         )
-
-
-def _test_error(model: nn.Module, images: ImageSet, contract: Preprocessing, device: torch.device) -> float:
-    wrong = 0
-    for x, labels in network_inputs(EvaluationBatches(images, _TEST_BATCH, contract), contract, device):
-        with torch.no_grad():
-            wrong += int((model(x).argmax(1) != labels).sum())
-    return wrong / len(images)

@@ -26,6 +26,6 @@ def network_inputs(
     """
     for batch in load_batches(batches, 0):
         if batch.failures:
-            raise DecodeError(batch.failures[0])
+            raise DecodeError(f"{batch.failures[0]}; repair or remove it: a score would be of other images")
         x = normalize(batch.pixels(device, contract.image_size) / 255, list(contract.mean), list(contract.std))
         yield x.contiguous(memory_format=torch.channels_last), batch.labels.to(device)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
-from robustfeat.serving.heads.fitting import C_GRID, select, select_and_fit
+from robustfeat.serving.heads.fitting import C_GRID, scaler, select, select_and_fit
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import SCALINGS
 from robustfeat.serving.heads.report import Report
@@ -165,7 +165,6 @@ def libsvm(features: TaskFeatures, c: float, scaling: str, *, seed: int = 0) -> 
         c, scaling: of both.
     """
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import Normalizer, StandardScaler
     from sklearn.svm import SVC, LinearSVC
 
     drawn = np.random.default_rng(seed).permutation(len(features.x))[:_LIBSVM_ROWS]
@@ -174,10 +173,11 @@ def libsvm(features: TaskFeatures, c: float, scaling: str, *, seed: int = 0) -> 
     scores = {}
     one_vs_one, ours = SVC(kernel="linear", C=c, max_iter=_LIBSVM_STEPS), LinearSVC(C=c, dual=False)
     for name, classifier in (("LIBSVM", one_vs_one), ("LinearSVC", ours)):
-        scaler = {"none": None, "l2": Normalizer(), "standard": StandardScaler()}[scaling]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of iterations that ran out: both are scored as they are
-            fitted = make_pipeline(scaler, classifier).fit(features.x[rows].astype(np.float64), features.y[rows])
+            fitted = make_pipeline(scaler(scaling), classifier).fit(
+                features.x[rows].astype(np.float64), features.y[rows]
+            )
         converged = bool(np.max(classifier.n_iter_) < classifier.max_iter)
         predicted = fitted.predict(features.x_test.astype(np.float64))
         scores[name] = Score.of(predicted, features, rows=len(rows), converged=converged)

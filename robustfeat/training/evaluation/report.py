@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from robustfeat.files import new_file
+from robustfeat.markdown import table
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.sources import printable
 from robustfeat.training.evaluation.corruptions import classify_corrupted
@@ -64,7 +65,8 @@ def evaluate_task(
             features, chosen.details, with_few_shot=with_few_shot, with_libsvm=with_libsvm, threads=threads
         ),
     }
-    if with_corruptions and chosen.head is not None:
+    if with_corruptions:
+        assert chosen.head is not None  # an SVM is one
         result["corruptions"] = classify_corrupted(subject, chosen.head, task.test, quiet=quiet).to_dict()
     if finetuned is not None:
         settings = dict(finetuning or {})
@@ -131,17 +133,7 @@ def draw_finetuning(results: Sequence[Mapping[str, Any]], file: Path) -> None:
 def evaluation_table(results: Sequence[Mapping[str, Any]]) -> str:
     """The results in Markdown, a row for each model and task."""
     shots = sorted({int(count) for result in results for count in result.get("few_shot", {})})
-    head = ["model", "task", "SVM", "95 %", "balanced", "naive Bayes", "neighbours", *(f"{n}-shot" for n in shots)]
-    more = [name for name in ("libsvm", "corruptions", "finetuned") if any(name in result for result in results)]
-    titles = {
-        "libsvm": ["LIBSVM / LinearSVC"],
-        "corruptions": ["corrupted", "kept", "drift"],
-        "finetuned": ["fine-tuned"],
-    }
-    head += [title for name in more for title in titles[name]]
-    lines = [head, ["---"] * len(head)]
-    lines += [list(_cells(result, shots, more)) for result in results]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table([_row(result, shots) for result in results]).rstrip()
 
 
 def libsvm_cell(scores: Mapping[str, Mapping[str, Any]]) -> str:
@@ -149,23 +141,29 @@ def libsvm_cell(scores: Mapping[str, Mapping[str, Any]]) -> str:
     return " / ".join(f"{100 * one['accuracy']:.2f}{'' if one['converged'] else '*'}" for one in scores.values())
 
 
-def _cells(result: Mapping[str, Any], shots: Sequence[int], more: Sequence[str]) -> Iterator[str]:
+def _row(result: Mapping[str, Any], shots: Sequence[int]) -> dict[str, str]:
     def percent(share: float) -> str:
         return f"{100 * share:.2f}"
 
     best = result["svm"]
     low, high = best["interval"]
-    yield from (printable(result[key]).replace("|", r"\|").replace("\n", " ") for key in ("model", "task"))
-    yield from (percent(best["accuracy"]), f"{percent(low)} to {percent(high)}")
-    yield from (percent(best["balanced_accuracy"]), percent(result["naive_bayes"]["accuracy"]))
-    yield percent(result["neighbours"]["accuracy"])
+    row = {
+        "model": printable(result["model"]),
+        "task": printable(result["task"]),
+        "SVM": percent(best["accuracy"]),
+        "95 %": f"{percent(low)} to {percent(high)}",
+        "balanced": percent(best["balanced_accuracy"]),
+        "naive Bayes": percent(result["naive_bayes"]["accuracy"]),
+        "neighbours": percent(result["neighbours"]["accuracy"]),
+    }
     for count in shots:
         scores = result.get("few_shot", {}).get(str(count))
-        yield f"{percent(scores['accuracy'])} ± {percent(scores['deviation'])}" if scores else ""
-    if "libsvm" in more:
-        yield libsvm_cell(result.get("libsvm", {}))
-    if "corruptions" in more:
-        worse = result.get("corruptions")
-        yield from (percent(worse["corrupted"]), f"{worse['kept']:.3f}", f"{worse['drift']:.4f}") if worse else [""] * 3
-    if "finetuned" in more:
-        yield percent(result["finetuned"]["accuracy"]) if "finetuned" in result else ""
+        row[f"{count}-shot"] = f"{percent(scores['accuracy'])} ± {percent(scores['deviation'])}" if scores else ""
+    if "libsvm" in result:
+        row["LIBSVM / LinearSVC"] = libsvm_cell(result["libsvm"])
+    if worse := result.get("corruptions"):
+        row["corrupted"] = percent(worse["corrupted"])
+        row |= {"kept": f"{worse['kept']:.3f}", "drift": f"{worse['drift']:.4f}"}
+    if "finetuned" in result:
+        row["fine-tuned"] = percent(result["finetuned"]["accuracy"])
+    return row

@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from robustfeat.errors import CheckpointError, EngineError, InputError, first_line
+from robustfeat.errors import CheckpointError, InputError, first_line
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square, resize_and_crop
 from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint
+from robustfeat.training.device import measuring_device
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
 
-__all__ = ["FolderSubject", "NetworkSubject", "Subject", "network_of", "open_network", "open_subject", "torch_device"]
+__all__ = ["FolderSubject", "NetworkSubject", "Subject", "network_of", "open_network", "open_subject"]
 
 
 class Subject(FeatureMaker, Protocol):
@@ -85,7 +86,12 @@ class NetworkSubject:
     """
 
     def __init__(self, network: nn.Module, contract: Preprocessing, name: str, device: torch.device) -> None:
-        self.network = network.eval().to(device).to(memory_format=torch.channels_last)
+        try:
+            network.eval()
+            self.network = network.to(device).to(memory_format=torch.channels_last)
+            weights = state_digest(network)
+        except Exception as exc:  # whatever a network of somebody's raises
+            raise InputError(f"{name}: cannot be used as a network ({type(exc).__name__}: {first_line(exc)})") from exc
         self.contract, self.name, self.device = contract, name, device
         self.batch_size = default_batch_size(contract.image_size, device.type)
         side = contract.image_size
@@ -97,7 +103,7 @@ class NetworkSubject:
         # What the code of a network does shows in its features alone, not in its weights.
         digest = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
         self.identity: Sequence[Any] = [
-            "torch", torch.__version__, state_digest(network), digest, contract.hash, device.type
+            "torch", torch.__version__, weights, digest, contract.hash, device.type
         ]  # fmt: skip
 
     def prepare(self, image: bytes | Image.Image) -> NDArray[np.uint8]:
@@ -117,7 +123,7 @@ class NetworkSubject:
         try:
             with torch.no_grad():
                 features = self.network(pixels.contiguous(memory_format=torch.channels_last))
-        except Exception as exc:  # whatever a network of somebody's raises
+        except (Exception, SystemExit) as exc:  # whatever a network of somebody's raises
             raise InputError(
                 f"{self.name}: fails on {count} images of {side} px ({type(exc).__name__}: {first_line(exc)}); pass "
                 "--image-size if it needs another size"
@@ -188,7 +194,7 @@ def open_network(
     Raises:
         As `open_subject`; InputError where timm does not know the folder's architecture.
     """
-    chosen, kind, path = torch_device(device), _kind(model), Path(model)
+    chosen, kind, path = measuring_device(device), _kind(model), Path(model)
     try:
         if kind == "folder":
             _refuse_preprocessing(model, image_size, crop_pct)
@@ -199,7 +205,9 @@ def open_network(
             network = network_of(checkpoint)
             network.fc = nn.Identity()
             contract = Recipe.from_dict(checkpoint.recipe).preprocessing(image_size, crop_pct)
-            name = (path if path.is_dir() else path.parent).resolve().name
+            name, epochs = (path if path.is_dir() else path.parent).resolve().name, int(checkpoint.recipe["epochs"])
+            if checkpoint.epoch < epochs:
+                name += f" at epoch {checkpoint.epoch} of {epochs}"
         else:
             network = _build(model, *model.split(":", 1))
             contract = Preprocessing(224 if image_size is None else image_size, 0.875 if crop_pct is None else crop_pct)
@@ -240,21 +248,6 @@ def _network_of_folder(folder: ModelFolder) -> nn.Module:
     network.reset_classifier(0)
     made: nn.Module = network
     return made
-
-
-def torch_device(device: str) -> torch.device:
-    """The device that auto, cpu or cuda means here.
-
-    Raises:
-        EngineError: cuda, and PyTorch sees no GPU.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise EngineError("--device cuda: PyTorch sees no GPU; check the driver, or pass --device cpu")
-    chosen = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    if chosen.type == "cuda":
-        # fp32 means fp32, whatever was trained in this process before.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return chosen
 
 
 def _build(model: str, module_name: str, attribute: str) -> nn.Module:

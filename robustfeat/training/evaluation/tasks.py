@@ -31,6 +31,17 @@ class Task:
     train: ImageSet
     test: ImageSet
 
+    @property
+    def remarks(self) -> list[str]:
+        """What bears on its scores: images that are left out, or that nothing could tell."""
+        told = list(dict.fromkeys(self.train.remarks + self.test.remarks))
+        if lost := int((~np.isin(self.test.labels, self.train.labels)).sum()):
+            told.append(
+                f"{self.name}: {lost:,} of {len(self.test):,} test images are of classes without training images, and "
+                "count as wrong"
+            )
+        return told
+
 
 @dataclass(frozen=True, eq=False)
 class TaskFeatures:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from robustfeat.errors import InputError
 from robustfeat.files import new_file
 from robustfeat.training.paper.locks import Locks
+from robustfeat.training.recipe import Recipe
 
 __all__ = ["Cells", "pack", "unpack"]
 
@@ -73,12 +74,21 @@ def _values(file: Path, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
     values, inputs = known.get("values"), known.get("inputs")
     if not isinstance(values, dict) or not isinstance(inputs, dict) or known.get("sha256") != _digest(values):
         return None
+    inputs = {**inputs, **_with_new_keys(inputs.get("recipe"))}
     if changed := [name for name in sorted({*inputs, *key["inputs"]}) if inputs.get(name) != key["inputs"].get(name)]:
         raise InputError(
             f"{file}: is the result of another {' and '.join(changed)}; move the folder away, or choose another --out"
         )
     found: Mapping[str, Any] = values
     return found
+
+
+def _with_new_keys(recipe: Any) -> dict[str, Any]:
+    """The recipe of a cell, where it has one: keys that are newer than the cell have their defaults."""
+    try:
+        return {"recipe": json.loads(json.dumps(Recipe.from_dict(recipe).to_dict()))} if recipe else {}
+    except InputError:
+        return {}  # of newer code: compared as it is
 
 
 def _digest(values: Mapping[str, Any]) -> str:

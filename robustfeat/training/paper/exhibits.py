@@ -42,7 +42,7 @@ class Exhibit:
     Attributes:
         name: such as table2.
         title: with the scale.
-        rows: of the table, or the figure's numbers; all with the same keys.
+        rows: of the table, or the figure's numbers; cells by column, those that are missing are empty.
         panels: of a figure.
         notes: lines to be read with it.
     """
@@ -52,6 +52,11 @@ class Exhibit:
     rows: Sequence[Mapping[str, Any]]
     panels: Sequence[Panel] = ()
     notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the rows together."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
 
 
 def _table1(measures: Measures) -> Exhibit:
@@ -175,11 +180,14 @@ def _figure4(measures: Measures) -> Exhibit:
     rows, curves = [], []
     for label, method, tau in measures.step_models():
         shares = measures.by_step(method, tau)
+        if shares is None:
+            rows.append({"model": f"{label}, diverged"})
+            continue
         points = [(step, 100 * share) for step, share in zip(measures.scale.steps, shares, strict=True)]
         rows.append({"model": label, **{f"step {step:g}": f"{value:.2f}" for step, value in points}})
         curves.append(Curve(label, points))
     return Exhibit(
-        "fig4", f"Figure 4: accuracy in % on moved validation images, by step; {_selection_title(measures)}",
+        "fig4", f"Figure 4: accuracy in % on moved validation images, by step; {measures.study.selection_title}",
         rows, [Panel("", "length of the step at 224 px", "accuracy in %", curves)],
     )  # fmt: skip
 
@@ -188,6 +196,9 @@ def _figure5(measures: Measures) -> Exhibit:
     rows, curves = [], []
     for label, method, lam in measures.concept_models():
         cell = measures.by_class(method, lam)
+        if cell is None:
+            rows.append({"model": f"{label}, diverged"})
+            continue
         by_concept, by_class = (
             sorted(cell[kind].items(), key=lambda item: item[1]) for kind in ("by_concept", "by_class")
         )
@@ -201,16 +212,9 @@ def _figure5(measures: Measures) -> Exhibit:
                      **{concept: f"{100 * share:.2f}" for concept, share in sorted(by_concept)}})  # fmt: skip
         curves.append(Curve(label, [(place, 100 * share) for place, (_, share) in enumerate(by_concept, 1)]))
     return Exhibit(
-        "fig5", f"Figure 5: accuracy in % by concept, sorted; {_selection_title(measures)}", rows,
+        "fig5", f"Figure 5: accuracy in % by concept, sorted; {measures.study.selection_title}", rows,
         [Panel("", "concepts, from worst to best", "accuracy in %", curves)],
     )  # fmt: skip
-
-
-def _selection_title(measures: Measures) -> str:
-    rows = measures.scale.selection_rows
-    return (
-        measures.study.title if rows is None else f"{rows:,} images, {measures.scale.selection.epochs} epochs, one seed"
-    )
 
 
 def _selection(measures: Measures) -> Exhibit:
@@ -227,7 +231,7 @@ def _selection(measures: Measures) -> Exhibit:
         row["mean"] = f"{np.mean(told):.2f}" if told else ""
         rows.append({**row, "chosen": "yes" if value == chosen[method] else ""})
     return Exhibit(
-        "selection", f"Selection: SVM accuracy in % on held-out training images; {_selection_title(measures)}", rows
+        "selection", f"Selection: SVM accuracy in % on held-out training images; {measures.study.selection_title}", rows
     )
 
 

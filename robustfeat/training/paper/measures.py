@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from robustfeat.errors import DataError, DivergedError
-from robustfeat.training.checkpoint import load_checkpoint
+from robustfeat.training.checkpoint import Checkpoint, load_checkpoint
 from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.probes import held_out_score, svm
@@ -133,20 +133,16 @@ class Measures:
         name, recipe = self.study.selection_run(method, value)
         images = self.study.task(target).train
 
-        def compute() -> dict[str, Any]:
-            try:
-                subject = self._subject(name, recipe)
-            except DivergedError as exc:
-                return {"held_out": None, "diverged": str(exc)}
+        def measure() -> dict[str, Any]:
+            subject = self._subject(name, recipe)
             x = embed_images(subject, images, cache=self._cache, label=f"{name}: {target}", quiet=True)
             found = held_out_score(x, images.labels, threads=self.study.machine.threads)
             if math.isnan(found["held_out"]):
                 raise DataError(f"{target}: one image a class leaves none to choose tau and lambda by; give it more")
             return found
 
-        inputs = {**self.study.inputs("selection", recipe), "task": identity(images)}
-        share: float | None = self.cells.get("held-out", f"{target}-{name}", inputs, compute)["held_out"]
-        return share
+        found = self._of_selection_run("held-out", f"{target}-{name}", recipe, measure, task=identity(images))
+        return None if found is None else float(found["held_out"])
 
     @cached_property
     def chosen(self) -> tuple[float, float]:
@@ -155,15 +151,30 @@ class Measures:
         Raises:
             DivergedError: no value of one of them could be trained with.
         """
-        shares: dict[str, dict[float, list[float]]] = {"el": {}, "cl": {}}
-        for method, value, target in self.grid():
-            if (share := self.held_out(method, value, target)) is not None:
-                shares[method].setdefault(value, []).append(share)
-        for method, found in shares.items():
+        means: dict[str, dict[float, float]] = {"el": {}, "cl": {}}
+        for (method, value), tried in itertools.groupby(self.grid(), key=lambda one: one[:2]):
+            shares = [self.held_out(*one) for one in tried]
+            if None not in shares:
+                means[method][value] = float(np.mean(np.array(shares, float)))
+        for method, found in means.items():
             if not found:
                 raise DivergedError(f"{method}: every run of the selection diverged; try a smaller learning rate")
-        tau, lam = (max(found, key=lambda value: float(np.mean(found[value]))) for found in shares.values())
+        tau, lam = (max(found, key=lambda value: found[value]) for found in means.values())
         return tau, lam
+
+    def _of_selection_run(
+        self, kind: str, name: str, recipe: Recipe, measure: Callable[[], dict[str, Any]], **settings: Any
+    ) -> Mapping[str, Any] | None:
+        """A cell about one run of the selection; `settings` decide it, too. None where training diverged."""
+
+        def compute() -> dict[str, Any]:
+            try:
+                return measure()
+            except DivergedError as exc:  # a result as well: the run is not tried again
+                return {"diverged": str(exc)}
+
+        found = self.cells.get(kind, name, {**self.study.inputs("selection", recipe), **settings}, compute)
+        return None if "diverged" in found else found
 
     # Main runs
 
@@ -256,31 +267,34 @@ class Measures:
         """Of Figure 4: label, method and tau."""
         return [("ERM", "erm", None), *((f"EL, tau {tau:g}", "el", tau) for tau in self.scale.taus)]
 
-    def by_step(self, method: str, value: float | None) -> list[float]:
-        """Accuracy on validation images that were moved along their gradient, by the length of the step."""
+    def by_step(self, method: str, value: float | None) -> list[float] | None:
+        """Accuracy on validation images that were moved along their gradient, by the length of the step.
+
+        None where training diverged.
+        """
         name, recipe = self.study.selection_run(method, value)
         steps = self.scale.steps
 
-        def compute() -> dict[str, Any]:
-            network, images = self._classifier(name, recipe), self.study.benchmark[1]
-            return {"accuracy": accuracy_by_step(network, recipe.preprocessing(), images, steps, self.study.device)}
+        def measure() -> dict[str, Any]:
+            checkpoint, (_, images) = self._checkpoint(name, recipe), self.study.images("selection")
+            network, contract = self._network(checkpoint), recipe.preprocessing()
+            return {"accuracy": accuracy_by_step(network, contract, images, steps, self.study.device)}
 
-        inputs = {**self.study.inputs("selection", recipe), "steps": steps}
-        shares: list[float] = self.cells.get("steps", name, inputs, compute)["accuracy"]
-        return shares
+        found = self._of_selection_run("steps", name, recipe, measure, steps=steps)
+        return None if found is None else list(found["accuracy"])
 
     def concept_models(self) -> list[tuple[str, str, float | None]]:
         """Of Figure 5: label, method and lambda."""
         return [("ERM", "erm", None), *((f"CL, lambda {lam:g}", "cl", lam) for lam in self.scale.lams)]
 
-    def by_class(self, method: str, value: float | None) -> Mapping[str, Any]:
-        """Accuracy on validation images: `by_concept` and `by_class`."""
+    def by_class(self, method: str, value: float | None) -> Mapping[str, Any] | None:
+        """Accuracy on validation images: `by_concept` and `by_class`; None where training diverged."""
         name, recipe = self.study.selection_run(method, value)
 
-        def compute() -> dict[str, Any]:
-            network, (trained, images) = self._classifier(name, recipe), self.study.benchmark
-            checkpoint = load_checkpoint(self.study.run(name, recipe))
-            right, count = class_hits(network, recipe.preprocessing(), images, self.study.device)
+        def measure() -> dict[str, Any]:
+            checkpoint, (trained, images) = self._checkpoint(name, recipe), self.study.images("selection")
+            network, contract = self._network(checkpoint), recipe.preprocessing()
+            right, count = class_hits(network, contract, images, self.study.device)
             # Classes without training images have no concept.
             shown = (count > 0) & (np.bincount(trained.labels, minlength=len(count)) > 0)
             of_class = np.array(checkpoint.concept_of_class)
@@ -291,7 +305,10 @@ class Measures:
             by_class = {images.classes[place]: right[place] / count[place] for place in np.flatnonzero(shown)}
             return {"by_concept": by_concept, "by_class": by_class}
 
-        return self.cells.get("concepts", name, self.study.inputs("selection", recipe), compute)
+        return self._of_selection_run("concepts", name, recipe, measure)
 
-    def _classifier(self, name: str, recipe: Recipe) -> nn.Module:
-        return network_of(load_checkpoint(self.study.run(name, recipe))).to(self.study.device)
+    def _checkpoint(self, name: str, recipe: Recipe) -> Checkpoint:
+        return load_checkpoint(self.study.run(name, recipe))
+
+    def _network(self, checkpoint: Checkpoint) -> nn.Module:
+        return network_of(checkpoint).to(self.study.device)

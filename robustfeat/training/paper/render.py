@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robustfeat.files import new_file
+from robustfeat.markdown import table
 from robustfeat.training.evaluation.figures import draw
 from robustfeat.training.paper.exhibits import Exhibit
 
@@ -22,17 +23,14 @@ svg { max-width: 100%; height: auto; }"""
 
 def markdown(exhibit: Exhibit) -> str:
     """Heading, table and notes."""
-    keys = list(exhibit.rows[0])
-    lines = [f"| {' | '.join(keys)} |", f"|{'---|' * len(keys)}"]
-    lines += [f"| {' | '.join(str(row.get(key, '')) for key in keys)} |" for row in exhibit.rows]
-    return "\n".join([f"### {exhibit.title}", "", *lines, "", *exhibit.notes]).rstrip() + "\n"
+    return "\n".join([f"### {exhibit.title}", "", table(exhibit.rows), *exhibit.notes]).rstrip() + "\n"
 
 
 def write_exhibit(exhibit: Exhibit, folder: Path) -> list[Path]:
     """Writes NAME.csv and NAME.md, and for figures NAME.png and NAME.svg; returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(exhibit.rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, exhibit.columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(exhibit.rows)
     contents: dict[str, bytes] = {"csv": text.getvalue().encode(), "md": markdown(exhibit).encode()}
@@ -50,7 +48,7 @@ def write_page(exhibits: Sequence[Exhibit], file: Path, title: str, remarks: Seq
     """All of them on one page, below the remarks; pictures are part of it."""
     parts = []
     for exhibit in exhibits:
-        keys = list(exhibit.rows[0])
+        keys = exhibit.columns
         cells = [keys, *([str(row.get(key, "")) for key in keys] for row in exhibit.rows)]
         lines = [
             "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"

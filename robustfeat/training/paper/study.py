@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError, StoppedError
 from robustfeat.progress import Progress
+from robustfeat.serving.sources import printable
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, changed_key, load_checkpoint
 from robustfeat.training.concepts import assign_concepts, load_concepts
 from robustfeat.training.data import ImageSet, open_splits, open_training_data
-from robustfeat.training.evaluation.subject import torch_device
+from robustfeat.training.device import measuring_device
 from robustfeat.training.evaluation.tasks import Task, draw_images, open_task
 from robustfeat.training.paper.locks import Locks
 from robustfeat.training.paper.scale import WITH_LAMBDA, WITH_TAU, Scale
@@ -74,6 +75,7 @@ class Study:
         self._place, self._targets = benchmark, dict(targets)
         self._tasks: dict[str, Task] = {}
         self._data: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._images: dict[tuple[str, int | None], tuple[ImageSet, ImageSet]] = {}
 
     def say(self, text: str) -> None:
         """A line on stderr."""
@@ -82,7 +84,7 @@ class Study:
     @cached_property
     def device(self) -> torch.device:
         """Where networks are measured."""
-        return torch_device(self.machine.device)
+        return measuring_device(self.machine.device)
 
     @property
     def stage(self) -> str:
@@ -95,42 +97,50 @@ class Study:
         return "-biased" if self.biased else ""
 
     @property
-    def rows(self) -> int | None:
-        """How many of the benchmark's images the main runs see; None for all."""
-        return self.scale.biased_rows if self.biased else self.scale.rows
+    def rows(self) -> int:
+        """How many images the main runs see."""
+        return len(self.images(self.stage)[0])
 
     @property
     def title(self) -> str:
         """What the models were pre-trained on, for headings."""
+        recipe, shares = self.scale.recipe, ", with ImageNet's shares of concepts" if self.biased else ""
+        return f"{self._seen(self.stage)}, {recipe.validation_size} px, {recipe.epochs} epochs{shares}"
+
+    @property
+    def selection_title(self) -> str:
+        """What the models of the selection were pre-trained on."""
+        return f"{self._seen('selection')}, {self.scale.selection.epochs} epochs, one seed"
+
+    def _seen(self, stage: str) -> str:
         assert self._place is not None  # what has such a heading needs a benchmark
-        recipe = self.scale.recipe
-        size = f"{self.rows:,} images" if self.rows else ""
-        parts = [_name(self._place), size, f"{recipe.validation_size} px"]
-        shares = ", with ImageNet's shares of concepts" if self.biased else ""
-        return f"{self.scale.remark}{', '.join(filter(None, parts))}, {recipe.epochs} epochs{shares}"
+        return f"{self.scale.remark}{_name(self._place)}, {len(self.images(stage)[0]):,} images"
 
     def target_title(self, target: str) -> str:
         """What tables call a target: its DATA's name, and the paper's for what it stands for."""
         return f"{_name(self._targets[target])} (for {self.scale.targets[target].title})"
+
+    def _target_and_limit(self, target: str) -> str:
+        limit = self.scale.targets[target].train_rows
+        return self.target_title(target) + (f", at most {limit:,} training images" if limit else "")
 
     def differences(self) -> list[str]:
         """What is not as in the paper, a sentence each."""
         scale, recipe, selection = self.scale, self.scale.recipe, self.scale.selection
         if scale.name == "paper":
             return []
-        share = (self.rows or 0) // recipe.batch_size * recipe.epochs / (1_281_167 // 256 * 90)
+        share = self.rows // recipe.batch_size * recipe.epochs / (1_281_167 // 256 * 90)
         told = [
             f"Pre-trained on {self.rows:,} images, {recipe.validation_size} px, not ImageNet's 1,281,167 at 224 px.",
             f"Epochs: {recipe.epochs} instead of 90, which is {100 * share:.2f} % of the updates.",
         ]
         if self._targets:
-            named = ", ".join(self.target_title(target) for target in scale.targets if target in self._targets)
-            few = max(target.train_rows or 0 for target in scale.targets.values())
-            told.append(f"Targets: {named}; at most {few:,} training images of each.")
+            named = [self._target_and_limit(target) for target in scale.targets if target in self._targets]
+            told.append(f"Targets: {'; '.join(named)}.")
         return [
             *told,
-            f"tau and lambda were chosen from {len(scale.taus)} and {len(scale.lams)} values, with {selection.epochs} "
-            f"of these epochs, on {scale.selection_rows:,} images.",
+            f"tau and lambda were chosen from {len(scale.taus)} and {len(scale.lams)} values, by runs of "
+            f"{selection.epochs} epochs on {len(self.images('selection')[0]):,} images.",
             f"Figure 3 fine-tunes for {scale.finetune_epochs} epochs on at most {scale.finetune_rows:,} images, not "
             "for 100 on all. Figures 4 and 5 show the models that tau and lambda were chosen by.",
         ]
@@ -148,15 +158,19 @@ class Study:
                     "for it"
                 )
             wanted = self.scale.targets[target]
-            self._tasks[target] = open_task(
+            task = self._tasks[target] = open_task(
                 target, self._targets[target], train_rows=wanted.train_rows, test_rows=wanted.test_rows
             )
+            for line in task.remarks:
+                self.say(line)
         return self._tasks[target]
 
-    @cached_property
-    def benchmark(self) -> tuple[ImageSet, ImageSet]:
-        """What the main runs see: training and validation images."""
-        return open_training_data(self.data("main"), parts=self.scale.recipe.parts)
+    def images(self, stage: str) -> tuple[ImageSet, ImageSet]:
+        """What the runs of a stage see: training and validation images."""
+        key = self.data(stage), self._recipe(stage).parts
+        if key not in self._images:
+            self._images[key] = open_training_data(key[0], parts=key[1])
+        return self._images[key]
 
     def data(self, stage: str) -> str:
         """DATA of the runs of a stage: main, selection or biased.
@@ -228,11 +242,7 @@ class Study:
 
     def recipe(self, stage: str, method: str, seed: int, tau: float | None, lam: float | None) -> Recipe:
         """Of one run; tau and lambda are filled in where the method has them."""
-        recipe = self.scale.selection if stage == "selection" else self.scale.recipe
-        if stage == "biased":
-            recipe = recipe.replace(parts=None)
-        elif stage == "selection" and self.scale.selection_rows is None:
-            recipe = recipe.replace(parts=self.scale.recipe.parts)
+        recipe = self._recipe(stage)
         if method == "erm-long":
             recipe, method = _stretched(recipe, self.scale.long_epochs), "erm"
         changes: dict[str, Any] = {"method": method, "seed": seed}
@@ -241,6 +251,15 @@ class Study:
         if lam is not None and method in WITH_LAMBDA:
             changes["lam"] = lam
         return recipe.replace(**changes)
+
+    def _recipe(self, stage: str) -> Recipe:
+        """What all runs of a stage share."""
+        recipe = self.scale.selection if stage == "selection" else self.scale.recipe
+        if stage == "biased":
+            return recipe.replace(parts=None)
+        if stage == "selection" and self.scale.selection_rows is None:
+            return recipe.replace(parts=self.scale.recipe.parts)
+        return recipe
 
     def selection_run(self, method: str, value: float | None = None) -> tuple[str, Recipe]:
         """Name and recipe of one run of the grid: EL with a tau, CL with a lambda, or ERM."""
@@ -310,8 +329,8 @@ def identity(images: ImageSet) -> list[Any]:
 
 
 def _name(place: str) -> str:
-    """DATA's own name: the last part of its path."""
-    return Path(place).name or Path(place).resolve().name
+    """DATA's own name: the last part of its path, in one line."""
+    return " ".join(printable(Path(place).name or Path(place).resolve().name).split())
 
 
 def _stretched(recipe: Recipe, epochs: int) -> Recipe:

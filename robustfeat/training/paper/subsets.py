@@ -66,6 +66,9 @@ def write_subset(
         validation: the other split.
         folder: appears whole or not at all.
         origin: plain data that tells what it was drawn from, and how; see `same_origin`.
+
+    Raises:
+        DecodeError: naming an image that cannot be read; each run would leave it out.
     """
     with new_folder(folder) as partial:
         (partial / _ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", "utf-8")
@@ -102,6 +105,7 @@ def _write(images: ImageSet, rows: NDArray[np.int64], file: Path) -> None:
 
 def _content(images: ImageSet, row: int) -> bytes:
     try:
-        return images.source.read(row)
-    except OSError as exc:
-        raise DecodeError(f"{images.source.name(row)}: {exc.strerror or exc}; repair or remove it") from exc
+        images.image(row)
+    except DecodeError as exc:
+        raise DecodeError(f"{exc}; repair or remove it") from exc
+    return images.source.read(row)

@@ -60,6 +60,21 @@ class Constant(nn.Module):
     def forward(self, images):
         return torch.ones(len(images), 4)
 
+class Headless(nn.Module):
+    def train(self, mode=True):
+        pass
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+class Quitter(nn.Module):
+    def forward(self, images):
+        raise SystemExit(0)
+
+class Odd(nn.Module):
+    def get_extra_state(self):
+        return {"a": 1}
+
 class Complex(nn.Module):
     def forward(self, images):
         return torch.ones(len(images), 4, dtype=torch.complex64)
@@ -102,6 +117,8 @@ def test_a_network_of_ones_own_is_evaluated(network: str, dataset: Path) -> None
         ("nothing", "cannot be imported"),
         ("leaves", "failed when it was called without arguments"),
         ("Moody", r"must give one vector an image, \(1, 48\); got \(48,\) for 1 images"),
+        ("Quitter", r"fails on 2 images of 32 px \(SystemExit"),
+        ("Odd", r"cannot be used as a network \(AttributeError"),
         ("Complex", "must give real numbers in a tensor.*complex64"),
     ],
 )
@@ -125,6 +142,35 @@ def test_a_network_that_fails_later_is_named(
     assert f"{network}:{name}" in str(caught.value)
 
 
+def test_a_network_whose_train_returns_nothing_is_used(network: str) -> None:
+    assert open_subject(f"{network}:Headless", image_size=32).feature_size == 3
+
+
+def test_a_run_that_was_stopped_says_how_far_it_is(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "half")
+    file = tmp_path / "half" / "checkpoint.pt"
+    saved = torch.load(file, weights_only=True)
+    epoch = saved["epoch"]
+    saved["recipe"]["epochs"] = epoch + 7
+    torch.save(saved, file)
+    assert open_subject(str(tmp_path / "half")).name == f"half at epoch {epoch} of {epoch + 7}"
+    assert open_subject(str(finished_run)).name == finished_run.name
+
+
+def test_what_bears_on_a_score_is_said(
+    network: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "clothes"
+    shutil.copytree(dataset, folder)
+    for file in (folder / "train" / "hat").iterdir():
+        file.rename(file.with_suffix(".avif"))
+    arguments = [f"{network}:build", "--image-size", "32", "--task", f"clothes={folder}", "--quiet", "--no-few-shot"]
+    assert evaluate_command(arguments, standalone_mode=False) == 0
+    left_out, lost = capsys.readouterr().err.splitlines()
+    assert left_out.startswith(f"{folder / 'train'}: 3 files are left out: images are in CLASS/ and end in ")
+    assert lost == "clothes: 1 of 10 test images are of classes without training images, and count as wrong"
+
+
 def test_finished_results_stay_when_a_later_model_fails(
     network: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +186,9 @@ def test_finished_results_stay_when_a_later_model_fails(
     ("options", "message"),
     [
         (["--out", "."], "--out .: is a folder"),
+        (["--out", ""], "--out: expected a file; got an empty name"),
+        (["--out", "/dev/null"], "--out /dev/null: is no regular file"),
+        (["--out", "a/../one", "--cache", "one"], "--out a/../one: is what --cache names"),
         (["--finetune", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: its folder does not exist"),
         (["--finetune", "--plot", ".png"], "expected a .png or .svg file"),
         (["--finetune"], "clothes: 30 training images, fewer than one batch of 128"),
@@ -240,7 +289,7 @@ def test_rows_are_drawn_the_same_way_each_time(dataset: Path) -> None:
     tasks = [open_task("clothes", str(dataset), train_rows=12, test_rows=4) for _ in range(2)]
     assert [len(tasks[0].train), len(tasks[0].test)] == [12, 4]
     np.testing.assert_array_equal(tasks[0].train.labels, tasks[1].train.labels)
-    assert len(np.unique(tasks[0].train.labels)) > 1
+    assert len(np.unique(tasks[0].train.labels)) > 5  # of ten; the first twelve rows are of four
 
 
 def test_damaged_values_of_a_cache_are_computed_again(network: str, dataset: Path, tmp_path: Path) -> None:
@@ -259,6 +308,25 @@ def test_damaged_values_of_a_cache_are_computed_again(network: str, dataset: Pat
 def test_a_share_of_test_images_lies_between_0_and_1(dataset: Path, fraction: float) -> None:
     with pytest.raises(DataError, match=r"--val-fraction .* leaves none"):
         open_task("clothes", str(dataset / "train"), val_fraction=fraction)
+
+
+def test_corruptions_and_libsvm_have_columns(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r.json"
+    arguments = ["builtin", "--task", f"clothes={dataset}", "--corruptions", "--libsvm", "--no-few-shot", "--quiet"]
+    assert evaluate_command([*arguments, "--out", str(out)], standalone_mode=False) == 0
+    head, _, row = capsys.readouterr().out.splitlines()
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (head, row)), strict=True))
+    (result,) = json.loads(out.read_text())
+    assert cells["LIBSVM / LinearSVC"] == " / ".join(
+        f"{100 * result['libsvm'][name]['accuracy']:.2f}" for name in ("LIBSVM", "LinearSVC")
+    )
+    subject, task = open_subject("builtin"), open_task("clothes", str(dataset))
+    head = svm(embed_task(subject, task)).head
+    found = classify_corrupted(subject, head, task.test)
+    assert found.to_dict() == result["corruptions"]
+    assert found.right.shape == (30, 10)
+    assert cells["corrupted"] == f"{100 * found.right.mean():.2f}"
+    assert cells["drift"] == f"{found.drift.mean():.4f}"
 
 
 def test_rare_classes_are_among_libsvms_rows(monkeypatch: pytest.MonkeyPatch) -> None:
