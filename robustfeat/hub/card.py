@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robustfeat.hub.config import ModelConfig
-from robustfeat.markdown import table
+from robustfeat.hub.markdown import table
 
 __all__ = ["PLACE", "render_card"]
 

@@ -54,7 +54,9 @@ class FeatureCache:
                     "CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
                 )
         except (OSError, sqlite3.Error) as exc:
-            raise InputError(f"{self._file}: cannot be used as a cache of features ({exc}); delete it, or name another") from exc
+            raise InputError(
+                f"{self._file}: cannot be used as a cache of features ({exc}); delete it, or name another"
+            ) from exc
 
     def key(self, content: bytes | NDArray[np.uint8]) -> bytes:
         """The key of an image file's bytes, or of a prepared square."""

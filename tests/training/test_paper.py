@@ -102,7 +102,7 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     page = (out / "index.html").read_text()
     assert page.count("<section") == 12
     assert page.count("<svg") == 5
-    assert f"Targets: {target.name} (for CIFAR-10), {target.name} (for SOP)" in page
+    assert f"Targets: {target.name} (for CIFAR-10), at most 30 training images; {target.name} (for SOP)" in page
     assert f"a check of the programs, no result: {benchmark.name}, 160 images, 24 px, 1 epochs" in page
     assert not re.search(r'(src|href)="(?!#)', page)  # nothing is fetched from elsewhere
     table = rows(out / "table2.csv")

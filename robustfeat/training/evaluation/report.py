@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from robustfeat.files import new_file
-from robustfeat.markdown import table
+from robustfeat.hub.markdown import table
 from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.sources import printable
 from robustfeat.training.evaluation.corruptions import classify_corrupted

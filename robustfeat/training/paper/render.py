@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robustfeat.files import new_file
-from robustfeat.markdown import table
+from robustfeat.hub.markdown import table
 from robustfeat.training.evaluation.figures import draw
 from robustfeat.training.paper.exhibits import Exhibit
 
