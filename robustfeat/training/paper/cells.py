@@ -85,8 +85,10 @@ def _values(file: Path, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _with_new_keys(recipe: Any) -> dict[str, Any]:
     """The recipe of a cell, where it has one: keys that are newer than the cell have their defaults."""
+    if not isinstance(recipe, dict):
+        return {}
     try:
-        return {"recipe": json.loads(json.dumps(Recipe.from_dict(recipe).to_dict()))} if recipe else {}
+        return {"recipe": json.loads(json.dumps(Recipe.from_dict(recipe).to_dict()))}
     except InputError:
         return {}  # of newer code: compared as it is
 
