@@ -84,3 +84,16 @@ def test_runs_that_are_compared_differ_in_nothing_but_the_method() -> None:
         recipe = {key: value for key, value in inputs["recipe"].items() if key not in {"method", "seed", "tau", "lam"}}
         recipes[json.dumps([recipe, inputs["data"]], sort_keys=True)].append(file.name)
     assert len(recipes) == 1
+
+
+def test_runs_were_trained_with_their_seed_and_what_was_chosen() -> None:
+    with open(DOCS / "results" / "selection.csv", newline="") as handle:
+        chosen = [row["model"].split() for row in csv.DictReader(handle) if row["chosen"]]
+    (_, _, tau), (_, _, lam) = chosen
+    for file in CELLS.glob("svm-*-main-*.json"):
+        method, _, seed = file.stem.partition("-main-")[2].rpartition("-s")
+        recipe = json.loads(file.read_text())["inputs"]["recipe"]
+        assert (recipe["method"], recipe["seed"]) == ("erm" if method == "erm-long" else method, int(seed)), file
+        assert recipe["epochs"] == (17 if method == "erm-long" else 10), file
+        assert method not in {"el", "hrrl", "random"} or recipe["tau"] == float(tau), file
+        assert method not in {"cl", "hrrl"} or recipe["lam"] == float(lam), file
