@@ -39,6 +39,11 @@ def test_the_hubs_client_reads_the_metadata(provenance: dict[str, object]) -> No
     assert "| CIFAR-10 | test | linear SVM | accuracy | 68.5 |" in text
 
 
+def test_a_name_with_a_bar_or_two_lines_stays_one_cell() -> None:
+    evaluations = (Evaluation("cats | dogs\nat home", "org/pets", "accuracy", 90.0, "test", "SVM"),)
+    assert "| cats \\| dogs at home | test | SVM | accuracy | 90.0 |" in render_card(config(evaluations=evaluations))
+
+
 def test_a_licence_that_the_hub_does_not_know_is_another_one() -> None:
     text = render_card(config(provenance={"license": "DINOv3 License"}))
     assert card_problems(text) == []

@@ -91,7 +91,7 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     for one in (done, helper):
         assert one.returncode == 0, one.stderr
     # Two processes part the work: neither does all of it, and nothing is done twice.
-    shares = [re.findall(r"^(\S+): is trained$", one.stderr, re.MULTILINE) for one in (done, helper)]
+    shares = [re.findall(r"^(\S+): training$", one.stderr, re.MULTILINE) for one in (done, helper)]
     assert all(shares)
     assert sorted(shares[0] + shares[1]) == sorted(folder.name for folder in (out / "runs").iterdir())
     assert done.stdout == helper.stdout

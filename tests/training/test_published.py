@@ -132,9 +132,9 @@ def test_tiny_imagenet(tmp_path: Path, example_files: list[Path]) -> None:
     ("change", "message"),
     [
         ({"X": np.float64}, r"expected images of three channels .*uint8\); got float64 \(4, 32, 32, 3\)"),
-        ({"y": [1, 2, 3, 103]}, "labels must be whole numbers from 0 to 10; got 1 and others"),
-        ({"y": [1, 2, 3, 1.5]}, "labels must be whole numbers from 0 to 10"),
-        ({"y": [1, 2, 3, np.nan]}, "labels must be whole numbers from 0 to 10"),
+        ({"y": [1, 2, 3, 103]}, "labels must be whole numbers from 0 to 10; got 103"),
+        ({"y": [1, 2, 3, 1.5]}, "labels must be whole numbers from 0 to 10; got 1.5"),
+        ({"y": [1, 2, 3, np.nan]}, "labels must be whole numbers from 0 to 10; got nan"),
     ],
 )
 def test_svhn_of_other_numbers_is_refused(tmp_path: Path, pixels: np.ndarray, change: dict, message: str) -> None:

@@ -398,13 +398,16 @@ def test_a_run_shows_what_it_did(finished_run: Path, dataset: Path) -> None:
     assert load_recipe(str(finished_run / "recipe.toml")).to_dict() == load_checkpoint(finished_run).recipe
 
 
-def test_progress_names_the_heaviest_and_lightest_concepts_and_the_time_left(
+def test_a_run_says_what_was_left_out_its_concepts_weights_and_the_time_left(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("robustfeat.training.trainer._LOG_EVERY_STEPS", 2)
     monkeypatch.setattr("robustfeat.progress._PLAIN_LINE_S", 0)
-    train(dataset, recipe(dataset), tmp_path / "run", workers=0, threads=1)
-    line = capsys.readouterr().err.splitlines()[3]
+    folder = Path(shutil.copytree(dataset, tmp_path / "data"))
+    (folder / "train" / "hat" / "photo.avif").touch()
+    train(folder, recipe(dataset), tmp_path / "run", workers=0, threads=1)
+    _, remark, *_, line = capsys.readouterr().err.splitlines()[:5]
+    assert remark.startswith(f"{folder / 'train'}: files left out: 1; images are in CLASS/ and end in ")
     assert re.search(
         r"^epoch 1/2 at 32 px 18/30 images, [\d.]+/s, .* left, loss \d\.\d+, accuracy [\d.]+%, "
         r"weights 0\.\d\d (upper|other) to 1\.\d\d (upper|other), run 0:\d\d left$",

@@ -72,7 +72,7 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
     remarks: tuple[str, ...] = ()
     if passed_over:
         remarks = (
-            f"{root}: {passed_over:,} files are left out: images are in CLASS/ and end in "
+            f"{root}: files left out: {passed_over:,}; images are in CLASS/ and end in "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}",
         )
     return ImageSet(classes, np.array(labels, np.int64), ImageFiles(root, names), digest.hexdigest(), remarks=remarks)

@@ -284,7 +284,7 @@ class Study:
             resume = (folder / CHECKPOINT_NAME).exists()
             if resume and self._saved_epochs(folder, recipe, data) == recipe.epochs:
                 return folder
-            self.say(f"{name}: {'goes on' if resume else 'is trained'}")
+            self.say(f"{name}: {'training goes on' if resume else 'training'}")
             try:
                 stopped = self._train(data, recipe, folder, resume).stopped
             except DivergedError as exc:

@@ -167,7 +167,7 @@ def test_what_bears_on_a_score_is_said(
     arguments = [f"{network}:build", "--image-size", "32", "--task", f"clothes={folder}", "--quiet", "--no-few-shot"]
     assert evaluate_command(arguments, standalone_mode=False) == 0
     left_out, lost = capsys.readouterr().err.splitlines()
-    assert left_out.startswith(f"{folder / 'train'}: 3 files are left out: images are in CLASS/ and end in ")
+    assert left_out.startswith(f"{folder / 'train'}: files left out: 3; images are in CLASS/ and end in ")
     assert lost == "clothes: 1 of 10 test images are of classes without training images, and count as wrong"
 
 
