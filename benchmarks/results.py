@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("report", nargs="?", type=Path)
     report, folder, page = parser.parse_args().report, DOCS / "results", DOCS / "results.md"
     if report:
+        if not (report / "cells").is_dir():
+            parser.error(f"{report}: is no report; name the folder that `robustfeat paper --out` wrote")
         (folder / "cells").mkdir(parents=True, exist_ok=True)
         for pattern in ("cells/*.json", "*.md", "*.csv", "*.svg"):
             for file in report.glob(pattern):

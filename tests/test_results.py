@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks import results
 from benchmarks.results import fill
 
 DOCS = Path(__file__).parents[1] / "docs"
 CELLS = DOCS / "results" / "cells"
 TABLES = {"table2": "cifar10", "table3": "sop", "table4": "svhn"}
 METHODS = {"erm": "ERM", "el": "EL", "cl": "CL", "hrrl": "HRRL"}
+CONTROLS = {
+    "erm-long": "ERM for HRRL's time", "random": "random directions", "balanced": "class-balanced ERM",
+    "groupdro": "GroupDRO",
+}  # fmt: skip
 
 
 def svm_cells(target: str, method: str) -> list[dict]:
@@ -26,6 +31,11 @@ def svm_cells(target: str, method: str) -> list[dict]:
 def answers(cell: dict) -> np.ndarray:
     count, digits = cell["right"].split(":")
     return np.array([int(bit) for digit in digits for bit in f"{int(digit, 16):04b}"][: int(count)])
+
+
+def rows_of(table: str) -> dict[str, dict[str, str]]:
+    with open(DOCS / "results" / f"{table}.csv", newline="") as handle:
+        return {row["method"]: row for row in csv.DictReader(handle)}
 
 
 def ends(text: str) -> list[float]:
@@ -40,11 +50,11 @@ def test_the_page_shows_the_tables_as_they_are() -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_is_what_its_cells_say(table: str) -> None:
-    with open(DOCS / "results" / f"{table}.csv", newline="") as handle:
-        rows = {row["method"]: row for row in csv.DictReader(handle)}
-    cells = {method: svm_cells(TABLES[table], method) for method in METHODS}
+    rows, methods = rows_of(table), METHODS | CONTROLS
+    assert list(rows) == list(methods.values())
+    cells = {method: svm_cells(TABLES[table], method) for method in methods}
     baseline = np.array([cell["accuracy"] for cell in cells["erm"]])
-    for method, title in METHODS.items():
+    for method, title in methods.items():
         row, accuracies = rows[title], np.array([cell["accuracy"] for cell in cells[method]])
         assert int(row["seeds"]) == len(accuracies) >= 3
         assert row["here"] == f"{100 * accuracies.mean():.2f} ± {100 * accuracies.std(ddof=1):.2f}"
@@ -66,13 +76,41 @@ def test_a_table_is_what_its_cells_say(table: str) -> None:
 
 
 def test_readme_tells_the_verdicts_of_the_tables() -> None:
-    marks = []
-    for table in TABLES:
-        with open(DOCS / "results" / f"{table}.csv", newline="") as handle:
-            rows = {row["method"]: row["verdict"] for row in csv.DictReader(handle)}
-        marks += [rows[title] for method, title in METHODS.items() if method != "erm"]
+    tables = [rows_of(table) for table in TABLES]
+    marks = [rows[title]["verdict"] for rows in tables for title in METHODS.values() if title != "ERM"]
     counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in ("holds", "fails", "undecided"))
-    assert counts in (DOCS.parent / "README.md").read_text().replace("\n", " ")
+    readme = (DOCS.parent / "README.md").read_text().replace("\n", " ")
+    assert counts in readme
+    longer = [
+        float(rows["ERM for HRRL's time"]["here"].split()[0]) - float(rows["HRRL"]["here"].split()[0])
+        for rows in tables
+    ]
+    assert ("ERM that is trained for as long a time as HRRL has better means" in readme) == (min(longer) > 0)
+
+
+def test_the_verdicts_are_those_of_the_tables() -> None:
+    tables = [rows_of(table) for table in TABLES]
+    for method, row in rows_of("verdicts").items():
+        told = [f"{rows[method]['here, minus ERM']} {rows[method]['verdict']}" for rows in tables]
+        assert list(row.values()) == [method, *told]
+    assert len(rows_of("verdicts")) == len(METHODS | CONTROLS) - 1
+
+
+def test_a_reports_results_are_put_beside_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs, report = tmp_path / "docs", tmp_path / "report"
+    for folder in (docs / "results" / "cells", report / "cells"):
+        folder.mkdir(parents=True)
+        (folder / f"of-{folder.parent.name}.json").write_text("{}")
+    (docs / "results.md").write_text("Before\n<!-- results/t.md -->\nold\n<!-- end -->\nafter\n")
+    (report / "t.md").write_text("new\n")
+    monkeypatch.setattr(results, "DOCS", docs)
+    monkeypatch.setattr("sys.argv", ["results.py", str(report)])
+    results.main()
+    assert (docs / "results.md").read_text() == "Before\n<!-- results/t.md -->\nnew\n\n<!-- end -->\nafter\n"
+    assert sorted(file.name for file in (docs / "results" / "cells").iterdir()) == ["of-report.json", "of-results.json"]
+    monkeypatch.setattr("sys.argv", ["results.py", str(tmp_path / "repotr")])
+    with pytest.raises(SystemExit):
+        results.main()
 
 
 def test_runs_that_are_compared_differ_in_nothing_but_the_method() -> None:

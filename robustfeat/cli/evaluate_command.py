@@ -74,6 +74,7 @@ def command(
 
     from robustfeat.errors import InputError
     from robustfeat.files import new_file
+    from robustfeat.progress import Progress
     from robustfeat.serving.cpus import available_cpus
     from robustfeat.training.evaluation.finetuning import require_batch
     from robustfeat.training.evaluation.report import draw_finetuning, evaluate_task, evaluation_table
@@ -92,7 +93,7 @@ def command(
     ]
     for task in opened:
         for line in task.remarks:
-            click.echo(line, err=True)
+            Progress("", 0, quiet=quiet).say(line)
     for task in opened if finetune else ():
         require_batch(task, batch_size)
     how: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "device": device}
@@ -100,7 +101,7 @@ def command(
     names = [subject.name for subject in subjects]
     for model, subject in zip(models, subjects, strict=True):
         if names.count(subject.name) > 1:
-            subject.name = model
+            subject.name = model + subject.note
     networks = [open_network(model, **how) if finetune else None for model in models]
     results = []
     for subject, network in zip(subjects, networks, strict=True):
@@ -135,11 +136,11 @@ def _refuse_files(out: str | None, plot: str | None, cache: str | None, finetune
 
     if plot and (not finetune or Path(plot).suffix not in {".png", ".svg"}):
         raise InputError(f"--plot {plot}: expected a .png or .svg file, together with --finetune")
-    named: dict[Path, str] = {}
+    named: dict[str, str] = {}
     for option, file in (("--cache", cache), ("--out", out), ("--plot", plot)):
         if file == "":
             raise InputError(f"{option}: expected a file; got an empty name")
-        if file and (other := named.setdefault(Path(file).resolve(), option)) != option:
+        if file and (other := named.setdefault(os.path.realpath(file), option)) != option:
             raise InputError(f"{option} {file}: is what {other} names; give each a file of its own")
     for option, file in (("--out", out), ("--plot", plot)):
         if file and not os.access(Path(file).absolute().parent, os.W_OK | os.X_OK):

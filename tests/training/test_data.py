@@ -119,6 +119,8 @@ def test_what_is_left_out_is_remarked(dataset: Path, tmp_path: Path) -> None:
     assert open_training_data(tmp_path)[0].remarks == ()
     for number, file in enumerate(sorted((tmp_path / "train").glob("*/*"))[:4]):
         file.rename(file.with_suffix(".avif") if number % 2 else tmp_path / "train" / f"{number}.jpg")
+    (tmp_path / "train" / "._hidden.png").touch()
+    (tmp_path / "train" / "hat" / "._hidden.png").touch()
     train, held_out = open_training_data(tmp_path, val_fraction=0.1)
     assert train.remarks[0].startswith(f"{tmp_path / 'train'}: files left out: 4; images are in CLASS/ and end in ")
     assert held_out.remarks == (f"{tmp_path}: has no validation or test split; 3 of its 26 images are held out",)

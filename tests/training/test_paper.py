@@ -7,6 +7,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from robustfeat.training.paper.measures import Measures
 from robustfeat.training.paper.scale import SCALES
 from robustfeat.training.paper.study import Machine, Study
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
+from robustfeat.training.recipe import Recipe
+from robustfeat.training.trainer import TrainingResult
 from tests.conftest import Run
 
 
@@ -211,13 +214,16 @@ def test_a_cell_is_of_its_target(benchmark: Path, target: Path, tmp_path: Path) 
         second.score("erm", 0, "cifar10")
 
 
-def test_files_of_a_report_are_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+def test_files_of_a_report_are_written_by_one_process_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["table1", "--out", str(tmp_path)]
+    said = Event()
+    monkeypatch.setattr(Study, "say", lambda _, text: said.set() if text.endswith("at work on pages") else None)
     with ThreadPoolExecutor() as pool:
         with Locks(tmp_path / "locks", print).held("pages"):
             waiting = pool.submit(paper_command, arguments, standalone_mode=False)
-            with pytest.raises(TimeoutError):
-                waiting.result(timeout=5)
+            assert said.wait(60)
             assert not list(tmp_path.glob("table1*"))
         assert waiting.result(timeout=60) == 0
     assert (tmp_path / "table1.csv").exists()
@@ -241,6 +247,42 @@ def test_selection_sees_no_test_image(benchmark: Path, target: Path, tmp_path: P
     tau, lam = measures.chosen
     assert sums["el", tau] == max(sums["el", value] for value in study.scale.taus)
     assert sums["cl", lam] == max(sums["cl", value] for value in study.scale.lams)
+
+
+def test_a_run_that_diverged_is_a_result_and_is_tried_once(
+    benchmark: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def diverge(_: Study, data: str, recipe: Recipe, folder: Path, resume: bool) -> TrainingResult:
+        tried.append(folder.name)
+        raise DivergedError("the loss is not finite")
+
+    monkeypatch.setattr(Study, "_train", diverge)
+    study = Study(tmp_path, SCALES["quick"](), str(benchmark), {"cifar10": str(target)}, Machine("cpu", 1, 0))
+    measures = Measures(study)
+    assert measures.held_out("el", 1.0, "cifar10") is None
+    assert measures.by_step("el", 1.0) is None
+    assert measures.by_class("cl", 10.0) is None
+    assert tried == ["selection-el-tau1-s100", "selection-cl-lam10-s100"]
+    kept = [json.loads(file.read_text())["values"] for file in sorted((tmp_path / "cells").glob("*.json"))]
+    assert len(kept) == 3
+    assert all("the loss is not finite" in values["diverged"] for values in kept)
+    with pytest.raises(DivergedError, match="main-erm-s0: the loss"):  # nothing can be said without it
+        measures.score("erm", 0, "cifar10")
+
+
+def test_what_is_left_out_is_said_before_a_part_is_drawn(
+    benchmark: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [Path(shutil.copytree(one, tmp_path / one.name)) for one in (benchmark, target)]
+    for place in places:
+        (next((place / "train").iterdir()) / "photo.avif").touch()
+    study = Study(tmp_path / "report", SCALES["quick"](), str(places[0]), {"sop": str(places[1])}, Machine())
+    study.images("main")
+    study.task("sop")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(";")[0] for line in said] == [f"{place / 'train'}: files left out: 1" for place in places]
 
 
 def test_runs_that_diverged_are_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,8 @@ def test_tiny_imagenet(tmp_path: Path, example_files: list[Path]) -> None:
     for number, file in enumerate(example_files[6:9]):
         (tmp_path / "val" / "images" / f"val_{number}.JPEG").write_bytes(file.read_bytes())
         lines.append(f"val_{number}.JPEG\t{wnids[(number + 1) % 2]}\t0\t0\t9\t9")
+    for name in (".DS_Store", "Thumbs.db", "._val_0.JPEG"):  # what systems leave there
+        (tmp_path / "val" / "images" / name).write_bytes(b"no image")
     (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
     train, test = open_training_data(tmp_path)
     assert (train.classes, len(train), train.remarks) == (wnids, 6, ())

@@ -152,6 +152,7 @@ PNG = ("a.png", jpeg(1))
             "sample 'a' has no label; expected a.cls, or a.json with label or cls",
         ),
         ([PNG, ("a.cls", b" \n")], "sample 'a' has no label"),
+        ([PNG, ("a.cls", b"-1\n")], "sample 'a' has no label"),
         ([PNG, ("a.json", b'{"label": 1.5}')], "sample 'a' has no label"),
         ([PNG, ("a.json", b"[]")], "sample 'a' has no label"),
         ([PNG, ("a.json", b"{")], "a.json is not JSON"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.serving.heads.fitting import scaler
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.identity import ModelIdentity
 from robustfeat.serving.heads.kinds import KINDS
@@ -142,20 +143,19 @@ def to_sklearn(head: Head) -> Any:
     Calibration is left behind. Several labels a row become a MultiOutputClassifier.
     """
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import Normalizer, StandardScaler
 
     arrays, size = head.arrays, head.feature_size
     own = {name: arrays[name] for name in KINDS[head.kind].shapes}
     classifier = _one_a_label(head.kind, own) if head.multi_label else _classifier(head.kind, own, head.classes)
-    if head.scaling == "none":
+    scaling = scaler(head.scaling)
+    if scaling is None:
         return classifier
-    scaler = Normalizer() if head.scaling == "l2" else StandardScaler()
-    scaler.n_features_in_ = size
+    scaling.n_features_in_ = size
     if head.scaling == "standard":
-        scaler.mean_, scaler.scale_ = arrays["scaling.mean"].copy(), arrays["scaling.scale"].copy()
-        scaler.var_ = scaler.scale_**2
-        scaler.n_samples_seen_ = 1
-    return make_pipeline(scaler, classifier)
+        scaling.mean_, scaling.scale_ = arrays["scaling.mean"].copy(), arrays["scaling.scale"].copy()
+        scaling.var_ = scaling.scale_**2
+        scaling.n_samples_seen_ = 1
+    return make_pipeline(scaling, classifier)
 
 
 def _classifier(kind: str, arrays: dict[str, NDArray[np.float64]], classes: Sequence[str | int]) -> Any:

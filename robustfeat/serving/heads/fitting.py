@@ -33,6 +33,7 @@ __all__ = [
     "fit_head",
     "hold_out",
     "require_two",
+    "scaler",
     "select",
     "select_and_fit",
 ]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from robustfeat.files import new_folder
+from robustfeat.hub.markdown import cell
 
 __all__ = ["ClassScore", "Report"]
 
@@ -100,11 +101,11 @@ class Report:
             f"{title}: accuracy {self.accuracy:.4f}, balanced accuracy {self.balanced_accuracy:.4f}, "
             f"macro F1 {self.macro_f1:.4f} on {self.rows:,} rows"
         )
-        width = max(5, *(len(one.name) for one in self.classes))
+        names = [cell(one.name) for one in self.classes]
+        width = max(5, *map(len, names))
         lines = [head, "", f"| {'class':{width}} |   rows | precision | recall |     F1 |"]
         lines.append(f"|{'-' * (width + 2)}|-------:|----------:|-------:|-------:|")
-        for one in self.classes:
-            name = one.name.replace("|", r"\|").replace("\n", " ")
+        for name, one in zip(names, self.classes, strict=True):
             lines.append(
                 f"| {name:{width}} | {one.rows:6} | {one.precision:9.4f} | {one.recall:6.4f} | {one.f1:6.4f} |"
             )

@@ -56,7 +56,8 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
         raise DataError(f"{root}: class {unknown[0]!r} is not in the training split; remove it or add it there")
     names: list[str] = []
     labels: list[int] = []
-    passed_over = sum(entry.suffix.lower() in IMAGE_SUFFIXES for entry in root.iterdir() if entry.is_file())
+    loose = (entry for entry in root.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    passed_over = sum(entry.suffix.lower() in IMAGE_SUFFIXES for entry in loose)
     digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
     for label, name in enumerate(classes):
         images, others = list_folder(root / name) if (root / name).is_dir() else ([], 0)

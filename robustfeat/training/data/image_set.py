@@ -59,17 +59,29 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def read(self, index: int) -> bytes:
+        """An image as it is encoded.
+
+        Raises:
+            DecodeError: naming the image.
+        """
+        try:
+            return self.source.read(index)
+        except (DecodeError, OSError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+            raise DecodeError(f"{self.source.name(index)}: {reason}") from exc
+
     def image(self, index: int) -> Image.Image:
         """RGB, upright.
 
         Raises:
             DecodeError: naming the image.
         """
+        data = self.read(index)
         try:
-            return decode(self.source.read(index))
-        except (DecodeError, OSError) as exc:
-            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
-            raise DecodeError(f"{self.source.name(index)}: {reason}") from exc
+            return decode(data)
+        except DecodeError as exc:
+            raise DecodeError(f"{self.source.name(index)}: {exc}") from exc
 
     def original_sizes(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """(m, 2) widths and heights of these images themselves; None where `image` returns them as they are."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robustfeat.errors import DataError, first_line
+from robustfeat.serving.inputs import list_folder
 from robustfeat.training.data.folders import ImageFiles, open_folders
 from robustfeat.training.data.image_set import ImageSet
 
@@ -170,12 +171,16 @@ def _open_tiny_imagenet(root: Path) -> tuple[ImageSet, ImageSet]:
     lines = (root / "val" / _ANNOTATIONS).read_text("utf-8").splitlines()
     pairs = [line.split("\t")[:2] for line in lines if line.strip()]
     paths = [f"val/images/{name}" for name, _ in pairs]
-    if unnamed := {entry.name for entry in (root / "val" / "images").iterdir()} - {name for name, _ in pairs}:
+    if unnamed := set(_image_names(root / "val" / "images")) - {name for name, _ in pairs}:
         raise DataError(
             f"{root / 'val' / _ANNOTATIONS}: tells no class of {min(unnamed)} and {len(unnamed) - 1:,} other images; "
             "download and unpack it again, or remove them"
         )
     return train, _of_files(root, paths, [wnid for _, wnid in pairs], train.classes)
+
+
+def _image_names(folder: Path) -> list[str]:
+    return [image.path for image in list_folder(folder)[0]]
 
 
 def _of_files(root: Path, paths: Sequence[str], names: Sequence[str], classes: tuple[str, ...]) -> ImageSet:

@@ -25,7 +25,8 @@ CLASSES_NAME = "classes.txt"
 _BLOCK = 512
 _AHEAD = 8192  # a small label comes with its header
 _REGULAR = b"0\0" + b"7"
-_NUMBER = re.compile(r"-?[0-9]+")
+_NUMBER = re.compile(r"[0-9]+")
+_NONE = re.compile(r"-[0-9]+")
 
 
 class _Members:
@@ -194,13 +195,13 @@ def _samples(shard: Path) -> Iterator[_Sample]:
         if not sample.label:
             raise DataError(
                 f"{shard}: sample {key!r} has no label; expected {key}.cls, or {key}.json with label or cls, "
-                "an integer or text"
+                "a number from 0 or text"
             )
         yield sample
 
 
 def _label(kind: str, data: bytes, shard: Path, name: str) -> str:
-    """A label as text, a number without leading zeros; empty where there is none."""
+    """A label as text, a number without leading zeros; empty where there is none, for which -1 stands as well."""
     try:
         text = data.decode("utf-8-sig").strip()
         if kind == ".json":
@@ -210,6 +211,8 @@ def _label(kind: str, data: bytes, shard: Path, name: str) -> str:
     except ValueError as exc:
         expected = "text in UTF-8" if kind == ".cls" else "JSON"
         raise DataError(f"{shard}: {name} is not {expected} ({exc}); pack it again") from exc
+    if _NONE.fullmatch(text):
+        return ""
     return str(int(text)) if _NUMBER.fullmatch(text) and len(text) < 20 else text
 
 

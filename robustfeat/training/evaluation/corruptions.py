@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as transforms
 
+from robustfeat.errors import DecodeError
 from robustfeat.progress import Progress
 from robustfeat.serving.extractor import cosine
 from robustfeat.serving.heads.head import Head
 from robustfeat.training.data import ImageSet
+from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject
 
 __all__ = ["CORRUPTIONS", "SEVERITIES", "Corrupted", "classify_corrupted", "corrupt"]
@@ -160,7 +162,10 @@ def classify_corrupted(
     for start in range(0, len(images), subject.batch_size):
         rows = range(start, min(start + subject.batch_size, len(images)))
         here = slice(rows.start, rows.stop)
-        squares = np.stack([subject.prepare(images.image(row)) for row in rows])
+        try:
+            squares = np.stack([subject.prepare(images.image(row)) for row in rows])
+        except DecodeError as exc:
+            raise DecodeError(f"{exc}; {REPAIR}") from exc
         before = subject.embed_prepared(squares)
         clean[here] = head.predict(before) == images.labels[here]
         for place, kind in enumerate(kinds):

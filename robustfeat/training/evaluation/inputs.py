@@ -13,7 +13,9 @@ from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.data import Batch, load_batches
 
-__all__ = ["network_inputs"]
+__all__ = ["REPAIR", "network_inputs"]
+
+REPAIR = "repair or remove it: a score would be of other images"
 
 
 def network_inputs(
@@ -22,10 +24,10 @@ def network_inputs(
     """Normalised images (n, 3, S, S), channels last, and their labels (n,), on the device.
 
     Raises:
-        DecodeError: an image cannot be read; a score would be of other images.
+        DecodeError: an image cannot be read.
     """
     for batch in load_batches(batches, 0):
         if batch.failures:
-            raise DecodeError(f"{batch.failures[0]}; repair or remove it: a score would be of other images")
+            raise DecodeError(f"{batch.failures[0]}; {REPAIR}")
         x = normalize(batch.pixels(device, contract.image_size) / 255, list(contract.mean), list(contract.std))
         yield x.contiguous(memory_format=torch.channels_last), batch.labels.to(device)

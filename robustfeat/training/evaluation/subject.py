@@ -33,9 +33,11 @@ class Subject(FeatureMaker, Protocol):
 
     Attributes:
         name: what tables call it.
+        note: what the name ends with: how far training is, where it is not finished.
     """
 
     name: str
+    note: str
 
     @property
     def contract(self) -> Preprocessing:
@@ -54,6 +56,8 @@ class Subject(FeatureMaker, Protocol):
 
 class FolderSubject:
     """A model folder, run as `robustfeat embed` runs it, by ONNX."""
+
+    note = ""
 
     def __init__(self, extractor: FeatureExtractor) -> None:
         self._extractor = extractor
@@ -80,19 +84,22 @@ class NetworkSubject:
         contract: how images become its input.
         name: what tables call it.
         device: where it runs.
+        note: what they add to that.
 
     Raises:
         InputError: it does not give one vector for each image.
     """
 
-    def __init__(self, network: nn.Module, contract: Preprocessing, name: str, device: torch.device) -> None:
+    def __init__(
+        self, network: nn.Module, contract: Preprocessing, name: str, device: torch.device, note: str = ""
+    ) -> None:
         try:
             network.eval()
             self.network = network.to(device).to(memory_format=torch.channels_last)
             weights = state_digest(network)
         except Exception as exc:  # whatever a network of somebody's raises
             raise InputError(f"{name}: cannot be used as a network ({type(exc).__name__}: {first_line(exc)})") from exc
-        self.contract, self.name, self.device = contract, name, device
+        self.contract, self.name, self.note, self.device = contract, name + note, note, device
         self.batch_size = default_batch_size(contract.image_size, device.type)
         side = contract.image_size
         squares = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
@@ -194,7 +201,7 @@ def open_network(
     Raises:
         As `open_subject`; InputError where timm does not know the folder's architecture.
     """
-    chosen, kind, path = measuring_device(device), _kind(model), Path(model)
+    chosen, kind, path, note = measuring_device(device), _kind(model), Path(model), ""
     try:
         if kind == "folder":
             _refuse_preprocessing(model, image_size, crop_pct)
@@ -204,17 +211,18 @@ def open_network(
             checkpoint = load_checkpoint(path)
             network = network_of(checkpoint)
             network.fc = nn.Identity()
-            contract = Recipe.from_dict(checkpoint.recipe).preprocessing(image_size, crop_pct)
-            name, epochs = (path if path.is_dir() else path.parent).resolve().name, int(checkpoint.recipe["epochs"])
-            if checkpoint.epoch < epochs:
-                name += f" at epoch {checkpoint.epoch} of {epochs}"
+            recipe = Recipe.from_dict(checkpoint.recipe)
+            contract = recipe.preprocessing(image_size, crop_pct)
+            name = (path if path.is_dir() else path.parent).resolve().name
+            if checkpoint.epoch < recipe.epochs:
+                note = f" at epoch {checkpoint.epoch} of {recipe.epochs}"
         else:
             network = _build(model, *model.split(":", 1))
             contract = Preprocessing(224 if image_size is None else image_size, 0.875 if crop_pct is None else crop_pct)
             name = model
     except ValueError as exc:
         raise InputError(f"{model}: {exc}") from exc
-    return NetworkSubject(network, contract, name, chosen)
+    return NetworkSubject(network, contract, name, chosen, note)
 
 
 def _kind(model: str) -> str:

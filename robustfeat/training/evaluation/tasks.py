@@ -13,6 +13,7 @@ from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.progress import Progress
 from robustfeat.serving.feature_cache import FeatureCache
 from robustfeat.training.data import ImageSet, open_training_data
+from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject
 
 __all__ = ["Task", "TaskFeatures", "embed_images", "embed_task", "open_task", "parse_task"]
@@ -167,14 +168,10 @@ def _embed_all(
 def _embed_rows(
     subject: Subject, images: ImageSet, rows: Sequence[int], cache: FeatureCache | None
 ) -> NDArray[np.float32]:
-    contents = []
-    for row in rows:
-        try:
-            contents.append(images.source.read(row))
-        except OSError as exc:
-            raise DecodeError(
-                f"{images.source.name(row)}: {exc.strerror or exc}; a task's images must be readable"
-            ) from exc
+    try:
+        contents = [images.read(row) for row in rows]
+    except DecodeError as exc:
+        raise DecodeError(f"{exc}; {REPAIR}") from exc
     keys = [cache.key(content) for content in contents] if cache else [str(row).encode() for row in rows]
     known = cache.get(keys) if cache else {}
     fresh: dict[bytes, NDArray[np.uint8]] = {}
@@ -183,9 +180,7 @@ def _embed_rows(
             try:
                 fresh[key] = subject.prepare(content)
             except DecodeError as exc:
-                raise DecodeError(
-                    f"{images.source.name(row)}: {exc}; repair or remove it: a score would be of other images"
-                ) from exc
+                raise DecodeError(f"{images.source.name(row)}: {exc}; {REPAIR}") from exc
     if fresh:
         made = dict(zip(fresh, subject.embed_prepared(np.stack(list(fresh.values()))), strict=True))
         if cache:

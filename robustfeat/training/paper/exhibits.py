@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.hub.markdown import columns
 from robustfeat.training.concepts import load_concepts
 from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from robustfeat.training.evaluation.figures import Curve, Panel
@@ -56,7 +57,7 @@ class Exhibit:
     @property
     def columns(self) -> list[str]:
         """Of the rows together."""
-        return list(dict.fromkeys(key for row in self.rows for key in row))
+        return columns(self.rows)
 
 
 def _table1(measures: Measures) -> Exhibit:
@@ -228,7 +229,7 @@ def _selection(measures: Measures) -> Exhibit:
         row = {"model": f"{_TITLES[method]}, {'tau' if method == 'el' else 'lambda'} {value:g}"}
         row |= {title: "diverged" if share is None else f"{100 * share:.2f}" for title, share in by_target.items()}
         told = [100 * share for share in by_target.values() if share is not None]
-        row["mean"] = f"{np.mean(told):.2f}" if told else ""
+        row["mean"] = f"{np.mean(told):.2f}" if len(told) == len(by_target) else ""
         rows.append({**row, "chosen": "yes" if value == chosen[method] else ""})
     return Exhibit(
         "selection", f"Selection: SVM accuracy in % on held-out training images; {measures.study.selection_title}", rows

@@ -170,7 +170,7 @@ class Measures:
         def compute() -> dict[str, Any]:
             try:
                 return measure()
-            except DivergedError as exc:  # a result as well: the run is not tried again
+            except DivergedError as exc:  # a result as well
                 return {"diverged": str(exc)}
 
         found = self.cells.get(kind, name, {**self.study.inputs("selection", recipe), **settings}, compute)

@@ -76,6 +76,7 @@ class Study:
         self._tasks: dict[str, Task] = {}
         self._data: dict[str, tuple[str, dict[str, Any]]] = {}
         self._images: dict[tuple[str, int | None], tuple[ImageSet, ImageSet]] = {}
+        self._diverged: dict[str, str] = {}
 
     def say(self, text: str) -> None:
         """A line on stderr."""
@@ -215,6 +216,8 @@ class Study:
         origin = {"of": origin, "stage": stage, "rows": size}
         folder = self.folder / "data" / stage
         if not folder.exists():
+            for line in dict.fromkeys(images.remarks + validation.remarks):
+                self.say(line)  # what is drawn does not tell any more
             write_subset(images, self._draw(stage, images, size), validation, folder, origin)
         elif not same_origin(folder, origin):
             raise InputError(
@@ -277,18 +280,22 @@ class Study:
 
         Raises:
             CheckpointError: another run has that name.
+            DivergedError: training did, now or when it was asked for before.
             BusyError: another process trains it, and `locks.wait` is not set.
         """
-        folder, data = self.folder / "runs" / name, self.data(name.partition("-")[0])
+        folder, stage = self.folder / "runs" / name, name.partition("-")[0]
         with self.locks.held(name):
+            if name in self._diverged:
+                raise DivergedError(self._diverged[name])
             resume = (folder / CHECKPOINT_NAME).exists()
-            if resume and self._saved_epochs(folder, recipe, data) == recipe.epochs:
+            if resume and self._saved_epochs(folder, recipe, stage) == recipe.epochs:
                 return folder
             self.say(f"{name}: {'training goes on' if resume else 'training'}")
             try:
-                stopped = self._train(data, recipe, folder, resume).stopped
+                stopped = self._train(self.data(stage), recipe, folder, resume).stopped
             except DivergedError as exc:
-                raise DivergedError(f"{name}: {exc}") from exc
+                self._diverged[name] = f"{name}: {exc}"
+                raise DivergedError(self._diverged[name]) from exc
             except StoppedError as exc:
                 raise StoppedError(f"stopped; {name} is saved as far as it is: give the same command again") from exc
             if stopped:
@@ -308,7 +315,7 @@ class Study:
             quiet=machine.quiet,
         )
 
-    def _saved_epochs(self, folder: Path, recipe: Recipe, data: str) -> int:
+    def _saved_epochs(self, folder: Path, recipe: Recipe, stage: str) -> int:
         saved = load_checkpoint(folder)
         if change := changed_key(saved, recipe):
             key, then, now = change
@@ -316,7 +323,7 @@ class Study:
                 f"{folder}: was trained with {key} = {then}, this report needs {now}; move it away, or choose another "
                 "--out"
             )
-        if saved.data["fingerprint"] != open_training_data(data, parts=recipe.parts)[0].fingerprint:
+        if saved.data["fingerprint"] != self.images(stage)[0].fingerprint:
             raise CheckpointError(
                 f"{folder}: was trained on other data ({saved.data['root']}); move it away, or choose another --out"
             )

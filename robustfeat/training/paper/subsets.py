@@ -105,7 +105,7 @@ def _write(images: ImageSet, rows: NDArray[np.int64], file: Path) -> None:
 
 def _content(images: ImageSet, row: int) -> bytes:
     try:
-        images.image(row)
+        images.image(row)  # each run would leave out what cannot be decoded
+        return images.read(row)
     except DecodeError as exc:
         raise DecodeError(f"{exc}; repair or remove it") from exc
-    return images.source.read(row)

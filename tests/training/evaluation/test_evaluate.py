@@ -157,6 +157,21 @@ def test_a_run_that_was_stopped_says_how_far_it_is(finished_run: Path, tmp_path:
     assert open_subject(str(finished_run)).name == finished_run.name
 
 
+def test_models_of_one_name_are_told_apart(
+    finished_run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [Path(shutil.copytree(finished_run, tmp_path / place / "run")) for place in ("a", "b", "c")]
+    for run in runs[:2]:
+        saved = torch.load(run / "checkpoint.pt", weights_only=True)
+        saved["recipe"]["epochs"] = saved["epoch"] + 7
+        torch.save(saved, run / "checkpoint.pt")
+    arguments = [*map(str, runs), "--task", f"clothes={dataset}", "--json", "--no-few-shot", "--quiet"]
+    assert evaluate_command(arguments, standalone_mode=False) == 0
+    names = [json.loads(line)["model"] for line in capsys.readouterr().out.splitlines()]
+    note = f" at epoch {saved['epoch']} of {saved['epoch'] + 7}"
+    assert names == [f"{runs[0]}{note}", f"{runs[1]}{note}", "run"]
+
+
 def test_what_bears_on_a_score_is_said(
     network: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,9 +179,11 @@ def test_what_bears_on_a_score_is_said(
     shutil.copytree(dataset, folder)
     for file in (folder / "train" / "hat").iterdir():
         file.rename(file.with_suffix(".avif"))
-    arguments = [f"{network}:build", "--image-size", "32", "--task", f"clothes={folder}", "--quiet", "--no-few-shot"]
+    arguments = [f"{network}:build", "--image-size", "32", "--task", f"clothes={folder}", "--no-few-shot"]
+    assert evaluate_command([*arguments, "--quiet"], standalone_mode=False) == 0
+    assert capsys.readouterr().err == ""
     assert evaluate_command(arguments, standalone_mode=False) == 0
-    left_out, lost = capsys.readouterr().err.splitlines()
+    left_out, lost, *_ = capsys.readouterr().err.splitlines()
     assert left_out.startswith(f"{folder / 'train'}: files left out: 3; images are in CLASS/ and end in ")
     assert lost == "clothes: 1 of 10 test images are of classes without training images, and count as wrong"
 
@@ -189,6 +206,7 @@ def test_finished_results_stay_when_a_later_model_fails(
         (["--out", ""], "--out: expected a file; got an empty name"),
         (["--out", "/dev/null"], "--out /dev/null: is no regular file"),
         (["--out", "a/../one", "--cache", "one"], "--out a/../one: is what --cache names"),
+        (["--out", "loop/one"], "--out loop/one: its folder does not exist"),
         (["--finetune", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: its folder does not exist"),
         (["--finetune", "--plot", ".png"], "expected a .png or .svg file"),
         (["--finetune"], "clothes: 30 training images, fewer than one batch of 128"),
@@ -198,6 +216,7 @@ def test_what_cannot_be_written_or_done_is_said_first(
     network: str, dataset: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
     with pytest.raises(InputError, match=re.escape(message)):
         evaluate_command([f"{network}:broken", "--task", f"clothes={dataset}", *options], standalone_mode=False)
 
