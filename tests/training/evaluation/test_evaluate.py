@@ -389,8 +389,14 @@ def test_an_image_that_cannot_be_read_is_named(model: Path, dataset: Path, tmp_p
     shutil.copytree(dataset, folder)
     bad = next((folder / "train" / "hat").iterdir())
     bad.write_bytes(bad.read_bytes()[:40])
+    subject, task = open_subject(str(model)), open_task("clothes", str(folder))
     with pytest.raises(DecodeError, match=rf"{bad.name}: .*repair or remove it"):
-        embed_task(open_subject(str(model)), open_task("clothes", str(folder)))
+        embed_task(subject, task)
+    with pytest.raises(DecodeError, match=rf"{bad.name}: .*repair or remove it"):
+        classify_corrupted(subject, None, task.train)  # a head is not come to
+    bad.unlink()
+    with pytest.raises(DecodeError, match=rf"{bad.name}: .*repair or remove it"):
+        embed_task(subject, task)
 
 
 def test_a_file_of_features_is_refused(tmp_path: Path) -> None:
