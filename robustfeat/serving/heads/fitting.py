@@ -190,7 +190,7 @@ def select_and_fit(
         cs, scalings: the grid; kinds without C try the scalings alone.
         seed: of the held-out rows.
         threads: processors; by default what the cgroup grants.
-        progress: is advanced by one a fit.
+        progress: gets its total, and is advanced by one a fit.
 
     Returns:
         The selection, the head, whose classes are numbers, and whether its solver converged.
@@ -249,6 +249,8 @@ def _select(
 
     if not len(held):  # nothing to choose by: plain features, and a C in the middle
         grid = [("none" if "none" in scalings else scalings[0], (1.0 if 1.0 in cs else cs[0]) if grid[0][1] else None)]
+    if progress:
+        progress.total = len(grid) + 1
     tried = _run([partial(attempt, setting) for setting in grid], data.workers, threads)
     candidates = tuple(candidate for candidate, _ in tried)
     chosen = max(range(len(grid)), key=lambda at: candidates[at].score)  # the first one of equals
@@ -316,8 +318,7 @@ def fit_head(
     """
     targets, classes = labelled.targets, labelled.classes
     require_two(features.place, labelled)
-    grid = len(scalings) * (len(cs) if KINDS[kind].linear else 1)
-    progress = Progress("fit", grid + 1, "fits", quiet=quiet)
+    progress = Progress("fit", 0, "fits", quiet=quiet)
     selection, head, converged = select_and_fit(
         features.values,
         targets,

@@ -89,7 +89,7 @@ def svm(
     quiet: bool = True,
 ) -> Score:
     """A linear SVM, C and scaling chosen on a held-out tenth of the training rows (see `select_and_fit`)."""
-    progress = Progress(f"{features.model}: {features.task} svm", len(cs) * len(scalings) + 1, "fits", quiet=quiet)
+    progress = Progress(f"{features.model}: {features.task} svm", 0, "fits", quiet=quiet)
     selection, head, converged = select_and_fit(
         features.x, features.y, cs=cs, scalings=scalings, threads=threads, progress=progress
     )
