@@ -81,7 +81,7 @@ def command(
     from robustfeat.training.evaluation.subject import open_network, open_subject
     from robustfeat.training.evaluation.tasks import open_task, parse_task
 
-    _refuse_files(out, plot, cache, finetune)
+    _refuse_options(out, plot, cache, finetune)
     torch.set_num_threads(threads or available_cpus())
     named = [parse_task(text, "--task") for text in tasks]
     if len({name for name, _ in named}) < len(named):
@@ -131,9 +131,13 @@ def command(
     return 0
 
 
-def _refuse_files(out: str | None, plot: str | None, cache: str | None, finetune: bool) -> None:
+def _refuse_options(out: str | None, plot: str | None, cache: str | None, finetune: bool) -> None:
     from robustfeat.errors import InputError
 
+    context = click.get_current_context()
+    for name in ("epochs", "lr", "batch_size"):
+        if not finetune and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise InputError(f"--{name.replace('_', '-')}: is an option of --finetune; add that, or leave it out")
     if plot and (not finetune or Path(plot).suffix not in {".png", ".svg"}):
         raise InputError(f"--plot {plot}: expected a .png or .svg file, together with --finetune")
     named: dict[str, str] = {}

@@ -84,8 +84,11 @@ def test_train_export_embed_work_together(robustfeat: Run, finished_run: Path, e
         (["embed", "{examples}", "--out", "{tmp}/f.npy", "--model", "{tmp}/empty"], "not a model folder"),
         (["embed", "{examples}", "--out", "{tmp}/f.csv"], "expected a name ending in .npy"),
         (["info", "{tmp}/none"], "not a model folder"),
-        (["train", "{tmp}/none", "--out", "{tmp}/run"], "no such folder"),
-        (["train", "{tmp}/empty", "--out", "{tmp}/run"], "holds neither class folders"),
+        (["train", "{tmp}/none", "--out", "{tmp}/run"], "no such folder; expected a folder of class folders"),
+        (
+            ["train", "{tmp}/empty", "--out", "{tmp}/run"],
+            "has nothing to learn from; expected a folder of class folders",
+        ),
         (["train", "{dataset}", "--out", "{tmp}/run", "--batch-size", "6"], "10 of 10 classes have no concept"),
         (
             ["train", "{dataset}", "--out", "{tmp}/run", "--concepts", "{tmp}/none.csv", "--batch-size", "6"],

@@ -132,10 +132,16 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
 def test_missing_data_is_said_before_anything_is_trained(benchmark: Path, tmp_path: Path, robustfeat: Run) -> None:
     done = robustfeat("paper", "table2", "--quick", "--benchmark", benchmark, "--out", tmp_path / "report")
     assert done.returncode == 1
-    assert done.stderr == "robustfeat: --target cifar10=DATA: is missing; CIFAR-10 is needed, or what stands for it\n"
-    with pytest.raises(InputError, match="--benchmark DATA: is missing"):
+    assert done.stderr == (
+        "robustfeat: more data is needed; give --target cifar10=DATA (CIFAR-10, or what stands for it), "
+        "--target sop=DATA (SOP, or what stands for it), --target svhn=DATA (SVHN, or what stands for it)\n"
+    )
+    with pytest.raises(InputError, match="give --benchmark DATA"):
         Measures(Study(tmp_path, SCALES["quick"](), None, {}, Machine())).require_data(["fig4"])
     assert not (tmp_path / "report").exists()
+    (tmp_path / "report").write_text("mine")
+    done = robustfeat("paper", "table1", "--out", tmp_path / "report")
+    assert done.stderr == f"robustfeat: --out {tmp_path / 'report'}: is a file; name a folder\n"
 
 
 def test_a_run_of_another_recipe_is_not_taken(benchmark: Path, tmp_path: Path) -> None:

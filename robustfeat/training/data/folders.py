@@ -13,7 +13,7 @@ from robustfeat.serving.inputs import IMAGE_SUFFIXES, list_folder
 from robustfeat.serving.sources import ImageSource
 from robustfeat.training.data.image_set import ImageSet
 
-__all__ = ["ImageFiles", "holds_class_folders", "open_folders"]
+__all__ = ["ImageFiles", "class_folders", "open_folders"]
 
 
 class ImageFiles:
@@ -31,11 +31,12 @@ class ImageFiles:
         return self._names[index]
 
 
-def holds_class_folders(root: Path) -> bool:
-    """Whether at least two folders in `root` hold image files."""
-    folders = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    found = (any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir()) for folder in folders)
-    return sum(found) >= 2
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders in `root` that hold image files."""
+    folders = (entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(
+        folder.name for folder in folders if any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir())
+    )
 
 
 def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
-from robustfeat.training.data.folders import holds_class_folders, open_folders
+from robustfeat.training.data.folders import class_folders, open_folders
 from robustfeat.training.data.hub_dataset import fetch_dataset, is_hub_dataset, list_remote_parquet
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.parquet import read_parquet
@@ -20,6 +20,10 @@ from robustfeat.training.data.split_files import VALIDATION_NAMES, SplitFiles, f
 from robustfeat.training.data.tar_shards import CLASSES_NAME, read_class_names, read_shards
 
 __all__ = ["are_class_folders", "open_splits", "open_training_data"]
+
+_EXPECTED = (
+    "a folder of class folders (CLASS/image.jpg, or train/CLASS/image.jpg), train-*.parquet or train-*.tar files"
+)
 
 
 def open_training_data(
@@ -77,7 +81,7 @@ def are_class_folders(root: str | Path) -> bool:
     """Whether DATA is a folder of class folders itself, without train/."""
     if is_hub_dataset(root) or (Path(root) / "train").is_dir() or any(Path(root).glob("train-*")):
         return False
-    return holds_class_folders(Path(root))
+    return len(class_folders(Path(root))) >= 2
 
 
 def open_splits(
@@ -91,7 +95,8 @@ def open_splits(
 
 def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected a folder with train/ class folders or train-*.parquet files")
+        what = "is a file" if root.exists() else "no such folder"
+        raise DataError(f"{root}: {what}; expected {_EXPECTED}")
     published = open_published(root)
     if published is not None:
         return published
@@ -101,12 +106,11 @@ def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:
         return train, open_folders(splits[0], train.classes) if splits else None
     files = find_split_files((entry.name for entry in root.iterdir()), str(root), parts)
     if files is None:
-        if holds_class_folders(root):
+        found = class_folders(root)
+        if len(found) >= 2:
             return open_folders(root), None
-        raise DataError(
-            f"{root}: holds neither class folders (CLASS/image.jpg, or train/CLASS/image.jpg) nor train-*.parquet or "
-            "train-*.tar files; see docs/training.md"
-        )
+        what = f"has images in one folder, {found[0]!r}, and one class is" if found else "has"
+        raise DataError(f"{root}: {what} nothing to learn from; expected {_EXPECTED} (docs/training.md)")
     return _open_files(files, root, str(root))
 
 

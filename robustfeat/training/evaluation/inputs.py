@@ -13,7 +13,9 @@ from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.data import Batch, load_batches
 
-__all__ = ["REPAIR", "network_inputs"]
+__all__ = ["FEATURE_SUFFIXES", "REPAIR", "network_inputs"]
+
+FEATURE_SUFFIXES = {".npy", ".parquet", ".safetensors"}
 
 REPAIR = "repair or remove it: a score would be of other images"
 

@@ -22,6 +22,7 @@ from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint
 from robustfeat.training.device import measuring_device
+from robustfeat.training.evaluation.inputs import FEATURE_SUFFIXES
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
 
@@ -187,6 +188,8 @@ def open_subject(
     Raises:
         CheckpointError, ModelFolderError, HubError, EngineError, InputError: it cannot be used; see the message.
     """
+    if Path(model).is_file() and Path(model).suffix in FEATURE_SUFFIXES:
+        raise InputError(f"{model}: is a file of features; expected the MODEL that makes them")
     if _kind(model) == "folder":
         _refuse_preprocessing(model, image_size, crop_pct)
         return FolderSubject(FeatureExtractor.from_pretrained(model, device=device))
@@ -259,6 +262,8 @@ def _network_of_folder(folder: ModelFolder) -> nn.Module:
 
 
 def _build(model: str, module_name: str, attribute: str) -> nn.Module:
+    if module_name in {"timm", "torchvision"}:
+        raise InputError(f"{model}: is no MODEL yet; make one of it: robustfeat import {model} --out FOLDER")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
     except (Exception, SystemExit) as exc:  # whatever a module of somebody's raises

@@ -56,11 +56,13 @@ class Measures:
         Raises:
             InputError, DataError: something is missing or cannot be used.
         """
-        if _CHOOSING & set(exhibits):
-            for target in self.scale.targets:
-                self.study.task(target)
-        if self.needs_runs(exhibits):
-            self.study.data(self.study.stage)
+        if not self.needs_runs(exhibits):
+            return
+        targets = list(self.scale.targets) if _CHOOSING & set(exhibits) else []
+        self.study.require_places(targets)
+        for target in targets:
+            self.study.task(target)
+        self.study.data(self.study.stage)
 
     @staticmethod
     def needs_runs(exhibits: Sequence[str]) -> bool:

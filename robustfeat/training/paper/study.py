@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -146,6 +146,22 @@ class Study:
             "for 100 on all. Figures 4 and 5 show the models that tau and lambda were chosen by.",
         ]
 
+    def require_places(self, targets: Iterable[str] = (), *, benchmark: bool = True) -> None:
+        """Names all DATA that was not given.
+
+        Raises:
+            InputError: something was not.
+        """
+        missing = [
+            f"--target {target}=DATA ({self.scale.targets[target].title}, or what stands for it)"
+            for target in targets
+            if target not in self._targets
+        ]
+        if benchmark and self._place is None:
+            missing.insert(0, "--benchmark DATA (images to pre-train on)")
+        if missing:
+            raise InputError(f"more data is needed; give {', '.join(missing)}")
+
     def task(self, target: str) -> Task:
         """The target's images, as many as the scale says.
 
@@ -153,11 +169,7 @@ class Study:
             InputError: no DATA was given for it.
         """
         if target not in self._tasks:
-            if target not in self._targets:
-                raise InputError(
-                    f"--target {target}=DATA: is missing; {self.scale.targets[target].title} is needed, or what stands "
-                    "for it"
-                )
+            self.require_places([target], benchmark=False)
             wanted = self.scale.targets[target]
             task = self._tasks[target] = open_task(
                 target, self._targets[target], train_rows=wanted.train_rows, test_rows=wanted.test_rows
@@ -194,9 +206,9 @@ class Study:
         return self._data[stage]
 
     def _part_of_benchmark(self, stage: str) -> tuple[str, dict[str, Any]]:
-        if self._place is None:
-            raise InputError("--benchmark DATA: is missing; the set of images to pre-train on")
+        self.require_places()
         place = self.data("main") if stage == "selection" else self._place
+        assert place is not None
         images, validation = open_splits(place, parts=None if stage == "biased" else self.scale.recipe.parts)
         if validation is None:
             raise InputError(

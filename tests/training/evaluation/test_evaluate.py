@@ -210,6 +210,7 @@ def test_finished_results_stay_when_a_later_model_fails(
         (["--finetune", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: its folder does not exist"),
         (["--finetune", "--plot", ".png"], "expected a .png or .svg file"),
         (["--finetune"], "clothes: 30 training images, fewer than one batch of 128"),
+        (["--batch-size", "8"], "--batch-size: is an option of --finetune"),
     ],
 )
 def test_what_cannot_be_written_or_done_is_said_first(
@@ -403,6 +404,14 @@ def test_a_file_of_features_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "feats.npy", np.zeros((3, 512), np.float32))
     with pytest.raises(DataError, match="features of another model cannot be compared"):
         open_task("feats", str(tmp_path / "feats.npy"))
+
+
+def test_what_is_no_model_is_told_what_to_do(tmp_path: Path) -> None:
+    np.save(tmp_path / "feats.npy", np.zeros((3, 512), np.float32))
+    with pytest.raises(InputError, match="is a file of features; expected the MODEL that makes them"):
+        open_subject(str(tmp_path / "feats.npy"))
+    with pytest.raises(InputError, match="robustfeat import timm:resnet18 --out FOLDER"):
+        open_subject("timm:resnet18")
 
 
 def test_a_model_folder_keeps_its_own_preprocessing(model: Path) -> None:
