@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from robustfeat.serving import doctor
 from robustfeat.serving.doctor import NOTE, OK, PROBLEM, Asked, Finding, examine
 from robustfeat.serving.torchserve.java import find_java
 from tests.conftest import ROOT, Run
@@ -167,7 +168,15 @@ def test_a_quota_below_the_threads_of_the_environment_is_found(tmp_path: Path, m
     )
 
 
+@pytest.fixture
+def no_thread_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever limits the one who runs the tests has set."""
+    for variable in doctor._THREAD_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+
 @pytest.mark.skipif(VISIBLE < 2, reason="needs two processors")
+@pytest.mark.usefixtures("no_thread_variables")
 def test_a_quota_below_the_processors_is_a_note(tmp_path: Path) -> None:
     first, second = check("threads", cgroup=quota(tmp_path, 1))
     assert first.found == f"{VISIBLE} processors, a cgroup quota of 1: 1 thread for the model"
@@ -176,6 +185,7 @@ def test_a_quota_below_the_processors_is_a_note(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(VISIBLE < 2, reason="needs two processors")
+@pytest.mark.usefixtures("no_thread_variables")
 def test_a_quota_below_the_processors_is_told(tmp_path: Path) -> None:
     """With a real file in the place of the system's, where the system lets us."""
     quota(tmp_path, 1)
