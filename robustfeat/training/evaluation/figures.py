@@ -41,7 +41,9 @@ def draw(panels: Sequence[Panel], kind: str, name: str) -> bytes:
     # Identifiers within an SVG would be random, and clash with those of the next one on the page.
     with mpl.rc_context({"svg.hashsalt": name}):
         figure = Figure(figsize=(5.5 * len(panels) + 1.5, 4), dpi=110, layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        labels = [[curve.label for curve in panel.curves] for panel in panels]
+        for place, axes in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
+            panel = panels[place]
             for curve in panel.curves:
                 style = "o-" if len(curve.points) < 40 else "-"
                 axes.plot(*zip(*curve.points, strict=True), style, ms=3, label=_plain(curve.label))
@@ -49,7 +51,8 @@ def draw(panels: Sequence[Panel], kind: str, name: str) -> bytes:
             if all(float(x).is_integer() for curve in panel.curves for x, _ in curve.points):
                 axes.locator_params("x", integer=True)
             axes.grid(alpha=0.3)
-            axes.legend()
+            if labels[place : place + 1] != labels[place + 1 : place + 2]:  # otherwise the next panel's tells the same
+                axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, of which it would hide some
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()

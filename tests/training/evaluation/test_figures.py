@@ -27,3 +27,10 @@ def test_figures_of_one_page_share_no_names() -> None:
     assert named[0]
     assert not named[0] & named[1]
     assert draw([panel], "svg", "fig3") == draw([panel], "svg", "fig3")
+
+
+def test_panels_of_the_same_curves_tell_them_once() -> None:
+    one, other = Panel("", "", "", [Curve("ERM", [(1, 2)])]), Panel("", "", "", [Curve("EL", [(1, 2)])])
+    for panels, told in (([one, one, one], {"ERM": 1, "EL": 0}), ([one, one, other], {"ERM": 1, "EL": 1})):
+        text = draw(panels, "svg", "figure").decode()
+        assert {label: text.count(f"<!-- {label} -->") for label in told} == told
