@@ -23,8 +23,12 @@ CONTROLS = {
 }  # fmt: skip
 
 
-def svm_cells(target: str, method: str) -> list[dict]:
-    files = sorted(CELLS.glob(f"svm-{target}-main-{method}-s*.json"))
+BENCHMARKS = {"": ("main", METHODS | CONTROLS), "-biased": ("biased", METHODS)}
+"""By what names of tables end with: what names of their runs begin with, and the methods."""
+
+
+def svm_cells(target: str, stage: str, method: str) -> list[dict]:
+    files = sorted(CELLS.glob(f"svm-{target}-{stage}-{method}-s*.json"))
     return [json.loads(file.read_text())["values"] for file in files]
 
 
@@ -45,14 +49,16 @@ def ends(text: str) -> list[float]:
 def test_the_page_shows_the_tables_as_they_are() -> None:
     page = (DOCS / "results.md").read_text()
     assert page == fill(page, DOCS / "results")
-    assert set(TABLES) <= set(re.findall(r"<!-- results/(\w+)\.md -->", page))
+    needed = {f"{table}{suffix}" for table in (*TABLES, "verdicts") for suffix in BENCHMARKS}
+    assert needed <= set(re.findall(r"<!-- results/(\S+)\.md -->", page))
 
 
+@pytest.mark.parametrize("suffix", BENCHMARKS)
 @pytest.mark.parametrize("table", TABLES)
-def test_a_table_is_what_its_cells_say(table: str) -> None:
-    rows, methods = rows_of(table), METHODS | CONTROLS
+def test_a_table_is_what_its_cells_say(table: str, suffix: str) -> None:
+    rows, (stage, methods) = rows_of(table + suffix), BENCHMARKS[suffix]
     assert list(rows) == list(methods.values())
-    cells = {method: svm_cells(TABLES[table], method) for method in methods}
+    cells = {method: svm_cells(TABLES[table], stage, method) for method in methods}
     baseline = np.array([cell["accuracy"] for cell in cells["erm"]])
     for method, title in methods.items():
         row, accuracies = rows[title], np.array([cell["accuracy"] for cell in cells[method]])
@@ -76,11 +82,14 @@ def test_a_table_is_what_its_cells_say(table: str) -> None:
 
 
 def test_readme_tells_the_verdicts_of_the_tables() -> None:
-    tables = [rows_of(table) for table in TABLES]
-    marks = [rows[title]["verdict"] for rows in tables for title in METHODS.values() if title != "ERM"]
-    counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in ("holds", "fails", "undecided"))
     readme = (DOCS.parent / "README.md").read_text().replace("\n", " ")
-    assert counts in readme
+    told = []
+    for suffix in BENCHMARKS:
+        tables = [rows_of(table + suffix) for table in TABLES]
+        marks = [rows[title]["verdict"] for rows in tables for title in METHODS.values() if title != "ERM"]
+        told.append(", ".join(f"{marks.count(mark)} {mark}" for mark in ("holds", "fails", "undecided")))
+    assert re.findall(r"\d holds, \d fails, \d undecided", readme) == told
+    tables = [rows_of(table) for table in TABLES]
     longer = [
         float(rows["ERM for HRRL's time"]["here"].split()[0]) - float(rows["HRRL"]["here"].split()[0])
         for rows in tables
@@ -88,12 +97,13 @@ def test_readme_tells_the_verdicts_of_the_tables() -> None:
     assert ("ERM that is trained for as long a time as HRRL has better means" in readme) == (min(longer) > 0)
 
 
-def test_the_verdicts_are_those_of_the_tables() -> None:
-    tables = [rows_of(table) for table in TABLES]
-    for method, row in rows_of("verdicts").items():
+@pytest.mark.parametrize("suffix", BENCHMARKS)
+def test_the_verdicts_are_those_of_the_tables(suffix: str) -> None:
+    tables, methods = [rows_of(table + suffix) for table in TABLES], BENCHMARKS[suffix][1]
+    for method, row in rows_of(f"verdicts{suffix}").items():
         told = [f"{rows[method]['here, minus ERM']} {rows[method]['verdict']}" for rows in tables]
         assert list(row.values()) == [method, *told]
-    assert len(rows_of("verdicts")) == len(METHODS | CONTROLS) - 1
+    assert len(rows_of(f"verdicts{suffix}")) == len(methods) - 1
 
 
 def test_a_reports_results_are_put_beside_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +123,10 @@ def test_a_reports_results_are_put_beside_what_is_there(tmp_path: Path, monkeypa
         results.main()
 
 
-def test_runs_that_are_compared_differ_in_nothing_but_the_method() -> None:
+@pytest.mark.parametrize("stage", ["main", "biased"])
+def test_runs_that_are_compared_differ_in_nothing_but_the_method(stage: str) -> None:
     recipes = defaultdict(list)
-    for file in CELLS.glob("svm-*-main-*.json"):
+    for file in CELLS.glob(f"svm-*-{stage}-*.json"):
         if "-erm-long-" in file.name:  # differs in its epochs: that is its point
             continue
         inputs = json.loads(file.read_text())["inputs"]
@@ -124,12 +135,13 @@ def test_runs_that_are_compared_differ_in_nothing_but_the_method() -> None:
     assert len(recipes) == 1
 
 
-def test_runs_were_trained_with_their_seed_and_what_was_chosen() -> None:
+@pytest.mark.parametrize("stage", ["main", "biased"])
+def test_runs_were_trained_with_their_seed_and_what_was_chosen(stage: str) -> None:
     with open(DOCS / "results" / "selection.csv", newline="") as handle:
         chosen = [row["model"].split() for row in csv.DictReader(handle) if row["chosen"]]
     (_, _, tau), (_, _, lam) = chosen
-    for file in CELLS.glob("svm-*-main-*.json"):
-        method, _, seed = file.stem.partition("-main-")[2].rpartition("-s")
+    for file in CELLS.glob(f"svm-*-{stage}-*.json"):
+        method, _, seed = file.stem.partition(f"-{stage}-")[2].rpartition("-s")
         recipe = json.loads(file.read_text())["inputs"]["recipe"]
         assert (recipe["method"], recipe["seed"]) == ("erm" if method == "erm-long" else method, int(seed)), file
         assert recipe["epochs"] == (17 if method == "erm-long" else 10), file
