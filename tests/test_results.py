@@ -88,7 +88,9 @@ def test_readme_tells_the_verdicts_of_the_tables() -> None:
         tables = [rows_of(table + suffix) for table in TABLES]
         marks = [rows[title]["verdict"] for rows in tables for title in METHODS.values() if title != "ERM"]
         told.append(", ".join(f"{marks.count(mark)} {mark}" for mark in ("holds", "fails", "undecided")))
-    assert re.findall(r"\d holds, \d fails, \d undecided", readme) == told
+    counts = r"\d holds, \d fails, \d undecided"
+    assert re.findall(counts, readme) == told
+    assert set(re.findall(counts, (DOCS / "results.md").read_text())) == set(told)
     tables = [rows_of(table) for table in TABLES]
     longer = [
         float(rows["ERM for HRRL's time"]["here"].split()[0]) - float(rows["HRRL"]["here"].split()[0])
@@ -130,6 +132,7 @@ def test_runs_that_are_compared_differ_in_nothing_but_the_method(stage: str) -> 
         if "-erm-long-" in file.name:  # differs in its epochs: that is its point
             continue
         inputs = json.loads(file.read_text())["inputs"]
+        assert inputs["data"].get("stage", "main") == stage, file
         recipe = {key: value for key, value in inputs["recipe"].items() if key not in {"method", "seed", "tau", "lam"}}
         recipes[json.dumps([recipe, inputs["data"]], sort_keys=True)].append(file.name)
     assert len(recipes) == 1

@@ -69,8 +69,9 @@ def command(
 
     if not out:
         raise InputError("--out: expected a folder; got an empty name")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise InputError(f"--out {out}: is a file; name a folder")
+    for place in (Path(out), *Path(out).parents):
+        if place.exists() and not place.is_dir():
+            raise InputError(f"--out {out}: {place} is a file; name a folder")
     named = [parse_task(text, "--target") for text in targets]
     places = dict(named)
     if len(places) < len(named):

@@ -360,7 +360,7 @@ class _Program:
 
 def _torch(trial: _Program | None) -> Iterator[Finding]:
     if trial is None:
-        fix = "pip install 'robustfeat[train]' to train, evaluate, export or import models"
+        fix = "pip install 'robustfeat[train]' for robustfeat train, evaluate, paper, export and import"
         yield Finding("torch", OK, "not installed, and not needed to embed or serve", fix)
         return
     said, error = trial.answer()

@@ -87,7 +87,7 @@ def test_train_export_embed_work_together(robustfeat: Run, finished_run: Path, e
         (["train", "{tmp}/none", "--out", "{tmp}/run"], "no such folder; expected a folder of class folders"),
         (
             ["train", "{tmp}/empty", "--out", "{tmp}/run"],
-            "has nothing to learn from; expected a folder of class folders",
+            "holds no class folders with images; expected a folder of class folders",
         ),
         (["train", "{dataset}", "--out", "{tmp}/run", "--batch-size", "6"], "10 of 10 classes have no concept"),
         (

@@ -160,12 +160,15 @@ def test_class_folders_may_be_the_data_themselves(dataset: Path, tmp_path: Path)
     assert train.classes == open_training_data(dataset)[0].classes
     (tmp_path / "photos").mkdir()
     shutil.copytree(dataset / "train" / "hat", tmp_path / "photos" / "hat")  # a folder of photographs is no data set
-    with pytest.raises(DataError, match="has images in one folder, 'hat', and one class is nothing to learn from"):
+    with pytest.raises(
+        DataError, match="holds a single class folder with images, 'hat'; expected a folder of class folders"
+    ):
         open_training_data(tmp_path / "photos")
-    with pytest.raises(DataError, match="hat: has nothing to learn from; expected a folder of class folders"):
+    with pytest.raises(DataError, match="hat: holds no class folders with images; expected a folder of class folders"):
         open_training_data(tmp_path / "photos" / "hat")
     with pytest.raises(DataError, match=r"hat-\d\.png: is a file; expected a folder of class folders"):
         open_training_data(next((tmp_path / "photos" / "hat").iterdir()))
+    assert not are_class_folders(tmp_path / "photos")
 
 
 def test_a_run_may_not_lie_among_the_classes(dataset: Path, tmp_path: Path) -> None:

@@ -140,8 +140,9 @@ def test_missing_data_is_said_before_anything_is_trained(benchmark: Path, tmp_pa
         Measures(Study(tmp_path, SCALES["quick"](), None, {}, Machine())).require_data(["fig4"])
     assert not (tmp_path / "report").exists()
     (tmp_path / "report").write_text("mine")
-    done = robustfeat("paper", "table1", "--out", tmp_path / "report")
-    assert done.stderr == f"robustfeat: --out {tmp_path / 'report'}: is a file; name a folder\n"
+    for out in (tmp_path / "report", tmp_path / "report" / "more"):
+        done = robustfeat("paper", "table1", "--out", out)
+        assert done.stderr == f"robustfeat: --out {out}: {tmp_path / 'report'} is a file; name a folder\n"
 
 
 def test_a_run_of_another_recipe_is_not_taken(benchmark: Path, tmp_path: Path) -> None:

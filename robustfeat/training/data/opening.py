@@ -109,8 +109,10 @@ def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:
         found = class_folders(root)
         if len(found) >= 2:
             return open_folders(root), None
-        what = f"has images in one folder, {found[0]!r}, and one class is" if found else "has"
-        raise DataError(f"{root}: {what} nothing to learn from; expected {_EXPECTED} (docs/training.md)")
+        what = (
+            f"holds a single class folder with images, {found[0]!r}" if found else "holds no class folders with images"
+        )
+        raise DataError(f"{root}: {what}; expected {_EXPECTED} (docs/training.md)")
     return _open_files(files, root, str(root))
 
 

@@ -11,10 +11,11 @@ __all__ = ["Curve", "Panel", "draw"]
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure; `points` are (x, y)."""
+    """A line of a figure, or its `points` (x, y) alone where they are not `joined`."""
 
     label: str
     points: Sequence[tuple[float, float]]
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def draw(panels: Sequence[Panel], kind: str, name: str) -> bytes:
         for place, axes in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
             panel = panels[place]
             for curve in panel.curves:
-                style = "o-" if len(curve.points) < 40 else "-"
+                style = "o" if not curve.joined else "o-" if len(curve.points) < 40 else "-"
                 axes.plot(*zip(*curve.points, strict=True), style, ms=3, label=_plain(curve.label))
             axes.set(title=_plain(panel.title), xlabel=panel.x_label, ylabel=panel.y_label)
             if all(float(x).is_integer() for curve in panel.curves for x, _ in curve.points):

@@ -189,7 +189,7 @@ def open_subject(
         CheckpointError, ModelFolderError, HubError, EngineError, InputError: it cannot be used; see the message.
     """
     if Path(model).is_file() and Path(model).suffix in FEATURE_SUFFIXES:
-        raise InputError(f"{model}: is a file of features; expected the MODEL that makes them")
+        raise InputError(f"{model}: is a {Path(model).suffix} file; expected a model folder, ORG/NAME, or a run")
     if _kind(model) == "folder":
         _refuse_preprocessing(model, image_size, crop_pct)
         return FolderSubject(FeatureExtractor.from_pretrained(model, device=device))

@@ -80,8 +80,9 @@ def _figure2(measures: Measures) -> Exhibit:
         maxima.append((float(s[highest]), float(h[highest])))
         shown = slice(None, None, 20)
         curves.append(Curve(f"mu = {mu}", list(zip(s[shown].tolist(), h[shown].tolist(), strict=True))))
+    curves.append(Curve("maxima", maxima, joined=False))
     return Exhibit(
-        "fig2", "Figure 2: h(s) at lambda = 1", rows, [Panel("", "s", "h(s)", [*curves, Curve("maxima", maxima)])],
+        "fig2", "Figure 2: h(s) at lambda = 1", rows, [Panel("", "s", "h(s)", curves)],
         [
             "h(s) = mu sqrt(log(s) / 2) - lambda sqrt(s), where mu bounds the norm of q's gradient; Theorem 3's gain "
             "is its square, and the paper takes s = 1000.",

@@ -254,6 +254,7 @@ def test_the_command_prints_a_table_or_json(dataset: Path, tmp_path: Path, robus
     (result,) = json.loads(out.read_text())
     expected = evaluate_task(open_subject("builtin"), open_task("clothes", str(dataset)))
     assert result == expected
+    assert result["identity"] == FeatureExtractor.from_pretrained().identity
     assert (result["train"], result["test"], result["classes"]) == (30, 10, 10)
     assert list(result["few_shot"]) == ["1"]  # there are three images a class
 
@@ -406,10 +407,11 @@ def test_a_file_of_features_is_refused(tmp_path: Path) -> None:
         open_task("feats", str(tmp_path / "feats.npy"))
 
 
-def test_what_is_no_model_is_told_what_to_do(tmp_path: Path) -> None:
+def test_what_is_no_model_is_told_what_to_do(model: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "feats.npy", np.zeros((3, 512), np.float32))
-    with pytest.raises(InputError, match="is a file of features; expected the MODEL that makes them"):
-        open_subject(str(tmp_path / "feats.npy"))
+    for file in (tmp_path / "feats.npy", model / "model.safetensors"):
+        with pytest.raises(InputError, match=rf"is a {file.suffix} file; expected a model folder"):
+            open_subject(str(file))
     with pytest.raises(InputError, match="robustfeat import timm:resnet18 --out FOLDER"):
         open_subject("timm:resnet18")
 
