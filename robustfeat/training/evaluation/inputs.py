@@ -16,6 +16,7 @@ from robustfeat.training.data import Batch, load_batches
 __all__ = ["FEATURE_SUFFIXES", "REPAIR", "network_inputs"]
 
 FEATURE_SUFFIXES = {".npy", ".parquet", ".safetensors"}
+"""Of files that `robustfeat embed` writes, which are neither a model nor a task."""
 
 REPAIR = "repair or remove it: a score would be of other images"
 
