@@ -52,7 +52,7 @@ def draw(panels: Sequence[Panel], kind: str, name: str) -> bytes:
             if all(float(x).is_integer() for curve in panel.curves for x, _ in curve.points):
                 axes.locator_params("x", integer=True)
             axes.grid(alpha=0.3)
-            if labels[place : place + 1] != labels[place + 1 : place + 2]:  # otherwise the next panel's tells the same
+            if labels[place] not in labels[place + 1 :]:  # otherwise a later panel's legend tells the same
                 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, of which it would hide some
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)

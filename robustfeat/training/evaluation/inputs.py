@@ -13,10 +13,7 @@ from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.data import Batch, load_batches
 
-__all__ = ["FEATURE_SUFFIXES", "REPAIR", "network_inputs"]
-
-FEATURE_SUFFIXES = {".npy", ".parquet", ".safetensors"}
-"""Of files that `robustfeat embed` writes, which are neither a model nor a task."""
+__all__ = ["REPAIR", "network_inputs"]
 
 REPAIR = "repair or remove it: a score would be of other images"
 

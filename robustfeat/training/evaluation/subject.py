@@ -20,9 +20,9 @@ from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square, resize_and_crop
 from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
+from robustfeat.serving.formats import FORMATS
 from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint
 from robustfeat.training.device import measuring_device
-from robustfeat.training.evaluation.inputs import FEATURE_SUFFIXES
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
 
@@ -188,7 +188,7 @@ def open_subject(
     Raises:
         CheckpointError, ModelFolderError, HubError, EngineError, InputError: it cannot be used; see the message.
     """
-    if Path(model).is_file() and Path(model).suffix in FEATURE_SUFFIXES:
+    if Path(model).is_file() and Path(model).suffix in FORMATS:
         raise InputError(f"{model}: is a {Path(model).suffix} file; expected a model folder, ORG/NAME, or a run")
     if _kind(model) == "folder":
         _refuse_preprocessing(model, image_size, crop_pct)

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.progress import Progress
 from robustfeat.serving.feature_cache import FeatureCache
+from robustfeat.serving.formats import FORMATS
 from robustfeat.training.data import ImageSet, open_training_data
-from robustfeat.training.evaluation.inputs import FEATURE_SUFFIXES, REPAIR
+from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject
 
 __all__ = ["Task", "TaskFeatures", "embed_images", "embed_task", "open_task", "parse_task"]
@@ -99,7 +100,7 @@ def open_task(
     Raises:
         DataError: nothing is there, a split is empty, or there is nothing to tell apart.
     """
-    if Path(place).suffix in FEATURE_SUFFIXES and Path(place).is_file():
+    if Path(place).suffix in FORMATS and Path(place).is_file():
         raise DataError(
             f"--task {name}={place}: is a file, expected a folder of images with labels; features of another model "
             "cannot be compared, so they are computed here. Score features that you have with robustfeat svm"

@@ -21,6 +21,12 @@ def test_dollars_are_no_formulas() -> None:
     assert draw([Panel(unreadable, "epoch", "error", [Curve(unreadable, [(0.5, 1)])])], "png", "figure")
 
 
+def test_points_alone_are_not_joined() -> None:
+    for joined in (True, False):
+        panel = Panel("", "s", "h(s)", [Curve("maxima", [(1, 2), (3, 4)], joined=joined)])
+        assert ("stroke-width: 1.5" in draw([panel], "svg", "fig2").decode()) == joined  # is the width of lines
+
+
 def test_figures_of_one_page_share_no_names() -> None:
     panel = Panel("", "epoch", "error", [Curve("ERM", [(1, 2), (3, 4)])])
     named = [set(re.findall(r'id="(\w{10,})"', draw([panel], "svg", name).decode())) for name in ("fig3", "fig4")]
