@@ -49,8 +49,8 @@ from robustfeat.errors import RobustFeatError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square
-from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.extractor import FeatureExtractor, cosine
+from robustfeat.system import available_cpus
 
 SECTIONS = ("speed", "peers", "drift", "corrupt", "memory")
 ENGINES = [("onnxruntime", "fp32"), ("onnxruntime", "int8")]

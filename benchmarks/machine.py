@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from robustfeat.serving.cpus import available_cpus
+from robustfeat.system import available_cpus
 
 __all__ = ["hardware", "peak_memory"]
 

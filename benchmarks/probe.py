@@ -27,7 +27,7 @@ from robustfeat.hub.config import ModelConfig
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.heads.fitting import select_and_fit
 from robustfeat.training.data import ImageSet, open_training_data
-from robustfeat.training.export import Backbone, write_model_folder
+from robustfeat.training.export.export import Backbone, write_model_folder
 from robustfeat.training.network import build_network
 
 C_GRID = (1e-4, 1e-3, 1e-2)

@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional
 
 from machine import hardware
-from robustfeat.serving.cpus import available_cpus
+from robustfeat.system import available_cpus
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.data import (
     Batch,
@@ -38,10 +38,10 @@ from robustfeat.training.data import (
     load_batches,
     open_training_data,
 )
-from robustfeat.training.distributed import Ranks
+from robustfeat.training.loop.distributed import Ranks
+from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.objective import Objective, create_objective
 from robustfeat.training.recipe import Recipe
-from robustfeat.training.step import TrainingStep
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ERM": {"method": "erm"},

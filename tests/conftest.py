@@ -109,7 +109,7 @@ def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory, robust
 @pytest.fixture(scope="session")
 def model(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A freshly trained network, exported (fp32)."""
-    from robustfeat.training.export import export_run
+    from robustfeat.training.export.export import export_run
 
     out = tmp_path_factory.mktemp("models") / "trained"
     export_run(finished_run, out, int8=False)
@@ -120,7 +120,7 @@ def model(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model with its ONNX as one file, as it is pushed."""
     from robustfeat.hub.catalog import builtin_model
-    from robustfeat.training.compact import expand_folder
+    from robustfeat.training.export.compact import expand_folder
 
     out = tmp_path_factory.mktemp("one-file") / "model"
     expand_folder(builtin_model(), out)

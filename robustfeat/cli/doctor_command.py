@@ -23,7 +23,7 @@ def command(model: str, as_json: bool, extraction: Extraction) -> int:
     A model on the Hub is downloaded and verified whole. Each line is a check: ok, a note, or a problem, and how to mend
     it. The exit code is 3 where there is a problem.
     """
-    from robustfeat.serving.doctor import PROBLEM, Asked, examine
+    from robustfeat.doctor import PROBLEM, Asked, examine
 
     asked = Asked(
         model=model,

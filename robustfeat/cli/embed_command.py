@@ -64,10 +64,10 @@ def command(
     it). An image that cannot be read is a row of NaN, and the exit code is then 3. A run that was killed goes on when
     the same command is given again.
     """
-    from robustfeat.serving.embedding import embed_files
-    from robustfeat.serving.inputs import list_inputs
-    from robustfeat.serving.job import Places
-    from robustfeat.serving.sources import is_remote
+    from robustfeat.serving.bulk.embedding import embed_files
+    from robustfeat.serving.bulk.job import Places
+    from robustfeat.serving.inputs.listing import list_inputs
+    from robustfeat.serving.inputs.sources import is_remote
     from robustfeat.serving.speeds import fastest_way
 
     if not inputs and files_from is None:

@@ -75,7 +75,7 @@ def command(
     from robustfeat.errors import InputError
     from robustfeat.files import new_file
     from robustfeat.progress import Progress
-    from robustfeat.serving.cpus import available_cpus
+    from robustfeat.system import available_cpus
     from robustfeat.training.evaluation.finetuning import require_batch
     from robustfeat.training.evaluation.report import draw_finetuning, evaluate_task, evaluation_table
     from robustfeat.training.evaluation.subject import open_network, open_subject

@@ -61,8 +61,8 @@ class Extraction:
 
     def open(self, *, throughput: bool = True) -> FeatureExtractor:
         """The extractor: for the best throughput, or for the soonest answer to a single image."""
-        from robustfeat.serving.cpus import available_cpus
         from robustfeat.serving.extractor import FeatureExtractor
+        from robustfeat.system import available_cpus
 
         threads = self.threads or available_cpus()
         return FeatureExtractor.from_pretrained(

@@ -35,7 +35,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Makes the folder that `robustfeat export` makes, of any backbone that timm or torchvision knows."""
-    from robustfeat.training.backbones import import_backbone
+    from robustfeat.training.export.backbones import import_backbone
 
     report = import_backbone(
         source,

@@ -59,7 +59,7 @@ def command(
     import torch
 
     from robustfeat.errors import InputError
-    from robustfeat.serving.cpus import available_cpus
+    from robustfeat.system import available_cpus
     from robustfeat.training.evaluation.tasks import parse_task
     from robustfeat.training.paper.exhibits import EXHIBITS
     from robustfeat.training.paper.measures import Measures

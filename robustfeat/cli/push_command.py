@@ -49,7 +49,7 @@ def command(
     folder = resolve_model(model)
     with tempfile.TemporaryDirectory() as scratch:
         if folder.compact:
-            from robustfeat.training.compact import expand_folder
+            from robustfeat.training.export.compact import expand_folder
 
             folder = expand_folder(folder, Path(scratch, "model"))
         checks = list(verify_model(folder))

@@ -18,7 +18,7 @@ from robustfeat.cli.extraction import ABOVE_ZERO, Extraction, serving_options
 if TYPE_CHECKING:
     from robustfeat.serving.http.keys import KeyRing
     from robustfeat.serving.http.limits import Limits
-    from robustfeat.serving.http.log import Log
+    from robustfeat.serving.http.process.log import Log
     from robustfeat.serving.http.service import Service
 
 
@@ -118,8 +118,8 @@ def command(
     from robustfeat.errors import InputError
     from robustfeat.serving.http.keys import ENVIRONMENT, KeyRing
     from robustfeat.serving.http.limits import Limits
-    from robustfeat.serving.http.log import Log
-    from robustfeat.serving.http.supervisor import Supervisor
+    from robustfeat.serving.http.process.log import Log
+    from robustfeat.serving.http.process.supervisor import Supervisor
 
     model_places, head_places = _named("--model", models or ("robustfeat=builtin",)), _named("--head", heads)
     if len(model_places) > 1 and (extraction.revision or extraction.config_hash):
@@ -144,7 +144,7 @@ def command(
     with tempfile.TemporaryFile() as counts:
 
         def run(number: int, report: int) -> None:
-            from robustfeat.serving.http.worker import run_worker
+            from robustfeat.serving.http.process.worker import run_worker
 
             def open_service() -> Service:
                 place = (counts.fileno(), number, workers)
@@ -178,10 +178,10 @@ def _open(
     worker: tuple[int, int, int],
 ) -> Service:
     """What a worker serves; `worker` is where the counts lie, its number, and how many there are."""
-    from robustfeat.serving.cpus import available_cpus
     from robustfeat.serving.http.admission import Admission
-    from robustfeat.serving.http.metrics import Metrics
+    from robustfeat.serving.http.process.metrics import Metrics
     from robustfeat.serving.http.service import ServedModel, Service, match_heads
+    from robustfeat.system import available_cpus
 
     counts, number, workers = worker
     processors = max(1, available_cpus() // workers // len(model_places))

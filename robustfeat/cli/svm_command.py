@@ -269,9 +269,9 @@ def _open(
     Of images those alone that have `labels`; `check` may refuse their paths before the work of embedding them.
     """
     from robustfeat.serving.heads.features import embed_features, is_feature_file, open_features
-    from robustfeat.serving.heads.identity import ModelIdentity
     from robustfeat.serving.heads.labels import labelled_inputs
-    from robustfeat.serving.inputs import list_inputs
+    from robustfeat.serving.identity import ModelIdentity
+    from robustfeat.serving.inputs.listing import list_inputs
 
     if head is not None and head.model is None:
         _say(f"{head_place}: does not say whose features it takes, so that is not checked", quiet)

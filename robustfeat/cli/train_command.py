@@ -94,11 +94,11 @@ def command(
     `torchrun --nproc-per-node N -m robustfeat train ...`.
     """
     from robustfeat.errors import InputError
-    from robustfeat.training.checkpoint import load_checkpoint
     from robustfeat.training.concepts import load_reference
-    from robustfeat.training.distributed import Ranks
+    from robustfeat.training.loop.checkpoint import load_checkpoint
+    from robustfeat.training.loop.distributed import Ranks
+    from robustfeat.training.loop.trainer import train
     from robustfeat.training.recipe import Recipe, load_recipe
-    from robustfeat.training.trainer import train
 
     changes = {name: value for name, value in overrides.items() if value is not None}
     image_size = changes.pop("image_size", None)

@@ -50,7 +50,7 @@ def _checks(folder: ModelFolder) -> Iterator[Check]:
 
     yield from verify_model(folder)
     if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):
-        from robustfeat.training.golden import verify_with_torch
+        from robustfeat.training.export.golden import verify_with_torch
 
         yield verify_with_torch(folder)
     else:

@@ -7,9 +7,9 @@ __all__ = ["FeatureExtractor", "Head", "ImageFeatures"]
 if TYPE_CHECKING:
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.heads.head import Head
-    from robustfeat.serving.image_features import ImageFeatures
+    from robustfeat.serving.sklearn import ImageFeatures
 
-_HOMES = {"FeatureExtractor": "extractor", "Head": "heads.head", "ImageFeatures": "image_features"}
+_HOMES = {"FeatureExtractor": "extractor", "Head": "heads.head", "ImageFeatures": "sklearn"}
 
 
 def __getattr__(name: str) -> Any:

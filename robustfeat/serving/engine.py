@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError, ModelFolderError, first_line
-from robustfeat.serving.cpus import available_cpus
+from robustfeat.system import available_cpus
 
 __all__ = [
     "DEVICES",

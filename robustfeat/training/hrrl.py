@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustfeat.errors import DivergedError
-from robustfeat.training.distributed import sum_over_ranks
+from robustfeat.training.loop.distributed import sum_over_ranks
 
 __all__ = [
     "ConceptAdversary",

@@ -12,8 +12,8 @@ from robustfeat.errors import DataError, ModelFolderError, first_line
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import TRAINING, WEIGHTS
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.input_list import InputList
-from robustfeat.serving.inputs import list_inputs
+from robustfeat.serving.inputs.input_list import InputList
+from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.training.concepts import assign_concepts
 
 __all__ = ["estimate_reference"]

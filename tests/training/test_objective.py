@@ -9,11 +9,11 @@ from torch.nn import functional
 
 from robustfeat.errors import DataError, InputError
 from robustfeat.training.concepts import ConceptMap
-from robustfeat.training.distributed import Ranks
 from robustfeat.training.hrrl import input_gradient, step_along
+from robustfeat.training.loop.distributed import Ranks
+from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.objective import METHODS, Objective, StepBatch, create_objective
 from robustfeat.training.recipe import Recipe
-from robustfeat.training.step import TrainingStep
 
 CONCEPTS = ConceptMap(("bird", "dog"), np.array([0, 0, 1, 1]), np.array([100, 300, 50, 50]))
 SMALL = {"image_sizes": ((0, 32),), "validation_size": 32, "tau": 7.0}  # a length of 1 at 32 px

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from robustfeat.serving.heads.fitting import scaler
 from robustfeat.serving.heads.head import Head
-from robustfeat.serving.heads.identity import ModelIdentity
 from robustfeat.serving.heads.kinds import KINDS
+from robustfeat.serving.identity import ModelIdentity
 
 __all__ = ["from_sklearn", "to_sklearn"]
 
@@ -44,7 +44,7 @@ def from_sklearn(
     from sklearn.preprocessing import Normalizer, StandardScaler
     from sklearn.utils.validation import check_is_fitted
 
-    from robustfeat.serving.image_features import ImageFeatures
+    from robustfeat.serving.sklearn import ImageFeatures
 
     estimator = getattr(estimator, "best_estimator_", estimator)
     steps = [step for _, step in estimator.steps] if hasattr(estimator, "steps") else [estimator]

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import InputError
+from robustfeat.serving.bulk.formats import FORMATS, map_features
+from robustfeat.serving.bulk.job import Places
+from robustfeat.serving.bulk.storage import file_exists, open_input
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.formats import FORMATS, map_features
-from robustfeat.serving.heads.identity import ModelIdentity
-from robustfeat.serving.input_list import InputList
-from robustfeat.serving.job import Places
-from robustfeat.serving.sources import path_of_index, printable
-from robustfeat.serving.storage import file_exists, open_input
+from robustfeat.serving.identity import ModelIdentity
+from robustfeat.serving.inputs.input_list import InputList
+from robustfeat.serving.inputs.sources import path_of_index, printable
 
 __all__ = ["CHUNK_ROWS", "Features", "embed_features", "is_feature_file", "open_features"]
 
@@ -151,7 +151,7 @@ def _require_own_paths(places: Places, paths: Sequence[str]) -> None:
 
 def embed_features(extractor: FeatureExtractor, inputs: InputList, *, quiet: bool = False, **options: Any) -> Features:
     """Features of images, in a temporary file that goes with them. `options` are those of `embed_files`."""
-    from robustfeat.serving.embedding import embed_files
+    from robustfeat.serving.bulk.embedding import embed_files
 
     with tempfile.TemporaryDirectory(prefix="robustfeat-") as scratch:
         out = str(Path(scratch) / "images.npy")

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.progress import Progress
-from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.heads.calibration import calibrate
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.head import Head
@@ -24,6 +23,7 @@ from robustfeat.serving.heads.kinds import KINDS, SCALINGS, Array
 from robustfeat.serving.heads.labels import LabelledRows
 from robustfeat.serving.heads.large import LargeSet
 from robustfeat.serving.heads.report import Report
+from robustfeat.system import available_cpus
 
 __all__ = [
     "C_GRID",

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from robustfeat.errors import HeadError, InputError, first_line
 from robustfeat.files import new_folder
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
-from robustfeat.serving.heads.identity import ModelIdentity
 from robustfeat.serving.heads.kinds import KINDS, SCALINGS, Array, Arrays
+from robustfeat.serving.identity import ModelIdentity
 
 __all__ = ["Head"]
 

@@ -17,7 +17,7 @@ from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import Array
 from robustfeat.serving.heads.labels import SEPARATOR
-from robustfeat.serving.sources import printable
+from robustfeat.serving.inputs.sources import printable
 
 __all__ = ["Prediction", "Suggestions", "predict_rows", "to_csv", "to_jsonl"]
 

@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.keys import Key
 from robustfeat.serving.http.limits import Limits
+from robustfeat.serving.online.errors import ApiError
 
 __all__ = ["Admission"]
 

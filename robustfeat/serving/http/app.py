@@ -16,7 +16,13 @@ from starlette.concurrency import run_in_threadpool
 import robustfeat
 from robustfeat.hub.preprocessing import FORMATS
 from robustfeat.serving.http import kserve, openai
-from robustfeat.serving.http.answers import (
+from robustfeat.serving.http.bodies import images_of, read_body
+from robustfeat.serving.http.documents import ACCEPT, IMAGE_BODY, MODEL, describe, refusals
+from robustfeat.serving.http.gate import Gate
+from robustfeat.serving.http.process.metrics import CONTENT_TYPE
+from robustfeat.serving.http.routes import Routes
+from robustfeat.serving.http.service import ServedModel, Service
+from robustfeat.serving.online.answers import (
     BINARY_HEADERS,
     JSON,
     NPY,
@@ -28,14 +34,8 @@ from robustfeat.serving.http.answers import (
     require_one,
     vectors_reply,
 )
-from robustfeat.serving.http.batching import Answer
-from robustfeat.serving.http.bodies import images_of, read_body
-from robustfeat.serving.http.documents import ACCEPT, IMAGE_BODY, MODEL, describe, refusals
-from robustfeat.serving.http.gate import Gate
-from robustfeat.serving.http.metrics import CONTENT_TYPE
-from robustfeat.serving.http.routes import Routes
-from robustfeat.serving.http.schemas import Embeddings, Health, Info, Predictions
-from robustfeat.serving.http.service import ServedModel, Service
+from robustfeat.serving.online.batching import Answer
+from robustfeat.serving.online.schemas import Embeddings, Health, Info, Predictions
 
 __all__ = ["create_app"]
 

@@ -10,8 +10,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.limits import Limits
+from robustfeat.serving.online.errors import ApiError
 
 __all__ = ["Buffered", "images_of", "read_body", "too_large"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from robustfeat.serving.http.schemas import ErrorAnswer, InferError
+from robustfeat.serving.online.schemas import ErrorAnswer, InferError
 
 __all__ = ["ACCEPT", "IMAGE_BODY", "MODEL", "describe", "infer_refusals", "json_body", "refusals"]
 

@@ -18,10 +18,10 @@ from fastapi import FastAPI, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from robustfeat.serving.http.bodies import too_large
-from robustfeat.serving.http.errors import ApiError, error_answer, timed_out
 from robustfeat.serving.http.keys import ANYONE, Key
 from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import Service
+from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
 
 __all__ = ["Gate", "host_allowed"]
 

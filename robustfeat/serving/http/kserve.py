@@ -8,13 +8,14 @@ from fastapi import Path, Request
 from fastapi.responses import Response
 
 import robustfeat
-from robustfeat.serving.http.answers import JSON, RAW, json_bytes
 from robustfeat.serving.http.bodies import read_body
 from robustfeat.serving.http.documents import infer_refusals, json_body
-from robustfeat.serving.http.errors import ApiError
-from robustfeat.serving.http.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
 from robustfeat.serving.http.routes import Routes
-from robustfeat.serving.http.schemas import (
+from robustfeat.serving.http.service import ServedModel, Service
+from robustfeat.serving.online.answers import JSON, RAW, json_bytes
+from robustfeat.serving.online.errors import ApiError
+from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
+from robustfeat.serving.online.schemas import (
     Health,
     InferRequest,
     InferResponse,
@@ -22,7 +23,6 @@ from robustfeat.serving.http.schemas import (
     ModelReady,
     ServerMetadata,
 )
-from robustfeat.serving.http.service import ServedModel, Service
 
 __all__ = ["add_routes"]
 

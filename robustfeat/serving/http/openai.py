@@ -8,14 +8,14 @@ from typing import Any, NoReturn
 from fastapi import Request
 from fastapi.responses import Response
 
-from robustfeat.serving.http.answers import JSON, json_bytes
 from robustfeat.serving.http.bodies import read_body
-from robustfeat.serving.http.content import check_form, data_of_uri, parse_json
 from robustfeat.serving.http.documents import json_body, refusals
-from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.routes import Routes
-from robustfeat.serving.http.schemas import ModelList, OpenAIEmbeddings, OpenAIRequest
 from robustfeat.serving.http.service import Service
+from robustfeat.serving.online.answers import JSON, json_bytes
+from robustfeat.serving.online.content import check_form, data_of_uri, parse_json
+from robustfeat.serving.online.errors import ApiError
+from robustfeat.serving.online.schemas import ModelList, OpenAIEmbeddings, OpenAIRequest
 
 __all__ = ["add_routes"]
 

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.routing import compile_path
 
-from robustfeat.serving.http.errors import ApiError
+from robustfeat.serving.online.errors import ApiError
 
 __all__ = ["Handler", "Routes"]
 

@@ -13,16 +13,16 @@ import numpy as np
 
 from robustfeat.errors import InputError
 from robustfeat.serving.extractor import MIN_COSINE, FeatureExtractor, cosine
-from robustfeat.serving.heads.identity import ModelIdentity
 from robustfeat.serving.http.admission import Admission
-from robustfeat.serving.http.answers import NamedModel
-from robustfeat.serving.http.batching import Answer, Batcher, Vector
 from robustfeat.serving.http.bodies import Buffered
-from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.keys import Key, KeyRing
 from robustfeat.serving.http.limits import Limits
-from robustfeat.serving.http.log import Log
-from robustfeat.serving.http.metrics import Metrics, ModelMetrics
+from robustfeat.serving.http.process.log import Log
+from robustfeat.serving.http.process.metrics import Metrics, ModelMetrics
+from robustfeat.serving.identity import ModelIdentity
+from robustfeat.serving.online.answers import NamedModel
+from robustfeat.serving.online.batching import Answer, Batcher, Vector
+from robustfeat.serving.online.errors import ApiError
 
 if TYPE_CHECKING:  # with a head come the libraries of heads
     from robustfeat.serving.heads.head import Head

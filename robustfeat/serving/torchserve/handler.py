@@ -24,9 +24,8 @@ import orjson
 
 from robustfeat.errors import EngineError, RobustFeatError
 from robustfeat.hub.folder import ModelFolder
-from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.extractor import FeatureExtractor, cosine
-from robustfeat.serving.http.answers import (
+from robustfeat.serving.online.answers import (
     JSON,
     VECTOR_TYPES,
     NamedModel,
@@ -35,10 +34,11 @@ from robustfeat.serving.http.answers import (
     require_one,
     vectors_reply,
 )
-from robustfeat.serving.http.batching import Answer, Batcher, Vector
-from robustfeat.serving.http.errors import ApiError, error_answer, timed_out
-from robustfeat.serving.http.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
+from robustfeat.serving.online.batching import Answer, Batcher, Vector
+from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
+from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
 from robustfeat.serving.verify import MIN_COSINE
+from robustfeat.system import available_cpus
 
 __all__ = ["MODEL_FOLDER", "SETTINGS", "Handler", "Settings", "handle", "visible_gpu"]
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 
 from robustfeat.errors import EngineError, InputError
-from robustfeat.serving.processes import python_command
 from robustfeat.serving.torchserve.archive import KEYS, PROPERTIES, Addresses
 from robustfeat.serving.torchserve.java import find_java
+from robustfeat.system import python_command
 
 __all__ = ["TorchServe", "require_torchserve"]
 
@@ -111,7 +111,7 @@ class TorchServe:
     def _start(self, scratch: Path) -> subprocess.Popen[str]:
         # Through a process that becomes Java's, so that TorchServe ends even when this one is killed.
         code = (
-            "import os, signal; from robustfeat.serving.processes import die_with_parent; "
+            "import os, signal; from robustfeat.system import die_with_parent; "
             "die_with_parent(signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
         )
         command = [

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.files import new_file
 from robustfeat.progress import Progress
-from robustfeat.serving.memory import available_memory
+from robustfeat.system import available_memory
 from robustfeat.training.data.batches import Batch, EpochPlan, load_batches
 from robustfeat.training.data.image_set import ImageSet
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from robustfeat.errors import DataError
-from robustfeat.serving.inputs import IMAGE_SUFFIXES, list_folder
-from robustfeat.serving.sources import ImageSource
+from robustfeat.serving.inputs.listing import IMAGE_SUFFIXES, list_folder
+from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.training.data.image_set import ImageSet
 
 __all__ = ["ImageFiles", "class_folders", "open_folders"]

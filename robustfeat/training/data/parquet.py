@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
-from robustfeat.serving.sources import class_names
+from robustfeat.serving.inputs.sources import class_names
 from robustfeat.training.data.image_set import ImageSet, Source, sort_classes
 from robustfeat.training.data.row_groups import OpenedParquet, ParquetPart, RowGroups, open_part
 

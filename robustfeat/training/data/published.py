@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robustfeat.errors import DataError, first_line
-from robustfeat.serving.inputs import list_folder
+from robustfeat.serving.inputs.listing import list_folder
 from robustfeat.training.data.folders import ImageFiles, open_folders
 from robustfeat.training.data.image_set import ImageSet
 

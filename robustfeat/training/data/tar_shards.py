@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
-from robustfeat.serving.inputs import IMAGE_SUFFIXES
+from robustfeat.serving.inputs.listing import IMAGE_SUFFIXES
 from robustfeat.training.data.image_set import ImageSet, sort_classes
 
 __all__ = ["CLASSES_NAME", "TarSplit", "read_class_names", "read_shards"]

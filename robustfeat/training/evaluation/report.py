@@ -8,8 +8,8 @@ from typing import Any
 
 from robustfeat.files import new_file
 from robustfeat.hub.markdown import table
-from robustfeat.serving.cpus import available_cpus
-from robustfeat.serving.sources import printable
+from robustfeat.serving.inputs.sources import printable
+from robustfeat.system import available_cpus
 from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.figures import Curve, Panel, draw
 from robustfeat.training.evaluation.finetuning import finetune

@@ -18,11 +18,11 @@ from robustfeat.errors import CheckpointError, InputError, first_line
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square, resize_and_crop
+from robustfeat.serving.bulk.formats import FORMATS
 from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
-from robustfeat.serving.formats import FORMATS
-from robustfeat.training.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint
-from robustfeat.training.device import measuring_device
+from robustfeat.training.loop.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint
+from robustfeat.training.loop.device import measuring_device
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
 

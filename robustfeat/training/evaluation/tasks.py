@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.progress import Progress
+from robustfeat.serving.bulk.formats import FORMATS
 from robustfeat.serving.feature_cache import FeatureCache
-from robustfeat.serving.formats import FORMATS
 from robustfeat.training.data import ImageSet, open_training_data
 from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject

@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError, StoppedError
 from robustfeat.progress import Progress
-from robustfeat.serving.sources import printable
-from robustfeat.training.checkpoint import CHECKPOINT_NAME, changed_key, load_checkpoint
+from robustfeat.serving.inputs.sources import printable
 from robustfeat.training.concepts import assign_concepts, load_concepts
 from robustfeat.training.data import ImageSet, open_splits, open_training_data
-from robustfeat.training.device import measuring_device
 from robustfeat.training.evaluation.tasks import Task, draw_images, open_task
+from robustfeat.training.loop.checkpoint import CHECKPOINT_NAME, changed_key, load_checkpoint
+from robustfeat.training.loop.device import measuring_device
+from robustfeat.training.loop.trainer import TrainingResult, train
 from robustfeat.training.paper.locks import Locks
 from robustfeat.training.paper.scale import WITH_LAMBDA, WITH_TAU, Scale
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from robustfeat.training.recipe import Recipe
-from robustfeat.training.trainer import TrainingResult, train
 
 __all__ = ["Machine", "Study"]
 

@@ -28,7 +28,7 @@ from robustfeat.errors import HeadError, InputError
 from robustfeat.serving import Head
 from robustfeat.serving.heads.calibration import calibrate
 from robustfeat.serving.heads.features import open_features
-from robustfeat.serving.heads.identity import ModelIdentity
+from robustfeat.serving.identity import ModelIdentity
 
 Digits = tuple[NDArray[np.float32], NDArray[np.int64]]
 

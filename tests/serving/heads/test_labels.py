@@ -298,8 +298,8 @@ def test_features_that_do_not_vary_end_in_one_line_or_a_head(kind: str, tmp_path
 
 def test_every_format_of_embed_is_read(example_files: list[Path], tmp_path: Path) -> None:
     from robustfeat import FeatureExtractor
-    from robustfeat.serving.embedding import embed_files
-    from robustfeat.serving.inputs import list_inputs
+    from robustfeat.serving.bulk.embedding import embed_files
+    from robustfeat.serving.inputs.listing import list_inputs
 
     extractor = FeatureExtractor.from_pretrained(threads=1, streams=1)
     expected = extractor.embed(example_files[:5])

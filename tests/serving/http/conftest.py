@@ -162,7 +162,7 @@ def clothes(example_files: list[Path], tmp_path_factory: pytest.TempPathFactory)
     from robustfeat.serving.heads.features import embed_features
     from robustfeat.serving.heads.fitting import fit_head
     from robustfeat.serving.heads.labels import match_labels, read_labels
-    from robustfeat.serving.inputs import list_inputs
+    from robustfeat.serving.inputs.listing import list_inputs
 
     out = tmp_path_factory.mktemp("heads") / "clothes"
     with list_inputs([example_files[0].parents[1]]) as inputs:

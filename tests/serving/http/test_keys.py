@@ -10,10 +10,10 @@ import pytest
 
 from robustfeat.errors import InputError
 from robustfeat.serving.http.admission import Admission
-from robustfeat.serving.http.batching import FairQueue
-from robustfeat.serving.http.errors import ApiError
 from robustfeat.serving.http.keys import ANYONE, Key, KeyRing, parse_keys
 from robustfeat.serving.http.limits import Limits
+from robustfeat.serving.online.batching import FairQueue
+from robustfeat.serving.online.errors import ApiError
 from tests.serving.http.conftest import Server, serving, wait_until
 
 LIMITS = Limits(body_bytes=1000, pixels=1000, items=8, queue=16, timeout_s=1, decode_timeout_s=1, connections=10)

@@ -57,7 +57,7 @@ def test_it_needs_nothing_but_its_requirements(unpacked: Path) -> None:
     """The code in the archive, and not the installed one, runs; what it loads is in requirements.txt."""
     code = (
         "import sys; standard = set(sys.stdlib_module_names); import robustfeat_handler, robustfeat, onnxruntime;"
-        "from robustfeat.serving import decoder;"
+        "from robustfeat.serving.decoding import worker as decoder;"
         "print(robustfeat.__file__); print(*{name.partition('.')[0] for name in sys.modules} - standard)"
     )
     done = subprocess.run(

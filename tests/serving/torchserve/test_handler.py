@@ -19,8 +19,8 @@ from PIL import Image
 from robustfeat.errors import EngineError
 from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.folder import GOLDEN_FEATURES, ModelFolder, file_sha256
-from robustfeat.serving.cpus import available_cpus
 from robustfeat.serving.torchserve.handler import Handler, Settings, visible_gpu
+from robustfeat.system import available_cpus
 from tests.serving.http.conftest import children
 
 pytest.importorskip("ts", reason="TorchServe has no version for this Python")
@@ -158,7 +158,7 @@ def test_a_worker_takes_a_gpu_among_those_that_are_visible(number: int, visible:
 @pytest.fixture(autouse=True)
 def ends() -> Iterator[None]:
     """A handler lives as long as its process; here its decoders end with the test."""
-    from robustfeat.serving.http.batching import Batcher
+    from robustfeat.serving.online.batching import Batcher
 
     made: list[Batcher] = []
     original = Batcher.__enter__

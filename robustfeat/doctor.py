@@ -1,0 +1,432 @@
+"""Whether an installation can do what is asked of it, and what to do where it cannot.
+
+Every check is a function that tells its findings; none can stop the others. What may crash or hang, because libraries
+are broken, runs in processes of its own. Nothing is imported here that may be missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import robustfeat
+from robustfeat.errors import RobustFeatError, UnreachableError, first_line
+from robustfeat.system import CGROUP, available_cpus, cpu_quota, python_command, visible_cpus
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+__all__ = ["NOTE", "OK", "PROBLEM", "Asked", "Finding", "examine"]
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+
+_WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-training")
+_ENGINES = {"onnxruntime": "cpu", "openvino": "openvino"}
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_TRIAL_S = 120.0
+_LITTLE_SPACE = 2**30
+_STEP = re.compile(
+    "[;:] (?=(?:add|allow|ask|check|choose|copy|do|download|export|free|install|leave|log|move|name|pass|pip|remove"
+    "|rename|repair|run|set|train|try|uninstall|unset|upgrade|use) )"
+)
+_UNPINNED: dict[str, Any] = {"revision": None, "config_hash": None}
+
+_TRIAL = """
+import json, sys, time
+from robustfeat.serving.extractor import FeatureExtractor
+fx = FeatureExtractor.from_pretrained(**json.loads(sys.argv[1]))
+fx.golden_cosine()
+began = time.perf_counter()
+worst = fx.golden_cosine()
+print(json.dumps({
+    "engine": fx.engine.name, "version": fx.engine.version.partition("-")[0], "device": fx.engine.device,
+    "threads": fx.engine.threads, "model": fx.config.name, "cosine": worst, "ms": 1000 * (time.perf_counter() - began),
+}))
+"""
+_TORCH_TRIAL = """
+import torch, torchvision
+cuda = f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no CUDA"
+print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {cuda}")
+"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the installation is to do; as `FeatureExtractor.from_pretrained` takes it, with the model's name."""
+
+    model: str = "builtin"
+    revision: str | None = None
+    config_hash: str | None = None
+    precision: str = "fp32"
+    engine: str = "auto"
+    device: str = "auto"
+    decoding: str = "exact"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        check: which.
+        status: of `OK`, `NOTE` (worth knowing) and `PROBLEM` (what was asked will fail, or go wrong).
+        found: what there is.
+        fix: what to do; None where nothing need be done.
+    """
+
+    check: str
+    status: str
+    found: str
+    fix: str | None = None
+
+
+def examine(
+    asked: Asked | None = None, *, only: Container[str] | None = None, cgroup: Path = CGROUP
+) -> Iterator[Finding]:
+    """Findings, each as soon as it is made; the checks that take seconds come last.
+
+    Args:
+        asked: what the installation is to do; by default what `robustfeat embed` does.
+        only: checks to make; all by default.
+        cgroup: where its limits are told.
+    """
+    asked, broken = asked or Asked(), False
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("python", _python),
+        ("packages", _packages),
+        ("runtime", _runtime),
+        ("threads", lambda: _threads(asked, cgroup)),
+        ("gpu", lambda: _gpu(asked)),
+        ("torchserve", _torchserve),
+        ("hub", _hub),
+        ("cache", lambda: _cache(asked)),
+        ("model", lambda: _model(asked)),
+        # Where the model is broken, the engines may still be well.
+        ("engine", lambda: _engines(replace(asked, model="builtin", **_UNPINNED) if broken else asked)),
+        ("torch", lambda: _torch(torch)),
+    ]
+    chosen = [name for name, _ in checks if only is None or name in only]
+    # Importing torch takes as long as all else.
+    torch = _Program(_TORCH_TRIAL) if "torch" in chosen and importlib.util.find_spec("torch") else None
+    for name, check in checks:
+        if name not in chosen:
+            continue
+        try:
+            yield from check()
+        except RobustFeatError as exc:
+            broken |= name == "model"
+            yield _explained(name, PROBLEM, str(exc))
+        except Exception as exc:  # of a broken library
+            reason = f"{type(exc).__name__}: {first_line(exc)}"
+            yield Finding(name, PROBLEM, reason, "pip install --force-reinstall what it names")
+
+
+def _explained(check: str, status: str, message: str) -> Finding:
+    """Our messages end with the next step, after a semicolon or a colon: it begins with a verb."""
+    found, *step = _STEP.split(message, maxsplit=1)
+    return Finding(check, status, found, step[0] if step else None)
+
+
+def _python() -> Iterator[Finding]:
+    version, wanted = platform.python_version(), "3.11 to 3.14"
+    place = "a virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
+    found = f"{version} on {platform.system()} {platform.machine()}, {place}, robustfeat {robustfeat.__version__}"
+    good = (3, 11) <= sys.version_info < (3, 15)
+    yield Finding("python", OK, found) if good else Finding("python", PROBLEM, found, f"use Python {wanted}")
+
+
+def _packages() -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    try:
+        lines = importlib.metadata.requires("robustfeat") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("packages", NOTE, "robustfeat runs without being installed", "pip install '.[cpu]' in its folder")
+        return
+    needed = [Requirement(line) for line in lines]
+    core = [entry for entry in needed if not _extras(entry)]
+    lacking = [entry for entry in core if _applies(entry) and not _satisfied(entry)]
+    for entry in lacking:
+        yield Finding("packages", PROBLEM, _compared(entry), f"pip install '{_plain(entry)}'")
+    optional: dict[str, list[Requirement]] = {}
+    for entry in needed:
+        for extra in _extras(entry) - {"dev"}:
+            optional.setdefault(extra, []).append(entry)
+    for extra, entries in list(optional.items()):
+        if not all(_applies(entry, extra) for entry in entries):  # as on a Python that they do not support
+            del optional[extra]
+    old = {
+        _compared(entry): entry
+        for entries in optional.values()
+        for entry in entries
+        if _version(entry.name) is not None and not _satisfied(entry)
+    }
+    for found, entry in old.items():
+        yield Finding("packages", NOTE, found, f"pip install '{_plain(entry)}'")
+    here = sorted(extra for extra, entries in optional.items() if all(map(_satisfied, entries)))
+    if not lacking:
+        yield Finding("packages", OK, f"all that is needed; extras here: {', '.join(here) or 'none'}")
+
+
+def _extras(entry: Requirement) -> set[str]:
+    """The extras that a requirement belongs to."""
+    words = str(entry.marker or "").replace('"', " ").replace("'", " ").replace(")", " ").split()
+    return {words[at + 2] for at, word in enumerate(words) if word == "extra"}
+
+
+def _applies(entry: Requirement, extra: str = "") -> bool:
+    return entry.marker is None or entry.marker.evaluate({"extra": extra})
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _satisfied(entry: Requirement) -> bool:
+    version = _version(entry.name)
+    return version is not None and entry.specifier.contains(version, prereleases=True)
+
+
+def _plain(entry: Requirement) -> str:
+    return f"{entry.name}{entry.specifier}"
+
+
+def _compared(entry: Requirement) -> str:
+    version = _version(entry.name)
+    return f"{_plain(entry)} is needed; {'it is missing' if version is None else f'{version} is installed'}"
+
+
+def _runtime() -> Iterator[Finding]:
+    wheels = [name for name in _WHEELS if _version(name) is not None]
+    found = " and ".join(f"{name} {_version(name)}" for name in wheels)
+    if len(wheels) > 1:
+        extra = "gpu" if "onnxruntime-gpu" in wheels else "cpu"
+        fix = f"pip uninstall -y {' '.join(wheels)}, then pip install 'robustfeat[{extra}]'"
+        yield Finding("runtime", PROBLEM, f"{found} overwrite each other's files", fix)
+    elif wheels:
+        yield Finding("runtime", OK, f"{found}, and no other ONNX Runtime beside it")
+    elif (version := _version("openvino")) is not None:
+        yield Finding("runtime", NOTE, f"openvino {version}, and no ONNX Runtime")
+    else:
+        fix = "pip install 'robustfeat[cpu]', or 'robustfeat[gpu]' on a machine with an NVIDIA GPU"
+        yield Finding("runtime", PROBLEM, "no inference engine is installed", fix)
+
+
+def _threads(asked: Asked, cgroup: Path) -> Iterator[Finding]:
+    granted, visible, quota = available_cpus(cgroup), visible_cpus(), cpu_quota(cgroup)
+    limit = "no cgroup quota" if quota is None else f"a cgroup quota of {quota:g}"
+    chosen = asked.threads or granted
+    found = f"{visible} processors, {limit}: {chosen} {'thread' if chosen == 1 else 'threads'} for the model"
+    if asked.threads and asked.threads > granted:
+        fix = f"--threads {granted} or less, or leave it out"
+        yield Finding("threads", PROBLEM, f"{found}, which is more than the {granted} granted", fix)
+    else:
+        yield Finding("threads", OK, found)
+    given = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
+    for name, text in given.items():
+        if text.isdecimal() and int(text) > granted:
+            fix = f"export {name}={granted}"
+            yield Finding("threads", PROBLEM, f"{name} is {text}, and {granted} processors are granted", fix)
+    if visible > granted and not given:
+        fix = " ".join(["export", *(f"{name}={granted}" for name in _THREAD_VARIABLES)])
+        found = f"programs that count processors start {visible} threads, and the quota grants {quota:g} processors"
+        yield Finding("threads", NOTE, found, fix)
+
+
+def _gpus() -> list[str]:
+    """Name, driver and memory of each NVIDIA GPU that answers."""
+    if program := shutil.which("nvidia-smi"):
+        query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+            return done.stdout.strip().splitlines() if done.returncode == 0 else []
+    return []
+
+
+def _gpu(asked: Asked) -> Iterator[Finding]:
+    gpus = _gpus()
+    if not gpus:
+        if asked.device == "cuda":  # whether it runs all the same is told by the engine
+            fix = "install the NVIDIA driver (in a container: start it with its GPUs), or leave out --device cuda"
+            yield Finding("gpu", NOTE, "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)", fix)
+        else:
+            yield Finding("gpu", OK, "none by NVIDIA; all runs on the processor")
+        return
+    found = "; ".join(gpus)
+    if _version("onnxruntime-gpu") is None:
+        fix = "pip uninstall -y onnxruntime, then pip install 'robustfeat[gpu]'"
+        yield Finding("gpu", NOTE, f"{found}; onnxruntime-gpu, which would use it, is not installed", fix)
+    else:
+        yield Finding("gpu", OK, found)
+
+
+def _model(asked: Asked) -> Iterator[Finding]:
+    from robustfeat.hub.catalog import resolve_model
+
+    folder = resolve_model(asked.model, revision=asked.revision, config_hash=asked.config_hash)
+    folder.verify()
+    megabytes = folder.size_bytes() / 1e6
+    count = len(folder.config.files)
+    yield Finding("model", OK, f"{folder.config.name}: {count} files of {megabytes:.0f} MB, every hash as it must be")
+
+
+def _engines(asked: Asked) -> Iterator[Finding]:
+    """What is asked for, then the other engine; each makes a session and asks it. `robustfeat verify` runs all ways."""
+    own = asdict(asked)
+    own["name"] = own.pop("model")
+    first, way, device = _try_engine(own, PROBLEM)
+    yield first
+    if device == "cpu" and asked.device == "auto" and _gpus():
+        fix = "--device cuda tells why; docs/embedding.md says what it needs"
+        yield Finding("engine", NOTE, "it runs on the processor, and there is a GPU", fix)
+    for engine, extra in _ENGINES.items():
+        if engine in {way, asked.engine}:
+            continue
+        if importlib.util.find_spec(engine):
+            yield _try_engine({**own, "engine": engine, "precision": "fp32", "device": "cpu"}, NOTE)[0]
+        else:
+            yield Finding("engine", NOTE, f"{engine} is not installed", f"pip install 'robustfeat[{extra}]' to use it")
+
+
+def _try_engine(arguments: dict[str, object], status: str) -> tuple[Finding, str | None, str | None]:
+    """The finding, with `status` if it does not run, and which engine ran where."""
+    label = f"{arguments['engine']} {arguments['precision']}"
+    said, error = _Program(_TRIAL, json.dumps(arguments)).answer()
+    if error is not None:
+        told = _explained("engine", status, f"{label}: {error}")
+        fix = told.fix or "pip install --force-reinstall the engine's package"
+        return replace(told, fix=fix), None, None
+    ran = json.loads(said)
+    found = (
+        f"{ran['engine']} {ran['version']} {arguments['precision']} on {ran['device']}, {ran['threads']} threads: "
+        f"golden images of {ran['model']} in {ran['ms']:.0f} ms, cosine {ran['cosine']:.5f}"
+    )
+    from robustfeat.serving.verify import MIN_COSINE
+
+    if ran["cosine"] >= MIN_COSINE[str(arguments["precision"])]:
+        return Finding("engine", OK, found), ran["engine"], ran["device"]
+    fix = "use another precision or engine; this one is wrong here"
+    return Finding("engine", PROBLEM, found, fix), ran["engine"], ran["device"]
+
+
+class _Program:
+    """A program of Python in a process of its own, which it may crash or block."""
+
+    def __init__(self, code: str, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            python_command(code, *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        )
+
+    def answer(self) -> tuple[str, str | None]:
+        """The last line that it prints, and why it failed."""
+        try:
+            said, errors = self._process.communicate(timeout=_TRIAL_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            return "", f"did not answer within {_TRIAL_S:g} s"
+        code = self._process.returncode
+        if code < 0:
+            return "", f"crashed (signal {-code})"
+        if code:
+            last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+            return "", last.removeprefix("robustfeat.errors.").partition(": ")[2] or last
+        return said.strip().splitlines()[-1], None
+
+
+def _torch(trial: _Program | None) -> Iterator[Finding]:
+    if trial is None:
+        fix = "pip install 'robustfeat[train]' for robustfeat train, evaluate, paper, export and import"
+        yield Finding("torch", OK, "not installed, and not needed to embed or serve", fix)
+        return
+    said, error = trial.answer()
+    if error is None:
+        yield Finding("torch", OK, said)
+    elif importlib.util.find_spec("torchvision") is None:
+        yield Finding("torch", NOTE, "torch without torchvision", "pip install 'robustfeat[train]' to train models")
+    else:
+        fix = "install torch and torchvision from one index: pip install --force-reinstall torch torchvision"
+        yield Finding("torch", PROBLEM, f"cannot be imported ({error})", fix)
+
+
+def _torchserve() -> Iterator[Finding]:
+    from robustfeat.serving.torchserve.java import INSTALL, find_java
+
+    wanted = _version("torchserve") is not None
+    for name in ("torch", "yaml"):  # which it needs and does not name; without the latter it hangs
+        if wanted and importlib.util.find_spec(name) is None:
+            fix = "pip install 'robustfeat[torchserve]'"
+            yield Finding("torchserve", PROBLEM, f"TorchServe is installed without {name}, which it needs", fix)
+    try:
+        java = find_java()
+    except RobustFeatError as exc:
+        found = str(exc).removesuffix(f": {INSTALL}").removesuffix(f"; {INSTALL}")
+        yield Finding("torchserve", PROBLEM if wanted else NOTE, found, INSTALL)
+        return
+    served = f"TorchServe {_version('torchserve')}" if wanted else "TorchServe is not installed"
+    yield Finding("torchserve", OK, f"Java {java.version} at {java.path}; {served}")
+
+
+def _hub() -> Iterator[Finding]:
+    from robustfeat.hub.remote import HubAccess
+
+    access = HubAccess()
+    if access.offline:
+        yield Finding("hub", NOTE, "HF_HUB_OFFLINE forbids asking it; the cache answers", "unset HF_HUB_OFFLINE")
+        return
+    try:
+        with access.explaining("the Hub"):
+            access.reach()
+    except UnreachableError as exc:
+        yield _explained("hub", NOTE, str(exc))
+        return
+    yield Finding("hub", OK, f"{access.address} answers")
+
+
+def _cache(asked: Asked) -> Iterator[Finding]:
+    from huggingface_hub import constants
+
+    from robustfeat.hub.catalog import cached_models
+    from robustfeat.hub.remote import is_hub_name
+
+    place = Path(constants.HF_HUB_CACHE)
+    models = list(cached_models())
+    size = sum(model.size_bytes or 0 for model in models) / 1e6
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    found = f"{place}: {len(models)} of robustfeat's models, {size:.0f} MB; {free / 1e9:.1f} GB free"
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as exc:
+        fix = "set HF_HOME to a folder of yours, and unset HF_HUB_CACHE"
+        status = PROBLEM if is_hub_name(asked.model) else NOTE
+        yield Finding("cache", status, f"{place}: cannot be written ({exc.strerror})", fix)
+        return
+    if free < _LITTLE_SPACE:
+        yield Finding("cache", NOTE, found, "free space, or set HF_HOME to a larger disk")
+    else:
+        yield Finding("cache", OK, found)

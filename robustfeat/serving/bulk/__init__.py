@@ -1,0 +1,1 @@
+"""Bulk embedding: inputs to a file of features."""

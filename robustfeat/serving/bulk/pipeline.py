@@ -1,0 +1,183 @@
+"""Rows of an input list to features, in order: decoders and the model at work side by side.
+
+There are as many decoder processes as processors, and as many batches in the model at once, each on one thread.
+Neither side is given processors of its own: a bounded number of batches lies between them, so whichever is ahead
+waits and leaves the processors to the other. That keeps them all busy at every ratio of decoding to inference.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.serving.decoding.pool import DEADLINE_S, DecoderPool
+from robustfeat.serving.decoding.worker import Decoded, Task
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.inputs.input_list import InputList
+from robustfeat.serving.inputs.sources import ImageSource, ParquetImages
+from robustfeat.system import available_cpus
+
+__all__ = ["EmbeddedBatch", "Pipeline"]
+
+_BATCHES_AHEAD = 4
+_RESULTS_AHEAD = 256
+_PARQUET_MARK = b',"parquet",'
+
+
+@dataclass(frozen=True)
+class EmbeddedBatch:
+    """Features of neighbouring rows.
+
+    Attributes:
+        first: number of the first row.
+        features: (n, D) float32; NaN where a row failed.
+        index: the rows' lines of the index file.
+        failed: offsets of the rows that failed.
+    """
+
+    first: int
+    features: NDArray[np.float32]
+    index: bytes
+    failed: tuple[int, ...]
+
+
+@dataclass
+class _Batch:
+    first: int
+    count: int
+    slot: int
+    result: Future[EmbeddedBatch] = field(default_factory=Future)
+    parts: list[Future[Decoded]] = field(default_factory=list)
+
+
+class Pipeline:
+    """Decoders and a model, ready to embed; use it in a `with` block.
+
+    Args:
+        extractor: made with as many `streams` as threads, or it will not use all processors.
+        batch_size: rows in a batch; the extractor's by default.
+        workers: decoder processes; by default what the cgroup grants.
+        deadline_s: see `decoders.DEADLINE_S`.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        *,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self._extractor = extractor
+        self._batch_size = batch_size or extractor.batch_size
+        self._workers = workers or available_cpus()
+        streams = extractor.engine.streams
+        # One batch for each decoder and each stream, and some between them.
+        self._slots = deque(range(self._workers + streams + _BATCHES_AHEAD))
+        self._decoders = DecoderPool(
+            extractor.config.preprocessing,
+            scaled=extractor.decoding == "scaled",
+            workers=self._workers,
+            places=len(self._slots) * self._batch_size,
+            deadline_s=deadline_s,
+        )
+        self._model = ThreadPoolExecutor(streams, "model")
+        self._changed = threading.Condition()
+        self._parquet: ParquetImages | None = None
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._decoders.__exit__(None, None, None)
+        self._model.shutdown(wait=True, cancel_futures=True)
+
+    def embed(self, inputs: InputList, start: int, stop: int, *, first_row: int = 0) -> Iterator[EmbeddedBatch]:
+        """Batches of the inputs `start` to `stop`, in order, cut at `start + k * batch_size`.
+
+        Args:
+            first_row: number that input 0 has in the index file.
+
+        Raises:
+            InputError: an archive or remote storage cannot be read.
+            EngineError: no decoder process can be started.
+        """
+        lines = inputs.lines(start, stop)
+        # Small jobs are spread over all decoders; in large ones a whole batch goes to one.
+        part = min(self._batch_size, max(1, (stop - start) // (4 * self._workers)))
+        waiting: deque[_Batch] = deque()
+        position = start
+
+        def may_submit() -> bool:
+            return position < stop and len(waiting) < _RESULTS_AHEAD and bool(self._slots)
+
+        while waiting or position < stop:
+            while may_submit():
+                count = min(self._batch_size, stop - position)
+                batch = _Batch(position + first_row, count, self._slots.popleft())
+                self._submit(batch, list(itertools.islice(lines, count)), part)
+                waiting.append(batch)
+                position += count
+            with self._changed:
+                self._changed.wait_for(lambda: waiting[0].result.done() or may_submit())
+            if waiting[0].result.done():
+                yield waiting.popleft().result.result()
+
+    def _submit(self, batch: _Batch, lines: Sequence[bytes], part: int) -> None:
+        place = batch.slot * self._batch_size
+        for offset in range(0, batch.count, part):
+            some = lines[offset : offset + part]
+            task = Task(batch.first + offset, place + offset, some, self._read_parquet(some), {})
+            batch.parts.append(self._decoders.submit(task))
+        left = itertools.count(len(batch.parts) - 1, -1)
+        for future in batch.parts:
+            future.add_done_callback(lambda _: self._infer(batch, next(left)))
+
+    def _infer(self, batch: _Batch, parts_left: int) -> None:
+        if parts_left:
+            return
+        try:
+            self._model.submit(self._run, batch)
+        except RuntimeError as exc:  # it is being closed
+            batch.result.set_exception(exc)
+            with self._changed:
+                self._changed.notify_all()
+
+    def _run(self, batch: _Batch) -> None:
+        try:
+            decoded = [future.result() for future in batch.parts]
+            batch.parts.clear()  # they refer to the batch: left to the garbage collector, results would pile up
+            sizes = itertools.accumulate((answer.index.count(b"\n") for answer in decoded), initial=0)
+            failed = [size + offset for size, answer in zip(sizes, decoded, strict=False) for offset in answer.failed]
+            place = batch.slot * self._batch_size
+            squares = self._decoders.squares[place : place + batch.count]
+            features = self._extractor.embed_prepared(squares, failed)
+            index = b"".join(answer.index for answer in decoded)
+            batch.result.set_result(EmbeddedBatch(batch.first, features, index, tuple(failed)))
+        except BaseException as exc:
+            batch.result.set_exception(exc)
+        finally:
+            with self._changed:
+                self._slots.append(batch.slot)
+                self._changed.notify_all()
+
+    def _read_parquet(self, lines: Sequence[bytes]) -> list[bytes | None] | None:
+        """Rows of Parquet files are read here, once and in order; decoders would each read whole row groups."""
+        if not any(_PARQUET_MARK in line for line in lines):
+            return None
+        data: list[bytes | None] = []
+        for source in map(ImageSource.from_line, lines):
+            if source.kind != "parquet":
+                data.append(None)
+                continue
+            if self._parquet is None or (self._parquet.file, self._parquet.column) != (source.file, source.detail):
+                self._parquet = ParquetImages(source.file, source.detail)
+            data.append(self._parquet.read(source.at))
+        return data

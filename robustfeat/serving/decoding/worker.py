@@ -1,0 +1,222 @@
+"""The program of a decoder process: image files in, squares in shared memory out.
+
+`robustfeat.serving.decoding.pool` starts it and speaks with it. An image that crashes or hangs it costs only that
+image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import mmap
+import os
+import resource
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from robustfeat.errors import DecodeError, InputError
+from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, prepare_square
+from robustfeat.serving.inputs.sources import ImageSource, is_remote
+from robustfeat.system import die_with_parent
+
+__all__ = ["MAILBOX_BYTES", "MEMORY_BYTES", "Decoded", "Images", "SharedSquares", "Task", "serve"]
+
+MEMORY_BYTES = 4 * 2**30
+"""What decoding one image may take; one that needs more is a failed row."""
+
+MAILBOX_BYTES = 2**20
+
+_REMOTE_READS = 16
+_HEARTBEAT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """Neighbouring rows to decode.
+
+    Attributes:
+        first: number of the first row.
+        place: where in the shared memory its square goes; the others follow.
+        lines: `ImageSource.to_line` of each.
+        data: the encoded images of rows of Parquet files, which the parent reads; None without such rows.
+        lost: rows of this task that brought down a decoder before, with the reason.
+    """
+
+    first: int
+    place: int
+    lines: Sequence[bytes]
+    data: Sequence[bytes | None] | None
+    lost: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Encoded images to decode, which somebody waits for.
+
+    Attributes:
+        data: their bytes; None where they lie in the decoder's mailbox, one after the other.
+        sizes: how many bytes each has.
+        places: where in the shared memory the square of each goes.
+        max_pixels: larger ones are refused.
+    """
+
+    data: Sequence[bytes] | None
+    sizes: Sequence[int]
+    places: Sequence[int]
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The answer to a task.
+
+    Attributes:
+        index: the rows' lines of the index file.
+        failed: offsets of the rows without a square.
+        stopped: why the whole run cannot go on; None if it can.
+    """
+
+    index: bytes
+    failed: tuple[int, ...]
+    stopped: str | None = None
+
+
+class SharedSquares:
+    """Memory that decoders and their parent share.
+
+    Attributes:
+        progress: (decoders, 2) int64: the offset in its task that each is at, and a count that moves while it lives.
+        squares: (places, S, S, 3) uint8.
+        mailboxes: (decoders, MAILBOX_BYTES) uint8, for `Images`. A pipe that is full would make its writer wait.
+    """
+
+    def __init__(self, descriptor: int, decoders: int, places: int, side: int) -> None:
+        head, body = decoders * 2 * 8, places * side * side * 3
+        self.size = head + body + decoders * MAILBOX_BYTES
+        os.truncate(descriptor, self.size)  # takes no memory until it is used
+        memory = mmap.mmap(descriptor, self.size)
+        self.progress = np.frombuffer(memory, np.int64, decoders * 2).reshape(decoders, 2)
+        self.squares = np.frombuffer(memory, np.uint8, body, offset=head).reshape(places, side, side, 3)
+        self.mailboxes = np.frombuffer(memory, np.uint8, offset=head + body).reshape(decoders, MAILBOX_BYTES)
+
+
+def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contract: str, scaled: bool) -> None:
+    """Answers tasks until the parent hangs up."""
+    # Ctrl+C, or a signal to the whole process group: the parent decides, and this process ends with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)  # it would go on with the image that it is at
+    # Of large images and odd metadata; what matters of it becomes the row's error.
+    warnings.filterwarnings("ignore", module="PIL")
+    preprocessing = Preprocessing.from_dict(json.loads(contract))
+    shared = SharedSquares(memory, decoders, places, preprocessing.image_size)
+    limit = MEMORY_BYTES + shared.size
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(OSError, ValueError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+    connection = Connection(pipe)
+    decoder = _Decoder(shared, number, preprocessing, scaled)
+    try:
+        quiet = False
+        connection.send("ready")
+        while True:
+            task = connection.recv()
+            if isinstance(task, Images) and not quiet:
+                # What libraries print of damaged files would be lines of the server's log.
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), 2)
+                quiet = True
+            connection.send(decoder.run(task) if isinstance(task, Task) else decoder.decode(task))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+class _Decoder:
+    def __init__(self, shared: SharedSquares, number: int, contract: Preprocessing, scaled: bool) -> None:
+        self._squares, self._progress = shared.squares, shared.progress[number]
+        self._mailbox = shared.mailboxes[number].data
+        self._contract, self._scaled = contract, scaled
+        self._readers: ThreadPoolExecutor | None = None
+
+    def run(self, task: Task) -> Decoded:
+        index: list[str] = []
+        failed: list[int] = []
+        sources = [ImageSource.from_line(line) for line in task.lines]
+        try:
+            for offset, (source, data) in enumerate(zip(sources, self._read(sources, task), strict=True)):
+                digest: str | None = None
+                error: str | None = None
+                if isinstance(data, bytes):
+                    digest, error = hashlib.sha256(data).hexdigest(), self._decode(data, task.place + offset)
+                else:
+                    error = data
+                if error is not None:
+                    failed.append(offset)
+                record: dict[str, Any] = {"row": task.first + offset, **source.index_fields()}
+                index.append(json.dumps({**record, "sha256": digest, "error": error}, ensure_ascii=False) + "\n")
+        except InputError as exc:
+            return Decoded(b"", (), str(exc))
+        return Decoded("".join(index).encode(), tuple(failed))
+
+    def decode(self, images: Images) -> tuple[str | None, ...]:
+        """The error of each image; None where there is a square."""
+        errors: list[str | None] = []
+        ends = itertools.accumulate(images.sizes)
+        for offset, (size, end, place) in enumerate(zip(images.sizes, ends, images.places, strict=True)):
+            self._progress[:] = offset, self._progress[1] + 1
+            data = bytes(self._mailbox[end - size : end]) if images.data is None else images.data[offset]
+            errors.append(self._decode(data, place, images.max_pixels))
+        return tuple(errors)
+
+    def _decode(self, data: bytes, place: int, max_pixels: int = MAX_PIXELS) -> str | None:
+        """Fills a square; the error, if there is one."""
+        try:
+            self._squares[place] = prepare_square(data, self._contract, scaled=self._scaled, max_pixels=max_pixels)
+        except DecodeError as exc:
+            error = str(exc)
+        except MemoryError:
+            error = "out of memory while resizing"
+        else:
+            return None
+        self._squares[place] = 0  # so that the batch, and with it its neighbours' last bits, are always the same
+        return error
+
+    def _read(self, sources: Sequence[ImageSource], task: Task) -> Iterator[bytes | str]:
+        """The bytes of each image, or the reason why there are none; sets the progress as it goes."""
+        coming: dict[int, Future[bytes]] = {}
+        if any(is_remote(source.file) and source.kind != "parquet" for source in sources):
+            # Storage far away answers slowly, but many at a time.
+            self._readers = self._readers or ThreadPoolExecutor(_REMOTE_READS)
+            reading = {offset: source for offset, source in enumerate(sources) if source.kind != "parquet"}
+            coming = {offset: self._readers.submit(source.read) for offset, source in reading.items()}
+        for offset, source in enumerate(sources):
+            self._progress[:] = offset, self._progress[1] + 1
+            if offset in task.lost:
+                self._squares[task.place + offset] = 0
+                yield task.lost[offset]
+                continue
+            try:
+                if offset in coming:
+                    while not wait([coming[offset]], _HEARTBEAT_S).done:
+                        self._progress[1] += 1  # waiting is not hanging
+                    yield coming[offset].result()
+                elif source.kind == "parquet":
+                    data = task.data[offset] if task.data is not None else None
+                    yield "the row holds no image" if data is None else data
+                else:
+                    yield source.read()
+            except OSError as exc:
+                self._squares[task.place + offset] = 0
+                yield exc.strerror or str(exc)
+            except (MemoryError, ValueError) as exc:
+                self._squares[task.place + offset] = 0
+                yield "out of memory while reading" if isinstance(exc, MemoryError) else str(exc)

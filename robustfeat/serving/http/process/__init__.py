@@ -1,0 +1,1 @@
+"""A server's processes: supervisor, workers, connections, metrics, logs."""

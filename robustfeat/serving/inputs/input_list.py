@@ -1,0 +1,111 @@
+"""The images to embed, as a list on disk: it may have any length."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from robustfeat.serving.inputs.sources import ImageSource
+
+__all__ = ["InputList"]
+
+_SORT_ROWS = 20_000
+_MERGE_RUNS = 64
+_OFFSET_EVERY = 4096
+
+
+class InputList:
+    """The images to embed, one line each in an unnamed temporary file; close it, or use it in a `with` block.
+
+    Attributes:
+        skipped: files with other suffixes that lay between them.
+        sha256: of the list: equal for equal lists of the same files.
+
+    Args:
+        folder: where the temporary file lies; the system's folder for those by default.
+    """
+
+    def __init__(self, images: Iterable[ImageSource] = (), *, folder: Path | None = None) -> None:
+        self.skipped = 0
+        self._count = 0
+        self._digest = hashlib.sha256()
+        self._offsets: list[int] = []
+        self._folder = folder
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the list
+        for image in images:
+            self.append(image)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __enter__(self) -> InputList:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the disk space."""
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        """64 hex digits."""
+        return self._digest.hexdigest()
+
+    def append(self, image: ImageSource) -> None:
+        """Adds a row at the end."""
+        if self._count % _OFFSET_EVERY == 0:
+            self._offsets.append(self._file.seek(0, os.SEEK_END))
+        line = image.to_line()
+        self._digest.update(line)
+        self._file.write(line)
+        self._count += 1
+
+    def lines(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """Rows `start` to `stop` as lines of `ImageSource.to_line`. Only one such iterator may run at a time."""
+        stop = self._count if stop is None else min(stop, self._count)
+        if start >= stop:
+            return
+        self._file.seek(self._offsets[start // _OFFSET_EVERY])
+        yield from itertools.islice(self._file, start % _OFFSET_EVERY, start % _OFFSET_EVERY + stop - start)
+
+    def __iter__(self) -> Iterator[ImageSource]:
+        return map(ImageSource.from_line, self.lines())
+
+    def extend_sorted(self, images: Iterable[ImageSource]) -> None:
+        """Appends in the byte order of the paths, holding `_SORT_ROWS` of them in memory: a merge sort on disk."""
+
+        def key(image: ImageSource) -> bytes:
+            return os.fsencode(image.path)
+
+        images = iter(images)
+        first = sorted(itertools.islice(images, _SORT_ROWS), key=key)
+        if len(first) < _SORT_ROWS:
+            for image in first:
+                self.append(image)
+            return
+        runs = [InputList(first, folder=self._folder)]
+        del first
+        try:
+            while chunk := sorted(itertools.islice(images, _SORT_ROWS), key=key):
+                runs.append(InputList(chunk, folder=self._folder))
+                if len(runs) == _MERGE_RUNS:
+                    merged = InputList(heapq.merge(*runs, key=key), folder=self._folder)
+                    for run in runs:
+                        run.close()
+                    runs = [merged]
+            for image in heapq.merge(*runs, key=key):
+                self.append(image)
+        finally:
+            for run in runs:
+                run.close()

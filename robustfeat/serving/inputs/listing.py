@@ -1,0 +1,368 @@
+"""Which images a command's arguments name, in which order."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import re
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from robustfeat.errors import InputError, first_line
+from robustfeat.serving.inputs.input_list import InputList
+from robustfeat.serving.inputs.sources import ImageSource, image_column, is_remote, open_remote, parquet_path
+
+__all__ = ["IMAGE_SUFFIXES", "list_folder", "list_inputs"]
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+_PARQUET = re.compile(r"(?P<file>.*\.parquet)(:(?P<column>[^:/]+))?", re.IGNORECASE | re.DOTALL)
+_COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
+
+
+def list_inputs(
+    arguments: Sequence[str | Path],
+    *,
+    files_from: str | Path | None = None,
+    null: bool = False,
+    folder: Path | None = None,
+) -> InputList:
+    """The images that the arguments name, in the order of the arguments.
+
+    An argument is one of these, local or at a URL that fsspec knows (s3://, gs://, hf://, ...):
+
+    - a folder: every file in it with an image suffix, in the byte order of the relative path, dangling links and
+      unreadable files included; other suffixes are counted as skipped, hidden files and folders ignored;
+    - a file, always a row; a glob, whose files are rows and whose folders are read as such;
+    - FILE.tar: its members with an image suffix; FILE.parquet, or FILE.parquet:COLUMN: its rows;
+    - `-`: the same as `files_from="-"`.
+
+    Args:
+        arguments: as above.
+        files_from: a file with more of them, one a line, `-` for stdin. A file that is missing is a failed row there.
+        null: the lines of `files_from` end in NUL.
+        folder: see `InputList`.
+
+    Raises:
+        InputError: an argument does not exist or cannot be read, or there is no image at all.
+    """
+    try:
+        listing = InputList(folder=folder)
+    except OSError as exc:
+        raise InputError(
+            f"{folder}: the list of inputs cannot be written ({exc.strerror}); choose another --out"
+        ) from exc
+    try:
+        for argument in map(str, arguments):
+            if argument == "-":
+                _list_lines("-", null, listing)
+            else:
+                _list_argument(argument, listing)
+        if files_from is not None:
+            _list_lines(str(files_from), null, listing)
+        if not len(listing):
+            places = ", ".join(map(str, arguments)) or str(files_from)
+            aside = f" ({listing.skipped} files with other suffixes)" if listing.skipped else ""
+            raise InputError(
+                f"{places}: no images found{aside}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}, "
+                "or archives named themselves: FILE.tar, FILE.parquet"
+            )
+    except BaseException as exc:
+        listing.close()
+        if isinstance(exc, OSError):
+            raise InputError(f"the list of inputs cannot be written ({exc.strerror or exc}); free space") from exc
+        raise
+    return listing
+
+
+def list_folder(root: Path) -> tuple[list[ImageSource], int]:
+    """The images under `root` in the byte order of their relative path, and the number of other files."""
+    listing = InputList()
+    with listing:
+        _list_argument(os.fspath(root), listing)
+        return list(listing), listing.skipped
+
+
+def _list_argument(argument: str, listing: InputList) -> None:
+    argument = argument.removeprefix("file://")
+    if is_remote(argument):
+        _list_remote(argument, listing)
+    elif os.path.isdir(argument):
+        listing.extend_sorted(_walk(argument, listing))
+    elif os.path.lexists(argument):
+        _list_file(argument, os.path.basename(argument), listing)
+    elif (match := _PARQUET.fullmatch(argument)) and match["column"] and os.path.exists(match["file"]):
+        _list_file(argument, os.path.basename(match["file"]), listing)
+    elif glob.has_magic(argument):
+        listing.extend_sorted(_glob(argument, listing))
+    else:
+        raise InputError(f"{argument}: no such file or folder; expected a folder of images or an image file")
+
+
+def _list_file(file: str, path: str, listing: InputList) -> None:
+    """One file, local or remote: an image, or an archive of images. `path` is what the index calls it."""
+    if (match := _PARQUET.fullmatch(file)) is not None:
+        name, place = path.removesuffix(f":{match['column']}"), match["file"]
+        place = place if is_remote(place) else os.path.abspath(place)
+        column, rows = image_column(place, match["column"])
+        for row in range(rows):
+            listing.append(ImageSource(parquet_path(name, row), place, "parquet", row, 0, column))
+    elif file.lower().endswith(".tar"):
+        listing.extend_sorted(_tar_members(file, path, listing))
+    elif _COMPRESSED_TAR.search(file):
+        raise InputError(f"{file}: a compressed archive cannot be read at random; decompress it to a .tar first")
+    else:
+        listing.append(ImageSource(path, file if is_remote(file) else os.path.abspath(file)))
+
+
+def _list_lines(place: str, null: bool, listing: InputList) -> None:
+    try:
+        with sys.stdin.buffer if place == "-" else open(place, "rb") as handle:
+            for number, line in enumerate(_split(handle, b"\0" if null else b"\n")):
+                entry = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).removeprefix("file://")
+                entry = entry if null else entry.removesuffix("\r")
+                if not entry:
+                    continue
+                if not is_remote(entry) and os.path.isdir(entry):
+                    prefix = entry.rstrip("/") + "/"
+                    listing.extend_sorted(_walk(entry, listing, prefix))
+                else:
+                    _list_file(entry, entry.removeprefix("./"), listing)
+    except OSError as exc:
+        raise InputError(f"--files-from {place}: cannot be read ({exc.strerror})") from exc
+
+
+def _split(handle: IO[bytes], separator: bytes) -> Iterator[bytes]:
+    if separator == b"\n":
+        for line in handle:
+            yield line.removesuffix(b"\n")
+        return
+    rest = b""
+    while block := handle.read(2**16):
+        *lines, rest = (rest + block).split(separator)
+        yield from lines
+    yield rest
+
+
+def _is_image(name: str, listing: InputList) -> bool:
+    """Whether a file found in a folder or an archive is a row; counts it as skipped if its suffix says no."""
+    if name.startswith("."):
+        return False
+    if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        return True
+    listing.skipped += 1
+    return False
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where this user may not look
+        return False
+
+
+def _walk(root: str, listing: InputList, prefix: str = "") -> Iterator[ImageSource]:
+    base = os.path.abspath(root)
+    # Linked folders are followed; a folder inside itself is not.
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while waiting:
+        relative, above = waiting.pop()
+        folder = os.path.join(base, relative)
+        try:
+            status = os.stat(folder)
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                listing.skipped += 1
+                continue
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = f"{relative}/{entry.name}" if relative else entry.name
+                    if _is_folder(entry):
+                        if not entry.name.startswith("."):
+                            waiting.append((path, above | {here}))
+                    elif _is_image(entry.name, listing):
+                        yield ImageSource(prefix + path, os.path.join(base, path))
+        except OSError as exc:
+            place = os.path.join(root, relative) if relative else root
+            raise InputError(f"{place}: cannot be listed ({exc.strerror}); make it readable or leave it out") from exc
+
+
+def _glob(pattern: str, listing: InputList) -> Iterator[ImageSource]:
+    root = _fixed_folder(pattern)
+
+    def is_above(status: os.stat_result, folder: str) -> bool:
+        inner = folder[len(root) :].strip("/").split("/")
+        return any(
+            os.path.samestat(status, os.stat(os.path.join(root or ".", *inner[:depth])))
+            for depth in range(len(inner) + 1)
+        )
+
+    def entries(folder: str) -> Iterator[tuple[str, bool]]:
+        try:
+            with os.scandir(folder or ".") as found:
+                for entry in found:
+                    is_folder = _is_folder(entry)
+                    if not (is_folder and entry.is_symlink() and is_above(entry.stat(), folder)):
+                        yield entry.name, is_folder
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as exc:
+            raise InputError(f"{folder}: cannot be listed ({exc.strerror}); make it readable or leave it out") from exc
+
+    for match, is_folder in _matches(entries, root, pattern):
+        path = match[len(root) :].lstrip("/")
+        if not is_folder:
+            yield from _sources_of(match, path, listing)
+        elif "**" not in pattern:  # there, what lies in a folder matches by itself
+            yield from _walk(match, listing, f"{path}/")
+
+
+def _matches(
+    entries: Callable[[str], Iterable[tuple[str, bool]]], root: str, pattern: str
+) -> Iterator[tuple[str, bool]]:
+    """What matches: paths, and whether each is a folder.
+
+    By the rules of `glob.iglob(recursive=True)`, which itself follows linked folders in circles.
+
+    Args:
+        entries: what lies in a folder: names, and whether each is a folder; nothing where there is no such folder.
+        root: the part of the pattern that has no wildcards.
+        pattern: all of it.
+    """
+
+    def under(folder: str, parts: Sequence[str]) -> Iterator[tuple[str, bool]]:
+        part, *rest = parts
+        if rest and not glob.has_magic(part):
+            yield from under(os.path.join(folder, part), rest)
+            return
+        if part == "**" and rest:
+            yield from under(folder, rest)
+        for name, is_folder in list(entries(folder)):
+            place = os.path.join(folder, name)
+            if name.startswith(".") and not part.startswith("."):
+                continue
+            if part == "**" and is_folder:
+                yield from under(place, parts)
+            elif part == "**" or fnmatch.fnmatchcase(name, part):
+                if not rest:
+                    yield place, is_folder
+                elif is_folder and part != "**":
+                    yield from under(place, rest)
+
+    wanted = [part for part in pattern[len(root) :].split("/") if part]
+    for place, is_folder in under(root, wanted):
+        if is_folder or not pattern.endswith("/"):
+            yield place, is_folder
+
+
+def _sources_of(file: str, path: str, listing: InputList) -> Iterator[ImageSource]:
+    with InputList() as found:
+        _list_file(file, path, found)
+        listing.skipped += found.skipped
+        yield from found
+
+
+def _fixed_folder(pattern: str) -> str:
+    """The part of a pattern before its first folder with a wildcard: what the paths of its files are relative to."""
+    parts = pattern.split("/")
+    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    return "/".join(parts[:fixed]) or ("/" if pattern.startswith("/") else "")
+
+
+def _tar_members(file: str, path: str, listing: InputList) -> Iterator[ImageSource]:
+    place = file if is_remote(file) else os.path.abspath(file)
+    try:
+        if is_remote(file):
+            filesystem, remote = open_remote(file)
+            handle = filesystem.open(remote, "rb")
+            length = int(filesystem.size(remote) or 0)
+        else:
+            handle = open(file, "rb")  # noqa: SIM115 - closed below, as the remote one is
+            length = os.fstat(handle.fileno()).st_size
+        with handle, tarfile.open(fileobj=handle, mode="r:") as archive:
+            end = 0
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined] # or each would stay in memory
+                end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
+                name = member.name.removeprefix("./")
+                if member.isdir() or any(part.startswith(".") for part in name.split("/")[:-1]):
+                    continue
+                if not _is_image(name.rpartition("/")[2], listing):
+                    continue
+                if member.isreg() and not member.issparse():
+                    yield ImageSource(f"{path}/{name}", place, "tar", member.offset_data, member.size)
+                else:
+                    reason = "a link or special member of the archive"
+                    yield ImageSource(f"{path}/{name}", place, "failed", detail=reason)
+            # tarfile takes a header that is cut short for the end.
+            if end < length:
+                handle.seek(end)
+                if handle.read(512).strip(b"\0"):
+                    raise InputError(f"{file}: the archive is damaged after byte {end:,}; copy or pack it again")
+    except (OSError, tarfile.TarError) as exc:
+        raise InputError(f"{file}: not a readable tar archive ({first_line(exc)})") from exc
+
+
+def _list_remote(url: str, listing: InputList) -> None:
+    match = _PARQUET.fullmatch(url)
+    filesystem, path = open_remote(match["file"] if match else url)
+
+    def walk(root: str, prefix: str = "") -> Iterator[ImageSource]:
+        waiting = [""]
+        while waiting:
+            relative = waiting.pop()
+            for name, is_folder in _remote_entries(filesystem, f"{root}/{relative}".rstrip("/")):
+                place = f"{relative}{name}"
+                if is_folder:
+                    if not name.startswith("."):
+                        waiting.append(f"{place}/")
+                elif _is_image(name, listing):
+                    yield ImageSource(prefix + place, filesystem.unstrip_protocol(f"{root}/{place}"))
+
+    def matches() -> Iterator[ImageSource]:
+        root = _fixed_folder(path)
+        pattern = f"{path}/" if url.endswith("/") else path
+        for place, is_folder in _matches(lambda folder: _remote_entries(filesystem, folder), root, pattern):
+            relative = place[len(root) :].lstrip("/")
+            if not is_folder:
+                yield from _sources_of(filesystem.unstrip_protocol(place), relative, listing)
+            elif "**" not in pattern:
+                yield from walk(place, f"{relative}/")
+
+    try:
+        filesystem.invalidate_cache()
+        try:
+            kind = filesystem.info(path)["type"]  # `isfile` and `isdir` say no when the network fails
+        except FileNotFoundError:
+            kind = None
+        if kind == "directory":
+            listing.extend_sorted(walk(path))
+        elif kind is not None:
+            _list_file(url, url.rpartition("/")[2], listing)
+        elif glob.has_magic(path):
+            listing.extend_sorted(matches())
+        else:
+            raise InputError(f"{url}: no such file or folder")
+    except InputError:
+        raise
+    except Exception as exc:  # each filesystem has its own
+        raise InputError(f"{url}: cannot be listed ({type(exc).__name__}: {first_line(exc)})") from exc
+
+
+def _remote_entries(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
+    """What lies in a folder: names, and whether each is a folder itself; nothing where there is no such folder.
+
+    fsspec's own `walk` and `glob` leave out, without a word, what they fail to list.
+    """
+    try:
+        found = filesystem.ls(folder, detail=True)
+    except FileNotFoundError:
+        return
+    for info in found:
+        place = info["name"].rstrip("/")
+        if place.strip("/") != folder.strip("/"):  # S3 may hold an empty object in the folder's own name
+            yield place.rpartition("/")[2], info["type"] == "directory"

@@ -1,0 +1,1 @@
+"""What HTTP and TorchServe share: batches across requests, and the forms of answers."""

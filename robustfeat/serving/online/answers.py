@@ -1,0 +1,155 @@
+"""Answers with features, whoever sends them: which model gave them, in which form, and what became of each image."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.online.batching import Answer
+from robustfeat.serving.online.errors import ApiError, item_error
+
+__all__ = [
+    "BINARY_HEADERS",
+    "JSON",
+    "NPY",
+    "RAW",
+    "VECTOR_TYPES",
+    "NamedModel",
+    "Reply",
+    "choose_type",
+    "failed_item",
+    "json_bytes",
+    "require_one",
+    "vectors_reply",
+]
+
+JSON, NPY, RAW = "application/json", "application/x-npy", "application/octet-stream"
+VECTOR_TYPES = (JSON, NPY, RAW)
+
+BINARY_HEADERS = {
+    "Model": "The name of the model.",
+    "Revision": "Its commit on the Hub, if there is one.",
+    "Precision": "fp32, bf16 or int8.",
+    "Shape": "Rows and columns, as 3,512.",
+    "Failed": "Numbers of the rows without an image that could be read, as 0,2; their values are NaN.",
+}
+
+
+class NamedModel:
+    """A model under the name by which clients ask for it.
+
+    Attributes:
+        name: that name.
+        extractor: the model.
+        about: what every answer says of it.
+        version: of the Open Inference Protocol: the folder's.
+    """
+
+    def __init__(self, name: str, extractor: FeatureExtractor) -> None:
+        folder = extractor.folder
+        self.name, self.extractor, self.version = name, extractor, folder.version
+        self.about = {"model": name, "revision": folder.revision, "precision": extractor.precision}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer of status 200."""
+
+    body: bytes
+    media_type: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def vectors_reply(model: NamedModel, answers: Sequence[Answer], kind: str) -> Reply:
+    """The features of a request's images, and an error or a row of NaN for each that has none.
+
+    Args:
+        model: whose features they are.
+        answers: of its images.
+        kind: of `VECTOR_TYPES`.
+    """
+    if kind == JSON:
+        data = [
+            {"index": at, "embedding": answer} if isinstance(answer, np.ndarray) else failed_item(at, answer)
+            for at, answer in enumerate(answers)
+        ]
+        return Reply(json_bytes({**model.about, "data": data}), JSON)
+    values = np.full((len(answers), model.extractor.feature_size), np.nan, "<f4")
+    failed = []
+    for at, answer in enumerate(answers):
+        if isinstance(answer, np.ndarray):
+            values[at] = answer
+        else:
+            failed.append(str(at))
+    about = {
+        "Model": model.name,
+        "Revision": model.about["revision"] or "",
+        "Precision": model.extractor.precision,
+        "Shape": f"{values.shape[0]},{values.shape[1]}",
+        "Failed": ",".join(failed),
+    }
+    headers = {f"x-robustfeat-{name.lower()}": text for name, text in about.items() if text}
+    if kind == RAW:
+        return Reply(values.tobytes(), RAW, headers)
+    file = io.BytesIO()
+    np.save(file, values)
+    return Reply(file.getvalue(), NPY, headers)
+
+
+def require_one(answers: Sequence[Answer]) -> None:
+    """Refuses a request of whose images none has features.
+
+    Raises:
+        ApiError: 422, with the reason for each; or the exception of a failure of ours.
+    """
+    if any(isinstance(answer, np.ndarray) for answer in answers):
+        return
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    what = "the body is no image that can be read" if len(answers) == 1 else "none of the images can be read"
+    data = [failed_item(at, answer) for at, answer in enumerate(answers)]
+    raise ApiError(422, "unreadable_image", f"{what}: {answers[0]}", param="images", data={"data": data})
+
+
+def failed_item(index: int, answer: Answer) -> dict[str, Any]:
+    """What stands in place of the answer for image `index`."""
+    return {"index": index, "error": item_error(answer)}
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """As JSON, arrays included."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def choose_type(accept: str, offered: tuple[str, ...]) -> str:
+    """The media type to answer with: what the Accept header likes best, the first offered among equals.
+
+    Raises:
+        ApiError: 406, naming what there is.
+    """
+    if accept in {"", "*/*"}:
+        return offered[0]
+    qualities: dict[str, float] = {}
+    for entry in accept.split(","):
+        name, *options = (word.strip().lower() for word in entry.split(";"))
+        found = [option.partition("=")[2] for option in options if option.startswith("q=")]
+        try:
+            qualities[name] = float(found[0]) if found else 1.0
+        except ValueError:
+            qualities[name] = 0.0
+    best, best_quality = "", 0.0
+    for kind in offered:
+        main = kind.partition("/")[0]
+        quality = next((qualities[name] for name in (kind, f"{main}/*", "*/*") if name in qualities), 0.0)
+        if quality > best_quality:
+            best, best_quality = kind, quality
+    if not best:
+        raise ApiError(406, "not_acceptable", f"Accept: {accept[:80]}: answers are {', '.join(offered)}")
+    return best

@@ -1,0 +1,73 @@
+"""What requests say: JSON in an expected form, and images inside it as text."""
+
+from __future__ import annotations
+
+import binascii
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from robustfeat.serving.online.errors import ApiError
+
+__all__ = ["base64_bytes", "check_form", "data_of_uri", "parse_json"]
+
+F = TypeVar("F", bound=BaseModel)
+
+_JSON_PARTS = 100_000
+
+
+def parse_json(body: bytes) -> Any:
+    """What a JSON body says.
+
+    Raises:
+        ApiError: 400 if it is none, or 422 if it has more parts than any request of ours.
+    """
+    if body.count(b"[") + body.count(b"{") > _JSON_PARTS:
+        raise ApiError(422, "bad_request", f"the request has more than {_JSON_PARTS:,} lists and objects; send less")
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise ApiError(400, "bad_json", f"the request is not JSON ({exc})") from None
+
+
+def check_form(form: type[F], content: Any) -> F:
+    """Content in the form that it must have.
+
+    Raises:
+        ApiError: 422, naming the first part that has not.
+    """
+    try:
+        return form.model_validate(content)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the request"
+        raise ApiError(422, "bad_request", f"{place}: {first['msg']}", param=place) from None
+
+
+def data_of_uri(text: str) -> bytes:
+    """The bytes in a data URI, data:[TYPE];base64,DATA.
+
+    Raises:
+        ValueError: saying what it is instead.
+    """
+    head, comma, data = text.partition(",")
+    if not comma or not head.lower().startswith("data:"):
+        if head.lower().startswith(("http:", "https:")):
+            raise ValueError("URLs are not fetched; send the image itself as data:image/jpeg;base64,...")
+        raise ValueError("expected a data URI, data:image/jpeg;base64,...")
+    if not head.lower().endswith(";base64"):
+        raise ValueError("the data URI must be base64: data:image/jpeg;base64,...")
+    return base64_bytes(data)
+
+
+def base64_bytes(text: str) -> bytes:
+    """Decodes base64.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise ValueError("not base64") from None

@@ -1,0 +1,176 @@
+"""The Open Inference Protocol's requests and answers, without the server that carries them."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.serving.online.answers import JSON, RAW, NamedModel, Reply, json_bytes
+from robustfeat.serving.online.batching import Answer, Vector
+from robustfeat.serving.online.content import base64_bytes, check_form, parse_json
+from robustfeat.serving.online.errors import ApiError
+from robustfeat.serving.online.schemas import InferInput, InferRequest
+
+__all__ = ["HEADER_LENGTH", "infer_images", "infer_reply", "parse_infer"]
+
+HEADER_LENGTH = "inference-header-content-length"
+_TYPES = {"images": "BYTES", "pixel_values": "FP32"}
+
+
+def parse_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]:
+    """The request, and the bytes of the binary extension behind it.
+
+    Args:
+        body: all of it.
+        header_length: where the binary extension is used, how many of its bytes are the request.
+
+    Raises:
+        ApiError: 400 or 422.
+    """
+    length = len(body)
+    if header_length is not None:
+        if not header_length.isdecimal() or len(header_length) > 12 or int(header_length) > len(body):
+            raise ApiError(
+                400,
+                "bad_request",
+                f"Inference-Header-Content-Length must be at most {len(body)}, the body's; got {header_length[:20]}",
+            )
+        length = int(header_length)
+    return check_form(InferRequest, parse_json(body[:length])), body[length:]
+
+
+def infer_images(given: InferInput, rest: bytes, model: NamedModel, most: int) -> list[bytes | Vector]:
+    """The images of a request's input, as `Batcher.embed` takes them.
+
+    Args:
+        given: the input.
+        rest: the bytes of the binary extension.
+        model: that is to embed them.
+        most: how many there may be.
+
+    Raises:
+        ApiError: 413 or 422.
+    """
+    if _TYPES[given.name] != given.datatype:
+        raise ApiError(422, "bad_request", f"{given.name} must be {_TYPES[given.name]}; got {given.datatype}")
+    if min(given.shape) < 1:
+        raise ApiError(422, "no_image", f"{given.name}: the shape {given.shape} holds nothing; send an image or more")
+    side = model.extractor.config.preprocessing.image_size
+    if given.name == "pixel_values" and given.shape[1:] != [3, side, side]:
+        raise ApiError(422, "bad_request", f"pixel_values must be (n, 3, {side}, {side}); got {given.shape}")
+    count = given.shape[0] if given.name == "pixel_values" else math.prod(given.shape)
+    if count > most:
+        raise ApiError(413, "too_many_images", f"{given.name} has {count:,} images; send at most {most:,} at once")
+    size = given.parameters.binary_data_size
+    if size is None:
+        if given.data is None:
+            raise ApiError(422, "bad_request", f"{given.name}: neither data nor binary_data_size is given")
+        values: Any = _encoded(given, given.data) if given.name == "images" else _numbers(given, given.data)
+    else:
+        if given.data is not None or size != len(rest):
+            raise ApiError(
+                422,
+                "bad_request",
+                f"{given.name}: binary_data_size is {size}, and {len(rest)} bytes follow the request",
+            )
+        values = _split(given, rest) if given.name == "images" else _floats(given, rest)
+    if given.name == "images":
+        if len(values) != count:
+            raise ApiError(422, "bad_request", f"images: the shape promises {count}, there are {len(values)}")
+        return list(values)
+    for index, value in enumerate(values):
+        if not np.isfinite(value).all():
+            raise ApiError(422, "bad_request", f"pixel_values[{index}]: not finite")
+    return list(values)
+
+
+def _encoded(given: InferInput, data: Any) -> list[bytes]:
+    flat = [entry for row in data for entry in (row if isinstance(row, list) else [row])]
+    images = []
+    for index, entry in enumerate(flat):
+        try:
+            if not isinstance(entry, str):
+                raise ValueError("expected base64 text")
+            images.append(base64_bytes(entry))
+        except ValueError as exc:
+            raise ApiError(422, "unreadable_image", f"{given.name}[{index}]: {exc}") from None
+    return images
+
+
+def _numbers(given: InferInput, data: Any) -> NDArray[np.float32]:
+    try:
+        values = np.asarray(data)
+        flat = values.ndim == 1 and values.size == math.prod(given.shape)
+        if values.dtype.kind not in "iuf" or not (flat or list(values.shape) == given.shape):
+            raise ValueError
+        with np.errstate(over="ignore"):  # what float32 cannot hold is told below
+            return values.astype(np.float32).reshape(given.shape)
+    except (ValueError, TypeError, OverflowError):
+        raise ApiError(
+            422,
+            "bad_request",
+            f"pixel_values: data must hold {math.prod(given.shape):,} numbers for its shape {given.shape}",
+        ) from None
+
+
+def _split(given: InferInput, rest: bytes) -> list[bytes]:
+    """BYTES of the binary extension: each after its length, 4 bytes, little-endian."""
+    images: list[bytes] = []
+    at = 0
+    while at < len(rest):
+        (size,) = struct.unpack_from("<I", rest, at) if at + 4 <= len(rest) else (len(rest),)
+        at += 4
+        if at + size > len(rest):
+            raise ApiError(422, "bad_request", f"{given.name}[{len(images)}]: ends before its length")
+        images.append(rest[at : at + size])
+        at += size
+    return images
+
+
+def _floats(given: InferInput, rest: bytes) -> NDArray[np.float32]:
+    if len(rest) != 4 * math.prod(given.shape):
+        raise ApiError(
+            422,
+            "bad_request",
+            f"pixel_values: {4 * math.prod(given.shape):,} bytes for its shape {given.shape}; got {len(rest):,}",
+        )
+    return np.frombuffer(rest, "<f4").reshape(given.shape).astype(np.float32, copy=False)
+
+
+def infer_reply(asked: InferRequest, model: NamedModel, answers: Sequence[Answer]) -> Reply:
+    """The features of a request's images.
+
+    Raises:
+        ApiError: 422: as the protocol's clients expect, one image that cannot be read fails the request.
+        Exception: of a failure of ours.
+    """
+    name = asked.inputs[0].name
+    for index, answer in enumerate(answers):
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, str):
+            raise ApiError(422, "unreadable_image", f"{name}[{index}]: {answer}")
+        if not np.isfinite(answer).all():
+            raise ApiError(422, "bad_request", f"{name}[{index}]: its features are not finite")
+    features = np.stack(answers)  # type: ignore[arg-type]
+    output: dict[str, Any] = {"name": "features", "datatype": "FP32", "shape": list(features.shape)}
+    wanted = asked.outputs[0].parameters.binary_data if asked.outputs else None
+    binary = asked.parameters.binary_data_output is True if wanted is None else wanted
+    raw = features.astype("<f4", copy=False).tobytes() if binary else b""
+    if binary:
+        output["parameters"] = {"binary_data_size": len(raw)}
+    else:
+        output["data"] = features.ravel()
+    about = {name: value for name, value in model.about.items() if name != "model" and value is not None}
+    content = {"model_name": model.name, "model_version": model.version, "parameters": about, "outputs": [output]}
+    if asked.id is not None:
+        content["id"] = asked.id
+    head = json_bytes(content)
+    if not binary:
+        return Reply(head, JSON)
+    return Reply(head + raw, RAW, {HEADER_LENGTH: str(len(head))})

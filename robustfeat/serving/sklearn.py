@@ -1,0 +1,205 @@
+"""`ImageFeatures`: images to features as a step of a scikit-learn pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import Tags
+
+from robustfeat.errors import DecodeError
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.feature_cache import FeatureCache
+from robustfeat.serving.identity import ModelIdentity
+
+__all__ = ["ImageFeatures"]
+
+
+class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """A transformer of images to features; it learns nothing.
+
+    Images are paths, encoded bytes, Pillow images or (H, W, 3) uint8 RGB arrays, in a list or in an array of them.
+
+    Parameters are kept as given, as scikit-learn wants; the model is loaded when it is first needed, and again in
+    every process that a search starts.
+
+    Args:
+        model: `builtin`, a model folder, or ORG/NAME on the Hub.
+        revision: a branch, tag or commit on the Hub.
+        precision, engine, device, threads, decoding: see `FeatureExtractor.from_pretrained`.
+        on_error: `raise`, or `nan` for a row of NaN in place of an image that cannot be read.
+        cache: a file in which features are kept by the images' content; searches and later runs then embed each image
+            once.
+
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn.svm import LinearSVC
+    >>> pipeline = make_pipeline(ImageFeatures(), LinearSVC(dual=False))
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "builtin",
+        *,
+        revision: str | None = None,
+        precision: str = "fp32",
+        engine: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        decoding: str = "exact",
+        on_error: str = "raise",
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.revision = revision
+        self.precision = precision
+        self.engine = engine
+        self.device = device
+        self.threads = threads
+        self.decoding = decoding
+        self.on_error = on_error
+        self.cache = cache
+
+    def fit(self, X: Iterable[Any], y: Any = None) -> ImageFeatures:
+        """Loads the model.
+
+        Raises:
+            ModelFolderError, HubError, EngineError: as `FeatureExtractor.from_pretrained`.
+            TypeError: X is not a list of images.
+        """
+        _images(X)
+        self._open()
+        return self
+
+    def transform(self, X: Iterable[Any]) -> NDArray[np.float32]:
+        """(n, D) float32.
+
+        Raises:
+            DecodeError: an image cannot be read, and `on_error` is `raise`.
+            TypeError: X is not a list of images.
+        """
+        images = _images(X)
+        extractor = self._open()
+        if self.cache is None:
+            return extractor.embed(images, on_error=self.on_error)
+        cache = FeatureCache(self.cache, extractor)
+        features = np.full((len(images), extractor.feature_size), np.nan, np.float32)
+        for start in range(0, len(images), extractor.batch_size):
+            self._fill(features[start : start + extractor.batch_size], start, images, extractor, cache)
+        return features
+
+    def _fill(
+        self,
+        features: NDArray[np.float32],
+        start: int,
+        images: list[Any],
+        extractor: FeatureExtractor,
+        cache: FeatureCache,
+    ) -> None:
+        """One batch: from the cache what it has, and the rest to it."""
+        contents: dict[int, bytes | NDArray[np.uint8]] = {}
+        errors: dict[int, DecodeError] = {}
+        batch = images[start : start + len(features)]
+        for at, image in enumerate(batch):
+            try:
+                # Read once: what is embedded is what the key was made of.
+                contents[at] = _content(image, extractor)
+            except DecodeError as exc:
+                errors[at] = exc
+        keys = {at: cache.key(content) for at, content in contents.items()}
+        found = cache.get(list(keys.values()))
+        fresh: dict[bytes, NDArray[np.uint8]] = {}
+        for at, key in keys.items():
+            if key not in found and key not in fresh:
+                content = contents[at]
+                try:
+                    fresh[key] = extractor.prepare(content) if isinstance(content, bytes) else content
+                except DecodeError as exc:
+                    name = f"{batch[at]}: " if isinstance(batch[at], (str, os.PathLike)) else ""
+                    errors[at] = DecodeError(f"{name}{exc}")
+        if errors and self.on_error == "raise":
+            first = min(errors)
+            raise DecodeError(f"image {start + first}: {errors[first]}")
+        if fresh:
+            made = dict(zip(fresh, extractor.embed_prepared(np.stack(list(fresh.values()))), strict=True))
+            cache.put(made)
+            found |= made
+        for at, key in keys.items():
+            if key in found:
+                features[at] = found[key]
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model, for heads on its features."""
+        return ModelIdentity.of_extractor(self._open())
+
+    def _open(self) -> FeatureExtractor:
+        if self.on_error not in {"raise", "nan"}:
+            raise ValueError(f"on_error must be raise or nan; got {self.on_error!r}")
+        wanted = (self.model, self.revision, self.precision, self.engine, self.device, self.threads, self.decoding)
+        if getattr(self, "_loaded", None) != wanted:
+            self._extractor = FeatureExtractor.from_pretrained(
+                self.model,
+                revision=self.revision,
+                precision=self.precision,
+                engine=self.engine,
+                device=self.device,
+                threads=self.threads,
+                decoding=self.decoding,
+            )
+            self._loaded = wanted
+        return self._extractor
+
+    @property
+    def _n_features_out(self) -> int:
+        return self._open().feature_size
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit = False
+        tags.no_validation = True
+        tags.input_tags.two_d_array = False
+        tags.input_tags.string = True
+        return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = dict(super().__getstate__())
+        return {name: value for name, value in state.items() if name not in {"_extractor", "_loaded"}}
+
+
+def _images(X: Any) -> list[Any]:
+    if isinstance(X, (str, bytes, os.PathLike, Image.Image)) or not hasattr(X, "__iter__"):
+        raise TypeError(f"X must be a list of images; got one {type(X).__name__}: put it in a list")
+    if isinstance(X, np.ndarray) and X.dtype.kind not in "OUS" and not (X.ndim == 4 and X.dtype == np.uint8):
+        raise TypeError(f"X must be a list of images, or (n, H, W, 3) uint8; got {X.shape} {X.dtype}")
+    if hasattr(X, "to_numpy"):  # of a data frame
+        X = X.to_numpy()
+    images = list(X)
+    # A column of a table: each row holds one path.
+    if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == 1:
+        images = [row[0] for row in images]
+    return [str(image) if isinstance(image, np.str_) else image for image in images]
+
+
+def _content(image: Any, extractor: FeatureExtractor) -> bytes | NDArray[np.uint8]:
+    """The bytes of an image file; of an image that is no file the square that the network sees.
+
+    Raises:
+        DecodeError: it cannot be read.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            return Path(image).read_bytes()
+        except OSError as exc:
+            raise DecodeError(f"{image}: {exc.strerror}") from exc
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
+    return extractor.prepare(image)

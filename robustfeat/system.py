@@ -1,0 +1,108 @@
+"""What the system grants this process, processors and memory, and processes of our own."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+__all__ = ["available_cpus", "available_memory", "cpu_quota", "die_with_parent", "python_command", "visible_cpus"]
+
+CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+_PR_SET_PDEATHSIG = 1
+
+
+def available_cpus(cgroup: Path = CGROUP) -> int:
+    """Processors within the affinity mask and the cgroup's quota; at least 1.
+
+    Engines count the host's cores by default; a container with a quota of 2 on a host of 64 then runs 64 threads
+    on 2 cores and loses half its throughput.
+    """
+    quota = cpu_quota(cgroup)
+    return max(1, visible_cpus() if quota is None else min(visible_cpus(), math.ceil(quota)))
+
+
+def visible_cpus() -> int:
+    """Processors in the affinity mask: what programs see that do not know of quotas."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota(cgroup: Path = CGROUP, membership: Path = MEMBERSHIP) -> float | None:
+    """Processors that this process's cgroup and those around it grant (v2 and v1); None where there is no limit.
+
+    Args:
+        cgroup: where the hierarchy is mounted.
+        membership: tells which group this process is in.
+    """
+    quotas = [quota for folder in _groups(cgroup, membership, "cpu") if (quota := _quota(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def available_memory(
+    cgroup: Path = CGROUP, membership: Path = MEMBERSHIP, meminfo: Path = Path("/proc/meminfo")
+) -> int | None:
+    """Bytes that can be had without swapping: the host's, and at most what its cgroups still grant.
+
+    None where the system does not tell. What a cgroup holds as file cache counts as available: it can be dropped.
+    """
+    rooms = []
+    with suppress(OSError, ValueError, StopIteration):
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        rooms.append(int(line.split()[1]) * 1024)
+    for folder in _groups(cgroup, membership, "memory"):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with suppress(OSError, ValueError):  # "max" is no number: no limit
+                allowed, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                rooms.append(max(0, allowed - used + _file_cache(folder)))
+    return min(rooms, default=None)
+
+
+def python_command(code: str, *arguments: str) -> list[str]:
+    """The command line that runs `code`, with this process's search path for modules."""
+    return [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}", *arguments]
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Lets this process, and what it becomes by `exec`, get a signal when its parent ends, where the system can."""
+    parent = os.getppid()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _groups(cgroup: Path, membership: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's group, of those around it, and of the roots, in v2 and in v1's `controller`."""
+    roots = {"": cgroup, controller: cgroup / controller}
+    yield from roots.values()
+    lines = []
+    with suppress(OSError):
+        lines = membership.read_text().splitlines()
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        for name in {"", controller} & set(controllers.split(",")):
+            group = PurePosixPath(place.lstrip("/"))
+            yield from (roots[name] / part for part in (group, *group.parents) if part.parts)
+
+
+def _quota(group: Path) -> float | None:
+    with suppress(OSError, ValueError):
+        limit, period = (group / "cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    with suppress(OSError, ValueError):
+        limit, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return None if int(limit) < 0 else int(limit) / int(period)
+    return None
+
+
+def _file_cache(folder: Path) -> int:
+    with suppress(OSError, ValueError):
+        numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(numbers.get("inactive_file", numbers.get("total_inactive_file", 0)))
+    return 0

@@ -1,0 +1,1 @@
+"""Model folders from runs, and from other libraries' networks."""

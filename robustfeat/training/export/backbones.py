@@ -1,0 +1,194 @@
+"""Model folders from backbones that timm or torchvision knows, with their own or with given weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+from robustfeat.errors import InputError, first_line
+from robustfeat.hub.config import ModelConfig
+from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.training.export.export import Backbone, ExportReport, folder_images, write_model_folder
+
+__all__ = ["import_backbone"]
+
+
+def import_backbone(
+    source: str,
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    name: str | None = None,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    calibration: str | Path | None = None,
+    int8: bool = True,
+    terms: str | None = None,
+    license_id: str | None = None,
+) -> ExportReport:
+    """Makes a model folder of a backbone.
+
+    Args:
+        source: `timm:NAME` or `torchvision:NAME`.
+        out: the folder to make.
+        weights: a state dict (.safetensors, or a file of `torch.save` that holds tensors alone); by default the
+            library's own pretrained weights, which it downloads.
+        name: the model's name; by default made from the source.
+        image_size, crop_pct: of the preprocessing contract; by default the library's for these weights.
+        calibration: a folder of images for int8; besides the golden images.
+        int8: also write onnx/model_int8.onnx.
+        terms: under which terms the weights may be used, for the card.
+        license_id: the Hub's name of a license; by default what timm knows of its own weights.
+
+    Raises:
+        InputError: no such backbone, or the weights do not fit it.
+        ExportError: an exported file disagrees with PyTorch; nothing is left behind.
+    """
+    library, _, architecture = source.partition(":")
+    if library == "timm" and architecture:
+        network, settings = _from_timm(architecture, pretrained=weights is None)
+    elif library == "torchvision" and architecture:
+        network, settings = _from_torchvision(architecture, pretrained=weights is None)
+    else:
+        raise InputError(f"{source}: expected timm:NAME or torchvision:NAME, such as timm:resnet50")
+    if image_size is not None:
+        settings["image_size"] = image_size
+    if crop_pct is not None:
+        settings["crop_pct"] = crop_pct
+    try:
+        contract = Preprocessing(**settings)
+    except ValueError as exc:
+        raise InputError(f"{source}: {exc}") from exc
+    if weights is not None:
+        _load_weights(network, Path(weights), source)
+    timm_config: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    if weights is None and terms is None:
+        license_id = license_id or timm_config.get("license")
+    state: dict[str, Tensor] = network.state_dict()
+    features = copy.deepcopy(network)
+    features.reset_classifier(0)  # type: ignore[operator]
+    config = ModelConfig(
+        name=name or source.replace(":", "-"),
+        architecture=timm_config["architecture"],
+        feature_size=_feature_size(features, contract, source),
+        num_classes=int(network.num_classes),  # type: ignore[arg-type]
+        preprocessing=contract,
+        first_conv=timm_config.get("first_conv"),  # type: ignore[arg-type]
+        classifier=timm_config.get("classifier"),  # type: ignore[arg-type]
+        provenance={
+            "source": f"{source}, {f'weights {Path(weights).name}' if weights else 'its pretrained weights'}",
+            "terms": terms or license_id or "those of the imported weights",
+            **({"license": license_id} if license_id else {}),
+            "versions": {"timm": timm.__version__, "torch": torch.__version__},
+        },
+    )
+    images = None
+    if int8:
+        images = folder_images(calibration) if calibration else []
+    return write_model_folder(Backbone(features.eval(), state, config), out, calibration=images)
+
+
+def _from_timm(architecture: str, *, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The network and the fields of its `Preprocessing`."""
+    try:
+        network = timm.create_model(architecture, pretrained=pretrained).eval()
+    except RuntimeError as exc:
+        raise InputError(f"timm:{architecture}: {first_line(exc)}; see timm.list_models()") from exc
+    except OSError as exc:
+        raise InputError(
+            f"timm:{architecture}: its weights cannot be downloaded ({first_line(exc)}); pass --weights FILE"
+        ) from exc
+    settings = resolve_model_data_config(network)
+    if settings["input_size"][1] != settings["input_size"][2] or settings["crop_mode"] != "center":
+        raise InputError(
+            f"timm:{architecture}: expects {settings['input_size']} with crop mode {settings['crop_mode']}; "
+            "only centred squares are supported"
+        )
+    return network, {
+        "image_size": settings["input_size"][1],
+        **{key: settings[key] for key in ("crop_pct", "interpolation", "mean", "std")},
+    }
+
+
+def _from_torchvision(architecture: str, *, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The network as timm's namesake, so that the folder loads there too, and the fields of its `Preprocessing`."""
+    try:
+        choices = torchvision.models.get_model_weights(architecture)
+    except ValueError as exc:
+        raise InputError(f"torchvision:{architecture}: unknown; see torchvision.models.list_models()") from exc
+    default = choices.DEFAULT if hasattr(choices, "DEFAULT") else None
+    try:
+        original = torchvision.models.get_model(architecture, weights=default if pretrained else None)
+    except OSError as exc:
+        raise InputError(
+            f"torchvision:{architecture}: its weights cannot be downloaded ({exc}); pass --weights FILE"
+        ) from exc
+    try:
+        network = timm.create_model(architecture, pretrained=False).eval()
+        network.load_state_dict(original.state_dict())
+    except RuntimeError as exc:
+        raise InputError(
+            f"torchvision:{architecture}: timm has no network with these parameters, so the folder would load in no "
+            "other library; import it as timm:NAME instead"
+        ) from exc
+    if not pretrained or default is None:
+        return network, {"image_size": 224, "crop_pct": 0.875}
+    preset = default.transforms()
+    return network, {
+        "image_size": preset.crop_size[0],
+        "crop_pct": _crop_pct(preset.crop_size[0], preset.resize_size[0]),
+        "interpolation": preset.interpolation.value,
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+    }
+
+
+def _crop_pct(crop: int, resize: int) -> float:
+    """The share for which floor(crop / share) is `resize` in floating point, too."""
+    share = crop / resize
+    while math.floor(crop / share) < resize:
+        share = math.nextafter(share, 0)
+    return share
+
+
+def _load_weights(network: nn.Module, file: Path, source: str) -> None:
+    try:
+        state: Any
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as exc:  # what the readers raise on damaged files has no common base
+        reason = "no such file" if not file.exists() else "damaged, or not a file of tensors alone"
+        raise InputError(
+            f"--weights {file}: cannot be read ({reason}); expected .safetensors or a saved state dict"
+        ) from exc
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as exc:
+        reason = " ".join(line.strip() for line in str(exc).splitlines()[1:2]) or str(exc)
+        raise InputError(f"--weights {file}: does not fit {source} ({reason[:160]})") from exc
+
+
+def _feature_size(network: nn.Module, contract: Preprocessing, source: str) -> int:
+    side = contract.image_size
+    try:
+        with torch.no_grad():
+            shape = network.eval()(torch.zeros(1, 3, side, side)).shape
+    except (RuntimeError, AssertionError) as exc:
+        raise InputError(f"{source}: cannot take {side} px images ({first_line(exc)})") from exc
+    if len(shape) != 2:
+        raise InputError(f"{source}: gives features of shape {tuple(shape[1:])}, not a vector; choose another network")
+    return int(shape[1])

@@ -1,0 +1,1 @@
+"""The training loop: steps, checkpoints, ranks, what a run says of itself."""

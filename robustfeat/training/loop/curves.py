@@ -1,0 +1,63 @@
+"""curves.png: what a run's metrics look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from robustfeat.files import new_file
+from robustfeat.training.loop.journal import read_metrics
+
+__all__ = ["CURVES_NAME", "draw_curves"]
+
+CURVES_NAME = "curves.png"
+
+
+def draw_curves(run: Path, concepts: Sequence[str]) -> None:
+    """Draws loss, accuracy and, where the method has one, the path of q, over the epochs.
+
+    Args:
+        run: the run's folder, with metrics.jsonl.
+        concepts: the K names, in the order of q.
+    """
+    from matplotlib.figure import Figure
+
+    events = read_metrics(run)
+    steps = [event for event in events if event["event"] == "train"]
+    epochs = [event for event in events if event["event"] == "epoch"]
+    with_q = [event for event in steps if len(event.get("q", ())) == len(concepts)]
+    figure = Figure(figsize=(13 if with_q else 9, 4), dpi=110, layout="constrained")
+    loss, accuracy, *rest = figure.subplots(1, 3 if with_q else 2)
+    for axes, key, title in ((loss, "loss", "loss"), (accuracy, "accuracy", "accuracy")):
+        marker = "o-" if len(steps) < _FEW_POINTS else "-"
+        axes.plot(
+            [event["epoch"] for event in steps], [event[key] for event in steps], marker, ms=2, lw=1,
+            label="training images",
+        )  # fmt: skip
+        axes.plot(
+            [e["epoch"] for e in epochs], [e[f"validation_{key}"] for e in epochs], "o-", ms=3, label="validation"
+        )
+        axes.set(xlabel="epoch", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    if with_q:
+        (axes,) = rest
+        lines = zip(*(event["q"] for event in with_q), strict=True)
+        for number, (name, shares) in enumerate(zip(concepts, lines, strict=True)):
+            if len(concepts) <= _LABELLED_CONCEPTS:
+                style = ("o" if len(with_q) < _FEW_POINTS else "") + _STYLES[number // 10 % 3]
+                axes.plot([e["epoch"] for e in with_q], shares, style, ms=2, label=name, lw=1)
+            else:
+                axes.plot([e["epoch"] for e in with_q], shares, lw=0.5)
+        axes.set(xlabel="epoch", title="q, the weight of each concept's loss")
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+        axes.grid(alpha=0.3)
+        if len(concepts) <= _LABELLED_CONCEPTS:
+            axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    with new_file(run / CURVES_NAME) as partial:
+        figure.savefig(partial, format="png")
+
+
+_LABELLED_CONCEPTS = 30
+_FEW_POINTS = 20  # a line through one or two is not seen
+_STYLES = ("-", "--", ":")  # ten colours, then another line

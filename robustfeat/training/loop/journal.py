@@ -1,0 +1,126 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard's events, and the numbers that they hold."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustfeat.errors import InputError
+from robustfeat.files import new_file
+from robustfeat.training.loop.distributed import sum_over_ranks
+from robustfeat.training.loop.step import StepResult
+
+__all__ = ["METRICS_NAME", "TENSORBOARD_NAME", "Journal", "Window", "read_metrics"]
+
+METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+
+
+class Journal:
+    """Writes each event as a line of metrics.jsonl and as TensorBoard's scalars.
+
+    Args:
+        run: the run's folder; lines that a killed run wrote after its last checkpoint are dropped.
+        step: of that checkpoint; later steps are made again.
+        concepts: names, for the weights' scalars.
+    """
+
+    def __init__(self, run: Path, step: int, concepts: Sequence[str]) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._file, self._concepts = run / METRICS_NAME, concepts
+        if self._file.exists():
+            kept = [line for line in read_metrics(run) if line["step"] <= step]
+            with new_file(self._file) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        try:
+            self._board = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=step + 1)
+        except OSError as exc:
+            raise InputError(
+                f"{run / TENSORBOARD_NAME}: cannot be written ({exc.strerror}); remove what is there, or free space"
+            ) from exc
+
+    def write(self, event: str, step: int, numbers: dict[str, Any]) -> None:
+        """One event (`train`, `epoch` or `recalibrated`) at this step.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        line = json.dumps({"event": event, "step": step, **numbers})
+        try:
+            with open(self._file, "a", encoding="utf-8") as handle:
+                handle.write(line + "\n")
+            for name, value in numbers.items():
+                if name == "q":
+                    for concept, share in zip(self._concepts, value, strict=True):
+                        self._board.add_scalar(f"q/{concept}", share, step)
+                elif isinstance(value, int | float):
+                    self._board.add_scalar(f"{event}/{name}", value, step)
+            self._board.flush()
+        except OSError as exc:
+            raise InputError(
+                f"{self._file}: cannot be written ({exc.strerror}); free space, then go on with --resume"
+            ) from exc
+
+    def close(self) -> None:
+        """Ends TensorBoard's file."""
+        self._board.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The events of a run, up to a line that a kill cut short."""
+    events: list[dict[str, Any]] = []
+    file = run / METRICS_NAME
+    if file.exists():
+        for line in file.read_text("utf-8", errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+                event["step"] = int(event["step"])
+            except (ValueError, KeyError, TypeError):
+                break
+            events.append(event)
+    return events
+
+
+class Window:
+    """Sums over the steps between two log lines, kept on the device so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, device=device, dtype=torch.float64)
+        self._first_bad = torch.full((), torch.inf, device=device, dtype=torch.float64)
+        self._steps = 0
+        self._began = time.monotonic()
+
+    def add(self, result: StepResult, step: int) -> None:
+        """The step with this number, counted from 0."""
+        loss = result.losses.sum().double()
+        self._sums += torch.stack([
+            loss, result.objective.double(), result.correct.double(), torch.ones_like(loss) * len(result.losses)
+        ])  # fmt: skip
+        bad = ~(torch.isfinite(loss) & torch.isfinite(result.objective))
+        self._first_bad = torch.where(bad, self._first_bad.clamp_max(step), self._first_bad)
+        self._steps += 1
+
+    def first_bad_step(self) -> int | None:
+        """The first step whose loss was not finite, on this rank."""
+        step = float(self._first_bad)
+        return None if step == torch.inf else int(step)
+
+    def numbers(self, world: int) -> dict[str, float] | None:
+        """Means over the window and all ranks: unweighted loss, what was descended, accuracy, speed."""
+        if not self._steps:
+            return None
+        sums: Tensor = sum_over_ranks(self._sums)
+        loss, objective, correct, images = sums.tolist()
+        return {
+            "loss": round(loss / images, 5),
+            "objective": round(objective / self._steps / world, 5),
+            "accuracy": round(correct / images, 5),
+            "images_per_s": round(images / max(time.monotonic() - self._began, 1e-9), 1),
+        }

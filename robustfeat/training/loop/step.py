@@ -1,0 +1,227 @@
+"""One step of training: the network, its optimiser and the objective on one device, alone or beside other ranks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustfeat.errors import InputError
+from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.loop.distributed import Ranks, sum_over_ranks
+from robustfeat.training.network import build_network
+from robustfeat.training.objective import Objective, StepBatch, create_objective
+from robustfeat.training.recipe import Recipe
+
+__all__ = ["StepResult", "TrainingStep"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step saw, on the device, so that nothing has to wait for it.
+
+    Attributes:
+        losses: (m,) float32 at the images that were trained on.
+        objective: the scalar that was descended.
+        correct: how many of the m were classified correctly.
+    """
+
+    losses: Tensor
+    objective: Tensor
+    correct: Tensor
+
+
+class TrainingStep:
+    """Everything that changes from step to step, and the step itself (Algorithm 1, one pass of its loop).
+
+    Args:
+        recipe: how it is trained.
+        concepts: of the training set's classes.
+        device: where.
+        ranks: this process among those that train together; where there are several, call `distribute`.
+
+    Attributes:
+        network: ResNet-18 as it is saved, neither wrapped nor compiled.
+        objective: with the adversary's state.
+    """
+
+    def __init__(self, recipe: Recipe, concepts: ConceptMap, device: torch.device, ranks: Ranks) -> None:
+        if recipe.precision == "fp16" and device.type != "cuda":
+            raise InputError("--precision fp16: needs a GPU (on a CPU it is 50 times slower than bf16); pass bf16")
+        if recipe.batch_norm == "sync" and device.type != "cuda":
+            raise InputError("batch_norm sync: PyTorch has it for GPUs alone; pass batch_norm batch")
+        if recipe.precision == "fp32":
+            # Exact resume needs the same kernels each time, and fp32 means fp32.
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.allow_tf32 = False
+        else:
+            torch.backends.cudnn.benchmark = True
+        self.recipe, self.device, self._ranks = recipe, device, ranks
+        torch.manual_seed(recipe.seed)
+        self.network = build_network(len(concepts.of_class)).to(memory_format=torch.channels_last).to(device)
+        if recipe.batch_norm == "sync" and ranks.world > 1:
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # type: ignore[no-untyped-call]
+        self._optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+            # On a CPU it saves 3 ms a step and is not bit for bit the plain optimiser.
+            fused=device.type == "cuda",
+        )
+        if recipe.precision == "fp16":
+            # Where the first step overflows, the fused optimiser skips it and leaves buffers that it never wrote.
+            for parameter in self.network.parameters():
+                self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.objective: Objective = create_objective(recipe, concepts)
+        self._inner = self._trained = _compiled(self.network) if recipe.compile else self.network
+        self._concept_of_class = torch.from_numpy(concepts.of_class).to(device)
+        contract = recipe.preprocessing()
+        self._mean = torch.tensor(contract.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(contract.std, device=device).view(1, 3, 1, 1)
+
+    def distribute(self) -> None:
+        """From here on steps are made together with the other ranks; a collective call."""
+        if self._ranks.world == 1:
+            return
+        # Newer versions of PyTorch call it so, and warn of the old name.
+        parameters = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        options: dict[str, Any] = {sync: False}
+        # Its hooks do not work with autograd.grad: inner passes use the bare network. Buffers: `_share_statistics`.
+        trained = nn.parallel.DistributedDataParallel(
+            self.network,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **options,
+        )
+        self._trained = _compiled(trained) if self.recipe.compile else trained
+
+    def _share_statistics(self) -> None:
+        """Running statistics become the mean over the ranks, so that all evaluate and save one network."""
+        buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
+        mean = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / self._ranks.world
+        parts = torch.split(mean, [buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def train(self) -> None:
+        """To training mode, BatchNorm by the recipe's policy."""
+        self.network.train()
+        if self.recipe.batch_norm == "frozen":
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def __call__(
+        self, pixels: Tensor, labels: Tensor, epoch: float, number: int, *, replay: int = 0, total: int | None = None
+    ) -> StepResult:
+        """One step.
+
+        Args:
+            pixels: (m, 3, S, S) float from 0 to 255, on the device.
+            labels: (m,) int64.
+            epoch: epochs done so far, as a fraction; decides the learning rate.
+            number: of the step since training began; random numbers follow from it and the seed.
+            replay: see `StepBatch`.
+            total: examples of all ranks; m where there is one rank.
+
+        Raises:
+            DivergedError: a loss is not finite (on a CPU, and for methods with a concept level).
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(epoch)
+        # Methods that draw random numbers draw the same ones after a resume, and each rank its own.
+        torch.manual_seed(((self.recipe.seed * 1_000_003 + number) * 4099 + self._ranks.rank) % 2**63)
+        labels = labels.to(self.device, non_blocking=True)
+        batch = StepBatch(
+            self.to_input(pixels), labels, self._concept_of_class[labels], epoch, total or len(labels), replay
+        )
+        with self.autocast():
+            x = self.objective.training_images(self._inner, batch)
+            logits = self._trained(x.contiguous(memory_format=torch.channels_last)).float()
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        objective = self.objective.training_loss(losses, batch)
+        if objective.ndim:
+            raise InputError(
+                f"--method {self.recipe.method}: training_loss must return a scalar, as batch.mean makes it; got shape "
+                f"{tuple(objective.shape)}"
+            )
+        self._optimizer.zero_grad()
+        self._scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._ranks.world > 1 and self.recipe.batch_norm == "batch":
+            self._share_statistics()
+        correct = (logits.detach().argmax(1) == labels).sum()
+        return StepResult(losses.detach(), objective.detach(), correct)
+
+    def to_input(self, pixels: Tensor) -> Tensor:
+        """(m, 3, S, S) from 0 to 255 to the network's normalised input."""
+        return (pixels / 255 - self._mean) / self._std
+
+    def autocast(self) -> torch.autocast:
+        """The recipe's precision."""
+        dtype = torch.float16 if self.recipe.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.recipe.precision != "fp32")
+
+    def evaluate(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the losses, float64, and the number of images classified correctly."""
+        labels = labels.to(self.device, non_blocking=True)
+        with torch.no_grad(), self.autocast():
+            logits = self.network(self.to_input(pixels)).float()
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        return losses.double().sum(), (logits.argmax(1) == labels).sum()
+
+    def recalibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measures BatchNorm's running statistics anew, as plain means over these batches of all ranks.
+
+        Training leaves those of x~ behind; at test time images are not perturbed.
+
+        Args:
+            batches: (m, 3, S, S) float from 0 to 255, on the device.
+        """
+        layers = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = [layer.momentum for layer in layers]
+        self.network.train()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative
+        with torch.no_grad(), self.autocast():
+            for pixels in batches:
+                self.network(self.to_input(pixels).contiguous(memory_format=torch.channels_last))
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        if self._ranks.world > 1:
+            self._share_statistics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: model, optimizer, objective, scaler."""
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "objective": self.objective.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self.network.load_state_dict(state["model"])
+        # fused is this machine's choice, not the checkpoint's.
+        groups = [{**group, "fused": self.device.type == "cuda"} for group in state["optimizer"]["param_groups"]]
+        self._optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.objective.load_state_dict(state["objective"])
+        if state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+
+
+def _compiled(network: nn.Module) -> nn.Module:
+    compiled: nn.Module = torch.compile(network)  # type: ignore[assignment]
+    return compiled

@@ -1,0 +1,464 @@
+"""Which images the arguments of `robustfeat embed` name, and in which order; all of it on this machine."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from robustfeat import FeatureExtractor
+from robustfeat.errors import InputError
+from robustfeat.serving.bulk.embedding import embed_files
+from robustfeat.serving.inputs import input_list
+from robustfeat.serving.inputs.input_list import InputList
+from robustfeat.serving.inputs.listing import list_folder, list_inputs
+from robustfeat.serving.inputs.sources import ImageSource, ParquetImages
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    return FeatureExtractor.from_pretrained(threads=1, streams=1)
+
+
+def listed(*arguments: str | Path, **options: Any) -> list[ImageSource]:
+    with list_inputs(arguments, **options) as found:
+        return list(found)
+
+
+def paths(*arguments: str | Path, **options: Any) -> list[str]:
+    return [image.path for image in listed(*arguments, **options)]
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(os.fsencode(name))
+    return root
+
+
+def embedded(extractor: FeatureExtractor, out: Path, *arguments: str | Path, **options: Any) -> list[dict[str, Any]]:
+    """The index of an embedding run; the features are checked against it."""
+    with list_inputs(arguments, **options) as found:
+        embed_files(extractor, found, out, workers=1, quiet=True)
+    index = [json.loads(line) for line in out.with_suffix(".index.jsonl").read_bytes().splitlines()]
+    finite = np.isfinite(np.load(out)).all(1)
+    assert [row["error"] is None for row in index] == finite.tolist()
+    return index
+
+
+# tar
+
+
+def pack(place: Path, *members: tuple[str, bytes] | tarfile.TarInfo, kind: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(place, "w", format=kind) as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                archive.addfile(info, io.BytesIO(member[1]))
+    return place
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_members_of_a_tar_are_rows_in_the_byte_order_of_their_names(tmp_path: Path, kind: int) -> None:
+    long = "/".join(["folder"] * 12) + "/long.jpg"
+    names = ["b.jpg", "a/z.PNG", "a-1/y.jpg", "Z.jpg", "é.jpg", "empty.jpg", long, "./dot/x.jpg"]
+    files = [(name, os.urandom(len(name) * 100 if name != "empty.jpg" else 0)) for name in names]
+    place = pack(tmp_path / "shard.tar", special("a", tarfile.DIRTYPE), *files, ("labels.json", b"{}"), kind=kind)
+    with list_inputs([place]) as found:
+        images, skipped = list(found), found.skipped
+    expected = sorted((f"shard.tar/{name.removeprefix('./')}".encode(), name) for name in names)
+    assert [image.path.encode() for image in images] == [path for path, _ in expected]
+    assert skipped == 1
+    with tarfile.open(place) as archive:
+        for image, (_, name) in zip(images, expected, strict=True):
+            member = archive.extractfile(name)
+            assert member is not None
+            assert image.read() == member.read() == dict(files)[name]
+
+
+def test_hidden_members_of_a_tar_are_ignored_and_links_fail(
+    tmp_path: Path, extractor: FeatureExtractor, example_files: list[Path]
+) -> None:
+    good = example_files[0].read_bytes()
+    place = pack(
+        tmp_path / "shard.tar",
+        ("./.hidden.jpg", good),
+        (".git/a.jpg", good),
+        ("a/.cache/a.jpg", good),
+        ("../outside.jpg", good),
+        ("good.jpg", good),
+        special("hard.jpg", tarfile.LNKTYPE, "good.jpg"),
+        special("pipe.jpg", tarfile.FIFOTYPE),
+        special("soft.jpg", tarfile.SYMTYPE, "/etc/hostname"),
+        ("good.jpg", b"a second one of that name"),
+    )
+    index = embedded(extractor, tmp_path / "feats.npy", place)
+    link = "a link or special member of the archive"
+    assert [(row["path"].removeprefix("shard.tar/"), row["error"]) for row in index] == [
+        ("good.jpg", None),
+        ("good.jpg", "not an image of these formats: JPEG, PNG, WEBP, GIF, BMP, TIFF"),
+        ("hard.jpg", link),
+        ("pipe.jpg", link),
+        ("soft.jpg", link),
+    ]
+
+
+def test_names_of_a_tar_that_are_not_utf8_keep_their_bytes(tmp_path: Path) -> None:
+    pack(tmp_path / "shard.tar", (os.fsdecode(b"\xff\xe9.jpg"), b"data"), kind=tarfile.GNU_FORMAT)
+    (image,) = listed(tmp_path / "shard.tar")
+    assert os.fsencode(image.path) == b"shard.tar/\xff\xe9.jpg"
+    assert "path_bytes" in image.index_fields()
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Three members, each with a header and 1024 bytes, and two closing blocks in a record of 10,240."""
+    files = [(f"{name}.jpg", bytes([number]) * 1000) for number, name in enumerate("abc")]
+    return pack(tmp_path / "shard.tar", *files, kind=tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (0, "not a readable tar archive"),
+        (100, "not a readable tar archive"),
+        (2 * 1536 + 100, "damaged after byte 3,072"),
+        (2 * 1536 + 512, "not a readable tar archive"),
+        (2 * 1536 + 900, "not a readable tar archive"),
+        (1536 + 700, "not a readable tar archive"),
+        (3 * 1536, None),  # the closing blocks hold nothing
+    ],
+)
+def test_a_tar_cut_short_is_refused_when_anything_is_missing(archive: Path, length: int, message: str | None) -> None:
+    os.truncate(archive, length)
+    if message is None:
+        assert paths(archive) == ["shard.tar/a.jpg", "shard.tar/b.jpg", "shard.tar/c.jpg"]
+        return
+    with pytest.raises(InputError, match=message) as caught:
+        list_inputs([archive])
+    assert str(archive) in str(caught.value)
+
+
+def test_a_tar_with_a_damaged_header_is_refused(archive: Path) -> None:
+    data = bytearray(archive.read_bytes())
+    for at, message in ((1536 + 5, "damaged after byte 1,536"), (5, "not a readable tar archive")):
+        data[at] ^= 0xFF
+        archive.write_bytes(data)
+        with pytest.raises(InputError, match=message):
+            list_inputs([archive])
+
+
+def test_a_tar_that_shrinks_after_it_was_listed_gives_failed_rows(archive: Path) -> None:
+    images = listed(archive)
+    os.truncate(archive, 1536 + 600)
+    assert images[0].read() == b"\0" * 1000
+    for image in images[1:]:
+        with pytest.raises(OSError, match="ends before this member does"):
+            image.read()
+
+
+@pytest.mark.parametrize("name", ["shard.tar.gz", "shard.tgz", "shard.tar.bz2", "shard.tar.zst", "SHARD.TXZ"])
+def test_compressed_tars_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"whatever it holds")
+    with pytest.raises(InputError, match=r"decompress it to a \.tar first"):
+        list_inputs([tmp_path / name])
+
+
+def test_archives_within_a_folder_are_other_files(tmp_path: Path, archive: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.parquet")
+    with list_inputs([tmp_path]) as found:
+        assert [image.path for image in found] == ["a.jpg"]
+        assert found.skipped == 2
+
+
+# Parquet
+
+
+def structs(data: Sequence[bytes | None]) -> list[dict[str, Any] | None]:
+    """As the datasets library of Hugging Face stores images."""
+    return [None if value is None else {"bytes": value, "path": f"{number}.jpg"} for number, value in enumerate(data)]
+
+
+@pytest.mark.parametrize("kind", ["struct", "binary", "large_binary", "large struct"])
+@pytest.mark.parametrize("rows_in_group", [1, 7, 1000])
+def test_rows_of_a_parquet_file_are_those_that_were_written(tmp_path: Path, kind: str, rows_in_group: int) -> None:
+    count = 40 if rows_in_group < 1000 else 2500
+    data = [None if number % 11 == 5 else os.urandom(number % 50) for number in range(count)]
+    binary = pa.large_binary() if kind.startswith("large") else pa.binary()
+    column = (
+        pa.array(structs(data), pa.struct({"bytes": binary, "path": pa.string()}))
+        if kind.endswith("struct")
+        else pa.array(data, binary)
+    )
+    table = pa.table({"label": pa.array(range(count)), "image": column, "text": pa.array(["x"] * count)})
+    parquet.write_table(table, tmp_path / "part.parquet", row_group_size=rows_in_group)
+    images = listed(tmp_path / "part.parquet")
+    assert [image.path for image in images] == [f"part.parquet/{row:09}" for row in range(count)]
+    reader = ParquetImages(images[0].file, images[0].detail)
+    assert [reader.read(image.at) for image in images] == data
+    # As a resumed run begins: anywhere, and also further on or back.
+    for row in (count // 2, count // 2 + 1, count - 1, 3, 3, 0, count // 3):
+        assert reader.read(row) == data[row]
+
+
+def test_a_null_struct_holds_no_image_whatever_lies_below_it(tmp_path: Path) -> None:
+    fields = [pa.array([b"a", b"b", None]), pa.array(["a", "b", "c"])]
+    column = pa.StructArray.from_arrays(fields, ["bytes", "path"], mask=pa.array([False, True, False]))
+    parquet.write_table(pa.table({"image": column}), tmp_path / "part.parquet")
+    reader = ParquetImages(str(tmp_path / "part.parquet"), "image")
+    assert [reader.read(row) for row in range(3)] == [b"a", None, None]
+
+
+def test_rows_of_parquet_that_hold_no_image_are_failed_rows(
+    tmp_path: Path, extractor: FeatureExtractor, example_files: list[Path]
+) -> None:
+    good = [file.read_bytes() for file in example_files[:3]]
+    data = [good[0], None, b"no image", good[1], b"", good[2]]
+    parquet.write_table(pa.table({"image": structs(data)}), tmp_path / "part.PARQUET", row_group_size=4)
+    index = embedded(extractor, tmp_path / "feats.npy", tmp_path / "part.PARQUET", example_files[0])
+    assert [row["error"] for row in index] == [
+        None,
+        "the row holds no image",
+        "not an image of these formats: JPEG, PNG, WEBP, GIF, BMP, TIFF",
+        None,
+        "the file is empty",
+        None,
+        None,
+    ]
+    features = np.load(tmp_path / "feats.npy")
+    np.testing.assert_allclose(features[0], features[6], rtol=1e-5, atol=1e-6)
+
+
+def test_the_column_of_parquet_is_found_or_named(tmp_path: Path) -> None:
+    place = tmp_path / "part.parquet"
+    data = [b"one", b"two"]
+    parquet.write_table(pa.table({"left": data, "right": data[::-1], "label": ["a", "b"]}), place)
+    with pytest.raises(InputError, match=r"left, right: name one as part\.parquet:COLUMN"):
+        list_inputs([place])
+    for column, expected in (("left", data), ("right", data[::-1])):
+        images = listed(f"{place}:{column}")
+        assert [image.path for image in images] == ["part.parquet/000000000", "part.parquet/000000001"]
+        reader = ParquetImages(images[0].file, images[0].detail)
+        assert [reader.read(row) for row in range(2)] == expected
+    for column in ("label", "nothing"):
+        with pytest.raises(InputError, match=f"no column '{column}' of image bytes; it has left, right"):
+            list_inputs([f"{place}:{column}"])
+    # Where one of several is called image, it is meant.
+    parquet.write_table(pa.table({"thumbnail": data, "image": structs(data)}), place)
+    assert {image.detail for image in listed(place)} == {"image"}
+    parquet.write_table(pa.table({"label": ["a", "b"]}), place)
+    with pytest.raises(InputError, match="no single column of image bytes; it has none"):
+        list_inputs([place])
+
+
+def test_parquet_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "part.parquet"
+    with pytest.raises(InputError, match="no such file or folder"):
+        list_inputs([place])
+    with pytest.raises(InputError, match="no such file or folder"):
+        list_inputs([f"{place}:image"])
+    parquet.write_table(pa.table({"image": [os.urandom(1000) for _ in range(100)]}), place, row_group_size=10)
+    data = place.read_bytes()
+    for damaged in (b"", data[:-10], data[: len(data) // 2]):
+        place.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"part\.parquet: not a readable Parquet file"):
+            list_inputs([place])
+    place.write_bytes(data)
+    images = listed(place)
+    parquet.write_table(pa.table({"image": [b"x"]}), place)  # replaced by a shorter one after it was listed
+    with pytest.raises(InputError, match=r"part\.parquet: cannot be read"):
+        ParquetImages(images[-1].file, "image").read(images[-1].at)
+
+
+# Globs
+
+
+def test_globs_give_what_the_shell_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["b.jpg", "a/z.jpg", "a-1/y.png", "a/b/c/x.jpg", "[1].jpg", "notes.txt", ".hidden.jpg", ".git/c.jpg"]
+    touch(tmp_path, *names)
+    monkeypatch.chdir(tmp_path)
+    for prefix in ("", f"{tmp_path}/", "./", f"../{tmp_path.name}/"):
+        assert paths(f"{prefix}*.jpg") == ["[1].jpg", "b.jpg"]
+        assert paths(f"{prefix}?.jpg") == ["b.jpg"]
+        assert paths(f"{prefix}**/*.jpg") == ["[1].jpg", "a/b/c/x.jpg", "a/z.jpg", "b.jpg"]
+        assert paths(f"{prefix}**/x.*") == ["a/b/c/x.jpg"]
+        assert paths(f"{prefix}a*") == ["a-1/y.png", "a/b/c/x.jpg", "a/z.jpg"]  # folders are read as such
+        assert paths(f"{prefix}*/") == ["a-1/y.png", "a/b/c/x.jpg", "a/z.jpg"]
+        assert paths(f"{prefix}a/*/c/*.jpg") == ["b/c/x.jpg"]  # relative to the folder before the first wildcard
+        assert paths(f"{prefix}n*") == ["notes.txt"]  # a file that matches is always a row
+        assert paths(f"{prefix}.*.jpg") == [".hidden.jpg"]
+        assert paths(f"{prefix}[ab].jpg") == ["b.jpg"]
+        assert paths(f"{prefix}[1].jpg") == ["[1].jpg"]  # there is such a file
+        with pytest.raises(InputError, match="no images found"):
+            list_inputs([f"{prefix}*.webp"])
+
+
+def test_globs_of_archives_give_their_images(tmp_path: Path, archive: Path) -> None:
+    parquet.write_table(pa.table({"image": [b"x"]}), tmp_path / "part.parquet")
+    expected = ["part.parquet/000000000", "shard.tar/a.jpg", "shard.tar/b.jpg", "shard.tar/c.jpg"]
+    assert paths(tmp_path / "*[rt]") == expected
+
+
+def test_a_glob_in_quotes_is_read_by_the_command(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b/c.jpg")
+    command = [sys.executable, "-m", "robustfeat", "embed", f"{tmp_path}/**/*.jpg", "--out", tmp_path / "x.npy"]
+    result = subprocess.run([*command, "--quiet"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 3, result.stderr  # neither is an image
+    index = [json.loads(line) for line in (tmp_path / "x.index.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in index] == ["a.jpg", "b/c.jpg"]
+
+
+# Lists
+
+
+def test_lists_hold_names_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(touch(tmp_path, "folder/b.jpg", "folder/a/c.jpg", "folder/notes.txt"))
+    odd = [" spaces  .jpg", "'quotes\"", "back\\slash", "*.jpg", "[1].jpg", "é", "#", os.fsdecode(b"\xff.jpg"), "-"]
+    lines = [*odd, "./dot.jpg", "missing.jpg", "folder", "folder/b.jpg", "folder/b.jpg", str(tmp_path / "folder/b.jpg")]
+    expected = [*odd, "dot.jpg", "missing.jpg", "folder/a/c.jpg", *["folder/b.jpg"] * 3, str(tmp_path / "folder/b.jpg")]
+    place = tmp_path / "list"
+    for end, options in (("\n", {}), ("\r\n", {}), ("\0", {"null": True})):
+        for start, finish in itertools.product((b"", b"\xef\xbb\xbf"), (end, "", end * 3)):
+            place.write_bytes(start + os.fsencode(end.join(lines) + finish))
+            assert paths(files_from=place, **options) == expected
+    place.write_bytes(b"new\nline.jpg\0return.jpg\r\0" + b"x" * 70_000 + b"\0")
+    assert paths(files_from=place, null=True) == ["new\nline.jpg", "return.jpg\r", "x" * 70_000]
+
+
+def test_lists_come_behind_the_arguments_and_name_archives_and_urls_too(tmp_path: Path, archive: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "list").write_text(f"\ufeff{archive}\nfile://{tmp_path}/b.jpg\n\ns3://bucket/c.jpg\n")
+    assert paths(tmp_path / "a.jpg", files_from=tmp_path / "list") == [
+        "a.jpg",
+        *(f"{archive}/{name}.jpg" for name in "abc"),
+        f"{tmp_path}/b.jpg",
+        "s3://bucket/c.jpg",
+    ]
+    assert paths(f"file://{tmp_path}/a.jpg") == ["a.jpg"]
+
+
+@pytest.mark.parametrize("arguments", [["-"], ["--files-from=-", "--null"]])
+def test_a_list_on_stdin_gives_failed_rows_where_files_are_missing(
+    tmp_path: Path, example_files: list[Path], arguments: list[str]
+) -> None:
+    lines = [str(example_files[0]), "missing.jpg", str(example_files[1]), str(example_files[0])]
+    command = [sys.executable, "-m", "robustfeat", "embed", *arguments, "--out", str(tmp_path / "x.npy"), "--quiet"]
+    text = ("\0" if "--null" in arguments else "\n").join(lines)
+    result = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 3, result.stderr
+    index = [json.loads(line) for line in (tmp_path / "x.index.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in index] == lines
+    assert [row["error"] for row in index] == [None, "No such file or directory", None, None]
+    features = np.load(tmp_path / "x.npy")
+    np.testing.assert_array_equal(np.isfinite(features).all(1), [True, False, True, True])
+    np.testing.assert_allclose(features[0], features[3], rtol=1e-5, atol=1e-6)
+
+
+def test_lists_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--files-from .*none: cannot be read"):
+        list_inputs([], files_from=tmp_path / "none")
+    with pytest.raises(InputError, match="cannot be read"):
+        list_inputs([], files_from=tmp_path)
+    (tmp_path / "list").write_text("\n\n")
+    with pytest.raises(InputError, match="list: no images found"):
+        list_inputs([], files_from=tmp_path / "list")
+    (tmp_path / "list").write_text("missing.tar\n")
+    with pytest.raises(InputError, match=r"missing\.tar: not a readable tar archive"):
+        list_inputs([], files_from=tmp_path / "list")
+
+
+# Folders
+
+
+@pytest.mark.parametrize(("rows", "runs"), [(1, 2), (7, 3), (200, 64), (201, 64), (10**6, 64)])
+def test_folders_that_do_not_fit_in_memory_are_sorted_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, runs: int
+) -> None:
+    monkeypatch.setattr(input_list, "_SORT_ROWS", rows)
+    monkeypatch.setattr(input_list, "_MERGE_RUNS", runs)
+    names = [f"{'aZ-é_0'[number * 5 % 6]}{number % 9}{'/' * (number % 3 > 0)}{number}.jpg" for number in range(199)]
+    names.append(os.fsdecode(b"a\xff.jpg"))
+    assert len({*names}) == 200
+    touch(tmp_path, *names)
+    images, skipped = list_folder(tmp_path)
+    assert [os.fsencode(image.path) for image in images] == sorted(map(os.fsencode, names))
+    assert [image.file for image in images] == [f"{tmp_path}/{image.path}" for image in images]
+    assert skipped == 0
+
+
+@pytest.mark.parametrize(("rows", "runs"), [(1, 2), (7, 3)])
+def test_members_of_one_name_stay_in_order_when_sorted_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, runs: int
+) -> None:
+    monkeypatch.setattr(input_list, "_SORT_ROWS", rows)
+    monkeypatch.setattr(input_list, "_MERGE_RUNS", runs)
+    place = pack(tmp_path / "shard.tar", *((f"{number % 5}.jpg", bytes([number])) for number in range(50)))
+    expected = sorted(range(50), key=lambda number: number % 5)
+    assert [image.read()[0] for image in listed(place)] == expected
+
+
+def test_any_part_of_a_long_list_can_be_read(tmp_path: Path) -> None:
+    images = [ImageSource(f"é{number}\n.jpg", f"/{number}", at=number) for number in range(9000)]
+    with InputList(images) as found:
+        assert len(found) == 9000
+        for start, stop in ((0, 9000), (0, 1), (4095, 4097), (4096, 4096), (8191, 8999), (8999, 10_000), (9000, 9001)):
+            assert [ImageSource.from_line(line) for line in found.lines(start, stop)] == images[start:stop]
+        assert list(found) == images
+        with InputList(images) as same, InputList(images[1:]) as other:
+            assert found.sha256 == same.sha256 != other.sha256
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    root = touch(tmp_path / "root", "a/x.jpg", "b/y.jpg", "b/c/z.jpg")
+    touch(tmp_path / "elsewhere", "w.jpg")
+    (root / "elsewhere").symlink_to(tmp_path / "elsewhere")
+    (root / "twice").symlink_to("elsewhere")
+    (root / "b" / "up").symlink_to("..")
+    (root / "b" / "c" / "self").symlink_to(".")
+    (root / "a" / "across").symlink_to("../b")
+    (root / "b" / "c" / "back").symlink_to("../../a")
+    (root / "dangling.jpg").symlink_to("nowhere.jpg")
+    (root / "linked.jpg").symlink_to("a/x.jpg")
+    (root / "round.jpg").symlink_to("round.jpg")
+    expected = [
+        "a/across/c/z.jpg", "a/across/y.jpg", "a/x.jpg", "b/c/back/x.jpg", "b/c/z.jpg", "b/y.jpg", "dangling.jpg",
+        "elsewhere/w.jpg", "linked.jpg", "round.jpg", "twice/w.jpg",
+    ]  # fmt: skip
+    assert paths(root) == expected
+    assert paths(root / "**" / "*.jpg") == expected
+    (tmp_path / "list").write_text(str(root))
+    assert paths(files_from=tmp_path / "list") == [f"{root}/{path}" for path in expected]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_folders_that_may_not_be_read_are_never_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "secret/b.jpg")
+    (tmp_path / "secret").chmod(0)
+    try:
+        for argument in (tmp_path, tmp_path / "**" / "*.jpg", tmp_path / "*"):
+            with pytest.raises(InputError, match="secret: cannot be listed"):
+                list_inputs([argument])
+    finally:
+        (tmp_path / "secret").chmod(0o700)

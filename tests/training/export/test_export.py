@@ -1,0 +1,236 @@
+"""Exported and imported folders: they agree with PyTorch and timm, and a disagreement leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import robustfeat.training.export.export as export_module
+from robustfeat import FeatureExtractor
+from robustfeat.errors import DataError, ExportError, InputError
+from robustfeat.hub.catalog import resolve_model
+from robustfeat.hub.folder import ModelFolder
+from robustfeat.hub.preprocessing import decode, preprocess
+from robustfeat.serving.extractor import cosine
+from robustfeat.training.export.backbones import import_backbone
+from robustfeat.training.export.compact import expand_folder
+from robustfeat.training.export.export import export_run
+from robustfeat.training.loop.checkpoint import load_checkpoint
+from robustfeat.training.network import build_network
+from tests.conftest import Run
+
+
+def timm_features(folder: Path, files: list[Path]) -> np.ndarray:
+    """timm alone: its own loading and its own preprocessing."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    from PIL import Image
+
+    with torch.no_grad():
+        return model(torch.stack([transform(Image.open(file).convert("RGB")) for file in files])).numpy()
+
+
+@pytest.fixture(scope="module")
+def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """torchvision's ResNet-50 with seeded weights from a file."""
+    from torchvision.models import resnet50
+
+    root = tmp_path_factory.mktemp("resnet50")
+    torch.manual_seed(0)
+    torch.save(resnet50().state_dict(), root / "weights.pt")
+    import_backbone("torchvision:resnet50", root / "model", weights=root / "weights.pt", image_size=96, int8=False)
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """timm's ViT-Tiny with seeded weights from a safetensors file."""
+    root = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), root / "weights.safetensors")
+    import_backbone("timm:vit_tiny_patch16_224", root / "model", weights=root / "weights.safetensors", int8=False)
+    return root / "model"
+
+
+@pytest.mark.parametrize(("name", "size"), [("builtin", 512), ("model", 512), ("resnet50", 2048), ("vit", 192)])
+def test_timm_gives_the_features_of_embed(
+    request: pytest.FixtureRequest, example_files: list[Path], name: str, size: int
+) -> None:
+    folder = resolve_model("builtin").path if name == "builtin" else request.getfixturevalue(name)
+    ours = FeatureExtractor.from_pretrained(folder).embed(example_files)
+    assert ours.shape == (40, size)
+    assert cosine(ours, timm_features(folder, example_files)).min() >= 0.9999
+
+
+def test_openvino_reads_the_builtin_model_too(example_files: list[Path]) -> None:
+    import openvino
+
+    extractor = FeatureExtractor.from_pretrained()
+    core = openvino.Core()
+    compiled = core.compile_model(str(extractor.folder.onnx("fp32")), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    inputs = preprocess([decode(file.read_bytes()) for file in example_files[:8]], extractor.config.preprocessing)
+    assert cosine(compiled(inputs)["features"], extractor.embed(example_files[:8])).min() >= 0.9999
+
+
+def test_int8_is_close_and_smaller(example_files: list[Path]) -> None:
+    folder = resolve_model("builtin")
+    exact = FeatureExtractor.from_pretrained().embed(example_files)
+    fast = FeatureExtractor.from_pretrained(precision="int8").embed(example_files)
+    assert cosine(exact, fast).min() >= 0.98
+    assert folder.onnx("int8").stat().st_size < 0.6 * (folder.path / "model.safetensors").stat().st_size
+
+
+def test_weights_are_the_checkpoints(model: Path, finished_run: Path) -> None:
+    weights, checkpoint = load_file(model / "model.safetensors"), load_checkpoint(finished_run).model
+    assert weights.keys() == checkpoint.keys()
+    assert all(torch.equal(value, checkpoint[key]) for key, value in weights.items())
+    build_network(10).load_state_dict(weights)
+
+
+def test_training_json_tells_how_the_model_was_made(model: Path) -> None:
+    training = json.loads((model / "training.json").read_text())
+    assert training["recipe"]["method"] == "hrrl"
+    assert len(training["classes"]) == 10
+    assert [line["event"] for line in training["metrics"]] == ["train", "epoch"] * 2
+    assert training["data"]["images"] == 30
+    assert "root" not in training["data"]
+
+
+def test_nothing_in_a_folder_tells_of_the_machine_that_made_it(model: Path, finished_run: Path, dataset: Path) -> None:
+    import onnx
+
+    places = [str(dataset), str(finished_run.parent), str(Path(export_module.__file__).parents[3])]
+    for file in model.rglob("*"):
+        if file.is_file():
+            data = file.read_bytes()
+            assert not any(place.encode() in data for place in places), file
+    graph = onnx.load(model / "onnx" / "model.onnx").graph
+    assert not any(node.doc_string or node.metadata_props for node in graph.node)
+
+
+def test_a_compact_folder_stores_its_weights_once(
+    finished_run: Path, model: Path, tmp_path: Path, example_files: list[Path]
+) -> None:
+    report = export_run(finished_run, tmp_path / "compact", int8=False, compact=True)
+    assert report.cosines["fp32"] >= 0.9999
+    assert report.folder.size_bytes() < 0.3 * ModelFolder(model).size_bytes()
+    compact = FeatureExtractor.from_pretrained(tmp_path / "compact").embed(example_files)
+    assert cosine(compact, FeatureExtractor.from_pretrained(model).embed(example_files)).min() >= 0.9999
+    assert cosine(compact, timm_features(tmp_path / "compact", example_files)).min() >= 0.9999
+
+
+def test_an_expanded_folder_gives_the_same_features_bit_for_bit(
+    finished_run: Path, tmp_path: Path, example_files: list[Path]
+) -> None:
+    compact = export_run(finished_run, tmp_path / "compact", int8=False, compact=True).folder
+    plain = expand_folder(compact, tmp_path / "plain")
+    assert not plain.compact
+    assert not (plain.path / "model.onnx").exists()
+    features = [FeatureExtractor.from_pretrained(folder.path).embed(example_files) for folder in (compact, plain)]
+    assert features[0].tobytes() == features[1].tobytes()
+
+
+@pytest.mark.slow
+def test_results_licence_and_datasets_reach_the_card(robustfeat: Run, finished_run: Path, tmp_path: Path) -> None:
+    evaluation = {"dataset": "Clothes", "dataset_id": "clothes", "metric": "accuracy", "value": 61.5}
+    (tmp_path / "results.json").write_text(json.dumps({"evaluations": [evaluation], "Speed": "fast"}))
+    arguments = [
+        "export",
+        finished_run,
+        "--out",
+        tmp_path / "model",
+        "--no-int8",
+        "--results",
+        tmp_path / "results.json",
+    ]
+    result = robustfeat(*arguments, "--license", "mit", "--dataset", "org/clothes", "--terms", "be kind")
+    assert result.returncode == 0, result.stderr
+    card = (tmp_path / "model" / "README.md").read_text()
+    for text in (
+        "license: mit",
+        "- org/clothes",
+        "value: 61.5",
+        "| Clothes | test |  | accuracy | 61.5 |",
+        "Speed: fast",
+        "be kind",
+    ):
+        assert text in card
+    (tmp_path / "results.json").write_text(json.dumps({"evaluations": [evaluation | {"value": "61.5 %"}]}))
+    result = robustfeat(*arguments[:3], tmp_path / "other", *arguments[4:])
+    assert result.returncode == 1
+    assert "an evaluation's value must be a number; got '61.5 %'" in result.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_image_size_and_crop_can_be_chosen(finished_run: Path, tmp_path: Path) -> None:
+    report = export_run(finished_run, tmp_path / "model", image_size=48, crop_pct=0.75, int8=False)
+    contract = report.folder.config.preprocessing
+    assert (contract.image_size, contract.resize_size) == (48, 64)
+
+
+def test_int8_is_calibrated_on_the_runs_images(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound is lowered: a network after ten steps is no judge of int8's exactness."""
+    monkeypatch.setitem(export_module.MIN_COSINE, "int8", 0.5)
+    report = export_run(finished_run, tmp_path / "model")
+    assert report.folder.precisions == ["fp32", "int8"]
+    assert 0.5 <= report.cosines["int8"] < 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_export_that_disagrees_leaves_nothing(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    honest = export_module._torch_features
+    monkeypatch.setitem(export_module.MIN_COSINE, "int8", 1.1)
+    if precision == "fp32":
+        monkeypatch.setattr(export_module, "_torch_features", lambda *given: -honest(*given))
+    with pytest.raises(ExportError, match=f"{precision} ONNX disagrees with PyTorch"):
+        export_run(finished_run, tmp_path / "model", int8=precision == "int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_without_usable_images_is_explained(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"junk")
+    with pytest.raises(DataError, match="none of its images can be decoded"):
+        export_run(finished_run, tmp_path / "model", calibration=tmp_path)
+
+
+def test_an_unfinished_run_is_not_exported(dataset: Path, finished_run: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    from robustfeat.training.loop.checkpoint import save_checkpoint
+
+    save_checkpoint(dataclasses.replace(load_checkpoint(finished_run), epoch=1), tmp_path)
+    with pytest.raises(ExportError, match="training stands at epoch 1 of 2"):
+        export_run(tmp_path, tmp_path / "model", int8=False)
+
+
+def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w\.pt: does not fit timm:resnet18"):
+        import_backbone("timm:resnet18", tmp_path / "model", weights=tmp_path / "w.pt")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_a_torchvision_network_unknown_to_timm_is_explained(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="import it as timm:NAME"):
+        import_backbone("torchvision:vit_b_32", tmp_path / "model", weights=tmp_path / "w.pt")
+
+
+def test_crop_share_survives_the_floor() -> None:
+    import math
+
+    from robustfeat.training.export.backbones import _crop_pct
+
+    for crop in range(32, 400):
+        for resize in range(crop, crop + 80):
+            assert math.floor(crop / _crop_pct(crop, resize)) == resize
