@@ -15,9 +15,15 @@
     ├── CheckpointError     a checkpoint is missing, damaged, or belongs to another run
     └── ExportError         an exported file disagrees with the network that it came from
 
-Each message is one line: the subject, what was expected, what arrived, and what to do. The command line
-prints it and exits with 1. Wrong arguments to a function raise `ValueError` or `TypeError`.
+Each message is one line: the subject, what was expected, what arrived, and how to fix it. The parts are data:
+messages name parameters as Python does, and the command line renders them as its options before it prints the line
+and exits with 1. Wrong arguments to a function raise `ValueError` or `TypeError`.
 """
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
 
 __all__ = [
     "CheckpointError",
@@ -38,8 +44,51 @@ __all__ = [
 ]
 
 
+_REFERENCE = re.compile(r"`([A-Za-z_]\w*)(?:=([^`]*))?`")
+
+
 class RobustFeatError(Exception):
-    """Base of all errors above."""
+    """Base of all errors above.
+
+    Args:
+        what: what was expected and what arrived, after the subject where `argument` is the subject.
+        argument: the parameter at fault.
+        value: what was passed for it, where that helps.
+        fix: what to do about it. Parameters of the caller stand in backticks there, as a name or as Python passes
+            them: "pass `resume=True` to resume it, or choose another `out`".
+
+    >>> str(InputError("expected 1 or more", argument="batch_size", value=0, fix="leave `batch_size` out"))
+    'batch_size=0: expected 1 or more; leave `batch_size` out'
+    """
+
+    def __init__(
+        self, what: str = "", *, argument: str | None = None, value: object = None, fix: str | None = None
+    ) -> None:
+        super().__init__(what)
+        self.what, self.argument, self.value, self.fix = what, argument, value, fix
+
+    def render(self, spell: Callable[[str, str | None], str | None]) -> str:
+        """The message with parameters named by `spell`.
+
+        Args:
+            spell: the spelling of a parameter and its value, if it has one; None keeps Python's.
+        """
+
+        def reference(match: re.Match[str]) -> str:
+            return spell(match[1], match[2]) or match[0]
+
+        value = None if self.value is None else str(self.value)
+        parts = []
+        if self.argument is not None:
+            python = self.argument if value is None else f"{self.argument}={value}"
+            parts.append(f"{spell(self.argument, value) or python}: ")
+        parts.append(_REFERENCE.sub(reference, self.what))
+        if self.fix is not None:
+            parts.append(f"; {_REFERENCE.sub(reference, self.fix)}")
+        return "".join(parts)
+
+    def __str__(self) -> str:
+        return self.render(lambda name, value: None)
 
 
 class DecodeError(RobustFeatError):

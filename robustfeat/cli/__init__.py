@@ -14,7 +14,6 @@ import warnings
 import click
 
 from robustfeat import __version__
-from robustfeat.errors import RobustFeatError
 
 __all__ = ["cli", "main"]
 
@@ -92,11 +91,6 @@ def main() -> None:
         os._exit(1)
     except BrokenPipeError:  # who read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except RobustFeatError as exc:
-        # One line, also where it names a file whose name has two.
-        text = "".join(part if part.isprintable() else repr(part)[1:-1] for part in str(exc))
-        click.echo(f"robustfeat: {text}", err=True)
         code = 1
     except OSError as exc:  # such as a full disk behind stdout
         place = "" if exc.filename else "the output cannot be written: "

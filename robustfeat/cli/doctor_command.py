@@ -9,11 +9,12 @@ from dataclasses import asdict
 import click
 
 from robustfeat.cli.extraction import Extraction, serving_options
+from robustfeat.cli.rendering import Command
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
-@click.command("doctor", short_help="Examine this installation.")
+@click.command("doctor", cls=Command, short_help="Examine this installation.")
 @click.argument("model", default="builtin")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 @serving_options

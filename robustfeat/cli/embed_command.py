@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from robustfeat.cli.extraction import Extraction, extraction_options, quiet_downloads
+from robustfeat.cli.rendering import Command
 
 
-@click.command("embed", short_help="Turn images into features.")
+@click.command("embed", cls=Command, short_help="Turn images into features.")
 @click.argument("inputs", nargs=-1, metavar="[INPUT]...")
 @click.option("--out", required=True, metavar="FEATS", help="Where to write: a .npy, .parquet or .safetensors file.")
 @extraction_options

@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 from robustfeat.cli.extraction import ABOVE_ZERO
+from robustfeat.cli.rendering import Command
 
 
-@click.command("evaluate", short_help="Measure how well a model's features transfer.")
+@click.command("evaluate", cls=Command, short_help="Measure how well a model's features transfer.")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--task", "tasks", metavar="NAME=DATA", multiple=True, required=True, help="Labelled images; repeatable.")
 @click.option("--train-rows", type=click.IntRange(min=2), help="At most so many training images of a task.")

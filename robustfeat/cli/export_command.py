@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from robustfeat.cli.rendering import Command
 
-@click.command("export", short_help="Make a model folder of a training run.")
+
+@click.command("export", cls=Command, short_help="Make a model folder of a training run.")
 @click.argument("run", metavar="RUN")
 @click.option("--out", required=True, metavar="MODEL", help="The folder to make.")
 @click.option("--name", help="The model's name, with its version.  [default: RUN's name]")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from robustfeat.cli.export_command import print_report
+from robustfeat.cli.rendering import Command
 
 
-@click.command("import", short_help="Make a model folder of a timm or torchvision backbone.")
+@click.command("import", cls=Command, short_help="Make a model folder of a timm or torchvision backbone.")
 @click.argument("source", metavar="timm:NAME|torchvision:NAME")
 @click.option("--out", required=True, metavar="MODEL", help="The folder to make.")
 @click.option("--weights", metavar="FILE", help="A state dict.  [default: the library's weights, downloaded]")

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from robustfeat.cli.extraction import pin_options
+from robustfeat.cli.rendering import Command
 
 
-@click.command("info", short_help="Show what a model is, how it fares and its terms.")
+@click.command("info", cls=Command, short_help="Show what a model is, how it fares and its terms.")
 @click.argument("model", default="builtin")
 @pin_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as a JSON object.")

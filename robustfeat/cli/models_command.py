@@ -7,8 +7,10 @@ import json
 
 import click
 
+from robustfeat.cli.rendering import Command
 
-@click.command("models", short_help="List the models that are here, or on the Hub.")
+
+@click.command("models", cls=Command, short_help="List the models that are here, or on the Hub.")
 @click.option(
     "--remote",
     is_flag=False,

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import click
 
+from robustfeat.cli.rendering import Command
+
 _NAMES = (
     "verdicts", "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5",
     "selection", "opinions", "corruptions",
 )  # fmt: skip
 
 
-@click.command("paper", short_help="The paper's tables and figures, computed here.")
+@click.command("paper", cls=Command, short_help="The paper's tables and figures, computed here.")
 @click.argument("exhibits", metavar="EXHIBIT...", nargs=-1, required=True, type=click.Choice([*_NAMES, "all"]))
 @click.option("--out", required=True, metavar="REPORT", help="Folder for runs, results and the report.")
 @click.option(

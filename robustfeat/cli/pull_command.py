@@ -7,9 +7,10 @@ import json
 import click
 
 from robustfeat.cli.extraction import pin_options
+from robustfeat.cli.rendering import Command
 
 
-@click.command("pull", short_help="Download a model from the Hugging Face Hub.")
+@click.command("pull", cls=Command, short_help="Download a model from the Hugging Face Hub.")
 @click.argument("model", metavar="ORG/NAME")
 @pin_options
 @click.option(

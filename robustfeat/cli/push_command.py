@@ -9,8 +9,10 @@ from pathlib import Path
 
 import click
 
+from robustfeat.cli.rendering import Command
 
-@click.command("push", short_help="Publish a model on the Hugging Face Hub.")
+
+@click.command("push", cls=Command, short_help="Publish a model on the Hugging Face Hub.")
 @click.argument("model", metavar="FOLDER")
 @click.argument("repo", metavar="ORG/NAME")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")

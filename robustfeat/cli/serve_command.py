@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from robustfeat.cli.extraction import ABOVE_ZERO, Extraction, serving_options
+from robustfeat.cli.rendering import Command
 
 if TYPE_CHECKING:
     from robustfeat.serving.http.keys import KeyRing
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from robustfeat.serving.http.service import Service
 
 
-@click.command("serve", short_help="Answer over HTTP.")
+@click.command("serve", cls=Command, short_help="Answer over HTTP.")
 @click.option(
     "--model",
     "models",

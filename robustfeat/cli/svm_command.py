@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from robustfeat.cli.extraction import Extraction, extraction_options
+from robustfeat.cli.rendering import Command
 
 if TYPE_CHECKING:
     from robustfeat.serving.heads.features import Features
@@ -42,7 +43,7 @@ def command() -> None:
     """
 
 
-@command.command("fit", short_help="Learn a head from labelled features or images.")
+@command.command("fit", cls=Command, short_help="Learn a head from labelled features or images.")
 @_inputs
 @_labels_option(required=True)
 @click.option("--out", required=True, metavar="HEAD", help="The folder to make.")
@@ -125,7 +126,7 @@ def fit_command(
     return _left_out(labelled.failed)
 
 
-@command.command("predict", short_help="Answer for features or images.")
+@command.command("predict", cls=Command, short_help="Answer for features or images.")
 @click.argument("head", metavar="HEAD")
 @_inputs
 @click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
@@ -186,7 +187,7 @@ def predict_command(
     return _left_out(len(features.errors))
 
 
-@command.command("score", short_help="Measure a head on labelled features or images.")
+@command.command("score", cls=Command, short_help="Measure a head on labelled features or images.")
 @click.argument("head", metavar="HEAD")
 @_inputs
 @_labels_option(required=True)

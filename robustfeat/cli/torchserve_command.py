@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from robustfeat.cli.extraction import Extraction, serving_options
+from robustfeat.cli.rendering import Command
 
 
-@click.command("torchserve", short_help="Write an archive for TorchServe, and run it.")
+@click.command("torchserve", cls=Command, short_help="Write an archive for TorchServe, and run it.")
 @click.argument("model", default="builtin")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="STORE", help="The model store."

@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
+from robustfeat.cli.rendering import Command
 
-@click.command("train", short_help="Pre-train a network with HRRL or a relative of it.")
+
+@click.command("train", cls=Command, short_help="Pre-train a network with HRRL or a relative of it.")
 @click.argument("data", metavar="DATA")
 @click.option("--out", required=True, metavar="RUN", help="Folder for the checkpoint and the metrics.")
 @click.option(

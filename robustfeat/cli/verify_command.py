@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from robustfeat.cli.extraction import pin_options
+from robustfeat.cli.rendering import Command
 
 if TYPE_CHECKING:
     from robustfeat.hub.folder import ModelFolder
     from robustfeat.serving.verify import Check
 
 
-@click.command("verify", short_help="Run a model's golden images through every engine here.")
+@click.command("verify", cls=Command, short_help="Run a model's golden images through every engine here.")
 @click.argument("model", default="builtin")
 @pin_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")

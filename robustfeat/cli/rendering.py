@@ -1,0 +1,46 @@
+"""Errors as the command line prints them: one line, with options where Python has parameters."""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+import click
+
+from robustfeat.errors import RobustFeatError
+
+__all__ = ["Command", "Failure"]
+
+
+class Failure(click.ClickException):
+    """An error of ours, as one line on stderr; exit code 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints it, also where it names a file whose name has two lines."""
+        text = "".join(part if part.isprintable() else repr(part)[1:-1] for part in self.message)
+        click.echo(f"robustfeat: {text}", file=file, err=True)
+
+
+class Command(click.Command):
+    """A command whose errors name its options."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs it.
+
+        Raises:
+            Failure: instead of a `RobustFeatError`.
+        """
+        try:
+            return super().invoke(ctx)
+        except RobustFeatError as exc:
+            raise Failure(exc.render(self._spell)) from exc
+
+    def _spell(self, name: str, value: str | None) -> str | None:
+        parameter = next((one for one in self.params if one.name == name), None)
+        if parameter is None:
+            return None
+        if isinstance(parameter, click.Argument):
+            return parameter.human_readable_name if value is None else value
+        if isinstance(parameter, click.Option) and parameter.secondary_opts and value == "False":
+            return parameter.secondary_opts[0]
+        option = max(parameter.opts, key=len)
+        return option if value in {None, "True"} else f"{option} {value}"
