@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-__all__ = ["Progress", "clock"]
+__all__ = ["Progress", "clock", "remark"]
 
 _REDRAW_S = 0.1
 _PLAIN_LINE_S = 10.0
@@ -77,6 +77,17 @@ class Progress:
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
+
+
+def remark(text: str, *, quiet: bool = False) -> None:
+    """Prints a line on stderr, where no bar is being drawn.
+
+    Args:
+        text: the line.
+        quiet: print nothing.
+    """
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -75,7 +75,7 @@ def command(
 
     from robustfeat.errors import InputError
     from robustfeat.files import new_file
-    from robustfeat.progress import Progress
+    from robustfeat.progress import remark
     from robustfeat.system import available_cpus
     from robustfeat.training.evaluation.finetuning import require_batch
     from robustfeat.training.evaluation.report import draw_finetuning, evaluate_task, evaluation_table
@@ -94,7 +94,7 @@ def command(
     ]
     for task in opened:
         for line in task.remarks:
-            Progress("", 0, quiet=quiet).say(line)
+            remark(line, quiet=quiet)
     for task in opened if finetune else ():
         require_batch(task, batch_size)
     how: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "device": device}

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.files import new_file
-from robustfeat.progress import Progress
+from robustfeat.progress import Progress, remark
 from robustfeat.system import available_memory
 from robustfeat.training.data.batches import Batch, EpochPlan, load_batches
 from robustfeat.training.data.image_set import ImageSet
@@ -265,7 +265,7 @@ def _locked(file: Path, quiet: bool) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            Progress("", 0, quiet=quiet).say(f"waiting for another process, which fills the cache in {file.parent}")
+            remark(f"waiting for another process, which fills the cache in {file.parent}", quiet=quiet)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

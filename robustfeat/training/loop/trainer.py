@@ -23,7 +23,7 @@ from robustfeat.errors import (
     TrainingError,
 )
 from robustfeat.files import new_file
-from robustfeat.progress import Progress, clock
+from robustfeat.progress import Progress, clock, remark
 from robustfeat.system import available_cpus
 from robustfeat.training.concepts import assign_concepts
 from robustfeat.training.data import (
@@ -145,7 +145,7 @@ def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, q
         if ranks.rank == 0:
             shares = estimate_reference(target, recipe.concepts, model)
             told = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
-            Progress("", 0, quiet=quiet).say(f"q0 of {target}: {told}")
+            remark(f"q0 of {target}: {told}", quiet=quiet)
     first: dict[str, float] = gather_objects(shares)[0]
     return first
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError, StoppedError
-from robustfeat.progress import Progress
+from robustfeat.progress import remark
 from robustfeat.serving.inputs.sources import printable
 from robustfeat.training.concepts import assign_concepts, load_concepts
 from robustfeat.training.data import ImageSet, open_splits, open_training_data
@@ -80,7 +80,7 @@ class Study:
 
     def say(self, text: str) -> None:
         """A line on stderr."""
-        Progress("", 0, quiet=self.machine.quiet).say(text)
+        remark(text, quiet=self.machine.quiet)
 
     @cached_property
     def device(self) -> torch.device:
