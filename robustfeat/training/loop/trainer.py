@@ -296,8 +296,8 @@ class _Trainer:
             f"{len(self.train_set.classes)} classes, {len(self.concepts.names)} concepts; "
             f"{recipe.method} on {self.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs"
         )
-        for remark in dict.fromkeys(self.train_set.remarks + self.validation_set.remarks):
-            say(remark)
+        for line in dict.fromkeys(self.train_set.remarks + self.validation_set.remarks):
+            say(line)
         if recipe.parts and not is_hub_dataset(self.data) and not any(Path(self.data).glob("train-*")):
             say(f"parts = {recipe.parts}: {self.data} is not in Parquet files or shards, all of its images are used")
         if self.concepts.empty:
