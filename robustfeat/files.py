@@ -1,16 +1,19 @@
-"""Outputs appear whole or not at all: written under a temporary name beside the target, then renamed."""
+"""Outputs appear whole or not at all: written under a temporary name beside the target, then renamed.
+
+Locks keep two processes from writing the same output.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from robustfeat.errors import InputError
 
-__all__ = ["new_file", "new_folder", "require_new"]
+__all__ = ["FileLock", "lock_inherited", "new_file", "new_folder", "require_new"]
 
 
 def _beside(target: Path) -> Path:
@@ -20,8 +23,8 @@ def _beside(target: Path) -> Path:
 
 def _explain(target: Path, exc: OSError) -> InputError:
     return InputError(
-        f"{target}: cannot be written ({exc.strerror or exc}); "
-        "nothing was left behind: free space or choose another place, then run again"
+        f"{target}: cannot be written ({exc.strerror or exc})",
+        fix="nothing was left behind: free space or choose another place, then run again",
     )
 
 
@@ -34,7 +37,7 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))  # what a link points to, not the link
     if target.exists() and not target.is_file():
-        raise InputError(f"{target}: exists and is not a regular file; choose another place")
+        raise InputError(f"{target}: exists and is not a regular file", fix="choose another place")
     partial = _beside(target)
     try:
         yield partial
@@ -55,7 +58,7 @@ def require_new(target: str | os.PathLike[str]) -> None:
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists already; remove it or choose another place")
+        raise InputError(f"{target}: exists already", fix="remove it or choose another place")
 
 
 @contextmanager
@@ -71,9 +74,15 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     partial = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        claim = _claim(partial, target)
+        partial.mkdir(exist_ok=True)
+        lock = FileLock(partial)
+        taken = lock.take()
     except OSError as exc:
         raise _explain(target, exc) from exc
+    if not taken:
+        raise InputError(
+            f"{target}: another process is writing it{lock.holder_note()}", fix="wait for it, or choose another place"
+        )
     try:
         for entry in partial.iterdir():  # of a killed process
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -87,21 +96,86 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
             raise _explain(target, exc) from exc
         raise
     finally:
-        os.close(claim)
+        lock.release()
 
 
-def _claim(partial: Path, target: Path) -> int:
-    """Makes the folder and locks it until the descriptor is closed."""
+class FileLock:
+    """An exclusive lock on a file or a folder, held by one process at a time.
+
+    The kernel frees it when its process ends, even by a kill. A `with` block releases it at the end; `take` takes it.
+
+    Args:
+        path: a folder that exists, or a file. A missing file is made, and it stays.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def take(self, *, on_wait: Callable[[], None] | None = None) -> bool:
+        """Takes the lock; False where another process holds it, or has just renamed or removed what was locked.
+
+        Args:
+            on_wait: called before waiting for the holder. Without it, `take` does not wait.
+
+        Raises:
+            OSError: the path cannot be opened, or its file system keeps no locks.
+        """
+        import fcntl
+
+        self.release()
+        flags = os.O_RDONLY | os.O_DIRECTORY if self._path.is_dir() else os.O_RDWR | os.O_CREAT
+        descriptor = os.open(self._path, flags | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait is None:
+                    return False
+                on_wait()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if self._path.exists() and os.path.samestat(self._path.stat(), os.fstat(descriptor)):
+                self._descriptor = descriptor
+            return self._descriptor is not None
+        finally:
+            if self._descriptor is None:
+                os.close(descriptor)
+
+    def release(self) -> None:
+        """Frees the lock, if it is held."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def holder_note(self) -> str:
+        """Text for a message: ` (process 4711)`, the holder, or nothing where the system does not say."""
+        with suppress(OSError, ValueError):
+            status = self._path.stat()
+            place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+            for line in Path("/proc/locks").read_text().splitlines():
+                # NUMBER: FLOCK ADVISORY WRITE PROCESS MAJOR:MINOR:INODE START END
+                _, kind, _, _, process, where, *_ = line.split()
+                if kind == "FLOCK" and where == place and int(process) > 0:
+                    return f" (process {process})"
+        return ""
+
+
+@contextmanager
+def lock_inherited(descriptor: int) -> Iterator[None]:
+    """Holds a lock on a file whose descriptor several processes have inherited; waits for it.
+
+    A `FileLock` would not do: processes that share a descriptor share its `flock`.
+    """
     import fcntl
 
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.lockf(descriptor, fcntl.LOCK_EX)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = partial.exists() and os.path.samestat(partial.stat(), os.fstat(descriptor))
-    except BlockingIOError:
-        ours = False
-    if not ours:  # locked, or it got its final name between the two calls
-        os.close(descriptor)
-        raise InputError(f"{target}: another process is writing it; wait for it, or choose another place")
-    return descriptor
+        yield
+    finally:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN)

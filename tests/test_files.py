@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from robustfeat.errors import InputError
-from robustfeat.files import new_file, new_folder
+from robustfeat.files import FileLock, lock_inherited, new_file, new_folder
+from robustfeat.system import python_command
 
 
 def test_new_file_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
@@ -96,3 +97,73 @@ def test_a_file_of_somebody_elses_stays(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"), new_folder(tmp_path / "model"):
         pass
     assert mine.read_text() == "mine"
+
+
+def take_elsewhere(place: Path) -> subprocess.Popen[str]:
+    """Another process that holds the lock on `place` until its stdin is closed."""
+    code = f"""from robustfeat.files import FileLock
+with FileLock({str(place)!r}) as lock:
+    print(lock.take(), flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen(python_command(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    return process
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_lock_is_free_again_when_its_process_is_killed(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "a.lock" if kind == "file" else tmp_path
+    with take_elsewhere(place) as holder, FileLock(place) as lock:
+        assert not lock.take()
+        note = lock.holder_note()
+        assert note in {f" (process {holder.pid})", ""}
+        if sys.platform == "linux":
+            assert note
+        holder.kill()
+        holder.wait()
+        assert lock.take()
+        assert lock.holder_note() in {f" (process {os.getpid()})", ""}
+
+
+def test_a_lock_is_waited_for_where_asked(tmp_path: Path) -> None:
+    with take_elsewhere(tmp_path / "lock") as holder, FileLock(tmp_path / "lock") as lock:
+        assert holder.stdin is not None
+        assert lock.take(on_wait=holder.stdin.close)
+        assert not FileLock(tmp_path / "lock").take()
+        lock.release()
+        assert FileLock(tmp_path / "lock").take()
+
+
+def test_a_lock_on_what_its_holder_has_renamed_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with take_elsewhere(tmp_path / "a") as holder, FileLock(tmp_path / "a") as lock:
+        assert holder.stdin is not None
+
+        def finish() -> None:
+            (tmp_path / "a").rename(tmp_path / "b")
+            holder.stdin.close()
+
+        assert not lock.take(on_wait=finish)
+        assert lock.holder_note() == ""
+
+
+def test_a_lock_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        FileLock(tmp_path / "missing" / "lock").take()
+
+
+def test_processes_that_inherit_a_descriptor_lock_each_other_out(tmp_path: Path) -> None:
+    with open(tmp_path / "shared", "wb+") as shared:
+        descriptor = shared.fileno()
+        code = f"""from robustfeat.files import lock_inherited
+with lock_inherited({descriptor}):
+    print("in", flush=True)
+"""
+        with lock_inherited(descriptor):
+            command = python_command(code)
+            other = subprocess.Popen(command, pass_fds=[descriptor], stdout=subprocess.PIPE, text=True)
+            with pytest.raises(subprocess.TimeoutExpired):
+                other.wait(timeout=2)
+        assert other.communicate(timeout=60)[0] == "in\n"

@@ -8,10 +8,10 @@ import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from robustfeat.errors import InputError, first_line
-from robustfeat.files import new_file
+from robustfeat.files import FileLock, new_file
 from robustfeat.serving.inputs.sources import is_remote, open_remote
 
 __all__ = ["LocalFolder", "RemoteFolder", "file_exists", "open_folder", "open_input", "open_output"]
@@ -22,7 +22,7 @@ class LocalFolder:
 
     def __init__(self, place: str) -> None:
         self.place = Path(place)
-        self._lock: IO[bytes] | None = None
+        self._lock = FileLock(self.place / "lock")
 
     def create(self) -> None:
         """Makes the folder, where it is not there, and claims it for this process.
@@ -30,20 +30,16 @@ class LocalFolder:
         Raises:
             InputError: another process has it.
         """
-        import fcntl
-
-        self.release()
         self.place.mkdir(exist_ok=True)
-        self._lock = open(self.place / "lock", "wb")  # noqa: SIM115 - held until `release`
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise InputError(f"{self.place}: another process is writing it; wait for it, or stop it") from exc
+        if not self._lock.take():
+            raise InputError(
+                f"{self.place}: another process is writing it{self._lock.holder_note()}",
+                fix="wait for it, or stop it",
+            )
 
     def release(self) -> None:
         """Ends the claim of `create`."""
-        if self._lock:
-            self._lock.close()
+        self._lock.release()
 
     def names(self) -> set[str]:
         """Files that are complete; none where the folder is missing."""

@@ -6,15 +6,15 @@ connection reaches.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import mmap
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+from robustfeat.files import lock_inherited
 from robustfeat.serving.http.keys import Key
 from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.online.errors import ApiError
@@ -142,11 +142,5 @@ class Admission:
             self._places[key.name] = place
         return self._places[key.name]
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        # A lock that the system gives back when a process dies with it.
-        fcntl.lockf(self._memory, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._memory, fcntl.LOCK_UN)
+    def _locked(self) -> AbstractContextManager[None]:
+        return lock_inherited(self._memory)

@@ -8,7 +8,6 @@ model's name in the system's folder for temporary files first.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import robustfeat
 from robustfeat.errors import InputError
-from robustfeat.files import new_file
+from robustfeat.files import FileLock, new_file
 from robustfeat.hub.folder import CARD, CONFIG, ModelFolder
 from robustfeat.serving.extractor import default_batch_size
 from robustfeat.serving.torchserve.handler import MODEL_FOLDER, SETTINGS, Settings
@@ -57,20 +56,18 @@ def claim_store(out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        claim = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+        lock = FileLock(out)
+        taken = lock.take()
     except OSError as exc:
         raise InputError(f"{out}: cannot be made ({exc.strerror}); choose another folder") from exc
-    try:
-        try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{out}: another robustfeat torchserve is at work there; stop it, or choose another folder"
-            ) from None
+    if not taken:
+        raise InputError(
+            f"{out}: another robustfeat torchserve is at work there{lock.holder_note()}",
+            fix="stop it, or choose another folder",
+        )
+    with lock:
         _require_ours(out / PROPERTIES)
         yield
-    finally:
-        os.close(claim)
 
 
 def _require_ours(file: Path) -> None:

@@ -6,14 +6,13 @@ and undo that. Images that are such squares already are kept as they are.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Full, Queue
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from robustfeat.errors import DataError, DecodeError, InputError
-from robustfeat.files import new_file
+from robustfeat.files import FileLock, new_file
 from robustfeat.progress import Progress, remark
 from robustfeat.system import available_memory
 from robustfeat.training.data.batches import Batch, EpochPlan, load_batches
@@ -190,7 +189,10 @@ def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bo
     size = len(data) * (pixels + 8)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock", quiet):
+        with FileLock(folder / f"{name}.lock") as lock:
+            lock.take(
+                on_wait=lambda: remark(f"waiting for another process, which fills the cache in {folder}", quiet=quiet)
+            )
             state = _read_state(state_file, key)
             if (
                 state is None
@@ -256,18 +258,6 @@ def _zeroed(file: Path, images: int, done: int) -> bool:
     """Whether rows that are said to be done are not there: every image has a size."""
     sizes = np.memmap(file, np.int32, "r", offset=file.stat().st_size - images * 8, shape=(images, 2))
     return bool((sizes[:done] < 1).any())
-
-
-@contextmanager
-def _locked(file: Path, quiet: bool) -> Iterator[None]:
-    """One process at a time fills a cache; the others wait and then find it."""
-    with open(file, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            remark(f"waiting for another process, which fills the cache in {file.parent}", quiet=quiet)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def cached_batches(data: CachedSet, plan: EpochPlan, numbers: range, device: torch.device) -> Iterator[Batch]:

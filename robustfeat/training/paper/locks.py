@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from robustfeat.errors import InputError
+from robustfeat.files import FileLock
 
 __all__ = ["BusyError", "Locks"]
 
@@ -42,17 +42,18 @@ class Locks:
         file = self._folder / f"{name}.lock"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            handle = open(file, "w")  # noqa: SIM115 - held for the block
+            file.touch()
         except OSError as exc:
             raise InputError(f"{file}: cannot be made ({exc.strerror}); choose another --out") from exc
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not (self.wait or always_wait):
-                    raise BusyError(name) from None
+        with FileLock(file) as lock:
+
+            def say() -> None:
                 self._say(f"waiting for another process, which is at work on {name}")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+
+            try:
+                taken = lock.take(on_wait=say if self.wait or always_wait else None)
             except OSError as exc:
                 raise InputError(f"{file}: cannot be locked ({exc.strerror}); choose an --out on a local disk") from exc
+            if not taken:
+                raise BusyError(name)
             yield
