@@ -15,9 +15,9 @@ import pytest
 
 from tests.conftest import ROOT, hub_environment, train_arguments
 from tests.hub_server import FakeHub, Fault
-from tests.training.test_data import jpeg
-from tests.training.test_tar_shards import pack
-from tests.training.test_tar_shards import samples as tar_samples
+from tests.training.data.test_batches import jpeg
+from tests.training.data.test_tar_shards import pack
+from tests.training.data.test_tar_shards import samples as tar_samples
 
 Read = Callable[..., Any]
 

@@ -14,7 +14,7 @@ import pytest
 from robustfeat.errors import DataError
 from robustfeat.training.data import EpochPlan, ImageSet, TrainingBatches, load_batches, open_training_data, parquet
 from robustfeat.training.data.row_groups import LocalParquet, RowGroups
-from tests.training.test_data import jpeg
+from tests.training.data.test_batches import jpeg
 
 ROWS, GROUP, GROUPS = 1200, 4, 300
 IMAGES = [jpeg(value) for value in range(256)]
@@ -181,7 +181,7 @@ def test_columns_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limi
 
 
 def test_names_that_are_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
-    from tests.training.test_data import write_parquet
+    from tests.training.data.test_batches import write_parquet
 
     write_parquet(tmp_path / "train-0.parquet", [0, 1, 2], [0, 1, 2], ["0", "10", "2"])
     write_parquet(tmp_path / "test-0.parquet", [3, 4], ["10", "2"])

@@ -15,7 +15,7 @@ import pytest
 
 from robustfeat.errors import DataError
 from robustfeat.training.data import EpochPlan, TrainingBatches, load_batches, open_training_data
-from tests.training.test_data import jpeg
+from tests.training.data.test_batches import jpeg
 
 Members = Iterable[tuple[str, bytes]]
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from robustfeat.training.loop.checkpoint import load_checkpoint
 from tests.conftest import ROOT, train_arguments
+from tests.training.loop.test_trainer import assert_same_parameters, wait_for_step
 from tests.training.recording import FOLDER, read, read_lines
-from tests.training.test_trainer import assert_same_parameters, wait_for_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 

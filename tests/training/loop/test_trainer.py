@@ -132,7 +132,7 @@ def test_a_method_of_ones_own_is_used(dataset: Path, tmp_path: Path) -> None:
     options = {"weight_decay": 0.0, "epochs": 1}
     train(
         dataset,
-        recipe(dataset, method="tests.training.test_trainer:Doubled", lr=0.01, **options),
+        recipe(dataset, method="tests.training.loop.test_trainer:Doubled", lr=0.01, **options),
         mine,
         workers=0,
         threads=1,
@@ -152,13 +152,13 @@ class Unreduced(Objective):
 
 
 def test_a_method_that_returns_no_scalar_is_told(dataset: Path, tmp_path: Path) -> None:
-    own = recipe(dataset, method="tests.training.test_trainer:Unreduced")
+    own = recipe(dataset, method="tests.training.loop.test_trainer:Unreduced")
     with pytest.raises(InputError, match=r"Unreduced: training_loss must return a scalar.*got shape \(6,\)"):
         train(dataset, own, tmp_path / "run", workers=0, threads=1, quiet=True)
     with pytest.raises(InputError, match=r"tests\.training\.test_trainer has no Unwritten"):
         train(
             dataset,
-            own.replace(method="tests.training.test_trainer:Unwritten"),
+            own.replace(method="tests.training.loop.test_trainer:Unwritten"),
             tmp_path / "other",
             workers=0,
             quiet=True,
@@ -349,7 +349,7 @@ class BadAtSeven(Objective):
 
 
 def test_a_nan_in_the_second_epoch_leaves_the_first_ones_checkpoint(dataset: Path, tmp_path: Path) -> None:
-    method = "tests.training.test_trainer:BadAtSeven"
+    method = "tests.training.loop.test_trainer:BadAtSeven"
     with pytest.raises(TrainingError, match=r"diverged at step 7 .* is intact, of step 5"):
         train(dataset, recipe(dataset, method=method), tmp_path / "run", workers=0, threads=1, quiet=True)
     saved = load_checkpoint(tmp_path / "run")
@@ -369,7 +369,7 @@ def test_a_heavy_concept_is_named_as_the_cause(dataset: Path, tmp_path: Path) ->
     """A reference that gives the smallest of the classes all of the weight."""
     settings = recipe(
         dataset,
-        method="tests.training.test_trainer:Heavy",
+        method="tests.training.loop.test_trainer:Heavy",
         concepts="classes",
         reference={folder.name: float(folder.name == "hat") for folder in (dataset / "train").iterdir()},
         lr=1e-6,
