@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from robustfeat.hub.config import ModelConfig
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.heads.fitting import select_and_fit
-from robustfeat.training.data import ImageSet, open_training_data
+from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.export.export import Backbone, write_model_folder
 from robustfeat.training.network import build_network
 

@@ -27,17 +27,10 @@ from torch.nn import functional
 from machine import hardware
 from robustfeat.system import available_cpus
 from robustfeat.training.concepts import ConceptMap
-from robustfeat.training.data import (
-    Batch,
-    CachedSet,
-    EpochPlan,
-    ImageSet,
-    TrainingBatches,
-    build_cache,
-    cached_batches,
-    load_batches,
-    open_training_data,
-)
+from robustfeat.training.data.batches import Batch, EpochPlan, TrainingBatches, load_batches
+from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches
+from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.loop.distributed import Ranks
 from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.objective import Objective, create_objective

@@ -19,7 +19,7 @@ from robustfeat.errors import DecodeError
 from robustfeat.progress import Progress
 from robustfeat.serving.extractor import cosine
 from robustfeat.serving.heads.head import Head
-from robustfeat.training.data import ImageSet
+from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject
 

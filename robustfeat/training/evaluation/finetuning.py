@@ -11,7 +11,7 @@ from torch.nn import functional
 from robustfeat.errors import InputError, TrainingError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.progress import Progress
-from robustfeat.training.data import EpochPlan, TrainingBatches
+from robustfeat.training.data.batches import EpochPlan, TrainingBatches
 from robustfeat.training.evaluation.inputs import network_inputs
 from robustfeat.training.evaluation.robustness import class_hits
 from robustfeat.training.evaluation.tasks import Task

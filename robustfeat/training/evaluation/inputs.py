@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.data import Batch, load_batches
+from robustfeat.training.data.batches import Batch, load_batches
 
 __all__ = ["REPAIR", "network_inputs"]
 

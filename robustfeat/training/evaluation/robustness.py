@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.data import EvaluationBatches, ImageSet
+from robustfeat.training.data.batches import EvaluationBatches
+from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.evaluation.inputs import network_inputs
 from robustfeat.training.hrrl import input_gradient, step_along
 from robustfeat.training.objective import TAU_REFERENCE_PX

@@ -13,7 +13,8 @@ from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.progress import Progress
 from robustfeat.serving.bulk.formats import FORMATS
 from robustfeat.serving.feature_cache import FeatureCache
-from robustfeat.training.data import ImageSet, open_training_data
+from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject
 

@@ -29,7 +29,7 @@ from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
 from robustfeat.serving.extractor import FeatureExtractor, cosine
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.verify import MIN_COSINE
-from robustfeat.training.data import open_training_data
+from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.export.compact import compact_onnx
 from robustfeat.training.export.onnx_files import export_onnx, quantize_onnx
 from robustfeat.training.loop.checkpoint import load_checkpoint

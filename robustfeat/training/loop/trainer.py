@@ -26,20 +26,10 @@ from robustfeat.files import new_file
 from robustfeat.progress import Progress, clock, remark
 from robustfeat.system import available_cpus
 from robustfeat.training.concepts import assign_concepts
-from robustfeat.training.data import (
-    Batch,
-    CachedSet,
-    EpochPlan,
-    EvaluationBatches,
-    TrainingBatches,
-    are_class_folders,
-    build_cache,
-    cached_batches,
-    is_hub_dataset,
-    load_batches,
-    open_training_data,
-    require_room,
-)
+from robustfeat.training.data.batches import Batch, EpochPlan, EvaluationBatches, TrainingBatches, load_batches
+from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches, require_room
+from robustfeat.training.data.hub_dataset import is_hub_dataset
+from robustfeat.training.data.opening import are_class_folders, open_training_data
 from robustfeat.training.loop.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,

@@ -16,7 +16,8 @@ from robustfeat.errors import CheckpointError, DataError, DivergedError, InputEr
 from robustfeat.progress import remark
 from robustfeat.serving.inputs.sources import printable
 from robustfeat.training.concepts import assign_concepts, load_concepts
-from robustfeat.training.data import ImageSet, open_splits, open_training_data
+from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.opening import open_splits, open_training_data
 from robustfeat.training.evaluation.tasks import Task, draw_images, open_task
 from robustfeat.training.loop.checkpoint import CHECKPOINT_NAME, changed_key, load_checkpoint
 from robustfeat.training.loop.device import measuring_device

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from robustfeat.errors import DataError, DecodeError
 from robustfeat.files import new_folder
 from robustfeat.training.concepts import ConceptMap
-from robustfeat.training.data import ImageSet
+from robustfeat.training.data.image_set import ImageSet
 
 __all__ = ["draw_by_concept", "same_origin", "write_subset"]
 

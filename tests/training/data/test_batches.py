@@ -14,14 +14,8 @@ from PIL import Image
 
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.data import (
-    EpochPlan,
-    EvaluationBatches,
-    TrainingBatches,
-    are_class_folders,
-    load_batches,
-    open_training_data,
-)
+from robustfeat.training.data.batches import EpochPlan, EvaluationBatches, TrainingBatches, load_batches
+from robustfeat.training.data.opening import are_class_folders, open_training_data
 from robustfeat.training.loop.trainer import train as train_run
 from robustfeat.training.recipe import Recipe
 

@@ -14,19 +14,12 @@ from PIL import Image
 
 from robustfeat.errors import DataError, InputError
 from robustfeat.system import available_memory
-from robustfeat.training.data import (
-    CachedSet,
-    EpochPlan,
-    ImageSet,
-    TrainingBatches,
-    build_cache,
-    cached_batches,
-    load_batches,
-    open_training_data,
-    require_room,
-)
 from robustfeat.training.data import cache as cache_module
+from robustfeat.training.data.batches import EpochPlan, TrainingBatches, load_batches
+from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches, require_room
 from robustfeat.training.data.crops import crop_boxes, crop_squares
+from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.opening import open_training_data
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,9 @@ Read = Callable[..., Any]
 PROGRAM = """
 import json, sys
 from robustfeat.errors import RobustFeatError
-from robustfeat.training.data import EpochPlan, TrainingBatches, load_batches, open_training_data, parquet
+from robustfeat.training.data import parquet
+from robustfeat.training.data.batches import EpochPlan, TrainingBatches, load_batches
+from robustfeat.training.data.opening import open_training_data
 for url, options, workers, limit in json.loads(sys.argv[1]):
     parquet.LARGE_BYTES = limit
     try:

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from robustfeat.errors import DataError
-from robustfeat.training.data import open_training_data
+from robustfeat.training.data.opening import open_training_data
 
 ROWS = 6
 

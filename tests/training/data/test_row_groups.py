@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from robustfeat.errors import DataError
-from robustfeat.training.data import EpochPlan, ImageSet, TrainingBatches, load_batches, open_training_data, parquet
+from robustfeat.training.data import parquet
+from robustfeat.training.data.batches import EpochPlan, TrainingBatches, load_batches
+from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.data.row_groups import LocalParquet, RowGroups
 from tests.training.data.test_batches import jpeg
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from robustfeat.errors import DataError
-from robustfeat.training.data import EpochPlan, TrainingBatches, load_batches, open_training_data
+from robustfeat.training.data.batches import EpochPlan, TrainingBatches, load_batches
+from robustfeat.training.data.opening import open_training_data
 from tests.training.data.test_batches import jpeg
 
 Members = Iterable[tuple[str, bytes]]

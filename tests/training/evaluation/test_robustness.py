@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from robustfeat.errors import InputError, TrainingError
 from robustfeat.hub.preprocessing import Preprocessing, preprocess
-from robustfeat.training.data import ImageSet, open_training_data
+from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.robustness import accuracy_by_step, class_hits
 from robustfeat.training.evaluation.subject import open_network

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional
 
 from robustfeat.errors import CheckpointError, DataError, InputError, TrainingError
-from robustfeat.training.data import TrainingBatches, open_training_data
-from robustfeat.training.data.batches import EpochPlan
+from robustfeat.training.data.batches import EpochPlan, TrainingBatches
+from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.loop.checkpoint import load_checkpoint
 from robustfeat.training.loop.trainer import train
 from robustfeat.training.network import build_network

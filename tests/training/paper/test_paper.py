@@ -16,7 +16,7 @@ from PIL import Image
 from robustfeat.cli.paper_command import command as paper_command
 from robustfeat.errors import CheckpointError, DataError, DecodeError, DivergedError, InputError
 from robustfeat.training.concepts import ConceptMap, assign_concepts, load_concepts
-from robustfeat.training.data import open_training_data
+from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.evaluation.probes import svm
 from robustfeat.training.evaluation.subject import open_subject
 from robustfeat.training.evaluation.tasks import embed_task, open_task
