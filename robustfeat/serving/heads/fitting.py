@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from robustfeat.errors import InputError, first_line
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.calibration import calibrate
+from robustfeat.serving.heads.convert import scaler
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, SCALINGS, Array
@@ -33,7 +34,6 @@ __all__ = [
     "fit_head",
     "hold_out",
     "require_two",
-    "scaler",
     "select",
     "select_and_fit",
 ]
@@ -103,7 +103,7 @@ class _SetInMemory:
         from sklearn.multioutput import MultiOutputClassifier
         from sklearn.pipeline import make_pipeline
 
-        classifier = _classifier(self._kind, c)
+        classifier = KINDS[self._kind].classifier(**({} if c is None else {"C": c}))
         if self._targets.ndim == 2:
             classifier = MultiOutputClassifier(classifier)
         pipeline = make_pipeline(scaler(scaling), classifier)
@@ -111,26 +111,6 @@ class _SetInMemory:
         parts = getattr(classifier, "estimators_", [classifier])
         spent = max((int(np.max(getattr(part, "n_iter_", 0))) for part in parts), default=0)
         return Head.from_sklearn(pipeline), spent < getattr(parts[0], "max_iter", math.inf)
-
-
-def scaler(scaling: str) -> Any:
-    """What scikit-learn has for one of `SCALINGS`, not fitted yet; None for none."""
-    from sklearn.preprocessing import Normalizer, StandardScaler
-
-    return {"none": None, "l2": Normalizer(), "standard": StandardScaler()}[scaling]
-
-
-def _classifier(kind: str, c: float | None) -> Any:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.naive_bayes import GaussianNB
-    from sklearn.neighbors import NearestCentroid
-    from sklearn.svm import LinearSVC
-
-    if kind == "svm":
-        return LinearSVC(C=c, dual=False)
-    if kind == "logistic":
-        return LogisticRegression(C=c, max_iter=1000)
-    return GaussianNB() if kind == "naive-bayes" else NearestCentroid()
 
 
 def hold_out(targets: NDArray[Any], seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import HeadError, InputError, first_line
 from robustfeat.files import new_folder
+from robustfeat.serving.heads import convert
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
 from robustfeat.serving.heads.kinds import KINDS, SCALINGS, Array, Arrays
 from robustfeat.serving.identity import ModelIdentity
@@ -105,17 +106,39 @@ class Head:
             raise ValueError(f"{name} must be above zero")
 
     @classmethod
-    def from_sklearn(cls, estimator: Any, *, model: ModelIdentity | None = None, **about: Any) -> Head:
-        """A fitted scikit-learn classifier as a head: see `convert.from_sklearn`."""
-        from robustfeat.serving.heads.convert import from_sklearn
+    def from_sklearn(
+        cls,
+        estimator: Any,
+        *,
+        model: ModelIdentity | None = None,
+        classes: Sequence[str | int] | None = None,
+        **about: Any,
+    ) -> Head:
+        """A fitted scikit-learn classifier as a head.
 
-        return from_sklearn(estimator, model=model, **about)
+        Args:
+            estimator: LinearSVC, LogisticRegression, GaussianNB or NearestCentroid (Euclidean, not shrunken). For
+                several labels a row, one of these in MultiOutputClassifier, or one of the first three in
+                OneVsRestClassifier. It may stand in a pipeline behind StandardScaler or Normalizer, and behind
+                ImageFeatures before that. A search with `best_estimator_` is taken, too.
+            model: what made the features; by default what ImageFeatures says. Without it, a head checks nothing.
+            classes: names for the estimator's own classes, in their order.
+            about: further fields.
+
+        Raises:
+            ValueError: it is something else, or not fitted.
+        """
+        parts = convert.from_sklearn(estimator, model)
+        named = parts.classes if classes is None else tuple(classes)
+        return cls(parts.kind, named, parts.scaling, parts.arrays, parts.multi_label, parts.model, **about)
 
     def to_sklearn(self) -> Any:
-        """This head as a fitted scikit-learn pipeline: see `convert.to_sklearn`."""
-        from robustfeat.serving.heads.convert import to_sklearn
+        """This head as a fitted scikit-learn estimator with the same predictions: a pipeline where it scales.
 
-        return to_sklearn(self)
+        Calibration is left out. Several labels a row become a MultiOutputClassifier.
+        """
+        parts = convert.HeadParts(self.kind, self.classes, self.scaling, self.arrays, self.multi_label, self.model)
+        return convert.to_sklearn(parts)
 
     @property
     def feature_size(self) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
+from robustfeat.serving.heads.convert import scaler
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, Array
 
@@ -180,12 +181,10 @@ class _View:
         self.arrays: dict[str, Array] = {}
         self._moments: Array | None = None
         if scaling == "standard":
-            from sklearn.preprocessing import StandardScaler
-
-            scaler = StandardScaler()
+            standard = scaler(scaling)
             for part in self._parts():
-                scaler.partial_fit(self.raw(part))
-            self._mean, self._scale = scaler.mean_, scaler.scale_
+                standard.partial_fit(self.raw(part))
+            self._mean, self._scale = standard.mean_, standard.scale_
             self.arrays = {"scaling.mean": self._mean, "scaling.scale": self._scale}
         elif scaling == "l2":
             norms = np.concatenate(list(self.map(lambda part: np.linalg.norm(self.raw(part), axis=1))))

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
-from robustfeat.serving.heads.fitting import C_GRID, scaler, select, select_and_fit
+from robustfeat.serving.heads.convert import scaler
+from robustfeat.serving.heads.fitting import C_GRID, select, select_and_fit
 from robustfeat.serving.heads.head import Head
-from robustfeat.serving.heads.kinds import SCALINGS
+from robustfeat.serving.heads.kinds import KINDS, SCALINGS
 from robustfeat.serving.heads.report import Report
 from robustfeat.training.evaluation.tasks import TaskFeatures
 
@@ -134,7 +135,6 @@ def few_shot(features: TaskFeatures, shots: Sequence[int] = FEW_SHOTS, *, seed: 
     C = 1 and l2 scaling: one image a class leaves nothing to choose by. Numbers that not every class has are left out.
     """
     from sklearn.preprocessing import normalize
-    from sklearn.svm import LinearSVC
 
     x, x_test = (normalize(part.astype(np.float64)) for part in (features.x, features.x_test))
     classes = np.unique(features.y)
@@ -150,7 +150,7 @@ def few_shot(features: TaskFeatures, shots: Sequence[int] = FEW_SHOTS, *, seed: 
             rows = np.concatenate([rng.choice(part, count, replace=False) for part in own])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of as many classes as rows, which is what one shot means
-                classifier = LinearSVC(C=1.0, dual=False).fit(x[rows], features.y[rows])
+                classifier = KINDS["svm"].classifier(C=1.0).fit(x[rows], features.y[rows])
             scores.append(float(np.mean(classifier.predict(x_test) == features.y_test)))
         curve[count] = {"accuracy": float(np.mean(scores)), "deviation": float(np.std(scores, ddof=1))}
     return curve
@@ -165,13 +165,13 @@ def libsvm(features: TaskFeatures, c: float, scaling: str, *, seed: int = 0) -> 
         c, scaling: of both.
     """
     from sklearn.pipeline import make_pipeline
-    from sklearn.svm import SVC, LinearSVC
+    from sklearn.svm import SVC
 
     drawn = np.random.default_rng(seed).permutation(len(features.x))[:_LIBSVM_ROWS]
     firsts = np.unique(features.y, return_index=True)[1]  # so that rare classes are there
     rows = np.unique(np.concatenate([drawn, firsts[~np.isin(features.y[firsts], features.y[drawn])]]))
     scores = {}
-    one_vs_one, ours = SVC(kernel="linear", C=c, max_iter=_LIBSVM_STEPS), LinearSVC(C=c, dual=False)
+    one_vs_one, ours = SVC(kernel="linear", C=c, max_iter=_LIBSVM_STEPS), KINDS["svm"].classifier(C=c)
     for name, classifier in (("LIBSVM", one_vs_one), ("LinearSVC", ours)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of iterations that ran out: both are scored as they are

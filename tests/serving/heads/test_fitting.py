@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
-from robustfeat.serving.heads import fitting
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.fitting import C_GRID, fit_head, hold_out, select_and_fit
+from robustfeat.serving.heads.kinds import KINDS
 from robustfeat.serving.heads.labels import match_labels, read_labels
 from robustfeat.serving.heads.large import LargeSet
 
@@ -175,5 +176,5 @@ def test_several_labels_are_selected_by_macro_f1(digits: Digits) -> None:
 
 
 def test_a_solver_that_stops_early_is_said(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "_classifier", lambda kind, c: LinearSVC(C=c, dual=False, max_iter=1))
+    monkeypatch.setitem(KINDS, "svm", replace(KINDS["svm"], settings={"dual": False, "max_iter": 1}))
     assert not select_and_fit(*digits, cs=(10.0,), scalings=("none",))[0].best.converged
