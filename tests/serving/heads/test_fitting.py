@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
+from robustfeat.serving.heads import fitting
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.fitting import C_GRID, fit_head, hold_out, select_and_fit
 from robustfeat.serving.heads.kinds import KINDS
