@@ -28,13 +28,13 @@ from robustfeat.serving.online.answers import (
     NPY,
     RAW,
     VECTOR_TYPES,
+    Answer,
     choose_type,
     failed_item,
     json_bytes,
     require_one,
     vectors_reply,
 )
-from robustfeat.serving.online.batching import Answer
 from robustfeat.serving.online.schemas import Embeddings, Health, Info, Predictions
 
 __all__ = ["create_app"]
@@ -104,7 +104,7 @@ def _add_own(routes: Routes, service: Service) -> None:
 
         chosen = service.head(head)
         served, answers = await _embed(request, chosen.model.name)
-        good = {at: answer for at, answer in enumerate(answers) if isinstance(answer, np.ndarray)}
+        good = {at: answer.features for at, answer in enumerate(answers) if answer.features is not None}
         margins = chosen.head.margins(np.stack(list(good.values())))
         decided = chosen.head.decide(margins)
         shares = chosen.head.calibrate(margins) if chosen.head.calibrated else None
@@ -112,9 +112,9 @@ def _add_own(routes: Routes, service: Service) -> None:
         for row, at in enumerate(good):
             probabilities = None if shares is None else shares[row]
             one = Prediction("", labels_of(chosen.head, decided[row]), margins[row], probabilities)
-            answer = answer_of(chosen.head, one)
-            del answer["path"], answer["error"]
-            data[at] = {"index": at, **answer}
+            entry = answer_of(chosen.head, one)
+            del entry["path"], entry["error"]
+            data[at] = {"index": at, **entry}
         return _json({**served.about, "head": head, "data": data})
 
     async def _embed(request: Request, model: str | None) -> tuple[ServedModel, list[Answer]]:

@@ -12,7 +12,7 @@ from robustfeat.serving.http.bodies import read_body
 from robustfeat.serving.http.documents import json_body, refusals
 from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import Service
-from robustfeat.serving.online.answers import JSON, json_bytes
+from robustfeat.serving.online.answers import JSON, Vector, json_bytes
 from robustfeat.serving.online.content import check_form, data_of_uri, parse_json
 from robustfeat.serving.online.errors import ApiError
 from robustfeat.serving.online.schemas import ModelList, OpenAIEmbeddings, OpenAIRequest
@@ -56,16 +56,15 @@ def add_routes(routes: Routes, service: Service) -> None:
             body, asked.input = b"", ""
             inputs.clear()
             answers = await service.embed(model, images, request.scope["state"]["key"])
-        for index, answer in enumerate(answers):
-            if isinstance(answer, Exception):
-                raise answer
-            if isinstance(answer, str):
-                _refuse(index, answer)
         as_text = asked.encoding_format == "base64"
-        data = [
-            {"object": "embedding", "index": index, "embedding": _base64(answer) if as_text else answer}
-            for index, answer in enumerate(answers)
-        ]
+        data = []
+        for index, answer in enumerate(answers):
+            if answer.failure is not None:
+                raise answer.failure
+            if answer.features is None:
+                _refuse(index, str(answer.problem))
+            embedding = _base64(answer.features) if as_text else answer.features
+            data.append({"object": "embedding", "index": index, "embedding": embedding})
         usage = {"prompt_tokens": 0, "total_tokens": 0}
         content = {"object": "list", "data": data, **model.about, "usage": usage}
         return Response(json_bytes(content), media_type=JSON)
@@ -97,5 +96,5 @@ def _refuse(index: int, reason: str) -> NoReturn:
     raise ApiError(422, "unreadable_image", f"input[{index}]: {reason}", param=f"input[{index}]")
 
 
-def _base64(vector: Any) -> str:
+def _base64(vector: Vector) -> str:
     return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode()

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from robustfeat.errors import InputError
 from robustfeat.serving.extractor import MIN_COSINE, FeatureExtractor, cosine
 from robustfeat.serving.http.admission import Admission
@@ -20,8 +18,8 @@ from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.http.process.log import Log
 from robustfeat.serving.http.process.metrics import Metrics, ModelMetrics
 from robustfeat.serving.identity import ModelIdentity
-from robustfeat.serving.online.answers import NamedModel
-from robustfeat.serving.online.batching import Answer, Batcher, Vector
+from robustfeat.serving.online.answers import Answer, NamedModel, Vector
+from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError
 
 if TYPE_CHECKING:  # with a head come the libraries of heads
@@ -98,9 +96,9 @@ class ServedModel(NamedModel):
     async def embed(self, images: Sequence[bytes | Vector], key: Key) -> list[Answer]:
         """As `Batcher.embed`, counted."""
         answers = await self._batcher.embed(images, key.name)
-        good = sum(isinstance(answer, np.ndarray) for answer in answers)
+        good = sum(answer.features is not None for answer in answers)
         # A prepared tensor says nothing of the decoders.
-        if any(isinstance(a, np.ndarray) and isinstance(i, bytes) for a, i in zip(answers, images, strict=True)):
+        if any(a.features is not None and isinstance(i, bytes) for a, i in zip(answers, images, strict=True)):
             self.last_good = time.monotonic()
         self._watch.answered(good, len(answers) - good)
         return answers
@@ -113,9 +111,9 @@ class ServedModel(NamedModel):
         """
         images, expected = self._golden
         (answer,) = await self._batcher.embed(images[:1], "")
-        if not isinstance(answer, np.ndarray):
-            raise RuntimeError(f"{self.name}: a golden image was not embedded ({answer})")
-        found = float(cosine(answer[None], expected[:1])[0])
+        if answer.features is None:
+            raise RuntimeError(f"{self.name}: a golden image was not embedded ({answer.error})")
+        found = float(cosine(answer.features[None], expected[:1])[0])
         if not found >= MIN_COSINE:
             raise RuntimeError(f"{self.name}: a golden image gives other features (cosine {found:.4f})")
         self.last_good = time.monotonic()
@@ -203,10 +201,10 @@ class Service:
         """
         with self.admission.enter(key, len(images)):
             answers = await model.embed(images, key)
-        unreadable = sum(isinstance(answer, str) for answer in answers)
+        unreadable = sum(answer.problem is not None for answer in answers)
         if unreadable:
             self.metrics.error("unreadable_image", unreadable)
-        failures = [answer for answer in answers if isinstance(answer, Exception)]
+        failures = [answer.failure for answer in answers if answer.failure is not None]
         if failures:
             self.metrics.error("internal", len(failures))
             self.log.error("the model failed", images=len(failures), of=len(answers), error=repr(failures[0]))

@@ -1,4 +1,4 @@
-"""Answers with features, whoever sends them: which model gave them, in which form, and what became of each image."""
+"""What becomes of a request's images, and the replies made of it, for HTTP and TorchServe."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.online.batching import Answer
-from robustfeat.serving.online.errors import ApiError, item_error
+from robustfeat.serving.online.errors import ApiError, failure_object, problem_object
 
 __all__ = [
     "BINARY_HEADERS",
@@ -20,14 +20,18 @@ __all__ = [
     "NPY",
     "RAW",
     "VECTOR_TYPES",
+    "Answer",
     "NamedModel",
     "Reply",
+    "Vector",
     "choose_type",
     "failed_item",
     "json_bytes",
     "require_one",
     "vectors_reply",
 ]
+
+Vector = NDArray[np.float32]
 
 JSON, NPY, RAW = "application/json", "application/x-npy", "application/octet-stream"
 VECTOR_TYPES = (JSON, NPY, RAW)
@@ -39,6 +43,26 @@ BINARY_HEADERS = {
     "Shape": "Rows and columns, as 3,512.",
     "Failed": "Numbers of the rows without an image that could be read, as 0,2; their values are NaN.",
 }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What became of one image; exactly one attribute is set.
+
+    Attributes:
+        features: (D,) float32.
+        problem: why the image cannot be read; the client's fault.
+        failure: the exception of a failure of ours.
+    """
+
+    features: Vector | None = None
+    problem: str | None = None
+    failure: Exception | None = None
+
+    @property
+    def error(self) -> str:
+        """The problem or the failure as text; empty for features."""
+        return repr(self.failure) if self.failure is not None else self.problem or ""
 
 
 class NamedModel:
@@ -76,15 +100,15 @@ def vectors_reply(model: NamedModel, answers: Sequence[Answer], kind: str) -> Re
     """
     if kind == JSON:
         data = [
-            {"index": at, "embedding": answer} if isinstance(answer, np.ndarray) else failed_item(at, answer)
+            {"index": at, "embedding": answer.features} if answer.features is not None else failed_item(at, answer)
             for at, answer in enumerate(answers)
         ]
         return Reply(json_bytes({**model.about, "data": data}), JSON)
     values = np.full((len(answers), model.extractor.feature_size), np.nan, "<f4")
     failed = []
     for at, answer in enumerate(answers):
-        if isinstance(answer, np.ndarray):
-            values[at] = answer
+        if answer.features is not None:
+            values[at] = answer.features
         else:
             failed.append(str(at))
     about = {
@@ -103,24 +127,26 @@ def vectors_reply(model: NamedModel, answers: Sequence[Answer], kind: str) -> Re
 
 
 def require_one(answers: Sequence[Answer]) -> None:
-    """Refuses a request of whose images none has features.
+    """Refuses a request without any features.
 
     Raises:
         ApiError: 422, with the reason for each; or the exception of a failure of ours.
     """
-    if any(isinstance(answer, np.ndarray) for answer in answers):
+    if any(answer.features is not None for answer in answers):
         return
     for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
+        if answer.failure is not None:
+            raise answer.failure
     what = "the body is no image that can be read" if len(answers) == 1 else "none of the images can be read"
     data = [failed_item(at, answer) for at, answer in enumerate(answers)]
-    raise ApiError(422, "unreadable_image", f"{what}: {answers[0]}", param="images", data={"data": data})
+    raise ApiError(422, "unreadable_image", f"{what}: {answers[0].problem}", param="images", data={"data": data})
 
 
 def failed_item(index: int, answer: Answer) -> dict[str, Any]:
-    """What stands in place of the answer for image `index`."""
-    return {"index": index, "error": item_error(answer)}
+    """The entry of a reply for image `index`, which has no features."""
+    if answer.failure is not None:
+        return {"index": index, "error": failure_object()}
+    return {"index": index, "error": problem_object(str(answer.problem))}
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:

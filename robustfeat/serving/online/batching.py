@@ -18,18 +18,16 @@ from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from robustfeat.errors import RobustFeatError
 from robustfeat.hub.preprocessing import normalise
 from robustfeat.serving.decoding.pool import START_DEADLINE_S, TRIES, Decoder, Decoders, crashed, too_slow
 from robustfeat.serving.decoding.worker import MAILBOX_BYTES, Images
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.online.answers import Answer, Vector
 
-__all__ = ["Answer", "Batcher", "FairQueue", "Vector", "Watch"]
+__all__ = ["Batcher", "FairQueue", "Watch"]
 
-Vector = NDArray[np.float32]
-Answer = Vector | str | Exception
 T = TypeVar("T")
 
 _DECODED_AT_ONCE = 4
@@ -84,6 +82,9 @@ class FairQueue(Generic[T]):
         return item
 
 
+_PENDING = Answer(problem="not decoded yet")
+
+
 class _Request:
     """The images of one request and what became of them."""
 
@@ -91,7 +92,7 @@ class _Request:
 
     def __init__(self, key: str, count: int) -> None:
         self.key, self.left = key, count
-        self.answers: list[Answer] = [""] * count
+        self.answers: list[Answer] = [_PENDING] * count
         self.future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
 
 
@@ -189,7 +190,7 @@ class Batcher:
             key: whose turn it is.
 
         Returns:
-            For each its (D,) float32, the reason why it cannot be read, or the exception of a failure of ours.
+            One for each image.
         """
         request = _Request(key, len(images))
         now = time.perf_counter()
@@ -269,7 +270,7 @@ class Batcher:
                     self._ready.put(item.request.key, item)
                 else:
                     self._free(item)
-                    item.answer(error)
+                    item.answer(Answer(problem=error))
         self._feed()
 
     def _look(self) -> None:
@@ -306,7 +307,7 @@ class Batcher:
             item.crashes += offset == at
             # A crash may be an accident (the kernel was short of memory): the image gets a second chance.
             if offset == at and (reason is not None or item.crashes == TRIES):
-                item.answer(reason or crashed(how))
+                item.answer(Answer(problem=reason or crashed(how)))
             else:
                 self._waiting.put(item.request.key, item)
         # One that dies before it is ready will do so again: not at once, or nothing else would be done here.
@@ -354,10 +355,10 @@ class Batcher:
 
     def _infer(self, batch: Sequence[_Item]) -> Sequence[Answer]:
         try:
-            return list(self._run_engine(self._input(batch)))
+            return [Answer(features=row) for row in self._run_engine(self._input(batch))]
         except Exception as exc:
             if len(batch) == 1:
-                return [exc]
+                return [Answer(failure=exc)]
             # Whatever it is, it costs the images that have it, not their neighbours.
             return [answer for item in batch for answer in self._infer([item])]
 

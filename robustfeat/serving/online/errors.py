@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-__all__ = ["ApiError", "error_answer", "item_error", "timed_out"]
+__all__ = ["ApiError", "error_answer", "failure_object", "problem_object", "timed_out"]
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -62,8 +62,11 @@ def error_answer(exc: ApiError, path: str) -> bytes:
     return orjson.dumps({"error": about, **exc.data}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def item_error(reason: object) -> dict[str, Any]:
-    """What stands in place of one image's answer: why it cannot be read, or that we failed, for an exception."""
-    if isinstance(reason, Exception):
-        return {"message": "the model failed; try again", "type": "server_error", "param": None, "code": "internal"}
-    return {"message": str(reason), "type": "invalid_request_error", "param": None, "code": "unreadable_image"}
+def problem_object(problem: str) -> dict[str, Any]:
+    """The error object of one image that cannot be read."""
+    return {"message": problem, "type": "invalid_request_error", "param": None, "code": "unreadable_image"}
+
+
+def failure_object() -> dict[str, Any]:
+    """The error object of one image that the model failed on."""
+    return {"message": "the model failed; try again", "type": "server_error", "param": None, "code": "internal"}

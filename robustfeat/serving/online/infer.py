@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.serving.online.answers import JSON, RAW, NamedModel, Reply, json_bytes
-from robustfeat.serving.online.batching import Answer, Vector
+from robustfeat.serving.online.answers import JSON, RAW, Answer, NamedModel, Reply, Vector, json_bytes
 from robustfeat.serving.online.content import base64_bytes, check_form, parse_json
 from robustfeat.serving.online.errors import ApiError
 from robustfeat.serving.online.schemas import InferInput, InferRequest
@@ -150,14 +149,16 @@ def infer_reply(asked: InferRequest, model: NamedModel, answers: Sequence[Answer
         Exception: of a failure of ours.
     """
     name = asked.inputs[0].name
+    rows: list[Vector] = []
     for index, answer in enumerate(answers):
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, str):
-            raise ApiError(422, "unreadable_image", f"{name}[{index}]: {answer}")
-        if not np.isfinite(answer).all():
+        if answer.failure is not None:
+            raise answer.failure
+        if answer.features is None:
+            raise ApiError(422, "unreadable_image", f"{name}[{index}]: {answer.problem}")
+        if not np.isfinite(answer.features).all():
             raise ApiError(422, "bad_request", f"{name}[{index}]: its features are not finite")
-    features = np.stack(answers)  # type: ignore[arg-type]
+        rows.append(answer.features)
+    features = np.stack(rows)
     output: dict[str, Any] = {"name": "features", "datatype": "FP32", "shape": list(features.shape)}
     wanted = asked.outputs[0].parameters.binary_data if asked.outputs else None
     binary = asked.parameters.binary_data_output is True if wanted is None else wanted

@@ -19,7 +19,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
 from robustfeat.errors import EngineError, RobustFeatError
@@ -28,13 +27,15 @@ from robustfeat.serving.extractor import FeatureExtractor, cosine
 from robustfeat.serving.online.answers import (
     JSON,
     VECTOR_TYPES,
+    Answer,
     NamedModel,
     Reply,
+    Vector,
     choose_type,
     require_one,
     vectors_reply,
 )
-from robustfeat.serving.online.batching import Answer, Batcher, Vector
+from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
 from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
 from robustfeat.serving.verify import MIN_COSINE
@@ -162,7 +163,7 @@ class Handler:
                 context.set_response_header(at, name, text)
             bodies.append(reply.body)
         every = [answer for found in answers if not isinstance(found, Exception) for answer in found]
-        good = sum(isinstance(answer, np.ndarray) for answer in every)
+        good = sum(answer.features is not None for answer in every)
         _count(context, {"good": good, "failed": len(every) - good})
         return bodies
 
@@ -173,9 +174,9 @@ class Handler:
         if isinstance(answers, Exception):
             raise EngineError(f"the golden images were not embedded ({answers})")
         for answer, right in zip(answers, expected, strict=True):
-            if not isinstance(answer, np.ndarray):
-                raise EngineError(f"a golden image was not embedded ({answer!r})")
-            if not (found := float(cosine(answer[None], right[None])[0])) >= needed:
+            if answer.features is None:
+                raise EngineError(f"a golden image was not embedded ({answer.error})")
+            if not (found := float(cosine(answer.features[None], right[None])[0])) >= needed:
                 raise EngineError(f"a golden image gives other features (cosine {found:.4f}, {needed} needed)")
 
     def _embed(self, groups: Sequence[Sequence[bytes | Vector]]) -> list[list[Answer] | ApiError]:

@@ -178,13 +178,3 @@ def server(clothes: Path, model: Path) -> Iterator[Server]:
         "--model", "robustfeat=builtin", "--model", f"small={model}", "--head", f"clothes={clothes}"
     ) as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def photos(example_files: list[Path]) -> list[bytes]:
-    return [file.read_bytes() for file in example_files[::5]]
-
-
-@pytest.fixture(scope="session")
-def extractor() -> FeatureExtractor:
-    return FeatureExtractor.from_pretrained()

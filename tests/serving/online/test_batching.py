@@ -77,7 +77,7 @@ def test_a_batch_forms_while_the_model_is_busy(
         rest = [asyncio.create_task(batcher.embed([photo])) for photo in photos[1:6]]
         await until(lambda: len(batcher._ready) == 5)
         model.gate.set()
-        return [row for task in [first, *rest] for row in await task]
+        return [answer.features for task in [first, *rest] for answer in await task]
 
     rows = play(scene)
     assert model.sizes == [1, 5]
@@ -121,10 +121,13 @@ def test_a_failure_of_the_model_costs_the_image_that_has_it(
     async def scene(batcher: Batcher) -> list[Any]:
         return await batcher.embed(list(values))
 
-    rows = play(scene)
-    assert isinstance(rows[2], RuntimeError)
+    answers = play(scene)
+    assert isinstance(answers[2].failure, RuntimeError)
     np.testing.assert_allclose(
-        [rows[at] for at in (0, 1, 3)], extractor.embed([photos[at] for at in (0, 1, 3)]), rtol=1e-4, atol=1e-5
+        [answers[at].features for at in (0, 1, 3)],
+        extractor.embed([photos[at] for at in (0, 1, 3)]),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -142,7 +145,9 @@ def test_images_and_tensors_share_a_batch(
         await first
         return await mixed
 
-    rows = play(scene)
+    answers = play(scene)
     assert model.sizes == [1, 3]
-    assert "not an image" in rows[2]
-    np.testing.assert_allclose([rows[0], rows[1], rows[3]], extractor.embed(photos[:3]), rtol=1e-4, atol=1e-5)
+    assert "not an image" in answers[2].problem
+    np.testing.assert_allclose(
+        [answers[at].features for at in (0, 1, 3)], extractor.embed(photos[:3]), rtol=1e-4, atol=1e-5
+    )
