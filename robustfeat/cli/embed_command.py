@@ -68,7 +68,7 @@ def command(
     from robustfeat.serving.bulk.embedding import embed_files
     from robustfeat.serving.bulk.job import Places
     from robustfeat.serving.inputs.listing import list_inputs
-    from robustfeat.serving.inputs.sources import is_remote
+    from robustfeat.serving.inputs.remote import is_remote
     from robustfeat.serving.speeds import fastest_way
 
     if not inputs and files_from is None:

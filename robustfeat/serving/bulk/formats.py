@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.bulk.storage import open_input, open_output
-from robustfeat.serving.inputs.sources import is_remote
+from robustfeat.serving.inputs.remote import is_remote
 
 __all__ = ["FORMATS", "Block", "FeatureFormat", "map_features", "read_features"]
 

@@ -21,7 +21,7 @@ from robustfeat.serving.bulk.formats import FORMATS, Block, read_features
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, file_exists, open_input, open_output
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.input_list import InputList
-from robustfeat.serving.inputs.sources import is_remote
+from robustfeat.serving.inputs.remote import is_remote
 
 __all__ = [
     "JOB_FILE",

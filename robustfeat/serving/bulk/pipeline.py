@@ -21,7 +21,8 @@ from robustfeat.serving.decoding.pool import DEADLINE_S, DecoderPool
 from robustfeat.serving.decoding.worker import Decoded, Task
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.input_list import InputList
-from robustfeat.serving.inputs.sources import ImageSource, ParquetImages
+from robustfeat.serving.inputs.parquet import ParquetImages
+from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.system import available_cpus
 
 __all__ = ["EmbeddedBatch", "Pipeline"]

@@ -26,7 +26,8 @@ from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_fold
 from robustfeat.serving.decoding.pool import DEADLINE_S
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.input_list import InputList
-from robustfeat.serving.inputs.sources import ImageSource, is_remote
+from robustfeat.serving.inputs.remote import is_remote
+from robustfeat.serving.inputs.sources import ImageSource
 
 __all__ = ["AUTO", "embed_on_ray", "plan_pool"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.files import FileLock, new_file
-from robustfeat.serving.inputs.sources import is_remote, open_remote
+from robustfeat.serving.inputs.remote import is_remote, open_remote
 
 __all__ = ["LocalFolder", "RemoteFolder", "file_exists", "open_folder", "open_input", "open_output"]
 

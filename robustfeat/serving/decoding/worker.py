@@ -25,7 +25,8 @@ import numpy as np
 
 from robustfeat.errors import DecodeError, InputError
 from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, prepare_square
-from robustfeat.serving.inputs.sources import ImageSource, is_remote
+from robustfeat.serving.inputs.remote import is_remote
+from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.system import die_with_parent
 
 __all__ = ["MAILBOX_BYTES", "MEMORY_BYTES", "Decoded", "Images", "SharedSquares", "Task", "serve"]

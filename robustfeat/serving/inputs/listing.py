@@ -7,14 +7,16 @@ import glob
 import os
 import re
 import sys
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.inputs.input_list import InputList
-from robustfeat.serving.inputs.sources import ImageSource, image_column, is_remote, open_remote, parquet_path
+from robustfeat.serving.inputs.parquet import find_images, parquet_path
+from robustfeat.serving.inputs.remote import is_remote, open_remote, remote_entries
+from robustfeat.serving.inputs.sources import ImageSource
+from robustfeat.serving.inputs.tar import open_tar
 
 __all__ = ["IMAGE_SUFFIXES", "list_folder", "list_inputs"]
 
@@ -54,7 +56,7 @@ def list_inputs(
         listing = InputList(folder=folder)
     except OSError as exc:
         raise InputError(
-            f"{folder}: the list of inputs cannot be written ({exc.strerror}); choose another --out"
+            f"{folder}: the list of inputs cannot be written ({exc.strerror})", fix="choose another `out`"
         ) from exc
     try:
         for argument in map(str, arguments):
@@ -74,7 +76,7 @@ def list_inputs(
     except BaseException as exc:
         listing.close()
         if isinstance(exc, OSError):
-            raise InputError(f"the list of inputs cannot be written ({exc.strerror or exc}); free space") from exc
+            raise InputError(f"the list of inputs cannot be written ({exc.strerror or exc})", fix="free space") from exc
         raise
     return listing
 
@@ -108,13 +110,13 @@ def _list_file(file: str, path: str, listing: InputList) -> None:
     if (match := _PARQUET.fullmatch(file)) is not None:
         name, place = path.removesuffix(f":{match['column']}"), match["file"]
         place = place if is_remote(place) else os.path.abspath(place)
-        column, rows = image_column(place, match["column"])
+        column, rows = find_images(place, match["column"])
         for row in range(rows):
             listing.append(ImageSource(parquet_path(name, row), place, "parquet", row, 0, column))
     elif file.lower().endswith(".tar"):
         listing.extend_sorted(_tar_members(file, path, listing))
     elif _COMPRESSED_TAR.search(file):
-        raise InputError(f"{file}: a compressed archive cannot be read at random; decompress it to a .tar first")
+        raise InputError(f"{file}: a compressed archive cannot be read at random", fix="decompress it to a .tar first")
     else:
         listing.append(ImageSource(path, file if is_remote(file) else os.path.abspath(file)))
 
@@ -133,7 +135,7 @@ def _list_lines(place: str, null: bool, listing: InputList) -> None:
                 else:
                     _list_file(entry, entry.removeprefix("./"), listing)
     except OSError as exc:
-        raise InputError(f"--files-from {place}: cannot be read ({exc.strerror})") from exc
+        raise InputError(f"cannot be read ({exc.strerror})", argument="files_from", value=place) from exc
 
 
 def _split(handle: IO[bytes], separator: bytes) -> Iterator[bytes]:
@@ -188,7 +190,11 @@ def _walk(root: str, listing: InputList, prefix: str = "") -> Iterator[ImageSour
                         yield ImageSource(prefix + path, os.path.join(base, path))
         except OSError as exc:
             place = os.path.join(root, relative) if relative else root
-            raise InputError(f"{place}: cannot be listed ({exc.strerror}); make it readable or leave it out") from exc
+            raise _unlisted(place, exc) from exc
+
+
+def _unlisted(place: str, exc: OSError) -> InputError:
+    return InputError(f"{place}: cannot be listed ({exc.strerror})", fix="make it readable or leave it out")
 
 
 def _glob(pattern: str, listing: InputList) -> Iterator[ImageSource]:
@@ -211,7 +217,7 @@ def _glob(pattern: str, listing: InputList) -> Iterator[ImageSource]:
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as exc:
-            raise InputError(f"{folder}: cannot be listed ({exc.strerror}); make it readable or leave it out") from exc
+            raise _unlisted(folder, exc) from exc
 
     for match, is_folder in _matches(entries, root, pattern):
         path = match[len(root) :].lstrip("/")
@@ -275,36 +281,16 @@ def _fixed_folder(pattern: str) -> str:
 
 def _tar_members(file: str, path: str, listing: InputList) -> Iterator[ImageSource]:
     place = file if is_remote(file) else os.path.abspath(file)
-    try:
-        if is_remote(file):
-            filesystem, remote = open_remote(file)
-            handle = filesystem.open(remote, "rb")
-            length = int(filesystem.size(remote) or 0)
-        else:
-            handle = open(file, "rb")  # noqa: SIM115 - closed below, as the remote one is
-            length = os.fstat(handle.fileno()).st_size
-        with handle, tarfile.open(fileobj=handle, mode="r:") as archive:
-            end = 0
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined] # or each would stay in memory
-                end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
-                name = member.name.removeprefix("./")
-                if member.isdir() or any(part.startswith(".") for part in name.split("/")[:-1]):
-                    continue
-                if not _is_image(name.rpartition("/")[2], listing):
-                    continue
-                if member.isreg() and not member.issparse():
-                    yield ImageSource(f"{path}/{name}", place, "tar", member.offset_data, member.size)
-                else:
-                    reason = "a link or special member of the archive"
-                    yield ImageSource(f"{path}/{name}", place, "failed", detail=reason)
-            # tarfile takes a header that is cut short for the end.
-            if end < length:
-                handle.seek(end)
-                if handle.read(512).strip(b"\0"):
-                    raise InputError(f"{file}: the archive is damaged after byte {end:,}; copy or pack it again")
-    except (OSError, tarfile.TarError) as exc:
-        raise InputError(f"{file}: not a readable tar archive ({first_line(exc)})") from exc
+    with open_tar(file) as archive:
+        for member in archive.members():
+            *folders, name = member.name.split("/")
+            if any(folder.startswith(".") for folder in folders) or not _is_image(name, listing):
+                continue
+            if member.regular:
+                yield ImageSource(f"{path}/{member.name}", place, "tar", member.offset, member.size)
+            else:
+                reason = "a link or special member of the archive"
+                yield ImageSource(f"{path}/{member.name}", place, "failed", detail=reason)
 
 
 def _list_remote(url: str, listing: InputList) -> None:
@@ -315,7 +301,7 @@ def _list_remote(url: str, listing: InputList) -> None:
         waiting = [""]
         while waiting:
             relative = waiting.pop()
-            for name, is_folder in _remote_entries(filesystem, f"{root}/{relative}".rstrip("/")):
+            for name, is_folder in remote_entries(filesystem, f"{root}/{relative}".rstrip("/")):
                 place = f"{relative}{name}"
                 if is_folder:
                     if not name.startswith("."):
@@ -326,7 +312,7 @@ def _list_remote(url: str, listing: InputList) -> None:
     def matches() -> Iterator[ImageSource]:
         root = _fixed_folder(path)
         pattern = f"{path}/" if url.endswith("/") else path
-        for place, is_folder in _matches(lambda folder: _remote_entries(filesystem, folder), root, pattern):
+        for place, is_folder in _matches(lambda folder: remote_entries(filesystem, folder), root, pattern):
             relative = place[len(root) :].lstrip("/")
             if not is_folder:
                 yield from _sources_of(filesystem.unstrip_protocol(place), relative, listing)
@@ -351,18 +337,3 @@ def _list_remote(url: str, listing: InputList) -> None:
         raise
     except Exception as exc:  # each filesystem has its own
         raise InputError(f"{url}: cannot be listed ({type(exc).__name__}: {first_line(exc)})") from exc
-
-
-def _remote_entries(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
-    """What lies in a folder: names, and whether each is a folder itself; nothing where there is no such folder.
-
-    fsspec's own `walk` and `glob` leave out, without a word, what they fail to list.
-    """
-    try:
-        found = filesystem.ls(folder, detail=True)
-    except FileNotFoundError:
-        return
-    for info in found:
-        place = info["name"].rstrip("/")
-        if place.strip("/") != folder.strip("/"):  # S3 may hold an empty object in the folder's own name
-            yield place.rpartition("/")[2], info["type"] == "directory"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
-from robustfeat.serving.inputs.sources import class_names
+from robustfeat.serving.inputs.parquet import class_names, encoded_images
 from robustfeat.training.data.image_set import ImageSet, Source, sort_classes
 from robustfeat.training.data.row_groups import OpenedParquet, ParquetPart, RowGroups, open_part
 
@@ -126,7 +126,7 @@ def read_parquet(files: Sequence[ParquetPart], *, stream: bool = False) -> Parqu
         source = groups = RowGroups([opened for opened, *_ in parts])
         blocks = groups.blocks
     else:
-        chunks = [chunk.field("bytes") if hasattr(chunk, "field") else chunk for *_, own in parts for chunk in own]
+        chunks = [encoded_images(chunk) for *_, own in parts for chunk in own]
         source, blocks = _Rows(chunks, places), None
     for row, label in enumerate(labels):
         if not _names_a_class(label):

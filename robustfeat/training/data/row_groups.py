@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import DataError, first_line
+from robustfeat.serving.inputs.parquet import encoded_images, image_columns, open_parquet
 from robustfeat.training.data.order import blocks_at_once
 
 __all__ = ["LocalParquet", "OpenedParquet", "ParquetPart", "RowGroups", "open_part"]
@@ -66,9 +67,7 @@ class LocalParquet:
         return self.path.stat().st_size
 
     def open(self) -> Any:  # noqa: D102
-        import pyarrow
-
-        return pyarrow.OSFile(str(self.path), "rb")
+        return open_parquet(str(self.path))
 
     @contextmanager
     def explaining(self) -> Iterator[None]:  # noqa: D102
@@ -77,7 +76,9 @@ class LocalParquet:
         try:
             yield
         except (pyarrow.ArrowException, OSError) as exc:
-            raise DataError(f"{self.place}: not a Parquet file, or damaged ({first_line(exc)}); copy it again") from exc
+            raise DataError(
+                f"{self.place}: not a Parquet file, or damaged ({first_line(exc)})", fix="copy it again"
+            ) from exc
 
 
 @dataclass(frozen=True)
@@ -102,19 +103,18 @@ def open_part(part: ParquetPart, handle: Any) -> tuple[OpenedParquet, Any]:
     Raises:
         DataError: it lacks a column, or holds no images in it.
     """
-    from pyarrow import parquet, types
+    from pyarrow import parquet
 
     reader = parquet.ParquetFile(handle, pre_buffer=False)
     schema = reader.schema_arrow
     if not {"image", "label"} <= set(schema.names):
         got = ", ".join(schema.names) or "none"
         raise DataError(f"{part.place}: needs the columns image and label; got {got}")
-    kind, column = schema.field("image").type, "image"
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind, column = kind.field("bytes").type, "image.bytes"
-    if not (types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or types.is_null(kind)):
+    columns = image_columns(schema, nulls=True)
+    if "image" not in columns:
+        kind = schema.field("image").type
         raise DataError(f"{part.place}: the column image must hold encoded images (bytes); got {kind}")
-    return OpenedParquet(part, reader.metadata, schema, column), reader
+    return OpenedParquet(part, reader.metadata, schema, columns["image"]), reader
 
 
 class RowGroups:
@@ -187,7 +187,7 @@ class RowGroups:
         return self._held[block]
 
     def _load(self, block: int) -> Any:
-        from pyarrow import compute, parquet, types
+        from pyarrow import parquet
 
         file, group = self._groups[block]
         opened = self._files[file]
@@ -195,7 +195,7 @@ class RowGroups:
             reader = parquet.ParquetFile(handle, metadata=opened.metadata, pre_buffer=False)
             # Arrow's threads would compete with the other workers.
             column = reader.read_row_group(group, columns=[opened.column], use_threads=False).column(0)
-        return compute.struct_field(column, "bytes") if types.is_struct(column.type) else column
+        return encoded_images(column)
 
 
 @dataclass

@@ -9,22 +9,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
 from robustfeat.serving.inputs.listing import IMAGE_SUFFIXES
+from robustfeat.serving.inputs.sources import ImageSource
+from robustfeat.serving.inputs.tar import open_tar
 from robustfeat.training.data.image_set import ImageSet, sort_classes
 
 __all__ = ["CLASSES_NAME", "TarSplit", "read_class_names", "read_shards"]
 
 CLASSES_NAME = "classes.txt"
 
-_BLOCK = 512
-_AHEAD = 8192  # a small label comes with its header
-_REGULAR = b"0\0" + b"7"
 _NUMBER = re.compile(r"[0-9]+")
 _NONE = re.compile(r"-[0-9]+")
 
@@ -47,15 +45,8 @@ class _Members:
 
     def read(self, index: int) -> bytes:
         # Opened each time: there may be more shards than a process may have files open, and it costs microseconds.
-        descriptor = os.open(self._shards[self._shard(index)], os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = int(self._sizes[index])
-            data = os.pread(descriptor, size, int(self._offsets[index]))
-        finally:
-            os.close(descriptor)
-        if len(data) < size:
-            raise OSError("the archive ends before this member does")
-        return data
+        place = str(self._shards[self._shard(index)])
+        return ImageSource("", place, "tar", int(self._offsets[index]), int(self._sizes[index])).read()
 
     def name(self, index: int) -> str:
         start = int(self._ends[index - 1]) if index else 0
@@ -172,20 +163,22 @@ class _Sample:
 
 def _samples(shard: Path) -> Iterator[_Sample]:
     found: dict[str, _Sample] = {}
-    with _Shard(shard) as archive:
-        for name, offset, size in archive.members():
+    with open_tar(str(shard), error=DataError, complete=True) as archive:
+        for name, offset, size, regular in archive.members():
             folder, _, base = name.rpartition("/")
             stem, _, suffix = base.partition(".")
             kind = f".{suffix.lower()}"
-            if not stem or (kind not in IMAGE_SUFFIXES and kind not in {".cls", ".json"}):
+            if not regular or not stem or (kind not in IMAGE_SUFFIXES and kind not in {".cls", ".json"}):
                 continue  # hidden, or something else about the sample
             key = f"{folder}/{stem}" if folder else stem
             sample = found.setdefault(key, _Sample())
             if kind in IMAGE_SUFFIXES:
                 if sample.name:
-                    raise DataError(f"{shard}: sample {key!r} has two images, {sample.name} and {name}; remove one")
+                    raise DataError(
+                        f"{shard}: sample {key!r} has two images, {sample.name} and {name}", fix="remove one"
+                    )
                 sample.name, sample.offset, sample.size = name, offset, size
-            elif sample.label_kind != ".cls" and (label := _label(kind, archive.take(offset, size), shard, name)):
+            elif sample.label_kind != ".cls" and (label := _label(kind, archive.read(offset, size), shard, name)):
                 sample.label, sample.label_kind = label, kind
     for key, sample in found.items():
         if not sample.name:
@@ -210,117 +203,7 @@ def _label(kind: str, data: bytes, shard: Path, name: str) -> str:
             text = str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
     except ValueError as exc:
         expected = "text in UTF-8" if kind == ".cls" else "JSON"
-        raise DataError(f"{shard}: {name} is not {expected} ({exc}); pack it again") from exc
+        raise DataError(f"{shard}: {name} is not {expected} ({exc})", fix="pack it again") from exc
     if _NONE.fullmatch(text):
         return ""
     return str(int(text)) if _NUMBER.fullmatch(text) and len(text) < 20 else text
-
-
-class _Shard:
-    """Walks the headers of a tar file.
-
-    By hand: the standard library takes two and a half times as long, and a damaged header for the end.
-
-    Source: POSIX.1-2017, pax, and GNU tar's long names.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._window, self._window_at = b"", 0
-
-    def __enter__(self) -> _Shard:
-        try:
-            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            self._length = os.fstat(self._descriptor).st_size
-        except OSError as exc:
-            raise DataError(f"{self._path}: cannot be read ({exc.strerror})") from exc
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-    def take(self, offset: int, size: int) -> bytes:
-        """Bytes of the file."""
-        first = offset - self._window_at
-        if not 0 <= first <= len(self._window) - size:
-            try:
-                self._window = os.pread(self._descriptor, max(size, _AHEAD), offset)
-            except OSError as exc:
-                raise DataError(f"{self._path}: cannot be read ({exc.strerror})") from exc
-            self._window_at, first = offset, 0
-        return self._window[first : first + size]
-
-    def members(self) -> Iterator[tuple[str, int, int]]:
-        """Names, offsets and sizes of the regular files."""
-        offset = 0
-        extra: dict[str, str] = {}
-        everywhere: dict[str, str] = {}
-        while True:
-            header = self.take(offset, _BLOCK)
-            if len(header) < _BLOCK:
-                self._damaged(offset, "it ends without a mark of its end; it is cut short")
-            if not header.strip(b"\0"):
-                break
-            self._check(header, offset)
-            kind, at = header[156:157], offset + _BLOCK
-            pax = everywhere | extra
-            size = int(pax["size"]) if kind in _REGULAR and pax.get("size", "").isdecimal() else 0
-            # Links and folders have no content, whatever their size says.
-            size = 0 if kind in b"123456" else size or self._number(header[124:136], offset)
-            if at + size > self._length:
-                self._damaged(offset, f"a member of {size:,} bytes begins there, of which the file ends before")
-            if kind == b"L":
-                extra["path"] = os.fsdecode(self.take(at, size).partition(b"\0")[0])
-            elif kind in b"xg":
-                (extra if kind == b"x" else everywhere).update(self._records(self.take(at, size), offset))
-            elif kind != b"K":
-                if kind == b"S" or any(key.startswith("GNU.sparse") for key in pax):
-                    self._damaged(offset, "a sparse member begins there, which cannot be read")
-                name = pax.get("path") or self._name(header)
-                if kind in _REGULAR and not name.endswith("/"):
-                    yield name.removeprefix("./"), at, size
-                extra = {}
-            offset = at + -(-size // _BLOCK) * _BLOCK
-        while rest := self.take(offset, 2**20):
-            if rest.strip(b"\0"):
-                self._damaged(offset, "it goes on after the mark of its end; archives were joined, or it is altered")
-            offset += len(rest)
-
-    def _check(self, header: bytes, offset: int) -> None:
-        wanted = self._number(header[148:156], offset)
-        blank = header[:148] + b" " * 8 + header[156:]
-        if wanted != sum(blank):
-            if offset == 0:
-                raise DataError(f"{self._path}: not a tar file; expected an uncompressed one, such as tar cf makes")
-            self._damaged(offset, "no member's header is there")
-
-    def _number(self, field: bytes, offset: int) -> int:
-        if field[0] == 0x80:  # GNU's, for what octal digits do not hold
-            return int.from_bytes(field[1:], "big")
-        digits = field.strip(b" \0")
-        try:
-            return int(digits or b"0", 8)
-        except ValueError:
-            if offset == 0:
-                raise DataError(f"{self._path}: not a tar file; expected an uncompressed one") from None
-            self._damaged(offset, "no member's header is there")
-
-    def _name(self, header: bytes) -> str:
-        name = header[:100].partition(b"\0")[0]
-        prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-        return os.fsdecode(prefix + b"/" + name if prefix else name)
-
-    def _records(self, data: bytes, offset: int) -> dict[str, str]:
-        """PAX: lines of `LENGTH KEY=VALUE`, the length counting all of a line."""
-        records = {}
-        while data:
-            digits, _, rest = data.partition(b" ")
-            if not digits.isdigit() or not len(digits) + 1 < int(digits) <= len(data):
-                self._damaged(offset, "its extended header is unreadable")
-            key, _, value = rest[: int(digits) - len(digits) - 2].partition(b"=")
-            records[key.decode("utf-8", "replace")] = os.fsdecode(value)
-            data = data[int(digits) :]
-        return records
-
-    def _damaged(self, offset: int, what: str) -> NoReturn:
-        raise DataError(f"{self._path}: damaged at byte {offset:,}: {what}; copy or pack it again")

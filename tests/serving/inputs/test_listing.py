@@ -24,7 +24,8 @@ from robustfeat.serving.bulk.embedding import embed_files
 from robustfeat.serving.inputs import input_list
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.listing import list_folder, list_inputs
-from robustfeat.serving.inputs.sources import ImageSource, ParquetImages
+from robustfeat.serving.inputs.parquet import ParquetImages
+from robustfeat.serving.inputs.sources import ImageSource
 from tests.conftest import ROOT
 
 
@@ -142,12 +143,13 @@ def archive(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        (0, "not a readable tar archive"),
-        (100, "not a readable tar archive"),
-        (2 * 1536 + 100, "damaged after byte 3,072"),
-        (2 * 1536 + 512, "not a readable tar archive"),
-        (2 * 1536 + 900, "not a readable tar archive"),
-        (1536 + 700, "not a readable tar archive"),
+        (0, "not a tar file"),
+        (100, "not a tar file"),
+        (2 * 1536 + 100, "damaged at byte 3,072: the file ends there, within a header"),
+        (2 * 1536 + 512, "damaged at byte 3,072: a member of 1,000 bytes begins there"),
+        (2 * 1536 + 900, "damaged at byte 3,072: a member of 1,000 bytes begins there"),
+        (3 * 1536 - 1, "damaged at byte 4,608: it ends without a mark of its end"),
+        (1536 + 700, "damaged at byte 1,536: a member of 1,000 bytes begins there"),
         (3 * 1536, None),  # the closing blocks hold nothing
     ],
 )
@@ -163,7 +165,7 @@ def test_a_tar_cut_short_is_refused_when_anything_is_missing(archive: Path, leng
 
 def test_a_tar_with_a_damaged_header_is_refused(archive: Path) -> None:
     data = bytearray(archive.read_bytes())
-    for at, message in ((1536 + 5, "damaged after byte 1,536"), (5, "not a readable tar archive")):
+    for at, message in ((1536 + 5, "damaged at byte 1,536: no member's header"), (5, "not a tar file")):
         data[at] ^= 0xFF
         archive.write_bytes(data)
         with pytest.raises(InputError, match=message):
@@ -255,7 +257,7 @@ def test_the_column_of_parquet_is_found_or_named(tmp_path: Path) -> None:
     place = tmp_path / "part.parquet"
     data = [b"one", b"two"]
     parquet.write_table(pa.table({"left": data, "right": data[::-1], "label": ["a", "b"]}), place)
-    with pytest.raises(InputError, match=r"left, right: name one as part\.parquet:COLUMN"):
+    with pytest.raises(InputError, match=r"left, right; name one as part\.parquet:COLUMN"):
         list_inputs([place])
     for column, expected in (("left", data), ("right", data[::-1])):
         images = listed(f"{place}:{column}")
@@ -377,7 +379,7 @@ def test_a_list_on_stdin_gives_failed_rows_where_files_are_missing(
 
 
 def test_lists_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--files-from .*none: cannot be read"):
+    with pytest.raises(InputError, match=r"files_from=.*none: cannot be read"):
         list_inputs([], files_from=tmp_path / "none")
     with pytest.raises(InputError, match="cannot be read"):
         list_inputs([], files_from=tmp_path)
@@ -385,7 +387,7 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="list: no images found"):
         list_inputs([], files_from=tmp_path / "list")
     (tmp_path / "list").write_text("missing.tar\n")
-    with pytest.raises(InputError, match=r"missing\.tar: not a readable tar archive"):
+    with pytest.raises(InputError, match=r"missing\.tar: cannot be read \(No such file or directory\)"):
         list_inputs([], files_from=tmp_path / "list")
 
 

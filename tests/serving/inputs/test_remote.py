@@ -33,7 +33,8 @@ from robustfeat.cli import main
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
 from robustfeat.serving.inputs.listing import list_inputs
-from robustfeat.serving.inputs.sources import ImageSource, ParquetImages
+from robustfeat.serving.inputs.parquet import ParquetImages
+from robustfeat.serving.inputs.sources import ImageSource
 from tests.conftest import ROOT
 from tests.hub_server import FakeHub
 
@@ -327,7 +328,7 @@ def test_missing_urls_of_a_list_are_failed_rows_with_a_reason(
         ("s3://no-such-bucket/photos", "no such file or folder"),
         ("s3://{bucket}/gone/*.jpg", "no images found"),
         ("s3://{bucket}/notes.parquet", "not a readable Parquet file"),
-        ("s3://{bucket}/notes.tar", "not a readable tar archive"),
+        ("s3://{bucket}/notes.tar", "not a tar file"),
         ("s3://{bucket}/notes.tar.gz", "decompress it"),
         ("foo://photos", "Protocol not known: foo; expected a path, or s3://, gs:// or hf://"),
     ],

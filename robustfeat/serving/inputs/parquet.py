@@ -1,0 +1,152 @@
+"""Images in Parquet files: which column holds them, and their rows read in order."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from robustfeat.errors import InputError, first_line
+from robustfeat.serving.inputs.remote import is_remote, open_remote
+
+__all__ = [
+    "ParquetImages",
+    "class_names",
+    "encoded_images",
+    "find_images",
+    "image_columns",
+    "open_parquet",
+    "parquet_path",
+]
+
+
+def parquet_path(name: str, row: int) -> str:
+    """What the index calls a row of a Parquet file.
+
+    Nine digits: the byte order of the paths is then the order of the rows.
+    """
+    return f"{name}/{row:09}"
+
+
+def image_columns(schema: Any, *, nulls: bool = False) -> dict[str, str]:
+    """The columns of encoded images, by name; each with what pyarrow calls the bytes within it.
+
+    Images are a binary column, or a struct with a binary field `bytes` as Hugging Face writes them.
+
+    Args:
+        nulls: also columns that hold nothing but nulls, whose type does not say what they could hold.
+    """
+    from pyarrow import types
+
+    found = {}
+    for field in schema:
+        kind, path = field.type, field.name
+        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind, path = kind.field("bytes").type, f"{field.name}.bytes"
+        binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+        if binary or (nulls and types.is_null(kind)):
+            found[field.name] = path
+    return found
+
+
+def encoded_images(values: Any) -> Any:
+    """The bytes within an Arrow array of images, which may be structs."""
+    from pyarrow import compute, types
+
+    return compute.struct_field(values, "bytes") if types.is_struct(values.type) else values
+
+
+def class_names(schema: Any, column: str) -> tuple[str, ...] | None:
+    """The class names of a column of numbers, which Hugging Face `datasets` keeps in the schema's metadata."""
+    raw = (schema.metadata or {}).get(b"huggingface")
+    try:
+        kind = json.loads(raw or b"{}")["info"]["features"][column]
+        names = kind.get("feature", kind).get("names")  # a list of classes, or one
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return tuple(names) if names else None
+
+
+def find_images(file: str, column: str | None) -> tuple[str, int]:
+    """The column of a Parquet file that holds encoded images, and the number of rows; see `image_columns`.
+
+    Raises:
+        InputError: the file cannot be read, has no such column, or has several and none was named.
+    """
+    from pyarrow import parquet
+
+    try:
+        with open_parquet(file) as handle:
+            found = parquet.ParquetFile(handle)
+            schema, rows = found.schema_arrow, found.metadata.num_rows
+    except InputError:
+        raise
+    except Exception as exc:  # each filesystem has its own
+        raise InputError(f"{file}: not a readable Parquet file ({first_line(exc)})") from exc
+    names = list(image_columns(schema))
+    if column is None and len(names) > 1 and "image" in names:
+        column = "image"
+    if column is None and len(names) == 1:
+        column = names[0]
+    if column not in names:
+        wanted = f"no column {column!r} of image bytes" if column else "no single column of image bytes"
+        columns = ", ".join(names) or "none"
+        raise InputError(f"{file}: has {wanted}; it has {columns}", fix=f"name one as {os.path.basename(file)}:COLUMN")
+    return str(column), int(rows)
+
+
+def open_parquet(file: str) -> Any:
+    """A Parquet file, opened for pyarrow, local or remote."""
+    import pyarrow
+
+    if is_remote(file):
+        filesystem, path = open_remote(file)
+        return filesystem.open(path, "rb")
+    return pyarrow.OSFile(file, "rb")
+
+
+class ParquetImages:
+    """Reads rows of one Parquet file in ascending order, keeping one batch of rows in memory."""
+
+    _ROWS = 64
+
+    def __init__(self, file: str, column: str) -> None:
+        self.file, self.column = file, column
+        self._rows: Iterator[bytes | None] | None = None
+        self._next = 0
+
+    def read(self, row: int) -> bytes | None:
+        """The encoded image of that row; None where it holds none.
+
+        Raises:
+            InputError: the file cannot be read (any longer).
+        """
+        try:
+            if self._rows is None or not 0 <= row - self._next < 10 * self._ROWS:
+                self._rows, self._next = self._from(row), row
+            for _ in range(self._next, row):
+                next(self._rows)
+            self._next = row + 1
+            return next(self._rows)
+        except InputError:
+            raise
+        except Exception as exc:  # each filesystem has its own
+            raise InputError(f"{self.file}: cannot be read ({first_line(exc)})") from exc
+
+    def _from(self, row: int) -> Iterator[bytes | None]:
+        from pyarrow import parquet
+
+        with open_parquet(self.file) as handle:
+            file = parquet.ParquetFile(handle, pre_buffer=False)
+            group, first = 0, 0
+            while row >= first + file.metadata.row_group(group).num_rows:
+                first += file.metadata.row_group(group).num_rows
+                group += 1
+            groups = list(range(group, file.metadata.num_row_groups))
+            skip = row - first
+            for batch in file.iter_batches(self._ROWS, row_groups=groups, columns=[self.column]):
+                values = encoded_images(batch.column(0))
+                for value in values[skip:]:
+                    yield value.as_py()
+                skip = max(0, skip - len(values))

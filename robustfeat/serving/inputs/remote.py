@@ -1,0 +1,101 @@
+"""Files in remote storage, by URL, through fsspec."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from robustfeat.errors import InputError, first_line
+
+__all__ = ["is_remote", "open_remote", "read_remote", "remote_entries"]
+
+_TRIES = 4
+_MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PACKAGES = {"s3": "robustfeat[s3]", "gs": "robustfeat[gs]", "hf": "huggingface_hub"}
+_REFUSED_TO_ALL = {"ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed", "SignatureDoesNotMatch"}
+
+
+def is_remote(place: str) -> bool:
+    """Whether that is a URL rather than a path."""
+    return "://" in place
+
+
+def open_remote(url: str) -> tuple[Any, str]:
+    """The filesystem of a URL, by fsspec (which caches them), and the path in it.
+
+    Raises:
+        InputError: the scheme is unknown, or its package is missing.
+    """
+    scheme = url.partition("://")[0]
+    try:
+        import fsspec
+
+        # Not `url_to_fs`, which takes :: in the name of a file for a chain of URLs.
+        kind = fsspec.get_filesystem_class(scheme)
+        return kind(**kind._get_kwargs_from_urls(url)), str(kind._strip_protocol(url))
+    except ImportError as exc:
+        package = _PACKAGES.get(scheme, "fsspec")
+        raise InputError(f"{url}: {first_line(exc)} (pip install '{package}')") from exc
+    except ValueError as exc:
+        raise InputError(f"{url}: {first_line(exc)}; expected a path, or s3://, gs:// or hf://") from exc
+
+
+def read_remote(url: str, start: int, end: int, *, whole: bool) -> bytes:
+    """Bytes `start` to `end` of a file, fewer where it ends before.
+
+    Args:
+        whole: the range is meant to hold the whole file, which may be empty.
+
+    Raises:
+        OSError: the file is not there, or may not be read.
+        InputError: the storage does not answer.
+    """
+    filesystem, path = open_remote(url)
+    tries = 0
+    while True:
+        try:
+            data: bytes = filesystem.cat_file(path, start=start, end=end)
+            return data
+        except Exception as exc:  # each filesystem has its own
+            if isinstance(exc, MemoryError):
+                raise
+            if isinstance(exc, _MISSING) and not _refused_to_all(exc):
+                reason = "not found" if isinstance(exc, FileNotFoundError) else "cannot be read"
+                raise OSError(errno.ENOENT, f"{reason} ({first_line(exc)})") from exc
+            if whole and _is_empty(filesystem, path):
+                return b""  # storage has no range of an empty file
+            # All other errors are the network's.
+            tries += 1
+            if tries == _TRIES:
+                raise InputError(f"{url}: cannot be read ({type(exc).__name__}: {first_line(exc)})") from exc
+            time.sleep(2**tries / 4)
+
+
+def _refused_to_all(exc: Exception) -> bool:
+    """Whether S3 refuses the credentials, which is no image's fault."""
+    answer = getattr(exc.__cause__, "response", None)
+    return isinstance(answer, dict) and answer.get("Error", {}).get("Code") in _REFUSED_TO_ALL
+
+
+def _is_empty(filesystem: Any, path: str) -> bool:
+    try:
+        return bool(filesystem.size(path) == 0)
+    except Exception:
+        return False
+
+
+def remote_entries(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
+    """What lies in a folder: names, and whether each is a folder itself; nothing where there is no such folder.
+
+    fsspec's own `walk` and `glob` silently leave out what they fail to list.
+    """
+    try:
+        found = filesystem.ls(folder, detail=True)
+    except FileNotFoundError:
+        return
+    for info in found:
+        place = info["name"].rstrip("/")
+        if place.strip("/") != folder.strip("/"):  # S3 may hold an empty object in the folder's own name
+            yield place.rpartition("/")[2], info["type"] == "directory"
