@@ -28,7 +28,7 @@ from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.heads.fitting import select_and_fit
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
-from robustfeat.training.export.export import Backbone, write_model_folder
+from robustfeat.training.export.folder import Backbone, write_model_folder
 from robustfeat.training.network import build_network
 
 C_GRID = (1e-4, 1e-3, 1e-2)

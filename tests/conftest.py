@@ -109,7 +109,7 @@ def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory, robust
 @pytest.fixture(scope="session")
 def model(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A freshly trained network, exported (fp32)."""
-    from robustfeat.training.export.export import export_run
+    from robustfeat.training.export.runs import export_run
 
     out = tmp_path_factory.mktemp("models") / "trained"
     export_run(finished_run, out, int8=False)

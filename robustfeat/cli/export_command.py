@@ -44,7 +44,7 @@ def command(
     """Exports the network of RUN to safetensors and ONNX (fp32 and int8), each checked against PyTorch."""
     from robustfeat.errors import InputError
     from robustfeat.hub.config import Evaluation
-    from robustfeat.training.export.export import export_run
+    from robustfeat.training.export.runs import export_run
 
     measured: dict[str, Any] = {}
     evaluations: list[Evaluation] = []

@@ -35,7 +35,10 @@ class Command(click.Command):
             raise Failure(exc.render(self._spell)) from exc
 
     def _spell(self, name: str, value: str | None) -> str | None:
-        parameter = next((one for one in self.params if one.name == name), None)
+        parameters = {one.name: one for one in self.params}
+        if value == "False" and f"no_{name}" in parameters:
+            return parameters[f"no_{name}"].opts[0]
+        parameter = parameters.get(name)
         if parameter is None:
             return None
         if isinstance(parameter, click.Argument):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from robustfeat.errors import InputError, first_line
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.export.export import Backbone, ExportReport, folder_images, write_model_folder
+from robustfeat.training.export.calibration import folder_images
+from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
 
 __all__ = ["import_backbone"]
 
@@ -60,7 +61,9 @@ def import_backbone(
     elif library == "torchvision" and architecture:
         network, settings = _from_torchvision(architecture, pretrained=weights is None)
     else:
-        raise InputError(f"{source}: expected timm:NAME or torchvision:NAME, such as timm:resnet50")
+        raise InputError(
+            "expected timm:NAME or torchvision:NAME, such as timm:resnet50", argument="source", value=source
+        )
     if image_size is not None:
         settings["image_size"] = image_size
     if crop_pct is not None:
@@ -103,10 +106,10 @@ def _from_timm(architecture: str, *, pretrained: bool) -> tuple[nn.Module, dict[
     try:
         network = timm.create_model(architecture, pretrained=pretrained).eval()
     except RuntimeError as exc:
-        raise InputError(f"timm:{architecture}: {first_line(exc)}; see timm.list_models()") from exc
+        raise InputError(f"timm:{architecture}: {first_line(exc)}", fix="see timm.list_models()") from exc
     except OSError as exc:
         raise InputError(
-            f"timm:{architecture}: its weights cannot be downloaded ({first_line(exc)}); pass --weights FILE"
+            f"timm:{architecture}: its weights cannot be downloaded ({first_line(exc)})", fix="pass `weights=FILE`"
         ) from exc
     settings = resolve_model_data_config(network)
     if settings["input_size"][1] != settings["input_size"][2] or settings["crop_mode"] != "center":
@@ -125,13 +128,13 @@ def _from_torchvision(architecture: str, *, pretrained: bool) -> tuple[nn.Module
     try:
         choices = torchvision.models.get_model_weights(architecture)
     except ValueError as exc:
-        raise InputError(f"torchvision:{architecture}: unknown; see torchvision.models.list_models()") from exc
+        raise InputError(f"torchvision:{architecture}: unknown", fix="see torchvision.models.list_models()") from exc
     default = choices.DEFAULT if hasattr(choices, "DEFAULT") else None
     try:
         original = torchvision.models.get_model(architecture, weights=default if pretrained else None)
     except OSError as exc:
         raise InputError(
-            f"torchvision:{architecture}: its weights cannot be downloaded ({exc}); pass --weights FILE"
+            f"torchvision:{architecture}: its weights cannot be downloaded ({exc})", fix="pass `weights=FILE`"
         ) from exc
     try:
         network = timm.create_model(architecture, pretrained=False).eval()
@@ -139,7 +142,8 @@ def _from_torchvision(architecture: str, *, pretrained: bool) -> tuple[nn.Module
     except RuntimeError as exc:
         raise InputError(
             f"torchvision:{architecture}: timm has no network with these parameters, so the folder would load in no "
-            "other library; import it as timm:NAME instead"
+            "other library",
+            fix="import it as timm:NAME instead",
         ) from exc
     if not pretrained or default is None:
         return network, {"image_size": 224, "crop_pct": 0.875}
@@ -171,7 +175,10 @@ def _load_weights(network: nn.Module, file: Path, source: str) -> None:
     except Exception as exc:  # what the readers raise on damaged files has no common base
         reason = "no such file" if not file.exists() else "damaged, or not a file of tensors alone"
         raise InputError(
-            f"--weights {file}: cannot be read ({reason}); expected .safetensors or a saved state dict"
+            f"cannot be read ({reason})",
+            argument="weights",
+            value=file,
+            fix="pass a .safetensors file or a saved state dict",
         ) from exc
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -179,7 +186,7 @@ def _load_weights(network: nn.Module, file: Path, source: str) -> None:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as exc:
         reason = " ".join(line.strip() for line in str(exc).splitlines()[1:2]) or str(exc)
-        raise InputError(f"--weights {file}: does not fit {source} ({reason[:160]})") from exc
+        raise InputError(f"does not fit {source} ({reason[:160]})", argument="weights", value=file) from exc
 
 
 def _feature_size(network: nn.Module, contract: Preprocessing, source: str) -> int:
@@ -190,5 +197,7 @@ def _feature_size(network: nn.Module, contract: Preprocessing, source: str) -> i
     except (RuntimeError, AssertionError) as exc:
         raise InputError(f"{source}: cannot take {side} px images ({first_line(exc)})") from exc
     if len(shape) != 2:
-        raise InputError(f"{source}: gives features of shape {tuple(shape[1:])}, not a vector; choose another network")
+        raise InputError(
+            f"{source}: gives features of shape {tuple(shape[1:])}, not a vector", fix="choose another network"
+        )
     return int(shape[1])

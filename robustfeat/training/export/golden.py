@@ -26,7 +26,7 @@ def verify_with_torch(folder: ModelFolder) -> Check:
     folder.verify([WEIGHTS])
     if not timm.is_model(config.architecture):  # it may be an address, which timm would follow
         raise ModelFolderError(
-            f"{folder.path}: timm has no network called {config.architecture!r}; do not use this model"
+            f"{folder.path}: timm has no network called {config.architecture!r}", fix="do not use this model"
         )
     try:
         network = timm.create_model(config.architecture, pretrained=False, num_classes=config.num_classes)

@@ -50,7 +50,7 @@ def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None
             )
     except Exception as exc:  # the exporter's errors share no base class
         raise ExportError(
-            f"this network cannot be exported to ONNX ({first_line(exc)}); choose another architecture"
+            f"this network cannot be exported to ONNX ({first_line(exc)})", fix="choose another architecture"
         ) from exc
     model = onnx.load(file)
     # Not the exporter's own optimiser: it folds BatchNorm into the weights, which then are not model.safetensors'.
@@ -95,9 +95,9 @@ def quantize_onnx(source: Path, batches: Sequence[NDArray[np.float32]], contract
                 per_channel=True,
                 reduce_range=True,
             )
-    except Exception as exc:  # likewise
+    except Exception as exc:  # the quantiser's errors share no base class either
         raise ExportError(
-            f"this network cannot be quantised ({first_line(exc)}); pass --no-int8 to leave int8 out"
+            f"this network cannot be quantised ({first_line(exc)})", fix="pass `int8=False` to leave int8 out"
         ) from exc
     model = onnx.load(target)
     _stamp(model, contract)

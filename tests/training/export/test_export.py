@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-import robustfeat.training.export.export as export_module
+import robustfeat.training.export.folder as export_module
 from robustfeat import FeatureExtractor
 from robustfeat.errors import DataError, ExportError, InputError
 from robustfeat.hub.catalog import resolve_model
@@ -20,7 +20,7 @@ from robustfeat.hub.preprocessing import decode, preprocess
 from robustfeat.serving.extractor import cosine
 from robustfeat.training.export.backbones import import_backbone
 from robustfeat.training.export.compact import expand_folder
-from robustfeat.training.export.export import export_run
+from robustfeat.training.export.runs import export_run
 from robustfeat.training.loop.checkpoint import load_checkpoint
 from robustfeat.training.network import build_network
 from tests.conftest import Run

@@ -1,0 +1,71 @@
+"""Real images whose activations give the ranges of int8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from robustfeat.errors import DataError, DecodeError, HubError
+from robustfeat.hub.preprocessing import decode
+from robustfeat.serving.inputs.listing import list_inputs
+from robustfeat.training.data.opening import open_training_data
+from robustfeat.training.recipe import Recipe
+
+__all__ = ["folder_images", "training_images"]
+
+_IMAGES = 256
+_FIX = "pass a folder of images as `calibration`, or `int8=False`"
+
+
+def folder_images(folder: str | Path) -> list[Image.Image]:
+    """The first images of a folder that can be decoded.
+
+    Raises:
+        DataError: there is none.
+    """
+    images = []
+    with list_inputs([folder]) as listed:
+        for image in listed:
+            try:
+                images.append(decode(image.read()))
+            except (DecodeError, OSError):
+                continue
+            if len(images) == _IMAGES:
+                break
+    if not images:
+        raise DataError("none of its images can be decoded", argument="calibration", value=folder)
+    return images
+
+
+def training_images(data: Mapping[str, Any], recipe: Recipe) -> list[Image.Image]:
+    """Some of the images that a run was trained on.
+
+    Args:
+        data: what its checkpoint says of them.
+        recipe: the run's.
+
+    Raises:
+        DataError: they are not there any more, or have changed.
+    """
+    try:
+        train, _ = open_training_data(
+            data["root"], val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts
+        )
+    except (DataError, HubError) as exc:
+        raise DataError(f"int8 needs real images: {exc}", fix=_FIX) from exc
+    if train.fingerprint != data["fingerprint"]:
+        raise DataError(f"{data['root']}: has changed since training", fix=_FIX)
+    order = np.random.default_rng(0).permutation(len(train))
+    images: list[Image.Image] = []
+    for index in order[: 2 * _IMAGES]:
+        if len(images) == _IMAGES:
+            break
+        try:
+            images.append(train.image(int(index)))
+        except DecodeError:
+            continue
+    return images

@@ -1,0 +1,134 @@
+"""Model folders from training runs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+import robustfeat
+from robustfeat.errors import ExportError, InputError
+from robustfeat.hub.config import Evaluation, ModelConfig
+from robustfeat.training.export.calibration import folder_images, training_images
+from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
+from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint
+from robustfeat.training.loop.journal import read_metrics
+from robustfeat.training.network import build_network
+from robustfeat.training.recipe import Recipe
+
+__all__ = ["export_run"]
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    calibration: str | Path | None = None,
+    int8: bool = True,
+    compact: bool = False,
+    results: Mapping[str, Any] | None = None,
+    evaluations: Sequence[Evaluation] = (),
+    terms: str | None = None,
+    license_id: str | None = None,
+    datasets: Sequence[str] = (),
+) -> ExportReport:
+    """The model folder of a run of `robustfeat train`.
+
+    Args:
+        run: the run's folder or a checkpoint file.
+        out: the folder to make.
+        name: the model's name, with its version; by default the run folder's name.
+        image_size, crop_pct: of the preprocessing contract; by default the recipe's validation size and crop.
+        calibration: a folder of images for int8; by default the run's own training images.
+        int8: also write onnx/model_int8.onnx.
+        compact: weights once, in fp16, shared by model.safetensors and model.onnx.
+        results: measured results for the card.
+        evaluations: measured numbers for the Hub's lists.
+        terms: under which terms the weights may be used, for the card.
+        license_id: the Hub's name of a license; by default the card says `other` and refers to the terms.
+        datasets: the Hub's names of the datasets that it was trained on.
+
+    Raises:
+        CheckpointError, DataError: the run or the calibration images cannot be used.
+        ExportError: a file disagrees with PyTorch; nothing is left behind.
+    """
+    run = Path(run)
+    folder = run if run.is_dir() else run.parent
+    checkpoint = load_checkpoint(run)
+    recipe = Recipe.from_dict(checkpoint.recipe)
+    if checkpoint.epoch < recipe.epochs:
+        raise ExportError(
+            f"{run}: training stands at epoch {checkpoint.epoch} of {recipe.epochs}",
+            fix="finish it with `robustfeat train --resume`",
+        )
+    try:
+        contract = recipe.preprocessing(image_size, crop_pct)
+    except ValueError as exc:
+        raise InputError(f"{run}: {exc}") from exc
+    network = build_network(len(checkpoint.classes))
+    network.load_state_dict(checkpoint.model)
+    classifier = network.get_submodule("fc")
+    assert isinstance(classifier, nn.Linear)
+    network.fc = nn.Identity()
+    # A folder is published: what it says of the recipe must not tell of this machine's paths.
+    told = {**checkpoint.recipe, "concepts": Path(recipe.concepts).name}
+    config = ModelConfig(
+        name=name or folder.resolve().name,
+        architecture="resnet18",
+        feature_size=classifier.in_features,
+        num_classes=len(checkpoint.classes),
+        preprocessing=contract,
+        concepts=tuple(checkpoint.concepts),
+        recipe=told,
+        provenance=_provenance(checkpoint, terms, license_id, datasets),
+        results=dict(results or {}),
+        evaluations=tuple(evaluations),
+    )
+    training = {
+        "recipe": told,
+        "classes": checkpoint.classes,
+        "concepts": checkpoint.concepts,
+        "concept_of_class": checkpoint.concept_of_class,
+        "data": config.provenance["data"],
+        "versions": _versions(),
+        "metrics": read_metrics(folder),
+    }
+    images = None
+    if int8:
+        images = folder_images(calibration) if calibration else training_images(checkpoint.data, recipe)
+    backbone = Backbone(network, checkpoint.model, config, training)
+    return write_model_folder(backbone, out, calibration=images, compact=compact)
+
+
+def _provenance(
+    checkpoint: Checkpoint, terms: str | None, license_id: str | None, datasets: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "source": "robustfeat train",
+        "data": {key: value for key, value in checkpoint.data.items() if key != "root"},
+        "terms": terms or "those of the training images",
+        **({"license": license_id} if license_id else {}),
+        **({"datasets": list(datasets)} if datasets else {}),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "robustfeat": robustfeat.__version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

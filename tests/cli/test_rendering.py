@@ -1,0 +1,41 @@
+"""Errors name parameters in Python and options on the command line."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from robustfeat.cli.rendering import Command
+from robustfeat.errors import InputError
+
+LEAVE_OUT = InputError(
+    "is not written", fix="pass `int8=False`, `compact=True` or `weights=FILE`, or leave `weights` out"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "python", "command_line"),
+    [
+        (InputError("too small", argument="weights", value=3), "weights=3: too small", "--weights 3: too small"),
+        (InputError("unknown", argument="source", value="x"), "source=x: unknown", "x: unknown"),
+        (InputError("unknown", argument="elsewhere", value="x"), "elsewhere=x: unknown", "elsewhere=x: unknown"),
+        (
+            LEAVE_OUT,
+            "is not written; pass `int8=False`, `compact=True` or `weights=FILE`, or leave `weights` out",
+            "is not written; pass --no-int8, --compact or --weights FILE, or leave --weights out",
+        ),
+    ],
+)
+def test_the_command_line_renders_parameters_as_its_options(error: InputError, python: str, command_line: str) -> None:
+    @click.command(cls=Command)
+    @click.argument("source")
+    @click.option("--weights")
+    @click.option("--no-int8", is_flag=True)
+    @click.option("--compact", is_flag=True)
+    def command(**given: object) -> None:
+        raise error
+
+    assert str(error) == python
+    result = CliRunner().invoke(command, ["x"])
+    assert (result.exit_code, result.stderr) == (1, f"robustfeat: {command_line}\n")
