@@ -50,6 +50,7 @@ from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square
 from robustfeat.serving.extractor import FeatureExtractor, cosine
+from robustfeat.serving.options import RunOptions
 from robustfeat.system import available_cpus
 
 SECTIONS = ("speed", "peers", "drift", "corrupt", "memory")
@@ -142,9 +143,8 @@ class Bench:
 
     def model_rate(self, way: Way, seconds: float) -> float:
         """M: images a second of the engine alone, one thread a stream."""
-        extractor = FeatureExtractor.open(
-            self.folder, way.precision, engine=way.engine, threads=CORES, streams=CORES, decoding=way.decoding
-        )
+        options = RunOptions(way.precision, way.engine, decoding=way.decoding, threads=CORES, streams=CORES)
+        extractor = FeatureExtractor.open(self.folder, options)
         files = itertools.islice(itertools.cycle(self.photos), extractor.batch_size)
         batch = normalise(np.stack([extractor.prepare(file) for file in files]), self.contract)
 

@@ -20,16 +20,17 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import robustfeat
 from robustfeat.errors import RobustFeatError, UnreachableError, first_line
+from robustfeat.serving.options import RunOptions
 from robustfeat.system import CGROUP, available_cpus, cpu_quota, python_command, visible_cpus
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-__all__ = ["NOTE", "OK", "PROBLEM", "Asked", "Finding", "examine"]
+__all__ = ["NOTE", "OK", "PROBLEM", "Finding", "examine"]
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -42,12 +43,12 @@ _STEP = re.compile(
     "[;:] (?=(?:add|allow|ask|check|choose|copy|do|download|export|free|install|leave|log|move|name|pass|pip|remove"
     "|rename|repair|run|set|train|try|uninstall|unset|upgrade|use) )"
 )
-_UNPINNED: dict[str, Any] = {"revision": None, "config_hash": None}
 
 _TRIAL = """
 import json, sys, time
 from robustfeat.serving.extractor import FeatureExtractor
-fx = FeatureExtractor.from_pretrained(**json.loads(sys.argv[1]))
+from robustfeat.serving.options import RunOptions
+fx = FeatureExtractor.load(sys.argv[1], RunOptions(**json.loads(sys.argv[2])))
 fx.golden_cosine()
 began = time.perf_counter()
 worst = fx.golden_cosine()
@@ -61,20 +62,6 @@ import torch, torchvision
 cuda = f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no CUDA"
 print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {cuda}")
 """
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the installation is to do; as `FeatureExtractor.from_pretrained` takes it, with the model's name."""
-
-    model: str = "builtin"
-    revision: str | None = None
-    config_hash: str | None = None
-    precision: str = "fp32"
-    engine: str = "auto"
-    device: str = "auto"
-    decoding: str = "exact"
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,28 +82,32 @@ class Finding:
 
 
 def examine(
-    asked: Asked | None = None, *, only: Container[str] | None = None, cgroup: Path = CGROUP
+    model: str = "builtin",
+    options: RunOptions = RunOptions(),
+    *,
+    only: Container[str] | None = None,
+    cgroup: Path = CGROUP,
 ) -> Iterator[Finding]:
     """Findings, each as soon as it is made; the checks that take seconds come last.
 
     Args:
-        asked: what the installation is to do; by default what `robustfeat embed` does.
+        model, options: what the installation is to run; by default what `robustfeat embed` runs.
         only: checks to make; all by default.
         cgroup: where its limits are told.
     """
-    asked, broken = asked or Asked(), False
+    broken = False
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
         ("packages", _packages),
         ("runtime", _runtime),
-        ("threads", lambda: _threads(asked, cgroup)),
-        ("gpu", lambda: _gpu(asked)),
+        ("threads", lambda: _threads(options, cgroup)),
+        ("gpu", lambda: _gpu(options)),
         ("torchserve", _torchserve),
         ("hub", _hub),
-        ("cache", lambda: _cache(asked)),
-        ("model", lambda: _model(asked)),
+        ("cache", lambda: _cache(model)),
+        ("model", lambda: _model(model, options)),
         # Where the model is broken, the engines may still be well.
-        ("engine", lambda: _engines(replace(asked, model="builtin", **_UNPINNED) if broken else asked)),
+        ("engine", lambda: _engines(*(_unpinned(options) if broken else (model, options)))),
         ("torch", lambda: _torch(torch)),
     ]
     chosen = [name for name, _ in checks if only is None or name in only]
@@ -139,6 +130,11 @@ def _explained(check: str, status: str, message: str) -> Finding:
     """Our messages end with the next step, after a semicolon or a colon: it begins with a verb."""
     found, *step = _STEP.split(message, maxsplit=1)
     return Finding(check, status, found, step[0] if step else None)
+
+
+def _unpinned(options: RunOptions) -> tuple[str, RunOptions]:
+    """The built-in model, which shows whether the engines work."""
+    return "builtin", replace(options, revision=None, config_hash=None)
 
 
 def _python() -> Iterator[Finding]:
@@ -229,12 +225,12 @@ def _runtime() -> Iterator[Finding]:
         yield Finding("runtime", PROBLEM, "no inference engine is installed", fix)
 
 
-def _threads(asked: Asked, cgroup: Path) -> Iterator[Finding]:
+def _threads(options: RunOptions, cgroup: Path) -> Iterator[Finding]:
     granted, visible, quota = available_cpus(cgroup), visible_cpus(), cpu_quota(cgroup)
     limit = "no cgroup quota" if quota is None else f"a cgroup quota of {quota:g}"
-    chosen = asked.threads or granted
+    chosen = options.threads or granted
     found = f"{visible} processors, {limit}: {chosen} {'thread' if chosen == 1 else 'threads'} for the model"
-    if asked.threads and asked.threads > granted:
+    if options.threads and options.threads > granted:
         fix = f"--threads {granted} or less, or leave it out"
         yield Finding("threads", PROBLEM, f"{found}, which is more than the {granted} granted", fix)
     else:
@@ -260,10 +256,10 @@ def _gpus() -> list[str]:
     return []
 
 
-def _gpu(asked: Asked) -> Iterator[Finding]:
+def _gpu(options: RunOptions) -> Iterator[Finding]:
     gpus = _gpus()
     if not gpus:
-        if asked.device == "cuda":  # whether it runs all the same is told by the engine
+        if options.device == "cuda":  # whether it runs all the same is told by the engine
             fix = "install the NVIDIA driver (in a container: start it with its GPUs), or leave out --device cuda"
             yield Finding("gpu", NOTE, "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)", fix)
         else:
@@ -277,50 +273,49 @@ def _gpu(asked: Asked) -> Iterator[Finding]:
         yield Finding("gpu", OK, found)
 
 
-def _model(asked: Asked) -> Iterator[Finding]:
+def _model(model: str, options: RunOptions) -> Iterator[Finding]:
     from robustfeat.hub.catalog import resolve_model
 
-    folder = resolve_model(asked.model, revision=asked.revision, config_hash=asked.config_hash)
+    folder = resolve_model(model, revision=options.revision, config_hash=options.config_hash)
     folder.verify()
     megabytes = folder.size_bytes() / 1e6
     count = len(folder.config.files)
     yield Finding("model", OK, f"{folder.config.name}: {count} files of {megabytes:.0f} MB, every hash as it must be")
 
 
-def _engines(asked: Asked) -> Iterator[Finding]:
+def _engines(model: str, options: RunOptions) -> Iterator[Finding]:
     """What is asked for, then the other engine; each makes a session and asks it. `robustfeat verify` runs all ways."""
-    own = asdict(asked)
-    own["name"] = own.pop("model")
-    first, way, device = _try_engine(own, PROBLEM)
+    first, way, device = _try_engine(model, options, PROBLEM)
     yield first
-    if device == "cpu" and asked.device == "auto" and _gpus():
+    if device == "cpu" and options.device == "auto" and _gpus():
         fix = "--device cuda tells why; docs/embedding.md says what it needs"
         yield Finding("engine", NOTE, "it runs on the processor, and there is a GPU", fix)
     for engine, extra in _ENGINES.items():
-        if engine in {way, asked.engine}:
+        if engine in {way, options.engine}:
             continue
         if importlib.util.find_spec(engine):
-            yield _try_engine({**own, "engine": engine, "precision": "fp32", "device": "cpu"}, NOTE)[0]
+            other = replace(options, engine=engine, precision="fp32", device="cpu")
+            yield _try_engine(model, other, NOTE)[0]
         else:
             yield Finding("engine", NOTE, f"{engine} is not installed", f"pip install 'robustfeat[{extra}]' to use it")
 
 
-def _try_engine(arguments: dict[str, object], status: str) -> tuple[Finding, str | None, str | None]:
+def _try_engine(model: str, options: RunOptions, status: str) -> tuple[Finding, str | None, str | None]:
     """The finding, with `status` if it does not run, and which engine ran where."""
-    label = f"{arguments['engine']} {arguments['precision']}"
-    said, error = _Program(_TRIAL, json.dumps(arguments)).answer()
+    label = f"{options.engine} {options.precision}"
+    said, error = _Program(_TRIAL, model, json.dumps(asdict(options))).answer()
     if error is not None:
         told = _explained("engine", status, f"{label}: {error}")
         fix = told.fix or "pip install --force-reinstall the engine's package"
         return replace(told, fix=fix), None, None
     ran = json.loads(said)
     found = (
-        f"{ran['engine']} {ran['version']} {arguments['precision']} on {ran['device']}, {ran['threads']} threads: "
+        f"{ran['engine']} {ran['version']} {options.precision} on {ran['device']}, {ran['threads']} threads: "
         f"golden images of {ran['model']} in {ran['ms']:.0f} ms, cosine {ran['cosine']:.5f}"
     )
     from robustfeat.serving.verify import MIN_COSINE
 
-    if ran["cosine"] >= MIN_COSINE[str(arguments["precision"])]:
+    if ran["cosine"] >= MIN_COSINE[options.precision]:
         return Finding("engine", OK, found), ran["engine"], ran["device"]
     fix = "use another precision or engine; this one is wrong here"
     return Finding("engine", PROBLEM, found, fix), ran["engine"], ran["device"]
@@ -406,7 +401,7 @@ def _hub() -> Iterator[Finding]:
     yield Finding("hub", OK, f"{access.address} answers")
 
 
-def _cache(asked: Asked) -> Iterator[Finding]:
+def _cache(model: str) -> Iterator[Finding]:
     from huggingface_hub import constants
 
     from robustfeat.hub.catalog import cached_models
@@ -423,7 +418,7 @@ def _cache(asked: Asked) -> Iterator[Finding]:
             pass
     except OSError as exc:
         fix = "set HF_HOME to a folder of yours, and unset HF_HUB_CACHE"
-        status = PROBLEM if is_hub_name(asked.model) else NOTE
+        status = PROBLEM if is_hub_name(model) else NOTE
         yield Finding("cache", status, f"{place}: cannot be written ({exc.strerror})", fix)
         return
     if free < _LITTLE_SPACE:

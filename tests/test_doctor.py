@@ -14,17 +14,19 @@ from typing import Any
 import pytest
 
 from robustfeat import doctor
-from robustfeat.doctor import NOTE, OK, PROBLEM, Asked, Finding, examine
+from robustfeat.doctor import NOTE, OK, PROBLEM, Finding, examine
+from robustfeat.serving.options import RunOptions
 from robustfeat.serving.torchserve.java import find_java
+from robustfeat.system import CGROUP
 from tests.conftest import ROOT, Run
 from tests.serving.torchserve.conftest import why_not
 
 VISIBLE = len(os.sched_getaffinity(0))
 
 
-def check(name: str, asked: Asked | None = None, **options: Any) -> list[Finding]:
+def check(name: str, model: str = "builtin", *, cgroup: Path = CGROUP, **options: Any) -> list[Finding]:
     """What one check finds."""
-    return list(examine(asked, only=[name], **options))
+    return list(examine(model, RunOptions(**options), only=[name], cgroup=cgroup))
 
 
 def problems(findings: list[Finding]) -> list[Finding]:
@@ -109,10 +111,10 @@ def test_an_engine_that_does_not_run_is_found(
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
 def test_cuda_that_is_asked_for_and_absent_is_found() -> None:
-    (found,) = check("gpu", Asked(device="cuda"))
+    (found,) = check("gpu", device="cuda")
     assert found.status == NOTE
     assert found.found == "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)"
-    (found,) = problems(check("engine", Asked(device="cuda")))
+    (found,) = problems(check("engine", device="cuda"))
     assert "ONNX Runtime runs on the CPU here" in found.found
 
 
@@ -154,7 +156,7 @@ def quota(folder: Path, processors: float) -> Path:
 
 
 def test_a_quota_below_the_threads_asked_for_is_found(tmp_path: Path) -> None:
-    (found,) = problems(check("threads", Asked(threads=VISIBLE), cgroup=quota(tmp_path, 0.5)))
+    (found,) = problems(check("threads", threads=VISIBLE, cgroup=quota(tmp_path, 0.5)))
     assert "a cgroup quota of 0.5" in found.found
     assert found.fix == "--threads 1 or less, or leave it out"
 
@@ -205,12 +207,12 @@ def test_a_quota_below_the_processors_is_told(tmp_path: Path) -> None:
 
 
 def test_threads_beyond_the_machine_are_found() -> None:
-    (found,) = problems(check("threads", Asked(threads=VISIBLE + 1)))
+    (found,) = problems(check("threads", threads=VISIBLE + 1))
     assert found.fix == f"--threads {VISIBLE} or less, or leave it out"
 
 
 def test_a_broken_model_folder_is_found(model: Path, tmp_path: Path) -> None:
-    findings = list(examine(Asked(str(break_model(model, tmp_path / "model"))), only=["model", "engine"]))
+    findings = list(examine(str(break_model(model, tmp_path / "model")), only=["model", "engine"]))
     (found,) = problems(findings)
     assert found.check == "model"
     assert "altered or truncated" in found.found
@@ -243,21 +245,24 @@ def test_a_cache_that_cannot_be_written_is_found(monkeypatch: pytest.MonkeyPatch
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/none")
-    (found,) = problems(check("cache", Asked("org/name")))
+    (found,) = problems(check("cache", "org/name"))
     assert found.found.startswith("/proc/none: cannot be written")
     assert check("cache")[0].status == NOTE
 
 
 @pytest.mark.parametrize(
-    ("asked", "fix"),
+    ("options", "fix"),
     [
-        (Asked(engine="openvino", device="cuda"), "pass --engine onnxruntime, or device cpu"),
-        (Asked(config_hash="abc"), "copy it from robustfeat info"),
-        (Asked(engine="onnxruntime", precision="bf16"), "pass --engine openvino, or fp32 or int8"),
+        (RunOptions(engine="openvino", device="cuda"), "pass `engine=onnxruntime`, or `device=cpu`"),
+        (RunOptions(config_hash="abc"), "copy it from robustfeat info"),
+        (
+            RunOptions(engine="onnxruntime", precision="bf16"),
+            "pass `engine=openvino`, or `precision=fp32` or `precision=int8`",
+        ),
     ],
 )
-def test_a_fix_is_what_to_do(asked: Asked, fix: str) -> None:
-    found = next(iter(problems(list(examine(asked, only=["model", "engine"])))))
+def test_a_fix_is_what_to_do(options: RunOptions, fix: str) -> None:
+    found = next(iter(problems(list(examine("builtin", options, only=["model", "engine"])))))
     assert found.fix == fix
 
 

@@ -24,20 +24,10 @@ def command(model: str, as_json: bool, extraction: Extraction) -> int:
     A model on the Hub is downloaded and verified whole. Each line is a check: ok, a note, or a problem, and how to mend
     it. The exit code is 3 where there is a problem.
     """
-    from robustfeat.doctor import PROBLEM, Asked, examine
+    from robustfeat.doctor import PROBLEM, examine
 
-    asked = Asked(
-        model=model,
-        revision=extraction.revision,
-        config_hash=extraction.config_hash,
-        precision=extraction.precision,
-        engine=extraction.engine,
-        device=extraction.device,
-        decoding=extraction.decoding,
-        threads=extraction.threads,
-    )
     counts: Counter[str] = Counter()
-    for finding in examine(asked):
+    for finding in examine(model, extraction.options):
         counts[finding.status] += 1
         if as_json:
             click.echo(json.dumps(asdict(finding)))

@@ -11,6 +11,7 @@ import click
 
 from robustfeat.cli.extraction import ABOVE_ZERO
 from robustfeat.cli.rendering import Command
+from robustfeat.serving.options import AUTO, DEVICES
 
 
 @click.command("evaluate", cls=Command, short_help="Measure how well a model's features transfer.")
@@ -34,7 +35,7 @@ from robustfeat.cli.rendering import Command
 @click.option("--batch-size", type=click.IntRange(min=2), default=128, show_default=True, help="Of --finetune.")
 @click.option("--plot", metavar="FILE", help="Draw the curves of --finetune, as .png or .svg.")
 @click.option("--cache", metavar="FILE", help="Keep features there, by image and model; what it has is not computed.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice([AUTO, *DEVICES]), default=AUTO, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors for fitting.")
 @click.option("--out", metavar="FILE", help="Also write the results as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line instead of the table.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from robustfeat.serving.options import AUTO, DECODINGS, DEVICES, ENGINES, PRECISIONS, RunOptions
 
 if TYPE_CHECKING:
     from robustfeat.serving.extractor import FeatureExtractor
@@ -41,19 +43,12 @@ class Extraction:
 
     Attributes:
         model: a model folder, ORG/NAME on the Hub, or builtin.
-        revision, config_hash: which of the Hub's versions, and which config.json is expected.
-        precision, engine, device, decoding, threads: as `FeatureExtractor.from_pretrained` takes them.
+        options: how it is run, and which version of it.
         workers, batch_size: as `embed_files` takes them.
         given: the options that were typed, for commands that may not need them.
     """
 
-    revision: str | None
-    config_hash: str | None
-    precision: str
-    engine: str
-    device: str
-    decoding: str
-    threads: int | None
+    options: RunOptions
     model: str = "builtin"
     workers: int | None = None
     batch_size: int | None = None
@@ -62,20 +57,8 @@ class Extraction:
     def open(self, *, throughput: bool = True) -> FeatureExtractor:
         """The extractor: for the best throughput, or for the soonest answer to a single image."""
         from robustfeat.serving.extractor import FeatureExtractor
-        from robustfeat.system import available_cpus
 
-        threads = self.threads or available_cpus()
-        return FeatureExtractor.from_pretrained(
-            self.model,
-            revision=self.revision,
-            config_hash=self.config_hash,
-            precision=self.precision,
-            engine=self.engine,
-            device=self.device,
-            threads=threads,
-            streams=threads if throughput else None,
-            decoding=self.decoding,
-        )
+        return FeatureExtractor.load(self.model, self.options.for_throughput() if throughput else self.options)
 
 
 _MODEL_OPTION = click.option(
@@ -83,12 +66,12 @@ _MODEL_OPTION = click.option(
 )
 _RUN_OPTIONS = (
     *_PIN_OPTIONS,
-    click.option("--precision", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", show_default=True),
-    click.option("--engine", type=click.Choice(["auto", "onnxruntime", "openvino"]), default="auto", show_default=True),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True),
+    click.option("--engine", type=click.Choice([AUTO, *ENGINES]), default=AUTO, show_default=True),
+    click.option("--device", type=click.Choice([AUTO, *DEVICES]), default=AUTO, show_default=True),
     click.option(
         "--decoding",
-        type=click.Choice(["exact", "scaled"]),
+        type=click.Choice(DECODINGS),
         default="exact",
         show_default=True,
         help="scaled decodes large JPEGs at a fraction of their size: faster, slightly other features.",
@@ -114,25 +97,26 @@ def pin_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def extraction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command these options, as one argument `extraction`."""
-    names = {entry.name for entry in fields(Extraction)} - {"given"}
-    return _collect(command, (_MODEL_OPTION, *_RUN_OPTIONS, *_BULK_OPTIONS), names)
+    return _collect(command, (_MODEL_OPTION, *_RUN_OPTIONS, *_BULK_OPTIONS), ("model", "workers", "batch_size"))
 
 
 def serving_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The same without those that say which model, and how it works in bulk."""
-    names = {entry.name for entry in fields(Extraction)} - {"given", "model", "workers", "batch_size"}
-    return _collect(command, _RUN_OPTIONS, names)
+    """The same without the options that say which model, and how it works in bulk."""
+    return _collect(command, _RUN_OPTIONS, ())
 
 
 def _collect(
-    command: Callable[..., Any], added: Sequence[Callable[..., Any]], names: Iterable[str]
+    command: Callable[..., Any], added: Sequence[Callable[..., Any]], others: Sequence[str]
 ) -> Callable[..., Any]:
     @functools.wraps(command)
     def collected(**options: Any) -> Any:
         context = click.get_current_context()
         typed = click.core.ParameterSource.COMMANDLINE
-        given = tuple(name for name in names if context.get_parameter_source(name) is typed)
-        extraction = Extraction(**{name: options.pop(name) for name in names}, given=given)
+        # The number of streams follows from the command.
+        names = [entry.name for entry in fields(RunOptions) if entry.name != "streams"]
+        given = tuple(name for name in (*names, *others) if context.get_parameter_source(name) is typed)
+        run = RunOptions(**{name: options.pop(name) for name in names})
+        extraction = Extraction(run, **{name: options.pop(name) for name in others}, given=given)
         return command(extraction=extraction, **options)
 
     for option in reversed(added):

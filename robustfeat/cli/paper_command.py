@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from robustfeat.cli.rendering import Command
+from robustfeat.serving.options import AUTO, DEVICES
 
 _NAMES = (
     "verdicts", "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5",
@@ -31,7 +32,7 @@ _NAMES = (
 )
 @click.option("--biased", is_flag=True, help="Tables of models trained on ImageNet's shares of concepts.")
 @click.option("--controls", is_flag=True, help="Tables with the control methods, too.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice([AUTO, *DEVICES]), default=AUTO, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors for the network.")
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images.")
 @click.option("--quiet", is_flag=True, help="No progress.")

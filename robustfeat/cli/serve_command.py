@@ -123,7 +123,7 @@ def command(
     from robustfeat.serving.http.process.supervisor import Supervisor
 
     model_places, head_places = _named("--model", models or ("robustfeat=builtin",)), _named("--head", heads)
-    if len(model_places) > 1 and (extraction.revision or extraction.config_hash):
+    if len(model_places) > 1 and (extraction.options.revision or extraction.options.config_hash):
         raise click.UsageError(
             "--revision and --config-hash are for one model; pull the models and serve their folders"
         )
@@ -189,7 +189,8 @@ def _open(
     metrics = Metrics(number)
     models = {}
     for name, place in model_places.items():
-        chosen = replace(extraction, model=place, threads=extraction.threads or processors)
+        options = replace(extraction.options, threads=extraction.options.threads or processors)
+        chosen = replace(extraction, model=place, options=options)
         models[name] = ServedModel(
             name, chosen.open(throughput=False), limits, metrics, decoders=processors, shared=bool(keys.names)
         )

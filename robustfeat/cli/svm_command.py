@@ -104,7 +104,7 @@ def fit_command(
         kind=kind,
         cs=C_GRID if c is None else (c,),
         scalings=tuple(SCALINGS) if scaling is None else (scaling,),
-        threads=extraction.threads,
+        threads=extraction.options.threads,
         quiet=quiet,
     )
     with new_folder(out) as folder:

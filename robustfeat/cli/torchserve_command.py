@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -88,7 +89,6 @@ def command(
     may choose.
     """
     from robustfeat.hub.catalog import resolve_model
-    from robustfeat.serving.engine import choose_engine
     from robustfeat.serving.torchserve.archive import (
         KEYS,
         PROPERTIES,
@@ -101,16 +101,12 @@ def command(
     from robustfeat.serving.torchserve.handler import Settings
 
     served = check_name(name or ("robustfeat" if model == "builtin" else Path(model).absolute().name))
-    folder = resolve_model(model, revision=extraction.revision, config_hash=extraction.config_hash)
+    options = extraction.options
+    folder = resolve_model(model, revision=options.revision, config_hash=options.config_hash)
     addresses = Addresses(host, port)
     settings = Settings(
-        precision=extraction.precision,
-        engine=choose_engine(extraction.engine, extraction.precision, extraction.device),
-        device=extraction.device,
-        decoding=extraction.decoding,
-        threads=extraction.threads,
+        options=replace(options, engine=options.choose_engine(), revision=folder.revision),
         workers=workers,
-        revision=folder.revision,
         max_items=max_items,
         max_body_bytes=max_body * 2**20,
         max_pixels=max_pixels,

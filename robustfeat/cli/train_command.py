@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from robustfeat.cli.rendering import Command
+from robustfeat.serving.options import AUTO, DEVICES
 
 
 @click.command("train", cls=Command, short_help="Pre-train a network with HRRL or a relative of it.")
@@ -46,7 +47,7 @@ from robustfeat.cli.rendering import Command
 @click.option("--val-fraction", type=float, help="Share held out where DATA has no validation split.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key of a recipe; repeatable.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN, by its recipe.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice([AUTO, *DEVICES]), default=AUTO, show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors for the network.")
 @click.option("--cache-px", type=int, help="Decode once, to squares of this side; 0 decodes each time.")

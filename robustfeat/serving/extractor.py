@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_crop, to_rgb
 from robustfeat.hub.remote import HubAccess
-from robustfeat.serving.engine import PRECISIONS, Engine, open_engine
+from robustfeat.serving.engine import Engine, open_engine
+from robustfeat.serving.options import RunOptions
 
-__all__ = ["DECODINGS", "FeatureExtractor", "cosine", "default_batch_size"]
+__all__ = ["FeatureExtractor", "cosine", "default_batch_size"]
 
-DECODINGS = ("exact", "scaled")
 MIN_COSINE = 0.99
 """int8 saturates on some processors; a precision with which a golden image falls below this is refused there."""
 
@@ -31,14 +32,15 @@ class FeatureExtractor:
     Attributes:
         folder: the model.
         config: its `ModelConfig`.
-        precision: fp32, bf16 or int8.
         engine: the engine that runs it.
-        decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size.
+        options: how it is run; what was left to choose is what was chosen.
     """
 
-    def __init__(self, folder: ModelFolder, engine: Engine, precision: str, decoding: str) -> None:
-        self.folder, self.engine, self.precision, self.decoding = folder, engine, precision, decoding
-        self.config = folder.config
+    def __init__(self, folder: ModelFolder, engine: Engine, options: RunOptions) -> None:
+        self.folder, self.engine, self.config = folder, engine, folder.config
+        self.options = replace(
+            options, engine=engine.name, device=engine.device, threads=engine.threads, streams=engine.streams
+        )
 
     @classmethod
     def from_pretrained(
@@ -85,52 +87,72 @@ class FeatureExtractor:
             EngineError: no engine is installed, it cannot run as asked, or the precision is too far off here.
         """
         access = HubAccess(token=token, cache_dir=cache_dir, local_files_only=local_files_only, endpoint=endpoint)
-        folder = resolve_model(name, revision=revision, config_hash=config_hash, access=access)
-        extractor = cls.open(
-            folder, precision, engine=engine, device=device, threads=threads, streams=streams, decoding=decoding
+        options = RunOptions(
+            precision=precision,
+            engine=engine,
+            device=device,
+            decoding=decoding,
+            threads=threads,
+            streams=streams,
+            revision=revision,
+            config_hash=config_hash,
         )
-        if precision != "fp32":
+        return cls.load(name, options, access)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | os.PathLike[str] | None = None,
+        options: RunOptions = RunOptions(),
+        access: HubAccess | None = None,
+    ) -> FeatureExtractor:
+        """As `from_pretrained`, with the options as one value."""
+        folder = resolve_model(name, revision=options.revision, config_hash=options.config_hash, access=access)
+        extractor = cls.open(folder, options)
+        if options.precision != "fp32":
             worst = extractor.golden_cosine()
             if not worst >= MIN_COSINE:
                 raise EngineError(
-                    f"{folder.path}: {precision} is too inexact on this processor (cosine {worst:.4f} on a golden "
-                    f"image, {MIN_COSINE} needed); use fp32"
+                    f"{folder.path}: {options.precision} is too inexact on this processor (cosine {worst:.4f} on a "
+                    f"golden image, {MIN_COSINE} needed)",
+                    fix="pass `precision=fp32`",
                 )
         return extractor
 
     @classmethod
-    def open(
-        cls,
-        folder: ModelFolder,
-        precision: str = "fp32",
-        *,
-        engine: str = "auto",
-        device: str = "auto",
-        threads: int | None = None,
-        streams: int | None = None,
-        decoding: str = "exact",
-    ) -> FeatureExtractor:
-        """As `from_pretrained`, without asking whether the precision is exact enough."""
-        if precision not in PRECISIONS:
-            raise EngineError(f"precision must be {', '.join(PRECISIONS)}; got {precision!r}")
-        if decoding not in DECODINGS:
-            raise EngineError(f"decoding must be {' or '.join(DECODINGS)}; got {decoding!r}")
-        file = folder.onnx("fp32" if precision == "bf16" else precision)
-        session = open_engine(engine, file, precision, device=device, threads=threads, streams=streams)
+    def open(cls, folder: ModelFolder, options: RunOptions = RunOptions()) -> FeatureExtractor:
+        """Opens a folder, whatever `revision` and `config_hash` say, without asking whether it is exact enough here.
+
+        Raises:
+            ModelFolderError, EngineError: as `from_pretrained`.
+        """
+        session = open_engine(folder.onnx(options.stored_precision), options)
         side, size = folder.config.preprocessing.image_size, folder.config.feature_size
         if session.input_shape[1:] != [3, side, side] or session.output_shape[1:] != [size]:
             raise ModelFolderError(
                 f"{folder.path}: config.json promises {side} px in and {size} features out, the ONNX file has "
-                f"{session.input_shape} and {session.output_shape}; export the model again"
+                f"{session.input_shape} and {session.output_shape}",
+                fix="export the model again",
             )
         expected = folder.config.preprocessing.hash
         if session.preprocessing_hash != expected:
             found = str(session.preprocessing_hash)
             raise ModelFolderError(
                 f"{folder.path}: the ONNX file was exported for preprocessing {found[:12]}..., "
-                f"config.json says {expected[:12]}...; export the model again"
+                f"config.json says {expected[:12]}...",
+                fix="export the model again",
             )
-        return cls(folder, session, precision, decoding)
+        return cls(folder, session, options)
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or int8."""
+        return self.options.precision
+
+    @property
+    def decoding(self) -> str:
+        """exact, or scaled: large JPEGs are decoded at a fraction of their size."""
+        return self.options.decoding
 
     @property
     def feature_size(self) -> int:

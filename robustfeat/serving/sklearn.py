@@ -17,6 +17,7 @@ from robustfeat.errors import DecodeError
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.feature_cache import FeatureCache
 from robustfeat.serving.identity import ModelIdentity
+from robustfeat.serving.options import RunOptions
 
 __all__ = ["ImageFeatures"]
 
@@ -141,18 +142,17 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     def _open(self) -> FeatureExtractor:
         if self.on_error not in {"raise", "nan"}:
             raise ValueError(f"on_error must be raise or nan; got {self.on_error!r}")
-        wanted = (self.model, self.revision, self.precision, self.engine, self.device, self.threads, self.decoding)
-        if getattr(self, "_loaded", None) != wanted:
-            self._extractor = FeatureExtractor.from_pretrained(
-                self.model,
-                revision=self.revision,
-                precision=self.precision,
-                engine=self.engine,
-                device=self.device,
-                threads=self.threads,
-                decoding=self.decoding,
-            )
-            self._loaded = wanted
+        options = RunOptions(
+            precision=self.precision,
+            engine=self.engine,
+            device=self.device,
+            decoding=self.decoding,
+            threads=self.threads,
+            revision=self.revision,
+        )
+        if getattr(self, "_loaded", None) != (self.model, options):
+            self._extractor = FeatureExtractor.load(self.model, options)
+            self._loaded = self.model, options
         return self._extractor
 
     @property

@@ -18,8 +18,8 @@ import numpy as np
 
 from robustfeat.errors import RobustFeatError
 from robustfeat.files import new_file
-from robustfeat.serving.engine import ENGINES
 from robustfeat.serving.extractor import MIN_COSINE, FeatureExtractor, cosine
+from robustfeat.serving.options import ENGINES, RunOptions
 
 __all__ = ["Speed", "fastest_way", "measure_speeds"]
 
@@ -87,9 +87,8 @@ def _ways(extractor: FeatureExtractor) -> Iterator[FeatureExtractor]:
             elif importlib.util.find_spec(engine) and extractor.engine.device == "cpu":
                 threads, streams = extractor.engine.threads, extractor.engine.streams
                 with suppress(RobustFeatError):  # no such precision in this folder, or on this processor
-                    yield FeatureExtractor.open(
-                        extractor.folder, precision, engine=engine, device="cpu", threads=threads, streams=streams
-                    )
+                    options = RunOptions(precision, engine, "cpu", threads=threads, streams=streams)
+                    yield FeatureExtractor.open(extractor.folder, options)
 
 
 def _way(speed: Speed) -> tuple[str, str]:

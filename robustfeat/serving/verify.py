@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from robustfeat.errors import EngineError
 from robustfeat.hub.folder import ModelFolder
-from robustfeat.serving.engine import ENGINES, PRECISIONS
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.options import ENGINES, PRECISIONS, RunOptions
 
 __all__ = ["MIN_COSINE", "Check", "verify_model"]
 
@@ -59,7 +59,7 @@ def verify_model(folder: ModelFolder) -> Iterator[Check]:
                 continue
             cosine, reason = None, None
             try:
-                cosine = FeatureExtractor.open(folder, precision, engine=engine, device="cpu").golden_cosine()
+                cosine = FeatureExtractor.open(folder, RunOptions(precision, engine, "cpu")).golden_cosine()
             except EngineError as exc:
                 reason = str(exc)
             yield Check(engine, precision, cosine, MIN_COSINE[precision], reason)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from robustfeat.errors import EngineError, ModelFolderError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.serving.engine import open_engine
 from robustfeat.serving.extractor import cosine
+from robustfeat.serving.options import RunOptions
 
 WAYS = [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "int8")]
 
@@ -78,23 +80,24 @@ def test_scaled_decoding_stays_near(example_files: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "tensorrt"}, "engine must be auto, onnxruntime or openvino; got 'tensorrt'"),
-        ({"precision": "fp16"}, "precision must be fp32, bf16, int8; got 'fp16'"),
-        ({"device": "tpu"}, "device must be auto, cpu, cuda; got 'tpu'"),
-        ({"decoding": "fast"}, "decoding must be exact or scaled; got 'fast'"),
+        ({"engine": "tensorrt"}, "engine=tensorrt: expected auto, onnxruntime or openvino"),
+        ({"precision": "fp16"}, "precision=fp16: expected fp32, bf16 or int8"),
+        ({"device": "tpu"}, "device=tpu: expected auto, cpu or cuda"),
+        ({"decoding": "fast"}, "decoding=fast: expected exact or scaled"),
+        ({"threads": 0}, "threads=0: expected 1 or more; leave `threads` out"),
         ({"engine": "openvino", "device": "cuda"}, "OpenVINO does not run on cuda"),
     ],
 )
-def test_wrong_options_are_named(options: dict[str, str], message: str) -> None:
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises((EngineError, ModelFolderError), match=message):
-        FeatureExtractor.from_pretrained(**options)  # type: ignore[arg-type]
+        FeatureExtractor.from_pretrained(**options)
 
 
 def test_openvino_refuses_what_is_no_model(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(b"junk")
     with pytest.raises(ModelFolderError, match="OpenVINO cannot load it"):
-        open_engine("openvino", file, "fp32")
+        open_engine(file, RunOptions(engine="openvino"))
 
 
 def test_a_missing_engine_is_named() -> None:

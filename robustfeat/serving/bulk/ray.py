@@ -14,11 +14,12 @@ import traceback
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from robustfeat import errors
 from robustfeat.errors import EngineError, InputError, RobustFeatError, first_line
+from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.bulk.embedding import write_shards
 from robustfeat.serving.bulk.job import Job, identify
 from robustfeat.serving.bulk.pipeline import Pipeline
@@ -28,6 +29,7 @@ from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource
+from robustfeat.serving.options import RunOptions
 
 __all__ = ["AUTO", "embed_on_ray", "plan_pool"]
 
@@ -79,10 +81,10 @@ def embed_on_ray(
     access = extractor.folder.access
     plan = _Plan(
         model=extractor.folder.source,
-        hub={"revision": extractor.folder.revision, **asdict(access)} if access else {},
+        access=access,
         shards=place if is_remote(place) else os.path.abspath(place),  # noqa: PTH100 - a path as text, as in `Places`
         job=job,
-        streams=extractor.engine.streams,
+        options=replace(extractor.options, revision=extractor.folder.revision if access else None),
         workers=workers,
         deadline_s=deadline_s,
         stop=stop,
@@ -106,17 +108,18 @@ class _Plan:
     Attributes:
         model: as a user names it.
         shards: the folder of shards, a path or a URL.
-        hub: for a model on the Hub, the commit and how it is reached.
+        options: how it is run; for a model on the Hub with its commit.
+        access: how the Hub is reached, for a model that is there.
     """
 
     model: str
     shards: str
     job: Job
-    streams: int
+    options: RunOptions
     workers: int | None
     deadline_s: float
     stop: bool
-    hub: Mapping[str, Any] = field(default_factory=dict)
+    access: HubAccess | None
 
 
 def plan_pool(
@@ -240,16 +243,7 @@ class _ShardWriter:
     def _open(self) -> Pipeline:
         plan, identity = self._plan, self._plan.job.identity
         # As the command line does it: int8 is checked anew, on this processor.
-        extractor = FeatureExtractor.from_pretrained(
-            plan.model,
-            **plan.hub,
-            precision=identity["precision"],
-            engine=identity["engine"],
-            device=identity["device"],
-            threads=identity["threads"],
-            streams=plan.streams,
-            decoding=identity["decoding"],
-        )
+        extractor = FeatureExtractor.load(plan.model, plan.options, plan.access)
         with InputList() as none:
             mine = identify(extractor, none, identity["batch_size"])
         for key, value in mine.items():

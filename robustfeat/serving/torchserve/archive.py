@@ -107,7 +107,7 @@ def write_archive(
         InputError: the file system refuses.
     """
     folder.verify()
-    folder.onnx("fp32" if settings.precision == "bf16" else settings.precision)
+    folder.onnx(settings.options.stored_precision)
     side = folder.config.preprocessing.image_size
     manifest = {
         "createdOn": datetime.now(UTC).strftime("%d/%m/%Y %H:%M:%S"),
@@ -124,12 +124,12 @@ def write_archive(
     config = {
         "minWorkers": settings.workers,
         "maxWorkers": settings.workers,
-        "batchSize": batch_size or default_batch_size(side, settings.device),
+        "batchSize": batch_size or default_batch_size(side, settings.options.device),
         "maxBatchDelay": delay_ms,
         # A worker answers by itself that a request takes too long; one that does not even do that is replaced.
         "responseTimeout": round(settings.timeout_s) + _GRACE_S,
         "maxRetryTimeoutInSec": _RETRY_S,
-        "deviceType": "gpu" if settings.device == "cuda" else "cpu",
+        "deviceType": "gpu" if settings.options.device == "cuda" else "cpu",
         SETTINGS: dataclasses.asdict(settings),
     }
     archive = out / f"{name}.mar"
@@ -149,7 +149,7 @@ def write_archive(
 
 def requirements(settings: Settings) -> list[str]:
     """The libraries that a worker's Python must have, as this package's own requirements name them."""
-    engine = "onnxruntime-gpu" if settings.device == "cuda" else settings.engine
+    engine = "onnxruntime-gpu" if settings.options.device == "cuda" else settings.options.engine
     own: list[str] = []
     with suppress(importlib.metadata.PackageNotFoundError):  # it may run without being installed
         own = importlib.metadata.requires("robustfeat") or []

@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from robustfeat.serving.online.answers import (
 from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
 from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
+from robustfeat.serving.options import RunOptions
 from robustfeat.serving.verify import MIN_COSINE
 from robustfeat.system import available_cpus
 
@@ -54,29 +55,28 @@ _IMAGE_PARTS = {"body", "data", "image", "images"}
 
 @dataclass(frozen=True)
 class Settings:
-    """How an archive's model is run.
+    """How an archive's model is served.
 
     Attributes:
-        precision, engine, device, decoding, threads: as `FeatureExtractor.from_pretrained` takes them.
+        options: how it is run; their revision is the commit on the Hub that the archive holds.
         workers: how many workers share the machine's processors.
-        revision: the model's commit on the Hub, if it came from there.
         max_items, max_body_bytes, max_pixels: of images in a request, of a request, of an image.
         timeout_s: from the time when a worker has a request to its answer.
         decode_timeout_s: for an image.
     """
 
-    precision: str
-    engine: str
-    device: str
-    decoding: str
-    threads: int | None
+    options: RunOptions
     workers: int
-    revision: str | None
     max_items: int
     max_body_bytes: int
     max_pixels: int
     timeout_s: float
     decode_timeout_s: float
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Settings:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**data, "options": RunOptions(**data["options"])})
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,9 @@ class Handler:
     """
 
     def __init__(self, folder: ModelFolder, name: str, settings: Settings) -> None:
-        processors = max(1, available_cpus() // settings.workers)
-        folder.revision = settings.revision
-        extractor = FeatureExtractor.open(
-            folder,
-            settings.precision,
-            engine=settings.engine,
-            device=settings.device,
-            threads=settings.threads or processors,
-            decoding=settings.decoding,
-        )
+        processors, options = max(1, available_cpus() // settings.workers), settings.options
+        folder.revision = options.revision
+        extractor = FeatureExtractor.open(folder, replace(options, threads=options.threads or processors))
         self.model = NamedModel(name, extractor)
         self._settings = settings
         self._batcher = Batcher(
@@ -137,7 +130,7 @@ class Handler:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="loop", daemon=True).start()
         self._loop.call_soon_threadsafe(self._batcher.attach)
-        self._check(MIN_COSINE[settings.precision])
+        self._check(MIN_COSINE[options.precision])
 
     def answer(self, requests: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
         """The answers of a batch of requests; status, type and headers of each go to TorchServe's `context`.
@@ -237,7 +230,7 @@ def handle(requests: Sequence[Mapping[str, Any]] | None, context: Any) -> list[b
     _keep_parts()
     try:
         folder = ModelFolder(Path(properties["model_dir"], MODEL_FOLDER))
-        _handler = Handler(folder, context.model_name, Settings(**config[SETTINGS]))
+        _handler = Handler(folder, context.model_name, Settings.from_dict(config[SETTINGS]))
     except RobustFeatError as exc:
         raise RuntimeError(f"robustfeat: {exc}") from exc  # which TorchServe reports
     return None

@@ -21,6 +21,7 @@ from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_squar
 from robustfeat.serving.bulk.formats import FORMATS
 from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
+from robustfeat.serving.options import RunOptions
 from robustfeat.training.loop.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint
 from robustfeat.training.loop.device import measuring_device
 from robustfeat.training.network import build_network
@@ -192,7 +193,7 @@ def open_subject(
         raise InputError(f"{model}: is a {Path(model).suffix} file; expected a model folder, ORG/NAME, or a run")
     if _kind(model) == "folder":
         _refuse_preprocessing(model, image_size, crop_pct)
-        return FolderSubject(FeatureExtractor.from_pretrained(model, device=device))
+        return FolderSubject(FeatureExtractor.load(model, RunOptions(device=device)))
     return open_network(model, image_size=image_size, crop_pct=crop_pct, device=device)
 
 

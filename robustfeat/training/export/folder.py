@@ -23,6 +23,7 @@ from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import COMPACT_ONNX, GOLDEN_FEATURES, ONNX, TRAINING, WEIGHTS, ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
 from robustfeat.serving.extractor import FeatureExtractor, cosine
+from robustfeat.serving.options import RunOptions
 from robustfeat.serving.verify import MIN_COSINE
 from robustfeat.training.export.compact import compact_onnx
 from robustfeat.training.export.onnx_files import export_onnx, quantize_onnx
@@ -127,7 +128,7 @@ def write_model_folder(
 def _check(folder: ModelFolder) -> dict[str, float]:
     cosines: dict[str, float] = {}
     for precision in folder.precisions:
-        cosines[precision] = worst = FeatureExtractor.open(folder, precision, device="cpu").golden_cosine()
+        cosines[precision] = worst = FeatureExtractor.open(folder, RunOptions(precision, device="cpu")).golden_cosine()
         if not worst >= MIN_COSINE[precision]:
             fix = "pass `int8=False` or more images as `calibration`" if precision == "int8" else "report this network"
             raise ExportError(

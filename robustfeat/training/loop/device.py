@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from robustfeat.errors import InputError
+from robustfeat.serving.options import AUTO, DEVICES
 
 __all__ = ["measuring_device", "torch_device"]
 
@@ -15,7 +16,7 @@ def torch_device(name: str) -> torch.device:
     Raises:
         InputError: another name, or cuda where PyTorch sees no GPU.
     """
-    if name not in {"auto", "cpu", "cuda"}:
+    if name not in {AUTO, *DEVICES}:
         raise InputError(f"--device {name}: expected auto, cpu or cuda")
     available = torch.cuda.is_available()
     if name == "cuda" and not available:

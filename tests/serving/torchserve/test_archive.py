@@ -44,7 +44,7 @@ def test_the_manifest_and_the_configuration_say_what_was_asked(unpacked: Path) -
     assert (unpacked / manifest["handler"].partition(":")[0]).is_file()
     config = yaml.safe_load((unpacked / manifest["configFile"]).read_text())
     assert (config["minWorkers"], config["maxWorkers"]) == (3, 3)
-    assert config["robustfeat"]["precision"] == "int8"
+    assert config["robustfeat"]["options"]["precision"] == "int8"
     assert (config["deviceType"], config["batchSize"]) == ("cpu", 32)
     assert config["responseTimeout"] > config["robustfeat"]["timeout_s"] == 60
 

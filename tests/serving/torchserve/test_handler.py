@@ -19,20 +19,17 @@ from PIL import Image
 from robustfeat.errors import EngineError
 from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.folder import GOLDEN_FEATURES, ModelFolder, file_sha256
+from robustfeat.serving.options import RunOptions
 from robustfeat.serving.torchserve.handler import Handler, Settings, visible_gpu
 from robustfeat.system import available_cpus
 from tests.serving.http.conftest import children
 
 pytest.importorskip("ts", reason="TorchServe has no version for this Python")
 
+OPTIONS = RunOptions(engine="onnxruntime", device="cpu")
 SETTINGS = Settings(
-    precision="fp32",
-    engine="onnxruntime",
-    device="cpu",
-    decoding="exact",
-    threads=None,
+    options=OPTIONS,
     workers=1,
-    revision=None,
     max_items=64,
     max_body_bytes=2**20,
     max_pixels=10_000_000,
@@ -85,11 +82,12 @@ def test_the_workers_share_the_processors() -> None:
     processors = available_cpus()
     assert handler(workers=processors).model.extractor.engine.threads == 1
     assert handler(workers=1).model.extractor.engine.threads == processors
-    assert handler(workers=processors, threads=2).model.extractor.engine.threads == 2
+    assert handler(workers=processors, options=dataclasses.replace(OPTIONS, threads=2)).model.extractor.engine.threads == 2
 
 
 def test_precision_decoding_and_revision_are_the_archive_s() -> None:
-    served = handler(precision="int8", decoding="scaled", revision="f" * 40).model
+    options = dataclasses.replace(OPTIONS, precision="int8", decoding="scaled", revision="f" * 40)
+    served = handler(options=options).model
     assert (served.extractor.precision, served.extractor.decoding, served.version) == ("int8", "scaled", "f" * 40)
     assert served.about == {"model": "m", "revision": "f" * 40, "precision": "int8"}
 

@@ -264,7 +264,7 @@ def test_a_model_that_cannot_be_loaded_is_told(robustfeat: Run, tmp_path: Path) 
     done = robustfeat("torchserve", "--out", tmp_path, "--device", "cuda", "--run", "--port", free_ports(5))
     assert done.returncode == 1
     _, line = done.stderr.splitlines()
-    assert "cannot start (device cuda: ONNX Runtime runs on the CPU here" in line
+    assert "cannot start (device=cuda: ONNX Runtime runs on the CPU here" in line
 
 
 def test_a_second_command_leaves_the_first_alone(robustfeat: Run, torchserver: TorchServer) -> None:

@@ -1,0 +1,102 @@
+"""How a model is run, as one value."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+
+from robustfeat.errors import EngineError
+from robustfeat.system import available_cpus
+
+__all__ = ["AUTO", "DECODINGS", "DEVICES", "ENGINES", "PRECISIONS", "RunOptions"]
+
+# The command line shows these choices, so importing them must not import NumPy.
+AUTO = "auto"
+PRECISIONS = ("fp32", "bf16", "int8")
+ENGINES = ("onnxruntime", "openvino")
+DEVICES = ("cpu", "cuda")
+DECODINGS = ("exact", "scaled")
+
+_CHOICES = {
+    "precision": PRECISIONS,
+    "engine": (AUTO, *ENGINES),
+    "device": (AUTO, *DEVICES),
+    "decoding": DECODINGS,
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is run, and which version of it.
+
+    Attributes:
+        precision: fp32; int8 where the folder holds it; bf16 with OpenVINO on processors that have it.
+        engine: auto (see `choose_engine`), onnxruntime or openvino.
+        device: auto, cpu or cuda. Auto takes the GPU where the session really runs on it.
+        decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size.
+        threads: processors for the model; None for all that the cgroup grants.
+        streams: batches side by side, each on `threads / streams` processors; None for 1.
+        revision: a branch, tag or commit on the Hub; None for main.
+        config_hash: the sha256 that the model's config.json must have, which pins all its files.
+
+    Raises:
+        EngineError: a value is not among the choices.
+    """
+
+    precision: str = "fp32"
+    engine: str = AUTO
+    device: str = AUTO
+    decoding: str = "exact"
+    threads: int | None = None
+    streams: int | None = None
+    revision: str | None = None
+    config_hash: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise EngineError(f"expected {expected}", argument=name, value=value)
+        for name in ("threads", "streams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EngineError("expected 1 or more", argument=name, value=value, fix=f"leave `{name}` out")
+
+    @property
+    def thread_count(self) -> int:
+        """Processors for the model on this machine."""
+        return self.threads or available_cpus()
+
+    @property
+    def stream_count(self) -> int:
+        """Batches side by side on this machine: at most one per processor."""
+        return min(self.streams or 1, self.thread_count)
+
+    @property
+    def stored_precision(self) -> str:
+        """The precision of the ONNX file: bf16 is computed from the fp32 file."""
+        return "fp32" if self.precision == "bf16" else self.precision
+
+    def for_throughput(self) -> RunOptions:
+        """The same with one stream per processor: the most images per second, and the latest answer to one image."""
+        return replace(self, threads=self.thread_count, streams=self.thread_count)
+
+    def choose_engine(self) -> str:
+        """The engine: the named one, or by `auto` ONNX Runtime, but OpenVINO for bf16 or where it alone is installed.
+
+        Raises:
+            EngineError: the engine has no such precision or device on any machine.
+        """
+        name = self.engine
+        if name == AUTO:
+            alone = importlib.util.find_spec("openvino") and not importlib.util.find_spec("onnxruntime")
+            name = "openvino" if self.precision == "bf16" or (alone and self.device != "cuda") else "onnxruntime"
+        if name == "onnxruntime" and self.precision == "bf16":
+            raise EngineError(
+                "ONNX Runtime has no bf16 on processors",
+                fix="pass `engine=openvino`, or `precision=fp32` or `precision=int8`",
+            )
+        if name == "openvino" and self.device == "cuda":
+            raise EngineError("OpenVINO does not run on cuda", fix="pass `engine=onnxruntime`, or `device=cpu`")
+        return name
