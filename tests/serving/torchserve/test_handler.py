@@ -82,7 +82,9 @@ def test_the_workers_share_the_processors() -> None:
     processors = available_cpus()
     assert handler(workers=processors).model.extractor.engine.threads == 1
     assert handler(workers=1).model.extractor.engine.threads == processors
-    assert handler(workers=processors, options=dataclasses.replace(OPTIONS, threads=2)).model.extractor.engine.threads == 2
+    assert (
+        handler(workers=processors, options=dataclasses.replace(OPTIONS, threads=2)).model.extractor.engine.threads == 2
+    )
 
 
 def test_precision_decoding_and_revision_are_the_archive_s() -> None:
