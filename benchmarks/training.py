@@ -113,7 +113,7 @@ class Bench:
         def forward_backward(turn: int) -> None:
             with step.autocast():
                 logits = step.network(step.to_input(self.pixels).contiguous(memory_format=torch.channels_last))
-            functional.cross_entropy(logits.float(), self.labels).backward()  # type: ignore[no-untyped-call]
+            functional.cross_entropy(logits.float(), self.labels).backward()
             step.network.zero_grad()
 
         def run(objective: Objective, turn: int) -> None:

@@ -76,7 +76,7 @@ def finetune(
             if not torch.isfinite(loss):
                 raise TrainingError(f"fine-tuning on {task.name} diverged in epoch {epoch + 1}; try a smaller lr")
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             progress.advance(len(labels), note)
         model.eval()

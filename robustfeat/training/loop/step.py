@@ -65,7 +65,7 @@ class TrainingStep:
         torch.manual_seed(recipe.seed)
         self.network = build_network(len(concepts.of_class)).to(memory_format=torch.channels_last).to(device)
         if recipe.batch_norm == "sync" and ranks.world > 1:
-            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # type: ignore[no-untyped-call]
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self._optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=recipe.lr,
@@ -155,7 +155,7 @@ class TrainingStep:
                 f"{tuple(objective.shape)}"
             )
         self._optimizer.zero_grad()
-        self._scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(objective).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._ranks.world > 1 and self.recipe.batch_norm == "batch":

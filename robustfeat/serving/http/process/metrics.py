@@ -32,7 +32,7 @@ class Metrics:
 
     def __init__(self, worker: int) -> None:
         # Files in PROMETHEUS_MULTIPROC_DIR, named by the worker's number: a process that dies leaves none behind.
-        values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
+        values.ValueClass = values.MultiProcessValue(lambda: worker)
         own = CollectorRegistry()
         self._requests = prometheus_client.Counter(
             "robustfeat_requests", "Requests by route and status.", ["route", "status"], registry=own
@@ -121,7 +121,7 @@ class Metrics:
     def exposition(self) -> bytes:
         """Of all workers, in Prometheus' text format, as they were when each counted last."""
         registry = CollectorRegistry()
-        MultiProcessCollector(registry, os.environ["PROMETHEUS_MULTIPROC_DIR"])  # type: ignore[no-untyped-call]
+        MultiProcessCollector(registry, os.environ["PROMETHEUS_MULTIPROC_DIR"])
         return generate_latest(registry)
 
 
