@@ -160,6 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(self.fault.kind, "ToOrder", f"not for {self.headers.get('Authorization')}")
             return
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.user: str | None
+        self.orgs: list[str]
         self.user, self.orgs = self.hub.users.get(token, (None, []))
         if token and self.user is None and not self.place.startswith("/large/"):
             self._refuse(401, None, "Invalid credentials in Authorization header", {"error": f"bad token {token}"})
@@ -282,13 +284,13 @@ class _Handler(BaseHTTPRequestHandler):
         if inside and not entries:
             self._refuse(404, "EntryNotFound", "no such folder")
             return
-        listed, first = list(entries.values()), int(self.query.get("cursor", ["0"])[0])
+        listed, start = list(entries.values()), int(self.query.get("cursor", ["0"])[0])
         headers = {}
-        if first + _PAGE < len(listed):
+        if start + _PAGE < len(listed):
             base = f"http://{self.headers['Host']}{urlsplit(self.path).path}"
-            more = f"recursive={str(deep).lower()}&cursor={first + _PAGE}"
+            more = f"recursive={str(deep).lower()}&cursor={start + _PAGE}"
             headers["Link"] = f'<{base}?{more}>; rel="next"'
-        self._answer(listed[first : first + _PAGE], headers)
+        self._answer(listed[start : start + _PAGE], headers)
 
     def paths(self, kind: str, repo: str, revision: str) -> None:
         if (found := self._find(kind, repo)) and (commit := self._commit(found, revision)):

@@ -139,11 +139,12 @@ def test_a_lock_is_waited_for_where_asked(tmp_path: Path) -> None:
 def test_a_lock_on_what_its_holder_has_renamed_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with take_elsewhere(tmp_path / "a") as holder, FileLock(tmp_path / "a") as lock:
-        assert holder.stdin is not None
+        stdin = holder.stdin
+        assert stdin is not None
 
         def finish() -> None:
             (tmp_path / "a").rename(tmp_path / "b")
-            holder.stdin.close()
+            stdin.close()
 
         assert not lock.take(on_wait=finish)
         assert lock.holder_note() == ""

@@ -5,6 +5,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,12 +28,12 @@ BENCHMARKS = {"": ("main", METHODS | CONTROLS), "-biased": ("biased", METHODS)}
 """By what names of tables end with: what names of their runs begin with, and the methods."""
 
 
-def svm_cells(target: str, stage: str, method: str) -> list[dict]:
+def svm_cells(target: str, stage: str, method: str) -> list[dict[str, Any]]:
     files = sorted(CELLS.glob(f"svm-{target}-{stage}-{method}-s*.json"))
     return [json.loads(file.read_text())["values"] for file in files]
 
 
-def answers(cell: dict) -> np.ndarray:
+def answers(cell: dict[str, Any]) -> np.ndarray:
     count, digits = cell["right"].split(":")
     return np.array([int(bit) for digit in digits for bit in f"{int(digit, 16):04b}"][: int(count)])
 

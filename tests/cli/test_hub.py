@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,10 +79,11 @@ def load(hub: FakeHub, home: Path, files: list[Path], arguments: str = '"org/nam
         command, env=hub_environment(hub, home, **environment), cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    return np.load(out)
+    features: np.ndarray = np.load(out)
+    return features
 
 
-def edit_config(hub: FakeHub, change: Callable[[dict], None]) -> None:
+def edit_config(hub: FakeHub, change: Callable[[dict[str, Any]], None]) -> None:
     data = json.loads(hub.read("org/name", "config.json"))
     change(data)
     hub.commit(hub.model("org/name"), "main", {"config.json": json.dumps(data).encode()})
@@ -337,7 +339,12 @@ def test_no_token_is_ever_printed(
 ) -> None:
     planted = "hf_PlantedTokenThatNobodyMaySee"
     published.users[planted] = ("alice", ["org"])
-    commands = [["push", one_file, "org/new"], ["pull", "org/name"], ["pull", "org/none"], ["models", "--remote"]]
+    commands: list[list[object]] = [
+        ["push", one_file, "org/new"],
+        ["pull", "org/name"],
+        ["pull", "org/none"],
+        ["models", "--remote"],
+    ]
     said = ""
     for known in (True, False):
         if not known:
@@ -598,7 +605,7 @@ def test_what_was_altered_or_added_is_refused_by_name(
     ],
 )
 def test_a_config_that_may_not_be_trusted_is_refused_by_name(
-    published: FakeHub, call: Call, change: Callable[[dict], None], message: str
+    published: FakeHub, call: Call, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     edit_config(published, change)
     assert message in one_line(call("info", "org/name"))
@@ -669,7 +676,7 @@ def test_verify_runs_every_engine_and_says_what_falls_short(call: Call, publishe
 
 
 @pytest.fixture
-def other_answers(one_file: Path, tmp_path: Path) -> Iterator[Path]:
+def other_answers(one_file: Path, tmp_path: Path) -> Path:
     """A folder whose golden features are another network's, its hashes in order."""
     copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
     file = copy / "golden" / "features.npy"

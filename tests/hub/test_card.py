@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from robustfeat.hub.card import render_card
 from robustfeat.hub.catalog import builtin_model
@@ -31,10 +31,11 @@ def test_the_hubs_client_reads_the_metadata(provenance: dict[str, object]) -> No
     text = render_card(config(evaluations=evaluations, provenance=provenance))
     assert card_problems(text) == []
     data = ModelCard(text).data
+    assert isinstance(data, ModelCardData)
     assert (data.library_name, data.pipeline_tag) == ("timm", "image-feature-extraction")
-    assert {"robustfeat", "onnx"} <= set(data.tags)
+    assert {"robustfeat", "onnx"} <= set(data.tags or ())
     assert (data.license, data.datasets) == (provenance.get("license", "other"), provenance.get("datasets"))
-    found = [(result.dataset_name, result.dataset_type, result.metric_value) for result in data.eval_results]
+    found = [(result.dataset_name, result.dataset_type, result.metric_value) for result in data.eval_results or ()]
     assert found == [("CIFAR-10", "uoft-cs/cifar10", 68.5), ("My photos: a test", "photos", 90.0)]
     assert "| CIFAR-10 | test | linear SVM | accuracy | 68.5 |" in text
 
@@ -53,7 +54,9 @@ def test_a_licence_that_the_hub_does_not_know_is_another_one() -> None:
 def test_a_card_without_numbers_claims_none() -> None:
     text = render_card(config())
     assert card_problems(text) == []
-    assert ModelCard(text).data.eval_results is None
+    data = ModelCard(text).data
+    assert isinstance(data, ModelCardData)
+    assert data.eval_results is None
     assert "## Results" not in text
 
 

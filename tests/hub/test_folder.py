@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def copy(model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "copy"))
 
 
-def edit_config(folder: Path, change: Callable[[dict], None]) -> None:
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     data = json.loads((folder / "config.json").read_text())
     change(data)
     (folder / "config.json").write_text(json.dumps(data))
@@ -171,7 +172,7 @@ def test_an_edited_preprocessing_is_refused(copy: Path) -> None:
         {"results": {"a": [1]}},
     ],
 )
-def test_a_config_with_values_of_other_kinds_is_refused(copy: Path, change: dict) -> None:
+def test_a_config_with_values_of_other_kinds_is_refused(copy: Path, change: dict[str, Any]) -> None:
     edit_config(copy, lambda data: data["robustfeat"].update(change))
     with pytest.raises(ModelFolderError, match="export the model again"):
         ModelFolder(copy)

@@ -39,13 +39,15 @@ def torchvision_square(image: Image.Image, contract: Preprocessing) -> np.ndarra
     transform = v2.Compose(
         [v2.Resize(contract.resize_size, mode, antialias=True), v2.CenterCrop(contract.image_size), v2.ToImage()]
     )
-    return transform(image).permute(1, 2, 0).numpy()
+    square: torch.Tensor = transform(image)
+    return square.permute(1, 2, 0).numpy()
 
 
 def torchvision_input(image: Image.Image, contract: Preprocessing) -> np.ndarray:
     pixels = torch.from_numpy(torchvision_square(image, contract).copy()).permute(2, 0, 1)
     scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
-    return v2.functional.normalize(scaled, list(contract.mean), list(contract.std)).numpy()
+    normalised: torch.Tensor = v2.functional.normalize(scaled, list(contract.mean), list(contract.std))
+    return normalised.numpy()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ FOLDER = "ROBUSTFEAT_TESTS_RECORD"
 
 class Recording(Objective):
     def training_images(self, model: nn.Module, batch: StepBatch) -> Tensor:
-        self.running = sum(float(buffer.double().sum()) for buffer in model.buffers()).hex()
+        self.running = float(sum(float(buffer.double().sum()) for buffer in model.buffers())).hex()
         return super().training_images(model, batch)
 
     def training_loss(self, losses: Tensor, batch: StepBatch) -> Tensor:

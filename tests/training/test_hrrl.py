@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,8 @@ from robustfeat.training.objective import Objective, StepBatch
 from robustfeat.training.recipe import Recipe
 
 COUNTS = torch.tensor([5000, 120, 33000, 777, 1])
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""(6, 3, 32, 32) images and (6,) labels."""
 
 
 @pytest.fixture
@@ -35,14 +39,16 @@ def network() -> nn.Module:
 
 
 @pytest.fixture
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(6, 3, 32, 32, generator=generator), torch.tensor([0, 1, 2, 3, 4, 6])
 
 
 @pytest.mark.parametrize("side", [(64, 64), (33, 48), (17, 9), (1, 2)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_first_layer_has_the_gradients_of_an_ordinary_one(side, dtype: torch.dtype, tolerance: float) -> None:
+def test_first_layer_has_the_gradients_of_an_ordinary_one(
+    side: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
     torch.manual_seed(0)
     layer = FirstConv().to(dtype)
     images = torch.randn(3, 3, *side, dtype=dtype, requires_grad=True)
@@ -102,7 +108,7 @@ def test_projection_keeps_the_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tau", [0.01, 1.0, 10.0])
 @pytest.mark.parametrize("size", [1, 6])
-def test_perturb_moves_each_image_by_tau(network: nn.Module, batch, tau: float, size: int) -> None:
+def test_perturb_moves_each_image_by_tau(network: nn.Module, batch: Batch, tau: float, size: int) -> None:
     images, labels = batch[0][:size], batch[1][:size]
     network.eval()
     moved = perturb(network, images, labels, tau)
@@ -110,18 +116,19 @@ def test_perturb_moves_each_image_by_tau(network: nn.Module, batch, tau: float, 
     np.testing.assert_allclose((moved - images).flatten(1).norm(dim=1), tau, rtol=1e-4)
 
 
-def test_perturb_follows_the_gradient_of_each_image_alone(network: nn.Module, batch) -> None:
+def test_perturb_follows_the_gradient_of_each_image_alone(network: nn.Module, batch: Batch) -> None:
     network.eval().double()
     images, labels = batch[0].double(), batch[1]
     moved = perturb(network, images, labels, 0.5)
     for row in range(len(images)):
         x = images[row : row + 1].clone().requires_grad_()
         functional.cross_entropy(network(x), labels[row : row + 1]).backward()
+        assert x.grad is not None
         expected = images[row] + 0.5 * x.grad[0] / x.grad[0].norm()
         torch.testing.assert_close(moved[row], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_perturb_raises_each_loss_when_tau_is_small(network: nn.Module, batch) -> None:
+def test_perturb_raises_each_loss_when_tau_is_small(network: nn.Module, batch: Batch) -> None:
     network.eval()
     images, labels = batch
     before = functional.cross_entropy(network(images), labels, reduction="none")
@@ -129,7 +136,7 @@ def test_perturb_raises_each_loss_when_tau_is_small(network: nn.Module, batch) -
     assert (after > before).all()
 
 
-def test_perturb_leaves_an_image_alone_when_its_gradient_is_zero(batch) -> None:
+def test_perturb_leaves_an_image_alone_when_its_gradient_is_zero(batch: Batch) -> None:
     class Constant(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 0 * x.mean((2, 3)) + torch.tensor([1.0, 2.0, 3.0])
@@ -138,7 +145,7 @@ def test_perturb_leaves_an_image_alone_when_its_gradient_is_zero(batch) -> None:
     assert torch.equal(perturb(Constant(), images, torch.zeros(6, dtype=torch.long), 1.0), images)
 
 
-def test_perturb_touches_neither_statistics_nor_gradients(network: nn.Module, batch) -> None:
+def test_perturb_touches_neither_statistics_nor_gradients(network: nn.Module, batch: Batch) -> None:
     network.train()
     before = copy.deepcopy(network.state_dict())
     perturb(network, *batch, 1.0)
@@ -147,18 +154,19 @@ def test_perturb_touches_neither_statistics_nor_gradients(network: nn.Module, ba
     assert all(m.track_running_stats for m in network.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def test_perturb_uses_batch_statistics_in_training_mode(network: nn.Module, batch) -> None:
+def test_perturb_uses_batch_statistics_in_training_mode(network: nn.Module, batch: Batch) -> None:
     trained = perturb(network.train(), *batch, 1.0)
     evaluated = perturb(network.eval(), *batch, 1.0)
     assert not torch.allclose(trained, evaluated, atol=1e-3)
 
 
-def test_perturb_at_half_resolution_follows_the_loss_of_the_shrunk_image(network: nn.Module, batch) -> None:
+def test_perturb_at_half_resolution_follows_the_loss_of_the_shrunk_image(network: nn.Module, batch: Batch) -> None:
     """z is the gradient, with regard to the whole image, of the loss at means of 2 x 2 pixels."""
     network.eval()
     images, labels = batch
     small = images.reshape(6, 3, 16, 2, 16, 2).mean((3, 5)).requires_grad_()
     functional.cross_entropy(network(small), labels, reduction="sum").backward()
+    assert small.grad is not None
     whole = small.grad.repeat_interleave(2, 2).repeat_interleave(2, 3)
     expected = images + 0.5 * whole / whole.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     torch.testing.assert_close(perturb(network, images, labels, 0.5, half=True), expected, rtol=1e-4, atol=1e-5)
@@ -170,7 +178,7 @@ def test_perturb_at_half_resolution_takes_odd_sides(network: nn.Module) -> None:
     np.testing.assert_allclose((moved - images).flatten(1).norm(dim=1), 2, rtol=1e-4)
 
 
-def test_perturb_with_eval_statistics_in_training_mode(network: nn.Module, batch) -> None:
+def test_perturb_with_eval_statistics_in_training_mode(network: nn.Module, batch: Batch) -> None:
     expected = perturb(network.eval(), *batch, 1.0)
     network.train()
     before = copy.deepcopy(network.state_dict())
@@ -179,19 +187,20 @@ def test_perturb_with_eval_statistics_in_training_mode(network: nn.Module, batch
     assert all(module.training for module in network.modules())
 
 
-def test_perturb_in_pixels_adds_that_length_to_the_pixels(network: nn.Module, batch) -> None:
+def test_perturb_in_pixels_adds_that_length_to_the_pixels(network: nn.Module, batch: Batch) -> None:
     """The reference differentiates with regard to the pixels, with the normalisation as a part of the network."""
     mean, std = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), torch.tensor([0.1, 0.2, 0.4]).view(1, 3, 1, 1)
     network.eval()
     pixels, labels = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(2)), batch[1]
     x = pixels.clone().requires_grad_()
     functional.cross_entropy(network((x - mean) / std), labels, reduction="sum").backward()
+    assert x.grad is not None
     expected = pixels + 0.3 * x.grad / x.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     moved = perturb(network, (pixels - mean) / std, labels, 0.3, std=std) * std + mean
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_leaves_an_image_alone_whose_direction_is_not_finite(batch) -> None:
+def test_a_step_leaves_an_image_alone_whose_direction_is_not_finite(batch: Batch) -> None:
     images = batch[0]
     direction = torch.ones_like(images)
     direction[2, 0, 3, 3] = math.inf
@@ -204,16 +213,22 @@ class Backward(TorchDispatchMode):
     """Notes, for each convolution's backward pass, which gradients it computes: of input, weight, bias."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.masks: list[list[bool]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         if func is torch.ops.aten.convolution_backward.default:
             self.masks.append(list(args[-1]))
         return func(*args, **(kwargs or {}))
 
 
-def test_the_inner_pass_computes_no_gradients_of_parameters(network: nn.Module, batch) -> None:
+def test_the_inner_pass_computes_no_gradients_of_parameters(network: nn.Module, batch: Batch) -> None:
     images, labels = batch
     with Backward() as inner:
         input_gradient(network, images, labels)
@@ -224,18 +239,20 @@ def test_the_inner_pass_computes_no_gradients_of_parameters(network: nn.Module, 
     assert sorted(whole.masks) == [[False, True, False]] + [[True, True, False]] * 19
 
 
-def test_a_compiled_inner_pass_computes_no_gradients_of_parameters(network: nn.Module, batch) -> None:
+def test_a_compiled_inner_pass_computes_no_gradients_of_parameters(network: nn.Module, batch: Batch) -> None:
     """Read off the graphs that a compiler gets: which of input, weight and bias each convolution's backward gives."""
     masks: list[list[bool]] = []
 
-    def look(graph, example_inputs):
+    def look(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[[list[Any]], Any]:
         for node in graph.graph.nodes:
             if node.target is torch.ops.aten.convolution_backward.default:
                 masks.append(list(node.args[-1]))
-        return make_boxed_func(graph.forward)
+        boxed: Callable[[list[Any]], Any] = make_boxed_func(graph.forward)
+        return boxed
 
     torch._dynamo.reset()
     model = torch.compile(network, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    assert isinstance(model, nn.Module)
     images, labels = batch
     moved = step_along(images, input_gradient(model, images, labels), 1.0)
     assert masks == [[True, False, False]] * 19
@@ -248,7 +265,9 @@ def test_a_compiled_inner_pass_computes_no_gradients_of_parameters(network: nn.M
     assert not masks  # nothing is compiled again
 
 
-def numpy_adversary(counts, lam, s, c, batches):
+def numpy_adversary(
+    counts: np.ndarray, lam: float, s: int, c: float, batches: list[tuple[np.ndarray, np.ndarray]]
+) -> list[np.ndarray]:
     """Eq. 6 and Algorithm 1 once more, in NumPy; the projection by bisection instead of sorting."""
     n_k = np.asarray(counts, float)
     q0 = n_k / n_k.sum()
@@ -278,7 +297,9 @@ def test_adversary_equals_a_numpy_transcription_over_hundreds_of_steps(lam: floa
     shares = COUNTS.numpy() / COUNTS.sum().item()
     batches = [(rng.gamma(2.0, 1.0, 64), rng.choice(5, 64, p=shares)) for _ in range(400)]
     adversary = ConceptAdversary(COUNTS, lam, warmup_steps=150, c=7.0)
-    for expected, (losses, concepts) in zip(numpy_adversary(COUNTS, lam, 150, 7.0, batches), batches, strict=True):
+    for expected, (losses, concepts) in zip(
+        numpy_adversary(COUNTS.numpy(), lam, 150, 7.0, batches), batches, strict=True
+    ):
         adversary.update(torch.from_numpy(losses), torch.from_numpy(concepts))
         np.testing.assert_allclose(adversary.q.numpy(), expected, atol=1e-6)
     assert adversary.step == 400
@@ -306,6 +327,7 @@ def test_c_auto_is_theorem_3s() -> None:
         assert torch.equal(adversary.q, adversary.reference)
     assert adversary.c == pytest.approx(np.mean(norms) / lam * math.sqrt(math.log(s) / (2 * s)))
     assert adversary.step == 0
+    assert adversary.c is not None
     known = ConceptAdversary(COUNTS, lam, warmup_steps=s, c=adversary.c)
     for losses, concepts in batches[10:]:
         adversary.update(losses, concepts)
@@ -378,7 +400,7 @@ def test_a_reference_of_ones_own_is_where_q_starts_and_what_pulls_it() -> None:
 
 @pytest.mark.parametrize("options", [{"c": "auto"}, {"steps": "averaged"}, {"baseline": True}, {"steps": "constant"}])
 @pytest.mark.parametrize("cut", [4, 13])
-def test_every_kind_of_adversary_goes_on_from_its_state(options, cut: int) -> None:
+def test_every_kind_of_adversary_goes_on_from_its_state(options: dict[str, Any], cut: int) -> None:
     whole, first, second = (ConceptAdversary(COUNTS, 1.0, warmup_steps=7, **options) for _ in range(3))
     batches = random_batches(25)
     for batch in batches:
@@ -445,7 +467,7 @@ def test_adversary_settles_at_the_maximiser_of_equation_4() -> None:
         {"lam": 1, "reference": torch.ones(5)},
     ],
 )
-def test_adversary_refuses_bad_arguments(options) -> None:
+def test_adversary_refuses_bad_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         ConceptAdversary(COUNTS, **options)
 
@@ -467,6 +489,8 @@ def test_huge_lambda_without_perturbation_is_plain_sgd_bit_for_bit(network: nn.M
     recipe = Recipe(tau=0.0, lam=1e12)
     concepts_of = ConceptMap(("a", "b", "c"), np.arange(7) % 3, np.array([300, 200, 11, 100, 100, 0, 100]))
     objective = Objective(recipe, concepts_of)
+    adversary = objective.adversary
+    assert isinstance(adversary, ConceptAdversary)
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4) for n in (network, plain)]
     generator = torch.Generator().manual_seed(9)
     for step in range(8):
@@ -475,7 +499,7 @@ def test_huge_lambda_without_perturbation_is_plain_sgd_bit_for_bit(network: nn.M
         concepts = y % 3
         batch = StepBatch(x, y, concepts, step, len(y))
         losses = functional.cross_entropy(network(objective.training_images(network, batch)), y, reduction="none")
-        assert torch.equal(objective.adversary.weights(concepts), torch.ones(12))
+        assert torch.equal(adversary.weights(concepts), torch.ones(12))
         optimizers[0].zero_grad()
         objective.training_loss(losses, batch).backward()
         optimizers[0].step()

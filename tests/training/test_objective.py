@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,12 +19,12 @@ from robustfeat.training.objective import METHODS, Objective, StepBatch, create_
 from robustfeat.training.recipe import Recipe
 
 CONCEPTS = ConceptMap(("bird", "dog"), np.array([0, 0, 1, 1]), np.array([100, 300, 50, 50]))
-SMALL = {"image_sizes": ((0, 32),), "validation_size": 32, "tau": 7.0}  # a length of 1 at 32 px
+SMALL = Recipe(image_sizes=((0, 32),), validation_size=32, tau=7.0)  # a length of 1 at 32 px
 CPU = torch.device("cpu")
 
 
-def make(**options: object) -> TrainingStep:
-    step = TrainingStep(Recipe(**{**SMALL, **options}), CONCEPTS, CPU, Ranks())  # type: ignore[arg-type]
+def make(**options: Any) -> TrainingStep:
+    step = TrainingStep(dataclasses.replace(SMALL, **options), CONCEPTS, CPU, Ranks())
     step.train()
     return step
 
@@ -177,7 +180,8 @@ def test_what_a_device_cannot_do_is_said() -> None:
 @pytest.mark.parametrize("inner", ["full", "half", "free"])
 def test_no_step_waits_for_the_gpu(method: str, inner: str) -> None:
     device = torch.device("cuda", 0)
-    step = TrainingStep(Recipe(**SMALL, method=method, inner=inner, precision="bf16"), CONCEPTS, device, Ranks())
+    recipe = dataclasses.replace(SMALL, method=method, inner=inner, precision="bf16")
+    step = TrainingStep(recipe, CONCEPTS, device, Ranks())
     images, labels = (part.to(device) for part in pixels())
     for number in range(3):
         step(images, labels, 0.0, number)
@@ -195,7 +199,7 @@ def test_fp16_directions_are_those_of_fp32() -> None:
     device = torch.device("cuda", 0)
     z = {}
     for precision in ("fp32", "fp16"):
-        step = TrainingStep(Recipe(**SMALL, precision=precision), CONCEPTS, device, Ranks())
+        step = TrainingStep(dataclasses.replace(SMALL, precision=precision), CONCEPTS, device, Ranks())
         images, labels = (part.to(device) for part in pixels())
         with step.autocast():
             z[precision] = input_gradient(step.network.eval(), step.to_input(images), labels).flatten(1)

@@ -48,7 +48,7 @@ def photos(tmp_path: Path, example_files: list[Path]) -> Path:
     return root
 
 
-def read_index(out: Path) -> list[dict]:
+def read_index(out: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line) for line in out.with_suffix(".index.jsonl").read_text("utf-8").removesuffix("\n").split("\n")
     ]
@@ -133,7 +133,7 @@ def test_names_that_are_not_utf8_keep_their_bytes(
 ) -> None:
     root = tmp_path / "odd"
     root.mkdir()
-    shutil.copy(example_files[0], os.fsencode(root) + b"/\xff.jpg")
+    shutil.copy(os.fsencode(example_files[0]), os.fsencode(root) + b"/\xff.jpg")
     out = tmp_path / "feats.npy"
     embed(extractor, root, out)
     assert base64.b64decode(read_index(out)[0]["path_bytes"]) == b"\xff.jpg"

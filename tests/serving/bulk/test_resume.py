@@ -128,18 +128,17 @@ def test_another_model_option_or_input_is_refused_with_the_reason(
     shutil.copytree(many, root, symlinks=True)
     with pytest.raises(InputError, match="stopped, as asked"):
         embed(root, out, on_error="stop", shard_rows=1, batch_size=1)
-    again = {"shard_rows": 1, "batch_size": 1}
     with pytest.raises(InputError, match=r"other settings.*batch_size was 1, now 16.*--restart"):
         embed(root, out, shard_rows=1)
     one = FeatureExtractor.from_pretrained(model, threads=1)
     with list_inputs([root]) as inputs, pytest.raises(InputError, match="threads was 2, now 1"):
-        embed_files(one, inputs, out, quiet=True, **again)
+        embed_files(one, inputs, out, shard_rows=1, batch_size=1, quiet=True)
     other = FeatureExtractor.from_pretrained(threads=2, streams=2)
     with list_inputs([root]) as inputs, pytest.raises(InputError, match=r'model was .*, now "robustfeat-resnet18-tiny'):
-        embed_files(other, inputs, out, quiet=True, **again)
+        embed_files(other, inputs, out, shard_rows=1, batch_size=1, quiet=True)
     (root / "0000.jpg").rename(root / "zzz.jpg")
     with pytest.raises(InputError, match="inputs_sha256 was"):
-        embed(root, out, **again)
+        embed(root, out, shard_rows=1, batch_size=1)
     for file in root.glob("0[1-9]*.jpg"):
         file.unlink()
     assert embed(root, out, restart=True).images == 100

@@ -20,6 +20,7 @@ import subprocess
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,14 @@ def half(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
+def half_file(image: Picture, kind: str) -> bytes:
+    return half(encode(image, kind))
+
+
+def animated(image: Picture, kind: str) -> bytes:
+    return encode(image, kind, image.rotate(180))
+
+
 def turned(image: Picture, kind: str, orientation: int = 6) -> bytes:
     """Its pixels lie on their side, or stand on their head, and the metadata say so."""
     exif = Image.Exif()
@@ -127,6 +136,10 @@ def webp_canvas(image: Picture, width: int, height: int) -> bytes:
     return data[:24] + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3] + data[30:]
 
 
+def rgba(image: Picture, kind: str) -> bytes:
+    return encode(seen_through(image), kind)
+
+
 def scans(image: Picture, count: int) -> bytes:
     """A progressive JPEG that goes over its picture `count` times more, for a few bytes each."""
     data = encode(image, "jpeg", progressive=True)
@@ -139,7 +152,7 @@ GOOD: dict[str, Encode] = {
     "1x20000.png": lambda _: encode(noise(1, 20000), "png"),
     "20000x1.png": lambda _: encode(noise(20000, 1), "png"),
     "9000x9000.png": lambda p: encode(blown_up(p), "png"),
-    **{f"animated.{kind}": lambda p, kind=kind: encode(p, kind, p.rotate(180)) for kind in ("png", "webp", "tiff")},
+    **{f"animated.{kind}": partial(animated, kind=kind) for kind in ("png", "webp", "tiff")},
     "animated.gif": lambda p: encode(p.quantize(64), "gif", p.rotate(180).quantize(64)),
     "cmyk-adobe.jpg": lambda p: encode(p.convert("CMYK"), "jpeg"),  # inverted, and saying so
     "cmyk.jpg": lambda p: re.sub(rb"(?s)\xff\xee\0\x0eAdobe.{7}", b"", encode(p.convert("CMYK"), "jpeg"), count=1),
@@ -167,8 +180,8 @@ GOOD: dict[str, Encode] = {
     "png.jpg": lambda p: encode(p, "png"),
     "progressive.jpg": lambda p: encode(p, "jpeg", progressive=True),
     "rgb16.png": rgb16,
-    **{f"rgba.{kind}": lambda p, kind=kind: encode(seen_through(p), kind) for kind in ("png", "webp", "tiff")},
-    **{f"turned.{kind}": lambda p, kind=kind: turned(p, kind) for kind in ("jpeg", "png", "webp", "tiff")},
+    **{f"rgba.{kind}": partial(rgba, kind=kind) for kind in ("png", "webp", "tiff")},
+    **{f"turned.{kind}": partial(turned, kind=kind) for kind in ("jpeg", "png", "webp", "tiff")},
     "turned-over.tif": lambda p: turned(p, "tiff", 3),
     **dict.fromkeys(ODD_NAMES, lambda p: encode(p, "png")),
 }
@@ -198,7 +211,7 @@ BAD: dict[str, tuple[Encode, str]] = {
     "bomb-ztxt.png": (lambda p: png_with(p, b"zTXt", b"k\0\0" + zlib.compress(bytes(2**26))), "damaged: .*large"),
     "eps.jpg": (lambda p: encode(p, "eps"), FOREIGN),
     "float.tif": (lambda p: encode(p.convert("F"), "tiff"), "pixel mode F has no defined range; save it with 8 or 16"),
-    **{f"half.{k}": (lambda p, k=k: half(encode(p, k)), TRUNCATED) for k in ("bmp", "gif", "jpeg", "png", "tiff")},
+    **{f"half.{k}": (partial(half_file, kind=k), TRUNCATED) for k in ("bmp", "gif", "jpeg", "png", "tiff")},
     "half.webp": (lambda p: half(encode(p, "webp")), "damaged: "),
     "half-lzw.tif": (lambda p: half(encode(p, "tiff", compression="tiff_lzw")), f"damaged: |{FOREIGN}"),
     "half-progressive.jpg": (lambda p: half(encode(p, "jpeg", progressive=True)), TRUNCATED),

@@ -128,12 +128,13 @@ def test_fits_by_passes_over_a_file_equal_scikit_learn(
     kind: str, scaling: str, task: str, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("robustfeat.serving.heads.large._ROWS", 100)
-    x, y = digits[0][:900] + 0.01, digits[1][:900]
-    y = {
-        "ten classes": lambda: y,
-        "two classes": lambda: (y > 4).astype(np.int64),
-        "several labels": lambda: indicator(y),
-    }[task]()
+    x, classes = digits[0][:900] + 0.01, digits[1][:900]
+    tasks: dict[str, NDArray[np.int64] | NDArray[np.bool_]] = {
+        "ten classes": classes,
+        "two classes": (classes > 4).astype(np.int64),
+        "several labels": indicator(classes),
+    }
+    y = tasks[task]
     np.save(tmp_path / "x.npy", np.concatenate([x[:300] * np.nan, x]))
     values = np.load(tmp_path / "x.npy", mmap_mode="r")
     head, converged = LargeSet(values, np.arange(300, 1200), y, kind).fit(scaling, 0.1, np.arange(899, -1, -1))

@@ -129,9 +129,7 @@ def test_a_search_and_a_bare_classifier_are_taken(digits: Digits) -> None:
 )
 def test_other_estimators_are_refused(estimator: Any, reason: str, digits: Digits) -> None:
     targets = digits[1][:200]
-    if isinstance(estimator, LinearSVC):
-        targets = targets > 4
-    estimator.fit(digits[0][:200], targets)
+    estimator.fit(digits[0][:200], targets > 4 if isinstance(estimator, LinearSVC) else targets)
     with pytest.raises(ValueError, match=reason):
         Head.from_sklearn(estimator)
 

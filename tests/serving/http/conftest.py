@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
 from robustfeat import FeatureExtractor
 from tests.conftest import ROOT
@@ -135,6 +137,11 @@ def head_of(body: bytes) -> bytes:
 
 def all_of(client: socket.socket) -> bytes:
     return b"".join(iter(lambda: client.recv(4096), b""))
+
+
+def assert_close(found: ArrayLike, expected: ArrayLike) -> None:
+    """The same features, up to the rounding of batches of other sizes."""
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-4, atol=1e-5)
 
 
 def form_of(images: list[bytes]) -> tuple[bytes, str]:

@@ -15,9 +15,7 @@ from PIL import Image
 
 from robustfeat import FeatureExtractor
 from robustfeat.serving import Head
-from tests.serving.http.conftest import Server, serving
-
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+from tests.serving.http.conftest import Server, assert_close, serving
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -43,7 +41,7 @@ def test_a_body_gives_the_vector_of_the_extractor(
             "precision": "fp32",
         }
         assert [item["index"] for item in found["data"]] == [0]
-        np.testing.assert_allclose(found["data"][0]["embedding"], row, **CLOSE)
+        assert_close(found["data"][0]["embedding"], row)
 
 
 def test_json_gives_back_each_float_exactly(server: Server, photos: list[bytes]) -> None:
@@ -64,7 +62,7 @@ def test_a_form_gives_an_answer_for_each_image_good_or_not(
     assert "not an image of these formats" in data[1]["error"]["message"]
     assert data[3]["error"]["code"] == "unreadable_image"
     found = [data[at]["embedding"] for at in (0, 2, 4)]
-    np.testing.assert_allclose(found, extractor.embed([photos[0], photos[1], photos[3]]), **CLOSE)
+    assert_close(found, extractor.embed([photos[0], photos[1], photos[3]]))
 
 
 def test_any_file_of_a_form_is_an_image_in_order(server: Server, photos: list[bytes]) -> None:
@@ -78,7 +76,7 @@ def test_any_file_of_a_form_is_an_image_in_order(server: Server, photos: list[by
     assert found["model"] == "small"
     for photo, item in zip(photos[:2], found["data"], strict=True):
         alone = server.post("/embed?model=small", photo).json["data"][0]["embedding"]
-        np.testing.assert_allclose(item["embedding"], alone, **CLOSE)
+        assert_close(item["embedding"], alone)
 
 
 def test_binary_answers_hold_all_rows_and_say_which_failed(
@@ -90,7 +88,7 @@ def test_binary_answers_hold_all_rows_and_say_which_failed(
     found = np.load(io.BytesIO(npy.body))
     np.testing.assert_array_equal(found, np.frombuffer(raw.body, "<f4").reshape(3, 512))
     assert np.isnan(found[1]).all()
-    np.testing.assert_allclose(found[[0, 2]], extractor.embed(photos[:2]), **CLOSE)
+    assert_close(found[[0, 2]], extractor.embed(photos[:2]))
     for answer, kind in ((npy, "application/x-npy"), (raw, "application/octet-stream")):
         told = {name: value for name, value in answer.headers.items() if name.startswith("x-robustfeat")}
         assert told == {
@@ -118,9 +116,7 @@ def test_the_accept_header_chooses(server: Server, photos: list[bytes], accept: 
 def test_several_models_answer_under_their_names(server: Server, photos: list[bytes], model: Path) -> None:
     found = server.post("/embed?model=small", photos[0]).json
     assert found["model"] == "small"
-    np.testing.assert_allclose(
-        found["data"][0]["embedding"], FeatureExtractor.from_pretrained(model).embed(photos[:1])[0], **CLOSE
-    )
+    assert_close(found["data"][0]["embedding"], FeatureExtractor.from_pretrained(model).embed(photos[:1])[0])
 
 
 def test_predict_gives_the_answers_of_the_head(

@@ -91,14 +91,19 @@ def test_the_only_worker_is_replaced_too(photos: list[bytes]) -> None:
         assert server.workers() != [worker]
 
 
+def kill_decoder(worker: int) -> None:
+    """Returns once another one has taken its place."""
+    seen = children(worker)
+    os.kill(seen[0], signal.SIGKILL)
+    wait_until(lambda: len(set(children(worker)) - {seen[0]}) == len(seen))
+
+
 def test_a_killed_decoder_costs_nothing(photos: list[bytes], extractor: FeatureExtractor) -> None:
     with serving() as server:
         (worker,) = server.workers()
         with Load(server, photos, extractor) as load:
             for _ in range(3):
-                seen = children(worker)
-                os.kill(seen[0], signal.SIGKILL)
-                wait_until(lambda seen=seen: len(set(children(worker)) - {seen[0]}) == len(seen))
+                kill_decoder(worker)
                 load.goes_on()
         assert (load.wrong, sum(load.lost)) == ([], 0)
 

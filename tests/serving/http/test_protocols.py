@@ -14,9 +14,7 @@ import tritonclient.http as triton
 
 from robustfeat import FeatureExtractor
 from robustfeat.hub.preprocessing import normalise
-from tests.serving.http.conftest import Answer, Server
-
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+from tests.serving.http.conftest import Answer, Server, assert_close
 
 
 def uri(photo: bytes) -> str:
@@ -38,7 +36,7 @@ def test_the_openai_client_gets_the_vectors(
     rows: list[Any] = [entry.embedding for entry in answer.data]
     if form == "base64":
         rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
-    np.testing.assert_allclose(rows, extractor.embed(photos), **CLOSE)
+    assert_close(rows, extractor.embed(photos))
     assert answer.model == "robustfeat"
 
 
@@ -120,7 +118,7 @@ def test_tritonclient_gets_the_vectors_of_images(
     given.set_data_from_numpy(np.array(encoded, object), binary_data=binary_in)
     wanted = triton.InferRequestedOutput("features", binary_data=binary_out)
     answer = tritons.infer("robustfeat", [given], outputs=[wanted], request_id="mine")
-    np.testing.assert_allclose(answer.as_numpy("features"), extractor.embed(photos), **CLOSE)
+    assert_close(answer.as_numpy("features"), extractor.embed(photos))
     response = answer.get_response()
     assert (response["id"], response["model_name"]) == ("mine", "robustfeat")
     assert response["parameters"]["precision"] == "fp32"
@@ -135,7 +133,7 @@ def test_tritonclient_gets_the_vectors_of_prepared_tensors(
     given = triton.InferInput("pixel_values", list(values.shape), "FP32")
     given.set_data_from_numpy(values, binary_data=binary)
     found = tritons.infer("robustfeat", [given]).as_numpy("features")
-    np.testing.assert_allclose(found, extractor.embed(photos), **CLOSE)
+    assert_close(found, extractor.embed(photos))
 
 
 def infer(server: Server, given: dict[str, Any], rest: bytes = b"", **more: Any) -> Answer:

@@ -325,7 +325,7 @@ def test_globs_of_archives_give_their_images(tmp_path: Path, archive: Path) -> N
 
 def test_a_glob_in_quotes_is_read_by_the_command(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b/c.jpg")
-    command = [sys.executable, "-m", "robustfeat", "embed", f"{tmp_path}/**/*.jpg", "--out", tmp_path / "x.npy"]
+    command = [sys.executable, "-m", "robustfeat", "embed", f"{tmp_path}/**/*.jpg", "--out", f"{tmp_path}/x.npy"]
     result = subprocess.run([*command, "--quiet"], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 3, result.stderr  # neither is an image
     index = [json.loads(line) for line in (tmp_path / "x.index.jsonl").read_text().splitlines()]

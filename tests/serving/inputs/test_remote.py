@@ -91,7 +91,8 @@ class Storage:
                 self.put(bucket, f"{prefix}/{file.relative_to(root).as_posix()}", file.read_bytes())
 
     def get(self, bucket: str, key: str) -> bytes:
-        return self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        data: bytes = self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        return data
 
     def keys(self, bucket: str) -> list[str]:
         return [entry["Key"] for entry in self.client.list_objects_v2(Bucket=bucket).get("Contents", [])]
@@ -203,7 +204,16 @@ def assert_same_rows(out: Path, expected: Path) -> None:
 
 
 def is_get_of(environ: dict[str, Any], ending: str) -> bool:
-    return environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith(ending)
+    method, path = str(environ["REQUEST_METHOD"]), str(environ["PATH_INFO"])
+    return method == "GET" and path.endswith(ending)
+
+
+def always(fault: str) -> Fault:
+    return lambda _: fault
+
+
+def refused_listing(prefix: str, code: str) -> Fault:
+    return lambda environ: code if f"prefix={prefix}" in unquote(environ["QUERY_STRING"]) else None
 
 
 # Inputs
@@ -398,7 +408,7 @@ def test_storage_out_of_reach_is_one_line_and_the_run_can_be_repeated(
 def test_a_folder_that_storage_refuses_to_list_is_never_left_out(s3: Storage, bucket: str, photos: Path) -> None:
     s3.put_folder(bucket, "photos", photos)
     for code in ("AccessDenied", "InternalError"):
-        s3.fault = lambda environ, code=code: code if "prefix=photos/a/b/" in unquote(environ["QUERY_STRING"]) else None
+        s3.fault = refused_listing("photos/a/b/", code)
         for pattern in ("", "/**/*.jpg", "/a"):
             with pytest.raises(InputError, match=f"cannot be listed .*{code} was asked for"):
                 list_inputs([f"s3://{bucket}/photos{pattern}"])
@@ -434,7 +444,7 @@ def test_a_parquet_file_that_cannot_be_read_on_stops_the_run(s3: Storage, bucket
     with list_inputs([url]) as found:
         (image,) = found
     for fault in ("InternalError", "NoSuchKey"):
-        s3.fault = lambda _, fault=fault: fault
+        s3.fault = always(fault)
         with pytest.raises(InputError, match=f"{url}: cannot be read") as caught:
             ParquetImages(image.file, image.detail).read(image.at)
         assert "\n" not in str(caught.value)
@@ -506,10 +516,11 @@ def test_outputs_on_s3_have_the_bytes_of_local_ones_also_when_appended_to(
         for name in names:
             there, here = s3.get(bucket, name), (tmp_path / name.removeprefix("out/")).read_bytes()
             if name.endswith(".json"):
-                there, here = ({**json.loads(text), "timing": None} for text in (there, here))
-            assert there == here
+                assert {**json.loads(there), "timing": None} == {**json.loads(here), "timing": None}
+            else:
+                assert there == here
 
-    first = [photos / "a", photos / "b.jpg"]
+    first: list[str | Path] = [photos / "a", photos / "b.jpg"]
     for out in (tmp_path / f"feats{suffix}", f"s3://{bucket}/out/feats{suffix}"):
         embed(extractor, first, out, shard_rows=4)
     check()

@@ -14,8 +14,8 @@ from robustfeat.errors import DataError, InputError
 from robustfeat.serving.inputs.tar import TarMember, TarReader, open_tar
 
 
-def read(place: Path, **options: bool) -> list[TarMember]:
-    with open_tar(str(place), **options) as archive:
+def read(place: Path, *, complete: bool = False) -> list[TarMember]:
+    with open_tar(str(place), complete=complete) as archive:
         return list(archive.members())
 
 

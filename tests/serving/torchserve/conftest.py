@@ -35,7 +35,7 @@ class TorchServer(Server):
 
     def __init__(self, store: Path, *options: object, **environment: str) -> None:
         self.store = store
-        super().__init__(*options, "--out", store, "--port", free_ports(5), "--run", **environment)
+        super().__init__(*options, "--out", store, "--port", free_ports(5), "--run", group=False, **environment)
 
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
         return super().ask(method, path, body, {"authorization": f"Bearer {self.key('inference')}", **(headers or {})})

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.data.batches import EpochPlan, EvaluationBatches, TrainingBatches, load_batches
+from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import are_class_folders, open_training_data
 from robustfeat.training.loop.trainer import train as train_run
 from robustfeat.training.recipe import Recipe
@@ -26,7 +28,14 @@ def jpeg(value: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_parquet(file: Path, values: list[int], labels: list[object], names: list[str] | None = None) -> None:
+def value_of(data: ImageSet, row: int) -> int:
+    """What `jpeg` was given for this row's image."""
+    pixel = data.image(row).getpixel((0, 0))
+    assert isinstance(pixel, tuple)
+    return pixel[0]
+
+
+def write_parquet(file: Path, values: list[int], labels: Sequence[object], names: list[str] | None = None) -> None:
     images = pa.array([{"bytes": jpeg(value), "path": None} for value in values])
     table = pa.table({"image": images, "label": labels})
     if names:
@@ -47,7 +56,7 @@ def test_parquet_rows_keep_their_order_across_files(parquet: Path) -> None:
     train, validation = open_training_data(parquet)
     assert train.classes == ("cat", "dog")
     assert train.labels.tolist() == [0, 1, 0, 1, 1]
-    assert [train.image(row).getpixel((0, 0))[0] for row in range(5)] == [0, 10, 20, 30, 40]
+    assert [value_of(train, row) for row in range(5)] == [0, 10, 20, 30, 40]
     assert validation.labels.tolist() == [1]
     assert train.source.name(3) == "train-00001-of-00002.parquet row 0"
 
@@ -96,7 +105,7 @@ def test_a_label_outside_the_names_is_named(tmp_path: Path, label: int, message:
 
 
 @pytest.mark.parametrize("labels", [[0.0, float("nan")], ["cat", ""], [[0], [1]], [b"cat", b"dog"]])
-def test_what_names_no_class_is_no_label(tmp_path: Path, labels: list) -> None:
+def test_what_names_no_class_is_no_label(tmp_path: Path, labels: list[object]) -> None:
     pq.write_table(pa.table({"image": [jpeg(0), jpeg(1)], "label": labels}), tmp_path / "train-0.parquet")
     with pytest.raises(DataError, match=r"train-0\.parquet row [01] has no label"):
         open_training_data(tmp_path)
@@ -129,7 +138,7 @@ def test_what_is_left_out_is_remarked(dataset: Path, tmp_path: Path) -> None:
         ({"image": [], "label": []}, "holds no rows"),
     ],
 )
-def test_bad_parquet_is_explained(tmp_path: Path, columns: dict, message: str) -> None:
+def test_bad_parquet_is_explained(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
     with pytest.raises(DataError, match=message):
         open_training_data(tmp_path)
@@ -190,8 +199,8 @@ def test_without_validation_a_seeded_share_is_held_out(tmp_path: Path) -> None:
     assert (len(train), len(validation)) == (90, 10)
     assert again[1].fingerprint == validation.fingerprint
 
-    def values(data) -> set[int]:
-        return {data.image(row).getpixel((0, 0))[0] for row in range(len(data))}
+    def values(data: ImageSet) -> set[int]:
+        return {value_of(data, row) for row in range(len(data))}
 
     assert values(train) | values(validation) == set(range(100))
     assert open_training_data(tmp_path, val_fraction=0.1, seed=4)[1].fingerprint != validation.fingerprint

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +143,7 @@ def test_a_file_that_a_kill_left_half_filled_is_filled_up(
 
     blocks = cache_module._decode
 
-    def one_block(*arguments):
+    def one_block(*arguments: Any) -> Iterator[Any]:
         yield from islice(blocks(*arguments), 1)
         raise KilledError
 
@@ -151,7 +153,12 @@ def test_a_file_that_a_kill_left_half_filled_is_filled_up(
     state = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert state["done"] == 16
     asked = []
-    monkeypatch.setattr(cache_module, "_decode", lambda *arguments: asked.append(arguments[3]) or blocks(*arguments))
+
+    def recorded(*arguments: Any) -> Iterator[Any]:
+        asked.append(arguments[3])
+        return blocks(*arguments)
+
+    monkeypatch.setattr(cache_module, "_decode", recorded)
     cached = build_cache(train, 40, str(tmp_path), device=CPU, quiet=True)
     assert asked == [16]
     assert torch.equal(cached.squares, whole.squares)
@@ -224,7 +231,7 @@ def test_too_little_room_is_said_before_anything_is_decoded(
     train: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     monkeypatch.setattr(cache_module, "available_memory", lambda: 100_000)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9**9, 9**9, 100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9**9, 9**9, 100_000))
     monkeypatch.setattr(cache_module, "_decode", lambda *arguments: pytest.fail("decoded"))
     folder = str(tmp_path / "cache")
     with pytest.raises(

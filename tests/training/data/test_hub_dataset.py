@@ -54,7 +54,8 @@ def parquet_bytes(values: list[int], *, group: int = 2, names: tuple[str, str] =
     features = {"info": {"features": {names[1]: {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     table = pa.table({names[0]: images, names[1]: [value % 2 for value in values]})
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), sink, row_group_size=group)
-    return sink.getvalue().to_pybytes()
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 FILES = {
@@ -262,7 +263,7 @@ class _After(Fault):
         super().__init__("", 403, times=1000)
 
     @property
-    def path(self) -> str:  # type: ignore[override]
+    def path(self) -> str:
         return "train-0" if sum("train-0" in line for line in self._hub.requests) > self._count else "nothing"
 
     @path.setter

@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,7 +140,9 @@ def test_tiny_imagenet(tmp_path: Path, example_files: list[Path]) -> None:
         ({"y": [1, 2, 3, np.nan]}, "labels must be whole numbers from 0 to 10; got nan"),
     ],
 )
-def test_svhn_of_other_numbers_is_refused(tmp_path: Path, pixels: np.ndarray, change: dict, message: str) -> None:
+def test_svhn_of_other_numbers_is_refused(
+    tmp_path: Path, pixels: np.ndarray, change: dict[str, Any], message: str
+) -> None:
     whole = {"X": pixels[:4].transpose(1, 2, 3, 0), "y": np.array([[1], [2], [3], [10]])}
     savemat(tmp_path / "test_32x32.mat", whole)
     if "X" in change:

@@ -17,7 +17,7 @@ from robustfeat.training.data.batches import EpochPlan, TrainingBatches, load_ba
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.data.row_groups import LocalParquet, RowGroups
-from tests.training.data.test_batches import jpeg
+from tests.training.data.test_batches import jpeg, value_of
 
 ROWS, GROUP, GROUPS = 1200, 4, 300
 IMAGES = [jpeg(value) for value in range(256)]
@@ -61,7 +61,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def values(data: ImageSet, rows: list[int]) -> list[int]:
-    return [data.image(row).getpixel((0, 0))[0] for row in rows]
+    return [value_of(data, row) for row in rows]
 
 
 def test_large_files_give_what_small_ones_give(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +76,7 @@ def test_large_files_give_what_small_ones_give(root: Path, monkeypatch: pytest.M
         rows = np.random.default_rng(0).integers(0, len(a), 40).tolist()
         assert [a.source.read(row) for row in rows] == [b.source.read(row) for row in rows]
         assert [a.source.name(row) for row in rows] == [b.source.name(row) for row in rows]
+    assert large[0].blocks is not None
     assert large[0].blocks.tolist() == list(range(0, ROWS + 1, GROUP))
 
 
@@ -109,9 +110,10 @@ def test_workers_read_row_groups_of_their_own(root: Path, opened: Path) -> None:
 @pytest.mark.usefixtures("large")
 def test_what_is_held_is_let_go(root: Path) -> None:
     """Also where rows were held out, so that no row group is ever read to its end."""
-    (train, _), source = open_training_data(root), None
+    train, _ = open_training_data(root)
     for data in (train, train.subset(np.delete(np.arange(ROWS), np.arange(0, ROWS, 17)))):
         source = data.source
+        assert isinstance(source, RowGroups)
         batches = TrainingBatches(data, 16, EpochPlan(data, 20, seed=1, epoch=0))
         most = 0
         for step in range(len(batches)):
@@ -130,6 +132,7 @@ def test_rows_in_any_order_are_right_though_slow(root: Path, opened: Path) -> No
     assert values(reverse, [0, 1, 1199]) == [1199 % 256, 1198 % 256, 0]
     train.source.read(5)
     before = len(opened.read_text().splitlines())
+    assert isinstance(train.source, RowGroups)
     train.source._capacity = 1
     for row in (0, 100, 0, 100):
         assert values(train, [row]) == [row]
@@ -142,6 +145,7 @@ def test_held_out_rows_keep_blocks(tmp_path: Path) -> None:
     train, validation = open_training_data(tmp_path, val_fraction=0.1)
     assert (len(train), len(validation)) == (180, 20)
     for data in (train, validation):
+        assert data.blocks is not None
         assert data.blocks[-1] == len(data)
         assert values(data, list(range(len(data)))) == data.labels.tolist()
         for start, stop in zip(data.blocks, data.blocks[1:], strict=False):
@@ -154,6 +158,7 @@ def test_empty_row_groups_and_files(tmp_path: Path) -> None:
     write(tmp_path / "train-1.parquet", [1, 2, 3])
     write(tmp_path / "test-0.parquet", [1])
     train, _ = open_training_data(tmp_path)
+    assert train.blocks is not None
     assert train.blocks.tolist() == [0, 3]
     assert train.source.name(2) == "train-1.parquet row 2"
 

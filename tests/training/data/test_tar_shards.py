@@ -15,8 +15,10 @@ import pytest
 
 from robustfeat.errors import DataError
 from robustfeat.training.data.batches import EpochPlan, TrainingBatches, load_batches
+from robustfeat.training.data.image_set import _Subset
 from robustfeat.training.data.opening import open_training_data
-from tests.training.data.test_batches import jpeg
+from robustfeat.training.data.tar_shards import _Members
+from tests.training.data.test_batches import jpeg, value_of
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -35,10 +37,6 @@ def samples(values: Iterable[int], labels: Iterable[object]) -> Members:
         yield f"{value:06}.cls", str(label).encode()
 
 
-def value(data, row: int) -> int:
-    return data.image(row).getpixel((0, 0))[0]
-
-
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     pack(tmp_path / "train-0000.tar", samples([0, 10, 20], [2, 10, 2]))
@@ -51,8 +49,8 @@ def test_samples_keep_their_order_across_shards(shards: Path) -> None:
     train, validation = open_training_data(shards)
     assert train.classes == ("0", "2", "10")  # by number
     assert train.labels.tolist() == [1, 2, 1, 0, 2]
-    assert [value(train, row) for row in range(5)] == [0, 10, 20, 30, 40]
-    assert (validation.labels.tolist(), value(validation, 0)) == ([2], 50)
+    assert [value_of(train, row) for row in range(5)] == [0, 10, 20, 30, 40]
+    assert (validation.labels.tolist(), value_of(validation, 0)) == ([2], 50)
     assert train.source.name(3) == "train-0001.tar/000030.png"
     assert train.blocks is None
 
@@ -64,7 +62,13 @@ def test_parts_limits_the_shards(shards: Path) -> None:
 def test_a_share_is_held_out_without_validation(shards: Path) -> None:
     (shards / "val-0000.tar").unlink()
     train, validation = open_training_data(shards, val_fraction=0.2)
-    assert sorted(value(data, row) for data in (train, validation) for row in range(len(data))) == [0, 10, 20, 30, 40]
+    assert sorted(value_of(data, row) for data in (train, validation) for row in range(len(data))) == [
+        0,
+        10,
+        20,
+        30,
+        40,
+    ]
 
 
 def test_workers_read_what_one_process_reads(shards: Path) -> None:
@@ -123,7 +127,7 @@ def test_names_of_any_length_in_every_format(tmp_path: Path, kind: int) -> None:
     pack(tmp_path / "train-0.tar", members[2:], kind)
     pack(tmp_path / "val-0.tar", members[-2:], kind)
     train, _ = open_training_data(tmp_path)
-    assert [value(train, row) for row in range(len(train))] == [*range(1, len(folders)), 77]
+    assert [value_of(train, row) for row in range(len(train))] == [*range(1, len(folders)), 77]
     with tarfile.open(tmp_path / "train-0.tar") as archive:
         names = [member.name.removeprefix("./") for member in archive if member.name.endswith(".png")]
     assert [train.source.name(row) for row in range(len(train))] == [f"train-0.tar/{name}" for name in names]
@@ -137,7 +141,7 @@ def test_what_gnu_tar_packs_is_read(tmp_path: Path) -> None:
     for name in ("train-0.tar", "val-0.tar"):
         subprocess.run(["tar", "cf", tmp_path / name, "-C", tmp_path / "in", "."], check=True)
     train, _ = open_training_data(tmp_path)
-    values = [value(train, row) for row in range(30)]
+    values = [value_of(train, row) for row in range(30)]
     assert sorted(values) == list(range(30))
     assert train.labels.tolist() == [number % 3 for number in values]
 
@@ -246,7 +250,9 @@ def test_a_shard_that_shrank_since_is_an_undecodable_image(shards: Path) -> None
 def test_many_samples_take_little_memory(tmp_path: Path) -> None:
     pack(tmp_path / "train-0.tar", [(f"{n}{s}", b"1") for n in range(20_000) for s in (".png", ".cls")])
     train, _ = open_training_data(tmp_path)
+    assert isinstance(train.source, _Subset)
     source = train.source._source
+    assert isinstance(source, _Members)
     held = sum(part.nbytes for part in (source._offsets, source._sizes, source._ends)) + len(source._names)
     assert len(source._offsets) == 20_000
     assert held < 20_000 * 40

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, _drift, classify_corrupted, corrupt
 from robustfeat.training.evaluation.probes import libsvm, svm
 from robustfeat.training.evaluation.report import evaluate_task
-from robustfeat.training.evaluation.subject import open_network, open_subject
+from robustfeat.training.evaluation.subject import NetworkSubject, open_network, open_subject
 from robustfeat.training.evaluation.tasks import TaskFeatures, embed_task, open_task, parse_task
 from tests.conftest import Run
 
@@ -222,11 +223,13 @@ def test_what_cannot_be_written_or_done_is_said_first(
         evaluate_command([f"{network}:broken", "--task", f"clothes={dataset}", *options], standalone_mode=False)
 
 
-def test_features_are_computed_once(model: Path, dataset: Path, tmp_path: Path, monkeypatch) -> None:
+def test_features_are_computed_once(
+    model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject, task, cache = open_subject(str(model)), open_task("clothes", str(dataset)), tmp_path / "features.db"
     first = embed_task(subject, task, cache=cache)
 
-    def computed_again(squares):
+    def computed_again(squares: np.ndarray) -> NoReturn:
         raise AssertionError("features were computed again")
 
     monkeypatch.setattr(subject, "embed_prepared", computed_again)
@@ -239,9 +242,10 @@ def test_features_are_computed_once(model: Path, dataset: Path, tmp_path: Path, 
 
 def test_two_networks_of_the_same_shape_have_other_identities(dataset: Path, finished_run: Path) -> None:
     subject = open_subject(str(finished_run))
+    assert isinstance(subject, NetworkSubject)
     with torch.no_grad():
-        subject.network.conv1.weight[0, 0, 0, 0] += 1e-3
-    changed = type(subject)(subject.network, subject.contract, subject.name, torch.device("cpu"))
+        subject.network.get_parameter("conv1.weight")[0, 0, 0, 0] += 1e-3
+    changed = NetworkSubject(subject.network, subject.contract, subject.name, torch.device("cpu"))
     assert changed.identity != subject.identity
 
 
@@ -271,6 +275,7 @@ def test_corruptions_cost_accuracy_and_move_features(dataset: Path) -> None:
     task = open_task("clothes", str(dataset))
     task = type(task)(task.name, task.train, task.train)
     head = svm(embed_task(subject, task)).head
+    assert head is not None
     found = classify_corrupted(subject, head, task.test, names=("noise", "jpeg"), severities=(1, 5))
     scores = found.to_dict()
     assert scores["clean"] > 0.9
@@ -335,14 +340,15 @@ def test_corruptions_and_libsvm_have_columns(dataset: Path, tmp_path: Path, caps
     out = tmp_path / "r.json"
     arguments = ["builtin", "--task", f"clothes={dataset}", "--corruptions", "--libsvm", "--no-few-shot", "--quiet"]
     assert evaluate_command([*arguments, "--out", str(out)], standalone_mode=False) == 0
-    head, _, row = capsys.readouterr().out.splitlines()
-    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (head, row)), strict=True))
+    heading, _, row = capsys.readouterr().out.splitlines()
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (heading, row)), strict=True))
     (result,) = json.loads(out.read_text())
     assert cells["LIBSVM / LinearSVC"] == " / ".join(
         f"{100 * result['libsvm'][name]['accuracy']:.2f}" for name in ("LIBSVM", "LinearSVC")
     )
     subject, task = open_subject("builtin"), open_task("clothes", str(dataset))
     head = svm(embed_task(subject, task)).head
+    assert head is not None
     found = classify_corrupted(subject, head, task.test)
     assert found.to_dict() == result["corruptions"]
     assert found.right.shape == (30, 10)
@@ -395,7 +401,7 @@ def test_an_image_that_cannot_be_read_is_named(model: Path, dataset: Path, tmp_p
     with pytest.raises(DecodeError, match=rf"{bad.name}: .*repair or remove it"):
         embed_task(subject, task)
     with pytest.raises(DecodeError, match=rf"{bad.name}: .*repair or remove it"):
-        classify_corrupted(subject, None, task.train)  # a head is not come to
+        classify_corrupted(subject, None, task.train)  # type: ignore[arg-type] # no image gets as far as a head
     bad.unlink()
     with pytest.raises(DecodeError, match=rf"{bad.name}: .*repair or remove it"):
         embed_task(subject, task)

@@ -1,6 +1,7 @@
 """Scores of frozen features: against scripts of plain scikit-learn and SciPy, and blind to test labels."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def digits() -> TaskFeatures:
 def test_the_svm_is_that_of_a_script_of_scikit_learn(digits: TaskFeatures) -> None:
     x, y = digits.x.astype(np.float64), digits.y
     fit, held = train_test_split(np.arange(len(y)), test_size=0.1, stratify=y, random_state=0)
-    best = (-1.0, None)
+    best: tuple[float, Any] = (-1.0, None)
     for scaler in (FunctionTransformer(), Normalizer(), StandardScaler()):
         for c in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
             pipeline = make_pipeline(scaler, LinearSVC(C=c, dual=False))

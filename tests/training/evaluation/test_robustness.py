@@ -1,6 +1,7 @@
 """Accuracy on moved images and by concept, and fine-tuning: each against a loop of its own."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,13 @@ def contract() -> Preprocessing:
 
 def logits(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return network(x)
+        scores: torch.Tensor = network(x)
+    return scores
 
 
-def test_accuracy_by_step_is_that_of_a_plain_loop(images: ImageSet, network: nn.Module, contract) -> None:
+def test_accuracy_by_step_is_that_of_a_plain_loop(
+    images: ImageSet, network: nn.Module, contract: Preprocessing
+) -> None:
     """Image by image, with the gradient of autograd; 32 px, so a step of 7 at 224 px has length 1.
 
     The labels are what the network takes the images for, so that it is right until they are moved.
@@ -55,6 +59,7 @@ def test_accuracy_by_step_is_that_of_a_plain_loop(images: ImageSet, network: nn.
         label = torch.tensor([int(images.labels[row])])
         x = torch.from_numpy(preprocess([images.image(row)], contract)).requires_grad_()
         functional.cross_entropy(network(x), label).backward()
+        assert x.grad is not None
         moved = x + x.grad / x.grad.norm()
         right += [int(logits(network, seen).argmax()) == int(label) for seen in (x, moved)]
     network.zero_grad()
@@ -63,7 +68,7 @@ def test_accuracy_by_step_is_that_of_a_plain_loop(images: ImageSet, network: nn.
     assert shares[1] < shares[0] == 1
 
 
-def test_hits_by_class_are_those_of_a_plain_loop(images: ImageSet, network: nn.Module, contract) -> None:
+def test_hits_by_class_are_those_of_a_plain_loop(images: ImageSet, network: nn.Module, contract: Preprocessing) -> None:
     x = torch.from_numpy(preprocess([images.image(row) for row in range(len(images))], contract))
     taken_for = logits(network, x).argmax(1).numpy()
     images = dataclasses.replace(images, labels=np.where(np.arange(len(images)) % 3, taken_for, images.labels))
@@ -74,16 +79,16 @@ def test_hits_by_class_are_those_of_a_plain_loop(images: ImageSet, network: nn.M
 
 
 def test_fine_tuning_learns_repeats_and_leaves_the_network_alone(
-    images: ImageSet, network: nn.Module, contract
+    images: ImageSet, network: nn.Module, contract: Preprocessing
 ) -> None:
     task = Task("clothes", images, images)  # what it was trained on: whether it learns, not how it generalises
     features = open_network("builtin").network
     before = {name: value.clone() for name, value in features.state_dict().items()}
-    settings = {"epochs": 4, "milestone": 3, "batch_size": 10, "lr": 0.05, "min_crop_area": 1.0}
-    errors = finetune(features, 512, contract, task, **settings)
+    run = functools.partial(finetune, epochs=4, milestone=3, batch_size=10, lr=0.05, min_crop_area=1.0)
+    errors = run(features, 512, contract, task)
     assert len(errors) == 4
     assert errors[-1] < 0.6  # 0.9 by chance
-    assert errors == finetune(features, 512, contract, task, **settings)
+    assert errors == run(features, 512, contract, task)
     for name, value in features.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -93,24 +98,23 @@ def pooled() -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten())
 
 
-def test_fine_tuning_is_scored_by_test_images(images: ImageSet, contract) -> None:
+def test_fine_tuning_is_scored_by_test_images(images: ImageSet, contract: Preprocessing) -> None:
     """They are the training images with other classes' labels: what was learned is wrong there."""
     task = Task("clothes", images, dataclasses.replace(images, labels=(images.labels + 1) % 10))
     errors = finetune(pooled(), 192, contract, task, epochs=20, batch_size=10, lr=0.05, min_crop_area=1.0)
     assert errors[-1] > 0.9
 
 
-def test_fine_tuning_lowers_its_rate_to_a_tenth(images: ImageSet, contract) -> None:
-    task, settings = Task("clothes", images, images), {"epochs": 6, "batch_size": 10, "min_crop_area": 1.0}
-    at_once, never, later = (
-        finetune(pooled(), 192, contract, task, lr=0.05, milestone=epoch, **settings) for epoch in (0, 6, 4)
-    )
-    assert at_once == finetune(pooled(), 192, contract, task, lr=0.005, milestone=6, **settings)
+def test_fine_tuning_lowers_its_rate_to_a_tenth(images: ImageSet, contract: Preprocessing) -> None:
+    task = Task("clothes", images, images)
+    run = functools.partial(finetune, epochs=6, batch_size=10, min_crop_area=1.0)
+    at_once, never, later = (run(pooled(), 192, contract, task, lr=0.05, milestone=epoch) for epoch in (0, 6, 4))
+    assert at_once == run(pooled(), 192, contract, task, lr=0.005, milestone=6)
     assert at_once != never
     assert later[:4] == never[:4]
 
 
-def test_fine_tuning_says_what_it_cannot_do(images: ImageSet, contract) -> None:
+def test_fine_tuning_says_what_it_cannot_do(images: ImageSet, contract: Preprocessing) -> None:
     task = Task("clothes", images, images)
     features = open_network("builtin").network
     with pytest.raises(InputError, match="30 training images, fewer than one batch of 128"):

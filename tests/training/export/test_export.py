@@ -10,6 +10,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 
 import robustfeat.training.export.folder as export_module
 from robustfeat import FeatureExtractor
@@ -18,6 +20,7 @@ from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import decode, preprocess
 from robustfeat.serving.extractor import cosine
+from robustfeat.serving.verify import MIN_COSINE
 from robustfeat.training.export.backbones import import_backbone
 from robustfeat.training.export.compact import expand_folder
 from robustfeat.training.export.runs import export_run
@@ -29,11 +32,12 @@ from tests.conftest import Run
 def timm_features(folder: Path, files: list[Path]) -> np.ndarray:
     """timm alone: its own loading and its own preprocessing."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    transform = create_transform(**resolve_model_data_config(model))
     from PIL import Image
 
     with torch.no_grad():
-        return model(torch.stack([transform(Image.open(file).convert("RGB")) for file in files])).numpy()
+        features: torch.Tensor = model(torch.stack([transform(Image.open(file).convert("RGB")) for file in files]))
+    return features.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +182,7 @@ def test_int8_is_calibrated_on_the_runs_images(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bound is lowered: a network after ten steps is no judge of int8's exactness."""
-    monkeypatch.setitem(export_module.MIN_COSINE, "int8", 0.5)
+    monkeypatch.setitem(MIN_COSINE, "int8", 0.5)
     report = export_run(finished_run, tmp_path / "model")
     assert report.folder.precisions == ["fp32", "int8"]
     assert 0.5 <= report.cosines["int8"] < 1
@@ -189,7 +193,7 @@ def test_an_export_that_disagrees_leaves_nothing(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     honest = export_module._torch_features
-    monkeypatch.setitem(export_module.MIN_COSINE, "int8", 1.1)
+    monkeypatch.setitem(MIN_COSINE, "int8", 1.1)
     if precision == "fp32":
         monkeypatch.setattr(export_module, "_torch_features", lambda *given: -honest(*given))
     with pytest.raises(ExportError, match=f"{precision} ONNX disagrees with PyTorch"):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def recipe(dataset: Path, **changes: object) -> Recipe:
     return Recipe(**values)  # type: ignore[arg-type]
 
 
-def metrics(run: Path) -> list[dict]:
+def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -394,7 +395,9 @@ def test_a_run_shows_what_it_did(finished_run: Path, dataset: Path) -> None:
     assert [event.value for event in board.Scalars("q/upper")] == pytest.approx([line["q"][1] for line in steps])
     with Image.open(finished_run / "curves.png") as image:
         assert image.size[0] > 1000
-        assert len(image.convert("RGB").getcolors(2**20)) > 50  # not blank
+        colours = image.convert("RGB").getcolors(2**20)
+    assert colours is not None
+    assert len(colours) > 50  # not blank
     assert load_recipe(str(finished_run / "recipe.toml")).to_dict() == load_checkpoint(finished_run).recipe
 
 

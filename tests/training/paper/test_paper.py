@@ -250,7 +250,9 @@ def test_selection_sees_no_test_image(benchmark: Path, target: Path, tmp_path: P
     assert len(tried) == 12
     sums: dict[tuple[str, float], float] = {}
     for method, value, place in tried:
-        sums[method, value] = sums.get((method, value), 0.0) + measures.held_out(method, value, place)
+        share = measures.held_out(method, value, place)
+        assert share is not None
+        sums[method, value] = sums.get((method, value), 0.0) + share
     tau, lam = measures.chosen
     assert sums["el", tau] == max(sums["el", value] for value in study.scale.taus)
     assert sums["cl", lam] == max(sums["cl", value] for value in study.scale.lams)

@@ -3,6 +3,7 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_packed_answers_come_back(count: int) -> None:
     np.testing.assert_array_equal(unpack(pack(right)), right)
 
 
-def test_a_cell_is_computed_once_for_the_same_inputs(tmp_path) -> None:
+def test_a_cell_is_computed_once_for_the_same_inputs(tmp_path: Path) -> None:
     calls = []
 
     def compute() -> dict[str, float]:
@@ -93,7 +94,7 @@ def test_a_cell_is_computed_once_for_the_same_inputs(tmp_path) -> None:
         assert len(calls) == count
 
 
-def test_a_cell_is_kept_when_recipes_get_new_keys(tmp_path) -> None:
+def test_a_cell_is_kept_when_recipes_get_new_keys(tmp_path: Path) -> None:
     cells = Cells(tmp_path / "cells", Locks(tmp_path / "locks", print))
     recipe = Recipe(method="erm", seed=3).to_dict()
     cells.get("svm", "a", {"recipe": recipe}, lambda: {"accuracy": 0.5})
@@ -107,7 +108,7 @@ def test_a_cell_is_kept_when_recipes_get_new_keys(tmp_path) -> None:
             cells.get("svm", "a", {"recipe": changed}, dict)
 
 
-def test_what_another_process_does_is_left_to_it_or_waited_for(tmp_path) -> None:
+def test_what_another_process_does_is_left_to_it_or_waited_for(tmp_path: Path) -> None:
     said: list[str] = []
     ours, other = Locks(tmp_path, said.append), Locks(tmp_path, said.append)
     other.wait = False
