@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.command_server import CommandServer
 from tests.hub_server import FakeHub, serve_hub
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +44,34 @@ FEATURES_META = {
 
 WriteFeatures = Callable[..., Path]
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Completed = subprocess.CompletedProcess[str]
+Run = Callable[..., Completed]
+
+
+Build = Callable[[Path], object]
+Share = Callable[[str, Build], Path]
+
+
+@pytest.fixture(scope="session")
+def share(tmp_path_factory: pytest.TempPathFactory) -> Share:
+    """`share(name, build)` gives a path that `build` fills, once for all workers of a run."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    return partial(build_once, root / "shared")
+
+
+def build_once(root: Path, name: str, build: Build) -> Path:
+    """`root`/`name`, which exists from now on: `build` makes it, unless another process has done so."""
+    target, done = root / name, root / f".{name}.done"
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(target, ignore_errors=True)
+            build(target)
+            done.touch()
+    return target
 
 
 @pytest.fixture(scope="session")
@@ -55,20 +85,32 @@ def example_files() -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def robustfeat() -> Run:
-    """Runs the command line in a process of its own."""
+def robustfeat() -> Iterator[Run]:
+    """Runs the command line in a process of its own, which cannot write more than `file_bytes` to a file.
 
-    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "robustfeat", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, **options)
+    The process is a fork of one that has imported torch, where its environment allows that.
+    """
+    server = CommandServer(ROOT)
 
-    return run
+    def run(*arguments: object, env: Mapping[str, str] | None = None, file_bytes: int | None = None) -> Completed:
+        texts = list(map(str, arguments))
+        if server.serves(env):
+            return server.run(texts, env, file_bytes=file_bytes)
+        assert file_bytes is None
+        command = [sys.executable, "-m", "robustfeat", *texts]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=env)
+
+    yield run
+    server.close()
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(share: Share) -> Path:
     """train/ (3 photographs a class) and val/ (1), 10 classes, 40 px, with concepts.csv beside them."""
-    root = tmp_path_factory.mktemp("dataset")
+    return share("dataset", write_dataset)
+
+
+def write_dataset(root: Path) -> None:
     lines = ["class,concept"]
     for number, folder in enumerate(sorted(EXAMPLES.iterdir())):
         lines.append(f"{folder.name},{'upper' if number % 3 else 'other'}")
@@ -78,7 +120,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with Image.open(file) as image:
                 image.resize((40, 40)).save(target)
     (root / "concepts.csv").write_text("\n".join(lines) + "\n")
-    return root
 
 
 def train_arguments(dataset: Path, out: Path, **options: object) -> list[str]:
@@ -99,32 +140,32 @@ def train_arguments(dataset: Path, out: Path, **options: object) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory, robustfeat: Run) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    result = robustfeat(*train_arguments(dataset, out))
-    assert result.returncode == 0, result.stderr
-    return out
+def finished_run(dataset: Path, share: Share, robustfeat: Run) -> Path:
+    def build(out: Path) -> None:
+        result = robustfeat(*train_arguments(dataset, out))
+        assert result.returncode == 0, result.stderr
+
+    return share("finished", build)
 
 
 @pytest.fixture(scope="session")
-def model(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(finished_run: Path, share: Share, robustfeat: Run) -> Path:
     """A freshly trained network, exported (fp32)."""
-    from robustfeat.training.export.runs import export_run
 
-    out = tmp_path_factory.mktemp("models") / "trained"
-    export_run(finished_run, out, int8=False)
-    return out
+    def build(out: Path) -> None:
+        result = robustfeat("export", finished_run, "--out", out, "--no-int8")
+        assert result.returncode == 0, result.stderr
+
+    return share("trained", build)
 
 
 @pytest.fixture(scope="session")
-def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_file(share: Share) -> Path:
     """The built-in model with its ONNX as one file, as it is pushed."""
     from robustfeat.hub.catalog import builtin_model
     from robustfeat.training.export.compact import expand_folder
 
-    out = tmp_path_factory.mktemp("one-file") / "model"
-    expand_folder(builtin_model(), out)
-    return out
+    return share("one-file", lambda out: expand_folder(builtin_model(), out))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from pathlib import Path
 
@@ -144,10 +143,6 @@ def test_wrong_usage_exits_with_2(robustfeat: Run, arguments: list[str]) -> None
     assert "Traceback" not in result.stderr
 
 
-def limit_file_size() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
 def test_a_full_disk_gives_one_line_and_keeps_the_old_file(
     robustfeat: Run, model: Path, examples: Path, tmp_path: Path
 ) -> None:
@@ -156,7 +151,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_old_file(
     out.parent.mkdir()
     out.write_bytes(b"old")
     arguments = ["embed", examples, examples, examples, "--out", out, "--model", model, "--quiet"]
-    result = robustfeat(*arguments, preexec_fn=limit_file_size)
+    result = robustfeat(*arguments, file_bytes=100_000)
     assert result.returncode == 1
     assert "cannot be written" in only_line(result.stderr)
     assert out.read_bytes() == b"old"
@@ -164,14 +159,14 @@ def test_a_full_disk_gives_one_line_and_keeps_the_old_file(
 
 
 def test_a_full_disk_during_training_gives_one_line(robustfeat: Run, dataset: Path, tmp_path: Path) -> None:
-    result = robustfeat(*train_arguments(dataset, tmp_path / "run"), "--quiet", preexec_fn=limit_file_size)
+    result = robustfeat(*train_arguments(dataset, tmp_path / "run"), "--quiet", file_bytes=100_000)
     assert result.returncode == 1
     assert "checkpoint.pt: cannot be written" in only_line(result.stderr)
     assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_full_disk_during_export_leaves_nothing(robustfeat: Run, finished_run: Path, tmp_path: Path) -> None:
-    result = robustfeat("export", finished_run, "--out", tmp_path / "model", "--no-int8", preexec_fn=limit_file_size)
+    result = robustfeat("export", finished_run, "--out", tmp_path / "model", "--no-int8", file_bytes=100_000)
     assert result.returncode == 1
     assert "cannot be written" in only_line(result.stderr)
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from robustfeat import FeatureExtractor
-from tests.conftest import ROOT, Run, files_of, hub_environment
+from tests.conftest import ROOT, Run, build_once, files_of, hub_environment
 from tests.hub_server import FakeHub, Fault, card_problems
 
 Call = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -40,17 +40,20 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture(scope="session", params=["2.x", "1.x"])
-def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+def client(request: pytest.FixtureRequest) -> str:
     """What PYTHONPATH needs for the newest huggingface_hub of each major version."""
     import huggingface_hub
 
     if huggingface_hub.__version__[0] == request.param[0]:
         return ""
-    target = tmp_path_factory.mktemp("client")
+    # The folder is kept from run to run.
     wanted = f"huggingface_hub>={request.param[0]},<{int(request.param[0]) + 1}"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target), wanted]
-    subprocess.run(command, check=True)
-    return str(target)
+
+    def install(target: Path) -> None:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target), wanted]
+        subprocess.run(command, check=True)
+
+    return str(build_once(Path.home() / ".cache" / "robustfeat-tests", f"huggingface_hub-{request.param}", install))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import pytest
 from numpy.typing import ArrayLike
 
 from robustfeat import FeatureExtractor
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Share
 
 START_S = 60
 
@@ -164,18 +164,20 @@ def serving(*options: object, group: bool = False, **environment: str) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def clothes(example_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clothes(examples: Path, share: Share) -> Path:
     """A head for the built-in model."""
+    return share("clothes", lambda out: fit_clothes(examples, out))
+
+
+def fit_clothes(examples: Path, out: Path) -> None:
     from robustfeat.serving.heads.features import embed_features
     from robustfeat.serving.heads.fitting import fit_head
     from robustfeat.serving.heads.labels import match_labels, read_labels
     from robustfeat.serving.inputs.listing import list_inputs
 
-    out = tmp_path_factory.mktemp("heads") / "clothes"
-    with list_inputs([example_files[0].parents[1]]) as inputs:
+    with list_inputs([examples]) as inputs:
         features = embed_features(FeatureExtractor.from_pretrained(threads=1, streams=1), inputs, quiet=True)
     fit_head(features, match_labels(features, read_labels(["folder"])), cs=(0.1,), scalings=("none",))[0].save(out)
-    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,174 @@
+"""A process that has imported the heavy libraries, and forks one process for each command.
+
+A command needs up to 8 s of a core for its imports (torch, torchvision, scikit-learn), and most tests of the command
+line need little else. The fork is a process like any other: signals, exit codes, environment and streams are its own.
+A new interpreter runs what only a new interpreter reads (`PYTHONPATH`, `OMP_NUM_THREADS`): see `serves`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["CommandServer"]
+
+# Not the Hub's client, which reads the environment at import, nor ONNX Runtime, whose thread for telemetry a fork would
+# wait for at its end.
+PRELOADED = (
+    "sklearn.svm",
+    "torch",
+    "torchvision",
+    "torch.onnx",
+    "onnx",
+    "onnxscript",
+    "pyarrow.parquet",
+    "pyarrow.dataset",
+    "fastapi",
+    "matplotlib.pyplot",
+    "torch.utils.tensorboard",
+)
+# Read when an interpreter or a library starts.
+_EARLY = ("PYTHON", "LD_", "OMP_", "OPENBLAS_", "MKL_", "KMP_", "GOTO_", "MALLOC_", "GLIBC_", "CUDA_", "MPL", "ORT_")
+
+
+class CommandServer:
+    """Runs `python -m robustfeat ARGUMENTS` in forks of one prepared process, which starts at first use."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folder = tempfile.TemporaryDirectory(prefix="robustfeat-commands-")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def serves(self, environment: Mapping[str, str] | None) -> bool:
+        """Whether a fork sees this environment as a new process would."""
+
+        def early(of: Mapping[str, str]) -> dict[str, str]:
+            return {name: value for name, value in of.items() if name.startswith(_EARLY)}
+
+        return environment is None or early(environment) == early(os.environ)
+
+    def run(
+        self, arguments: list[str], env: Mapping[str, str] | None = None, file_bytes: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Like `subprocess.run(..., capture_output=True, text=True)`."""
+        request = {"arguments": arguments, "env": dict(os.environ if env is None else env), "file_bytes": file_bytes}
+        data = json.dumps(request).encode()
+        with (
+            tempfile.TemporaryFile() as out,
+            tempfile.TemporaryFile() as err,
+            open(os.devnull, "rb") as nothing,
+            socket.socket(socket.AF_UNIX) as connection,
+        ):
+            connection.connect(self._address())
+            files = [nothing.fileno(), out.fileno(), err.fileno()]
+            socket.send_fds(connection, [len(data).to_bytes(4, "big")], files)
+            connection.sendall(data)
+            code = int(connection.makefile("r").readline())
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode())
+        return subprocess.CompletedProcess(arguments, code, *texts)
+
+    def close(self) -> None:
+        """Ends it."""
+        if self._process is not None:
+            self._process.communicate()
+        self._folder.cleanup()
+
+    def _address(self) -> str:
+        address = str(Path(self._folder.name) / "socket")
+        with self._lock:
+            if self._process is None:
+                with socket.socket(socket.AF_UNIX) as listener:
+                    listener.bind(address)
+                    listener.listen()
+                    command = [sys.executable, __file__, str(listener.fileno())]
+                    self._process = subprocess.Popen(
+                        command,
+                        cwd=self._root,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.DEVNULL,
+                        pass_fds=[listener.fileno()],
+                    )
+        return address
+
+
+def _serve(listener: socket.socket) -> None:
+    """Returns in each process that is to run a command, never in the server."""
+    listener.settimeout(None)
+    while True:
+        ready, _, _ = select.select([listener, 0], [], [])
+        if 0 in ready:  # the tests are over
+            os._exit(0)
+        connection, _ = listener.accept()
+        if os.fork():
+            connection.close()
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+        else:
+            listener.close()
+            _attend(connection)
+            return
+
+
+def _attend(connection: socket.socket) -> None:
+    """Forks the command and reports its exit code; returns in the command."""
+    head, files, _, _ = socket.recv_fds(connection, 4, 3)
+    data = b""
+    while len(data) < int.from_bytes(head, "big"):
+        data += connection.recv(1 << 20)
+    request = json.loads(data)
+    pid = os.fork()
+    if pid:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        connection.sendall(f"{code}\n".encode())
+        os._exit(0)
+    connection.close()
+    for target, file in enumerate(files):
+        os.dup2(file, target)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    if request["file_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+    sys.argv[1:] = request["arguments"]
+
+
+def _leave(end: SystemExit) -> None:
+    """Does what an interpreter does at its end, but takes no libraries down, which needs half a second."""
+    if isinstance(end.code, int):
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code)
+    raise end
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path.cwd())  # as `python -m` does
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # a collection would copy every page that a fork shares
+    _serve(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        runpy.run_module("robustfeat", run_name="__main__", alter_sys=True)
+    except SystemExit as exc:
+        _leave(exc)
