@@ -1,44 +1,33 @@
 """Bulk embedding: image files to a file of features, with an index and a description beside it.
 
-Rows are embedded in shards. Each is written whole to a folder beside the output, `.NAME.shards`; a killed run goes on
-behind the last one. When all are there, they are joined to the output files, and the folder is deleted.
+Rows are embedded in shards. Each is written whole to a folder beside the output, `.NAME.shards`; a repeated command
+resumes a killed run after its last shard. When all shards are there, they are joined to the output files, and the
+folder is deleted.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Generator, Iterator, Set
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.progress import Progress
-from robustfeat.serving.bulk.job import (
-    JOB_FILE,
-    Job,
-    Places,
-    claim_folder,
-    finished_shards,
-    identify,
-    join_shards,
-    read_existing,
-    unknown_inputs,
-)
+from robustfeat.serving.bulk.job import Existing, Job, Places, identify, read_existing, unknown_inputs
 from robustfeat.serving.bulk.pipeline import Pipeline
+from robustfeat.serving.bulk.ray import embed_on_ray
+from robustfeat.serving.bulk.shards import claim_folder, discard_folder, finished_shards, join_shards, write_shards
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_folder
 from robustfeat.serving.decoding.pool import DEADLINE_S
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.input_list import InputList
 
-__all__ = ["SHARD_ROWS", "EmbeddingResult", "embed_files", "write_shards"]
+__all__ = ["SHARD_ROWS", "EmbeddingResult", "embed_files"]
 
 SHARD_ROWS = 4096
-"""Rows between two points that a killed run can go on from."""
+"""Rows between two points from which a killed run can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +74,8 @@ def embed_files(
 
     Writes `out`, (n, D) float32 as .npy, .safetensors (tensor `features`) or .parquet (path, features, error), where a
     failed image is a row of NaN; and beside it NAME.index.jsonl (row, path, sha256 of the bytes, error or null) and
-    NAME.meta.json. They appear once they are complete. A call that was killed goes on where it was when it is
-    repeated, and its files are then the same, byte for byte, as those of an unbroken one.
+    NAME.meta.json. They appear once they are complete. A repeated call resumes one that was killed; its files are
+    then the same, byte for byte, as the files of an unbroken one.
 
     Args:
         extractor: made with `streams` equal to its threads, for the best throughput.
@@ -109,122 +98,134 @@ def embed_files(
     """
     if on_error not in {"nan", "stop"}:
         raise ValueError(f"on_error must be nan or stop; got {on_error!r}")
-    places = Places.of(str(out))
     began = time.monotonic()
-    batch_size = batch_size or extractor.batch_size
+    places = Places.of(str(out))
     existing = read_existing(places, extractor) if append else None
     with unknown_inputs(inputs, places, existing) if existing else nullcontext(inputs) as fresh:
-        identity = identify(extractor, fresh, batch_size) | {"appended_to": existing.sha256 if existing else None}
-        shard_rows = -(-shard_rows // batch_size) * batch_size
-        job = Job(len(fresh), existing.rows if existing else 0, shard_rows, identity)
-        folder = open_folder(places.shards)
-        done = claim_folder(folder, job, places, restart=restart)
-        pending = [number for number in range(job.shards) if number not in done]
-        before = sum(len(job.rows(number)) for number in done)
-        progress = Progress("embed", job.images, start=before, quiet=quiet)
-        if done:
-            progress.say(f"going on: {before:,} of {job.images:,} images were embedded before")
-        failed = 0
-        try:
+        job = _plan_job(extractor, fresh, batch_size or extractor.batch_size, shard_rows, existing)
+        with _open_run(places, job, restart=restart, quiet=quiet) as run:
             stop = on_error == "stop"
-            with ExitStack() as stack:
-                if ray is None:
-                    pipeline = Pipeline(extractor, batch_size=batch_size, workers=workers, deadline_s=deadline_s)
-                    counts = write_shards(stack.enter_context(pipeline), fresh, folder, job, pending, stop=stop)
-                else:
-                    from robustfeat.serving.bulk.ray import embed_on_ray
-
-                    counts = embed_on_ray(
-                        extractor,
-                        fresh,
-                        places.shards,
-                        job,
-                        pending,
-                        ray,
-                        workers=workers,
-                        deadline_s=deadline_s,
-                        stop=stop,
-                    )
-                for rows, bad in counts:
-                    failed += bad
-                    progress.advance(rows, f"{failed:,} failed" if failed else "")
-            progress.finish(f"{failed:,} failed" if failed else "")
-            seconds = time.monotonic() - began
-            speed = (job.images - before) / max(seconds, 1e-9)
-            timing = {"seconds": round(seconds, 3), "images_per_s": round(speed, 1)}
-            images, failed = join_shards(
-                places, folder, job, extractor.feature_size, existing, skipped=inputs.skipped, timing=timing
-            )
-        except BaseException as exc:
-            kept = 0
-            with suppress(RobustFeatError, OSError):  # storage may be what failed
-                kept = sum(len(job.rows(number)) for number in finished_shards(folder))
-                if not kept:
-                    folder.remove(JOB_FILE)
-            if isinstance(exc, OSError):
-                raise InputError(f"{out}: cannot be written ({exc.strerror or exc}); {_advice(kept, job)}") from exc
-            if kept and not isinstance(exc, RobustFeatError):
-                progress.say(_advice(kept, job))
-            raise
-        finally:
-            folder.release()
+            run.follow(_embed(run, extractor, fresh, ray=ray, workers=workers, deadline_s=deadline_s, stop=stop))
+            timing = run.timing(time.monotonic() - began)
+            size, skipped = extractor.feature_size, inputs.skipped
+            images, failed = join_shards(places, run.folder, job, size, existing, skipped=skipped, timing=timing)
         return EmbeddingResult(
             features=places.features,
             index=places.index,
             meta=places.meta,
             images=images,
             failed=failed,
-            skipped=inputs.skipped,
+            skipped=skipped,
             known=len(inputs) - len(fresh),
-            feature_size=extractor.feature_size,
+            feature_size=size,
             seconds=time.monotonic() - began,
         )
+
+
+def _plan_job(
+    extractor: FeatureExtractor, inputs: InputList, batch_size: int, shard_rows: int, existing: Existing | None
+) -> Job:
+    """What the run consists of: shards of whole batches."""
+    identity = identify(extractor, inputs, batch_size) | {"appended_to": existing.sha256 if existing else None}
+    first_row = existing.rows if existing else 0
+    return Job(len(inputs), first_row, -(-shard_rows // batch_size) * batch_size, identity)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that has claimed its folder of shards.
+
+    Attributes:
+        done: shards that an earlier process has finished.
+    """
+
+    places: Places
+    job: Job
+    folder: LocalFolder | RemoteFolder
+    done: Set[int]
+    progress: Progress
+
+    @property
+    def pending(self) -> list[int]:
+        """Shards that are left."""
+        return [number for number in range(self.job.shards) if number not in self.done]
+
+    def follow(self, counts: Generator[tuple[int, int]]) -> None:
+        """Shows the progress of `counts`, pairs of rows and failed rows, to its end."""
+        failed = 0
+        with closing(counts):
+            for rows, bad in counts:
+                failed += bad
+                self.progress.advance(rows, f"{failed:,} failed" if failed else "")
+        self.progress.finish(f"{failed:,} failed" if failed else "")
+
+    def timing(self, seconds: float) -> dict[str, float]:
+        """For the meta file; images that an earlier process has embedded do not count."""
+        images = sum(len(self.job.rows(number)) for number in self.pending)
+        return {"seconds": round(seconds, 3), "images_per_s": round(images / max(seconds, 1e-9), 1)}
+
+
+@contextmanager
+def _open_run(places: Places, job: Job, *, restart: bool, quiet: bool) -> Iterator[_Run]:
+    """Claims the folder of shards for the block. If the block fails, finished shards stay, to be resumed from.
+
+    Raises:
+        InputError: as `claim_folder`, or instead of an `OSError` of the block.
+    """
+    folder = open_folder(places.shards)
+    done = claim_folder(folder, job, places, restart=restart)
+    before = sum(len(job.rows(number)) for number in done)
+    progress = Progress("embed", job.images, start=before, quiet=quiet)
+    if done:
+        progress.say(f"going on: {before:,} of {job.images:,} images were embedded before")
+    try:
+        yield _Run(places, job, folder, done, progress)
+    except BaseException as exc:
+        kept = 0
+        with suppress(RobustFeatError, OSError):  # storage may be what failed
+            kept = sum(len(job.rows(number)) for number in finished_shards(folder))
+            if not kept:
+                discard_folder(folder)
+        if isinstance(exc, OSError):
+            what = f"{places.features}: cannot be written ({exc.strerror or exc})"
+            raise InputError(what, fix=_advice(kept, job)) from exc
+        if kept and not isinstance(exc, RobustFeatError):
+            progress.say(_advice(kept, job))
+        raise
+    finally:
+        folder.release()
+
+
+def _embed(
+    run: _Run,
+    extractor: FeatureExtractor,
+    inputs: InputList,
+    *,
+    ray: str | None,
+    workers: int | None,
+    deadline_s: float,
+    stop: bool,
+) -> Generator[tuple[int, int]]:
+    """Writes the pending shards, here or on Ray; yields numbers of rows and of failed rows among them."""
+    if ray is not None:
+        yield from embed_on_ray(
+            extractor,
+            inputs,
+            run.places.shards,
+            run.job,
+            run.pending,
+            ray,
+            workers=workers,
+            deadline_s=deadline_s,
+            stop=stop,
+        )
+        return
+    batch_size = run.job.identity["batch_size"]
+    with Pipeline(extractor, batch_size=batch_size, workers=workers, deadline_s=deadline_s) as pipeline:
+        yield from write_shards(pipeline, inputs, run.folder, run.job, run.pending, stop=stop)
 
 
 def _advice(kept: int, job: Job) -> str:
     if not kept:
         return "nothing was left behind: free space or choose another place, then run again"
     return f"{kept:,} of {job.images:,} images are kept: the same command goes on from there"
-
-
-def write_shards(
-    pipeline: Pipeline,
-    inputs: InputList,
-    folder: LocalFolder | RemoteFolder,
-    job: Job,
-    numbers: Sequence[int],
-    *,
-    origin: int = 0,
-    stop: bool = False,
-) -> Iterator[tuple[int, int]]:
-    """Embeds shards and writes each to `folder`: NUMBER.f32, the features, and then NUMBER.jsonl, the index.
-
-    Args:
-        inputs: those of shard `origin` and the following ones.
-        numbers: the shards to embed, ascending.
-        stop: raise at the first image that fails.
-
-    Yields:
-        Batch by batch, the rows and how many of them failed.
-    """
-    offset = origin * job.shard_rows
-    # One block of memory for all shards: many small ones would leave holes that add up over hours.
-    features = np.empty((job.shard_rows, job.identity["feature_size"]), "<f4")
-    # Neighbouring shards in one go, so that the pipeline never runs empty.
-    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        shards = [number for _, number in run]
-        number, filled = shards[0], 0
-        index: list[bytes] = []
-        start, end = job.rows(number).start - offset, job.rows(shards[-1]).stop - offset
-        for batch in pipeline.embed(inputs, start, end, first_row=job.first_row + offset):
-            if stop and batch.failed:
-                record = json.loads(batch.index.splitlines()[batch.failed[0]])
-                raise InputError(f"{record['path']}: {record['error']} (row {record['row']}); stopped, as asked")
-            features[filled : filled + len(batch.features)] = batch.features
-            filled += len(batch.features)
-            index.append(batch.index)
-            if filled == len(job.rows(number)):
-                folder.write(f"{number:06}.f32", features[:filled].data.cast("B"))
-                folder.write(f"{number:06}.jsonl", *index)
-                number, filled, index = number + 1, 0, []
-            yield len(batch.features), len(batch.failed)

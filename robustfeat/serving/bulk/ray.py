@@ -20,9 +20,9 @@ from typing import Any
 from robustfeat import errors
 from robustfeat.errors import EngineError, InputError, RobustFeatError, first_line
 from robustfeat.hub.remote import HubAccess
-from robustfeat.serving.bulk.embedding import write_shards
 from robustfeat.serving.bulk.job import Job, identify
 from robustfeat.serving.bulk.pipeline import Pipeline
+from robustfeat.serving.bulk.shards import write_shards
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_folder, open_input, open_output
 from robustfeat.serving.decoding.pool import DEADLINE_S
 from robustfeat.serving.extractor import FeatureExtractor
@@ -98,7 +98,7 @@ def embed_on_ray(
                         _raise_error(result)
                         yield result["rows"], result["failed"]
         except ray.exceptions.RayError as exc:
-            raise EngineError(f"Ray: {_reason(exc)}; the same command goes on from there") from exc
+            raise EngineError(f"Ray: {_reason(exc)}", fix="the same command goes on from there") from exc
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,8 @@ class _ShardWriter:
                 lines = zlib.decompress(handle.read(shard["size"])).splitlines()
         except FileNotFoundError as exc:
             raise InputError(
-                f"{self._plan.shards}: not there on {socket.gethostname()}; name an --out that all machines share"
+                f"{self._plan.shards}: not there on {socket.gethostname()}",
+                fix="name an `out` that all machines share",
             ) from exc
         job, number = self._plan.job, shard["number"]
         with InputList(map(ImageSource.from_line, lines)) as inputs:
@@ -249,8 +250,8 @@ class _ShardWriter:
         for key, value in mine.items():
             if key not in _UNCHECKED and value != identity[key]:
                 raise EngineError(
-                    f"Ray: {key} is {value} on {socket.gethostname()} and {identity[key]} where the command runs; "
-                    "install the same on all machines"
+                    f"Ray: {key} is {value} on {socket.gethostname()} and {identity[key]} where the command runs",
+                    fix="install the same on all machines",
                 )
         workers = plan.workers or identity["threads"]
         return Pipeline(extractor, batch_size=identity["batch_size"], workers=workers, deadline_s=plan.deadline_s)
@@ -271,8 +272,8 @@ class _ShardWriter:
         if losses >= _MAX_LOSSES:
             rows = self._plan.job.rows(number)
             raise EngineError(
-                f"Ray: {losses} actors died over the inputs {rows.start} to {rows.stop - 1}; check the memory of the "
-                "machines and Ray's logs"
+                f"Ray: {losses} actors died over the inputs {rows.start} to {rows.stop - 1}",
+                fix="check the memory of the machines and Ray's logs",
             )
 
 
@@ -316,7 +317,7 @@ def _cluster(address: str) -> Iterator[Any]:
         cause: BaseException = exc
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise InputError(f"--ray {target}: Ray cannot be reached or started ({_reason(cause)})") from exc
+        raise InputError(f"Ray cannot be reached or started ({_reason(cause)})", argument="ray", value=target) from exc
     try:
         for handler in logging.getLogger("ray.data").handlers:
             if handler.name == "console":  # the other one writes Ray's log files
@@ -353,13 +354,15 @@ def _check_answer(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         raise InputError(
-            f"--ray {address}: expected HOST:PORT of the cluster's head, on one of its machines (from elsewhere: "
-            "ray job submit -- robustfeat embed ... --ray)"
+            "expected HOST:PORT of the cluster's head, on one of its machines (from elsewhere: "
+            "`ray job submit -- robustfeat embed ... --ray`)",
+            argument="ray",
+            value=address,
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
     except (OSError, OverflowError) as exc:
-        raise InputError(f"--ray {address}: no cluster answers there ({first_line(exc)})") from exc
+        raise InputError(f"no cluster answers there ({first_line(exc)})", argument="ray", value=address) from exc
 
 
 def _reason(exc: BaseException) -> str:

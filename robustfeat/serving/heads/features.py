@@ -93,7 +93,7 @@ def open_features(place: str) -> Features:
     Raises:
         InputError: a file is missing, or they do not belong together.
     """
-    places = Places.of(place, "features")
+    places = Places.of(place, argument=None)
     for file in (places.features, places.index, places.meta):
         if not file_exists(file):
             raise InputError(

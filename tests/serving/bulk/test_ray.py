@@ -119,7 +119,7 @@ def test_an_address_without_a_cluster_is_named(
     with socket.socket() as bound:  # and never listens
         bound.bind(("127.0.0.1", 0))
         address = address.format(nobody=f"127.0.0.1:{bound.getsockname()[1]}")
-        with pytest.raises(InputError, match=f"--ray {address}: {reason}"):
+        with pytest.raises(InputError, match=f"ray={address}: {reason}"):
             embed(tmp_path / "feats.npy", ray=address)
     assert list(tmp_path.iterdir()) == []
 

@@ -128,7 +128,7 @@ def test_another_model_option_or_input_is_refused_with_the_reason(
     shutil.copytree(many, root, symlinks=True)
     with pytest.raises(InputError, match="stopped, as asked"):
         embed(root, out, on_error="stop", shard_rows=1, batch_size=1)
-    with pytest.raises(InputError, match=r"other settings.*batch_size was 1, now 16.*--restart"):
+    with pytest.raises(InputError, match=r"other settings.*batch_size was 1, now 16.*restart=True"):
         embed(root, out, shard_rows=1)
     one = FeatureExtractor.from_pretrained(model, threads=1)
     with list_inputs([root]) as inputs, pytest.raises(InputError, match="threads was 2, now 1"):
@@ -149,7 +149,7 @@ def test_a_run_killed_while_it_joins_its_shards_ends_the_same(
     many: Path, embed: Embed, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between any two of the three files, and before the shards are deleted."""
-    from robustfeat.serving.bulk import job
+    from robustfeat.serving.bulk import shards
     from robustfeat.serving.bulk.storage import open_output
 
     out = tmp_path / "feats.npy"
@@ -161,7 +161,7 @@ def test_a_run_killed_while_it_joins_its_shards_ends_the_same(
             return open_output(place)
 
         with monkeypatch.context() as patch:
-            patch.setattr(job, "open_output", failing)
+            patch.setattr(shards, "open_output", failing)
             patch.setattr("robustfeat.serving.bulk.formats.open_output", failing)
             with pytest.raises(KeyboardInterrupt):
                 embed(many, out)
@@ -234,7 +234,7 @@ def test_an_append_that_is_killed_anywhere_goes_on(
             return open_output(place)
 
         with monkeypatch.context() as patch:
-            patch.setattr("robustfeat.serving.bulk.job.open_output", failing)
+            patch.setattr("robustfeat.serving.bulk.shards.open_output", failing)
             patch.setattr("robustfeat.serving.bulk.formats.open_output", failing)
             with pytest.raises(KeyboardInterrupt):
                 embed(many, killed, append=True)
@@ -247,7 +247,7 @@ def test_append_refuses_what_it_cannot_add_to(
     many: Path, embed: Embed, extractor: FeatureExtractor, tmp_path: Path
 ) -> None:
     out = tmp_path / "feats.npy"
-    with pytest.raises(InputError, match=r"--append: .*feats.npy does not exist; run without --append first"):
+    with pytest.raises(InputError, match=r"append=True: .*feats.npy does not exist; run without `append` first"):
         embed(many, out, append=True)
     embed(many, out)
     other = FeatureExtractor.from_pretrained(threads=2, streams=2)

@@ -534,7 +534,7 @@ def test_appending_to_what_is_not_there_is_refused(
     s3: Storage, bucket: str, extractor: FeatureExtractor, photos: Path
 ) -> None:
     out = f"s3://{bucket}/feats.npy"
-    with pytest.raises(InputError, match=f"--append: {out} does not exist"):
+    with pytest.raises(InputError, match=f"append=True: {out} does not exist"):
         embed(extractor, [photos / "b.jpg"], out, append=True)
     s3.fault = lambda _: "InternalError"  # that is not the same
     with pytest.raises(InputError, match=f"{out}: cannot be found"):

@@ -1,0 +1,171 @@
+"""The folder of a run's shards: who writes there, what is done, and how shards are written and joined.
+
+A shard is two files: NUMBER.f32 with the features, then NUMBER.jsonl with its lines of the index. The second file says
+that the shard is complete.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from robustfeat.errors import InputError
+from robustfeat.serving.bulk.formats import FORMATS, Block, read_features
+from robustfeat.serving.bulk.job import Existing, Job, Places, brief
+from robustfeat.serving.bulk.pipeline import Pipeline
+from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_input, open_output
+from robustfeat.serving.inputs.input_list import InputList
+
+__all__ = ["claim_folder", "discard_folder", "finished_shards", "join_shards", "write_shards"]
+
+_JOB_FILE = "job.json"
+
+
+def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *, restart: bool) -> set[int]:
+    """Makes the folder of a new run, or finds the folder of an unfinished one; gives the shards that are done.
+
+    Raises:
+        InputError: another process is at work there, or an unfinished run differs from this one.
+    """
+    try:
+        folder.create()
+        names = folder.names()
+        found = json.loads(folder.read(_JOB_FILE)) if _JOB_FILE in names else None
+        # The hashes of the files tell models apart; the commit also changes with the card.
+        mine = job.identity | {"shard_rows": job.shard_rows, "revision": None}
+        if found is not None and mine["appended_to"] and found["appended_to"] not in {None, mine["appended_to"]}:
+            found = None  # it was appending to a file that has been replaced since
+        if found is not None and found != mine and not restart:
+            changes = [
+                f"{key} was {brief(found.get(key))}, now {brief(mine.get(key))}"
+                for key in sorted({*found, *mine})
+                if found.get(key) != mine.get(key)
+            ]
+            folder.release()
+            raise InputError(
+                f"{places.features}: an unfinished run is there with other settings ({'; '.join(changes)})",
+                fix="repeat that command to finish it, or pass `restart=True` to discard it",
+            )
+        if found is None or restart:
+            discard_folder(folder)
+            folder.create()
+            folder.write(_JOB_FILE, json.dumps(mine).encode())
+            return set()
+        return finished_shards(folder)
+    except OSError as exc:
+        raise InputError(
+            f"{places.features}: cannot be written ({exc.strerror or exc})", fix="choose another place"
+        ) from exc
+
+
+def finished_shards(folder: LocalFolder | RemoteFolder) -> set[int]:
+    """Numbers of the shards that are complete."""
+    return {int(name.removesuffix(".jsonl")) for name in folder.names() if name.endswith(".jsonl")}
+
+
+def discard_folder(folder: LocalFolder | RemoteFolder) -> None:
+    """Deletes the folder, first the file without which it means nothing."""
+    folder.remove(_JOB_FILE)
+
+
+def write_shards(
+    pipeline: Pipeline,
+    inputs: InputList,
+    folder: LocalFolder | RemoteFolder,
+    job: Job,
+    numbers: Sequence[int],
+    *,
+    origin: int = 0,
+    stop: bool = False,
+) -> Iterator[tuple[int, int]]:
+    """Embeds shards and writes each to `folder`: NUMBER.f32, the features, and then NUMBER.jsonl, the index.
+
+    Args:
+        inputs: the rows of shard `origin` and the following shards.
+        numbers: the shards to embed, ascending.
+        stop: raise at the first image that fails.
+
+    Yields:
+        Batch by batch, the rows and how many of them failed.
+    """
+    offset = origin * job.shard_rows
+    # One block of memory for all shards: many small ones would leave holes that add up over hours.
+    features = np.empty((job.shard_rows, job.identity["feature_size"]), "<f4")
+    # Neighbouring shards in one go, so that the pipeline never runs empty.
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        shards = [number for _, number in run]
+        number, filled = shards[0], 0
+        index: list[bytes] = []
+        start, end = job.rows(number).start - offset, job.rows(shards[-1]).stop - offset
+        for batch in pipeline.embed(inputs, start, end, first_row=job.first_row + offset):
+            if stop and batch.failed:
+                record = json.loads(batch.index.splitlines()[batch.failed[0]])
+                raise InputError(f"{record['path']}: {record['error']} (row {record['row']}); stopped, as asked")
+            features[filled : filled + len(batch.features)] = batch.features
+            filled += len(batch.features)
+            index.append(batch.index)
+            if filled == len(job.rows(number)):
+                folder.write(f"{number:06}.f32", features[:filled].data.cast("B"))
+                folder.write(f"{number:06}.jsonl", *index)
+                number, filled, index = number + 1, 0, []
+            yield len(batch.features), len(batch.failed)
+
+
+def join_shards(
+    places: Places,
+    folder: LocalFolder | RemoteFolder,
+    job: Job,
+    size: int,
+    existing: Existing | None,
+    *,
+    skipped: int,
+    timing: dict[str, float],
+) -> tuple[int, int]:
+    """Joins the shards to the output files and deletes their folder; gives the rows and how many of them failed.
+
+    Repeated after a kill at any point, it ends with the same files: appended files begin with the same bytes before
+    and after, and the meta file, which tells them apart, comes last.
+    """
+    if existing and not job.images:
+        discard_folder(folder)
+        return existing.rows, int(existing.meta["failed"])
+    images = job.first_row + job.images
+    identity = {key: value for key, value in job.identity.items() if key != "appended_to"}
+    about = {key: str(identity[key]) for key in ("model", "precision", "engine", "preprocessing_hash")}
+
+    def old_index() -> Iterator[bytes]:
+        if existing:
+            with open_input(places.index) as handle:
+                yield from itertools.islice(handle, existing.rows)
+
+    def blocks() -> Iterator[Block]:
+        lines = old_index()
+        if existing:
+            for features in read_features(places.features, places.suffix, size, existing.rows):
+                yield Block(features, b"".join(itertools.islice(lines, len(features))))
+        for number in range(job.shards):
+            features = np.frombuffer(folder.read(f"{number:06}.f32"), "<f4").reshape(-1, size)
+            yield Block(features, folder.read(f"{number:06}.jsonl"))
+
+    FORMATS[places.suffix].write(places.features, (images, size), about, blocks())
+    failed = 0
+    with open_output(places.index) as handle:
+        for part in itertools.chain(old_index(), (folder.read(f"{number:06}.jsonl") for number in range(job.shards))):
+            failed += part.count(b"\n") - part.count(b'"error": null}\n')
+            handle.write(part)
+    meta = identity | {
+        "versions": identity["versions"] | {"python": platform.python_version()},
+        "images": images,
+        "failed": failed,
+        "skipped": skipped,
+        "timing": timing,
+    }
+    del meta["inputs"]
+    with open_output(places.meta) as handle:
+        handle.write(json.dumps(meta, indent=2).encode() + b"\n")
+    discard_folder(folder)
+    return images, failed
