@@ -22,6 +22,7 @@ from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
 from robustfeat.serving.bulk.job import Job
 from robustfeat.serving.bulk.ray import _Plan, _ShardWriter, plan_pool
 from robustfeat.serving.inputs.listing import list_inputs
+from robustfeat.serving.options import RunOptions
 from tests.conftest import Run
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -202,7 +203,8 @@ def test_ray_writes_the_bytes_of_one_process_though_its_actors_are_killed(
 
 
 def test_a_shard_that_kills_every_actor_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = _Plan("builtin", str(tmp_path), Job(20, 0, 4, {}), streams=1, workers=None, deadline_s=60, stop=False)
+    options, job = RunOptions(streams=1), Job(20, 0, 4, {})
+    plan = _Plan("builtin", str(tmp_path), job, options, workers=None, deadline_s=60, stop=False, access=None)
     restarted = SimpleNamespace(was_current_actor_reconstructed=False)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: restarted)
     for _ in range(9):
