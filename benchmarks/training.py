@@ -31,7 +31,7 @@ from robustfeat.training.data.batches import Batch, EpochPlan, TrainingBatches, 
 from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
-from robustfeat.training.loop.distributed import Ranks
+from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.objective import Objective, create_objective
 from robustfeat.training.recipe import Recipe

@@ -6,12 +6,15 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from robustfeat.cli.rendering import Command
 from robustfeat.serving.options import AUTO, DEVICES
+
+if TYPE_CHECKING:
+    from robustfeat.training.recipe import Recipe
 
 
 @click.command("train", cls=Command, short_help="Pre-train a network with HRRL or a relative of it.")
@@ -98,9 +101,8 @@ def command(
     """
     from robustfeat.errors import InputError
     from robustfeat.training.concepts import load_reference
-    from robustfeat.training.loop.checkpoint import load_checkpoint
-    from robustfeat.training.loop.distributed import Ranks
-    from robustfeat.training.loop.trainer import train
+    from robustfeat.training.loop.arguments import check_arguments
+    from robustfeat.training.loop.ranks import Ranks
     from robustfeat.training.recipe import Recipe, load_recipe
 
     changes = {name: value for name, value in overrides.items() if value is not None}
@@ -115,15 +117,27 @@ def command(
             raise InputError(f"{option}: got nothing; name one, or leave the option out")
     if reference and target:
         raise InputError("--reference and --target: both give q0; pass one of them")
-    if config:
-        recipe = load_recipe(config)
-    else:
-        recipe = Recipe.from_dict(load_checkpoint(Path(out)).recipe) if resume else Recipe()
+    recipe = load_recipe(config) if config else _recipe_of_run(Path(out)) if resume else Recipe()
     recipe = recipe.override(changes | ({"reference": load_reference(reference)} if reference else {}))
     if (
         recipe.concepts not in {"imagenet11", "classes"} and Path(recipe.concepts).is_file()
     ):  # so that the run's recipe.toml serves from any folder
         recipe = recipe.replace(concepts=str(Path(recipe.concepts).resolve()))
+    cache = cache.lower() if cache.lower() in {"auto", "ram", "device"} else cache
+    ranks = Ranks.from_environment()
+    if ranks.world == 1:  # of several processes each would print it; `train` checks again, in all of them together
+        check_arguments(
+            data,
+            recipe,
+            Path(out),
+            ranks,
+            resume=resume,
+            cache=cache,
+            stream=stream,
+            checkpoint_every_s=checkpoint_every_s,
+        )
+    from robustfeat.training.loop.trainer import train  # loads PyTorch, which takes seconds
+
     result = train(
         data,
         recipe,
@@ -132,14 +146,14 @@ def command(
         device=device,
         workers=workers,
         threads=threads,
-        cache=cache.lower() if cache.lower() in {"auto", "ram", "device"} else cache,
+        cache=cache,
         stream=stream,
         target=target,
         target_model=target_model,
         checkpoint_every_s=checkpoint_every_s,
         quiet=quiet,
     )
-    first = Ranks.from_environment().rank == 0
+    first = ranks.rank == 0
     if as_json and first:
         summary = {
             "run": str(result.run),
@@ -154,6 +168,16 @@ def command(
         # torchrun takes any exit code but 0 for a crash, and reports or restarts a run that is done.
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 3
     return 0
+
+
+def _recipe_of_run(out: Path) -> Recipe:
+    from robustfeat.training.loop.run_folder import checkpoint_file
+    from robustfeat.training.recipe import Recipe
+
+    file = checkpoint_file(out)
+    from robustfeat.training.loop.checkpoint import load_checkpoint  # loads PyTorch
+
+    return Recipe.from_dict(load_checkpoint(file).recipe)
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -63,16 +63,18 @@ def load_concepts(source: str) -> dict[str, str]:
         DataError: the file is missing, has another header, or gives a class two concepts.
     """
     concepts: dict[str, str] = {}
-    for number, (name, concept) in _read_rows(source, "--concepts", ("class", "concept")):
+    for number, (name, concept) in _read_rows(source, "concepts", ("class", "concept")):
         if concepts.setdefault(name, concept) != concept:
-            raise DataError(f"--concepts {source}: line {number} gives class {name!r} a second concept, {concept!r}")
+            raise DataError(
+                f"line {number} gives class {name!r} a second concept, {concept!r}", argument="concepts", value=source
+            )
     return concepts
 
 
-def _read_rows(source: str, option: str, header: tuple[str, str]) -> list[tuple[int, tuple[str, str]]]:
+def _read_rows(source: str, argument: str, header: tuple[str, str]) -> list[tuple[int, tuple[str, str]]]:
     """Line numbers and cells of a CSV file with two columns, or of a shipped one."""
     expected = ",".join(header)
-    if option == "--concepts" and source == "imagenet11":
+    if argument == "concepts" and source == "imagenet11":
         text = resources.files("robustfeat.training").joinpath("concept_maps/imagenet11.csv").read_text("utf-8")
     else:
         try:
@@ -80,24 +82,32 @@ def _read_rows(source: str, option: str, header: tuple[str, str]) -> list[tuple[
                 text = handle.read()
         except (OSError, UnicodeDecodeError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
-            names = "imagenet11, classes, or " if option == "--concepts" else ""
+            names = "imagenet11, classes, or " if argument == "concepts" else ""
             raise DataError(
-                f"{option} {source}: cannot be read ({reason}); expected {names}a CSV file with the header {expected}"
+                f"cannot be read ({reason}); expected {names}a CSV file with the header {expected}",
+                argument=argument,
+                value=source,
             ) from exc
     try:
         rows = list(csv.reader(text.splitlines()))
     except csv.Error as exc:
-        raise DataError(f"{option} {source}: not a CSV file ({exc}); expected the header {expected}") from exc
+        raise DataError(
+            f"not a CSV file ({exc}); expected the header {expected}", argument=argument, value=source
+        ) from exc
     first = [cell.strip() for cell in rows[0]] if rows else []
     if tuple(first[:2]) != header:
-        raise DataError(f"{option} {source}: the first line must be {expected}; got {','.join(first) or 'nothing'}")
+        raise DataError(
+            f"the first line must be {expected}; got {','.join(first) or 'nothing'}", argument=argument, value=source
+        )
     pairs = []
     for number, row in enumerate(rows[1:], start=2):
         if not row:
             continue
         if len(row) < 2 or not row[0].strip() or not row[1].strip():
             raise DataError(
-                f"{option} {source}: line {number} needs a {header[0]} and a {header[1]}; got {','.join(row)!r}"
+                f"line {number} needs a {header[0]} and a {header[1]}; got {','.join(row)!r}",
+                argument=argument,
+                value=source,
             )
         pairs.append((number, (row[0].strip(), row[1].strip())))
     return pairs
@@ -109,7 +119,7 @@ def load_reference(file: str) -> dict[str, float]:
     Raises:
         DataError: the file is missing, has another header, or a share is no number.
     """
-    rows = _read_rows(file, "--reference", ("concept", "share"))
+    rows = _read_rows(file, "reference", ("concept", "share"))
     shares: dict[str, float] = {}
     for number, (name, text) in rows:
         try:
@@ -118,7 +128,9 @@ def load_reference(file: str) -> dict[str, float]:
             share = math.nan
         if not 0 <= share < math.inf or name in shares:
             raise DataError(
-                f"--reference {file}: line {number} needs a new concept and a share >= 0; got {name!r}, {text!r}"
+                f"line {number} needs a new concept and a share >= 0; got {name!r}, {text!r}",
+                argument="reference",
+                value=file,
             )
         shares[name] = share
     return shares
@@ -142,9 +154,11 @@ def assign_concepts(source: str, classes: Sequence[str], counts: NDArray[np.int6
     missing = [name for name in classes if name not in mapping]
     if missing:
         raise DataError(
-            f"--concepts {source}: {len(missing)} of {len(classes)} classes have no concept, first {missing[0]!r}; "
-            "add a line for each to a CSV file with the header class,concept, "
-            "or pass --concepts classes to make each class its own concept"
+            f"{len(missing)} of {len(classes)} classes have no concept, first {missing[0]!r}",
+            argument="concepts",
+            value=source,
+            fix="add a line for each to a CSV file with the header class,concept, or pass `concepts=classes` to make "
+            "each class its own concept",
         )
     used = sorted({mapping[name] for name, count in zip(classes, counts, strict=True) if count > 0})
     index = {concept: number for number, concept in enumerate(used)}

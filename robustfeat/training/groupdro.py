@@ -31,8 +31,8 @@ class GroupAdversary:
         self.q = torch.full((size,), 1 / size, dtype=torch.float64)
         self.rate = rate
 
-    def update(self, losses: Tensor, concepts: Tensor) -> Tensor:
-        """Moves q by this batch and weighs its examples.
+    def weigh(self, losses: Tensor, concepts: Tensor) -> Tensor:
+        """Moves q by this batch, and then weighs the batch's examples.
 
         Args:
             losses: (m,) of this rank.
@@ -53,9 +53,9 @@ class GroupAdversary:
         return (self.q * counts.sum() / counts.clamp_min(1)).float()[concepts]
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from here."""
+        """What `load_state_dict` needs to resume."""
         return {"q": self.q.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state."""
+        """Resumes from a saved state."""
         self.q = state["q"].to(self.q.device)

@@ -207,8 +207,6 @@ class ConceptAdversary:
         c: the divisor during those steps, at least 1; `auto`: Theorem 3's (mu / lambda) sqrt(ln s / 2 s), with mu
             the mean norm of the gradient at q0 over the first 10 batches, which leave q where it is.
         reference: (K,) q0, on the simplex; N_k / N by default.
-        steps: `decaying` (Algorithm 1), `constant` (always 1 / (c lambda s), where the first phase of Algorithm 1
-            ends) or `averaged` (Algorithm 1's iterates; their mean weighs the model).
         baseline: take the last batch's mean loss from each loss. In expectation that adds one constant to all
             components of the gradient, which the projection takes out again, and its noise shrinks.
 
@@ -229,7 +227,6 @@ class ConceptAdversary:
         c: float | str = 10.0,
         reference: Tensor | None = None,
         *,
-        steps: str = "decaying",
         baseline: bool = False,
     ) -> None:
         counts = torch.as_tensor(counts).double()
@@ -241,9 +238,7 @@ class ConceptAdversary:
             raise ValueError(f"warmup_steps must be >= 0 and c auto or >= 1; got {warmup_steps} and {c}")
         if c == "auto" and warmup_steps < 2:
             raise ValueError(f"c = auto must have warmup_steps >= 2, since ln s is in it; got {warmup_steps}")
-        if steps not in {"decaying", "constant", "averaged"}:
-            raise ValueError(f"steps must be decaying, constant or averaged; got {steps!r}")
-        self.lam, self.warmup_steps, self.steps, self.baseline = float(lam), int(warmup_steps), steps, baseline
+        self.lam, self.warmup_steps, self.baseline = float(lam), int(warmup_steps), baseline
         self._c: float | Tensor | None = None if isinstance(c, str) else float(c)
         self._n_over_nk = counts.sum() / counts
         if reference is None:
@@ -255,7 +250,6 @@ class ConceptAdversary:
             if abs(float(self.reference.sum()) - 1) > 1e-6:
                 raise ValueError(f"reference must sum to 1; got {float(self.reference.sum())}")
         self.q = self.reference.clone()
-        self._iterate = self.q
         self.step = 0
         self._norms: list[Tensor] = []
         self._lagged_mean: Tensor | None = None
@@ -273,6 +267,12 @@ class ConceptAdversary:
     def concept_weights(self) -> Tensor:
         """(K,) float64: (N / N_k) q_k, what an example of each concept weighs now; 1 for all at q = N_k / N."""
         return self._n_over_nk * self.q
+
+    def weigh(self, losses: Tensor, concepts: Tensor) -> Tensor:
+        """The weights of this step's examples by q_t, as (m,) float32; then `update` gives q_{t+1} (Algorithm 1)."""
+        weights = self.weights(concepts)
+        self.update(losses, concepts)
+        return weights
 
     def update(self, losses: Tensor, concepts: Tensor) -> None:
         """One step of Eq. 6 from this batch's losses; under data parallelism, from those of all ranks.
@@ -293,17 +293,13 @@ class ConceptAdversary:
         if self.baseline:
             sums = sums - (mean if self._lagged_mean is None else self._lagged_mean) * counts
             self._lagged_mean = mean
-        gradient = self._n_over_nk * sums / total - self.lam * (self._iterate - self.reference)
+        gradient = self._n_over_nk * sums / total - self.lam * (self.q - self.reference)
         if self._c is None:
             self._measure(gradient)
             return
         t = self.step + 1
-        if self.steps == "constant":
-            rate = 1 / (self.lam * max(1, self.warmup_steps) * self._c)
-        else:
-            rate = 1 / (self.lam * t * (self._c if t <= self.warmup_steps else 1.0))
-        self._iterate = _project(self._iterate + rate * gradient)
-        self.q = self.q + (self._iterate - self.q) / t if self.steps == "averaged" else self._iterate
+        rate = 1 / (self.lam * t * (self._c if t <= self.warmup_steps else 1.0))
+        self.q = _project(self.q + rate * gradient)
         self.step = t
 
     def _measure(self, gradient: Tensor) -> None:
@@ -316,7 +312,7 @@ class ConceptAdversary:
             self._norms = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from here."""
+        """What `load_state_dict` needs to resume."""
 
         def kept(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.cpu().clone()
@@ -324,14 +320,13 @@ class ConceptAdversary:
         return {
             "q": kept(self.q),
             "step": self.step,
-            "iterate": kept(self._iterate),
             "c": self.c,
             "norms": [kept(norm) for norm in self._norms],
             "lagged_mean": kept(self._lagged_mean),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state.
+        """Resumes from a saved state.
 
         Raises:
             ValueError: the state is of another number of concepts.
@@ -341,8 +336,7 @@ class ConceptAdversary:
         device = self.q.device
         self.q = state["q"].double().to(device)
         self.step = int(state["step"])
-        iterate, mean = state.get("iterate"), state.get("lagged_mean")
-        self._iterate = self.q if iterate is None else iterate.to(device)
+        mean = state.get("lagged_mean")
         self._c = state.get("c", self._c)
         self._norms = [norm.to(device) for norm in state.get("norms", [])]
         self._lagged_mean = None if mean is None else mean.to(device)
@@ -350,6 +344,6 @@ class ConceptAdversary:
     def _move_to(self, device: torch.device) -> None:
         if self.q.device != device:
             self.q, self.reference = self.q.to(device), self.reference.to(device)
-            self._n_over_nk, self._iterate = self._n_over_nk.to(device), self._iterate.to(device)
+            self._n_over_nk = self._n_over_nk.to(device)
             self._norms = [norm.to(device) for norm in self._norms]
             self._lagged_mean = None if self._lagged_mean is None else self._lagged_mean.to(device)

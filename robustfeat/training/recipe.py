@@ -32,11 +32,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
     ("tau", 0, 1e6),
-    ("tau_ramp_epochs", 0, 100_000),
     ("lam", 1e-12, 1e30),
     ("q_warmup_steps", 0, 1e12),
     ("q_warmup_divisor", 1, 1e12),
-    ("group_rate", 0, 1e6),
     ("replays", 1, 1000),
     ("recalibrate", 0, 1_000_000),
     ("cache_px", 0, 4096),
@@ -51,10 +49,12 @@ _CHOICES = {
     "tau_unit": ("normalised", "pixel"),
     "inner": ("full", "half", "free"),
     "inner_batch_norm": ("batch", "eval"),
-    "batch_norm": ("batch", "sync", "frozen"),
-    "q_steps": ("decaying", "constant", "averaged"),
 }
-_SWITCHES = ("nesterov", "q_baseline", "compile")
+_SWITCHES = ("q_baseline", "compile")
+_REMOVED = {
+    "nesterov": False, "tau_ramp_epochs": 0, "q_steps": "decaying", "group_rate": 0.01, "batch_norm": "batch",
+}  # fmt: skip
+"""Keys of version 0.1, with the only values that are read now: what training does in any case."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Recipe:
     Attributes:
         method: erm, el, cl, hrrl; random, balanced, groupdro; or package.module:Class.
         concepts: imagenet11, classes, or a CSV file `class,concept`.
-        epochs, batch_size, lr, momentum, weight_decay, nesterov: of SGD.
+        epochs, batch_size, lr, momentum, weight_decay: of SGD.
         schedule: `step` (lr / 10 at each of `milestones`, in epochs) or `linear` (to zero at the end).
         warmup_epochs: lr rises linearly from zero for so long.
         image_sizes: (first epoch, S in pixels) pairs; the training crops grow with the epochs.
@@ -72,7 +72,6 @@ class Recipe:
         crop_pct: share of the resized validation image that its centre crop keeps.
         min_crop_area: training crops cover between this share and all of an image's area.
         tau: length of the example-level step at 224 px; at side S it is tau * S / 224.
-        tau_ramp_epochs: tau rises linearly from zero for so long (0, the paper: it does not).
         tau_unit: `normalised` (the length is measured in the network's input) or `pixel` (in pixels from 0 to 1).
         inner: where the example level's gradient comes from: `full` (the paper: a pass of its own), `half` (that pass
             at half the resolution) or `free` (the step before, on the same batch).
@@ -81,10 +80,8 @@ class Recipe:
         inner_batch_norm: in the inner pass, `batch` statistics or running ones (`eval`).
         lam: lambda of the concept level.
         q_warmup_steps, q_warmup_divisor: s and c of Algorithm 1; c may be `auto` (Theorem 3).
-        q_steps, q_baseline: see `ConceptAdversary`, `steps` and `baseline`.
+        q_baseline: see `ConceptAdversary`, `baseline`.
         reference: q0 as shares by concept, normalised to sum to 1 (None, the paper: N_k / N).
-        group_rate: eta of GroupDRO.
-        batch_norm: `batch` (each rank's own statistics), `sync` (all ranks', on GPUs) or `frozen` (the running ones).
         recalibrate: after the last epoch, measure BatchNorm's running statistics anew on so many batches of
             unperturbed images (0, the paper: they stay as training left them, on x~).
         precision: fp32, bf16 or fp16 (autocast; fp16 on GPUs alone).
@@ -101,7 +98,6 @@ class Recipe:
     batch_size: int = 256
     lr: float = 0.1
     momentum: float = 0.9
-    nesterov: bool = False
     weight_decay: float = 1e-4
     schedule: str = "step"
     milestones: tuple[int, ...] = (30, 60)
@@ -111,7 +107,6 @@ class Recipe:
     crop_pct: float = 0.875
     min_crop_area: float = 0.08
     tau: float = 1.0
-    tau_ramp_epochs: float = 0.0
     tau_unit: str = "normalised"
     inner: str = "full"
     replays: int = 4
@@ -119,11 +114,8 @@ class Recipe:
     lam: float = 10.0
     q_warmup_steps: int = 1000
     q_warmup_divisor: float | str = 10.0
-    q_steps: str = "decaying"
     q_baseline: bool = False
     reference: dict[str, float] | None = None
-    group_rate: float = 0.01
-    batch_norm: str = "batch"
     recalibrate: int = 0
     precision: str = "fp32"
     compile: bool = False
@@ -143,54 +135,50 @@ class Recipe:
             kind = int if name in _INTEGERS else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
                 whole = "a whole number " if name in _INTEGERS else ""
-                raise InputError(f"recipe: {name} must be {whole}from {least:g} to {most:g}; got {value!r}")
+                raise _invalid(name, f"must be {whole}from {least:g} to {most:g}", value)
         self._check_choices()
         if self.parts is not None and (not _is_whole(self.parts) or self.parts < 1):
-            raise InputError(f"recipe: parts must be a whole number >= 1; got {self.parts!r}")
-        if self.nesterov and not self.momentum:
-            raise InputError("recipe: nesterov needs a momentum above 0")
+            raise _invalid("parts", "must be a whole number >= 1", self.parts)
         starts = [first for first, _ in self.image_sizes]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            raise InputError(f"recipe: image_sizes must start at epoch 0 and ascend; got {self.image_sizes}")
+            raise _invalid("image_sizes", "must start at epoch 0 and ascend", self.image_sizes)
         if 0 < self.cache_px < 16:
-            raise InputError(f"recipe: cache_px must be 0 or at least 16; got {self.cache_px}")
+            raise _invalid("cache_px", "must be 0 or at least 16", self.cache_px)
         try:
             self.preprocessing()
         except ValueError as exc:
-            raise InputError(f"recipe: {exc}") from exc
+            raise InputError(str(exc)) from exc
 
     def _check_shapes(self) -> None:
         for name in ("method", "concepts"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise InputError(f"recipe: {name} must be text; got {getattr(self, name)!r}")
+                raise _invalid(name, "must be text", getattr(self, name))
         if not isinstance(self.milestones, list | tuple) or not all(
             _is_whole(epoch) and epoch >= 0 for epoch in self.milestones
         ):
-            raise InputError(f"recipe: milestones must be a list of epochs, as [30, 60]; got {self.milestones!r}")
+            raise _invalid("milestones", "must be a list of epochs, as [30, 60]", self.milestones)
         if not isinstance(self.image_sizes, list | tuple) or not all(
             isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in self.image_sizes
         ):
-            raise InputError(
-                f"recipe: image_sizes must be pairs of an epoch and a side, as [[0, 48]]; got {self.image_sizes!r}"
-            )
+            raise _invalid("image_sizes", "must be pairs of an epoch and a side, as [[0, 48]]", self.image_sizes)
         if not all(16 <= side <= 4096 for _, side in self.image_sizes):
-            raise InputError(f"recipe: image_sizes must be from 16 to 4096 px; got {self.image_sizes}")
+            raise _invalid("image_sizes", "must be from 16 to 4096 px", self.image_sizes)
         shares = self.reference
         if shares is not None and not (
             isinstance(shares, dict)
             and all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares.values())
         ):
-            raise InputError(f"recipe: reference must give each concept a number, as {{Bird = 0.2}}; got {shares!r}")
+            raise _invalid("reference", "must give each concept a number, as {Bird = 0.2}", shares)
 
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise InputError(f"recipe: {name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+                raise _invalid(name, f"must be one of {', '.join(choices)}", getattr(self, name))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise InputError(f"recipe: {name} must be true or false; got {getattr(self, name)!r}")
+                raise _invalid(name, "must be true or false", getattr(self, name))
         if self.q_warmup_divisor == "auto" and self.q_warmup_steps < 2:
-            raise InputError(f"recipe: q_warmup_divisor auto needs q_warmup_steps >= 2; got {self.q_warmup_steps}")
+            raise _invalid("q_warmup_divisor", f"needs q_warmup_steps >= 2, not {self.q_warmup_steps}", "auto")
 
     def image_size(self, epoch: int) -> int:
         """S of the training crops in this epoch, counted from 0."""
@@ -237,25 +225,54 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], source: str = "recipe") -> Recipe:
+    def from_dict(cls, data: Mapping[str, Any], config: str | None = None) -> Recipe:
         """The inverse of `to_dict`; keys left out take their defaults, `validation_size` the last of `image_sizes`.
+
+        Args:
+            data: of this version or an earlier one.
+            config: the file that it comes from, for messages.
 
         Raises:
             InputError: a key is unknown or a value is out of range.
         """
+        try:
+            return cls._from_dict(data)
+        except InputError as exc:
+            if config is None:
+                raise
+            what = exc.what if exc.argument is None else f"{exc.argument} {exc.what}; got {exc.value}"
+            raise InputError(what, argument="config", value=config) from exc
+
+    @classmethod
+    def _from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        data = _without_removed(data)
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise InputError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+            raise InputError(f"unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         if "validation_size" not in data and "image_sizes" in data:
             with suppress(TypeError, ValueError, IndexError):  # said below
                 data = {**data, "validation_size": data["image_sizes"][-1][1]}
         try:
             return cls(**data)
-        except InputError as exc:
-            raise InputError(f"{source}: {str(exc).removeprefix('recipe: ')}") from exc
         except (TypeError, ValueError) as exc:
-            raise InputError(f"{source}: a value has the wrong type ({exc})") from exc
+            raise InputError(f"a value in a recipe has the wrong type ({exc})") from exc
+
+
+def _invalid(name: str, expected: str, value: object) -> InputError:
+    return InputError(expected, argument=name, value=repr(value))
+
+
+def _without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that a recipe has now.
+
+    Raises:
+        InputError: a removed key has another value than its default.
+    """
+    for name, default in _REMOVED.items():
+        if name in data and data[name] != default:
+            raise _invalid(name, f"is no longer supported; expected {default!r}, or no {name}", data[name])
+    return {name: value for name, value in data.items() if name not in _REMOVED}
 
 
 def _is_whole(value: Any) -> bool:
@@ -275,23 +292,23 @@ def shipped_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def load_recipe(source: str) -> Recipe:
+def load_recipe(config: str) -> Recipe:
     """A recipe that ships with the package, by name, or a TOML file.
 
     Raises:
         InputError: there is none, or it is not valid.
     """
-    if source in shipped_recipes():
-        text = resources.files("robustfeat.training").joinpath(f"recipes/{source}.toml").read_text("utf-8")
+    if config in shipped_recipes():
+        text = resources.files("robustfeat.training").joinpath(f"recipes/{config}.toml").read_text("utf-8")
     else:
         try:
-            text = Path(source).read_text("utf-8-sig")
+            text = Path(config).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as exc:
             raise InputError(
-                f"--config {source}: neither a TOML file nor one of {', '.join(shipped_recipes())}"
+                f"neither a TOML file nor one of {', '.join(shipped_recipes())}", argument="config", value=config
             ) from exc
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as exc:  # a number of thousands of digits is a ValueError of another kind
-        raise InputError(f"--config {source}: not valid TOML ({exc})") from exc
-    return Recipe.from_dict(data, f"--config {source}")
+        raise InputError(f"not valid TOML ({exc})", argument="config", value=config) from exc
+    return Recipe.from_dict(data, config)

@@ -63,14 +63,19 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
         weight, bias = (part.astype(np.float64) for part in parts)
     except (ModelFolderError, OSError, ValueError, KeyError) as exc:
         raise DataError(
-            f"--target-model {model}: has no named classes ({first_line(exc)}); pass a model that robustfeat trained"
+            f"has no named classes ({first_line(exc)})",
+            argument="target_model",
+            value=model,
+            fix="pass a model that robustfeat trained",
         ) from exc
     try:
         of_class = assign_concepts(concepts, classes, np.ones(len(classes), np.int64))
     except DataError as exc:
         raise DataError(
-            f"--target {images}: {model} tells the target's concepts by classes of its own, which need concepts, too: "
-            f"{exc}"
+            f"{model} tells the target's concepts by classes of its own, which need concepts, too: {exc.what}",
+            argument="target",
+            value=images,
+            fix=exc.fix,
         ) from exc
     totals, count, failed = np.zeros(len(of_class.names)), 0, 0
     with list_inputs([images]) as listed:
@@ -83,6 +88,6 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
             np.add.at(totals, of_class.of_class, (shares / shares.sum(1, keepdims=True)).sum(0))
             count += len(features)
     if not count:
-        raise DataError(f"--target {images}: none of its {failed} images can be decoded")
+        raise DataError(f"none of its {failed} images can be decoded", argument="target", value=images)
     shares = {name: round(float(total / count), 6) for name, total in zip(of_class.names, totals, strict=True)}
     return shares | dict.fromkeys(of_class.empty, 0.0)  # which this model cannot tell

@@ -34,6 +34,16 @@ class Recording(Objective):
         return value
 
 
+class Frozen(Recording):
+    """Keeps BatchNorm's running statistics, in the inner pass and in the step."""
+
+    def training_images(self, model: nn.Module, batch: StepBatch) -> Tensor:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return super().training_images(model, batch)
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 

@@ -67,7 +67,6 @@ def test_a_recipe_file_is_read(tmp_path: Path) -> None:
         ("seed = -1", "seed must be a whole number from 0"),
         ("epochs = 2.5", "epochs must be a whole number from 1"),
         ("parts = 0", "parts must be a whole number >= 1"),
-        ("nesterov = true\nmomentum = 0", "nesterov needs a momentum"),
         ("schedule = 'cosine'", "schedule must be one of step, linear"),
         ("image_sizes = [[1, 32]]", "must start at epoch 0"),
         ("lr = ", "not valid TOML"),
@@ -97,7 +96,7 @@ def test_imagenet_paper_is_the_papers() -> None:
     recipe = load_recipe("imagenet-paper")
     assert recipe == Recipe()
     assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.milestones) == (90, 256, 0.1, (30, 60))
-    assert (recipe.weight_decay, recipe.momentum, recipe.nesterov) == (1e-4, 0.9, False)
+    assert (recipe.weight_decay, recipe.momentum) == (1e-4, 0.9)
     assert (recipe.q_warmup_steps, recipe.q_warmup_divisor, recipe.concepts) == (1000, 10, "imagenet11")
     assert (recipe.inner, recipe.method, recipe.image_sizes) == ("full", "hrrl", ((0, 224),))
 
@@ -115,7 +114,7 @@ def test_imagenet_paper_is_the_papers() -> None:
 def test_a_value_of_the_wrong_kind_is_said_with_its_key_and_file(tmp_path: Path, line: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(line)
-    with pytest.raises(InputError, match=rf"^--config {file}: .*{line.split(' ', maxsplit=1)[0]}"):
+    with pytest.raises(InputError, match=rf"^config={file}: .*{line.split(' ', maxsplit=1)[0]}"):
         load_recipe(str(file))
 
 
@@ -123,10 +122,39 @@ def test_a_value_of_the_wrong_kind_is_said_with_its_key_and_file(tmp_path: Path,
 def test_what_is_no_toml_is_said(tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(text)
-    with pytest.raises(InputError, match=f"^--config {file}: not valid TOML"):
+    with pytest.raises(InputError, match=f"^config={file}: not valid TOML"):
         load_recipe(str(file))
 
 
 def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("\ufeffepochs = 3\n", "utf-8")
     assert load_recipe(str(tmp_path / "mine.toml")).epochs == 3
+
+
+def test_a_value_out_of_range_names_the_parameter() -> None:
+    with pytest.raises(InputError, match=r"^batch_size=0: must be a whole number from 2 to 1e\+06$"):
+        Recipe(batch_size=0)
+    with pytest.raises(InputError, match=r"^schedule='cosine': must be one of step, linear$"):
+        Recipe().override({"schedule": "cosine"})
+
+
+REMOVED = {"nesterov": False, "tau_ramp_epochs": 0, "q_steps": "decaying", "group_rate": 0.01, "batch_norm": "batch"}
+
+
+def test_a_recipe_of_an_earlier_version_is_read_where_its_removed_keys_have_their_defaults() -> None:
+    assert Recipe.from_dict({**Recipe(lr=0.3).to_dict(), **REMOVED, "tau_ramp_epochs": 0.0}) == Recipe(lr=0.3)
+    assert not set(REMOVED) & set(Recipe().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("nesterov", True), ("tau_ramp_epochs", 2), ("q_steps", "averaged"), ("group_rate", 0.1), ("batch_norm", "sync")],
+)
+def test_a_removed_key_with_another_value_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    expected = rf"{name}={value!r}: is no longer supported; expected {REMOVED[name]!r}, or no {name}$"
+    with pytest.raises(InputError, match=f"^{expected}"):
+        Recipe.from_dict({name: value})
+    file = tmp_path / "mine.toml"
+    file.write_text(f"{name} = {str(value).lower() if isinstance(value, bool | int | float) else repr(value)}\n")
+    with pytest.raises(InputError, match=rf"^config={file}: {name} is no longer supported; .*got {value!r}$"):
+        load_recipe(str(file))

@@ -113,7 +113,7 @@ def test_a_reference_names_every_concept_that_is_there() -> None:
 
 
 def test_a_target_is_told_by_classes_that_need_concepts(dataset: Path, examples: Path) -> None:
-    with pytest.raises(DataError, match=r"--target .*builtin tells the target's concepts by classes of its own"):
+    with pytest.raises(DataError, match=r"target=.*builtin tells the target's concepts by classes of its own"):
         estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"))
 
 

@@ -22,8 +22,9 @@ from robustfeat.serving.bulk.formats import FORMATS
 from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
 from robustfeat.serving.options import RunOptions
-from robustfeat.training.loop.checkpoint import CHECKPOINT_NAME, Checkpoint, load_checkpoint
+from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint
 from robustfeat.training.loop.device import measuring_device
+from robustfeat.training.loop.run_folder import CHECKPOINT_NAME
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
 

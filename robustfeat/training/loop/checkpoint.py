@@ -12,12 +12,34 @@ import torch
 from robustfeat.errors import CheckpointError
 from robustfeat.files import new_file
 from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.loop.run_folder import CHECKPOINT_NAME, checkpoint_file
 from robustfeat.training.recipe import Recipe
 
-__all__ = ["CHECKPOINT_NAME", "Checkpoint", "changed_key", "load_checkpoint", "require_same_run", "save_checkpoint"]
+__all__ = ["Checkpoint", "Position", "changed_key", "load_checkpoint", "require_same_run", "save_checkpoint"]
 
-CHECKPOINT_NAME = "checkpoint.pt"
 _FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, between two steps.
+
+    Attributes:
+        epoch, step: the next step to make: `step` within `epoch`, both counted from 0.
+        global_step: steps made so far.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+
+    def after_step(self) -> Position:
+        """One step later, in the same epoch."""
+        return Position(self.epoch, self.step + 1, self.global_step + 1)
+
+    def after_epoch(self) -> Position:
+        """At the first step of the next epoch."""
+        return Position(self.epoch + 1, 0, self.global_step)
 
 
 @dataclass(frozen=True)
@@ -30,8 +52,7 @@ class Checkpoint:
         classes: the C class names.
         concepts: the K concept names.
         concept_of_class: C numbers.
-        epoch, step: the next step to make: `step` within `epoch`, both counted from 0.
-        global_step: steps made so far.
+        epoch, step, global_step: see `Position`.
         model, optimizer, objective, scaler: their state dicts (the scaler's is empty but for fp16).
         bad_images: for `training` and `validation`, those that could not be decoded so far.
     """
@@ -49,6 +70,11 @@ class Checkpoint:
     objective: dict[str, Any]
     scaler: dict[str, Any] = field(default_factory=dict)
     bad_images: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def position(self) -> Position:
+        """Where the run stands."""
+        return Position(self.epoch, self.step, self.global_step)
 
 
 def save_checkpoint(checkpoint: Checkpoint, run: Path) -> None:
@@ -68,14 +94,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, damaged, or of another version.
     """
-    file = path / CHECKPOINT_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{path}: holds no {CHECKPOINT_NAME}; expected the --out folder of robustfeat train")
+    file = checkpoint_file(path)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as exc:  # what the restricted unpickler raises on damaged files has no common base
         raise CheckpointError(
-            f"{file}: damaged or not a checkpoint of robustfeat train; train again or use another"
+            f"{file}: damaged or not a checkpoint of robustfeat train", fix="train again or use another"
         ) from exc
     if not isinstance(state, dict) or "format_version" not in state:
         raise CheckpointError(f"{file}: not a checkpoint of robustfeat train; expected one written by it")
@@ -84,7 +108,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     needed = {item.name for item in fields(Checkpoint) if item.default_factory is MISSING}
     if version != _FORMAT_VERSION or not needed <= set(state) <= names:
         raise CheckpointError(
-            f"{file}: format_version {version}; this robustfeat reads {_FORMAT_VERSION}: upgrade robustfeat"
+            f"{file}: format_version {version}; this robustfeat reads {_FORMAT_VERSION}", fix="upgrade robustfeat"
         )
     return Checkpoint(**state)
 
@@ -109,12 +133,12 @@ def require_same_run(
     if change := changed_key(saved, recipe):
         name, then, now = change
         raise CheckpointError(
-            f"{run}: was trained with {name} = {then}, now it is {now}; "
-            "resume with the same options or choose another --out"
+            f"{run}: was trained with {name} = {then}, now it is {now}",
+            fix="resume with the same options or choose another `out`",
         )
     same_concepts = saved.concept_of_class == concepts.of_class.tolist() and saved.concepts == list(concepts.names)
     if saved.data["fingerprint"] != data["fingerprint"] or not same_concepts:
         raise CheckpointError(
-            f"{run}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) "
-            "or concepts; resume with the same or choose another --out"
+            f"{run}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) or concepts",
+            fix="resume with the same or choose another `out`",
         )

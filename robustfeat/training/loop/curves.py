@@ -7,10 +7,9 @@ from pathlib import Path
 
 from robustfeat.files import new_file
 from robustfeat.training.loop.journal import read_metrics
+from robustfeat.training.loop.run_folder import CURVES_NAME
 
-__all__ = ["CURVES_NAME", "draw_curves"]
-
-CURVES_NAME = "curves.png"
+__all__ = ["draw_curves"]
 
 
 def draw_curves(run: Path, concepts: Sequence[str]) -> None:

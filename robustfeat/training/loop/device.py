@@ -17,10 +17,12 @@ def torch_device(name: str) -> torch.device:
         InputError: another name, or cuda where PyTorch sees no GPU.
     """
     if name not in {AUTO, *DEVICES}:
-        raise InputError(f"--device {name}: expected auto, cpu or cuda")
+        raise InputError("expected auto, cpu or cuda", argument="device", value=name)
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise InputError("--device cuda: PyTorch sees no GPU; check the driver, or pass --device cpu")
+        raise InputError(
+            "PyTorch sees no GPU", argument="device", value=name, fix="check the driver, or pass `device=cpu`"
+        )
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 

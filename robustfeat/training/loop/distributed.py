@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed
 
-from robustfeat.errors import InputError, RobustFeatError, TrainingError, first_line
+from robustfeat.errors import RobustFeatError, TrainingError, first_line
+from robustfeat.training.loop.ranks import Ranks
 
-__all__ = ["Ranks", "gather_objects", "join_group", "raise_together", "sum_over_ranks"]
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that train together.
-
-    Attributes:
-        rank, world: its number, and how many there are.
-        local_rank, local_world: the same on this machine.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Ranks:
-        """As torchrun tells it; alone without torchrun.
-
-        Raises:
-            InputError: the variables that torchrun sets make no sense.
-        """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return cls()
-        values = [os.environ.get(name, default) for name, default in zip(names, "0101", strict=True)]
-        try:
-            ranks = cls(*map(int, values))
-        except ValueError:
-            ranks = cls(-1)
-        if not (0 <= ranks.rank < ranks.world and 0 <= ranks.local_rank < ranks.local_world <= ranks.world):
-            raise InputError(f"{', '.join(names)}: expected what torchrun sets; got {', '.join(values)}: unset them")
-        return ranks
+__all__ = [
+    "fail_together",
+    "gather_objects",
+    "gather_tensors",
+    "join_group",
+    "raise_together",
+    "sum_over_ranks",
+    "together",
+]
 
 
 @contextmanager
@@ -70,21 +43,21 @@ def join_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
         )
     except (RuntimeError, ValueError) as exc:
         raise TrainingError(
-            f"rank {ranks.rank} of {ranks.world} cannot join the others ({first_line(exc)}); "
-            "start it with torchrun, which sets MASTER_ADDR and MASTER_PORT"
+            f"rank {ranks.rank} of {ranks.world} cannot join the others ({first_line(exc)})",
+            fix="start it with torchrun, which sets MASTER_ADDR and MASTER_PORT",
         ) from exc
     try:
         yield
     except RobustFeatError as exc:
         if ranks.rank == 0:
             raise
-        raise type(exc)(f"rank {ranks.rank}: {exc}") from exc
+        raise type(exc)(f"rank {ranks.rank}: {exc.what}", argument=exc.argument, value=exc.value, fix=exc.fix) from exc
     except RuntimeError as exc:
         if not any(sign in str(exc) for sign in _LOST_PEER):
             raise
         raise TrainingError(
-            f"rank {ranks.rank} lost another one ({first_line(exc)}); what that one said tells why: "
-            "mend it, then go on with --resume"
+            f"rank {ranks.rank} lost another one ({first_line(exc)}), whose own message tells why",
+            fix="fix that, then pass `resume=True` to resume the run",
         ) from exc
     finally:
         distributed.destroy_process_group()
@@ -107,6 +80,37 @@ def raise_together(error: RobustFeatError | None) -> None:
         sys.exit(1)
 
 
+def fail_together(error: RobustFeatError) -> NoReturn:
+    """Ends all ranks, which all have the same error; a collective call. The first rank raises it.
+
+    Raises:
+        RobustFeatError: `error`.
+    """
+    raise_together(error)
+    raise error
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """An error within the block ends all ranks, and one of them raises it."""
+    error: RobustFeatError | None = None
+    try:
+        yield
+    except RobustFeatError as exc:
+        error = exc
+    raise_together(error)
+
+
+def gather_tensors(values: Tensor) -> Tensor:
+    """(world, ...), each rank's `values` of the same shape, in the order of the ranks."""
+    if not distributed.is_initialized():
+        return values[None]
+    values = values.contiguous()
+    gathered = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, values)
+    return torch.stack(gathered)
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of `values` over all ranks; `values` itself outside of a group.
 
@@ -118,11 +122,9 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """
     if not distributed.is_initialized():
         return values
-    values = values.contiguous()
-    gathered = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(gathered, values)
-    total = gathered[0]
-    for part in gathered[1:]:
+    parts = gather_tensors(values)
+    total = parts[0]
+    for part in parts[1:]:
         total = total + part
     return total
 

@@ -14,12 +14,10 @@ from torch import Tensor
 from robustfeat.errors import InputError
 from robustfeat.files import new_file
 from robustfeat.training.loop.distributed import sum_over_ranks
+from robustfeat.training.loop.run_folder import METRICS_NAME, TENSORBOARD_NAME
 from robustfeat.training.loop.step import StepResult
 
-__all__ = ["METRICS_NAME", "TENSORBOARD_NAME", "Journal", "Window", "read_metrics"]
-
-METRICS_NAME = "metrics.jsonl"
-TENSORBOARD_NAME = "tensorboard"
+__all__ = ["Journal", "Window", "read_metrics"]
 
 
 class Journal:
@@ -43,7 +41,8 @@ class Journal:
             self._board = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=step + 1)
         except OSError as exc:
             raise InputError(
-                f"{run / TENSORBOARD_NAME}: cannot be written ({exc.strerror}); remove what is there, or free space"
+                f"{run / TENSORBOARD_NAME}: cannot be written ({exc.strerror})",
+                fix="remove what is there, or free space",
             ) from exc
 
     def write(self, event: str, step: int, numbers: dict[str, Any]) -> None:
@@ -65,7 +64,8 @@ class Journal:
             self._board.flush()
         except OSError as exc:
             raise InputError(
-                f"{self._file}: cannot be written ({exc.strerror}); free space, then go on with --resume"
+                f"{self._file}: cannot be written ({exc.strerror})",
+                fix="free space, then pass `resume=True` to resume the run",
             ) from exc
 
     def close(self) -> None:

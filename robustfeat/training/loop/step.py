@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import ConceptMap
-from robustfeat.training.loop.distributed import Ranks, sum_over_ranks
+from robustfeat.training.loop.distributed import sum_over_ranks
+from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.network import build_network
 from robustfeat.training.objective import Objective, StepBatch, create_objective
 from robustfeat.training.recipe import Recipe
@@ -52,9 +53,12 @@ class TrainingStep:
 
     def __init__(self, recipe: Recipe, concepts: ConceptMap, device: torch.device, ranks: Ranks) -> None:
         if recipe.precision == "fp16" and device.type != "cuda":
-            raise InputError("--precision fp16: needs a GPU (on a CPU it is 50 times slower than bf16); pass bf16")
-        if recipe.batch_norm == "sync" and device.type != "cuda":
-            raise InputError("batch_norm sync: PyTorch has it for GPUs alone; pass batch_norm batch")
+            raise InputError(
+                "needs a GPU (on a CPU it is 50 times slower than bf16)",
+                argument="precision",
+                value="fp16",
+                fix="pass `precision=bf16`",
+            )
         if recipe.precision == "fp32":
             # Exact resume needs the same kernels each time, and fp32 means fp32.
             torch.backends.cudnn.deterministic = True
@@ -64,13 +68,10 @@ class TrainingStep:
         self.recipe, self.device, self._ranks = recipe, device, ranks
         torch.manual_seed(recipe.seed)
         self.network = build_network(len(concepts.of_class)).to(memory_format=torch.channels_last).to(device)
-        if recipe.batch_norm == "sync" and ranks.world > 1:
-            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self._optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=recipe.lr,
             momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
             weight_decay=recipe.weight_decay,
             # On a CPU it saves 3 ms a step and is not bit for bit the plain optimiser.
             fused=device.type == "cuda",
@@ -113,12 +114,8 @@ class TrainingStep:
             buffer.copy_(part.view_as(buffer))
 
     def train(self) -> None:
-        """To training mode, BatchNorm by the recipe's policy."""
+        """To training mode."""
         self.network.train()
-        if self.recipe.batch_norm == "frozen":
-            for module in self.network.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
 
     def __call__(
         self, pixels: Tensor, labels: Tensor, epoch: float, number: int, *, replay: int = 0, total: int | None = None
@@ -151,14 +148,15 @@ class TrainingStep:
         objective = self.objective.training_loss(losses, batch)
         if objective.ndim:
             raise InputError(
-                f"--method {self.recipe.method}: training_loss must return a scalar, as batch.mean makes it; got shape "
-                f"{tuple(objective.shape)}"
+                f"training_loss must return a scalar, as batch.mean makes it; got shape {tuple(objective.shape)}",
+                argument="method",
+                value=self.recipe.method,
             )
         self._optimizer.zero_grad()
         self._scaler.scale(objective).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        if self._ranks.world > 1 and self.recipe.batch_norm == "batch":
+        if self._ranks.world > 1:
             self._share_statistics()
         correct = (logits.detach().argmax(1) == labels).sum()
         return StepResult(losses.detach(), objective.detach(), correct)

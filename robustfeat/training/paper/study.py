@@ -19,8 +19,9 @@ from robustfeat.training.concepts import assign_concepts, load_concepts
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_splits, open_training_data
 from robustfeat.training.evaluation.tasks import Task, draw_images, open_task
-from robustfeat.training.loop.checkpoint import CHECKPOINT_NAME, changed_key, load_checkpoint
+from robustfeat.training.loop.checkpoint import changed_key, load_checkpoint
 from robustfeat.training.loop.device import measuring_device
+from robustfeat.training.loop.run_folder import CHECKPOINT_NAME
 from robustfeat.training.loop.trainer import TrainingResult, train
 from robustfeat.training.paper.locks import Locks
 from robustfeat.training.paper.scale import WITH_LAMBDA, WITH_TAU, Scale

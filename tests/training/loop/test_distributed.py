@@ -71,9 +71,9 @@ def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         # A small rate: the network without batch statistics is chaotic in float32. In float64 the two agree to
         # 1e-15 at any rate; in float32 a last bit decides a ReLU now and then, and that turns the directions z.
-        options = {"epochs": 1, "method": "tests.training.recording:Recording", "lambda": 1, "lr": 2e-5, "tau": 0.05}
+        options = {"epochs": 1, "method": "tests.training.recording:Frozen", "lambda": 1, "lr": 2e-5, "tau": 0.05}
         arguments = train_arguments(noise, folder / "run", **options)
-        code, _, stderr = finish(start([*arguments, "--set", "batch_norm=frozen", "--json"], folder, ranks=ranks))
+        code, _, stderr = finish(start([*arguments, "--json"], folder, ranks=ranks))
         assert code == 0, stderr
         folders.append(folder)
     return folders[0], folders[1]
@@ -152,8 +152,8 @@ def test_a_signal_to_torchrun_saves_first(dataset: Path, tmp_path: Path) -> None
     process.send_signal(signal.SIGTERM)
     code, _, stderr = finish(process)
     assert code != 0
-    assert [line for line in stderr.splitlines() if "go on with --resume" in line] == [
-        f"robustfeat: stopped; {out / 'checkpoint.pt'} is up to date: go on with --resume"
+    assert [line for line in stderr.splitlines() if "pass --resume" in line] == [
+        f"robustfeat: stopped; {out / 'checkpoint.pt'} is up to date; pass --resume to resume it"
     ]
     assert load_checkpoint(out).global_step >= 5
 

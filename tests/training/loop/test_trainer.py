@@ -67,12 +67,12 @@ def test_metrics_hold_loss_accuracy_q_and_the_weights_range(finished_run: Path) 
 
 def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
     """The trainer against a loop written out here."""
-    settings = recipe(dataset, method="erm", nesterov=True, weight_decay=1e-3)
+    settings = recipe(dataset, method="erm", weight_decay=1e-3)
     train(dataset, settings, tmp_path / "run", workers=0, threads=1, quiet=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = build_network(10).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
     data, _ = open_training_data(dataset)
@@ -156,7 +156,7 @@ def test_a_method_that_returns_no_scalar_is_told(dataset: Path, tmp_path: Path) 
     own = recipe(dataset, method="tests.training.loop.test_trainer:Unreduced")
     with pytest.raises(InputError, match=r"Unreduced: training_loss must return a scalar.*got shape \(6,\)"):
         train(dataset, own, tmp_path / "run", workers=0, threads=1, quiet=True)
-    with pytest.raises(InputError, match=r"tests\.training\.test_trainer has no Unwritten"):
+    with pytest.raises(InputError, match=r"tests\.training\.loop\.test_trainer has no Unwritten"):
         train(
             dataset,
             own.replace(method="tests.training.loop.test_trainer:Unwritten"),
@@ -167,7 +167,7 @@ def test_a_method_that_returns_no_scalar_is_told(dataset: Path, tmp_path: Path) 
 
 
 def test_a_cache_without_a_size_is_refused(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--cache ram: caches squares of --cache-px, which is 0"):
+    with pytest.raises(InputError, match=r"cache=ram: caches squares of `cache_px`, which is 0"):
         train(dataset, recipe(dataset), tmp_path / "run", cache="ram", workers=0, quiet=True)
 
 
@@ -250,7 +250,7 @@ def test_a_signal_saves_a_checkpoint_first(
     os.killpg(process.pid, number)  # as a terminal or a job scheduler does: the workers get it, too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "go on with --resume" in stderr
+    assert "pass --resume to resume it" in stderr
     assert len(stderr.splitlines()) == 1
     assert 5 <= load_checkpoint(broken).global_step < 40
     if number == signal.SIGINT:  # what follows is the same
@@ -261,7 +261,7 @@ def test_a_signal_saves_a_checkpoint_first(
 
 
 def test_a_run_is_not_overwritten(dataset: Path, finished_run: Path) -> None:
-    with pytest.raises(CheckpointError, match="pass --resume"):
+    with pytest.raises(CheckpointError, match="pass `resume=True`"):
         train(dataset, recipe(dataset), finished_run, workers=0, threads=1, quiet=True)
 
 
@@ -274,6 +274,24 @@ def test_resume_refuses_another_recipe_or_other_data(dataset: Path, finished_run
     (tmp_path / "data" / "concepts.csv").unlink()
     with pytest.raises(CheckpointError, match="was trained on other data"):
         train(other, recipe(dataset), run, resume=True, workers=0, threads=1, quiet=True)
+
+
+def test_a_run_of_an_earlier_version_resumes(dataset: Path, finished_run: Path, tmp_path: Path) -> None:
+    """Its recipe has keys that are gone, and its adversary another tensor."""
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["recipe"] |= {
+        "nesterov": False, "tau_ramp_epochs": 0.0, "q_steps": "decaying", "group_rate": 0.01, "batch_norm": "batch",
+    }  # fmt: skip
+    adversary = state["objective"]["adversary"]
+    adversary["iterate"] = adversary["q"].clone()
+    torch.save(state, run / "checkpoint.pt")
+    accuracy = train(dataset, recipe(dataset), run, resume=True, workers=0, threads=1, quiet=True).validation_accuracy
+    assert accuracy == pytest.approx(metrics(run)[-1]["validation_accuracy"], abs=1e-5)
+    state["recipe"]["nesterov"] = True
+    torch.save(state, run / "checkpoint.pt")
+    with pytest.raises(InputError, match=r"^nesterov=True: is no longer supported; expected False, or no nesterov$"):
+        train(dataset, recipe(dataset), run, resume=True, workers=0, threads=1, quiet=True)
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
@@ -334,8 +352,8 @@ def test_divergence_stops_with_step_checkpoint_and_likely_cause(dataset: Path, t
     message = str(caught.value)
     step = int(re.match(r"training diverged at step (\d) \(.*not finite\); ", message)[1])  # type: ignore[index]
     assert 1 <= step <= 3
-    assert "likely cause: a learning rate of 1e+30 is too high; try a smaller --lr" in message
-    assert "checkpoint.pt is intact, of step 0" in message
+    assert "likely cause: a learning rate of 1e+30 is too high. " in message
+    assert "checkpoint.pt is intact, of step 0; try a smaller `lr`" in message
     assert load_checkpoint(tmp_path / "run").global_step == 0
 
 
@@ -376,7 +394,7 @@ def test_a_heavy_concept_is_named_as_the_cause(dataset: Path, tmp_path: Path) ->
         lr=1e-6,
         lam=1e9,
     )
-    with pytest.raises(TrainingError, match=r"concept hat weighed 10\.0 times .* larger --lambda or a smaller --lr"):
+    with pytest.raises(TrainingError, match=r"concept hat weighed 10\.0 times .* larger `lam` or a smaller `lr`"):
         train(dataset, settings, tmp_path / "run", workers=0, threads=1, quiet=True)
 
 
@@ -404,7 +422,7 @@ def test_a_run_shows_what_it_did(finished_run: Path, dataset: Path) -> None:
 def test_a_run_says_what_was_left_out_its_concepts_weights_and_the_time_left(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("robustfeat.training.loop.trainer._LOG_EVERY_STEPS", 2)
+    monkeypatch.setattr("robustfeat.training.loop.epochs._LOG_EVERY_STEPS", 2)
     monkeypatch.setattr("robustfeat.progress._PLAIN_LINE_S", 0)
     folder = Path(shutil.copytree(dataset, tmp_path / "data"))
     (folder / "train" / "hat" / "photo.avif").touch()

@@ -1,0 +1,267 @@
+"""The two levels of an objective: which images a step trains on, and how much the loss of each weighs.
+
+A base class is a level that is switched off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, distributed, nn
+
+from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.groupdro import GroupAdversary
+from robustfeat.training.hrrl import ConceptAdversary, perturb, step_along
+from robustfeat.training.recipe import Recipe
+
+__all__ = ["Adversary", "ConceptLevel", "ExampleLevel", "StepBatch", "create_concept_level", "create_example_level"]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one step trains on; under data parallelism this rank's part.
+
+    Attributes:
+        images: (m, 3, S, S) float, in the network's normalised input space.
+        labels: (m,) int64.
+        concepts: (m,) int64, each example's concept.
+        epoch: epochs done so far, as a fraction.
+        replay: how often this batch was trained on just before (`Objective.replays`).
+        total: the examples of all ranks together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    concepts: Tensor
+    epoch: float
+    total: int
+    replay: int = 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The scalar to descend so that the step follows the mean of all ranks' `values`, (m,).
+
+        The gradients of the ranks are averaged, also where a bad image made their parts unequal.
+        """
+        if not distributed.is_initialized():
+            return values.mean()
+        return values.sum() * (distributed.get_world_size() / self.total)
+
+
+class ExampleLevel:
+    """The example level, switched off: images stay as they are.
+
+    Attributes:
+        replays: how many steps in a row are made with one batch.
+    """
+
+    replays = 1
+
+    def move(self, model: nn.Module, batch: StepBatch, tau: float) -> Tensor:
+        """The images to train on.
+
+        Args:
+            model: the network, for passes of the level's own.
+            batch: of this step.
+            tau: length of the move, above 0.
+
+        Returns:
+            (m, 3, S, S), without a graph.
+        """
+        return batch.images
+
+
+class _Moving(ExampleLevel):
+    """Moves images by tau.
+
+    Args:
+        std: (1, 3, 1, 1) where tau is a length in pixels from 0 to 1; see `step_along`.
+    """
+
+    def __init__(self, std: Tensor | None) -> None:
+        self._std = std
+
+    def std(self, images: Tensor) -> Tensor | None:
+        """`std` on the device of the images."""
+        if self._std is not None and self._std.device != images.device:
+            self._std = self._std.to(images.device)
+        return self._std
+
+
+class _Gradient(_Moving):
+    """Theorem 2: along the gradient of an inner pass.
+
+    Args:
+        std: see `_Moving`.
+        half: run the inner pass at half the resolution.
+        batch_norm: see `input_gradient`.
+    """
+
+    def __init__(self, std: Tensor | None, *, half: bool, batch_norm: str) -> None:
+        super().__init__(std)
+        self._half, self._batch_norm = half, batch_norm
+
+    def move(self, model: nn.Module, batch: StepBatch, tau: float) -> Tensor:
+        return perturb(
+            model,
+            batch.images,
+            batch.labels,
+            tau,
+            half=self._half,
+            batch_norm=self._batch_norm,
+            std=self.std(batch.images),
+        )
+
+
+class _FreeGradient(_Moving):
+    """Along the gradient that the step before left on the same batch; the first step of a batch has none.
+
+    Args:
+        std: see `_Moving`.
+        replays: steps per batch.
+    """
+
+    def __init__(self, std: Tensor | None, replays: int) -> None:
+        super().__init__(std)
+        self.replays = replays
+        self._last_images: Tensor | None = None
+
+    def move(self, model: nn.Module, batch: StepBatch, tau: float) -> Tensor:
+        images, last = batch.images, self._last_images
+        if batch.replay and last is not None and last.grad is not None and last.shape == images.shape:
+            images = step_along(images, last.grad, tau, self.std(images))
+        self._last_images = images.detach()
+        if batch.replay + 1 < self.replays:
+            # A leaf that asks for its gradient: the step's own backward pass leaves it there for the next replay.
+            self._last_images.requires_grad_()
+        return self._last_images
+
+
+class _RandomDirection(_Moving):
+    """Along a random direction: the control of the example level."""
+
+    def move(self, model: nn.Module, batch: StepBatch, tau: float) -> Tensor:
+        images, std = batch.images, self.std(batch.images)
+        noise = torch.randn_like(images)
+        # With `std`, `step_along` takes a gradient, and divides by it.
+        return step_along(images, noise if std is None else noise * std, tau, std)
+
+
+def create_example_level(direction: str | None, recipe: Recipe) -> ExampleLevel:
+    """The example level by its direction: see `methods.Method`."""
+    if direction is None:
+        return ExampleLevel()
+    std = torch.tensor(recipe.preprocessing().std).view(1, 3, 1, 1) if recipe.tau_unit == "pixel" else None
+    if direction == "random":
+        return _RandomDirection(std)
+    if recipe.inner == "free":
+        return _FreeGradient(std, recipe.replays)
+    return _Gradient(std, half=recipe.inner == "half", batch_norm=recipe.inner_batch_norm)
+
+
+class Adversary(Protocol):
+    """A distribution over concepts that learns from the losses.
+
+    Attributes:
+        q: (K,) float64.
+    """
+
+    q: Tensor
+
+    def weigh(self, losses: Tensor, concepts: Tensor) -> Tensor:
+        """(m,) float32 weights for the (m,) losses of this step, of examples of these (m,) concepts; q learns."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to resume."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resumes from a saved state."""
+
+
+class ConceptLevel:
+    """The concept level, switched off: all losses weigh the same.
+
+    Attributes:
+        adversary: what the level learns with, if it learns.
+    """
+
+    adversary: Adversary | None = None
+
+    def weigh(self, losses: Tensor, batch: StepBatch) -> Tensor:
+        """(m,) losses, with their graph, to (m,) weighted ones; learns from them for the next step."""
+        return losses
+
+    def metrics(self) -> dict[str, Any]:
+        """Numbers for the log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resumes from a checkpoint."""
+
+
+class _ClassWeights(ConceptLevel):
+    """N / (C N_y): each class weighs the same, whatever its loss."""
+
+    def __init__(self, concepts: ConceptMap) -> None:
+        counts = torch.from_numpy(concepts.class_counts).double()
+        self._weights = (counts.sum() / (counts > 0).sum() / counts.clamp_min(1)).float()
+
+    def weigh(self, losses: Tensor, batch: StepBatch) -> Tensor:
+        self._weights = self._weights.to(losses.device)
+        return self._weights[batch.labels] * losses
+
+
+class _AdversaryLevel(ConceptLevel):
+    """Weights that an adversary chooses."""
+
+    def __init__(self, adversary: Adversary, concepts: ConceptMap) -> None:
+        self.adversary: Adversary = adversary
+        self._names = concepts.names
+        self._counts = torch.from_numpy(concepts.counts).double()
+
+    def weigh(self, losses: Tensor, batch: StepBatch) -> Tensor:
+        return self.adversary.weigh(losses, batch.concepts) * losses
+
+    def metrics(self) -> dict[str, Any]:
+        """q, the range of the weights (N / N_k) q_k, and the concepts at its ends."""
+        q = self.adversary.q.cpu()
+        weights = self._counts.sum() / self._counts * q
+        lightest, heaviest = int(weights.argmin()), int(weights.argmax())
+        return {
+            "q": [round(value, 6) for value in q.tolist()],
+            "weight_min": round(float(weights[lightest]), 6),
+            "weight_max": round(float(weights[heaviest]), 6),
+            "lightest": self._names[lightest],
+            "heaviest": self._names[heaviest],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adversary": self.adversary.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adversary.load_state_dict(state["adversary"])
+
+
+def create_concept_level(weighting: str | None, recipe: Recipe, concepts: ConceptMap) -> ConceptLevel:
+    """The concept level by its weighting: see `methods.Method`."""
+    if weighting is None:
+        return ConceptLevel()
+    if weighting == "classes":
+        return _ClassWeights(concepts)
+    if weighting == "groups":
+        return _AdversaryLevel(GroupAdversary(len(concepts.counts)), concepts)
+    reference = recipe.reference
+    adversary = ConceptAdversary(
+        torch.from_numpy(concepts.counts).double(),
+        recipe.lam,
+        recipe.q_warmup_steps,
+        recipe.q_warmup_divisor,
+        None if reference is None else torch.from_numpy(concepts.distribution(reference)),
+        baseline=recipe.q_baseline,
+    )
+    return _AdversaryLevel(adversary, concepts)

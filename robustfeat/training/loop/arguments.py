@@ -1,0 +1,76 @@
+"""What can be wrong with the arguments of `train` and costs nothing to find out. Loads no PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustfeat.errors import InputError
+from robustfeat.training.concepts import load_concepts
+from robustfeat.training.data.hub_dataset import is_hub_dataset
+from robustfeat.training.data.opening import are_class_folders, require_folder
+from robustfeat.training.loop.ranks import Ranks
+from robustfeat.training.loop.run_folder import checkpoint_file, require_unused
+from robustfeat.training.methods import require_method
+from robustfeat.training.recipe import Recipe
+
+__all__ = ["check_arguments"]
+
+
+def check_arguments(
+    data: str | Path,
+    recipe: Recipe,
+    out: Path,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    cache: str,
+    stream: bool,
+    checkpoint_every_s: float,
+) -> None:
+    """Refuses arguments of `train` that cannot be used, whatever the data holds.
+
+    Args:
+        ranks: this process among those that train together.
+
+    Raises:
+        InputError, DataError, CheckpointError: naming the argument.
+    """
+    _check_numbers(recipe, ranks, checkpoint_every_s)
+    if cache != "auto" and not recipe.cache_px:
+        raise InputError(
+            "caches squares of `cache_px`, which is 0", argument="cache", value=cache, fix="pass both or neither"
+        )
+    require_method(recipe.method)
+    if recipe.concepts != "classes":
+        load_concepts(recipe.concepts)
+    _check_places(data, out, resume=resume, stream=stream)
+
+
+def _check_numbers(recipe: Recipe, ranks: Ranks, checkpoint_every_s: float) -> None:
+    if not checkpoint_every_s >= 0:
+        raise InputError("expected seconds, 0 or more", argument="checkpoint_every_s", value=checkpoint_every_s)
+    size, world = recipe.batch_size, ranks.world
+    if size % world or size < 2 * world:
+        raise InputError(
+            f"is shared by {world} processes and must be a multiple of that, at least 2 for each",
+            argument="batch_size",
+            value=size,
+        )
+
+
+def _check_places(data: str | Path, out: Path, *, resume: bool, stream: bool) -> None:
+    if stream and not is_hub_dataset(data):
+        raise InputError(f"{data} is not on the Hub; expected hf://datasets/ORG/NAME", argument="stream")
+    if not is_hub_dataset(data):
+        require_folder(data)
+        if Path(data).resolve() in out.resolve().parents and are_class_folders(data):
+            raise InputError(
+                "lies in the training data, where it would be taken for a class",
+                argument="out",
+                value=out,
+                fix="choose another folder",
+            )
+    if resume:
+        checkpoint_file(out)
+    else:
+        require_unused(out)

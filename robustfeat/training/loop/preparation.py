@@ -1,0 +1,221 @@
+"""Before the first step: data, concepts, ranks, device and cache become one value that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from robustfeat.errors import DataError, InputError
+from robustfeat.progress import remark
+from robustfeat.system import available_cpus
+from robustfeat.training.concepts import ConceptMap, assign_concepts
+from robustfeat.training.data.batches import Batch, EpochPlan, TrainingBatches, load_batches
+from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches, require_room
+from robustfeat.training.data.hub_dataset import is_hub_dataset
+from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.opening import open_training_data
+from robustfeat.training.loop.device import torch_device
+from robustfeat.training.loop.ranks import Ranks
+from robustfeat.training.recipe import Recipe
+
+__all__ = ["Run", "choose_device", "fill_cache", "introduce", "make_folder", "prepare_run", "require_cache_room"]
+
+_MOST_DECODERS = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can begin: everything that stays the same until it ends.
+
+    Attributes:
+        recipe: how it is trained.
+        folder: of its files.
+        ranks, device: where this process runs.
+        train_set, validation_set: the images.
+        concepts: of the training set's classes.
+        data_identity: what a checkpoint keeps of the data: `root`, `fingerprint`, `images`, `validation_images`, and
+            the `ranks` that share a batch.
+        decoders: processes that decode images.
+        loaders: processes that load training batches.
+        cache: where squares of `recipe.cache_px` are kept: ram, device or a folder.
+        quiet: whether this process prints nothing.
+    """
+
+    recipe: Recipe
+    folder: Path
+    ranks: Ranks
+    device: torch.device
+    train_set: ImageSet
+    validation_set: ImageSet
+    concepts: ConceptMap
+    data_identity: dict[str, Any]
+    decoders: int
+    loaders: int
+    cache: str
+    quiet: bool
+
+    def epoch_batches(self, epoch: int, side: int, replays: int = 1) -> TrainingBatches:
+        """This rank's part of an epoch's batches, of crops with this side."""
+        recipe = self.recipe
+        plan = EpochPlan(
+            self.train_set,
+            recipe.batch_size,
+            seed=recipe.seed,
+            epoch=epoch,
+            min_crop_area=recipe.min_crop_area,
+            replays=replays,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+        )
+        return TrainingBatches(self.train_set, side, plan)
+
+    def load(self, batches: TrainingBatches, numbers: range) -> Iterator[Batch]:
+        """Batches from decoding processes; on a GPU with a cache, whole squares that it crops itself."""
+        on_gpu = self.device.type == "cuda"
+        if isinstance(self.train_set, CachedSet) and on_gpu:
+            return cached_batches(self.train_set, batches.plan, numbers, self.device)
+        return load_batches(batches, self.loaders, numbers, pin=on_gpu)
+
+
+def prepare_run(
+    data: str | Path,
+    recipe: Recipe,
+    folder: Path,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    workers: int | None,
+    cache: str,
+    stream: bool,
+    quiet: bool,
+) -> Run:
+    """Opens the data; see `train` for the arguments, which `check_arguments` has accepted.
+
+    Raises:
+        DataError, HubError: the data or the concepts cannot be used.
+    """
+    train_set, validation_set = open_training_data(
+        data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts, stream=stream
+    )
+    largest = max(side for _, side in recipe.image_sizes)
+    if 0 < recipe.cache_px < largest:
+        remark(
+            f"cache_px {recipe.cache_px} is less than the largest training size, {largest}: crops are magnified from "
+            "the cache",
+            quiet=quiet,
+        )
+    if len(train_set) < recipe.batch_size:
+        raise DataError(
+            f"{data}: {len(train_set)} training images, fewer than one batch of {recipe.batch_size}",
+            fix="pass a smaller `batch_size`",
+        )
+    class_counts = np.bincount(train_set.labels, minlength=len(train_set.classes))
+    decoders = max(1, min(_MOST_DECODERS, available_cpus() // ranks.local_world)) if workers is None else workers
+    automatic = "device" if device.type == "cuda" else "ram"
+    return Run(
+        recipe=recipe,
+        folder=folder,
+        ranks=ranks,
+        device=device,
+        train_set=train_set,
+        validation_set=validation_set,
+        concepts=assign_concepts(recipe.concepts, train_set.classes, class_counts),
+        data_identity={
+            "root": str(data if is_hub_dataset(data) else Path(data).resolve()),
+            "fingerprint": train_set.fingerprint,
+            "images": len(train_set),
+            "validation_images": len(validation_set),
+            "ranks": ranks.world,
+        },
+        decoders=decoders,
+        loaders=1 if recipe.cache_px and workers is None else decoders,
+        cache=automatic if cache == "auto" else cache,
+        quiet=quiet,
+    )
+
+
+def make_folder(run: Run) -> None:
+    """The run's folder, made by the first rank.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    if run.ranks.rank == 0:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise InputError(
+                f"cannot be made ({exc.strerror})", argument="out", value=run.folder, fix="choose another folder"
+            ) from exc
+
+
+def introduce(run: Run, data: str | Path) -> None:
+    """Says what is trained on what, and what is left out of it."""
+    recipe = run.recipe
+    ranks = f" on {run.ranks.world} ranks" if run.ranks.world > 1 else ""
+    inner = f", inner pass {recipe.inner}" if recipe.inner != "full" else ""
+    lines = [
+        f"{len(run.train_set):,} training and {len(run.validation_set):,} validation images, "
+        f"{len(run.train_set.classes)} classes, {len(run.concepts.names)} concepts; "
+        f"{recipe.method} on {run.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs",
+        *dict.fromkeys(run.train_set.remarks + run.validation_set.remarks),
+    ]
+    if recipe.parts and not is_hub_dataset(data) and not any(Path(data).glob("train-*")):
+        lines.append(f"parts = {recipe.parts}: {data} is not in Parquet files or shards, all of its images are used")
+    if run.concepts.empty:
+        lines.append(f"concepts without examples here, left out: {', '.join(run.concepts.empty)}")
+    for line in lines:
+        remark(line, quiet=run.quiet)
+
+
+def require_cache_room(run: Run) -> None:
+    """The decoded cache, where the recipe has one, fits its place.
+
+    Raises:
+        DataError, InputError: it does not.
+    """
+    if run.recipe.cache_px:
+        processes = run.ranks.local_world
+        require_room(run.train_set, run.recipe.cache_px, run.cache, device=run.device, processes=processes)
+
+
+def fill_cache(run: Run) -> Run:
+    """The run with its training images decoded, where the recipe says so."""
+    if not run.recipe.cache_px:
+        return run
+    # A folder is filled by one process of the machine while the others wait.
+    helpers = run.ranks.local_world if run.cache not in {"ram", "device"} else 1
+    cached = build_cache(
+        run.train_set,
+        run.recipe.cache_px,
+        run.cache,
+        device=run.device,
+        workers=run.decoders * helpers,
+        quiet=run.quiet,
+    )
+    return replace(run, train_set=cached)
+
+
+def choose_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this process: on a machine with several GPUs, each process has its own.
+
+    Raises:
+        InputError: there is no such device, or there are fewer GPUs than processes.
+    """
+    device = torch_device(name)
+    if device.type == "cpu":
+        return device
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"torchrun started {ranks.local_world} processes here and this machine has {torch.cuda.device_count()} "
+            "GPUs",
+            fix="start one process per GPU, or pass `device=cpu`",
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    return device

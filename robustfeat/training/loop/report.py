@@ -1,0 +1,111 @@
+"""What a run reports while it trains: lines on stderr, and events for its journal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from robustfeat.progress import Progress, clock
+from robustfeat.training.loop.checkpoint import Position
+from robustfeat.training.loop.journal import Journal
+from robustfeat.training.loop.preparation import Run
+from robustfeat.training.objective import Objective
+
+__all__ = ["Report", "open_report"]
+
+
+class Report:
+    """The progress of one run.
+
+    Args:
+        run: what is trained.
+        objective: whose numbers are reported.
+        journal: for the events; None on all ranks but the first.
+
+    Attributes:
+        metrics: the numbers of the last window of steps.
+    """
+
+    def __init__(self, run: Run, objective: Objective, journal: Journal | None) -> None:
+        self._run, self._objective, self._journal = run, objective, journal
+        self._progress = Progress("", 0, quiet=run.quiet)
+        self._note = ""
+        self.metrics: dict[str, Any] = {}
+
+    def begin_epoch(self, position: Position, side: int, steps: int) -> None:
+        """A new progress line, for an epoch of so many steps."""
+        recipe = self._run.recipe
+        self._progress = Progress(
+            f"epoch {position.epoch + 1}/{recipe.epochs} at {side} px",
+            steps * recipe.batch_size,
+            start=position.step * recipe.batch_size,
+            quiet=self._run.quiet,
+        )
+
+    def advance(self) -> None:
+        """One more step is made."""
+        self._progress.advance(self._run.recipe.batch_size, self._note)
+
+    def finish_epoch(self, accuracy: float) -> None:
+        """The epoch's closing line."""
+        self._progress.finish(f"validation accuracy {accuracy:.2%}")
+
+    def say(self, text: str) -> None:
+        """A line of its own on stderr."""
+        self._progress.say(text)
+
+    def write(self, event: str, position: Position, **numbers: Any) -> None:
+        """One event for the journal."""
+        if self._journal is not None:
+            self._journal.write(event, position.global_step, numbers)
+
+    def write_validation(self, event: str, position: Position, loss: float, accuracy: float) -> None:
+        """One event with the loss and the accuracy on the validation images."""
+        numbers = {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
+        self.write(event, position, epoch=position.epoch, **numbers)
+
+    def write_window(self, numbers: dict[str, float], position: Position, side: int, epoch: float, steps: int) -> None:
+        """The numbers of a window of steps, for the journal and the progress line.
+
+        Args:
+            numbers: of `Window.numbers`.
+            position: after the window.
+            side: of the training images.
+            epoch: epochs done, as a fraction.
+            steps: of this epoch.
+        """
+        recipe, told = self._run.recipe, self._objective.metrics()
+        self.metrics = {**numbers, **told}
+        note = [f"loss {numbers['loss']:.3f}", f"accuracy {numbers['accuracy']:.1%}"]
+        if "heaviest" in told:
+            note.append(
+                f"weights {told['weight_min']:.2f} {told['lightest']} to {told['weight_max']:.2f} {told['heaviest']}"
+            )
+        pixels = sum(recipe.image_size(later) ** 2 for later in range(position.epoch + 1, recipe.epochs)) * steps
+        left = pixels / side**2 + steps - position.step
+        note.append(f"run {clock(left * recipe.batch_size / max(numbers['images_per_s'], 1e-9))} left")
+        self._note = ", ".join(note)
+        self.write(
+            "train",
+            position,
+            epoch=round(epoch, 5),
+            image_size=side,
+            lr=round(recipe.learning_rate(epoch), 8),
+            tau=round(self._objective.tau(side, epoch), 6),
+            **numbers,
+            **told,
+        )
+
+
+@contextmanager
+def open_report(run: Run, objective: Objective, position: Position) -> Iterator[Report]:
+    """The report of a run from this position on; its journal is closed at the end."""
+    if run.ranks.rank > 0:
+        yield Report(run, objective, None)
+        return
+    journal = Journal(run.folder, position.global_step, run.concepts.names)
+    try:
+        yield Report(run, objective, journal)
+    finally:
+        journal.close()

@@ -1,0 +1,45 @@
+"""The folder of a run: what its files are called, and whether it has some already. Loads no PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robustfeat.errors import CheckpointError
+
+__all__ = [
+    "CHECKPOINT_NAME",
+    "CURVES_NAME",
+    "METRICS_NAME",
+    "TENSORBOARD_NAME",
+    "checkpoint_file",
+    "require_unused",
+]
+
+CHECKPOINT_NAME = "checkpoint.pt"
+METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+CURVES_NAME = "curves.png"
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The checkpoint in a run's folder, or the file itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    file = path / CHECKPOINT_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{path}: holds no {CHECKPOINT_NAME}; expected the folder of a run of robustfeat train")
+    return file
+
+
+def require_unused(run: Path) -> None:
+    """A new run may be written to this folder.
+
+    Raises:
+        CheckpointError: it holds a run.
+    """
+    if (run / CHECKPOINT_NAME).exists() or (run / METRICS_NAME).exists():
+        raise CheckpointError(
+            f"{run}: holds a run already", fix="pass `resume=True` to resume it, or choose another `out`"
+        )

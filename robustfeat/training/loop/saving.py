@@ -1,0 +1,78 @@
+"""Saving a run, and going on from what was saved."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from robustfeat.errors import StoppedError
+from robustfeat.progress import remark
+from robustfeat.training.loop.bad_images import BadImages
+from robustfeat.training.loop.checkpoint import Checkpoint, Position, save_checkpoint
+from robustfeat.training.loop.distributed import fail_together, gather_objects
+from robustfeat.training.loop.preparation import Run
+from robustfeat.training.loop.run_folder import CHECKPOINT_NAME
+from robustfeat.training.loop.step import TrainingStep
+
+__all__ = ["Saver", "restore"]
+
+
+class Saver:
+    """Writes a run's checkpoints.
+
+    Args:
+        run: what they are of.
+        step: with the network, the optimiser and the objective.
+        bad_images: found so far.
+        saved_step: of the checkpoint that is there, if any.
+
+    Attributes:
+        saved_step: the steps made at the last checkpoint.
+    """
+
+    def __init__(self, run: Run, step: TrainingStep, bad_images: BadImages, saved_step: int = 0) -> None:
+        self._run, self._step, self._bad_images = run, step, bad_images
+        self.saved_step = saved_step
+
+    def save(self, position: Position) -> None:
+        """Writes the checkpoint on the first rank; a collective call."""
+        run = self._run
+        if run.ranks.rank == 0:
+            save_checkpoint(
+                Checkpoint(
+                    recipe=run.recipe.to_dict(),
+                    data=run.data_identity,
+                    classes=list(run.train_set.classes),
+                    concepts=list(run.concepts.names),
+                    concept_of_class=run.concepts.of_class.tolist(),
+                    epoch=position.epoch,
+                    step=position.step,
+                    global_step=position.global_step,
+                    bad_images=self._bad_images.by_split(),
+                    **self._step.state_dict(),
+                ),
+                run.folder,
+            )
+        self.saved_step = position.global_step
+        gather_objects(None)  # no rank goes on, and above all none ends, before the file is whole
+
+    def stop(self) -> NoReturn:
+        """Ends all ranks after a checkpoint; a collective call.
+
+        Raises:
+            StoppedError: always.
+        """
+        file = self._run.folder / CHECKPOINT_NAME
+        fail_together(StoppedError(f"stopped; {file} is up to date", fix="pass `resume=True` to resume it"))
+
+
+def restore(saved: Checkpoint, run: Run, step: TrainingStep) -> Position:
+    """Gives the network, the optimiser and the objective their saved state; where to go on."""
+    step.load_state_dict({name: getattr(saved, name) for name in ("model", "optimizer", "objective", "scaler")})
+    before = saved.data.get("ranks", 1)
+    if before != run.ranks.world:
+        remark(
+            f"was trained on {before} ranks, goes on with {run.ranks.world}: BatchNorm's statistics and random "
+            "directions differ from those of an unbroken run",
+            quiet=run.quiet,
+        )
+    return saved.position
