@@ -50,8 +50,10 @@ def modules(layer: str) -> list[str]:
 
 
 def loaded_after(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    command = [sys.executable, "-c", f"import sys\n{statement}\nprint(*sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
 
 
 def test_torch_stays_unloaded_when_hub_and_serving_are_imported() -> None:
@@ -63,3 +65,37 @@ def test_torch_stays_unloaded_when_hub_and_serving_are_imported() -> None:
 def test_help_loads_no_heavy_module() -> None:
     loaded = loaded_after("from robustfeat.cli import cli; cli.main(['--help'], standalone_mode=False)")
     assert not {"torch", "onnxruntime", "sklearn", "numpy", "PIL"} & loaded
+
+
+MISTAKES = [
+    ["train", "nosuch", "--out", "new"],
+    ["train", "examples/images", "--out", "new", "--method", "nosuch"],
+    ["train", "examples/images", "--out", "new", "--method", "no.such:Class"],
+    ["train", "examples/images", "--out", "new", "--config", "nosuch"],
+    ["train", "examples/images", "--out", "new", "--concepts", "nosuch.csv"],
+    ["train", "examples/images", "--out", "new", "--batch-size", "0"],
+    ["train", "examples/images", "--out", "new", "--cache", "ram"],
+    ["train", "examples/images", "--out", "new", "--resume"],
+    ["evaluate", "nosuch", "--task", "clothes=examples/images"],
+    ["evaluate", "builtin", "--task", "clothes=nosuch"],
+    ["export", "nosuch", "--out", "new"],
+    ["import", "nosuch", "--out", "new"],
+    ["import", "timm:resnet18", "--out", "examples"],
+    ["import", "timm:resnet18", "--out", "new", "--weights", "nosuch.pt"],
+    ["paper", "table2", "--out", "new", "--target", "nosuch=examples/images"],
+    ["paper", "table2", "--out", "new", "--target", "cifar10=nosuch"],
+]
+
+
+def test_cheap_mistakes_are_found_before_anything_heavy_is_loaded() -> None:
+    statement = f"""
+from robustfeat.cli import cli
+from robustfeat.cli.rendering import Failure
+for arguments in {MISTAKES!r}:
+    try:
+        cli.main(arguments, standalone_mode=False)
+    except Failure:
+        continue
+    raise AssertionError(arguments)
+"""
+    assert not {"torch", "torchvision", "timm", "sklearn", "onnxruntime"} & loaded_after(statement)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +73,21 @@ def command(
     returns a torch module from images to features. DATA is what `robustfeat train` takes; its validation or test split
     is the test set, and is looked at once, at the end.
     """
-    import torch
-
-    from robustfeat.errors import InputError
     from robustfeat.files import new_file
     from robustfeat.progress import remark
     from robustfeat.system import available_cpus
+
+    _refuse_options(out, plot, cache, finetune)
+    named = _require_places(tasks, models, image_size, crop_pct)
+
+    import torch  # takes seconds, as what follows
+
     from robustfeat.training.evaluation.finetuning import require_batch
     from robustfeat.training.evaluation.report import draw_finetuning, evaluate_task, evaluation_table
     from robustfeat.training.evaluation.subject import open_network, open_subject
-    from robustfeat.training.evaluation.tasks import open_task, parse_task
+    from robustfeat.training.evaluation.tasks import open_task
 
-    _refuse_options(out, plot, cache, finetune)
     torch.set_num_threads(threads or available_cpus())
-    named = [parse_task(text, "--task") for text in tasks]
-    if len({name for name, _ in named}) < len(named):
-        raise InputError("--task: two tasks have the same name; tell them apart as NAME=DATA")
     # All that can be wrong comes before anything that takes long.
     opened = [
         open_task(name, place, train_rows=train_rows, test_rows=test_rows, val_fraction=val_fraction)
@@ -131,6 +131,23 @@ def command(
     if plot:
         draw_finetuning(results, Path(plot))
     return 0
+
+
+def _require_places(
+    tasks: Sequence[str], models: Sequence[str], image_size: int | None, crop_pct: float | None
+) -> list[tuple[str, str]]:
+    """Name and DATA of each task; refuses what cannot be a task or a model before anything slow is imported."""
+    from robustfeat.errors import InputError
+    from robustfeat.training.evaluation.arguments import parse_task, require_model, require_task
+
+    named = [parse_task(text) for text in tasks]
+    if len({name for name, _ in named}) < len(named):
+        raise InputError("two tasks have the same name", argument="tasks", fix="tell them apart as NAME=DATA")
+    for name, place in named:
+        require_task(name, place)
+    for model in models:
+        require_model(model, image_size, crop_pct)
+    return named
 
 
 def _refuse_options(out: str | None, plot: str | None, cache: str | None, finetune: bool) -> None:

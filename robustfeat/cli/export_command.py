@@ -43,9 +43,12 @@ def command(
 ) -> None:
     """Exports the network of RUN to safetensors and ONNX (fp32 and int8), each checked against PyTorch."""
     from robustfeat.errors import InputError
+    from robustfeat.files import require_new
     from robustfeat.hub.config import Evaluation
-    from robustfeat.training.export.runs import export_run
+    from robustfeat.training.loop.run_folder import checkpoint_file
 
+    checkpoint_file(Path(run))
+    require_new(out)
     measured: dict[str, Any] = {}
     evaluations: list[Evaluation] = []
     if results:
@@ -60,6 +63,8 @@ def command(
         except (TypeError, ValueError) as exc:
             names = ", ".join(entry.name for entry in dataclasses.fields(Evaluation))
             raise InputError(f"--results {results}: evaluations must be objects with {names} ({exc})") from exc
+    from robustfeat.training.export.runs import export_run  # loads PyTorch, which takes seconds
+
     report = export_run(
         run,
         out,

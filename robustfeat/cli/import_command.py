@@ -36,7 +36,12 @@ def command(
     as_json: bool,
 ) -> None:
     """Makes the folder that `robustfeat export` makes, of any backbone that timm or torchvision knows."""
-    from robustfeat.training.export.backbones import import_backbone
+    from robustfeat.files import require_new
+    from robustfeat.training.export.arguments import check_import
+
+    check_import(source, weights)
+    require_new(out)
+    from robustfeat.training.export.backbones import import_backbone  # loads PyTorch, which takes seconds
 
     report = import_backbone(
         source,

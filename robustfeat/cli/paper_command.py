@@ -13,6 +13,7 @@ _NAMES = (
     "verdicts", "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5",
     "selection", "opinions", "corruptions",
 )  # fmt: skip
+_WITHOUT_DATA = {"table1", "fig2"}
 
 
 @click.command("paper", cls=Command, short_help="The paper's tables and figures, computed here.")
@@ -59,33 +60,39 @@ def command(
     and SVG files and REPORT/index.html. A run that is stopped goes on when the command is given again. table1 and fig2
     need no data. docs/protocol.md says what is compared, and how.
     """
-    import torch
-
     from robustfeat.errors import InputError
     from robustfeat.system import available_cpus
-    from robustfeat.training.evaluation.tasks import parse_task
-    from robustfeat.training.paper.exhibits import EXHIBITS
-    from robustfeat.training.paper.measures import Measures
-    from robustfeat.training.paper.render import markdown, write_exhibit, write_page
+    from robustfeat.training.data.opening import require_place
+    from robustfeat.training.evaluation.arguments import parse_task
     from robustfeat.training.paper.scale import SCALES
-    from robustfeat.training.paper.study import Machine, Study
 
     if not out:
         raise InputError("--out: expected a folder; got an empty name")
     for place in (Path(out), *Path(out).parents):
         if place.exists() and not place.is_dir():
             raise InputError(f"--out {out}: {place} is a file; name a folder")
-    named = [parse_task(text, "--target") for text in targets]
+    named = [parse_task(text, "targets") for text in targets]
     places = dict(named)
     if len(places) < len(named):
         raise InputError("--target: the same target is given twice; one DATA stands for each")
     chosen = SCALES["quick" if quick else scale]()
     if unknown := sorted(set(places) - set(chosen.targets)):
         raise InputError(f"--target {unknown[0]}: expected {', '.join(chosen.targets)}, such as cifar10=data/cifar10")
+    names = _NAMES if "all" in exhibits else tuple(name for name in _NAMES if name in exhibits)
+    if not set(names) <= _WITHOUT_DATA:
+        for data in (*places.values(), *([benchmark] if benchmark else [])):
+            require_place(data)
+
+    import torch  # takes seconds, as what follows
+
+    from robustfeat.training.paper.exhibits import EXHIBITS
+    from robustfeat.training.paper.measures import Measures
+    from robustfeat.training.paper.render import markdown, write_exhibit, write_page
+    from robustfeat.training.paper.study import Machine, Study
+
     torch.set_num_threads(threads or available_cpus())
     study = Study(Path(out), chosen, benchmark, places, Machine(device, threads, workers, quiet), biased=biased)
     measures = Measures(study, controls=controls)
-    names = _NAMES if "all" in exhibits else tuple(name for name in _NAMES if name in exhibits)
     measures.require_data(names)
     measures.compute(names)
     page = Path(out) / f"index{study.suffix}.html"

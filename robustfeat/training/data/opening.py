@@ -19,7 +19,7 @@ from robustfeat.training.data.row_groups import LocalParquet, ParquetPart
 from robustfeat.training.data.split_files import VALIDATION_NAMES, SplitFiles, find_split_files
 from robustfeat.training.data.tar_shards import CLASSES_NAME, read_class_names, read_shards
 
-__all__ = ["are_class_folders", "open_splits", "open_training_data", "require_folder"]
+__all__ = ["are_class_folders", "open_splits", "open_training_data", "require_place"]
 
 _EXPECTED = (
     "a folder of class folders (CLASS/image.jpg, or train/CLASS/image.jpg), train-*.parquet or train-*.tar files"
@@ -77,13 +77,13 @@ def _hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.
     return np.sort(spare[places.astype(np.int64)])
 
 
-def require_folder(root: str | Path) -> None:
-    """DATA that is not on the Hub is a folder.
+def require_place(root: str | Path) -> None:
+    """DATA is a folder, or on the Hub.
 
     Raises:
         DataError: it is a file, or is not there.
     """
-    if not Path(root).is_dir():
+    if not is_hub_dataset(root) and not Path(root).is_dir():
         what = "is a file" if Path(root).exists() else "no such folder"
         raise DataError(f"{root}: {what}; expected {_EXPECTED}")
 
@@ -105,7 +105,7 @@ def open_splits(
 
 
 def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:
-    require_folder(root)
+    require_place(root)
     published = open_published(root)
     if published is not None:
         return published

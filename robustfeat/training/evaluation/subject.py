@@ -18,13 +18,12 @@ from robustfeat.errors import CheckpointError, InputError, first_line
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square, resize_and_crop
-from robustfeat.serving.bulk.formats import FORMATS
 from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
 from robustfeat.serving.options import RunOptions
+from robustfeat.training.evaluation.arguments import model_kind, require_model
 from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint
 from robustfeat.training.loop.device import measuring_device
-from robustfeat.training.loop.run_folder import CHECKPOINT_NAME
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
 
@@ -190,10 +189,8 @@ def open_subject(
     Raises:
         CheckpointError, ModelFolderError, HubError, EngineError, InputError: it cannot be used; see the message.
     """
-    if Path(model).is_file() and Path(model).suffix in FORMATS:
-        raise InputError(f"{model}: is a {Path(model).suffix} file; expected a model folder, ORG/NAME, or a run")
-    if _kind(model) == "folder":
-        _refuse_preprocessing(model, image_size, crop_pct)
+    require_model(model, image_size, crop_pct)
+    if model_kind(model) == "folder":
         return FolderSubject(FeatureExtractor.load(model, RunOptions(device=device)))
     return open_network(model, image_size=image_size, crop_pct=crop_pct, device=device)
 
@@ -206,10 +203,10 @@ def open_network(
     Raises:
         As `open_subject`; InputError where timm does not know the folder's architecture.
     """
-    chosen, kind, path, note = measuring_device(device), _kind(model), Path(model), ""
+    chosen, kind, path, note = measuring_device(device), model_kind(model), Path(model), ""
     try:
         if kind == "folder":
-            _refuse_preprocessing(model, image_size, crop_pct)
+            require_model(model, image_size, crop_pct)
             folder = resolve_model(model)
             network, contract, name = _network_of_folder(folder), folder.config.preprocessing, folder.config.name
         elif kind == "run":
@@ -228,21 +225,6 @@ def open_network(
     except ValueError as exc:
         raise InputError(f"{model}: {exc}") from exc
     return NetworkSubject(network, contract, name, chosen, note)
-
-
-def _kind(model: str) -> str:
-    """`run`, `code` or `folder`."""
-    path = Path(model)
-    if path.is_file() or (path / CHECKPOINT_NAME).is_file():
-        return "run"
-    module_name, colon, _ = model.partition(":")
-    is_code = colon and not path.exists() and all(part.isidentifier() for part in module_name.split("."))
-    return "code" if is_code else "folder"
-
-
-def _refuse_preprocessing(model: str, image_size: int | None, crop_pct: float | None) -> None:
-    if image_size is not None or crop_pct is not None:
-        raise InputError(f"{model}: a model folder has its own preprocessing; leave --image-size and --crop-pct out")
 
 
 def _network_of_folder(folder: ModelFolder) -> nn.Module:

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import DataError, DecodeError, InputError
+from robustfeat.errors import DataError, DecodeError
 from robustfeat.progress import Progress
-from robustfeat.serving.bulk.formats import FORMATS
 from robustfeat.serving.feature_cache import FeatureCache
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
+from robustfeat.training.evaluation.arguments import require_task
 from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject
 
-__all__ = ["Task", "TaskFeatures", "embed_images", "embed_task", "open_task", "parse_task"]
+__all__ = ["Task", "TaskFeatures", "embed_images", "embed_task", "open_task"]
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,6 @@ class TaskFeatures:
     y_test: NDArray[np.int64]
 
 
-def parse_task(text: str, option: str = "--task") -> tuple[str, str]:
-    """`NAME=DATA` to its parts; without a name, the last part of DATA.
-
-    Raises:
-        InputError: a part is empty.
-    """
-    name, equals, place = text.partition("=")
-    if not equals:
-        name, place = Path(text).name, text
-    if not name.strip() or not place.strip():
-        raise InputError(f"{option} {text!r}: expected NAME=DATA, such as pets=data/pets")
-    return name.strip(), place.strip()
-
-
 def open_task(
     name: str,
     place: str,
@@ -101,11 +87,7 @@ def open_task(
     Raises:
         DataError: nothing is there, a split is empty, or there is nothing to tell apart.
     """
-    if Path(place).suffix in FORMATS and Path(place).is_file():
-        raise DataError(
-            f"--task {name}={place}: is a file, expected a folder of images with labels; features of another model "
-            "cannot be compared, so they are computed here. Score features that you have with robustfeat svm"
-        )
+    require_task(name, place)
     train, test = open_training_data(place, val_fraction=val_fraction, seed=seed)
     parts = []
     for split, images, limit in (("training", train, train_rows), ("test", test, test_rows)):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from robustfeat.errors import InputError, first_line
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.training.export.arguments import check_import, weights_error
 from robustfeat.training.export.calibration import folder_images
 from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
 
@@ -55,15 +56,10 @@ def import_backbone(
         InputError: no such backbone, or the weights do not fit it.
         ExportError: an exported file disagrees with PyTorch; nothing is left behind.
     """
+    check_import(source, weights)
     library, _, architecture = source.partition(":")
-    if library == "timm" and architecture:
-        network, settings = _from_timm(architecture, pretrained=weights is None)
-    elif library == "torchvision" and architecture:
-        network, settings = _from_torchvision(architecture, pretrained=weights is None)
-    else:
-        raise InputError(
-            "expected timm:NAME or torchvision:NAME, such as timm:resnet50", argument="source", value=source
-        )
+    open_library = _from_timm if library == "timm" else _from_torchvision
+    network, settings = open_library(architecture, pretrained=weights is None)
     if image_size is not None:
         settings["image_size"] = image_size
     if crop_pct is not None:
@@ -173,13 +169,7 @@ def _load_weights(network: nn.Module, file: Path, source: str) -> None:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as exc:  # what the readers raise on damaged files has no common base
-        reason = "no such file" if not file.exists() else "damaged, or not a file of tensors alone"
-        raise InputError(
-            f"cannot be read ({reason})",
-            argument="weights",
-            value=file,
-            fix="pass a .safetensors file or a saved state dict",
-        ) from exc
+        raise weights_error(file, "damaged, or not a file of tensors alone") from exc
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import load_concepts
 from robustfeat.training.data.hub_dataset import is_hub_dataset
-from robustfeat.training.data.opening import are_class_folders, require_folder
+from robustfeat.training.data.opening import are_class_folders, require_place
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.run_folder import checkpoint_file, require_unused
 from robustfeat.training.methods import require_method
@@ -61,15 +61,14 @@ def _check_numbers(recipe: Recipe, ranks: Ranks, checkpoint_every_s: float) -> N
 def _check_places(data: str | Path, out: Path, *, resume: bool, stream: bool) -> None:
     if stream and not is_hub_dataset(data):
         raise InputError(f"{data} is not on the Hub; expected hf://datasets/ORG/NAME", argument="stream")
-    if not is_hub_dataset(data):
-        require_folder(data)
-        if Path(data).resolve() in out.resolve().parents and are_class_folders(data):
-            raise InputError(
-                "lies in the training data, where it would be taken for a class",
-                argument="out",
-                value=out,
-                fix="choose another folder",
-            )
+    require_place(data)
+    if Path(data).resolve() in out.resolve().parents and are_class_folders(data):
+        raise InputError(
+            "lies in the training data, where it would be taken for a class",
+            argument="out",
+            value=out,
+            fix="choose another folder",
+        )
     if resume:
         checkpoint_file(out)
     else:

@@ -18,11 +18,12 @@ from pyarrow import parquet
 from robustfeat.cli.evaluate_command import command as evaluate_command
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.training.evaluation.arguments import parse_task
 from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, _drift, classify_corrupted, corrupt
 from robustfeat.training.evaluation.probes import libsvm, svm
 from robustfeat.training.evaluation.report import evaluate_task
 from robustfeat.training.evaluation.subject import NetworkSubject, open_network, open_subject
-from robustfeat.training.evaluation.tasks import TaskFeatures, embed_task, open_task, parse_task
+from robustfeat.training.evaluation.tasks import TaskFeatures, embed_task, open_task
 from tests.conftest import Run
 
 NETWORK = """
