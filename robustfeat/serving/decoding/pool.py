@@ -1,145 +1,27 @@
-"""Decoder processes: they turn rows of an input list into squares, in parallel and without risk to the parent.
-
-Each is a process of its own with a pipe, and a deadline for every image. `multiprocessing`'s pools will not do: one
-dead worker breaks them all, and a hung one cannot be told from a slow one.
-"""
+"""Decoder processes for bulk embedding: each has a thread, which sends it tasks and waits for the answers."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import tempfile
 import threading
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from types import TracebackType
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from robustfeat.errors import EngineError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.serving.decoding.worker import Decoded, SharedSquares, Task
-from robustfeat.system import python_command
+from robustfeat.serving.decoding.process import Decoder, DecoderLostError, Decoders
+from robustfeat.serving.decoding.worker import Decoded, Task
 
-__all__ = ["DEADLINE_S", "START_DEADLINE_S", "TRIES", "Decoder", "DecoderPool", "Decoders", "crashed", "too_slow"]
+__all__ = ["DEADLINE_S", "DecoderPool"]
 
 DEADLINE_S = 60.0
 """An image that takes longer to read and decode is a failed row."""
 
-START_DEADLINE_S = 60.0
-
-TRIES = 2
-"""How often an image may bring down a decoder before it is given up."""
-
-
-class Decoder:
-    """A decoder process, at one end of a pipe.
-
-    Attributes:
-        number: its line in `Decoders.progress`.
-        process: itself.
-        connection: takes `decoder.Task` and `decoder.Images`, and gives "ready" once, then their answers.
-    """
-
-    def __init__(self, number: int, process: subprocess.Popen[bytes], connection: Connection) -> None:
-        self.number, self.process, self.connection = number, process, connection
-
-    def kill(self) -> str:
-        """Ends it; how it ended, if it had not been running any more."""
-        self.process.kill()
-        code = self.process.wait()
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-    def stop(self) -> str:
-        """The same, and closes the pipe, to which nobody may be writing."""
-        how = self.kill()
-        self.connection.close()
-        return how
-
-
-class Decoders:
-    """Decoder processes and the memory that they share with this one.
-
-    Args:
-        contract: what they decode to.
-        scaled: see `prepare_square`.
-        workers: how many there may be at once.
-        places: squares that the memory holds.
-
-    Attributes:
-        squares: (places, S, S, 3) uint8.
-        progress, mailboxes: (workers, 2) int64 and (workers, MAILBOX_BYTES) uint8, see `decoder.SharedSquares`.
-    """
-
-    def __init__(self, contract: Preprocessing, *, scaled: bool, workers: int, places: int) -> None:
-        self._contract, self._scaled, self._workers, self._places = contract, scaled, workers, places
-        side = contract.image_size
-        # Memory without a name: nothing stays behind, however this process ends.
-        self._memory = _anonymous_memory()
-        shared = SharedSquares(self._memory, workers, places, side)
-        self.squares: NDArray[np.uint8] = shared.squares
-        self.progress: NDArray[np.int64] = shared.progress
-        self.mailboxes: NDArray[np.uint8] = shared.mailboxes
-        self._lock = threading.Lock()
-        self._started: set[Decoder] = set()
-        self.closed = False
-
-    def start(self, number: int) -> Decoder:
-        """A new process in place `number`, which will say when it is ready.
-
-        Raises:
-            InputError: they were stopped.
-            EngineError: it cannot be started.
-        """
-        with self._lock:
-            if self.closed:
-                raise InputError("the decoders were stopped")
-            try:
-                ours, theirs = Pipe()
-            except OSError as exc:
-                raise EngineError(f"a decoder process could not be started ({exc.strerror})") from exc
-            contract = json.dumps(self._contract.to_dict())
-            arguments = (theirs.fileno(), self._memory, number, self._workers, self._places, contract)
-            code = f"from robustfeat.serving.decoding.worker import serve; serve(*{arguments!r}, {self._scaled!r})"
-            try:
-                process = subprocess.Popen(
-                    python_command(code),
-                    stdin=subprocess.DEVNULL,
-                    # It multiplies no matrices; each thread of NumPy's library would hold memory.
-                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-                    pass_fds=(theirs.fileno(), self._memory),
-                )
-            except OSError as exc:
-                ours.close()
-                raise EngineError(f"a decoder process could not be started ({exc.strerror}); free memory") from exc
-            finally:
-                theirs.close()
-            decoder = Decoder(number, process, ours)
-            self._started = {known for known in self._started if known.process.returncode is None} | {decoder}
-            return decoder
-
-    def kill(self) -> None:
-        """Ends all processes; no more can be started."""
-        with self._lock:
-            self.closed = True
-            for decoder in self._started:
-                decoder.process.kill()
-
-    def close(self) -> None:
-        """The same, and frees what they used."""
-        self.kill()
-        for decoder in self._started:
-            decoder.process.wait()
-        os.close(self._memory)
-
 
 class DecoderPool:
-    """`workers` decoder processes at work on rows; use it in a `with` block.
+    """Decodes rows in `workers` decoder processes; use it in a `with` block.
 
     Args:
         contract, scaled, workers, places: see `Decoders`.
@@ -156,8 +38,7 @@ class DecoderPool:
         self.squares = self._decoders.squares
         self._deadline_s = deadline_s
         self._numbers = iter(range(workers))
-        self._own = threading.local()
-        # One thread for each process: it sends, waits and, if need be, kills.
+        self._own = _ThreadDecoder()
         self._threads = ThreadPoolExecutor(workers, "decoder")
 
     def __enter__(self) -> DecoderPool:
@@ -180,78 +61,53 @@ class DecoderPool:
     def _run(self, task: Task) -> Decoded:
         crashes: Counter[int] = Counter()
         while True:
-            answer = self._ask(task)
-            if isinstance(answer, Decoded):
-                if answer.stopped is not None:
-                    raise InputError(answer.stopped)
-                return answer
-            offset, reason, final = answer
-            crashes[offset] += 1
-            # A crash may be an accident (the kernel was short of memory): the image gets a second chance.
-            if final or crashes[offset] == TRIES:
-                task = replace(task, lost={**task.lost, offset: reason})
-
-    def _ask(self, task: Task) -> Decoded | tuple[int, str, bool]:
-        """The answer of this thread's decoder; or the offset that it failed at, why, and whether to give up on it."""
-        if getattr(self._own, "decoder", None) is None:
-            self._start()
-        connection = self._own.decoder.connection
-        progress = self._decoders.progress[self._own.number]
-        progress[:] = 0
-        try:
-            connection.send(task)
-            # Time is counted in looks, not read off a clock: while everything is suspended, nobody is late.
-            seen, waited, pause = -1, 0.0, min(1.0, self._deadline_s / 4)
-            while not connection.poll(pause):
-                waited += pause
-                if progress[1] != seen:
-                    seen, waited = int(progress[1]), 0.0
-                elif waited >= self._deadline_s:
-                    self._stop()
-                    return int(progress[0]), too_slow(self._deadline_s), True
-            answer: Decoded = connection.recv()
+            try:
+                answer = self._decode(task)
+            except DecoderLostError as lost:
+                crashes[lost.offset] += 1
+                if lost.gives_up(crashes[lost.offset]):
+                    task = replace(task, lost={**task.lost, lost.offset: lost.reason})
+                continue
+            if answer.stopped is not None:
+                raise InputError(answer.stopped)
             return answer
-        except (EOFError, OSError):
-            how = self._stop()
+
+    def _decode(self, task: Task) -> Decoded:
+        """The answer of this thread's decoder, which is started if need be; DecoderLostError if it ends."""
+        decoder = self._own.decoder or self._start()
+        decoder.send(task)
+        answer: Decoded = self._receive(decoder)
+        return answer
+
+    def _start(self) -> Decoder:
+        if self._own.number is None:
+            self._own.number = next(self._numbers)
+        decoder = self._own.decoder = self._decoders.start(self._own.number)
+        try:
+            self._receive(decoder)
+        except DecoderLostError:
+            raise EngineError(
+                "a decoder process could not be started", fix="check the memory and the messages above"
+            ) from None
+        return decoder
+
+    def _receive(self, decoder: Decoder) -> Any:
+        """The next message of this thread's decoder; DecoderLostError if it ends or its deadline passes."""
+        pause = min(1.0, self._deadline_s / 4)
+        try:
+            while not decoder.poll(pause):
+                decoder.check(pause, self._deadline_s)
+            return decoder.receive()
+        except DecoderLostError:
+            decoder.close()
+            self._own.decoder = None
             if self._decoders.closed:
                 raise InputError("the decoders were stopped") from None
-            return int(progress[0]), crashed(how), False
-
-    def _start(self) -> None:
-        if not hasattr(self._own, "number"):
-            self._own.number = next(self._numbers)
-        self._own.decoder = self._decoders.start(self._own.number)
-        if not _says_ready(self._own.decoder.connection):
-            self._stop()
-            if self._decoders.closed:
-                raise InputError("the decoders were stopped")
-            raise EngineError("a decoder process could not be started; check the memory and the messages above")
-
-    def _stop(self) -> str:
-        how: str = self._own.decoder.stop()
-        self._own.decoder = None
-        return how
+            raise
 
 
-def too_slow(deadline_s: float) -> str:
-    """Why an image failed whose decoder was killed."""
-    return f"took longer than {deadline_s:g} s to read and decode"
+class _ThreadDecoder(threading.local):
+    """A thread's decoder, and the decoder's number."""
 
-
-def crashed(how: str) -> str:
-    """Why an image failed whose decoder died."""
-    return f"the decoder crashed ({how})"
-
-
-def _says_ready(connection: Connection) -> bool:
-    try:
-        return connection.poll(START_DEADLINE_S) and connection.recv() == "ready"
-    except (EOFError, OSError):
-        return False
-
-
-def _anonymous_memory() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("robustfeat-squares")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+    number: int | None = None
+    decoder: Decoder | None = None

@@ -1,6 +1,6 @@
 """The program of a decoder process: image files in, squares in shared memory out.
 
-`robustfeat.serving.decoding.pool` starts it and speaks with it. An image that crashes or hangs it costs only that
+`robustfeat.serving.decoding.process` starts it. An image that crashes or hangs it costs only that
 image.
 """
 
@@ -29,12 +29,15 @@ from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.system import die_with_parent
 
-__all__ = ["MAILBOX_BYTES", "MEMORY_BYTES", "Decoded", "Images", "SharedSquares", "Task", "serve"]
+__all__ = ["MAILBOX_BYTES", "MEMORY_BYTES", "READY", "Decoded", "Images", "SharedSquares", "Task", "serve"]
 
 MEMORY_BYTES = 4 * 2**30
 """What decoding one image may take; one that needs more is a failed row."""
 
 MAILBOX_BYTES = 2**20
+
+READY = "ready"
+"""A decoder's first message."""
 
 _REMOTE_READS = 16
 _HEARTBEAT_S = 5.0
@@ -128,7 +131,7 @@ def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contr
     decoder = _Decoder(shared, number, preprocessing, scaled)
     try:
         quiet = False
-        connection.send("ready")
+        connection.send(READY)
         while True:
             task = connection.recv()
             if isinstance(task, Images) and not quiet:

@@ -64,11 +64,11 @@ class ServedModel(NamedModel):
     ) -> None:
         super().__init__(name, extractor)
         self.identity = ModelIdentity.of_extractor(extractor)
-        self._watch: ModelMetrics = metrics.of_model(name)
+        self._metrics: ModelMetrics = metrics.of_model(name)
         self.batch_size = min(extractor.batch_size, _SHARED_BATCH) if shared else extractor.batch_size
         self._batcher = Batcher(
             extractor,
-            self._watch,
+            self._metrics,
             max_pixels=limits.pixels,
             decode_timeout_s=limits.decode_timeout_s,
             decoders=decoders,
@@ -100,7 +100,7 @@ class ServedModel(NamedModel):
         # A prepared tensor says nothing of the decoders.
         if any(a.features is not None and isinstance(i, bytes) for a, i in zip(answers, images, strict=True)):
             self.last_good = time.monotonic()
-        self._watch.answered(good, len(answers) - good)
+        self._metrics.answered(good, len(answers) - good)
         return answers
 
     async def probe(self) -> None:

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from functools import partial
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from robustfeat.errors import RobustFeatError
 from robustfeat.hub.preprocessing import normalise
-from robustfeat.serving.decoding.pool import START_DEADLINE_S, TRIES, Decoder, Decoders, crashed, too_slow
-from robustfeat.serving.decoding.worker import MAILBOX_BYTES, Images
+from robustfeat.serving.decoding.loop_pool import LoopDecoderPool
+from robustfeat.serving.decoding.process import DecoderLostError
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.online.answers import Answer, Vector
 
-__all__ = ["Batcher", "FairQueue", "Watch"]
+__all__ = ["BatchMetrics", "Batcher", "FairQueue"]
 
 T = TypeVar("T")
 
@@ -35,22 +33,20 @@ _SENT_AT_ONCE = 2**17
 """Images, and about how many bytes of them, that a decoder takes together where more wait: fewer messages."""
 
 
-_LOOK_S = 1.0
-_PAUSE_S = 1.0
 _JOIN_S = 5.0
 
 
-class Watch(Protocol):
-    """Who counts what a `Batcher` does; `metrics.ModelMetrics` is one."""
+class BatchMetrics(Protocol):
+    """Takes the numbers of a `Batcher`; `metrics.ModelMetrics` is one."""
 
-    def watch_queue(self, read: Callable[[], float]) -> None:
-        """`read` tells how many images wait."""
+    def add_queue(self, length: Callable[[], float]) -> None:
+        """Registers a function that gives the number of waiting images."""
 
-    def decoded(self, waited: float, seconds: float) -> None:
-        """A decoder took `seconds` for images of which the first had waited."""
+    def decoded(self, waited_s: float, seconds: float) -> None:
+        """Counts a decoder's answer: how long its first image had waited, and the decoder's time."""
 
     def ran(self, seconds: float, count: int) -> None:
-        """The model took `seconds` for a batch of `count`."""
+        """Counts a batch of `count` images and the model's time."""
 
 
 class FairQueue(Generic[T]):
@@ -112,36 +108,24 @@ class _Item:
             request.future.set_result(request.answers)
 
 
-class _Seat:
-    """A decoder's place: the process that sits there now, and what it is at."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-        self.ready = False
-        self.items: list[_Item] = []
-        self.began = 0.0
-        self.seen, self.waited = -1, 0.0
-        self.sending: asyncio.Future[None] | None = None
-
-
 class Batcher:
-    """Decoders and a model, at work for many requests of one event loop; use it in a `with` block.
+    """Decoders and a model for the requests of one event loop; use it in a `with` block.
 
-    All that happens here happens on the loop, but for the model, which has a thread.
+    The model runs in a thread; everything else runs on the loop.
 
     Args:
         extractor: the model.
+        metrics: takes the numbers.
         max_pixels: larger images are refused.
-        decode_timeout_s: for an image.
-        watch: what is counted.
-        decoders: processes.
-        batch_size: images that the model takes at once, at most.
+        decode_timeout_s: for one image.
+        decoders: number of decoder processes.
+        batch_size: largest batch, in images.
     """
 
     def __init__(
         self,
         extractor: FeatureExtractor,
-        watch: Watch,
+        metrics: BatchMetrics,
         *,
         max_pixels: int,
         decode_timeout_s: float,
@@ -149,18 +133,23 @@ class Batcher:
         batch_size: int,
     ) -> None:
         self._contract, self._run_engine = extractor.config.preprocessing, extractor.engine.run
-        self._watch = watch
-        self._max_pixels, self._decode_timeout_s = max_pixels, decode_timeout_s
+        self._metrics = metrics
         self._batch_size = batch_size
-        # Squares wait there for the model; decoders that are ahead of it wait for places.
+        # Squares wait there for the model; when none is free, the decoders wait.
         places = 2 * batch_size + decoders * _DECODED_AT_ONCE
         self._places = deque(range(places))
-        scaled = extractor.decoding == "scaled"
-        self._decoders = Decoders(self._contract, scaled=scaled, workers=decoders, places=places)
-        self._seats = [_Seat(self._decoders.start(number)) for number in range(decoders)]
+        self._decoders = LoopDecoderPool(
+            self._contract,
+            scaled=extractor.decoding == "scaled",
+            workers=decoders,
+            places=places,
+            max_pixels=max_pixels,
+            deadline_s=decode_timeout_s,
+            on_idle=self._feed,
+        )
         self._waiting: FairQueue[_Item] = FairQueue()
         self._ready: FairQueue[_Item] = FairQueue()
-        watch.watch_queue(lambda: len(self._waiting) + len(self._ready))
+        metrics.add_queue(lambda: len(self._waiting) + len(self._ready))
         self._batches: SimpleQueue[list[_Item] | None] = SimpleQueue()
         self._busy = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -176,11 +165,9 @@ class Batcher:
         self._thread.join(_JOIN_S)
 
     def attach(self) -> None:
-        """Begins to listen to the decoders, on the running loop."""
+        """Connects the decoders to the running loop."""
         self._loop = asyncio.get_running_loop()
-        for seat in self._seats:
-            self._listen(seat)
-        self._loop.call_later(_LOOK_S, self._look)
+        self._decoders.attach()
 
     async def embed(self, images: Sequence[bytes | Vector], key: str = "") -> list[Answer]:
         """Features of images.
@@ -220,116 +207,52 @@ class Batcher:
             if batch:
                 self._busy = True
                 self._batches.put(batch)
-        for seat in self._seats:
-            if not self._waiting or not self._places:
-                break
-            if seat.ready and not seat.items:
-                self._decode(seat)
+        while self._waiting and self._places and self._decoders.idle:
+            self._decode()
 
-    def _decode(self, seat: _Seat) -> None:
-        """Hands waiting images to an idle decoder."""
-        count = min(_DECODED_AT_ONCE, max(1, len(self._waiting) // len(self._seats)), len(self._places))
+    def _decode(self) -> None:
+        """Gives waiting images to an idle decoder."""
+        share = len(self._waiting) // self._decoders.workers
+        count = min(_DECODED_AT_ONCE, max(1, share), len(self._places))
+        items: list[_Item] = []
+        images: list[bytes] = []
         size = 0
-        while len(seat.items) < count and self._waiting and size < _SENT_AT_ONCE:
+        while len(items) < count and self._waiting and size < _SENT_AT_ONCE:
             item = self._waiting.take()
             if item.request.future.cancelled():
                 continue
+            assert isinstance(item.image, bytes)
             item.place = self._places.popleft()
-            seat.items.append(item)
+            items.append(item)
+            images.append(item.image)
             size += len(item.image)
-        if not seat.items:
-            return
-        seat.began, seat.seen, seat.waited = time.perf_counter(), -1, 0.0
-        self._decoders.progress[seat.decoder.number] = 0
-        data = [item.image for item in seat.items if isinstance(item.image, bytes)]
-        fits = size <= MAILBOX_BYTES
-        places = [item.place for item in seat.items]
-        task = Images(None if fits else data, [len(image) for image in data], places, self._max_pixels)
-        if fits:
-            self._decoders.mailboxes[seat.decoder.number].data[:size] = b"".join(data)
-            _send(seat.decoder.connection, task)
-        elif self._loop is not None:
-            # By a thread, since the pipe takes it only as the decoder reads.
-            seat.sending = self._loop.run_in_executor(None, _send, seat.decoder.connection, task)
+        if items:
+            done = partial(self._decoded, items, time.perf_counter())
+            self._decoders.submit(images, [item.place for item in items], done)
 
-    def _hear(self, seat: _Seat) -> None:
-        """A decoder has said something, or its end of the pipe is closed."""
-        try:
-            said = seat.decoder.connection.recv()
-        except (EOFError, OSError):
-            self._replace(seat)
+    def _decoded(self, items: Sequence[_Item], began: float, outcome: Sequence[str | None] | DecoderLostError) -> None:
+        """Takes the outcome of images that a decoder had."""
+        if isinstance(outcome, DecoderLostError):
+            self._retry(items, outcome)
             return
-        if not seat.ready:
-            seat.ready = True
-        else:
-            items, seat.items = seat.items, []
-            self._watch.decoded(seat.began - items[0].since, time.perf_counter() - seat.began)
-            for item, error in zip(items, said, strict=True):
-                if error is None:
-                    item.image = b""
-                    self._ready.put(item.request.key, item)
-                else:
-                    self._free(item)
-                    item.answer(Answer(problem=error))
-        self._feed()
+        self._metrics.decoded(began - items[0].since, time.perf_counter() - began)
+        for item, error in zip(items, outcome, strict=True):
+            if error is None:
+                item.image = b""
+                self._ready.put(item.request.key, item)
+            else:
+                self._free(item)
+                item.answer(Answer(problem=error))
 
-    def _look(self) -> None:
-        """Ends decoders that stand still. Time is counted in looks: while everything is suspended, nobody is late."""
-        if self._loop is None or self._decoders.closed:
-            return
-        pause = min(_LOOK_S, self._decode_timeout_s / 4)
-        for seat in self._seats:
-            seen = int(self._decoders.progress[seat.decoder.number, 1])
-            if seat.seen != seen or (seat.ready and not seat.items):
-                seat.seen, seat.waited = seen, 0.0
-                continue
-            seat.waited += pause
-            if seat.waited >= (self._decode_timeout_s if seat.ready else START_DEADLINE_S):
-                self._replace(seat, too_slow(self._decode_timeout_s))
-        self._loop.call_later(pause, self._look)
-
-    def _replace(self, seat: _Seat, reason: str | None = None) -> None:
-        """Puts a new process on a seat; the image that its old one was at may fail, all others are decoded again."""
-        if self._loop is None or self._decoders.closed:
-            return
-        at = int(self._decoders.progress[seat.decoder.number, 0])
-        self._loop.remove_reader(seat.decoder.connection.fileno())
-        how, pipe = seat.decoder.kill(), seat.decoder.connection
-        # Not while a thread writes to it: its descriptor may soon be another connection's.
-        if seat.sending is None or seat.sending.done():
-            pipe.close()
-        else:
-            seat.sending.add_done_callback(lambda _: pipe.close())
-        items, seat.items = seat.items, []
-        was_ready, seat.ready = seat.ready, False
+    def _retry(self, items: Sequence[_Item], lost: DecoderLostError) -> None:
+        """Decodes images again whose decoder was lost, but for the image at fault when it is given up."""
         for offset, item in enumerate(items):
             self._free(item)
-            item.crashes += offset == at
-            # A crash may be an accident (the kernel was short of memory): the image gets a second chance.
-            if offset == at and (reason is not None or item.crashes == TRIES):
-                item.answer(Answer(problem=reason or crashed(how)))
+            item.crashes += offset == lost.offset
+            if offset == lost.offset and lost.gives_up(item.crashes):
+                item.answer(Answer(problem=lost.reason))
             else:
                 self._waiting.put(item.request.key, item)
-        # One that dies before it is ready will do so again: not at once, or nothing else would be done here.
-        self._loop.call_later(0.0 if was_ready else _PAUSE_S, self._reseat, seat)
-        self._feed()
-
-    def _reseat(self, seat: _Seat) -> None:
-        if self._loop is None or self._decoders.closed:
-            return
-        seat.waited = 0.0
-        try:
-            seat.decoder = self._decoders.start(seat.decoder.number)
-        except RobustFeatError:
-            self._loop.call_later(_PAUSE_S, self._reseat, seat)
-            return
-        self._listen(seat)
-
-    def _listen(self, seat: _Seat) -> None:
-        assert self._loop is not None
-        pipe = seat.decoder.connection.fileno()
-        self._loop.add_reader(pipe, self._hear, seat)
-        os.set_blocking(pipe, True)  # uvloop makes it otherwise, and half a message would be lost
 
     def _free(self, item: _Item) -> None:
         if item.place >= 0:
@@ -340,7 +263,7 @@ class Batcher:
         while (batch := self._batches.get()) is not None:
             began = time.perf_counter()
             answers = self._infer(batch)
-            self._watch.ran(time.perf_counter() - began, len(batch))
+            self._metrics.ran(time.perf_counter() - began, len(batch))
             with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all who waited
                 assert self._loop is not None
                 self._loop.call_soon_threadsafe(self._take, batch, answers)
@@ -375,8 +298,3 @@ class Batcher:
             if item.place < 0:
                 values[at] = item.image
         return values
-
-
-def _send(connection: Connection, task: Images) -> None:
-    with contextlib.suppress(OSError):  # it has died; its end of the pipe tells
-        connection.send(task)

@@ -87,13 +87,13 @@ class _Asked:
     reply: Callable[[Sequence[Answer]], Reply]
 
 
-class _Unwatched:
-    """A `Watch` that counts nothing: TorchServe has metrics of its own."""
+class _NoMetrics:
+    """`BatchMetrics` that count nothing: TorchServe has its own metrics."""
 
-    def watch_queue(self, read: Callable[[], float]) -> None:
+    def add_queue(self, length: Callable[[], float]) -> None:
         pass
 
-    def decoded(self, waited: float, seconds: float) -> None:
+    def decoded(self, waited_s: float, seconds: float) -> None:
         pass
 
     def ran(self, seconds: float, count: int) -> None:
@@ -120,7 +120,7 @@ class Handler:
         self._settings = settings
         self._batcher = Batcher(
             extractor,
-            _Unwatched(),
+            _NoMetrics(),
             max_pixels=settings.max_pixels,
             decode_timeout_s=settings.decode_timeout_s,
             decoders=processors,

@@ -49,8 +49,8 @@ def play(
 
     def run(scene: Callable[[Batcher], Awaitable[Any]]) -> Any:
         async def played() -> Any:
-            watch, limits = Metrics(0).of_model("m"), {"max_pixels": 10**8, "decode_timeout_s": 10.0}
-            with Batcher(model, watch, **limits, decoders=2, batch_size=8) as batcher:  # type: ignore[arg-type]
+            metrics, limits = Metrics(0).of_model("m"), {"max_pixels": 10**8, "decode_timeout_s": 10.0}
+            with Batcher(model, metrics, **limits, decoders=2, batch_size=8) as batcher:  # type: ignore[arg-type]
                 batcher.attach()
                 return await scene(batcher)
 

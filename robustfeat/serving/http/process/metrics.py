@@ -77,13 +77,13 @@ class Metrics:
         self.note = self._noted.append
         self.gauges: list[tuple[Gauge, Callable[[], float]]] = []
         self.in_flight = 0
-        self.watch(self._in_flight, lambda: self.in_flight)
+        self.add_gauge(self._in_flight, lambda: self.in_flight)
         # `labels` takes a lock and checks; each combination is asked for once.
         self._count = cache(lambda route, status: self._requests.labels(route, str(status)).inc)
         self._failed = cache(lambda reason: self._errors.labels(reason).inc)
 
-    def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
-        """Reads a gauge's value whenever the numbers are counted."""
+    def add_gauge(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Registers a function that gives a gauge's value whenever the numbers are counted."""
         self.gauges.append((gauge, read))
         gauge.set(0)
 
@@ -137,13 +137,13 @@ class ModelMetrics:
         self._sizes = metrics._sizes.labels(name).observe
         self._good, self._failed = (metrics._items.labels(name, outcome).inc for outcome in ("good", "failed"))
 
-    def watch_queue(self, read: Callable[[], float]) -> None:
-        """How many images wait."""
-        self._metrics.watch(self._metrics._queue.labels(self._name), read)
+    def add_queue(self, length: Callable[[], float]) -> None:
+        """Registers a function that gives the number of waiting images."""
+        self._metrics.add_gauge(self._metrics._queue.labels(self._name), length)
 
-    def decoded(self, waited: float, seconds: float) -> None:
-        """Counts a decoder's answer."""
-        self._note((self._queued, waited))
+    def decoded(self, waited_s: float, seconds: float) -> None:
+        """Counts a decoder's answer: how long its first image had waited, and the decoder's time."""
+        self._note((self._queued, waited_s))
         self._note((self._decode, seconds))
 
     def ran(self, seconds: float, count: int) -> None:

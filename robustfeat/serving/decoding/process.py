@@ -1,0 +1,249 @@
+"""A decoder process from start to end, and the memory that decoders share with their parent.
+
+Two pools drive these processes: `pool.DecoderPool` with threads, for bulk embedding, and
+`loop_pool.LoopDecoderPool` with an event loop, for serving. `multiprocessing`'s pools do not fit: one dead worker
+breaks them all, and they cannot tell a hung worker from a slow one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import threading
+from concurrent.futures import Executor
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import EngineError, InputError
+from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.serving.decoding.worker import READY, Images, SharedSquares, Task
+from robustfeat.system import python_command
+
+__all__ = ["Decoder", "DecoderLostError", "Decoders"]
+
+_START_DEADLINE_S = 60.0
+_TRIES = 2
+
+
+class DecoderLostError(Exception):
+    """A decoder process has ended, or was killed at its deadline.
+
+    Attributes:
+        offset: the image of its task that it was at.
+        reason: the error of that image, if it is given up.
+        final: whether the image gets no second try.
+    """
+
+    def __init__(self, offset: int, reason: str, *, final: bool) -> None:
+        super().__init__(reason)
+        self.offset, self.reason, self.final = offset, reason, final
+
+    def gives_up(self, crashes: int) -> bool:
+        """Whether the image is given up after so many lost decoders.
+
+        A crash may be an accident (the kernel was short of memory), so an image gets a second try.
+        """
+        return self.final or crashes >= _TRIES
+
+
+class Decoder:
+    """A decoder process, at one end of a pipe; it takes one task at a time.
+
+    Args:
+        process: the process.
+        connection: this end of the pipe.
+        progress: its line of `SharedSquares.progress`.
+        mailbox: its line of `SharedSquares.mailboxes`.
+
+    Attributes:
+        ready: whether the process has reported that it takes tasks.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        connection: Connection,
+        progress: NDArray[np.int64],
+        mailbox: NDArray[np.uint8],
+    ) -> None:
+        self.process, self.mailbox = process, mailbox.data
+        self.ready = False
+        self._connection, self._progress = connection, progress
+        self._writing = threading.Lock()
+        self._seen, self._waited_s = -1, 0.0
+
+    def fileno(self) -> int:
+        """The pipe's descriptor, which is readable when `receive` does not block."""
+        return self._connection.fileno()
+
+    def send(self, task: Task | Images, executor: Executor | None = None) -> None:
+        """Gives the process a task.
+
+        Args:
+            task: the task.
+            executor: writes the task. Without one this call writes it, and blocks while the pipe is full.
+        """
+        self._progress[:] = 0
+        self._seen, self._waited_s = -1, 0.0
+        if executor is None:
+            self._write(task)
+        else:
+            executor.submit(self._write, task)
+
+    def poll(self, seconds: float) -> bool:
+        """Waits for a message; whether `receive` does not block."""
+        try:
+            return self._connection.poll(seconds)
+        except OSError:
+            return True  # `receive` reports it
+
+    def receive(self) -> Any:
+        """The answer to the last task; None when the process reports that it is ready.
+
+        Raises:
+            DecoderLostError: the process has ended.
+        """
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._lost(f"the decoder crashed ({self.kill()})", final=False) from None
+        self._seen, self._waited_s = -1, 0.0
+        if not self.ready:
+            self.ready = message == READY
+            return None
+        return message
+
+    def check(self, passed_s: float, deadline_s: float) -> None:
+        """Counts time without progress; call it again and again while the process starts or has a task.
+
+        Callers count the time that they wait and read no clock: nobody is late while the whole system is suspended.
+
+        Args:
+            passed_s: time since the last call.
+            deadline_s: for one image.
+
+        Raises:
+            DecoderLostError: the deadline has passed, and the process was killed.
+        """
+        count = int(self._progress[1])
+        if count != self._seen:
+            self._seen, self._waited_s = count, 0.0
+            return
+        self._waited_s += passed_s
+        if self._waited_s >= (deadline_s if self.ready else _START_DEADLINE_S):
+            self.kill()
+            raise self._lost(f"took longer than {deadline_s:g} s to read and decode", final=True)
+
+    def kill(self) -> str:
+        """Ends the process; how it ended, if it had ended by itself."""
+        self.process.kill()
+        code = self.process.wait()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def close(self) -> None:
+        """Ends the process and closes the pipe."""
+        self.kill()
+        # A thread that is writing fails at once, as nobody reads any more. The descriptor must not close under it:
+        # the number may soon belong to another connection.
+        with self._writing:
+            self._connection.close()
+
+    def _write(self, task: Task | Images) -> None:
+        with self._writing:
+            try:
+                self._connection.send(task)
+            except OSError:
+                self.process.kill()  # `receive` reports it
+
+    def _lost(self, reason: str, *, final: bool) -> DecoderLostError:
+        return DecoderLostError(int(self._progress[0]), reason, final=final)
+
+
+class Decoders:
+    """Decoder processes and the memory that they share with this one.
+
+    Args:
+        contract: the preprocessing.
+        scaled: see `prepare_square`.
+        workers: number of processes.
+        places: squares that the memory holds.
+
+    Attributes:
+        squares: (places, S, S, 3) uint8.
+        progress, mailboxes: (workers, 2) int64 and (workers, MAILBOX_BYTES) uint8, see `worker.SharedSquares`.
+    """
+
+    def __init__(self, contract: Preprocessing, *, scaled: bool, workers: int, places: int) -> None:
+        self._contract, self._scaled, self._workers, self._places = contract, scaled, workers, places
+        # Memory without a name: nothing stays behind, however this process ends.
+        self._memory = _anonymous_memory()
+        shared = SharedSquares(self._memory, workers, places, contract.image_size)
+        self.squares: NDArray[np.uint8] = shared.squares
+        self.progress: NDArray[np.int64] = shared.progress
+        self.mailboxes: NDArray[np.uint8] = shared.mailboxes
+        self._lock = threading.Lock()
+        self._started: set[Decoder] = set()
+        self.closed = False
+
+    def start(self, number: int) -> Decoder:
+        """A new process in place `number`; its first message reports that it is ready.
+
+        Raises:
+            InputError: the decoders were stopped.
+            EngineError: the system refuses another process.
+        """
+        with self._lock:
+            if self.closed:
+                raise InputError("the decoders were stopped")
+            try:
+                ours, theirs = Pipe()
+            except OSError as exc:
+                raise EngineError(f"a decoder process could not be started ({exc.strerror})") from exc
+            contract = json.dumps(self._contract.to_dict())
+            arguments = (theirs.fileno(), self._memory, number, self._workers, self._places, contract)
+            code = f"from robustfeat.serving.decoding.worker import serve; serve(*{arguments!r}, {self._scaled!r})"
+            try:
+                process = subprocess.Popen(
+                    python_command(code),
+                    stdin=subprocess.DEVNULL,
+                    # It multiplies no matrices; each thread of NumPy's library would hold memory.
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                    pass_fds=(theirs.fileno(), self._memory),
+                )
+            except OSError as exc:
+                ours.close()
+                raise EngineError(
+                    f"a decoder process could not be started ({exc.strerror})", fix="free memory"
+                ) from exc
+            finally:
+                theirs.close()
+            decoder = Decoder(process, ours, self.progress[number], self.mailboxes[number])
+            self._started = {known for known in self._started if known.process.returncode is None} | {decoder}
+            return decoder
+
+    def kill(self) -> None:
+        """Ends all processes, and refuses to start more."""
+        with self._lock:
+            self.closed = True
+            for decoder in self._started:
+                decoder.process.kill()
+
+    def close(self) -> None:
+        """Ends all processes and frees the memory."""
+        self.kill()
+        for decoder in self._started:
+            decoder.process.wait()
+        os.close(self._memory)
+
+
+def _anonymous_memory() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("robustfeat-squares")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
