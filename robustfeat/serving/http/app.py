@@ -6,7 +6,8 @@ Every request takes the same four steps: its body is read (`bodies`), its images
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Path, Request
@@ -37,6 +38,9 @@ from robustfeat.serving.online.answers import (
 )
 from robustfeat.serving.online.schemas import Embeddings, Health, Info, Predictions
 
+if TYPE_CHECKING:  # with a head come the libraries of heads
+    from robustfeat.serving.heads.head import Head
+
 __all__ = ["create_app"]
 
 _VECTORS = {"schema": {"type": "string", "format": "binary"}}
@@ -51,7 +55,10 @@ def create_app(service: Service) -> Gate:
         redoc_url=None,
     )
     routes = Routes(app)
-    _add_own(routes, service)
+    _add_embed(routes, service)
+    _add_predict(routes, service)
+    _add_health(routes, service)
+    _add_reports(routes, service)
     openai.add_routes(routes, service)
     kserve.add_routes(routes, service)
     names = {
@@ -63,7 +70,7 @@ def create_app(service: Service) -> Gate:
     return Gate(app, routes, service)
 
 
-def _add_own(routes: Routes, service: Service) -> None:
+def _add_embed(routes: Routes, service: Service) -> None:
     @routes.post(
         "/embed",
         tags=["images"],
@@ -86,10 +93,12 @@ def _add_own(routes: Routes, service: Service) -> None:
     async def embed(request: Request) -> Response:
         """One image as the body, or many as multipart/form-data: parts named `images`, or any files, in order."""
         kind = choose_type(request.headers.get("accept", ""), VECTOR_TYPES)
-        served, answers = await _embed(request, request.query_params.get("model"))
+        served, answers = await _embed(service, request, request.query_params.get("model"))
         reply = vectors_reply(served, answers, kind)
         return Response(reply.body, media_type=reply.media_type, headers=reply.headers)
 
+
+def _add_predict(routes: Routes, service: Service) -> None:
     @routes.post(
         "/predict/{head}",
         tags=["images"],
@@ -100,35 +109,12 @@ def _add_own(routes: Routes, service: Service) -> None:
     )
     async def predict(request: Request, head: Annotated[str, Path(description="Of those served.")]) -> Response:
         """As /embed takes them."""
-        from robustfeat.serving.heads.predictions import Prediction, answer_of, labels_of
-
         chosen = service.head(head)
-        served, answers = await _embed(request, chosen.model.name)
-        good = {at: answer.features for at, answer in enumerate(answers) if answer.features is not None}
-        margins = chosen.head.margins(np.stack(list(good.values())))
-        decided = chosen.head.decide(margins)
-        shares = chosen.head.calibrate(margins) if chosen.head.calibrated else None
-        data = [failed_item(at, answer) for at, answer in enumerate(answers)]
-        for row, at in enumerate(good):
-            probabilities = None if shares is None else shares[row]
-            one = Prediction("", labels_of(chosen.head, decided[row]), margins[row], probabilities)
-            entry = answer_of(chosen.head, one)
-            del entry["path"], entry["error"]
-            data[at] = {"index": at, **entry}
-        return _json({**served.about, "head": head, "data": data})
+        served, answers = await _embed(service, request, chosen.model.name)
+        return _json({**served.about, "head": head, "data": _predictions(chosen.head, answers)})
 
-    async def _embed(request: Request, model: str | None) -> tuple[ServedModel, list[Answer]]:
-        """The answers, of which one at least is good."""
-        chosen = service.model(model)
-        with service.buffered.body() as held:
-            body = await read_body(request, held)
-            images, fields = images_of(request.headers.get("content-type", ""), body, service.limits.items)
-            if model is None and "model" in fields:
-                chosen = service.model(fields["model"])
-            answers = await service.embed(chosen, images, request.scope["state"]["key"])
-        require_one(answers)
-        return chosen, answers
 
+def _add_health(routes: Routes, service: Service) -> None:
     @routes.get("/health/live", tags=["health"], response_model=Health, summary="Whether the process answers")
     async def live(_: Request) -> Response:
         return _json({"status": "live"})
@@ -146,6 +132,8 @@ def _add_own(routes: Routes, service: Service) -> None:
             return _json({"status": "ready"})
         return _json({"status": "draining" if service.draining else "not ready"}, 503)
 
+
+def _add_reports(routes: Routes, service: Service) -> None:
     @routes.get(
         "/info", tags=["health"], response_model=Info, responses=refusals(401), summary="What is served, and the limits"
     )
@@ -163,6 +151,36 @@ def _add_own(routes: Routes, service: Service) -> None:
         service.metrics.count()
         # Reading the files of all workers takes milliseconds that requests need not wait for.
         return Response(await run_in_threadpool(service.metrics.exposition), media_type=CONTENT_TYPE)
+
+
+async def _embed(service: Service, request: Request, model: str | None) -> tuple[ServedModel, list[Answer]]:
+    """The answer for each image of a request; at least one has features."""
+    chosen = service.model(model)
+    with service.buffered.body() as held:
+        body = await read_body(request, held)
+        images, fields = images_of(request.headers.get("content-type", ""), body, service.limits.items)
+        if model is None and "model" in fields:
+            chosen = service.model(fields["model"])
+        answers = await service.embed(chosen, images, request.scope["state"]["key"])
+    require_one(answers)
+    return chosen, answers
+
+
+def _predictions(head: Head, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The entries of a reply: a head's answer for each image with features."""
+    from robustfeat.serving.heads.predictions import Prediction, answer_of, labels_of
+
+    good = {at: answer.features for at, answer in enumerate(answers) if answer.features is not None}
+    margins = head.margins(np.stack(list(good.values())))
+    decided = head.decide(margins)
+    shares = head.calibrate(margins) if head.calibrated else None
+    data = [failed_item(at, answer) for at, answer in enumerate(answers)]
+    for row, at in enumerate(good):
+        probabilities = None if shares is None else shares[row]
+        entry = answer_of(head, Prediction("", labels_of(head, decided[row]), margins[row], probabilities))
+        del entry["path"], entry["error"]
+        data[at] = {"index": at, **entry}
+    return data
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:

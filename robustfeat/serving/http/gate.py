@@ -23,7 +23,7 @@ from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import Service
 from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
 
-__all__ = ["Gate", "host_allowed"]
+__all__ = ["ON_DISCONNECT", "Gate", "host_allowed"]
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _ANY_KEY = re.compile(r"/(health/.*|v2/health/.*|metrics|docs|openapi\.json|docs/oauth2-redirect)?")
@@ -31,6 +31,8 @@ _WORK = re.compile(r"/(embed|predict/[^/]*|v1/embeddings|v2/models/.*/infer)")
 _ROUTES = ("/embed", "/predict", "/v1", "/v2", "/health", "/info", "/metrics", "/docs", "/openapi.json")
 _DOCUMENTS = {"/docs", "/openapi.json", "/docs/oauth2-redirect"}
 
+ON_DISCONNECT = "robustfeat.disconnect"
+"""The key in a request's scope of the function that the connection calls when its client has left."""
 
 Headers = dict[bytes, bytes]
 
@@ -70,15 +72,14 @@ class Gate:
         assert task is not None
         state = scope.setdefault("state", {})
         state["key"] = ANYONE
-        gone = False
+        disconnected = False
 
-        def leave() -> None:
-            nonlocal gone
-            gone = True
+        def disconnect() -> None:
+            nonlocal disconnected
+            disconnected = True
             task.cancel()
 
-        # What the connection calls when its client has left: nobody waits for an answer any more.
-        scope["robustfeat.gone"] = leave
+        scope[ON_DISCONNECT] = disconnect
         service.metrics.in_flight += 1
         refusal = None
         try:
@@ -92,12 +93,12 @@ class Gate:
             if refusal is not None and status == 0:
                 await self._refuse(refusal, path, scope["method"], answer)
         except asyncio.CancelledError:
-            if status == 0 and not gone:  # the time to drain is over
+            if status == 0 and not disconnected:  # the time to drain is over
                 stopping = ApiError(503, "stopping", "the server is being stopped; ask again", retry_after_s=1)
                 await self._refuse(stopping, path, scope["method"], answer)
             status = status or 499
         finally:
-            del scope["robustfeat.gone"]
+            del scope[ON_DISCONNECT]
             self._finish(scope, status, began, request_id)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
@@ -142,6 +143,7 @@ class Gate:
     def _check_host(self, headers: Headers) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
         if not host_allowed(host, tuple(self._service.hosts)):
+            # The text speaks to the operator and is part of an HTTP answer, so it names the command's option.
             raise ApiError(
                 400,
                 "host",

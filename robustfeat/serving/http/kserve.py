@@ -31,9 +31,13 @@ _TAGS: list[Any] = ["Open Inference Protocol"]
 
 
 def add_routes(routes: Routes, service: Service) -> None:
-    """/v2."""
-    unknown = infer_refusals(400, 401, 404)
+    """Adds the routes under /v2."""
+    _add_server(routes, service)
+    _add_models(routes, service)
+    _add_infer(routes, service)
 
+
+def _add_server(routes: Routes, service: Service) -> None:
     @routes.get("/v2", tags=_TAGS, summary="The server", response_model=ServerMetadata, responses=infer_refusals(401))
     async def server(_: Request) -> Response:
         extensions = ["binary_tensor_data"]
@@ -53,6 +57,10 @@ def add_routes(routes: Routes, service: Service) -> None:
     async def ready(_: Request) -> Response:
         status = "ready" if service.ready else "not ready"
         return _json({"status": status}, 200 if service.ready else 503)
+
+
+def _add_models(routes: Routes, service: Service) -> None:
+    unknown = infer_refusals(400, 401, 404)
 
     @routes.get("/v2/models/{model}", tags=_TAGS, summary="A model", response_model=ModelMetadata, responses=unknown)
     @routes.get(
@@ -98,6 +106,8 @@ def add_routes(routes: Routes, service: Service) -> None:
         answers = chosen.ready and not service.draining
         return _json({"name": chosen.name, "ready": answers}, 200 if answers else 503)
 
+
+def _add_infer(routes: Routes, service: Service) -> None:
     infer_responses: dict[int | str, dict[str, Any]] = {
         200: {"content": {RAW: {"schema": {"type": "string", "format": "binary"}}}},
         **infer_refusals(400, 401, 404, 408, 413, 415, 422, 429, 503),
