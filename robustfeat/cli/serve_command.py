@@ -128,13 +128,13 @@ def command(
             "--revision and --config-hash are for one model; pull the models and serve their folders"
         )
     limits = Limits(
-        body_bytes=int(max_body * 2**20),
-        pixels=max_pixels,
-        items=max_items,
-        queue=max_queue,
+        max_body_bytes=int(max_body * 2**20),
+        max_pixels=max_pixels,
+        max_items=max_items,
+        max_queue=max_queue,
         timeout_s=timeout,
         decode_timeout_s=decode_timeout,
-        connections=max_connections,
+        max_connections=max_connections,
     )
     ring = KeyRing(keys, os.environ.get(ENVIRONMENT))
     try:

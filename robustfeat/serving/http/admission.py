@@ -72,9 +72,11 @@ class Admission:
         Raises:
             ApiError: 413 for too many images, 429 beyond the key's share, 503 when the queue is full.
         """
-        if items > self._limits.items:
+        if items > self._limits.max_items:
             raise ApiError(
-                413, "too_many_images", f"the request has {items:,} images; send at most {self._limits.items:,} at once"
+                413,
+                "too_many_images",
+                f"the request has {items:,} images; send at most {self._limits.max_items:,} at once",
             )
         # Without keys all is in this process: nobody needs to be asked.
         locked = self._locked if key.name else nullcontext
@@ -100,7 +102,7 @@ class Admission:
             self._refuse_key(key, items, place)
             if not self._inside[key.name]:
                 return place  # whoever has nothing in the queue is not kept out by those who fill it
-        if self._total + items > self._limits.queue:
+        if self._total + items > self._limits.max_queue:
             raise ApiError(503, "queue_full", "all places in the queue are taken; try again soon", retry_after_s=1)
         return place
 
@@ -121,7 +123,7 @@ class Admission:
                     retry_after_s=(needed - tokens) / key.rate,
                 )
         inside = sum(self._counts[place + 3 : place + self._words])
-        share = key.concurrency or max(self._limits.items, self._limits.queue * self._workers // self._names)
+        share = key.concurrency or max(self._limits.max_items, self._limits.max_queue * self._workers // self._names)
         # A request larger than the share comes in alone, or it never would.
         if inside and inside + items > share:
             raise ApiError(

@@ -158,7 +158,7 @@ async def _embed(service: Service, request: Request, model: str | None) -> tuple
     chosen = service.model(model)
     with service.buffered.body() as held:
         body = await read_body(request, held)
-        images, fields = images_of(request.headers.get("content-type", ""), body, service.limits.items)
+        images, fields = images_of(request.headers.get("content-type", ""), body, service.limits.max_items)
         if model is None and "model" in fields:
             chosen = service.model(fields["model"])
         answers = await service.embed(chosen, images, request.scope["state"]["key"])
@@ -214,13 +214,13 @@ def _info(service: Service) -> dict[str, Any]:
             for name, head in service.heads.items()
         ],
         "limits": {
-            "body_bytes": limits.body_bytes,
-            "pixels": limits.pixels,
-            "items": limits.items,
-            "queue": limits.queue,
+            "body_bytes": limits.max_body_bytes,
+            "pixels": limits.max_pixels,
+            "items": limits.max_items,
+            "queue": limits.max_queue,
             "timeout_s": limits.timeout_s,
             "decode_timeout_s": limits.decode_timeout_s,
-            "connections": limits.connections,
+            "connections": limits.max_connections,
         },
         "formats": list(FORMATS),
         "workers": service.workers,

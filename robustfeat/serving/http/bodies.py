@@ -45,7 +45,7 @@ class _Held:
     def grow(self, count: int) -> None:
         self.size += count
         self._all.bytes += count
-        if self.size > self._limits.body_bytes:
+        if self.size > self._limits.max_body_bytes:
             raise too_large(self._limits)
         if self._all.bytes > self._limits.buffered_bytes:
             raise ApiError(
@@ -55,7 +55,9 @@ class _Held:
 
 def too_large(limits: Limits) -> ApiError:
     """The error of a body beyond its limit."""
-    return ApiError(413, "body_too_large", f"the body must be at most {limits.body_bytes:,} bytes; send less at once")
+    return ApiError(
+        413, "body_too_large", f"the body must be at most {limits.max_body_bytes:,} bytes; send less at once"
+    )
 
 
 async def read_body(request: Request, held: _Held) -> bytes:

@@ -170,7 +170,7 @@ class Gate:
     def _check_room(self, headers: Headers, key: Key) -> None:
         """Refuses what cannot be taken, before its body is read."""
         declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._service.limits.body_bytes:
+        if declared.isdigit() and int(declared) > self._service.limits.max_body_bytes:
             raise too_large(self._service.limits)
         self._service.admission.check(key)
 

@@ -44,17 +44,20 @@ class KeyRing:
     """The keys of a server, read again when their file changes.
 
     Args:
-        file: a line each: NAME KEY [rate=IMAGES_PER_SECOND] [concurrency=IMAGES]. One that begins with # is a comment.
-        text: the same lines, of the environment; commas end lines, too.
+        keys: a file with a line for each: NAME KEY [rate=IMAGES_PER_SECOND] [concurrency=IMAGES].
+            Lines that begin with # are comments.
+        text: the same lines, from the environment; commas end lines, too.
 
     Raises:
         InputError: no such file, or a line that is none of these.
     """
 
-    def __init__(self, file: Path | None = None, text: str | None = None) -> None:
-        self._file, self._fixed = file, parse_keys(re.split("[,\n]", text or ""), ENVIRONMENT)
+    def __init__(self, keys: Path | None = None, text: str | None = None) -> None:
+        self._file, self._fixed = keys, parse_keys(re.split("[,\n]", text or ""))
         if text is not None and not self._fixed:
-            raise InputError(f"{ENVIRONMENT}: holds no key; write NAME KEY, or unset it to serve everybody")
+            raise InputError(
+                f"{ENVIRONMENT}: holds no key", fix="write NAME KEY, or unset the variable to serve everybody"
+            )
         self._stamp: tuple[int, ...] = ()
         self._keys: list[Key] = self._fixed
         self.refresh()
@@ -82,14 +85,15 @@ class KeyRing:
         except (OSError, UnicodeDecodeError) as exc:
             self._stamp = ()
             reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
-            raise InputError(f"--keys {self._file}: {reason}") from exc
-        keys = parse_keys(lines, f"--keys {self._file}")
+            raise InputError(str(reason), argument="keys", value=self._file) from exc
+        keys = parse_keys(lines, self._file)
         if not keys:
-            raise InputError(f"--keys {self._file}: holds no key; write a line NAME KEY for each")
+            raise InputError("holds no key", argument="keys", value=self._file, fix="write a line NAME KEY for each")
         for key in keys:
             for known in self._fixed:
                 if key.digest == known.digest and key.name != known.name:
-                    raise InputError(f"--keys {self._file}: the key of {key.name} is also that of {known.name}")
+                    what = f"the key of {key.name} is also that of {known.name}"
+                    raise InputError(what, argument="keys", value=self._file)
         self._keys = [*self._fixed, *keys]
         return True
 
@@ -108,33 +112,42 @@ class KeyRing:
         return found
 
 
-def parse_keys(lines: Iterable[str], place: str) -> list[Key]:
+def parse_keys(lines: Iterable[str], file: Path | None = None) -> list[Key]:
     """The keys in lines of text.
+
+    Args:
+        lines: the lines.
+        file: holds them; without one they are the environment's.
 
     Raises:
         InputError: naming the line, never the key.
     """
+
+    def refusal(number: int, what: str) -> InputError:
+        if file is None:
+            return InputError(f"{ENVIRONMENT}: line {number}: {what}")
+        return InputError(f"line {number}: {what}", argument="keys", value=file)
+
     keys: dict[bytes, Key] = {}
     for number, line in enumerate(lines, 1):
         words = [] if line.lstrip().startswith("#") else line.split()
         if not words:
             continue
-        where = f"{place}: line {number}"
         name, *rest = words
         if not rest or not _NAME.fullmatch(name) or not _KEY.fullmatch(rest[0]):
-            raise InputError(f"{where}: expected NAME KEY [rate=N] [concurrency=N], the key of 8 to 512 characters")
+            raise refusal(number, "expected NAME KEY [rate=N] [concurrency=N], the key of 8 to 512 characters")
         shares: dict[str, str] = dict(word.partition("=")[::2] for word in rest[1:])
         if set(shares) - {"rate", "concurrency"} or len(shares) < len(rest) - 1:
-            raise InputError(f"{where}: after the key there may be rate=N and concurrency=N, nothing else")
+            raise refusal(number, "after the key there may be rate=N and concurrency=N, nothing else")
         try:
             rate = float(shares["rate"]) if "rate" in shares else None
             concurrency = int(shares["concurrency"]) if "concurrency" in shares else None
         except ValueError:
-            raise InputError(f"{where}: rate and concurrency must be numbers") from None
+            raise refusal(number, "rate and concurrency must be numbers") from None
         if not 0 < (rate or 1) < float("inf") or (concurrency or 1) < 1 or 0 in {rate, concurrency}:
-            raise InputError(f"{where}: rate and concurrency must be positive")
+            raise refusal(number, "rate and concurrency must be positive")
         digest = hashlib.sha256(rest[0].encode()).digest()
         if digest in keys and keys[digest].name != name:
-            raise InputError(f"{where}: the key of {name} is also that of {keys[digest].name}")
+            raise refusal(number, f"the key of {name} is also that of {keys[digest].name}")
         keys[digest] = Key(name, digest, rate, concurrency)
     return list(keys.values())

@@ -11,36 +11,41 @@ __all__ = ["Limits"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of what a request may ask, and of what waits at once in a worker.
+    """Bounds of one request and of one worker.
 
     Attributes:
-        body_bytes: of a request's body; more is 413.
-        pixels: of an image; more is that image's error, from its header.
-        items: images in a request; more is 413.
-        queue: images that are admitted at once; with more, requests get 503.
-        timeout_s: from a request's first line to its answer; later it is 503, or 408 while its body is on its way.
-        decode_timeout_s: for one image; one that takes longer is that image's error.
-        connections: open at once; more get 503 and are closed.
+        max_body_bytes: largest body; a larger one gets 413.
+        max_pixels: largest image; a larger one is refused by its header.
+        max_items: most images in a request; more get 413.
+        max_queue: most images admitted at once; with more, requests get 503.
+        timeout_s: from a request's first line to its answer; then 503, or 408 while the body arrives.
+        decode_timeout_s: for one image; then the image is refused.
+        max_connections: most open connections; more get 503 and are closed.
+
+    Raises:
+        InputError: a bound is not positive, or the largest request does not fit into the queue.
     """
 
-    body_bytes: int
-    pixels: int
-    items: int
-    queue: int
+    max_body_bytes: int
+    max_pixels: int
+    max_items: int
+    max_queue: int
     timeout_s: float
     decode_timeout_s: float
-    connections: int
+    max_connections: int
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) <= 0:
-                raise InputError(f"{field.name} must be positive; got {getattr(self, field.name)}")
-        if self.items > self.queue:
+            value = getattr(self, field.name)
+            if value <= 0:
+                raise InputError("expected more than 0", argument=field.name, value=value)
+        if self.max_items > self.max_queue:
             raise InputError(
-                f"a request may hold {self.items} images, but only {self.queue} may wait: raise --max-queue"
+                f"a request may hold {self.max_items} images, but only {self.max_queue} may wait",
+                fix="raise `max_queue`, or lower `max_items`",
             )
 
     @property
     def buffered_bytes(self) -> int:
         """Bytes of bodies held at once; with more, requests get 503."""
-        return 16 * self.body_bytes
+        return 16 * self.max_body_bytes

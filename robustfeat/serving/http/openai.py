@@ -37,7 +37,7 @@ def add_routes(routes: Routes, service: Service) -> None:
         """As OpenAI's clients expect, one image that cannot be read fails the request."""
         with service.buffered.body() as held:
             body = await read_body(request, held)
-            asked, inputs = _parse(body, service.limits.items)
+            asked, inputs = _parse(body, service.limits.max_items)
             model = service.model(asked.model)
             size = model.extractor.feature_size
             if asked.dimensions not in {None, size}:

@@ -69,7 +69,7 @@ class ServedModel(NamedModel):
         self._batcher = Batcher(
             extractor,
             self._metrics,
-            max_pixels=limits.pixels,
+            max_pixels=limits.max_pixels,
             decode_timeout_s=limits.decode_timeout_s,
             decoders=decoders,
             batch_size=self.batch_size,
@@ -246,9 +246,9 @@ def match_heads(heads: dict[str, Head], models: Sequence[ServedModel]) -> dict[s
     for name, head in heads.items():
         for model in models:
             with contextlib.suppress(InputError):
-                head.require_model(model.identity, f"--head {name}", "the model served")
+                head.require_model(model.identity, f"the head {name}", "the model served")
                 matched[name] = ServedHead(name, head, model)
                 break
         else:
-            head.require_model(models[0].identity, f"--head {name}", "the model served")
+            head.require_model(models[0].identity, f"the head {name}", "the model served")
     return matched

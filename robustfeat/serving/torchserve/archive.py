@@ -58,7 +58,7 @@ def claim_store(out: Path) -> Iterator[None]:
         lock = FileLock(out)
         taken = lock.take()
     except OSError as exc:
-        raise InputError(f"{out}: cannot be made ({exc.strerror}); choose another folder") from exc
+        raise InputError(f"{out}: cannot be made ({exc.strerror})", fix="choose another folder") from exc
     if not taken:
         raise InputError(
             f"{out}: another robustfeat torchserve is at work there{lock.holder_note()}",
@@ -73,9 +73,9 @@ def _require_ours(file: Path) -> None:
     try:
         foreign = file.exists() and not file.read_text("utf-8", "replace").startswith(_MARK)
     except OSError as exc:
-        raise InputError(f"{file}: cannot be read ({exc.strerror}); choose another folder") from exc
+        raise InputError(f"{file}: cannot be read ({exc.strerror})", fix="choose another folder") from exc
     if foreign:
-        raise InputError(f"{file}: was not written by robustfeat torchserve; move it, or choose another folder")
+        raise InputError(f"{file}: was not written by robustfeat torchserve", fix="move it, or choose another folder")
 
 
 def check_name(name: str) -> str:
@@ -85,7 +85,9 @@ def check_name(name: str) -> str:
         InputError: it cannot.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", name):
-        raise InputError(f"--name {name}: expected letters, digits, '.', '_' and '-', a letter or digit first")
+        raise InputError(
+            "expected letters, digits, '.', '_' and '-', a letter or digit first", argument="name", value=name
+        )
     return name
 
 
@@ -184,7 +186,9 @@ class Addresses:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", self.host):
-            raise InputError(f"--host {self.host}: expected a host name or an IPv4 address; TorchServe takes no other")
+            raise InputError(
+                "expected a host name or an IPv4 address; TorchServe takes no other", argument="host", value=self.host
+            )
 
     @property
     def url(self) -> str:

@@ -41,15 +41,16 @@ def find_java() -> Java:
     path = shutil.which(Path(home, "bin", "java") if home else "java")
     if path is None:
         where = f"JAVA_HOME is {home}, which holds none" if home else "none is on the PATH"
-        raise EngineError(f"TorchServe needs Java {MIN_VERSION} or newer; {where}: {INSTALL}")
+        raise EngineError(f"TorchServe needs Java {MIN_VERSION} or newer; {where}", fix=INSTALL)
     try:
         done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=_ANSWER_S, check=False)
         said = done.stderr + done.stdout
     except (OSError, subprocess.TimeoutExpired) as exc:
-        raise EngineError(f"{path}: does not run ({exc}); {INSTALL}") from exc
+        raise EngineError(f"{path}: does not run ({exc})", fix=INSTALL) from exc
     found = re.search(r'version "(?:1\.)?(\d+)', said)
     if found is None:
-        raise EngineError(f"{path}: does not tell its version ({' '.join(said.split())[:100]}); {INSTALL}")
+        answer = " ".join(said.split())[:100]
+        raise EngineError(f"{path}: reports no version ({answer})", fix=INSTALL)
     if int(found[1]) < MIN_VERSION:
-        raise EngineError(f"{path}: TorchServe needs Java {MIN_VERSION} or newer; this is {found[1]}: {INSTALL}")
+        raise EngineError(f"{path}: TorchServe needs Java {MIN_VERSION} or newer; this is {found[1]}", fix=INSTALL)
     return Java(path, int(found[1]))

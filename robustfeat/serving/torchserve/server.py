@@ -52,7 +52,7 @@ def require_torchserve() -> Path:
     if home is None or not (home / "ts/frontend/model-server.jar").is_file():
         missing.insert(0, "torchserve")
     if missing or home is None:
-        raise EngineError(f"TorchServe needs {', '.join(missing)}: pip install 'robustfeat[torchserve]'")
+        raise EngineError(f"TorchServe needs {', '.join(missing)}", fix="run `pip install 'robustfeat[torchserve]'`")
     return home
 
 
@@ -245,5 +245,6 @@ def _require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as exc:
             raise InputError(
-                f"{host}:{port}: {exc.strerror}; TorchServe takes five ports from --port on: choose another"
+                f"{host}:{port}: {exc.strerror}; TorchServe takes five ports from `port` on",
+                fix="choose another `port`",
             ) from exc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,15 @@ from robustfeat.serving.online.batching import FairQueue
 from robustfeat.serving.online.errors import ApiError
 from tests.serving.http.conftest import Server, serving, wait_until
 
-LIMITS = Limits(body_bytes=1000, pixels=1000, items=8, queue=16, timeout_s=1, decode_timeout_s=1, connections=10)
+LIMITS = Limits(
+    max_body_bytes=1000,
+    max_pixels=1000,
+    max_items=8,
+    max_queue=16,
+    timeout_s=1,
+    decode_timeout_s=1,
+    max_connections=10,
+)
 
 
 def test_keys_are_told_apart(tmp_path: Path) -> None:
@@ -67,14 +76,27 @@ def test_without_keys_anyone_may_ask() -> None:
 )
 def test_a_line_that_is_no_key_is_named_and_its_key_is_not(line: str, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
-        parse_keys(["# first", line], "keys")
-    assert "line 2" in str(caught.value)
+        parse_keys(["# first", line], Path("keys"))
+    assert str(caught.value).startswith("keys=keys: line 2: ")
     assert "long-enough" not in str(caught.value)
 
 
 def test_one_key_may_not_have_two_names() -> None:
     with pytest.raises(InputError, match="the key of b is also that of a"):
-        parse_keys(["a same-key-1", "b same-key-1"], "keys")
+        parse_keys(["a same-key-1", "b same-key-1"], Path("keys"))
+
+
+def test_the_environment_is_named_where_its_line_is_no_key() -> None:
+    with pytest.raises(InputError, match=r"^ROBUSTFEAT_API_KEYS: line 2: expected NAME KEY"):
+        KeyRing(text="a long-enough,b")
+
+
+def test_a_queue_that_holds_no_whole_request_is_refused() -> None:
+    with pytest.raises(InputError) as caught:
+        replace(LIMITS, max_items=17)
+    assert caught.value.fix == "raise `max_queue`, or lower `max_items`"
+    with pytest.raises(InputError, match=r"^timeout_s=0: expected more than 0"):
+        replace(LIMITS, timeout_s=0)
 
 
 def test_keys_take_turns() -> None:

@@ -288,7 +288,7 @@ def test_limits_are_finite(robustfeat: Run, option: str, value: str) -> None:
 def test_a_head_of_another_model_is_refused_at_the_start(robustfeat: Run, clothes: Path, model: Path) -> None:
     result = robustfeat("serve", "--port", "0", "--head", clothes, "--model", model)
     assert result.returncode == 1
-    assert "--head clothes: needs features of robustfeat-resnet18" in result.stderr
+    assert "the head clothes: needs features of robustfeat-resnet18" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

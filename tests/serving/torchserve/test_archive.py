@@ -134,7 +134,7 @@ def test_a_model_from_the_hub_is_packed_whole_with_its_commit(
     ModelFolder(tmp_path / "unpacked" / "model").verify()
     manifest = json.loads((tmp_path / "unpacked" / "MAR-INF" / "MANIFEST.json").read_text())["model"]
     config = json.loads((tmp_path / "unpacked" / "model-config.yaml").read_text())
-    commit = config["robustfeat"]["revision"]
+    commit = config["robustfeat"]["options"]["revision"]
     assert re.fullmatch("[0-9a-f]{40}", commit)
     assert manifest["modelVersion"] == commit
 
@@ -144,7 +144,7 @@ def test_an_archive_is_built_for_machines_unlike_this_one(robustfeat: Run, tmp_p
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(tmp_path / "gpu.mar") as mar:
         config = json.loads(mar.read("model-config.yaml"))
-        assert (config["deviceType"], config["batchSize"], config["robustfeat"]["device"]) == ("gpu", 128, "cuda")
+        assert (config["deviceType"], config["batchSize"], config["robustfeat"]["options"]["device"]) == ("gpu", 128, "cuda")
         assert "onnxruntime-gpu" in mar.read("requirements.txt").decode()
 
 

@@ -47,7 +47,7 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, rep
     importing = threading.Thread(target=importlib.import_module, args=("robustfeat.serving.http.app",))
     importing.start()
     service = open_service()
-    _allow_files(service.limits.connections + _FILES)
+    _allow_files(service.limits.max_connections + _FILES)
     with ExitStack() as stack:
         for model in service.models.values():
             stack.enter_context(model)
@@ -59,7 +59,7 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, rep
 
         config = uvicorn.Config(
             create_app(service),
-            http=connection_class(service.limits.connections, service.metrics.error),
+            http=connection_class(service.limits.max_connections, service.metrics.error),
             ws="none",
             lifespan="off",
             log_config=None,
