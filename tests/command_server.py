@@ -112,8 +112,9 @@ class CommandServer:
 def _serve(listener: socket.socket) -> None:
     """Returns in each process that is to run a command, never in the server."""
     listener.settimeout(None)
+    watched: list[socket.socket | int] = [listener, 0]
     while True:
-        ready, _, _ = select.select([listener, 0], [], [])
+        ready, _, _ = select.select(watched, [], [])
         if 0 in ready:  # the tests are over
             os._exit(0)
         connection, _ = listener.accept()
