@@ -271,7 +271,6 @@ def _open(
     """
     from robustfeat.serving.heads.features import embed_features, is_feature_file, open_features
     from robustfeat.serving.heads.labels import labelled_inputs
-    from robustfeat.serving.identity import ModelIdentity
     from robustfeat.serving.inputs.listing import list_inputs
 
     if head is not None and head.model is None:
@@ -288,7 +287,7 @@ def _open(
         return features
     extractor = extraction.open()
     if head is not None:  # before the work of embedding
-        head.require_model(ModelIdentity.of_extractor(extractor), head_place, f"--model {extraction.model}")
+        head.require_model(extractor.identity, head_place, f"--model {extraction.model}")
     with list_inputs(inputs) as found, labelled_inputs(found, labels) if labels else nullcontext(found) as wanted:
         if check is not None:
             check([image.path for image in (wanted if len(wanted) else found)])

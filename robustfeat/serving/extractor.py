@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
+import robustfeat
 from robustfeat.errors import DecodeError, EngineError, ModelFolderError
 from robustfeat.hub.catalog import resolve_model
-from robustfeat.hub.folder import ModelFolder
+from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_crop, to_rgb
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.engine import Engine, open_engine
+from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.options import RunOptions
 
 __all__ = ["FeatureExtractor", "cosine", "default_batch_size"]
@@ -160,12 +163,33 @@ class FeatureExtractor:
         return self.config.feature_size
 
     @property
-    def identity(self) -> list[Any]:
-        """All that its features depend on besides the image, as plain data."""
+    def identity(self) -> ModelIdentity:
+        """Which model it is, and how it is run."""
         config, engine = self.config, self.engine
-        return [
-            dict(config.files), config.preprocessing.hash, self.precision, engine.name, engine.version, self.decoding
-        ]  # fmt: skip
+        return ModelIdentity(
+            name=config.name,
+            revision=self.folder.revision,
+            weights_sha256=config.files.get(WEIGHTS, ""),
+            preprocessing_hash=config.preprocessing.hash,
+            feature_size=self.feature_size,
+            precision=self.precision,
+            engine=engine.name,
+            decoding=self.decoding,
+            device=engine.device,
+            threads=engine.threads,
+            files=dict(config.files),
+            versions={
+                "robustfeat": robustfeat.__version__,
+                engine.name: engine.version,
+                "numpy": np.__version__,
+                "pillow": PIL.__version__,
+            },
+        )
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """See `ModelIdentity.fingerprint`."""
+        return self.identity.fingerprint
 
     @property
     def batch_size(self) -> int:

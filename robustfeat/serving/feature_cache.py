@@ -23,7 +23,7 @@ class FeatureMaker(Protocol):
     """What computes features: a `FeatureExtractor`, or a network that is being evaluated."""
 
     @property
-    def identity(self) -> Sequence[Any]:
+    def fingerprint(self) -> Sequence[Any]:
         """Plain data for JSON that differs where features may."""
 
     @property
@@ -46,7 +46,7 @@ class FeatureCache:
 
     def __init__(self, file: str | os.PathLike[str], maker: FeatureMaker) -> None:
         self._file, self._size = Path(file), maker.feature_size
-        self._prefix = hashlib.sha256(json.dumps(list(maker.identity), sort_keys=True).encode()).digest()
+        self._prefix = hashlib.sha256(json.dumps(list(maker.fingerprint), sort_keys=True).encode()).digest()
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as connection, connection:

@@ -1,35 +1,49 @@
-"""Which model made some features: what a head asks before it answers."""
+"""Which model made some features, and how it was run."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from robustfeat.errors import InputError
 from robustfeat.hub.folder import WEIGHTS
-from robustfeat.serving.extractor import FeatureExtractor
 
-__all__ = ["ModelIdentity"]
+__all__ = ["BYTE_KEYS", "FEATURE_KEYS", "MODEL_KEYS", "ModelIdentity"]
 
-_SAME = ("name", "weights_sha256", "preprocessing_hash", "feature_size")
+MODEL_KEYS = ("name", "weights_sha256", "preprocessing_hash", "feature_size")
+"""What heads compare. Features of another precision are almost the same (docs/embedding.md gives the cost), features of
+another model are not."""
+
+FEATURE_KEYS = ("files", "preprocessing_hash", "precision", "engine", "device", "decoding", "feature_size")
+"""What `append` compares: the rows of one file come from one way to run one model."""
+
+BYTE_KEYS = ("name", *FEATURE_KEYS, "threads", "versions")
+"""What resuming and the machines of a Ray cluster compare: all that decides the bytes of a row, but for the batch size.
+
+The commit on the Hub is in none of the lists, because it changes with the card, too.
+"""
+
+_CACHE_KEYS = ("files", "preprocessing_hash", "precision", "engine", "engine_version", "decoding")
+_HEAD_KEYS = (
+    "name", "revision", "weights_sha256", "preprocessing_hash", "feature_size", "precision", "engine", "decoding"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
     """A model, its preprocessing, and how it was run.
 
-    The commit on the Hub is recorded and not compared, for it changes with the card, too: the weights' hash tells
-    models apart. Precision, engine and decoding are not compared either: features of another precision are almost the
-    same (docs/embedding.md gives the cost), those of another model are not.
-
     Attributes:
-        name, revision: of the model; a revision that is not known is None.
+        name: of the model.
+        revision: its commit on the Hub, if it is known.
         weights_sha256: of its model.safetensors.
         preprocessing_hash: of its preprocessing contract.
         feature_size: D.
-        precision, engine, decoding: as `FeatureExtractor` has them.
+        precision, engine, decoding: as in `RunOptions`, without auto.
+        device, threads: what it ran on; None in a head.
+        files: sha256 of each file of the model; empty in a head.
+        versions: of robustfeat, the engine and the libraries that decode; empty in a head.
     """
 
     name: str
@@ -40,28 +54,22 @@ class ModelIdentity:
     precision: str
     engine: str
     decoding: str
+    device: str | None = None
+    threads: int | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def of_extractor(cls, extractor: FeatureExtractor) -> ModelIdentity:
-        """That of the features that `extractor` makes."""
-        config = extractor.config
-        return cls(
-            name=config.name,
-            revision=extractor.folder.revision,
-            weights_sha256=config.files.get(WEIGHTS, ""),
-            preprocessing_hash=config.preprocessing.hash,
-            feature_size=extractor.feature_size,
-            precision=extractor.precision,
-            engine=extractor.engine.name,
-            decoding=extractor.decoding,
-        )
+    @property
+    def engine_version(self) -> str:
+        """The version of the engine; empty in a head."""
+        return self.versions.get(self.engine, "")
 
     @classmethod
     def of_meta(cls, meta: Mapping[str, Any]) -> ModelIdentity:
-        """That in a NAME.meta.json of `embed`.
+        """The identity in a NAME.meta.json of `embed`.
 
         Raises:
-            KeyError, TypeError: something is missing there.
+            KeyError, TypeError, ValueError, AttributeError: something is missing there, or is of another type.
         """
         return cls(
             name=str(meta["model"]),
@@ -72,25 +80,52 @@ class ModelIdentity:
             precision=str(meta["precision"]),
             engine=str(meta["engine"]),
             decoding=str(meta["decoding"]),
+            device=meta.get("device"),
+            threads=meta.get("threads"),
+            files=meta["files"],
+            versions=meta.get("versions", {}),
         )
 
+    def to_meta(self, batch_size: int) -> dict[str, Any]:
+        """The part of NAME.meta.json and job.json that decides the features."""
+        return {
+            "model": self.name,
+            **self.values("revision", "files", "precision", "engine", "device", "decoding"),
+            **self.values("preprocessing_hash", "feature_size"),
+            "batch_size": batch_size,
+            **self.values("threads", "versions"),
+        }
+
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ModelIdentity:
-        """The inverse of `to_dict`.
+    def of_head(cls, data: Mapping[str, Any]) -> ModelIdentity:
+        """The inverse of `to_head`.
 
         Raises:
             KeyError, TypeError: something is missing, or is of another type.
         """
-        values = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        values = {key: data[key] for key in _HEAD_KEYS}
         for name, value in values.items():
             kinds = {"feature_size": (int,), "revision": (str, type(None))}
             if not isinstance(value, kinds.get(name, (str,))):
                 raise TypeError(f"{name} is {value!r}")
         return cls(**values)
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+    def to_head(self) -> dict[str, Any]:
+        """The part that head.json keeps."""
+        return self.values(*_HEAD_KEYS)
+
+    def values(self, *keys: str) -> dict[str, Any]:
+        """These attributes, for JSON."""
+        return {key: dict(value) if isinstance(value := getattr(self, key), Mapping) else value for key in keys}
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """What caches of features compare, as plain data: devices and threads may change the last bits there."""
+        return list(self.values(*_CACHE_KEYS).values())
+
+    def difference(self, other: ModelIdentity, keys: Sequence[str]) -> str | None:
+        """The first of `keys` in which they differ: `MODEL_KEYS`, `FEATURE_KEYS` or `BYTE_KEYS`; None if in none."""
+        return next((key for key in keys if getattr(self, key) != getattr(other, key)), None)
 
     def require(self, other: ModelIdentity, mine: str, theirs: str) -> None:
         """Refuses features of another model or preprocessing; `mine` and `theirs` are named in the error.
@@ -98,16 +133,15 @@ class ModelIdentity:
         Raises:
             InputError: saying both.
         """
-        for key in _SAME:
-            a, b = getattr(self, key), getattr(other, key)
-            if a == b:
-                continue
-            what = key.replace("_", " ")
-            if key == "name":
-                said = f"features of {_brief(a)}, {theirs} of {_brief(b)}"
-            else:
-                said = f"features of {self.name} with {what} {_brief(a)}, {theirs} with {_brief(b)}"
-            raise InputError(f"{mine}: needs {said}; use the same model for both")
+        key = self.difference(other, MODEL_KEYS)
+        if key is None:
+            return
+        a, b, what = getattr(self, key), getattr(other, key), key.replace("_", " ")
+        if key == "name":
+            said = f"features of {_brief(a)}, {theirs} of {_brief(b)}"
+        else:
+            said = f"features of {self.name} with {what} {_brief(a)}, {theirs} with {_brief(b)}"
+        raise InputError(f"{mine}: needs {said}", fix="use the same model for both")
 
 
 def _brief(value: Any) -> str:

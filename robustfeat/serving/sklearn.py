@@ -137,7 +137,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     @property
     def identity(self) -> ModelIdentity:
         """The model, for heads on its features."""
-        return ModelIdentity.of_extractor(self._open())
+        return self._open().identity
 
     def _open(self) -> FeatureExtractor:
         if self.on_error not in {"raise", "nan"}:

@@ -100,7 +100,7 @@ def embed_files(
         raise ValueError(f"on_error must be nan or stop; got {on_error!r}")
     began = time.monotonic()
     places = Places.of(str(out))
-    existing = read_existing(places, extractor) if append else None
+    existing = read_existing(places, extractor.identity) if append else None
     with unknown_inputs(inputs, places, existing) if existing else nullcontext(inputs) as fresh:
         job = _plan_job(extractor, fresh, batch_size or extractor.batch_size, shard_rows, existing)
         with _open_run(places, job, restart=restart, quiet=quiet) as run:
@@ -126,7 +126,7 @@ def _plan_job(
     extractor: FeatureExtractor, inputs: InputList, batch_size: int, shard_rows: int, existing: Existing | None
 ) -> Job:
     """What the run consists of: shards of whole batches."""
-    identity = identify(extractor, inputs, batch_size) | {"appended_to": existing.sha256 if existing else None}
+    identity = identify(extractor.identity, inputs, batch_size) | {"appended_to": existing.sha256 if existing else None}
     first_row = existing.rows if existing else 0
     return Job(len(inputs), first_row, -(-shard_rows // batch_size) * batch_size, identity)
 

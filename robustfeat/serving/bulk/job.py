@@ -10,14 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL
-
-import robustfeat
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.formats import FORMATS
 from robustfeat.serving.bulk.storage import file_exists, open_input
-from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.identity import FEATURE_KEYS, ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.remote import is_remote
 
@@ -98,45 +94,12 @@ class Existing:
     rows: int
 
 
-def identify(extractor: FeatureExtractor, inputs: InputList, batch_size: int) -> dict[str, Any]:
+def identify(model: ModelIdentity, inputs: InputList, batch_size: int) -> dict[str, Any]:
     """What decides the bytes of features and index."""
-    config, engine = extractor.config, extractor.engine
-    return {
-        "model": config.name,
-        "revision": extractor.folder.revision,
-        "files": dict(config.files),
-        "precision": extractor.precision,
-        "engine": engine.name,
-        "device": engine.device,
-        "decoding": extractor.decoding,
-        "preprocessing_hash": config.preprocessing.hash,
-        "feature_size": extractor.feature_size,
-        "batch_size": batch_size,
-        "threads": engine.threads,
-        "versions": {
-            "robustfeat": robustfeat.__version__,
-            engine.name: engine.version,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
-        "inputs": len(inputs),
-        "inputs_sha256": inputs.sha256,
-    }
+    return {**model.to_meta(batch_size), "inputs": len(inputs), "inputs_sha256": inputs.sha256}
 
 
-_SAME_FEATURES = (
-    "files",
-    "preprocessing_hash",
-    "precision",
-    "engine",
-    "device",
-    "decoding",
-    "feature_size",
-    "batch_size",
-)
-
-
-def read_existing(places: Places, extractor: FeatureExtractor) -> Existing:
+def read_existing(places: Places, model: ModelIdentity) -> Existing:
     """The files to append to.
 
     Raises:
@@ -149,21 +112,19 @@ def read_existing(places: Places, extractor: FeatureExtractor) -> Existing:
         data = handle.read()
     try:
         meta = json.loads(data)
-        rows, found = int(meta["images"]), {key: meta[key] for key in (*_SAME_FEATURES, "inputs_sha256")}
-    except (ValueError, KeyError, TypeError) as exc:
+        rows, found = int(meta["images"]), ModelIdentity.of_meta(meta)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise InputError(
             f"{places.meta} is not what robustfeat embed writes ({exc!r})", argument="append", value=True
         ) from exc
-    with InputList() as none:
-        mine = identify(extractor, none, found["batch_size"])
-    for key in _SAME_FEATURES:
-        if found[key] != mine[key]:
-            raise InputError(
-                f"{places.features} was made with {key} {brief(found[key])}, this is {brief(mine[key])}",
-                argument="append",
-                value=True,
-                fix="use the same model and options, or another `out`",
-            )
+    if key := found.difference(model, FEATURE_KEYS):
+        theirs, mine = brief(found.values(key)[key]), brief(model.values(key)[key])
+        raise InputError(
+            f"{places.features} was made with {key} {theirs}, this is {mine}",
+            argument="append",
+            value=True,
+            fix="use the same model and options, or another `out`",
+        )
     return Existing(meta, hashlib.sha256(data).hexdigest(), rows)
 
 

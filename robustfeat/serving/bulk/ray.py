@@ -20,12 +20,13 @@ from typing import Any
 from robustfeat import errors
 from robustfeat.errors import EngineError, InputError, RobustFeatError, first_line
 from robustfeat.hub.remote import HubAccess
-from robustfeat.serving.bulk.job import Job, identify
+from robustfeat.serving.bulk.job import Job
 from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.shards import write_shards
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_folder, open_input, open_output
 from robustfeat.serving.decoding.pool import DEADLINE_S
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.identity import BYTE_KEYS, ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource
@@ -39,7 +40,6 @@ AUTO = "auto"
 _ANSWER_S = 10.0
 _MAX_LOSSES = 3
 _INPUTS = "inputs"
-_UNCHECKED = {"inputs", "inputs_sha256", "revision"}
 
 
 def embed_on_ray(
@@ -245,14 +245,13 @@ class _ShardWriter:
         plan, identity = self._plan, self._plan.job.identity
         # As the command line does it: int8 is checked anew, on this processor.
         extractor = FeatureExtractor.load(plan.model, plan.options, plan.access)
-        with InputList() as none:
-            mine = identify(extractor, none, identity["batch_size"])
-        for key, value in mine.items():
-            if key not in _UNCHECKED and value != identity[key]:
-                raise EngineError(
-                    f"Ray: {key} is {value} on {socket.gethostname()} and {identity[key]} where the command runs",
-                    fix="install the same on all machines",
-                )
+        here, there = extractor.identity, ModelIdentity.of_meta(identity)
+        if key := here.difference(there, BYTE_KEYS):
+            raise EngineError(
+                f"Ray: {key} is {here.values(key)[key]} on {socket.gethostname()} and {there.values(key)[key]} where "
+                "the command runs",
+                fix="install the same on all machines",
+            )
         workers = plan.workers or identity["threads"]
         return Pipeline(extractor, batch_size=identity["batch_size"], workers=workers, deadline_s=plan.deadline_s)
 

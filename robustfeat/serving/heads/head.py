@@ -304,7 +304,7 @@ class Head:
             "multi_label": self.multi_label,
             "scaling": self.scaling,
             "feature_size": self.feature_size,
-            "model": self.model.to_dict() if self.model else None,
+            "model": self.model.to_head() if self.model else None,
             "selection": dict(self.selection),
             "scores": dict(self.scores),
         }
@@ -362,7 +362,7 @@ class Head:
                 scaling=about["scaling"],
                 arrays=load(data),
                 multi_label=about["multi_label"],
-                model=ModelIdentity.from_dict(about["model"]) if about["model"] else None,
+                model=ModelIdentity.of_head(about["model"]) if about["model"] else None,
                 selection=about["selection"],
                 scores=about["scores"],
             )

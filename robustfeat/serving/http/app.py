@@ -195,15 +195,9 @@ def _info(service: Service) -> dict[str, Any]:
             {
                 "name": name,
                 "model": model.identity.name,
-                "revision": model.identity.revision,
-                "precision": model.identity.precision,
-                "engine": model.identity.engine,
-                "device": model.extractor.engine.device,
-                "decoding": model.identity.decoding,
-                "feature_size": model.identity.feature_size,
+                **model.identity.values("revision", "precision", "engine", "device", "decoding", "feature_size"),
                 "image_size": model.extractor.config.preprocessing.image_size,
-                "weights_sha256": model.identity.weights_sha256,
-                "preprocessing_hash": model.identity.preprocessing_hash,
+                **model.identity.values("weights_sha256", "preprocessing_hash"),
                 "config_hash": model.extractor.folder.config_hash,
                 "batch_size": model.batch_size,
             }

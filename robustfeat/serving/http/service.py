@@ -17,7 +17,6 @@ from robustfeat.serving.http.keys import Key, KeyRing
 from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.http.process.log import Log
 from robustfeat.serving.http.process.metrics import Metrics, ModelMetrics
-from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.online.answers import Answer, NamedModel, Vector
 from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError
@@ -47,7 +46,6 @@ class ServedModel(NamedModel):
         shared: whether there are keys. Batches are then small, since whoever comes next waits for the one that runs.
 
     Attributes:
-        identity: which model it is, for heads.
         batch_size: images that the model takes at once, at most.
         last_good: when it last embedded an image, by `time.monotonic`; minus infinity before it has.
     """
@@ -63,7 +61,6 @@ class ServedModel(NamedModel):
         shared: bool,
     ) -> None:
         super().__init__(name, extractor)
-        self.identity = ModelIdentity.of_extractor(extractor)
         self._metrics: ModelMetrics = metrics.of_model(name)
         self.batch_size = min(extractor.batch_size, _SHARED_BATCH) if shared else extractor.batch_size
         self._batcher = Batcher(

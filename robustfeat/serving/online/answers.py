@@ -71,14 +71,15 @@ class NamedModel:
     Attributes:
         name: that name.
         extractor: the model.
+        identity: which model it is, and how it is run.
         about: what every answer says of it.
         version: of the Open Inference Protocol: the folder's.
     """
 
     def __init__(self, name: str, extractor: FeatureExtractor) -> None:
-        folder = extractor.folder
-        self.name, self.extractor, self.version = name, extractor, folder.version
-        self.about = {"model": name, "revision": folder.revision, "precision": extractor.precision}
+        self.name, self.extractor, self.version = name, extractor, extractor.folder.version
+        self.identity = extractor.identity
+        self.about = {"model": name, **self.identity.values("revision", "precision")}
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def evaluate_task(
     chosen = svm(features, threads=threads, quiet=quiet)
     result: dict[str, Any] = {
         "model": subject.name,
-        "identity": list(subject.identity),
+        "identity": list(subject.fingerprint),
         "image_size": subject.contract.image_size,
         "task": task.name,
         "classes": len(features.classes),

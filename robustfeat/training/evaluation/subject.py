@@ -64,7 +64,7 @@ class FolderSubject:
     def __init__(self, extractor: FeatureExtractor) -> None:
         self._extractor = extractor
         self.name = extractor.config.name
-        self.identity: Sequence[Any] = extractor.identity
+        self.fingerprint: Sequence[Any] = extractor.fingerprint
         self.feature_size = extractor.feature_size
         self.contract = extractor.config.preprocessing
         self.batch_size = extractor.batch_size
@@ -111,7 +111,7 @@ class NetworkSubject:
         self._run(squares[:1])
         # What the code of a network does shows in its features alone, not in its weights.
         digest = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
-        self.identity: Sequence[Any] = [
+        self.fingerprint: Sequence[Any] = [
             "torch", torch.__version__, weights, digest, contract.hash, device.type
         ]  # fmt: skip
 

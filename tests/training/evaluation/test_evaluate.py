@@ -247,7 +247,7 @@ def test_two_networks_of_the_same_shape_have_other_identities(dataset: Path, fin
     with torch.no_grad():
         subject.network.get_parameter("conv1.weight")[0, 0, 0, 0] += 1e-3
     changed = NetworkSubject(subject.network, subject.contract, subject.name, torch.device("cpu"))
-    assert changed.identity != subject.identity
+    assert changed.fingerprint != subject.fingerprint
 
 
 def test_the_command_prints_a_table_or_json(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
@@ -259,7 +259,7 @@ def test_the_command_prints_a_table_or_json(dataset: Path, tmp_path: Path, robus
     (result,) = json.loads(out.read_text())
     expected = evaluate_task(open_subject("builtin"), open_task("clothes", str(dataset)))
     assert result == expected
-    assert result["identity"] == FeatureExtractor.from_pretrained().identity
+    assert result["identity"] == FeatureExtractor.from_pretrained().fingerprint
     assert (result["train"], result["test"], result["classes"]) == (30, 10, 10)
     assert list(result["few_shot"]) == ["1"]  # there are three images a class
 
