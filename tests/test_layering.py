@@ -1,6 +1,10 @@
-"""The design's layers hold: cli -> training -> serving -> hub, and torch stays out of the lower two."""
+"""The design's layers hold: cli -> training -> serving -> hub, and torch stays out of the lower two.
+
+Within serving/, arrows point the same way, and no modules of the package import each other in a circle.
+"""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +13,25 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "robustfeat"
 MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "progress": set(),
+    "system": set(),
     "hub": {"errors", "files", "progress"},
-    "serving": {"errors", "files", "progress", "hub"},
-    "training": {"errors", "files", "progress", "hub", "serving"},
-    "cli": {"errors", "files", "progress", "hub", "serving", "training"},
+    "serving": {"errors", "files", "progress", "system", "hub"},
+    "doctor": {"errors", "files", "progress", "system", "hub", "serving"},
+    "training": {"errors", "files", "progress", "system", "hub", "serving"},
+    "cli": {"errors", "files", "progress", "system", "hub", "serving", "doctor", "training"},
+}
+SERVING = {
+    "": set(),  # the modules of serving/ itself: options, engine, extractor, identity, verify, sklearn, ...
+    "inputs": {""},
+    "decoding": {"", "inputs"},
+    "bulk": {"", "inputs", "decoding"},
+    "heads": {"", "inputs", "bulk"},
+    "online": {"", "inputs", "decoding", "heads"},
+    "http": {"", "inputs", "heads", "online"},
+    "torchserve": {"", "inputs", "heads", "online"},
 }
 ENGINES = {"torch", "torchvision", "onnx", "onnxruntime", "openvino"}
 
@@ -30,7 +49,7 @@ def imported_modules(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("layer", MAY_IMPORT)
 def test_layer_imports_only_what_lies_below(layer: str) -> None:
-    for file in (PACKAGE / layer).rglob("*.py"):
+    for file in [PACKAGE / f"{layer}.py"] if (PACKAGE / f"{layer}.py").exists() else (PACKAGE / layer).rglob("*.py"):
         for name in imported_modules(file):
             head, _, rest = name.partition(".")
             if head == "robustfeat" and rest and not rest.startswith("__"):
@@ -40,6 +59,110 @@ def test_layer_imports_only_what_lies_below(layer: str) -> None:
                 assert head not in ENGINES, f"{file} imports {name}"
             if layer == "serving":
                 assert head not in {"torch", "torchvision"}, f"{file} imports {name}"
+
+
+def part_of_serving(module: str) -> str | None:
+    """The folder of serving/ that a module lies in, "" for serving/ itself; None for other modules."""
+    head, _, rest = module.removeprefix("robustfeat.").partition(".")
+    part = rest.partition(".")[0]
+    if head != "serving" or not rest:
+        return None
+    return part if (PACKAGE / "serving" / part).is_dir() else ""
+
+
+def test_every_folder_of_serving_has_a_place_in_the_order() -> None:
+    folders = {file.parent.name for file in (PACKAGE / "serving").glob("*/__init__.py")}
+    assert folders == set(SERVING) - {""}
+
+
+@pytest.mark.parametrize("part", SERVING)
+def test_part_of_serving_imports_only_what_lies_to_its_left(part: str) -> None:
+    for module, imports in import_graph().items():
+        if part_of_serving(module) == part:
+            found = {name for name in imports if part_of_serving(name) not in {None, part, *SERVING[part]}}
+            assert not found, f"{module} imports {', '.join(sorted(found))}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = import_graph()
+    assert len(graph) > 100
+    assert circle(graph) is None
+
+
+@pytest.mark.parametrize(
+    ("graph", "found"),
+    [
+        ({"a": {"b", "c"}, "b": {"c"}, "c": set()}, None),
+        ({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}}, ["b", "c", "d", "b"]),
+        ({"a": set(), "b": {"b"}}, ["b", "b"]),
+    ],
+)
+def test_a_circle_is_reported_module_by_module(graph: dict[str, set[str]], found: list[str] | None) -> None:
+    assert circle(graph) == found
+
+
+def test_imports_in_functions_count_and_those_for_types_do_not(tmp_path: Path) -> None:
+    code = """
+from typing import TYPE_CHECKING
+import one
+if TYPE_CHECKING:
+    import two
+else:
+    import three
+def function():
+    from four import name
+"""
+    (tmp_path / "module.py").write_text(code)
+    assert loaded_names(tmp_path / "module.py") == {"typing.TYPE_CHECKING", "one", "three", "four.name"}
+
+
+@functools.cache
+def import_graph() -> dict[str, set[str]]:
+    """The modules of the package, each with those that it imports by name, also within functions."""
+    files = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in sorted(PACKAGE.rglob("*.py"))
+    }
+    graph = {}
+    for module, file in files.items():
+        names = {name if name in files else name.rpartition(".")[0] for name in loaded_names(file)}
+        graph[module] = (names & set(files)) - {module}
+    return graph
+
+
+def loaded_names(file: Path) -> set[str]:
+    """What a file imports when it runs: modules, and MODULE.NAME for each `from MODULE import NAME`."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(file.read_text("utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        waiting += ast.iter_child_nodes(node)
+    return names
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """Modules of which each imports the next, and the last is the first; None where there is no circle."""
+    done: set[str] = set()
+
+    def search(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return None
+        for name in sorted(graph[module]):
+            if (found := search(name, [*path, module])) is not None:
+                return found
+        done.add(module)
+        return None
+
+    return next((found for module in graph if (found := search(module, [])) is not None), None)
 
 
 def modules(layer: str) -> list[str]:

@@ -175,7 +175,8 @@ def map_features(place: str, suffix: str, feature_size: int, rows: int) -> NDArr
         if values.shape != expected or values.dtype != np.float32:
             raise InputError(
                 f"{place}: holds {values.shape} {values.dtype}, its meta and index files describe {expected} float32; "
-                "the files do not belong together: embed the images again"
+                "the files do not belong together",
+                fix="embed the images again",
             )
         return values
     try:
@@ -185,4 +186,6 @@ def map_features(place: str, suffix: str, feature_size: int, rows: int) -> NDArr
             copy.flush()
             return np.memmap(copy, "<f4", "r", shape=expected)
     except OSError as exc:
-        raise InputError(f"{place}: no room for a temporary copy ({exc.strerror}); free space, or use .npy") from exc
+        raise InputError(
+            f"{place}: no room for a temporary copy ({exc.strerror})", fix="free space, or use .npy"
+        ) from exc

@@ -226,7 +226,8 @@ def load_batches(
         if "DataLoader worker" not in str(exc):
             raise
         raise TrainingError(
-            "a process that decodes images died (out of memory?); pass fewer --workers, then go on with --resume"
+            "a process that decodes images died (out of memory?)",
+            fix="pass fewer `workers`, then resume with `resume=True`",
         ) from exc
     if raised:
         raise raised

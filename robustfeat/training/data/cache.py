@@ -150,7 +150,9 @@ def require_room(data: ImageSet, side: int, place: str, *, device: torch.device,
     need = len(data) * (side * side * 3 + 8)
     if place == "device":
         if device.type != "cuda":
-            raise InputError("--cache device: training runs on the CPU; pass --cache ram or a folder")
+            raise InputError(
+                "training runs on the CPU", argument="cache", value="device", fix="pass `cache=ram` or a folder"
+            )
         _require(need, torch.cuda.mem_get_info(device)[0], "GPU memory", len(data), side)
     elif place == "ram":
         _require(need * processes, available_memory(), "memory", len(data), side)
@@ -175,8 +177,9 @@ def _require(need: int, free: int | None, what: str, images: int, side: int) -> 
         fitting = int((_SHARE_OF_FREE * free / need) ** 0.5 * side)
         raise DataError(
             f"the cache of {images:,} images of {side} px needs {need / 1e9:.1f} GB of {what} and {free / 1e9:.1f} GB "
-            f"are free; pass --cache FOLDER on a disk with room, --cache-px {fitting} or less, or --cache-px 0 to "
-            "decode each time"
+            "are free",
+            fix=f"pass `cache=FOLDER` on a disk with room, `cache_px={fitting}` or less, or `cache_px=0` "
+            "to decode each time",
         )
 
 
@@ -216,7 +219,10 @@ def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bo
                 _fill_file(data, side, file, state, state_file, workers, quiet)
     except OSError as exc:
         raise InputError(
-            f"--cache {folder}: cannot be written ({exc.strerror or exc}); free space or choose another folder"
+            f"cannot be written ({exc.strerror or exc})",
+            argument="cache",
+            value=folder,
+            fix="free space or choose another folder",
         ) from exc
     whole = np.memmap(file, np.uint8, "c")  # pages of our own where written, which nothing does
     squares = whole[: len(data) * pixels].reshape(len(data), side, side, 3)

@@ -54,7 +54,7 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
     classes = classes or found
     unknown = sorted(set(found) - set(classes))
     if unknown:
-        raise DataError(f"{root}: class {unknown[0]!r} is not in the training split; remove it or add it there")
+        raise DataError(f"{root}: class {unknown[0]!r} is not in the training split", fix="remove it or add it there")
     names: list[str] = []
     labels: list[int] = []
     loose = (entry for entry in root.iterdir() if entry.is_file() and not entry.name.startswith("."))

@@ -73,7 +73,7 @@ def fetch_dataset(url: str, parts: int | None = None) -> FetchedDataset:
         wanted.append(inside + CLASSES_NAME)
     folder = access.download_all(dataset.repo, wanted, dataset.revision)
     if folder.name != commit:
-        raise HubError(f"{dataset.place}: was changed meanwhile; run the same command again")
+        raise HubError(f"{dataset.place}: was changed meanwhile", fix="run the same command again")
     return FetchedDataset(folder / inside, f"{dataset.place}/{inside}".rstrip("/"), files)
 
 
@@ -90,7 +90,7 @@ def list_remote_parquet(url: str, parts: int | None = None) -> tuple[list[Parque
     listed = access.files(dataset.repo, commit)
     inside, files = dataset.choose(listed, parts)
     if files.kind == "tar":
-        raise DataError(f"{dataset.place}: holds tar shards, which cannot be streamed; let them be downloaded")
+        raise DataError(f"{dataset.place}: holds tar shards, which cannot be streamed", fix="let them be downloaded")
 
     def part(name: str) -> ParquetPart:
         path = inside + name
@@ -149,7 +149,8 @@ class _Dataset:
         if found:
             choices = ", ".join(inside.rstrip("/") for inside in found)
             raise DataError(
-                f"{where}: has several configurations ({choices}); add one, as {self.place}/{choices.split(',')[0]}"
+                f"{where}: has several configurations ({choices})",
+                fix=f"add one, as {self.place}/{choices.split(',')[0]}",
             )
         if compressed:
             raise compressed

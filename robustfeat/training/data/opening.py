@@ -50,8 +50,9 @@ def open_training_data(
         held_out = _hold_out(train.labels, val_fraction, seed)
         if not len(held_out):
             raise DataError(
-                f"{root}: no validation split, and --val-fraction {val_fraction} of {len(train)} images in "
-                f"{len(train.classes)} classes leaves none, or a class without images; move some of each class to val/"
+                f"{root}: no validation split, and `val_fraction={val_fraction}` of {len(train)} images in "
+                f"{len(train.classes)} classes leaves none, or a class without images",
+                fix="move some of each class to val/",
             )
         rest = np.setdiff1d(np.arange(len(train)), held_out)
         remark = f"{root}: has no validation or test split; {len(held_out):,} of its {len(train):,} images are held out"

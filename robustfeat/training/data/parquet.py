@@ -131,7 +131,7 @@ def read_parquet(files: Sequence[ParquetPart], *, stream: bool = False) -> Parqu
     for row, label in enumerate(labels):
         if not _names_a_class(label):
             raise DataError(
-                f"{source.name(row)} has no label ({label!r}); every row needs one, text or a number from 0"
+                f"{source.name(row)} has no label ({label!r})", fix="every row needs one, text or a number from 0"
             )
     return ParquetSplit(files, source, labels, names, blocks)
 
@@ -148,11 +148,12 @@ def _class_names(parts: Sequence[OpenedParquet]) -> tuple[str, ...] | None:
         if names != named[0][1]:
             raise DataError(
                 f"{file}: its class names are not those of {named[0][0]}, or in another order; the same number would "
-                "mean two classes. Write both with the same names"
+                "mean two classes",
+                fix="write both with the same names",
             )
     if not named:
         return None
     file, names = named[0]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise DataError(f"{file}: two of its classes are called {repeated!r}; give each a name of its own")
+        raise DataError(f"{file}: two of its classes are called {repeated!r}", fix="give each a name of its own")
     return names

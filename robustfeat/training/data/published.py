@@ -51,7 +51,7 @@ def open_published(root: Path) -> tuple[ImageSet, ImageSet] | None:
             except DataError:
                 raise
             except Exception as exc:  # damaged files raise almost anything
-                raise DataError(f"{root}: damaged ({first_line(exc)}); download and unpack it again") from exc
+                raise DataError(f"{root}: damaged ({first_line(exc)})", fix="download and unpack it again") from exc
     return None
 
 
@@ -78,7 +78,7 @@ def _of_pixels(classes: tuple[str, ...], labels: Any, pixels: NDArray[np.uint8],
         )
     numbers = np.asarray(labels, np.int64)
     if numbers.shape != pixels.shape[:1] or not len(numbers) or not 0 <= numbers.min() <= numbers.max() < len(classes):
-        raise DataError(f"{place}: damaged (labels do not fit the images); download and unpack it again")
+        raise DataError(f"{place}: damaged (labels do not fit the images)", fix="download and unpack it again")
     digest = hashlib.sha256(repr(classes).encode() + numbers.tobytes())
     digest.update(pixels.tobytes())
     return ImageSet(classes, numbers, _Pixels(pixels, str(place)), digest.hexdigest())
@@ -98,7 +98,7 @@ class _ArraysOnly(pickle.Unpickler):
             return _reconstruct
         if module == "numpy" and name in {"ndarray", "dtype"}:
             return getattr(np, name)
-        raise DataError(f"a file names {module}.{name}, which no data set needs; do not use it")
+        raise DataError(f"a file names {module}.{name}, which no data set needs", fix="do not use it")
 
 
 def _cifar(root: Path, suffix: str, read: Any) -> tuple[ImageSet, ImageSet]:
@@ -106,7 +106,7 @@ def _cifar(root: Path, suffix: str, read: Any) -> tuple[ImageSet, ImageSet]:
     for names in ([f"data_batch_{number}{suffix}" for number in range(1, 6)], [f"test_batch{suffix}"]):
         missing = [name for name in names if not (root / name).is_file()]
         if missing:
-            raise DataError(f"{root}: {missing[0]} is missing; unpack CIFAR-10 whole")
+            raise DataError(f"{root}: {missing[0]} is missing", fix="unpack CIFAR-10 whole")
         labels, pixels = zip(*(read(root / name) for name in names), strict=True)
         # Planes of red, green and blue, each row after row.
         images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -173,8 +173,8 @@ def _open_tiny_imagenet(root: Path) -> tuple[ImageSet, ImageSet]:
     paths = [f"val/images/{name}" for name, _ in pairs]
     if unnamed := set(_image_names(root / "val" / "images")) - {name for name, _ in pairs}:
         raise DataError(
-            f"{root / 'val' / _ANNOTATIONS}: tells no class of {min(unnamed)} and {len(unnamed) - 1:,} other images; "
-            "download and unpack it again, or remove them"
+            f"{root / 'val' / _ANNOTATIONS}: tells no class of {min(unnamed)} and {len(unnamed) - 1:,} other images",
+            fix="download and unpack it again, or remove them",
         )
     return train, _of_files(root, paths, [wnid for _, wnid in pairs], train.classes)
 
@@ -187,7 +187,7 @@ def _of_files(root: Path, paths: Sequence[str], names: Sequence[str], classes: t
     index = {name: number for number, name in enumerate(classes)}
     unknown = sorted(set(names) - set(index))
     if unknown:
-        raise DataError(f"{root}: class {unknown[0]!r} is not in the training split; remove it or add it there")
+        raise DataError(f"{root}: class {unknown[0]!r} is not in the training split", fix="remove it or add it there")
     digest = hashlib.sha256("\n".join(classes).encode())
     for path in paths:
         file = root / path

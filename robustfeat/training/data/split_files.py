@@ -56,6 +56,7 @@ def find_split_files(names: Iterable[str], place: str, parts: int | None = None)
             return SplitFiles(kind, tuple(train[:parts]), tuple(splits[0]) if splits else ())
     if compressed:
         raise DataError(
-            f"{place}/{compressed}: images cannot be read at random out of a compressed archive; unpack it to a .tar"
+            f"{place}/{compressed}: images cannot be read at random out of a compressed archive",
+            fix="unpack it to a .tar",
         )
     return None

@@ -235,7 +235,7 @@ def test_too_little_room_is_said_before_anything_is_decoded(
     monkeypatch.setattr(cache_module, "_decode", lambda *arguments: pytest.fail("decoded"))
     folder = str(tmp_path / "cache")
     with pytest.raises(
-        DataError, match=r"30 images of 40 px needs 0\.0 GB .* and 0\.0 GB are free; pass --cache FOLDER"
+        DataError, match=r"30 images of 40 px needs 0\.0 GB .* and 0\.0 GB are free; pass `cache=FOLDER`"
     ):
         if place == "ram":
             require_room(train, 40, "ram", device=CPU)
@@ -245,7 +245,7 @@ def test_too_little_room_is_said_before_anything_is_decoded(
 
 
 def test_what_is_no_place_for_a_cache_is_said(train: ImageSet, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--cache device: training runs on the CPU"):
+    with pytest.raises(InputError, match="cache=device: training runs on the CPU; pass `cache=ram` or a folder"):
         require_room(train, 40, "device", device=CPU)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file: cannot be written \(File exists\)"):

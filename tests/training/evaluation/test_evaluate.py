@@ -333,7 +333,7 @@ def test_damaged_values_of_a_cache_are_computed_again(network: str, dataset: Pat
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan"), float("inf")])
 def test_a_share_of_test_images_lies_between_0_and_1(dataset: Path, fraction: float) -> None:
-    with pytest.raises(DataError, match=r"--val-fraction .* leaves none"):
+    with pytest.raises(DataError, match=r"`val_fraction=.*` of .* leaves none"):
         open_task("clothes", str(dataset / "train"), val_fraction=fraction)
 
 
