@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -73,7 +74,6 @@ def command(
     returns a torch module from images to features. DATA is what `robustfeat train` takes; its validation or test split
     is the test set, and is looked at once, at the end.
     """
-    from robustfeat.files import new_file
     from robustfeat.progress import remark
     from robustfeat.system import available_cpus
 
@@ -105,27 +105,19 @@ def command(
         if names.count(subject.name) > 1:
             subject.name = model + subject.note
     networks = [open_network(model, **how) if finetune else None for model in models]
-    results = []
-    for subject, network in zip(subjects, networks, strict=True):
-        for task in opened:
-            result = evaluate_task(
-                subject,
-                task,
-                cache=Path(cache) if cache else None,
-                with_few_shot=few_shot,
-                with_libsvm=libsvm,
-                with_corruptions=corruptions,
-                finetuned=network,
-                finetuning={"epochs": epochs, "milestone": (epochs + 1) // 2, "lr": lr, "batch_size": batch_size},
-                threads=threads,
-                quiet=quiet,
-            )
-            results.append(result)
-            if out:  # what is done stays, whatever happens to the next one
-                with new_file(out) as partial:
-                    partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-            if as_json:
-                click.echo(json.dumps(result))
+    probes: dict[str, Any] = {
+        "cache": Path(cache) if cache else None,
+        "with_few_shot": few_shot,
+        "with_libsvm": libsvm,
+        "with_corruptions": corruptions,
+        "finetuning": {"epochs": epochs, "milestone": (epochs + 1) // 2, "lr": lr, "batch_size": batch_size},
+        "threads": threads,
+        "quiet": quiet,
+    }
+    results: list[dict[str, Any]] = []
+    for (subject, network), task in itertools.product(zip(subjects, networks, strict=True), opened):
+        results.append(evaluate_task(subject, task, finetuned=network, **probes))
+        _show(results, out, as_json)
     if not as_json:
         click.echo(evaluation_table(results))
     if plot:
@@ -148,6 +140,17 @@ def _require_places(
     for model in models:
         require_model(model, image_size, crop_pct)
     return named
+
+
+def _show(results: list[dict[str, Any]], out: str | None, as_json: bool) -> None:
+    """Writes all results, so that what is done stays whatever happens to the next one, and prints the last one."""
+    from robustfeat.files import new_file
+
+    if out:
+        with new_file(out) as partial:
+            partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    if as_json:
+        click.echo(json.dumps(results[-1]))
 
 
 def _refuse_options(out: str | None, plot: str | None, cache: str | None, finetune: bool) -> None:

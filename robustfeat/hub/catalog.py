@@ -58,11 +58,13 @@ def resolve_model(
     text = BUILTIN if name is None else os.fspath(name)
     hub_name = text != BUILTIN and is_hub_name(text) and isinstance(name, str)
     if hub_name and Path(text).exists() and not Path(text, CONFIG).is_file():
-        raise ModelFolderError(f"{text}: a folder of this name is in the way of the model on the Hub; rename it")
+        raise ModelFolderError(f"{text}: a folder of this name is in the way of the model on the Hub", fix="rename it")
     if hub_name and not Path(text).exists():
         return HubFolder(text, revision=revision, access=access, config_hash=config_hash)
     if revision is not None:
-        raise ModelFolderError(f"{text}: is no model on the Hub, so it has no revision {revision}; leave that out")
+        raise ModelFolderError(
+            f"{text}: is no model on the Hub, so it has no revision {revision}", fix="leave that out"
+        )
     return builtin_model(config_hash=config_hash) if text == BUILTIN else ModelFolder(text, config_hash=config_hash)
 
 

@@ -144,10 +144,12 @@ class ModelConfig:
         if version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             remedy = "upgrade robustfeat" if newer else "export the model again"
-            raise ModelFolderError(f"{source}: format_version must be {FORMAT_VERSION}; got {version!r}: {remedy}")
+            raise ModelFolderError(f"{source}: format_version must be {FORMAT_VERSION}; got {version!r}", fix=remedy)
         if unknown := sorted(set(data) - _KEYS):
             what = "names code to run" if unknown[0] in CODE_ENTRIES else "no model of ours has"
-            raise ModelFolderError(f"{source}: the entry {unknown[0]!r} {what}; do not use this model, or remove it")
+            raise ModelFolderError(
+                f"{source}: the entry {unknown[0]!r} {what}", fix="do not use this model, or remove it"
+            )
         try:
             timm_block = data["pretrained_cfg"]
             config = cls(
@@ -167,18 +169,20 @@ class ModelConfig:
                 files={str(path): str(digest) for path, digest in block["files"].items()},
             )
         except KeyError as exc:
-            raise ModelFolderError(f"{source}: the key {exc} is missing; export the model again") from exc
+            raise ModelFolderError(f"{source}: the key {exc} is missing", fix="export the model again") from exc
         except (TypeError, ValueError, AttributeError, OverflowError) as exc:
-            raise ModelFolderError(f"{source}: {exc}; export the model again") from exc
+            raise ModelFolderError(f"{source}: {exc}", fix="export the model again") from exc
         if block.get("preprocessing_hash") != config.preprocessing.hash:
             raise ModelFolderError(
                 f"{source}: preprocessing_hash must be {config.preprocessing.hash[:12]}... for these settings; "
-                f"got {str(block.get('preprocessing_hash'))[:12]}...: the settings were edited; export the model again"
+                f"got {str(block.get('preprocessing_hash'))[:12]}...: the settings were edited",
+                fix="export the model again",
             )
         if timm_block != config.to_dict()["pretrained_cfg"]:
             raise ModelFolderError(
                 f"{source}: pretrained_cfg and robustfeat.preprocessing disagree: other libraries would give other "
-                "features; export the model again"
+                "features",
+                fix="export the model again",
             )
         return config
 

@@ -79,7 +79,7 @@ class ModelFolder:
             content = file.read_bytes()
             data = json.loads(content)
         except (OSError, ValueError, RecursionError) as exc:
-            raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)}); {self._remedy}") from exc
+            raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)})", fix=self._remedy) from exc
         self.config_hash = hashlib.sha256(content).hexdigest()
         if config_hash is not None and not re.fullmatch("(sha256:)?[0-9a-fA-F]{64}", config_hash):
             raise ModelFolderError(
@@ -97,7 +97,7 @@ class ModelFolder:
             if not plain or "\\" in name or "\0" in name:
                 raise ModelFolderError(f"{file}: lists {name!r}, which lies outside the folder; do not use this model")
             if name in {CONFIG, CARD}:
-                raise ModelFolderError(f"{file}: lists {name!r} among the files that it vouches for; {self._remedy}")
+                raise ModelFolderError(f"{file}: lists {name!r} among the files that it vouches for", fix=self._remedy)
         self._require_files()
         present = (entry.relative_to(self.path).as_posix() for entry in sorted(self.path.rglob("*")))
         # The folders of git and of the Hub's client, which no library loads models from, are their own affair.
@@ -168,7 +168,7 @@ class ModelFolder:
         chosen = list(self.config.files if names is None else names)
         for name in chosen:
             if name not in self.config.files:
-                raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}; {self._remedy}")
+                raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}", fix=self._remedy)
         self.fetch(chosen)
         for name in chosen:
             expected = self.config.files[name]
@@ -176,7 +176,8 @@ class ModelFolder:
             if actual != expected:
                 raise ModelFolderError(
                     f"{self.path / name}: altered or truncated (sha256 must be {expected[:12]}..., "
-                    f"got {actual[:12]}...); {self._remedy}"
+                    f"got {actual[:12]}...)",
+                    fix=self._remedy,
                 )
         if PREPROCESSOR in chosen:
             self._check_preprocessor()
@@ -190,7 +191,7 @@ class ModelFolder:
 
     def _require_files(self) -> None:
         for name in self.absent:
-            raise ModelFolderError(f"{self.path}: {name} is missing; {self._remedy}")
+            raise ModelFolderError(f"{self.path}: {name} is missing", fix=self._remedy)
 
     def _check_preprocessor(self) -> None:
         """Other libraries read this file; what names code in it is theirs to run, and ours to refuse."""
@@ -200,7 +201,7 @@ class ModelFolder:
         try:
             data = json.loads(file.read_bytes())
         except (OSError, ValueError, RecursionError) as exc:
-            raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)}); {self._remedy}") from exc
+            raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)})", fix=self._remedy) from exc
         if found := sorted(CODE_ENTRIES & set(data if isinstance(data, dict) else ())):
             raise ModelFolderError(
                 f"{file}: the entry {found[0]!r} names code to run; do not use this model, or remove it"

@@ -50,7 +50,7 @@ class HubFolder(ModelFolder):
         self._listing: list[str] | None = None
         self._unreachable: UnreachableError | None = None
         pin = f" --revision {revision}" if revision else ""
-        self._remedy = f"robustfeat pull {repo}{pin} --force downloads it again"
+        self._remedy = f"download it again with `robustfeat pull {repo}{pin} --force`"
         if revision is not None and not is_revision(revision):
             raise HubError(f"{repo}: the revision must be a branch, a tag or a commit; got {revision!r}")
         config = Path(self._open(revision))
@@ -67,8 +67,8 @@ class HubFolder(ModelFolder):
         """As in `ModelFolder`; a compact model is refused, since engines do not follow the cache's links."""
         if precision in ONNX and self._find_onnx(precision) == COMPACT_ONNX:
             raise ModelFolderError(
-                f"{self.repo}: is a compact model, which engines read from a folder of its own only; "
-                f"robustfeat pull {self.repo} --out FOLDER makes one"
+                f"{self.repo}: is a compact model, which engines read from a folder of its own only",
+                fix=f"make one with `robustfeat pull {self.repo} --out FOLDER`",
             )
         return super().onnx(precision)
 
@@ -77,7 +77,9 @@ class HubFolder(ModelFolder):
         absent = self.absent
         missing = [name for name in names if name in absent or (self._force and name not in self._fetched)]
         if missing and self._force and (self.access.offline or self._unreachable):
-            raise HubError(f"{self.repo}: the Hub cannot be asked, as --force needs it; what the cache holds stays")
+            raise HubError(
+                f"{self.repo}: the Hub cannot be asked, as `force=True` needs it; what the cache holds stays"
+            )
         if missing and self.access.offline:
             raise self._offline(missing[0])
         if missing and self._unreachable:
@@ -87,7 +89,7 @@ class HubFolder(ModelFolder):
         for name in missing:
             file = Path(self.access.download(self.repo, name, self.revision, force=self._force))
             if file != self.path / name:
-                raise HubError(f"{self.repo}: {name} belongs to another commit; run the same command again")
+                raise HubError(f"{self.repo}: {name} belongs to another commit", fix="run the same command again")
             self._fetched.add(name)
 
     def fetch_for_use(self, precisions: Sequence[str], *, everything: bool = False) -> None:
@@ -132,7 +134,8 @@ class HubFolder(ModelFolder):
         commit, names = self.access.look(self.repo, revision)
         if CONFIG not in names:
             raise HubError(
-                f"{self.repo}: holds no {CONFIG}, so it is not a model of robustfeat; check the name and the revision"
+                f"{self.repo}: holds no {CONFIG}, so it is not a model of robustfeat",
+                fix="check the name and the revision",
             )
         refuse_code(names, f"{self.repo} at {commit[:12]}")
         self._listing = names
@@ -140,8 +143,8 @@ class HubFolder(ModelFolder):
 
     def _offline(self, name: str) -> HubError:
         return HubError(
-            f"{self.repo}: {name} is not in the cache, and HF_HUB_OFFLINE or local_files_only forbids downloads; allow "
-            f"them once, or run robustfeat pull {self.repo} where there is a network"
+            f"{self.repo}: {name} is not in the cache, and HF_HUB_OFFLINE or local_files_only forbids downloads",
+            fix=f"allow them once, or run `robustfeat pull {self.repo}` where there is a network",
         )
 
     def _require_files(self) -> None:

@@ -110,8 +110,8 @@ def push_model(
             api.whoami()
     if problems := access.card_problems(repo, card):
         raise HubError(
-            f"{repo}: the Hub refuses the metadata of {CARD} ({'; '.join(problems)[:300]}); nothing was sent: mend it, "
-            "or remove the file to have it written anew"
+            f"{repo}: the Hub refuses the metadata of {CARD} ({'; '.join(problems)[:300]}); nothing was sent",
+            fix="correct it, or remove the file to have it written anew",
         )
     target = _look(api, access, repo, revision or _MAIN, private=private, create_pr=create_pr)
     refuse_code(target.files, f"{repo} on the Hub")
@@ -119,10 +119,11 @@ def push_model(
     changes = _changes(folder, contents, target, old)
     if revision in target.tags or tag in target.branches:
         raise HubError(
-            f"{repo}: {revision if revision in target.tags else tag} names a tag or a branch already; choose another"
+            f"{repo}: {revision if revision in target.tags else tag} names a tag or a branch already",
+            fix="choose another",
         )
     if tag in target.tags and (changes or target.tags[tag] != target.head):
-        raise HubError(f"{repo}: the tag {tag} exists and stays where it is; choose another name for it")
+        raise HubError(f"{repo}: the tag {tag} exists and stays where it is", fix="choose another name for it")
     head, pull_request = target.head, None
     if dry_run:
         head = None if changes else head
@@ -154,12 +155,12 @@ def _check_request(folder: ModelFolder, repo: str, access: HubAccess, *, revisio
     if not is_hub_name(repo):
         raise HubError(f"{repo}: not a name on the Hub; expected ORG/NAME, where ORG may be your user name")
     if access.offline:
-        raise HubError(f"{repo}: nothing can be pushed while HF_HUB_OFFLINE is set; unset it")
+        raise HubError(f"{repo}: nothing can be pushed while HF_HUB_OFFLINE is set", fix="unset it")
     for what, ref in (("branch", revision), ("tag", tag)):
         if ref is not None and (not is_revision(ref) or is_commit(ref) or ref.startswith("refs/")):
             raise HubError(f"{repo}: {ref!r} cannot be a {what}; expected a name such as v1")
     if tag is not None and tag in {revision, _MAIN}:
-        raise HubError(f"{repo}: {tag!r} is a branch; choose another name for the tag")
+        raise HubError(f"{repo}: {tag!r} is a branch", fix="choose another name for the tag")
     if folder.compact:
         raise ModelFolderError(f"{folder.path}: is a compact folder; what is pushed needs its ONNX as one file")
 
@@ -169,7 +170,7 @@ def _card(folder: ModelFolder, repo: str) -> str:
     try:
         text = card.read_bytes().decode() if card.is_file() else render_card(folder.config)
     except UnicodeDecodeError as exc:
-        raise ModelFolderError(f"{card}: not UTF-8 ({exc.reason} at byte {exc.start}); save it as UTF-8") from exc
+        raise ModelFolderError(f"{card}: not UTF-8 ({exc.reason} at byte {exc.start})", fix="save it as UTF-8") from exc
     return text.replace(PLACE, repo)
 
 
@@ -199,10 +200,12 @@ def _look(api: Any, access: HubAccess, repo: str, branch: str, *, private: bool,
             info = api.model_info(repo)
         except RepositoryNotFoundError:
             if create_pr:
-                raise HubError(f"{repo}: does not exist, so it takes no proposals; push without --create-pr") from None
+                what = f"{repo}: does not exist, so it takes no proposals"
+                raise HubError(what, fix="push without `create_pr=True`") from None
             return _Target(False, None, {}, {}, {})
         if private and not info.private:
-            raise HubError(f"{repo}: is public, --private was asked for, and nothing was sent; make it private there")
+            what = f"{repo}: is public, a private one was asked for, and nothing was sent"
+            raise HubError(what, fix="make it private there")
         refs = api.list_repo_refs(repo)
     heads = {ref.name: ref.target_commit for ref in refs.branches}
     if create_pr and branch not in heads:
@@ -222,7 +225,7 @@ def _old_config(access: HubAccess, repo: str, target: _Target, contents: dict[st
         return dict(files)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise HubError(
-            f"{repo}: the name is taken: it holds a {CONFIG} that is not robustfeat's; choose another name"
+            f"{repo}: the name is taken: it holds a {CONFIG} that is not robustfeat's", fix="choose another name"
         ) from None
 
 

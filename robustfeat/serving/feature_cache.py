@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import InputError
+from robustfeat.errors import DecodeError, InputError
 
-__all__ = ["FeatureCache", "FeatureMaker"]
+__all__ = ["Content", "FeatureCache", "FeatureMaker", "embed_contents"]
+
+Content = bytes | NDArray[np.uint8]
+"""An image: a file's bytes, or the square that the network sees."""
 
 
 class FeatureMaker(Protocol):
@@ -29,6 +32,12 @@ class FeatureMaker(Protocol):
     @property
     def feature_size(self) -> int:
         """D."""
+
+    def prepare(self, image: bytes) -> NDArray[np.uint8]:
+        """The (S, S, 3) uint8 square that the network sees; DecodeError where the image cannot be read."""
+
+    def embed_prepared(self, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(n, S, S, 3) uint8 to (n, D) float32."""
 
 
 class FeatureCache:
@@ -58,7 +67,7 @@ class FeatureCache:
                 f"{self._file}: cannot be used as a cache of features ({exc}); delete it, or name another"
             ) from exc
 
-    def key(self, content: bytes | NDArray[np.uint8]) -> bytes:
+    def key(self, content: Content) -> bytes:
         """The key of an image file's bytes, or of a prepared square."""
         kind, data = (b"file", content) if isinstance(content, bytes) else (b"square", content.tobytes())
         return hashlib.sha256(self._prefix + kind + hashlib.sha256(data).digest()).digest()
@@ -93,3 +102,54 @@ class FeatureCache:
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self._file, timeout=60)
+
+
+def embed_contents(
+    maker: FeatureMaker,
+    contents: Sequence[Content | DecodeError],
+    cache: FeatureCache | None = None,
+    *,
+    refuse: Callable[[int, DecodeError], DecodeError] | None = None,
+) -> NDArray[np.float32]:
+    """Features of one batch: the cache gives what it has, the rest is computed and kept there.
+
+    With a cache, images of the same content are computed once.
+
+    Args:
+        maker: what computes features.
+        contents: the images; an error stands for an image that could not be read.
+        cache: of the same maker; None computes all.
+        refuse: makes the error to raise of the place of the first image that failed, and of its error. By default,
+            its row is NaN.
+
+    Returns:
+        (n, D) float32.
+
+    Raises:
+        DecodeError: from `refuse`.
+    """
+    errors = {place: content for place, content in enumerate(contents) if isinstance(content, DecodeError)}
+    images = {place: content for place, content in enumerate(contents) if not isinstance(content, DecodeError)}
+    keys = {place: cache.key(image) if cache else str(place).encode() for place, image in images.items()}
+    known = cache.get(list(keys.values())) if cache else {}
+    fresh: dict[bytes, NDArray[np.uint8]] = {}
+    for place, key in keys.items():
+        if key not in known and key not in fresh:
+            image = images[place]
+            try:
+                fresh[key] = maker.prepare(image) if isinstance(image, bytes) else image
+            except DecodeError as exc:
+                errors[place] = exc
+    if errors and refuse is not None:
+        first = min(errors)
+        raise refuse(first, errors[first]) from errors[first]
+    if fresh:
+        made = dict(zip(fresh, maker.embed_prepared(np.stack(list(fresh.values()))), strict=True))
+        if cache:
+            cache.put({key: value for key, value in made.items() if np.isfinite(value).all()})
+        known = known | made
+    features = np.full((len(contents), maker.feature_size), np.nan, np.float32)
+    for place, key in keys.items():
+        if key in known:
+            features[place] = known[key]
+    return features

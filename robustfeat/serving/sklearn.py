@@ -15,7 +15,7 @@ from sklearn.utils import Tags
 
 from robustfeat.errors import DecodeError
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.feature_cache import FeatureCache
+from robustfeat.serving.feature_cache import Content, FeatureCache, embed_contents
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.options import RunOptions
 
@@ -91,48 +91,22 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         cache = FeatureCache(self.cache, extractor)
         features = np.full((len(images), extractor.feature_size), np.nan, np.float32)
         for start in range(0, len(images), extractor.batch_size):
-            self._fill(features[start : start + extractor.batch_size], start, images, extractor, cache)
+            batch = images[start : start + extractor.batch_size]
+            features[start : start + len(batch)] = self._embed_batch(start, batch, extractor, cache)
         return features
 
-    def _fill(
-        self,
-        features: NDArray[np.float32],
-        start: int,
-        images: list[Any],
-        extractor: FeatureExtractor,
-        cache: FeatureCache,
-    ) -> None:
-        """One batch: from the cache what it has, and the rest to it."""
-        contents: dict[int, bytes | NDArray[np.uint8]] = {}
-        errors: dict[int, DecodeError] = {}
-        batch = images[start : start + len(features)]
-        for at, image in enumerate(batch):
-            try:
-                # Read once: what is embedded is what the key was made of.
-                contents[at] = _content(image, extractor)
-            except DecodeError as exc:
-                errors[at] = exc
-        keys = {at: cache.key(content) for at, content in contents.items()}
-        found = cache.get(list(keys.values()))
-        fresh: dict[bytes, NDArray[np.uint8]] = {}
-        for at, key in keys.items():
-            if key not in found and key not in fresh:
-                content = contents[at]
-                try:
-                    fresh[key] = extractor.prepare(content) if isinstance(content, bytes) else content
-                except DecodeError as exc:
-                    name = f"{batch[at]}: " if isinstance(batch[at], (str, os.PathLike)) else ""
-                    errors[at] = DecodeError(f"{name}{exc}")
-        if errors and self.on_error == "raise":
-            first = min(errors)
-            raise DecodeError(f"image {start + first}: {errors[first]}")
-        if fresh:
-            made = dict(zip(fresh, extractor.embed_prepared(np.stack(list(fresh.values()))), strict=True))
-            cache.put(made)
-            found |= made
-        for at, key in keys.items():
-            if key in found:
-                features[at] = found[key]
+    def _embed_batch(
+        self, start: int, batch: list[Any], extractor: FeatureExtractor, cache: FeatureCache
+    ) -> NDArray[np.float32]:
+        # Images are read once: what is embedded is what the key is made of.
+        contents = [_content_or_error(image, extractor) for image in batch]
+
+        def refuse(place: int, error: DecodeError) -> DecodeError:
+            image = batch[place]
+            is_named = isinstance(contents[place], DecodeError) or not isinstance(image, (str, os.PathLike))
+            return DecodeError(f"image {start + place}: {error if is_named else f'{image}: {error}'}")
+
+        return embed_contents(extractor, contents, cache, refuse=refuse if self.on_error == "raise" else None)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -189,7 +163,14 @@ def _images(X: Any) -> list[Any]:
     return [str(image) if isinstance(image, np.str_) else image for image in images]
 
 
-def _content(image: Any, extractor: FeatureExtractor) -> bytes | NDArray[np.uint8]:
+def _content_or_error(image: Any, extractor: FeatureExtractor) -> Content | DecodeError:
+    try:
+        return _content(image, extractor)
+    except DecodeError as exc:
+        return exc
+
+
+def _content(image: Any, extractor: FeatureExtractor) -> Content:
     """The bytes of an image file; of an image that is no file the square that the network sees.
 
     Raises:

@@ -74,8 +74,8 @@ class Features:
             row = rows[int(place)]
             if row not in self.errors:
                 raise InputError(
-                    f"{self.place}: row {row} ({self.paths[row]}) is not finite, and the index knows no error of it; "
-                    "embed the images again"
+                    f"{self.place}: row {row} ({self.paths[row]}) is not finite, and the index knows no error of it",
+                    fix="embed the images again",
                 )
 
 
@@ -121,8 +121,8 @@ def open_features(place: str) -> Features:
                 raise InputError(f"{places.index}: not what robustfeat embed writes ({exc})") from exc
     if len(paths) != images:
         raise InputError(
-            f"{places.index}: has {len(paths):,} rows, {places.meta} says {images:,}; "
-            "the files do not belong together: embed the images again"
+            f"{places.index}: has {len(paths):,} rows, {places.meta} says {images:,}; the files do not belong together",
+            fix="embed the images again",
         )
     if places.suffix == ".parquet":
         _require_own_paths(places, paths)
@@ -141,8 +141,9 @@ def _require_own_paths(places: Places, paths: Sequence[str]) -> None:
                 for path in batch.column(0).to_pylist():
                     if row >= len(paths) or path != printable(paths[row]):
                         raise InputError(
-                            f"{places.features}: its row {row} is {path}, that of {places.index} another; "
-                            "the files do not belong together: embed the images again"
+                            f"{places.features}: its row {row} is {path}, in {places.index} it is another; "
+                            "the files do not belong together",
+                            fix="embed the images again",
                         )
                     row += 1
     except (OSError, ValueError, LookupError) as exc:

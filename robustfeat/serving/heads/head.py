@@ -254,7 +254,8 @@ class Head:
         if not self.calibrated:
             raise HeadError(
                 "this head has no probabilities: they come from held-out rows, and svm fit had a single row of each "
-                "class, or another program made the head; fit it with more labels"
+                "class, or another program made the head",
+                fix="fit it with more labels",
             )
 
     def calibrate(self, margins: Array) -> Array:
@@ -341,19 +342,21 @@ class Head:
             version = about["format_version"]
             if version != FORMAT_VERSION:
                 raise HeadError(
-                    f"{folder / JSON}: format_version must be {FORMAT_VERSION}; got {version!r}; update robustfeat"
+                    f"{folder / JSON}: format_version must be {FORMAT_VERSION}; got {version!r}",
+                    fix="update robustfeat",
                 )
             expected = about.pop(f"{TENSORS}_sha256")
             actual = hashlib.sha256(data).hexdigest()
             if actual != expected:
                 raise HeadError(
                     f"{folder / TENSORS}: altered or truncated (sha256 must be {str(expected)[:12]}..., got "
-                    f"{actual[:12]}...); copy or fit the head again"
+                    f"{actual[:12]}...)",
+                    fix="copy or fit the head again",
                 )
             length = int.from_bytes(data[:8], "little")
             kept = json.loads(data[8 : 8 + length])["__metadata__"]["head_sha256"]
             if kept != _digest(about):
-                raise HeadError(f"{folder / JSON}: altered since it was written; copy or fit the head again")
+                raise HeadError(f"{folder / JSON}: altered since it was written", fix="copy or fit the head again")
             if not isinstance(about["classes"], list) or not isinstance(about["multi_label"], bool):
                 raise ValueError("classes must be a list, multi_label true or false")
             return cls(
@@ -367,7 +370,7 @@ class Head:
                 scores=about["scores"],
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as exc:
-            raise HeadError(f"{folder}: not a valid head ({first_line(exc)}); copy or fit it again") from exc
+            raise HeadError(f"{folder}: not a valid head ({first_line(exc)})", fix="copy or fit it again") from exc
 
 
 def _digest(about: Mapping[str, Any]) -> str:

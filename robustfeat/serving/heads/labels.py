@@ -53,8 +53,8 @@ class Labels:
             folder, slash, rest = rest.partition("/")
         if not slash or not folder or folder.endswith(".parquet"):
             raise InputError(
-                f"{path}: lies in no class folder; expected CLASS/NAME within INPUT (or labels from a file: "
-                "--labels FILE.csv, or FILE.parquet:COLUMN)"
+                f"{path}: lies in no class folder; expected CLASS/NAME within INPUT",
+                fix="move it there, or pass a file of labels: `labels=FILE.csv` or `labels=FILE.parquet:COLUMN`",
             )
         return (_checked(folder, path),)
 
@@ -91,7 +91,7 @@ class LabelledRows:
         return "; ".join(parts)
 
 
-def read_labels(sources: Sequence[str], *, multi_label: bool = False) -> Labels:
+def read_labels(labels: Sequence[str], *, multi_label: bool = False) -> Labels:
     """Labels from `folder`, FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN.
 
     A CSV file has a header with a column for the path (path, file, filename, file_name or image) and one for the label
@@ -99,42 +99,46 @@ def read_labels(sources: Sequence[str], *, multi_label: bool = False) -> Labels:
     labels its own rows, by the paths that `embed` gives them. Rows without a label are unlabelled.
 
     Args:
-        sources: one of these, or several files.
+        labels: one of these, or several files.
         multi_label: an image may have several labels: `cat|dog`, a list in Parquet, or several rows. A row with an
             empty label is then an image that has none of them.
 
     Raises:
         InputError: a file cannot be read, or labels a path twice.
     """
-    if list(sources) == ["folder"]:
+    if list(labels) == ["folder"]:
         if multi_label:
-            raise InputError("--labels folder: gives one label an image; several need a .csv or .parquet file")
+            raise InputError(
+                "gives one label an image; several need a .csv or .parquet file", argument="labels", value="folder"
+            )
         return Labels("folder", None)
     found: dict[str, tuple[str, ...]] = {}
-    for source in sources:
+    for source in labels:
         match = _FILE.fullmatch(source)
         if match is None:
-            raise InputError(f"--labels {source}: expected folder, FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN")
+            raise InputError(
+                "expected folder, FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN", argument="labels", value=source
+            )
         read = _read_csv if match["kind"].lower() == "csv" else _read_parquet
         for place, path, cell in read(match["file"], match["column"]):
-            labels = _split(cell, place, multi_label=multi_label)
-            if labels is None:
+            own = _split(cell, place, multi_label=multi_label)
+            if own is None:
                 continue
             if path in found and not multi_label:
                 raise InputError(
-                    f"{place}: {path} is labelled a second time ({labels[0]!r}, and {found[path][0]!r} before); "
-                    "leave one, or pass --multi-label"
+                    f"{place}: {path} is labelled a second time ({own[0]!r}, and {found[path][0]!r} before)",
+                    fix="leave one, or pass `multi_label=True`",
                 )
-            found[path] = tuple(sorted({*found.get(path, ()), *labels}))
+            found[path] = tuple(sorted({*found.get(path, ()), *own}))
     if not found:
-        raise InputError(f"--labels {', '.join(sources)}: holds no labels")
-    return Labels(", ".join(sources), found)
+        raise InputError("holds no labels", argument="labels", value=", ".join(labels))
+    return Labels(", ".join(labels), found)
 
 
 def _split(cell: Any, place: str, *, multi_label: bool) -> tuple[str, ...] | None:
     if isinstance(cell, list):
         if not multi_label:
-            raise InputError(f"{place}: holds a list of labels; pass --multi-label")
+            raise InputError(f"{place}: holds a list of labels", fix="pass `multi_label=True`")
         return tuple(_checked(str(label), place) for label in cell if label is not None)
     if cell is None or cell != cell:  # noqa: PLR0124 - NaN
         return None
@@ -150,7 +154,7 @@ def _checked(label: str, place: str) -> str:
     try:
         label.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{place}: the label {label!r} is not UTF-8; write it in that encoding") from None
+        raise InputError(f"{place}: the label {label!r} is not UTF-8", fix="write it in that encoding") from None
     return label
 
 
@@ -172,7 +176,8 @@ def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
             if path_at is None or label_at is None:
                 raise InputError(
                     f"{file}: needs a column path and a column {column or 'label'}; "
-                    f"got {', '.join(first) or 'an empty file'}; name the label's as {Path(file).name}:COLUMN"
+                    f"got {', '.join(first) or 'an empty file'}",
+                    fix=f"name the label's as {Path(file).name}:COLUMN",
                 )
             for row in rows:
                 if not row:
@@ -182,9 +187,10 @@ def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
                     raise InputError(f"{place}: has {len(row)} columns; expected {len(first)}")
                 yield place, row[path_at].removeprefix("./"), row[label_at]
     except OSError as exc:
-        raise InputError(f"--labels {file}: cannot be read ({exc.strerror})") from exc
+        raise InputError(f"cannot be read ({exc.strerror})", argument="labels", value=file) from exc
     except csv.Error as exc:
-        raise InputError(f"--labels {file}: not a CSV file (line {reader.line_num}: {exc})") from exc
+        what = f"not a CSV file (line {reader.line_num}: {exc})"
+        raise InputError(what, argument="labels", value=file) from exc
 
 
 def _chain(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -200,7 +206,7 @@ def _read_parquet(file: str, column: str | None) -> Iterator[tuple[str, str, Any
     from pyarrow import parquet
 
     if column is None:
-        raise InputError(f"--labels {file}: name the column of labels, as {file}:COLUMN")
+        raise InputError(f"name the column of labels, as {file}:COLUMN", argument="labels", value=file)
     try:
         with open_parquet(file) as handle:
             found = parquet.ParquetFile(handle)
@@ -220,7 +226,7 @@ def _read_parquet(file: str, column: str | None) -> Iterator[tuple[str, str, Any
     except InputError:
         raise
     except Exception as exc:  # Arrow has its own, and so has each filesystem
-        raise InputError(f"--labels {file}: cannot be read ({first_line(exc)})") from exc
+        raise InputError(f"cannot be read ({first_line(exc)})", argument="labels", value=file) from exc
 
 
 def _named(cell: Any, names: tuple[str, ...] | None, place: str) -> Any:
@@ -282,8 +288,8 @@ def match_paths(
             continue
         if path in seen:
             raise InputError(
-                f"{place}: rows {seen[path]} and {row} have the same path, {path}, so that a label could "
-                "mean either; embed one folder above both"
+                f"{place}: rows {seen[path]} and {row} have the same path, {path}, so that a label could mean either",
+                fix="embed one folder above both",
             )
         seen[path] = row
         if row in (errors or {}):
@@ -293,12 +299,14 @@ def match_paths(
             kept.append(found)
     if not rows:
         if failed:
-            raise InputError(f"{place}: all {failed:,} labelled images failed; their errors say why")
+            raise InputError(f"{place}: all {failed:,} labelled images failed", fix="see their errors")
         there = next(iter(labels.by_path or ()), "")
         raise InputError(
-            f"--labels {labels.source}: none of its {len(labels.by_path or ()):,} paths is one of the {len(paths):,} "
-            f"rows of {place} (there {there!r}, here {paths[0]!r}); write the paths as the index has them, relative to "
-            "INPUT"
+            f"none of its {len(labels.by_path or ()):,} paths is one of the {len(paths):,} rows of {place} "
+            f"(there {there!r}, here {paths[0]!r})",
+            argument="labels",
+            value=labels.source,
+            fix="write the paths as the index has them, relative to INPUT",
         )
     names = tuple(classes) if classes is not None else tuple(sorted({label for found in kept for label in found}))
     index = {name: number for number, name in enumerate(names)}
@@ -307,8 +315,9 @@ def match_paths(
         if label not in index:
             listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             raise InputError(
-                f"--labels {labels.source}: {paths[row]} is labelled {label!r}, which is none of the head's "
-                f"{len(names)} classes ({listed})"
+                f"{paths[row]} is labelled {label!r}, which is none of the head's {len(names)} classes ({listed})",
+                argument="labels",
+                value=labels.source,
             )
         return index[label]
 

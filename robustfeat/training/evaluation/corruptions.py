@@ -165,7 +165,7 @@ def classify_corrupted(
         try:
             squares = np.stack([subject.prepare(images.image(row)) for row in rows])
         except DecodeError as exc:
-            raise DecodeError(f"{exc}; {REPAIR}") from exc
+            raise DecodeError(str(exc), fix=REPAIR) from exc
         before = subject.embed_prepared(squares)
         clean[here] = head.predict(before) == images.labels[here]
         for place, kind in enumerate(kinds):

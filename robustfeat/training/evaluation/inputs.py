@@ -28,6 +28,6 @@ def network_inputs(
     """
     for batch in load_batches(batches, 0):
         if batch.failures:
-            raise DecodeError(f"{batch.failures[0]}; {REPAIR}")
+            raise DecodeError(batch.failures[0], fix=REPAIR)
         x = normalize(batch.pixels(device, contract.image_size) / 255, list(contract.mean), list(contract.std))
         yield x.contiguous(memory_format=torch.channels_last), batch.labels.to(device)

@@ -134,8 +134,8 @@ class NetworkSubject:
                 features = self.network(pixels.contiguous(memory_format=torch.channels_last))
         except (Exception, SystemExit) as exc:  # whatever a network of somebody's raises
             raise InputError(
-                f"{self.name}: fails on {count} images of {side} px ({type(exc).__name__}: {first_line(exc)}); pass "
-                "--image-size if it needs another size"
+                f"{self.name}: fails on {count} images of {side} px ({type(exc).__name__}: {first_line(exc)})",
+                fix="pass `image_size` if it needs another size",
             ) from exc
         expected = f"({count}, {self.feature_size or 'D'})"
         if not isinstance(features, Tensor) or features.is_complex():
@@ -168,7 +168,7 @@ def network_of(checkpoint: Checkpoint) -> nn.Module:
         network.load_state_dict(checkpoint.model)
     except (RuntimeError, TypeError, AttributeError) as exc:
         raise CheckpointError(
-            f"the checkpoint's weights do not fit its network ({first_line(exc)}); train again or use another"
+            f"the checkpoint's weights do not fit its network ({first_line(exc)})", fix="train again or use another"
         ) from exc
     return network.eval()
 
@@ -247,11 +247,12 @@ def _network_of_folder(folder: ModelFolder) -> nn.Module:
 
 def _build(model: str, module_name: str, attribute: str) -> nn.Module:
     if module_name in {"timm", "torchvision"}:
-        raise InputError(f"{model}: is no MODEL yet; make one of it: robustfeat import {model} --out FOLDER")
+        raise InputError(f"{model}: is no MODEL yet", fix=f"make one of it: `robustfeat import {model} --out FOLDER`")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
     except (Exception, SystemExit) as exc:  # whatever a module of somebody's raises
-        raise InputError(f"{model}: cannot be imported ({first_line(exc)}); is its folder on PYTHONPATH?") from exc
+        what = f"{model}: cannot be imported ({first_line(exc)})"
+        raise InputError(what, fix="put its folder on PYTHONPATH") from exc
     try:
         network = build()
     except (Exception, SystemExit) as exc:  # whatever a builder of somebody's raises

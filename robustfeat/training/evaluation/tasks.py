@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import DataError, DecodeError
 from robustfeat.progress import Progress
-from robustfeat.serving.feature_cache import FeatureCache
+from robustfeat.serving.feature_cache import FeatureCache, embed_contents
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.evaluation.arguments import require_task
@@ -93,12 +93,12 @@ def open_task(
     for split, images, limit in (("training", train, train_rows), ("test", test, test_rows)):
         part = draw_images(images, limit, seed)
         if not len(part):
-            raise DataError(f"--task {name}={place}: no {split} images; a task needs some of both splits")
+            raise DataError(f"{name}={place}: no {split} images; a task needs some of both splits")
         parts.append(part)
     found = np.unique(parts[0].labels)
     if len(found) < 2:
         raise DataError(
-            f"--task {name}={place}: all {len(parts[0]):,} training images are of one class, "
+            f"{name}={place}: all {len(parts[0]):,} training images are of one class, "
             f"{train.classes[int(found[0])]!r}; a task needs two"
         )
     return Task(name, parts[0], parts[1])
@@ -130,7 +130,7 @@ def embed_images(
     try:
         return _embed_all(subject, images, FeatureCache(cache, subject) if cache else None, label, quiet)
     except (DecodeError, DataError) as exc:
-        raise type(exc)(f"{label}: {exc}" if label else str(exc)) from exc
+        raise type(exc)(f"{label}: {exc.what}" if label else exc.what, fix=exc.fix) from exc
 
 
 def _embed_all(
@@ -145,7 +145,7 @@ def _embed_all(
     progress.finish()
     if not np.isfinite(features).all():
         bad = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
-        raise DataError(f"{images.source.name(bad)}: its features are not finite; repair the model")
+        raise DataError(f"{images.source.name(bad)}: its features are not finite", fix="repair the model")
     return features
 
 
@@ -155,22 +155,12 @@ def _embed_rows(
     try:
         contents = [images.read(row) for row in rows]
     except DecodeError as exc:
-        raise DecodeError(f"{exc}; {REPAIR}") from exc
-    keys = [cache.key(content) for content in contents] if cache else [str(row).encode() for row in rows]
-    known = cache.get(keys) if cache else {}
-    fresh: dict[bytes, NDArray[np.uint8]] = {}
-    for row, key, content in zip(rows, keys, contents, strict=True):
-        if key not in known and key not in fresh:
-            try:
-                fresh[key] = subject.prepare(content)
-            except DecodeError as exc:
-                raise DecodeError(f"{images.source.name(row)}: {exc}; {REPAIR}") from exc
-    if fresh:
-        made = dict(zip(fresh, subject.embed_prepared(np.stack(list(fresh.values()))), strict=True))
-        if cache:
-            cache.put({key: value for key, value in made.items() if np.isfinite(value).all()})
-        known = known | made
-    return np.stack([known[key] for key in keys])
+        raise DecodeError(str(exc), fix=REPAIR) from exc
+
+    def refuse(place: int, error: DecodeError) -> DecodeError:
+        return DecodeError(f"{images.source.name(rows[place])}: {error}", fix=REPAIR)
+
+    return embed_contents(subject, contents, cache, refuse=refuse)
 
 
 def embed_task(subject: Subject, task: Task, *, cache: Path | None = None, quiet: bool = True) -> TaskFeatures:
@@ -180,5 +170,7 @@ def embed_task(subject: Subject, task: Task, *, cache: Path | None = None, quiet
         for split, images in (("train", task.train), ("test", task.test))
     )
     if not np.ptp(x, axis=0).any():
-        raise DataError(f"{subject.name}: gives all training images of {task.name} the same features; repair the model")
+        raise DataError(
+            f"{subject.name}: gives all training images of {task.name} the same features", fix="repair the model"
+        )
     return TaskFeatures(task.name, subject.name, task.train.classes, x, task.train.labels, x_test, task.test.labels)

@@ -77,7 +77,8 @@ def _values(file: Path, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
     inputs = {**inputs, **_with_new_keys(inputs.get("recipe"))}
     if changed := [name for name in sorted({*inputs, *key["inputs"]}) if inputs.get(name) != key["inputs"].get(name)]:
         raise InputError(
-            f"{file}: is the result of another {' and '.join(changed)}; move the folder away, or choose another --out"
+            f"{file}: is the result of another {' and '.join(changed)}",
+            fix="move the folder away, or choose another `out`",
         )
     found: Mapping[str, Any] = values
     return found

@@ -44,7 +44,7 @@ class Locks:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
         except OSError as exc:
-            raise InputError(f"{file}: cannot be made ({exc.strerror}); choose another --out") from exc
+            raise InputError(f"{file}: cannot be made ({exc.strerror})", fix="choose another `out`") from exc
         with FileLock(file) as lock:
 
             def say() -> None:
@@ -53,7 +53,8 @@ class Locks:
             try:
                 taken = lock.take(on_wait=say if self.wait or always_wait else None)
             except OSError as exc:
-                raise InputError(f"{file}: cannot be locked ({exc.strerror}); choose an --out on a local disk") from exc
+                what = f"{file}: cannot be locked ({exc.strerror})"
+                raise InputError(what, fix="choose an `out` on a local disk") from exc
             if not taken:
                 raise BusyError(name)
             yield

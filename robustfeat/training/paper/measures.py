@@ -160,7 +160,8 @@ class Measures:
                 means[method][value] = float(np.mean(np.array(shares, float)))
         for method, found in means.items():
             if not found:
-                raise DivergedError(f"{method}: every run of the selection diverged; try a smaller learning rate")
+                what = f"{method}: every run of the selection diverged"
+                raise DivergedError(what, fix="try a smaller learning rate")
         tau, lam = (max(found, key=lambda value: found[value]) for found in means.values())
         return tau, lam
 

@@ -71,7 +71,8 @@ class Study:
         biased: bool = False,
     ) -> None:
         if biased and scale.biased_rows is None:
-            raise InputError(f"--biased: at --scale {scale.name} the benchmark has ImageNet's shares itself")
+            what = f"at the scale {scale.name} the benchmark has ImageNet's shares itself"
+            raise InputError(what, argument="biased", fix="leave `biased` out")
         self.folder, self.scale, self.machine, self.biased = folder, scale, machine, biased
         self.locks = Locks(folder / "locks", self.say)
         self._place, self._targets = benchmark, dict(targets)
@@ -155,14 +156,14 @@ class Study:
             InputError: something was not.
         """
         missing = [
-            f"--target {target}=DATA ({self.scale.targets[target].title}, or what stands for it)"
+            f"`targets={target}=DATA` ({self.scale.targets[target].title}, or what stands for it)"
             for target in targets
             if target not in self._targets
         ]
         if benchmark and self._place is None:
-            missing.insert(0, "--benchmark DATA (images to pre-train on)")
+            missing.insert(0, "`benchmark=DATA` (images to pre-train on)")
         if missing:
-            raise InputError(f"more data is needed; give {', '.join(missing)}")
+            raise InputError("more data is needed", fix=f"give {', '.join(missing)}")
 
     def task(self, target: str) -> Task:
         """The target's images, as many as the scale says.
@@ -214,8 +215,10 @@ class Study:
         images, validation = open_splits(place, parts=None if stage == "biased" else self.scale.recipe.parts)
         if validation is None:
             raise InputError(
-                f"--benchmark {place}: has no validation split; runs of several seeds would hold out different images. "
-                "Move some of each class to val/"
+                "has no validation split; runs of several seeds would hold out different images",
+                argument="benchmark",
+                value=place,
+                fix="move some of each class to val/",
             )
         if stage != "selection":
             self._require_concepts(images)
@@ -235,7 +238,8 @@ class Study:
             write_subset(images, self._draw(stage, images, size), validation, folder, origin)
         elif not same_origin(folder, origin):
             raise InputError(
-                f"{folder}: was drawn from another benchmark or at another scale; choose another --out or move it away"
+                f"{folder}: was drawn from another benchmark or at another scale",
+                fix="choose another `out` or move it away",
             )
         return str(folder), origin
 
@@ -244,8 +248,10 @@ class Study:
             assign_concepts(self.scale.recipe.concepts, images.classes, np.bincount(images.labels))
         except DataError as exc:
             raise DataError(
-                f"--benchmark {self._place}: its classes must be ImageNet's, by wnid or name, since the paper's "
-                f"concepts are of those; got {len(images.classes)} such as {images.classes[0]!r}"
+                "its classes must be ImageNet's, by wnid or name, since the paper's concepts are of those; "
+                f"got {len(images.classes)} such as {images.classes[0]!r}",
+                argument="benchmark",
+                value=self._place,
             ) from exc
 
     def _draw(self, stage: str, images: ImageSet, size: int | None) -> NDArray[np.int64]:
@@ -311,9 +317,10 @@ class Study:
                 self._diverged[name] = f"{name}: {exc}"
                 raise DivergedError(self._diverged[name]) from exc
             except StoppedError as exc:
-                raise StoppedError(f"stopped; {name} is saved as far as it is: give the same command again") from exc
+                what = f"stopped; {name} is saved as far as it is"
+                raise StoppedError(what, fix="give the same command again") from exc
             if stopped:
-                raise StoppedError(f"stopped after {name}; give the same command again")
+                raise StoppedError(f"stopped after {name}", fix="give the same command again")
         return folder
 
     def _train(self, data: str, recipe: Recipe, folder: Path, resume: bool) -> TrainingResult:
@@ -334,12 +341,13 @@ class Study:
         if change := changed_key(saved, recipe):
             key, then, now = change
             raise CheckpointError(
-                f"{folder}: was trained with {key} = {then}, this report needs {now}; move it away, or choose another "
-                "--out"
+                f"{folder}: was trained with {key} = {then}, this report needs {now}",
+                fix="move it away, or choose another `out`",
             )
         if saved.data["fingerprint"] != self.images(stage)[0].fingerprint:
             raise CheckpointError(
-                f"{folder}: was trained on other data ({saved.data['root']}); move it away, or choose another --out"
+                f"{folder}: was trained on other data ({saved.data['root']})",
+                fix="move it away, or choose another `out`",
             )
         return saved.epoch
 

@@ -108,4 +108,4 @@ def _content(images: ImageSet, row: int) -> bytes:
         images.image(row)  # each run would leave out what cannot be decoded
         return images.read(row)
     except DecodeError as exc:
-        raise DecodeError(f"{exc}; repair or remove it") from exc
+        raise DecodeError(str(exc), fix="repair or remove it") from exc

@@ -136,7 +136,7 @@ def test_several_labels(tmp_path: Path, features: Features) -> None:
     parquet.write_table(table, tmp_path / "tags.parquet")
     found = match_labels(features, read_labels([f"{tmp_path}/tags.parquet:tags"], multi_label=True), multi_label=True)
     assert found.targets.tolist() == [[True, True], [False, False]]
-    with pytest.raises(InputError, match="list of labels; pass --multi-label"):
+    with pytest.raises(InputError, match="list of labels; pass `multi_label=True`"):
         read_labels([f"{tmp_path}/tags.parquet:tags"])
 
 

@@ -136,7 +136,7 @@ def test_missing_data_is_said_before_anything_is_trained(benchmark: Path, tmp_pa
         "robustfeat: more data is needed; give --target cifar10=DATA (CIFAR-10, or what stands for it), "
         "--target sop=DATA (SOP, or what stands for it), --target svhn=DATA (SVHN, or what stands for it)\n"
     )
-    with pytest.raises(InputError, match="give --benchmark DATA"):
+    with pytest.raises(InputError, match="give `benchmark=DATA`"):
         Measures(Study(tmp_path, SCALES["quick"](), None, {}, Machine())).require_data(["fig4"])
     assert not (tmp_path / "report").exists()
     (tmp_path / "report").write_text("mine")
