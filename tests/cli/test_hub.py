@@ -603,7 +603,7 @@ def test_what_was_altered_or_added_is_refused_by_name(
         ),
         (
             lambda data: data["robustfeat"].update(format_version=2),
-            "format_version must be 1; got 2: upgrade robustfeat",
+            "format_version must be 1; got 2; upgrade robustfeat",
         ),
     ],
 )

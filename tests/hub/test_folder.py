@@ -151,7 +151,7 @@ def test_what_is_no_name_on_the_hub_is_a_folder_that_is_missing(name: str) -> No
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
     edit_config(copy, lambda data: data["robustfeat"].update(format_version=2))
-    with pytest.raises(ModelFolderError, match="format_version must be 1; got 2: upgrade robustfeat"):
+    with pytest.raises(ModelFolderError, match="format_version must be 1; got 2; upgrade robustfeat"):
         ModelFolder(copy)
 
 
