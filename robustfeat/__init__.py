@@ -1,18 +1,74 @@
-"""Robust image features that anyone can train, publish, download and serve."""
+"""Robust image features that anyone can train, publish, download and serve.
 
+The names below are the public interface (docs/python.md); all other modules are internal.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["FeatureExtractor", "__version__"]
+from robustfeat.errors import (
+    CheckpointError,
+    DataError,
+    DecodeError,
+    DivergedError,
+    EngineError,
+    ExportError,
+    HeadError,
+    HubError,
+    InputError,
+    ModelFolderError,
+    RobustFeatError,
+    StoppedError,
+    TrainingError,
+    UnreachableError,
+)
 
 if TYPE_CHECKING:
+    from robustfeat.serving.bulk.calls import embed
+    from robustfeat.serving.bulk.embedding import EmbeddingResult
     from robustfeat.serving.extractor import FeatureExtractor
+    from robustfeat.serving.heads.head import Head
+    from robustfeat.serving.sklearn import ImageFeatures
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DecodeError",
+    "DivergedError",
+    "EmbeddingResult",
+    "EngineError",
+    "ExportError",
+    "FeatureExtractor",
+    "Head",
+    "HeadError",
+    "HubError",
+    "ImageFeatures",
+    "InputError",
+    "ModelFolderError",
+    "RobustFeatError",
+    "StoppedError",
+    "TrainingError",
+    "UnreachableError",
+    "__version__",
+    "embed",
+]
+
+# Imported on first use: `robustfeat --help` does not pay for NumPy, an inference engine and scikit-learn.
+_MODULES = {
+    "EmbeddingResult": "robustfeat.serving.bulk.embedding",
+    "FeatureExtractor": "robustfeat.serving.extractor",
+    "Head": "robustfeat.serving.heads.head",
+    "ImageFeatures": "robustfeat.serving.sklearn",
+    "embed": "robustfeat.serving.bulk.calls",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `robustfeat --help` does not pay for NumPy and an inference engine.
-    if name == "FeatureExtractor":
-        from robustfeat.serving.extractor import FeatureExtractor
-
-        return FeatureExtractor
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'robustfeat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.conftest import ROOT, Run
 
@@ -29,17 +30,19 @@ def test_the_embed_line_gives_one_row_an_example(robustfeat: Run, tmp_path: Path
     assert np.load(out).shape == (40, 512)
 
 
-def test_the_python_blocks_print_what_they_say() -> None:
-    for file in (ROOT / "README.md", ROOT / "docs" / "embedding.md", ROOT / "docs" / "heads.md"):
-        blocks = re.findall(r"```python\n(.*?)```", file.read_text("utf-8"), re.DOTALL)
-        assert blocks
-        for block in blocks:
-            command = [sys.executable, "-c", block]
-            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            assert result.returncode == 0, result.stderr
-            said = re.findall(r"print\(.*\)  # (.*)", block)
-            assert said
-            assert result.stdout.splitlines() == said
+@pytest.mark.parametrize("name", ["README.md", "docs/embedding.md", "docs/heads.md", "docs/python.md"])
+def test_the_python_blocks_print_what_they_say(name: str, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        command = [sys.executable, "-c", block]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        said = re.findall(r"print\(.*\)  # (.*)", block)
+        assert said
+        assert result.stdout.splitlines() == said
 
 
 def test_four_commands_lead_from_class_folders_to_an_endpoint(tmp_path: Path) -> None:

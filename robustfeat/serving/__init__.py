@@ -19,3 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(f"robustfeat.serving.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'robustfeat.serving' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

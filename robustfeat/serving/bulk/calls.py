@@ -1,0 +1,97 @@
+"""`robustfeat.embed`: bulk embedding in one call, as the command `embed` does it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
+from robustfeat.serving.bulk.job import Places
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.inputs.listing import list_inputs
+from robustfeat.serving.inputs.remote import is_remote
+from robustfeat.serving.options import RunOptions
+
+__all__ = ["embed"]
+
+
+def embed(
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] = "builtin",
+    revision: str | None = None,
+    config_hash: str | None = None,
+    precision: str = "fp32",
+    engine: str = "auto",
+    device: str = "auto",
+    decoding: str = "exact",
+    threads: int | None = None,
+    workers: int | None = None,
+    batch_size: int | None = None,
+    on_error: str = "nan",
+    restart: bool = False,
+    append: bool = False,
+    quiet: bool = False,
+) -> EmbeddingResult:
+    """Embeds images into a file of features, one float32 row per image.
+
+    Beside `out` it writes NAME.index.jsonl (which row is which file, and what failed) and NAME.meta.json (which model
+    made the features). If a call is killed, repeat it: it resumes and produces byte-identical files.
+
+    Args:
+        inputs: a folder, an image, a glob, FILE.tar, FILE.parquet or FILE.parquet:COLUMN, or several of them; each may
+            also be a URL such as s3://bucket/photos.
+        out: a .npy, .parquet or .safetensors file, or its URL.
+        model: `builtin`, a model folder, or ORG/NAME on the Hub.
+        revision: a branch, tag or commit on the Hub; main by default.
+        config_hash: the sha256 that the model's config.json must have, which pins all its files.
+        precision: fp32; int8 where the model has it; bf16 with OpenVINO on processors that have it.
+        engine: auto, onnxruntime or openvino.
+        device: auto, cpu or cuda.
+        decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size, which is faster and changes
+            the features slightly.
+        threads: processors for the model; by default all that the cgroup grants.
+        workers: decoder processes; by default as many as processors.
+        batch_size: images per batch; by default what suits the model's input.
+        on_error: `nan` for a row of NaN per image that fails, or `stop` at the first one.
+        restart: discard what an unfinished call left.
+        append: add the inputs that `out` does not hold yet.
+        quiet: no progress on stderr.
+
+    Returns:
+        The names of the three files, and the numbers of images and failures.
+
+    Raises:
+        InputError: an input is missing, `out` cannot be written or belongs to another model, or an image failed and
+            `on_error` is `stop`.
+        ModelFolderError, HubError, EngineError: the model cannot be loaded; see `FeatureExtractor.from_pretrained`.
+        ValueError: `on_error` is something else.
+    """
+    places = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    target = os.fspath(out)
+    Places.of(target)  # a wrong name is refused before the model is loaded
+    options = RunOptions(
+        precision=precision,
+        engine=engine,
+        device=device,
+        decoding=decoding,
+        threads=threads,
+        revision=revision,
+        config_hash=config_hash,
+    )
+    extractor = FeatureExtractor.load(model, options.for_throughput())
+    scratch = None if is_remote(target) else Path(target).parent
+    with list_inputs([os.fspath(place) for place in places], folder=scratch) as found:
+        return embed_files(
+            extractor,
+            found,
+            target,
+            batch_size=batch_size,
+            workers=workers,
+            on_error=on_error,
+            restart=restart,
+            append=append,
+            quiet=quiet,
+        )
