@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from robustfeat.cli.evaluate_command import command as evaluate_command
+from robustfeat.cli.rendering import Failure
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.training.evaluation.arguments import parse_task
@@ -195,7 +196,7 @@ def test_finished_results_stay_when_a_later_model_fails(
 ) -> None:
     arguments = [f"{network}:build", f"{network}:Constant", "--task", f"clothes={dataset}", "--image-size", "32"]
     arguments += ["--out", str(tmp_path / "r.json"), "--quiet", "--no-few-shot"]
-    with pytest.raises(DataError, match="Constant"):
+    with pytest.raises(Failure, match="Constant"):
         evaluate_command(arguments, standalone_mode=False)
     (result,) = json.loads((tmp_path / "r.json").read_text())
     assert result["model"] == f"{network}:build"
@@ -220,7 +221,7 @@ def test_what_cannot_be_written_or_done_is_said_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(Failure, match=re.escape(message)):
         evaluate_command([f"{network}:broken", "--task", f"clothes={dataset}", *options], standalone_mode=False)
 
 
