@@ -15,6 +15,7 @@ from robustfeat.training.data.batches import EpochPlan, TrainingBatches
 from robustfeat.training.evaluation.inputs import network_inputs
 from robustfeat.training.evaluation.robustness import class_hits
 from robustfeat.training.evaluation.tasks import Task
+from robustfeat.training.loop.descent import Descent
 
 __all__ = ["finetune", "require_batch"]
 
@@ -63,21 +64,19 @@ def finetune(
     torch.manual_seed(seed)
     model = nn.Sequential(copy.deepcopy(network), nn.Linear(feature_size, len(task.train.classes)))
     model = model.to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    descent = Descent(model, device, lr=lr, momentum=momentum, weight_decay=weight_decay)
     errors, note = [], ""
     progress = Progress(label or f"fine-tuning on {task.name}", epochs * len(task.train), quiet=quiet)
     for epoch in range(epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = lr if epoch < milestone else lr / 10
         model.train()
         plan = EpochPlan(task.train, batch_size, seed=seed, epoch=epoch, min_crop_area=min_crop_area)
         for x, labels in network_inputs(TrainingBatches(task.train, contract.image_size, plan), contract, device):
             loss = functional.cross_entropy(model(x), labels)
             if not torch.isfinite(loss):
-                raise TrainingError(f"fine-tuning on {task.name} diverged in epoch {epoch + 1}; try a smaller lr")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+                raise TrainingError(
+                    f"fine-tuning on {task.name} diverged in epoch {epoch + 1}", fix="try a smaller `lr`"
+                )
+            descent.update(loss, lr if epoch < milestone else lr / 10)
             progress.advance(len(labels), note)
         model.eval()
         right, count = class_hits(model, contract, task.test, device)
@@ -95,6 +94,6 @@ def require_batch(task: Task, batch_size: int) -> None:
     """
     if len(task.train) < batch_size:
         raise InputError(
-            f"{task.name}: {len(task.train)} training images, fewer than one batch of {batch_size}; "
-            "pass a smaller batch"
+            f"{task.name}: {len(task.train)} training images, fewer than one batch of {batch_size}",
+            fix="pass a smaller `batch_size`",
         )

@@ -119,5 +119,5 @@ def test_fine_tuning_says_what_it_cannot_do(images: ImageSet, contract: Preproce
     features = open_network("builtin").network
     with pytest.raises(InputError, match="30 training images, fewer than one batch of 128"):
         finetune(features, 512, contract, task, epochs=1)
-    with pytest.raises(TrainingError, match=r"diverged in epoch \d+; try a smaller lr"):
+    with pytest.raises(TrainingError, match=r"diverged in epoch \d+; try a smaller `lr`"):
         finetune(features, 512, contract, task, epochs=6, batch_size=10, lr=1e30)
