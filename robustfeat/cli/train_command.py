@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int)
 @click.option("--val-fraction", type=float, help="Share held out where DATA has no validation split.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key of a recipe; repeatable.")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in RUN, by its recipe.")
+@click.option("--resume", is_flag=True, help="Resume from the checkpoint in RUN, by its recipe.")
 @click.option("--device", type=click.Choice([AUTO, *DEVICES]), default=AUTO, show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Processors for the network.")

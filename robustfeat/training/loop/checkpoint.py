@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on exactly, in one file that appears whole or not at all."""
+"""Checkpoints: everything that an exact resume needs, in one file that appears whole or not at all."""
 
 from __future__ import annotations
 

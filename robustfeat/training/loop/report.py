@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from robustfeat.progress import Progress, clock
+from robustfeat.progress import Progress, clock, remark
 from robustfeat.training.loop.checkpoint import Position
 from robustfeat.training.loop.journal import Journal
 from robustfeat.training.loop.preparation import Run
@@ -29,7 +29,7 @@ class Report:
 
     def __init__(self, run: Run, objective: Objective, journal: Journal | None) -> None:
         self._run, self._objective, self._journal = run, objective, journal
-        self._progress = Progress("", 0, quiet=run.quiet)
+        self._progress: Progress | None = None
         self._note = ""
         self.metrics: dict[str, Any] = {}
 
@@ -44,16 +44,21 @@ class Report:
         )
 
     def advance(self) -> None:
-        """One more step is made."""
+        """One more step of the epoch is made."""
+        assert self._progress is not None
         self._progress.advance(self._run.recipe.batch_size, self._note)
 
     def finish_epoch(self, accuracy: float) -> None:
         """The epoch's closing line."""
+        assert self._progress is not None
         self._progress.finish(f"validation accuracy {accuracy:.2%}")
 
     def say(self, text: str) -> None:
-        """A line of its own on stderr."""
-        self._progress.say(text)
+        """A line on stderr, above the progress line of an epoch where there is one."""
+        if self._progress is None:
+            remark(text, quiet=self._run.quiet)
+        else:
+            self._progress.say(text)
 
     def write(self, event: str, position: Position, **numbers: Any) -> None:
         """One event for the journal."""

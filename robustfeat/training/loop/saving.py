@@ -1,4 +1,4 @@
-"""Saving a run, and going on from what was saved."""
+"""Saving and restoring a run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Saver:
 
 
 def restore(saved: Checkpoint, run: Run, step: TrainingStep) -> Position:
-    """Gives the network, the optimiser and the objective their saved state; where to go on."""
+    """Gives the network, the optimiser and the objective their saved state; returns where the run stands."""
     step.load_state_dict({name: getattr(saved, name) for name in ("model", "optimizer", "objective", "scaler")})
     before = saved.data.get("ranks", 1)
     if before != run.ranks.world:

@@ -76,7 +76,7 @@ def train(
     Args:
         data: see `open_training_data`.
         out: gets `checkpoint.pt`, `metrics.jsonl`, `recipe.toml`, `curves.png` and `tensorboard/`.
-        resume: go on from the checkpoint in `out`; the recipe and the data must be the same.
+        resume: resume from the checkpoint in `out`; the recipe and the data must be the same.
         device: auto, cpu or cuda.
         workers: processes that decode images; by default one for each processor, at most 16, and 1 for images that a
             cache has decoded.
@@ -143,7 +143,7 @@ def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, q
 
 
 def _find_checkpoint(run: Run) -> Checkpoint:
-    """The checkpoint to go on from, of the same recipe, data and concepts."""
+    """The checkpoint to resume from, of the same recipe, data and concepts."""
     saved = load_checkpoint(run.folder)
     require_same_run(saved, run.folder, run.recipe, run.data_identity, run.concepts)
     return saved
