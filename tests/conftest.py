@@ -42,10 +42,36 @@ FEATURES_META = {
     "decoding": "exact",
 }
 
+# The order of the tests. Long files come first, so that both workers end at the same time. PyTorch's tests come before
+# serving's: PyTorch has crashed in a process that had used OpenVINO and Ray.
+ORDER = (
+    "tests/training/paper/",
+    "tests/training/loop/",
+    "tests/training/",
+    "tests/",
+    "tests/serving/http/",
+    "tests/serving/torchserve/",
+    "tests/serving/",
+)
+# Their tests share a server, which starts once if one worker has them all. Of the others, a file goes to one worker.
+SHARING = ("tests/serving/http/", "tests/serving/torchserve/")
+
 WriteFeatures = Callable[..., Path]
 
 Completed = subprocess.CompletedProcess[str]
 Run = Callable[..., Completed]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the tests and says which of them go to the same worker."""
+
+    def folder(item: pytest.Item) -> str:
+        return max(filter(item.nodeid.startswith, ORDER), key=len)
+
+    items.sort(key=lambda item: ORDER.index(folder(item)))
+    for item in items:
+        group = folder(item) if folder(item) in SHARING else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 Build = Callable[[Path], object]

@@ -87,7 +87,7 @@ def read(hub: FakeHub, tmp_path: Path) -> Read:
             capture_output=True,
             text=True,
             cwd=ROOT,
-            timeout=60,
+            timeout=300,
             check=False,
             env=hub_environment(hub, tmp_path / "home", token, **(environment or {})),
         )
