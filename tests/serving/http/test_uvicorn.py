@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http import httptools_impl
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
 from robustfeat.serving.http.process import connection
@@ -60,7 +61,7 @@ def test_uvicorn_has_the_internals_that_connections_use() -> None:
     assert {"connections", "cycle", "flow", "pipeline", "transport", "timeout_keep_alive"} <= used
     require(used, protocol, "HttpToolsProtocol")
     require(attributes_of(own, "cycle"), cycle, "RequestResponseCycle")
-    require(attributes_of(own, "flow"), httptools_impl.FlowControl, "FlowControl")
+    require(attributes_of(own, "flow"), FlowControl, "FlowControl")
 
 
 def test_uvicorn_asks_the_server_for_its_signal_handling() -> None:
