@@ -159,12 +159,14 @@ def command(
             places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in head_places)]
             click.echo(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
 
-        def look() -> None:
+        def refresh() -> None:
             with contextlib.suppress(InputError):  # the workers say so
                 ring.refresh()
 
-        say = Log("supervisor").error
-        supervisor = Supervisor(listener, run, workers=workers, drain_s=drain, announce=announce, look=look, say=say)
+        log = Log("supervisor").error
+        supervisor = Supervisor(
+            listener, run, workers=workers, drain_s=drain, announce=announce, refresh=refresh, log=log
+        )
         click.get_current_context().exit(supervisor.serve())
 
 

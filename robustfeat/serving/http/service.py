@@ -30,8 +30,7 @@ READY_S = 60.0
 """Ready means that an image was embedded within this time."""
 
 PROBE_S = 20.0
-"""Without an image for so long, the server embeds one of its own."""
-
+"""Without an image for this time, the server embeds a golden image."""
 
 _SHARED_BATCH = 8
 
@@ -127,7 +126,7 @@ class ServedHead:
 
 @dataclass
 class Service:
-    """All of it.
+    """The models and heads of a worker, and the state that its requests share.
 
     Attributes:
         models: by name; the first is the default.
@@ -207,17 +206,17 @@ class Service:
             self.log.error("the model failed", images=len(failures), of=len(answers), error=repr(failures[0]))
         return answers
 
-    async def keep_well(self) -> None:
-        """Embeds images of its own while there are no others, and reads the keys again when they change; for ever."""
-        said = failed = ""
+    async def maintain(self) -> None:
+        """Embeds a golden image while no requests come, counts metrics, and reads changed keys; never returns."""
+        keys_error = probe_error = ""
         while True:
             for model in self.models.values():
                 if time.monotonic() - model.last_good > PROBE_S:
                     try:
                         await asyncio.wait_for(model.probe(), self.limits.timeout_s)
                     except Exception as exc:
-                        if repr(exc) != failed:
-                            failed = repr(exc)
+                        if repr(exc) != probe_error:
+                            probe_error = repr(exc)
                             self.log.error("probe failed", error=str(exc) or type(exc).__name__)
             for _ in range(10):  # a little at a time, since requests wait for it
                 await asyncio.sleep(0.1)
@@ -226,11 +225,11 @@ class Service:
                 if self.keys.refresh():
                     self.admission.share_among(len(self.keys.names))
                     self.log.info("keys read again", keys=len(self.keys.names))
-                said = ""
+                keys_error = ""
             except InputError as exc:
-                if str(exc) != said:
-                    said = str(exc)
-                    self.log.error("keys left as they were", error=said)
+                if str(exc) != keys_error:
+                    keys_error = str(exc)
+                    self.log.error("keys left as they were", error=keys_error)
 
 
 def match_heads(heads: dict[str, Head], models: Sequence[ServedModel]) -> dict[str, ServedHead]:

@@ -1,7 +1,7 @@
-"""From the images of many requests to vectors: decoders, and a model that takes what is ready.
+"""The images of many requests become features: decoders, and a model that takes batches of decoded images.
 
-A batch forms only while the model is busy with the one before: a lone image never waits for company. Keys take turns
-wherever images wait, so that a long queue of one delays the others by one image, not by the queue.
+A batch forms only while the model is busy with the one before: a lone image never waits. Keys take turns wherever
+images wait, so that a long queue of one key delays the others by one image and not by the whole queue.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _PENDING = Answer(problem="not decoded yet")
 
 
 class _Request:
-    """The images of one request and what became of them."""
+    """The images of one request and their answers."""
 
     __slots__ = ("answers", "future", "key", "left")
 
@@ -188,14 +188,14 @@ class Batcher:
         try:
             return await request.future
         finally:
-            # Where nobody waits any more, what has not begun is dropped as its turn comes.
+            # The client has left: images that are not decoded yet are dropped when their turn comes.
             if request.future.cancel() or request.future.cancelled():
                 for item in items:
                     if isinstance(item.image, bytes):
                         item.image = b""
 
     def _feed(self) -> None:
-        """Gives work to whoever is idle: first to the model, since dropped images make room for the decoders."""
+        """Gives work to an idle model, and then to idle decoders: images dropped on the way free places."""
         if self._ready and not self._busy:
             batch: list[_Item] = []
             while len(batch) < self._batch_size and self._ready:
@@ -264,11 +264,11 @@ class Batcher:
             began = time.perf_counter()
             answers = self._infer(batch)
             self._metrics.ran(time.perf_counter() - began, len(batch))
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all who waited
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and all its requests with it
                 assert self._loop is not None
-                self._loop.call_soon_threadsafe(self._take, batch, answers)
+                self._loop.call_soon_threadsafe(self._finish, batch, answers)
 
-    def _take(self, batch: Sequence[_Item], answers: Sequence[Answer]) -> None:
+    def _finish(self, batch: Sequence[_Item], answers: Sequence[Answer]) -> None:
         self._busy = False
         for item in batch:
             self._free(item)
@@ -282,7 +282,7 @@ class Batcher:
         except Exception as exc:
             if len(batch) == 1:
                 return [Answer(failure=exc)]
-            # Whatever it is, it costs the images that have it, not their neighbours.
+            # Only the images at fault fail, not the whole batch.
             return [answer for item in batch for answer in self._infer([item])]
 
     def _input(self, batch: Sequence[_Item]) -> Vector:

@@ -80,8 +80,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A request, taken apart: its images, and how their answers become its own."""
+class _ParsedRequest:
+    """A request's images, and the function that makes the reply of their answers."""
 
     images: Sequence[bytes | Vector]
     reply: Callable[[Sequence[Answer]], Reply]
@@ -188,19 +188,19 @@ class Handler:
 
         return asyncio.run_coroutine_threadsafe(embed(), self._loop).result()
 
-    def _take(self, parts: Mapping[str, Any], headers: Mapping[str, Any]) -> _Asked | Exception:
+    def _take(self, parts: Mapping[str, Any], headers: Mapping[str, Any]) -> _ParsedRequest | Exception:
         try:
             return self._parse(parts, {name.lower(): value for name, value in headers.items()})
         except Exception as exc:  # of one request, not of its neighbours
             return exc
 
-    def _parse(self, parts: Mapping[str, Any], headers: Mapping[str, Any]) -> _Asked:
+    def _parse(self, parts: Mapping[str, Any], headers: Mapping[str, Any]) -> _ParsedRequest:
         body = parts.get("body")
         kind = str(headers.get("content-type", "")).partition(";")[0].strip().lower()
         if body is not None and (HEADER_LENGTH in headers or kind == JSON):
             asked, rest = parse_infer(_bytes(body), headers.get(HEADER_LENGTH))
             images = infer_images(asked.inputs[0], rest, self.model, self._settings.max_items)
-            return _Asked(images, lambda answers: infer_reply(asked, self.model, answers))
+            return _ParsedRequest(images, lambda answers: infer_reply(asked, self.model, answers))
         form = choose_type(str(headers.get("accept", "")), VECTOR_TYPES)
         found = [_bytes(part) for name, part in parts.items() if _is_image(name, headers)]
         if not any(found):
@@ -213,7 +213,7 @@ class Handler:
             require_one(answers)
             return vectors_reply(self.model, answers, form)
 
-        return _Asked(found, reply)
+        return _ParsedRequest(found, reply)
 
 
 _handler: Handler | None = None

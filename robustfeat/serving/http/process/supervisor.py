@@ -1,6 +1,6 @@
-"""The process that a user starts: it forks workers, puts new ones in the place of dead ones, and stops them.
+"""The process that a user starts: it forks workers, replaces dead ones, and stops all of them.
 
-It imports no library, so that it forks in an instant, from a process without threads.
+It imports no library, so a fork takes an instant and copies no thread.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["HEARTBEAT_S", "WELL", "Supervisor"]
+__all__ = ["HEALTHY", "HEARTBEAT_S", "Supervisor"]
 
-WELL = b"."
-"""What a worker tells again and again: it embedded an image within the last minute."""
+HEALTHY = b"."
+"""A worker's report, sent every `HEARTBEAT_S`: it embedded an image within the last minute."""
 
 HEARTBEAT_S = 5.0
 _SILENCE_S = 60.0
-"""A worker that was well and says so no more for so long is replaced: two minutes after its last image."""
+"""A healthy worker that stops to report is replaced after this time: two minutes after its last image."""
 
 _LOADING_S = 600.0
-"""What a worker that replaces another has until it is well. The first has all the time that a download takes."""
+"""A replacement must be healthy within this time. The first worker has no limit: it may download the model."""
 
 _GRACE_S = 5.0
 _STEADY_S = 10.0
@@ -40,22 +40,22 @@ class _Worker:
     number: int
     pid: int
     pipe: int
-    born: float
+    started: float
     silent_s: float = 0.0
-    well: bool = False
+    healthy: bool = False
 
 
 class Supervisor:
-    """Keeps workers at work.
+    """Keeps workers running.
 
     Args:
-        listener: where connections come from; all workers take from it.
-        run: runs worker `number` in its own process, with a pipe to report to; what it raises ends that process.
-        workers: how many.
-        drain_s: how long requests at hand have when the server is stopped.
-        announce: called once, when the first worker is ready.
-        look: called about twice a second, and what it keeps is what new workers find.
-        say: logs an event and its details.
+        listener: the socket that all workers accept connections from.
+        run: runs worker `number` in its own process, with a pipe to report to; an exception ends the process.
+        workers: number of workers.
+        drain_s: grace period for requests in flight on shutdown.
+        announce: called once, when the first worker is healthy.
+        refresh: called about twice a second; new workers inherit its results.
+        log: logs an event and its details.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class Supervisor:
         workers: int,
         drain_s: float,
         announce: Callable[[], None],
-        look: Callable[[], None],
-        say: Callable[..., None],
+        refresh: Callable[[], None],
+        log: Callable[..., None],
     ) -> None:
         self._listener, self._run, self._count, self._drain_s = listener, run, workers, drain_s
-        self._announce, self._look, self._say = announce, look, say
+        self._announce, self._refresh, self._log = announce, refresh, log
         self._workers: dict[int, _Worker] = {}
         self._due: dict[int, float] = {}
         self._pauses = dict.fromkeys(range(workers), 0.0)
         self._stopping = self._announced = self._forced = False
-        self._asked: list[float] = []
+        self._signals: list[float] = []
         self._deadline = float("inf")
 
     def serve(self) -> int:
@@ -88,29 +88,29 @@ class Supervisor:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for name in (signal.SIGTERM, signal.SIGINT):
-            # Only this, and the loop below does it: a signal may come between any two steps.
-            signal.signal(name, lambda *_: self._asked.append(time.monotonic()))
+            # The handler only notes the signal, which may come between any two steps; the loop below acts on it.
+            signal.signal(name, lambda *_: self._signals.append(time.monotonic()))
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._due[0] = 0.0  # the others when it is ready, so that what cannot be served is said once
         try:
-            looked = time.monotonic()
+            checked = time.monotonic()
             while self._workers or (self._due and not self._stopping):
-                self._look()
+                self._refresh()
                 Path(directory).mkdir(exist_ok=True)  # something may have swept it away
-                self._stop_if_asked()
+                self._stop_on_signal()
                 self._start_due()
                 pipes = {worker.pipe: worker for worker in self._workers.values()}
                 for pipe in select.select([woken, *pipes], [], [], 0.5)[0]:
                     if pipe in pipes:
-                        self._hear(pipes[pipe])
+                        self._read_report(pipes[pipe])
                     else:
                         os.read(woken, 4096)
-                # Time is counted in looks: while everything is suspended, nobody is silent.
+                # Time is counted in rounds: nobody is silent while the whole system is suspended.
                 now = time.monotonic()
-                passed, looked = min(1.0, now - looked), now
+                passed, checked = min(1.0, now - checked), now
                 for worker in list(self._workers.values()):
                     worker.silent_s += passed
-                    code = self._look_after(worker)
+                    code = self._check(worker)
                     if code is not None:
                         return code
             return 1 if self._forced else 0
@@ -119,8 +119,8 @@ class Supervisor:
                 signal.set_wakeup_fd(-1)
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def _stop_if_asked(self) -> None:
-        if not self._asked:
+    def _stop_on_signal(self) -> None:
+        if not self._signals:
             return
         if not self._stopping:
             self._stopping = True
@@ -128,7 +128,9 @@ class Supervisor:
             self._listener.close()
             for worker in self._workers.values():
                 os.kill(worker.pid, signal.SIGTERM)
-        elif self._asked[-1] > self._asked[0] + 1:  # at once it is the same signal, to this process and to its group
+        elif (
+            self._signals[-1] > self._signals[0] + 1
+        ):  # at once it is the same signal, to this process and to its group
             self._deadline = 0.0
 
     def _start_due(self) -> None:
@@ -161,26 +163,26 @@ class Supervisor:
         self._run(number, theirs)
         raise SystemExit(0)
 
-    def _hear(self, worker: _Worker) -> None:
+    def _read_report(self, worker: _Worker) -> None:
         try:
-            told = os.read(worker.pipe, 4096)
+            report = os.read(worker.pipe, 4096)
         except BlockingIOError:
             return
-        if WELL in told:
-            worker.well, worker.silent_s = True, 0.0
-        if worker.well and not self._announced and not self._stopping:
+        if HEALTHY in report:
+            worker.healthy, worker.silent_s = True, 0.0
+        if worker.healthy and not self._announced and not self._stopping:
             self._announced = True
             self._announce()
             self._due |= dict.fromkeys(set(range(self._count)) - set(self._workers), 0.0)
 
-    def _look_after(self, worker: _Worker) -> int | None:
+    def _check(self, worker: _Worker) -> int | None:
         """Replaces a worker that has ended or does not answer; the exit code, if the server cannot start at all."""
         now = time.monotonic()
         pid, status = os.waitpid(worker.pid, os.WNOHANG)
         if not pid:
-            patience = _SILENCE_S if worker.well else _LOADING_S if self._announced else float("inf")
-            if worker.silent_s > patience and not self._stopping:
-                self._say("worker killed", number=worker.number, why=f"not well for {patience:g} s")
+            limit = _SILENCE_S if worker.healthy else _LOADING_S if self._announced else float("inf")
+            if worker.silent_s > limit and not self._stopping:
+                self._log("worker killed", number=worker.number, why=f"not well for {limit:g} s")
                 os.kill(worker.pid, signal.SIGKILL)
                 worker.silent_s = 0.0
             elif now > self._deadline:
@@ -194,10 +196,10 @@ class Supervisor:
         code = os.waitstatus_to_exitcode(status)
         if not self._announced:
             return code if code > 0 else 1
-        steady = now - worker.born > _STEADY_S
+        steady = now - worker.started > _STEADY_S
         before = self._pauses[worker.number]
         pause = self._pauses[worker.number] = 0.0 if steady else min(_LONGEST_PAUSE_S, max(1.0, 2 * before))
         self._due[worker.number] = now + pause
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._say("worker ended", number=worker.number, how=how, next_in_s=pause)
+        self._log("worker ended", number=worker.number, how=how, next_in_s=pause)
         return None

@@ -1,4 +1,4 @@
-"""One process of a server: it loads the models, answers, and ends when it is told to."""
+"""One process of a server: it loads the models, answers requests, and ends on SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from robustfeat.serving.http.process.supervisor import HEARTBEAT_S, WELL
+from robustfeat.serving.http.process.supervisor import HEALTHY, HEARTBEAT_S
 from robustfeat.serving.http.service import Service
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ _KEEP_ALIVE_S = 75
 
 
 def run_worker(open_service: Callable[[], Service], listener: socket.socket, report: int, drain_s: float) -> None:
-    """Serves until SIGTERM, and then finishes what it took.
+    """Serves until SIGTERM, and then finishes the requests in flight.
 
     Args:
-        open_service: loads what is served.
-        listener: where connections come from.
-        report: a pipe to the supervisor, who reads there how this process is.
-        drain_s: how long the requests at hand have when it is stopped.
+        open_service: loads the models and heads.
+        listener: the socket to accept connections from.
+        report: a pipe to the supervisor for health reports.
+        drain_s: grace period for requests in flight on shutdown.
     """
     # The web framework takes half a second to import: meanwhile the models are loaded, and the decoders start.
     importing = threading.Thread(target=importlib.import_module, args=("robustfeat.serving.http.app",))
@@ -70,8 +70,8 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, rep
         )
         logger = logging.getLogger("uvicorn")
         logger.propagate = False
-        logger.addHandler(_ToLog(service))
-        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it tells what clients send
+        logger.addHandler(_LogHandler(service))
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs what clients send
         # What is there now stays: without this, the garbage collector looked through it all, and requests waited
         # (the p99 of refusals under overload fell from 60 to 7 ms).
         gc.collect()
@@ -105,8 +105,8 @@ async def _serve(server: uvicorn.Server, service: Service, listener: socket.sock
     for model in service.models.values():
         model.attach()
     background = [
-        asyncio.create_task(service.keep_well()),
-        asyncio.create_task(_tell_supervisor(service, report, stop)),
+        asyncio.create_task(service.maintain()),
+        asyncio.create_task(_report_health(service, report, stop)),
     ]
 
     def ended(task: asyncio.Task[None]) -> None:
@@ -123,23 +123,23 @@ async def _serve(server: uvicorn.Server, service: Service, listener: socket.sock
             task.cancel()
 
 
-async def _tell_supervisor(service: Service, report: int, stop: Callable[[], None]) -> None:
-    """Tells that this worker is well, as soon as it is and then again and again; stops it when nobody listens."""
+async def _report_health(service: Service, report: int, stop: Callable[[], None]) -> None:
+    """Reports to the supervisor while this worker is healthy; stops the worker when the supervisor has ended."""
     supervisor = os.getppid()
     os.set_blocking(report, False)
-    told = -HEARTBEAT_S
+    reported = -HEARTBEAT_S
     while os.getppid() == supervisor:
-        if service.ready and time.monotonic() - told >= HEARTBEAT_S:
-            told = time.monotonic()
+        if service.ready and time.monotonic() - reported >= HEARTBEAT_S:
+            reported = time.monotonic()
             with contextlib.suppress(OSError):
-                os.write(report, WELL)
-        await asyncio.sleep(1.0 if told > 0 else 0.01)
+                os.write(report, HEALTHY)
+        await asyncio.sleep(1.0 if reported > 0 else 0.01)
     stop()
     shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
 
 
-class _ToLog(logging.Handler):
-    """uvicorn's errors as lines of ours."""
+class _LogHandler(logging.Handler):
+    """Writes uvicorn's errors to the service's log."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(logging.ERROR)
