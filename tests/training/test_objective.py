@@ -77,6 +77,15 @@ def test_random_directions_have_length_tau_and_follow_from_seed_and_step() -> No
     assert float(moved[0] @ moved[1]) < 0.1, "each image has a direction of its own"
 
 
+@pytest.mark.parametrize("name", ["Seen", "SeenRandom"])
+def test_a_length_in_pixels_is_measured_in_pixels(name: str) -> None:
+    step = make(method=f"{__name__}:{name}", tau_unit="pixel")
+    step(*pixels(), 0.0, 0)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    moved = ((seen(step).after - seen(step).before) * std).flatten(1)
+    np.testing.assert_allclose(moved.norm(dim=1), 1, rtol=1e-4)
+
+
 def test_balanced_weighs_every_class_the_same() -> None:
     objective = create_objective(Recipe(method="balanced"), CONCEPTS)
     labels = torch.tensor([0, 0, 1, 2, 3, 3])
