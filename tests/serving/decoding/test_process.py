@@ -1,0 +1,76 @@
+"""One decoder process: its handshake, its answers, its deadline and its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from robustfeat import FeatureExtractor
+from robustfeat.serving.decoding.process import Decoder, DecoderLostError, Decoders
+from robustfeat.serving.decoding.worker import Images
+
+START_S = 60
+LARGE = bytes(8 * 2**20)
+
+
+@pytest.fixture
+def decoders() -> Iterator[Decoders]:
+    contract = FeatureExtractor.from_pretrained(threads=1).config.preprocessing
+    made = Decoders(contract, scaled=False, workers=1, places=2)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def decoder(decoders: Decoders) -> Decoder:
+    started = decoders.start(0)
+    assert not started.ready
+    assert started.poll(START_S)
+    assert started.receive() is None
+    assert started.ready
+    return started
+
+
+def test_a_task_is_answered_with_the_error_of_each_image(decoder: Decoder, example_files: list[Path]) -> None:
+    photo = example_files[0].read_bytes()
+    decoder.send(Images([photo, b"no image"], [len(photo), 8], [0, 1], 10**8))
+    assert decoder.poll(START_S)
+    good, bad = decoder.receive()
+    assert good is None
+    assert "not an image" in bad
+
+
+def test_an_image_gets_a_second_try_after_a_crash(decoder: Decoder) -> None:
+    os.kill(decoder.process.pid, signal.SIGKILL)
+    decoder.send(Images([b"x"], [1], [0], 10**8))
+    assert decoder.poll(START_S)
+    with pytest.raises(DecoderLostError) as lost:
+        decoder.receive()
+    assert lost.value.reason == "the decoder crashed (signal 9)"
+    assert [lost.value.gives_up(crashes) for crashes in (1, 2)] == [False, True]
+
+
+def test_an_image_at_its_deadline_gets_no_second_try(decoder: Decoder) -> None:
+    os.kill(decoder.process.pid, signal.SIGSTOP)
+    decoder.send(Images([b"x"], [1], [0], 10**8))
+    for _ in range(3):  # the first call notes the progress, the others count
+        decoder.check(1.0, 3.0)
+    with pytest.raises(DecoderLostError) as lost:
+        decoder.check(1.0, 3.0)
+    assert lost.value.reason == "took longer than 3 s to read and decode"
+    assert lost.value.gives_up(1)
+    assert decoder.process.returncode == -signal.SIGKILL
+
+
+def test_a_decoder_is_closed_while_a_thread_writes_to_it(decoder: Decoder) -> None:
+    os.kill(decoder.process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as writer:
+        decoder.send(Images([LARGE], [len(LARGE)], [0], 10**8), writer)
+        decoder.close()
+    with pytest.raises(OSError, match="closed"):
+        decoder.fileno()
