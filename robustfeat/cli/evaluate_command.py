@@ -7,13 +7,16 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from robustfeat.cli.extraction import ABOVE_ZERO
 from robustfeat.cli.rendering import Command
 from robustfeat.serving.options import AUTO, DEVICES
+
+if TYPE_CHECKING:
+    from robustfeat.training.evaluation.subject import Subject
 
 
 @click.command("evaluate", cls=Command, short_help="Measure how well a model's features transfer.")
@@ -100,10 +103,7 @@ def command(
         require_batch(task, batch_size)
     how: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "device": device}
     subjects = [open_subject(model, **how) for model in models]
-    names = [subject.name for subject in subjects]
-    for model, subject in zip(models, subjects, strict=True):
-        if names.count(subject.name) > 1:
-            subject.name = model + subject.note
+    _name_apart(subjects, models)
     networks = [open_network(model, **how) if finetune else None for model in models]
     probes: dict[str, Any] = {
         "cache": Path(cache) if cache else None,
@@ -140,6 +140,14 @@ def _require_places(
     for model in models:
         require_model(model, image_size, crop_pct)
     return named
+
+
+def _name_apart(subjects: Sequence[Subject], models: Sequence[str]) -> None:
+    """Names subjects of the same name by what was passed for them."""
+    names = [subject.name for subject in subjects]
+    for model, subject in zip(models, subjects, strict=True):
+        if names.count(subject.name) > 1:
+            subject.name = model + subject.note
 
 
 def _show(results: list[dict[str, Any]], out: str | None, as_json: bool) -> None:

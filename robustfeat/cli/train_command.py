@@ -14,6 +14,7 @@ from robustfeat.cli.rendering import Command
 from robustfeat.serving.options import AUTO, DEVICES
 
 if TYPE_CHECKING:
+    from robustfeat.training.loop.trainer import TrainingResult
     from robustfeat.training.recipe import Recipe
 
 
@@ -100,29 +101,17 @@ def command(
     `torchrun --nproc-per-node N -m robustfeat train ...`.
     """
     from robustfeat.errors import InputError
-    from robustfeat.training.concepts import load_reference
     from robustfeat.training.loop.arguments import check_arguments
     from robustfeat.training.loop.ranks import Ranks
     from robustfeat.training.recipe import Recipe, load_recipe
 
-    changes = {name: value for name, value in overrides.items() if value is not None}
-    image_size = changes.pop("image_size", None)
-    if image_size is not None:
-        changes["image_sizes"] = ((0, image_size),)
-    changes |= dict(_setting(text) for text in settings)
-    if "q_warmup_divisor" in changes:
-        changes["q_warmup_divisor"] = _toml_value(str(changes["q_warmup_divisor"]))
-    for option, value in (("--config", config), ("--reference", reference), ("--target", target), ("--cache", cache)):
-        if value == "":
-            raise InputError(f"{option}: got nothing; name one, or leave the option out")
+    _refuse_empty(config=config, reference=reference, target=target, cache=cache)
     if reference and target:
         raise InputError("--reference and --target: both give q0; pass one of them")
-    recipe = load_recipe(config) if config else _recipe_of_run(Path(out)) if resume else Recipe()
-    recipe = recipe.override(changes | ({"reference": load_reference(reference)} if reference else {}))
-    if (
-        recipe.concepts not in {"imagenet11", "classes"} and Path(recipe.concepts).is_file()
-    ):  # so that the run's recipe.toml serves from any folder
-        recipe = recipe.replace(concepts=str(Path(recipe.concepts).resolve()))
+    base = load_recipe(config) if config else _recipe_of_run(Path(out)) if resume else Recipe()
+    recipe = base.override(_changes(overrides, settings, reference))
+    if recipe.concepts not in {"imagenet11", "classes"} and Path(recipe.concepts).is_file():
+        recipe = recipe.replace(concepts=str(Path(recipe.concepts).resolve()))  # the run resumes from any folder
     cache = cache.lower() if cache.lower() in {"auto", "ram", "device"} else cache
     ranks = Ranks.from_environment()
     if ranks.world == 1:  # of several processes each would print it; `train` checks again, in all of them together
@@ -153,21 +142,49 @@ def command(
         checkpoint_every_s=checkpoint_every_s,
         quiet=quiet,
     )
-    first = ranks.rank == 0
-    if as_json and first:
+    return _report(result, as_json, quiet) if ranks.rank == 0 else 0
+
+
+def _refuse_empty(**values: str | None) -> None:
+    from robustfeat.errors import InputError
+
+    for name, value in values.items():
+        if value == "":
+            raise InputError("got nothing", argument=name, fix="name one, or leave the option out")
+
+
+def _changes(overrides: dict[str, Any], settings: tuple[str, ...], reference: str | None) -> dict[str, Any]:
+    """The keys of the recipe that the options change."""
+    from robustfeat.training.concepts import load_reference
+
+    changes = {name: value for name, value in overrides.items() if value is not None}
+    image_size = changes.pop("image_size", None)
+    if image_size is not None:
+        changes["image_sizes"] = ((0, image_size),)
+    changes |= dict(_setting(text) for text in settings)
+    if "q_warmup_divisor" in changes:
+        changes["q_warmup_divisor"] = _toml_value(str(changes["q_warmup_divisor"]))
+    if reference:
+        changes["reference"] = load_reference(reference)
+    return changes
+
+
+def _report(result: TrainingResult, as_json: bool, quiet: bool) -> int:
+    """Prints how the run ended, and gives the exit code."""
+    if as_json:
         summary = {
             "run": str(result.run),
             "validation_accuracy": round(result.validation_accuracy, 5),
             "bad_images": len(result.bad_images),
         }
         click.echo(json.dumps(summary))
-    elif not quiet and first:
+    elif not quiet:
         click.echo(f"{result.run}: validation accuracy {result.validation_accuracy:.2%}", err=True)
-    if result.bad_images and first:
-        click.echo(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)
-        # torchrun takes any exit code but 0 for a crash, and reports or restarts a run that is done.
-        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 3
-    return 0
+    if not result.bad_images:
+        return 0
+    click.echo(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)
+    # torchrun takes any exit code but 0 for a crash, and reports or restarts a run that is done.
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 3
 
 
 def _recipe_of_run(out: Path) -> Recipe:
