@@ -49,8 +49,9 @@ from robustfeat.errors import RobustFeatError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square
-from robustfeat.serving.extractor import FeatureExtractor, cosine
+from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.options import RunOptions
+from robustfeat.serving.verify import cosine
 from robustfeat.system import available_cpus
 
 SECTIONS = ("speed", "peers", "drift", "corrupt", "memory")

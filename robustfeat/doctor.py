@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,8 @@ from typing import TYPE_CHECKING
 import robustfeat
 from robustfeat.errors import RobustFeatError, UnreachableError, first_line
 from robustfeat.serving.options import RunOptions
-from robustfeat.system import CGROUP, available_cpus, cpu_quota, python_command, visible_cpus
+from robustfeat.system import CGROUP, available_cpus, cpu_quota, visible_cpus
+from robustfeat.trial import Trial, try_engine, try_torch
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -37,31 +37,7 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-training")
 _ENGINES = {"onnxruntime": "cpu", "openvino": "openvino"}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_TRIAL_S = 120.0
 _LITTLE_SPACE = 2**30
-_STEP = re.compile(
-    "[;:] (?=(?:add|allow|ask|check|choose|copy|do|download|export|free|install|leave|log|move|name|pass|pip|remove"
-    "|rename|repair|run|set|train|try|uninstall|unset|upgrade|use) )"
-)
-
-_TRIAL = """
-import json, sys, time
-from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.options import RunOptions
-fx = FeatureExtractor.load(sys.argv[1], RunOptions(**json.loads(sys.argv[2])))
-fx.golden_cosine()
-began = time.perf_counter()
-worst = fx.golden_cosine()
-print(json.dumps({
-    "engine": fx.engine.name, "version": fx.engine.version.partition("-")[0], "device": fx.engine.device,
-    "threads": fx.engine.threads, "model": fx.config.name, "cosine": worst, "ms": 1000 * (time.perf_counter() - began),
-}))
-"""
-_TORCH_TRIAL = """
-import torch, torchvision
-cuda = f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no CUDA"
-print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {cuda}")
-"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +48,8 @@ class Finding:
         check: which.
         status: of `OK`, `NOTE` (worth knowing) and `PROBLEM` (what was asked will fail, or go wrong).
         found: what there is.
-        fix: what to do; None where nothing need be done.
+        fix: what to do; None where nothing need be done. Parameters stand in backticks there, and in `found`, as in
+            `RobustFeatError`.
     """
 
     check: str
@@ -112,7 +89,7 @@ def examine(
     ]
     chosen = [name for name, _ in checks if only is None or name in only]
     # Importing torch takes as long as all else.
-    torch = _Program(_TORCH_TRIAL) if "torch" in chosen and importlib.util.find_spec("torch") else None
+    torch = Trial(try_torch) if "torch" in chosen and importlib.util.find_spec("torch") else None
     for name, check in checks:
         if name not in chosen:
             continue
@@ -120,16 +97,14 @@ def examine(
             yield from check()
         except RobustFeatError as exc:
             broken |= name == "model"
-            yield _explained(name, PROBLEM, str(exc))
+            yield _failed(name, PROBLEM, exc)
         except Exception as exc:  # of a broken library
             reason = f"{type(exc).__name__}: {first_line(exc)}"
             yield Finding(name, PROBLEM, reason, "pip install --force-reinstall what it names")
 
 
-def _explained(check: str, status: str, message: str) -> Finding:
-    """Our messages end with the next step, after a semicolon or a colon: it begins with a verb."""
-    found, *step = _STEP.split(message, maxsplit=1)
-    return Finding(check, status, found, step[0] if step else None)
+def _failed(check: str, status: str, exc: RobustFeatError, before: str = "") -> Finding:
+    return Finding(check, status, f"{before}{exc.problem}", exc.fix)
 
 
 def _unpinned(options: RunOptions) -> tuple[str, RunOptions]:
@@ -231,7 +206,7 @@ def _threads(options: RunOptions, cgroup: Path) -> Iterator[Finding]:
     chosen = options.threads or granted
     found = f"{visible} processors, {limit}: {chosen} {'thread' if chosen == 1 else 'threads'} for the model"
     if options.threads and options.threads > granted:
-        fix = f"--threads {granted} or less, or leave it out"
+        fix = f"pass `threads={granted}` or less, or leave it out"
         yield Finding("threads", PROBLEM, f"{found}, which is more than the {granted} granted", fix)
     else:
         yield Finding("threads", OK, found)
@@ -260,7 +235,7 @@ def _gpu(options: RunOptions) -> Iterator[Finding]:
     gpus = _gpus()
     if not gpus:
         if options.device == "cuda":  # whether it runs all the same is told by the engine
-            fix = "install the NVIDIA driver (in a container: start it with its GPUs), or leave out --device cuda"
+            fix = "install the NVIDIA driver (in a container: start it with its GPUs), or leave out `device=cuda`"
             yield Finding("gpu", NOTE, "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)", fix)
         else:
             yield Finding("gpu", OK, "none by NVIDIA; all runs on the processor")
@@ -288,7 +263,7 @@ def _engines(model: str, options: RunOptions) -> Iterator[Finding]:
     first, way, device = _try_engine(model, options, PROBLEM)
     yield first
     if device == "cpu" and options.device == "auto" and _gpus():
-        fix = "--device cuda tells why; docs/embedding.md says what it needs"
+        fix = "`device=cuda` tells why; docs/embedding.md says what it needs"
         yield Finding("engine", NOTE, "it runs on the processor, and there is a GPU", fix)
     for engine, extra in _ENGINES.items():
         if engine in {way, options.engine}:
@@ -303,72 +278,38 @@ def _engines(model: str, options: RunOptions) -> Iterator[Finding]:
 def _try_engine(model: str, options: RunOptions, status: str) -> tuple[Finding, str | None, str | None]:
     """The finding, with `status` if it does not run, and which engine ran where."""
     label = f"{options.engine} {options.precision}"
-    said, error = _Program(_TRIAL, model, json.dumps(asdict(options))).answer()
-    if error is not None:
-        told = _explained("engine", status, f"{label}: {error}")
-        fix = told.fix or "pip install --force-reinstall the engine's package"
-        return replace(told, fix=fix), None, None
-    ran = json.loads(said)
+    try:
+        ran = Trial(try_engine, model, json.dumps(asdict(options))).result()
+    except RobustFeatError as exc:
+        fix = exc.fix or "pip install --force-reinstall the engine's package"
+        return replace(_failed("engine", status, exc, f"{label}: "), fix=fix), None, None
     found = (
         f"{ran['engine']} {ran['version']} {options.precision} on {ran['device']}, {ran['threads']} threads: "
-        f"golden images of {ran['model']} in {ran['ms']:.0f} ms, cosine {ran['cosine']:.5f}"
+        f"{ran['images_per_s']:,.0f} images/s of {ran['model']}, cosine {ran['cosine']:.5f} on its golden images"
     )
-    from robustfeat.serving.verify import MIN_COSINE
-
-    if ran["cosine"] >= MIN_COSINE[options.precision]:
+    if not ran["short"]:
         return Finding("engine", OK, found), ran["engine"], ran["device"]
     fix = "use another precision or engine; this one is wrong here"
     return Finding("engine", PROBLEM, found, fix), ran["engine"], ran["device"]
 
 
-class _Program:
-    """A program of Python in a process of its own, which it may crash or block."""
-
-    def __init__(self, code: str, *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            python_command(code, *arguments),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        )
-
-    def answer(self) -> tuple[str, str | None]:
-        """The last line that it prints, and why it failed."""
-        try:
-            said, errors = self._process.communicate(timeout=_TRIAL_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-            return "", f"did not answer within {_TRIAL_S:g} s"
-        code = self._process.returncode
-        if code < 0:
-            return "", f"crashed (signal {-code})"
-        if code:
-            last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
-            return "", last.removeprefix("robustfeat.errors.").partition(": ")[2] or last
-        return said.strip().splitlines()[-1], None
-
-
-def _torch(trial: _Program | None) -> Iterator[Finding]:
+def _torch(trial: Trial | None) -> Iterator[Finding]:
     if trial is None:
         fix = "pip install 'robustfeat[train]' for robustfeat train, evaluate, paper, export and import"
         yield Finding("torch", OK, "not installed, and not needed to embed or serve", fix)
         return
-    said, error = trial.answer()
-    if error is None:
-        yield Finding("torch", OK, said)
-    elif importlib.util.find_spec("torchvision") is None:
-        yield Finding("torch", NOTE, "torch without torchvision", "pip install 'robustfeat[train]' to train models")
-    else:
+    try:
+        yield Finding("torch", OK, trial.result()["found"])
+    except RobustFeatError as exc:
+        if importlib.util.find_spec("torchvision") is None:
+            yield Finding("torch", NOTE, "torch without torchvision", "pip install 'robustfeat[train]' to train models")
+            return
         fix = "install torch and torchvision from one index: pip install --force-reinstall torch torchvision"
-        yield Finding("torch", PROBLEM, f"cannot be imported ({error})", fix)
+        yield Finding("torch", PROBLEM, f"cannot be imported ({exc})", fix)
 
 
 def _torchserve() -> Iterator[Finding]:
-    from robustfeat.serving.torchserve.java import INSTALL, find_java
+    from robustfeat.serving.torchserve.java import find_java
 
     wanted = _version("torchserve") is not None
     for name in ("torch", "yaml"):  # which it needs and does not name; without the latter it hangs
@@ -378,8 +319,7 @@ def _torchserve() -> Iterator[Finding]:
     try:
         java = find_java()
     except RobustFeatError as exc:
-        found = str(exc).removesuffix(f": {INSTALL}").removesuffix(f"; {INSTALL}")
-        yield Finding("torchserve", PROBLEM if wanted else NOTE, found, INSTALL)
+        yield _failed("torchserve", PROBLEM if wanted else NOTE, exc)
         return
     served = f"TorchServe {_version('torchserve')}" if wanted else "TorchServe is not installed"
     yield Finding("torchserve", OK, f"Java {java.version} at {java.path}; {served}")
@@ -396,7 +336,7 @@ def _hub() -> Iterator[Finding]:
         with access.explaining("the Hub"):
             access.reach()
     except UnreachableError as exc:
-        yield _explained("hub", NOTE, str(exc))
+        yield _failed("hub", NOTE, exc)
         return
     yield Finding("hub", OK, f"{access.address} answers")
 

@@ -41,10 +41,16 @@ __all__ = [
     "TrainingError",
     "UnreachableError",
     "first_line",
+    "respell",
 ]
 
 
 _REFERENCE = re.compile(r"`([A-Za-z_]\w*)(?:=([^`]*))?`")
+
+
+def respell(text: str, spell: Callable[[str, str | None], str | None]) -> str:
+    """The text with the parameters in backticks named by `spell`; see `RobustFeatError.render`."""
+    return _REFERENCE.sub(lambda match: spell(match[1], match[2]) or match[0], text)
 
 
 class RobustFeatError(Exception):
@@ -73,19 +79,23 @@ class RobustFeatError(Exception):
         Args:
             spell: the spelling of a parameter and its value, if it has one; None keeps Python's.
         """
-
-        def reference(match: re.Match[str]) -> str:
-            return spell(match[1], match[2]) or match[0]
-
         value = None if self.value is None else str(self.value)
         parts = []
         if self.argument is not None:
-            python = self.argument if value is None else f"{self.argument}={value}"
-            parts.append(f"{spell(self.argument, value) or python}: ")
-        parts.append(_REFERENCE.sub(reference, self.what))
+            parts.append(f"{spell(self.argument, value) or self._subject}: ")
+        parts.append(respell(self.what, spell))
         if self.fix is not None:
-            parts.append(f"; {_REFERENCE.sub(reference, self.fix)}")
+            parts.append(f"; {respell(self.fix, spell)}")
         return "".join(parts)
+
+    @property
+    def problem(self) -> str:
+        """The message without the fix; the argument stands in backticks, as in `fix`."""
+        return self.what if self.argument is None else f"`{self._subject}`: {self.what}"
+
+    @property
+    def _subject(self) -> str:
+        return f"{self.argument}" if self.value is None else f"{self.argument}={self.value}"
 
     def __str__(self) -> str:
         return self.render(lambda name, value: None)

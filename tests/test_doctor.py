@@ -78,6 +78,8 @@ def test_the_command_finds_all_that_is_wrong(robustfeat: Run, model: Path, tmp_p
         "model",
         "engine",
     } | served
+    (fix,) = (finding.fix for finding in problems(findings) if finding.check == "threads")
+    assert fix == f"pass --threads {VISIBLE} or less, or leave it out"  # as the command line has it
 
 
 def test_two_wheels_of_onnx_runtime_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +160,7 @@ def quota(folder: Path, processors: float) -> Path:
 def test_a_quota_below_the_threads_asked_for_is_found(tmp_path: Path) -> None:
     (found,) = problems(check("threads", threads=VISIBLE, cgroup=quota(tmp_path, 0.5)))
     assert "a cgroup quota of 0.5" in found.found
-    assert found.fix == "--threads 1 or less, or leave it out"
+    assert found.fix == "pass `threads=1` or less, or leave it out"
 
 
 def test_a_quota_below_the_threads_of_the_environment_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +210,7 @@ def test_a_quota_below_the_processors_is_told(tmp_path: Path) -> None:
 
 def test_threads_beyond_the_machine_are_found() -> None:
     (found,) = problems(check("threads", threads=VISIBLE + 1))
-    assert found.fix == f"--threads {VISIBLE} or less, or leave it out"
+    assert found.fix == f"pass `threads={VISIBLE}` or less, or leave it out"
 
 
 def test_a_broken_model_folder_is_found(model: Path, tmp_path: Path) -> None:

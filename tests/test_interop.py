@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from robustfeat import FeatureExtractor
-from robustfeat.serving.extractor import cosine
+from robustfeat.serving.verify import cosine
 from tests.conftest import EXAMPLES, ROOT, files_of, hub_environment
 from tests.hub_server import FakeHub, serve_hub
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import cast
 
 import click
 
@@ -27,7 +28,9 @@ def command(model: str, as_json: bool, extraction: Extraction) -> int:
     from robustfeat.doctor import PROBLEM, examine
 
     counts: Counter[str] = Counter()
-    for finding in examine(model, extraction.options):
+    respell = cast(Command, click.get_current_context().command).respell
+    for found in examine(model, extraction.options):
+        finding = replace(found, found=respell(found.found), fix=respell(found.fix) if found.fix else None)
         counts[finding.status] += 1
         if as_json:
             click.echo(json.dumps(asdict(finding)))

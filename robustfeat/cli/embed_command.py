@@ -69,7 +69,6 @@ def command(
     from robustfeat.serving.bulk.job import Places
     from robustfeat.serving.inputs.listing import list_inputs
     from robustfeat.serving.inputs.remote import is_remote
-    from robustfeat.serving.speeds import fastest_way
 
     if not inputs and files_from is None:
         raise click.UsageError("Missing argument 'INPUT...', or --files-from.")
@@ -78,14 +77,6 @@ def command(
     extractor = extraction.open()
     scratch = None if is_remote(out) else Path(out).parent
     with list_inputs(inputs, files_from=files_from, null=null, folder=scratch) as found:
-        if not quiet and (faster := fastest_way(extractor)):
-            way, gain = faster
-            switch = f"--engine {way.engine} " if way.engine != extractor.engine.name else ""
-            click.echo(
-                f"faster here: {switch}--precision {way.precision} runs the model {gain:.1f} x as fast, "
-                f"at cosine {way.cosine:.4f} on the golden images",
-                err=True,
-            )
         result = embed_files(
             extractor,
             found,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import click
@@ -43,7 +44,8 @@ def command(
     from robustfeat.errors import EngineError, ModelFolderError
     from robustfeat.hub.catalog import resolve_model
     from robustfeat.hub.push import push_model
-    from robustfeat.serving.verify import verify_model
+    from robustfeat.serving.extractor import FeatureExtractor
+    from robustfeat.serving.verify import check_ways, ways_to_run
 
     if tag and create_pr:
         raise click.UsageError("--tag is for what is published, --create-pr for what is proposed: choose one")
@@ -54,7 +56,7 @@ def command(
             from robustfeat.training.export.compact import expand_folder
 
             folder = expand_folder(folder, Path(scratch, "model"))
-        checks = list(verify_model(folder))
+        checks = list(check_ways(partial(FeatureExtractor.open, folder), ways_to_run(folder.precisions)))
         for check in checks:
             if check.short:
                 raise ModelFolderError(f"{model}: {check}; nothing was sent: export the model again")

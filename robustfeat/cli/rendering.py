@@ -6,7 +6,7 @@ from typing import IO, Any
 
 import click
 
-from robustfeat.errors import RobustFeatError
+from robustfeat.errors import RobustFeatError, respell
 
 __all__ = ["Command", "Failure"]
 
@@ -33,6 +33,10 @@ class Command(click.Command):
             return super().invoke(ctx)
         except RobustFeatError as exc:
             raise Failure(exc.render(self._spell)) from exc
+
+    def respell(self, text: str) -> str:
+        """The text with options where it names parameters in backticks."""
+        return respell(text, self._spell)
 
     def _spell(self, name: str, value: str | None) -> str | None:
         parameters = {one.name: one for one in self.params}

@@ -152,10 +152,7 @@ class OpenVINOEngine:
         core = openvino.Core()
         if options.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise EngineError(
-                "this processor has no bf16 instructions",
-                argument="precision",
-                value="bf16",
-                fix="pass `precision=fp32` or `precision=int8`",
+                "this processor has no bf16 instructions", fix="pass `precision=fp32` or `precision=int8`"
             )
         settings = {
             # Without it OpenVINO takes bf16 by itself where the processor has it.

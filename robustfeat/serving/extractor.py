@@ -22,11 +22,9 @@ from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.engine import Engine, open_engine
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.options import RunOptions
+from robustfeat.serving.verify import check_golden
 
-__all__ = ["FeatureExtractor", "cosine", "default_batch_size"]
-
-MIN_COSINE = 0.99
-"""int8 saturates on some processors; a precision with which a golden image falls below this is refused there."""
+__all__ = ["FeatureExtractor", "default_batch_size"]
 
 
 class FeatureExtractor:
@@ -113,11 +111,11 @@ class FeatureExtractor:
         folder = resolve_model(name, revision=options.revision, config_hash=options.config_hash, access=access)
         extractor = cls.open(folder, options)
         if options.precision != "fp32":
-            worst = extractor.golden_cosine()
-            if not worst >= MIN_COSINE:
+            check = check_golden(extractor)
+            if check.short:
                 raise EngineError(
-                    f"{folder.path}: {options.precision} is too inexact on this processor (cosine {worst:.4f} on a "
-                    f"golden image, {MIN_COSINE} needed)",
+                    f"{folder.path}: {options.precision} is too inexact on this processor (cosine {check.cosine:.4f} "
+                    f"on a golden image, {check.needed} needed)",
                     fix="pass `precision=fp32`",
                 )
         return extractor
@@ -266,23 +264,10 @@ class FeatureExtractor:
         features[list(failed)] = np.nan
         return features
 
-    def golden_cosine(self) -> float:
-        """The smallest cosine, over the folder's golden images, between this engine's features and PyTorch's."""
-        images, expected = self.folder.golden()
-        return float(cosine(self.embed(images), expected).min())
-
 
 def default_batch_size(side: int, device: str) -> int:
     """Images of S pixels in a batch where nobody says otherwise: enough to be fast, few enough to stay in the cache."""
     return 128 if device == "cuda" else min(64, max(8, 2**17 // side**2))
-
-
-def cosine(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Row-wise cosine similarity of two (n, D) arrays: (n,) float64, NaN where a row is zero."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        similarity: NDArray[np.float64] = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
-    return similarity
 
 
 def _groups(images: Iterable[Any], size: int) -> Iterator[tuple[int, list[Any]]]:

@@ -43,6 +43,8 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     >>> pipeline = make_pipeline(ImageFeatures(), LinearSVC(dual=False))
     """
 
+    __module__ = "robustfeat.serving"  # where pickles find it, wherever the class itself lies
+
     def __init__(
         self,
         model: str | os.PathLike[str] = "builtin",

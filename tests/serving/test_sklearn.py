@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,12 @@ def test_wrong_arguments_are_said(tmp_path: Path, example_files: list[Path]) -> 
     (tmp_path / "notes.txt").write_text("no database, but text that is long enough" * 100)
     with pytest.raises(InputError, match=r"notes\.txt: cannot be used as a cache"):
         ImageFeatures(cache=tmp_path / "notes.txt").transform(example_files[:1])
+
+
+def test_a_pickle_names_the_public_place(tmp_path: Path) -> None:
+    data = pickle.dumps(ImageFeatures(threads=1))
+    assert b"robustfeat.serving" in data
+    assert b"robustfeat.serving.sklearn" not in data
+    (tmp_path / "features.pickle").write_bytes(data)
+    code = f"import pickle; print(pickle.load(open({str(tmp_path / 'features.pickle')!r}, 'rb')).threads)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from robustfeat.errors import InputError
-from robustfeat.serving.extractor import MIN_COSINE, FeatureExtractor, cosine
+from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.http.admission import Admission
 from robustfeat.serving.http.bodies import Buffered
 from robustfeat.serving.http.keys import Key, KeyRing
@@ -20,6 +20,7 @@ from robustfeat.serving.http.process.metrics import Metrics, ModelMetrics
 from robustfeat.serving.online.answers import Answer, NamedModel, Vector
 from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError
+from robustfeat.serving.verify import compare
 
 if TYPE_CHECKING:  # with a head come the libraries of heads
     from robustfeat.serving.heads.head import Head
@@ -109,9 +110,10 @@ class ServedModel(NamedModel):
         (answer,) = await self._batcher.embed(images[:1], "")
         if answer.features is None:
             raise RuntimeError(f"{self.name}: a golden image was not embedded ({answer.error})")
-        found = float(cosine(answer.features[None], expected[:1])[0])
-        if not found >= MIN_COSINE:
-            raise RuntimeError(f"{self.name}: a golden image gives other features (cosine {found:.4f})")
+        way = self.identity.values("engine", "precision", "decoding")
+        check = compare(answer.features[None], expected[:1], **way)
+        if check.short:
+            raise RuntimeError(f"{self.name}: a golden image gives other features (cosine {check.cosine:.4f})")
         self.last_good = time.monotonic()
 
 

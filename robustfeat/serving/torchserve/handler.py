@@ -23,7 +23,7 @@ import orjson
 
 from robustfeat.errors import EngineError, RobustFeatError
 from robustfeat.hub.folder import ModelFolder
-from robustfeat.serving.extractor import FeatureExtractor, cosine
+from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.online.answers import (
     JSON,
     VECTOR_TYPES,
@@ -39,7 +39,7 @@ from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
 from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
 from robustfeat.serving.options import RunOptions
-from robustfeat.serving.verify import MIN_COSINE
+from robustfeat.serving.verify import compare
 from robustfeat.system import available_cpus
 
 __all__ = ["MODEL_FOLDER", "SETTINGS", "Handler", "Settings", "handle", "visible_gpu"]
@@ -130,7 +130,7 @@ class Handler:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="loop", daemon=True).start()
         self._loop.call_soon_threadsafe(self._batcher.attach)
-        self._check(MIN_COSINE[options.precision])
+        self._check()
 
     def answer(self, requests: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
         """The answers of a batch of requests; status, type and headers of each go to TorchServe's `context`.
@@ -160,17 +160,20 @@ class Handler:
         _count(context, {"good": good, "failed": len(every) - good})
         return bodies
 
-    def _check(self, needed: float) -> None:
+    def _check(self) -> None:
         """Embeds the golden images, all the way that a client's images go."""
         images, expected = self.model.extractor.folder.golden()
+        way = self.model.identity.values("engine", "precision", "decoding")
         (answers,) = self._embed([images])
         if isinstance(answers, Exception):
             raise EngineError(f"the golden images were not embedded ({answers})")
         for answer, right in zip(answers, expected, strict=True):
             if answer.features is None:
                 raise EngineError(f"a golden image was not embedded ({answer.error})")
-            if not (found := float(cosine(answer.features[None], right[None])[0])) >= needed:
-                raise EngineError(f"a golden image gives other features (cosine {found:.4f}, {needed} needed)")
+            check = compare(answer.features[None], right[None], **way)
+            if check.short:
+                found = f"cosine {check.cosine:.4f}, {check.needed} needed"
+                raise EngineError(f"a golden image gives other features ({found})")
 
     def _embed(self, groups: Sequence[Sequence[bytes | Vector]]) -> list[list[Answer] | ApiError]:
         """The answers of several requests, whose images make batches together and take turns; or that one is late."""

@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from robustfeat.errors import DecodeError
 from robustfeat.progress import Progress
-from robustfeat.serving.extractor import cosine
 from robustfeat.serving.heads.head import Head
+from robustfeat.serving.verify import cosine
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject

@@ -22,9 +22,9 @@ from robustfeat.hub.card import render_card
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import COMPACT_ONNX, GOLDEN_FEATURES, ONNX, TRAINING, WEIGHTS, ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
-from robustfeat.serving.extractor import FeatureExtractor, cosine
+from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.options import RunOptions
-from robustfeat.serving.verify import MIN_COSINE
+from robustfeat.serving.verify import check_golden, compare
 from robustfeat.training.export.compact import compact_onnx
 from robustfeat.training.export.onnx_files import export_onnx, quantize_onnx
 
@@ -93,10 +93,11 @@ def write_model_folder(
         expected = _torch_features(network, inputs)
         if expected.shape != (len(golden), config.feature_size) or not np.isfinite(expected).all():
             raise ExportError(f"{config.name}: PyTorch gives {expected.shape} features or values that are not finite")
-        if not (worst := float(cosine(before, expected).min())) >= MIN_COSINE["fp32"]:
+        rounded = compare(before, expected, engine="pytorch")
+        if rounded.short:
             raise ExportError(
-                f"{config.name}: rounding the weights changes the features (cosine {worst:.5f} on a golden image, "
-                f"{MIN_COSINE['fp32']} needed); nothing was written",
+                f"{config.name}: rounding the weights changes the features (cosine {rounded.cosine:.5f} on a golden "
+                f"image, {rounded.needed} needed); nothing was written",
                 fix="export without `compact=True`",
             )
         np.save(path / GOLDEN_FEATURES, expected)
@@ -128,12 +129,14 @@ def write_model_folder(
 def _check(folder: ModelFolder) -> dict[str, float]:
     cosines: dict[str, float] = {}
     for precision in folder.precisions:
-        cosines[precision] = worst = FeatureExtractor.open(folder, RunOptions(precision, device="cpu")).golden_cosine()
-        if not worst >= MIN_COSINE[precision]:
+        check = check_golden(FeatureExtractor.open(folder, RunOptions(precision, device="cpu")))
+        assert check.cosine is not None
+        cosines[precision] = check.cosine
+        if check.short:
             fix = "pass `int8=False` or more images as `calibration`" if precision == "int8" else "report this network"
             raise ExportError(
-                f"{folder.config.name}: {precision} ONNX disagrees with PyTorch (cosine {worst:.5f} on a golden image, "
-                f"{MIN_COSINE[precision]} needed); nothing was written",
+                f"{folder.config.name}: {precision} ONNX disagrees with PyTorch (cosine {check.cosine:.5f} on a golden "
+                f"image, {check.needed} needed); nothing was written",
                 fix=fix,
             )
     return cosines

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from robustfeat.errors import ModelFolderError, first_line
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import decode, preprocess
-from robustfeat.serving.extractor import cosine
-from robustfeat.serving.verify import MIN_COSINE, Check
+from robustfeat.serving.verify import Check, compare
 
 __all__ = ["verify_with_torch"]
 
@@ -39,5 +38,4 @@ def verify_with_torch(folder: ModelFolder) -> Check:
     inputs = torch.from_numpy(preprocess([decode(image) for image in images], config.preprocessing))
     with torch.no_grad():
         features = network.eval()(inputs).numpy()
-    worst = float(cosine(features, expected).min())
-    return Check("pytorch", "fp32", worst, MIN_COSINE["fp32"])
+    return compare(features, expected, engine="pytorch")

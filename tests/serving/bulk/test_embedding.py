@@ -16,8 +16,8 @@ import pytest
 from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
-from robustfeat.serving.extractor import cosine
 from robustfeat.serving.inputs.listing import list_inputs
+from robustfeat.serving.verify import cosine
 
 
 @pytest.fixture(scope="module")

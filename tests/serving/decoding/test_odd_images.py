@@ -36,8 +36,8 @@ from torchvision.transforms import v2
 from robustfeat import FeatureExtractor
 from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
 from robustfeat.serving.decoding import process as decoders
-from robustfeat.serving.extractor import cosine
 from robustfeat.serving.inputs.listing import list_inputs
+from robustfeat.serving.verify import cosine
 from tests.conftest import Run
 
 Completed = subprocess.CompletedProcess[str]

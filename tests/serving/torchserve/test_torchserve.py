@@ -22,7 +22,7 @@ import tritonclient.http as triton
 from numpy.typing import NDArray
 
 from robustfeat import FeatureExtractor
-from robustfeat.serving.extractor import cosine
+from robustfeat.serving.verify import cosine
 from tests.conftest import Run
 from tests.serving.http.conftest import Answer, alive, children, form_of, wait_until
 from tests.serving.torchserve.conftest import TorchServer, free_ports, torchserving, why_not

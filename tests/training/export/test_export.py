@@ -19,8 +19,7 @@ from robustfeat.errors import DataError, ExportError, InputError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import decode, preprocess
-from robustfeat.serving.extractor import cosine
-from robustfeat.serving.verify import MIN_COSINE
+from robustfeat.serving.verify import MIN_COSINE, cosine
 from robustfeat.training.export.backbones import import_backbone
 from robustfeat.training.export.compact import expand_folder
 from robustfeat.training.export.runs import export_run
