@@ -285,7 +285,7 @@ def _try_engine(model: str, options: RunOptions, status: str) -> tuple[Finding, 
         return replace(_failed("engine", status, exc, f"{label}: "), fix=fix), None, None
     found = (
         f"{ran['engine']} {ran['version']} {options.precision} on {ran['device']}, {ran['threads']} threads: "
-        f"{ran['images_per_s']:,.0f} images/s of {ran['model']}, cosine {ran['cosine']:.5f} on its golden images"
+        f"golden images of {ran['model']} at {ran['images_per_s']:,.0f} images/s, cosine {ran['cosine']:.5f}"
     )
     if not ran["short"]:
         return Finding("engine", OK, found), ran["engine"], ran["device"]

@@ -276,8 +276,11 @@ class HubAccess:
             raise
         except Exception as exc:
             meaning, kind = self._meaning(exc, repo, revision, name, writing=writing)
+            problem, separator, fix = self._redact(meaning).rpartition("; ")
             # Without its cause, whose text may hold the token.
-            raise kind(self._redact(f"{self._subject(repo)}: {meaning}")) from None
+            raise kind(
+                f"{self._subject(repo)}: {problem if separator else fix}", fix=fix if separator else None
+            ) from None
 
     def _subject(self, repo: str) -> str:
         return repo if self.repo_type == "model" else f"hf://{self.repo_type}s/{repo}"
@@ -303,6 +306,7 @@ class HubAccess:
     def _meaning(
         self, exc: Exception, repo: str, revision: str | None, name: str | None, *, writing: bool
     ) -> tuple[str, type[HubError]]:
+        """What it means, and after the last semicolon what to do about it; and the class of our error."""
         from huggingface_hub import errors
 
         cause: BaseException | None = exc
