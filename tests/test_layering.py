@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "system": set(),
     "hub": {"errors", "files", "progress"},
     "serving": {"errors", "files", "progress", "system", "hub"},
-    "doctor": {"errors", "files", "progress", "system", "hub", "serving"},
+    "trial": {"errors", "system", "serving"},
+    "doctor": {"errors", "files", "progress", "system", "hub", "serving", "trial"},
     "training": {"errors", "files", "progress", "system", "hub", "serving"},
     "cli": {"errors", "files", "progress", "system", "hub", "serving", "doctor", "training"},
 }
