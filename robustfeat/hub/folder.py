@@ -83,19 +83,22 @@ class ModelFolder:
         self.config_hash = hashlib.sha256(content).hexdigest()
         if config_hash is not None and not re.fullmatch("(sha256:)?[0-9a-fA-F]{64}", config_hash):
             raise ModelFolderError(
-                f"{config_hash!r} is no config hash, which has 64 hex digits; copy it from robustfeat info"
+                f"{config_hash!r} is no config hash, which has 64 hex digits", fix="copy it from robustfeat info"
             )
         if config_hash is not None and self.config_hash != config_hash.lower().removeprefix("sha256:"):
             raise ModelFolderError(
                 f"{file}: the sha256 must be {config_hash[:12]}..., got {self.config_hash[:12]}...: not the model that "
-                "was asked for; check the name and the revision"
+                "was asked for",
+                fix="check the name and the revision",
             )
         self.config = ModelConfig.from_dict(data, str(file))
         for name in self.config.files:
             path_parts = PurePosixPath(name).parts
             plain = path_parts and "/".join(path_parts) == name and not {"..", "/"} & set(path_parts)
             if not plain or "\\" in name or "\0" in name:
-                raise ModelFolderError(f"{file}: lists {name!r}, which lies outside the folder; do not use this model")
+                raise ModelFolderError(
+                    f"{file}: lists {name!r}, which lies outside the folder", fix="do not use this model"
+                )
             if name in {CONFIG, CARD}:
                 raise ModelFolderError(f"{file}: lists {name!r} among the files that it vouches for", fix=self._remedy)
         self._require_files()
