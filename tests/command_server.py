@@ -23,8 +23,9 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
-__all__ = ["CommandServer"]
+__all__ = ["CommandServer", "ForkedCommand"]
 
 # Not the Hub's client, which reads the environment at import, nor ONNX Runtime, whose thread for telemetry a fork would
 # wait for at its end.
@@ -43,6 +44,54 @@ PRELOADED = (
 )
 # Read when an interpreter or a library starts.
 _EARLY = ("PYTHON", "LD_", "OMP_", "OPENBLAS_", "MKL_", "KMP_", "GOTO_", "MALLOC_", "GLIBC_", "CUDA_", "MPL", "ORT_")
+
+
+class ForkedCommand:
+    """A command that runs, in a session of its own; the part of `subprocess.Popen` that the tests need."""
+
+    def __init__(self, connection: socket.socket, out: IO[bytes], err: IO[bytes]) -> None:
+        self._connection = connection
+        self._answers = connection.makefile("r")
+        self._files = (out, err)
+        self.pid = int(self._answers.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, or None while the command runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, negative for a signal.
+
+        Raises:
+            TimeoutError: after `timeout` seconds.
+        """
+        if self.returncode is None:
+            self._connection.settimeout(timeout)
+            self.returncode = int(self._answers.readline())
+            self._answers.close()
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Sends it to the command alone."""
+        os.kill(self.pid, number)
+
+    def texts(self) -> list[str]:
+        """What stands on stdout and on stderr."""
+        texts = []
+        for file in self._files:
+            file.seek(0)
+            texts.append(file.read().decode())
+            file.close()
+        return texts
+
+    def communicate(self, timeout: float | None = None) -> list[str]:
+        """Waits, and gives stdout and stderr."""
+        self.wait(timeout)
+        return self.texts()
 
 
 class CommandServer:
@@ -66,24 +115,23 @@ class CommandServer:
         self, arguments: list[str], env: Mapping[str, str] | None = None, file_bytes: int | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Like `subprocess.run(..., capture_output=True, text=True)`."""
+        command = self.start(arguments, env, file_bytes)
+        return subprocess.CompletedProcess(arguments, command.wait(), *command.texts())
+
+    def start(
+        self, arguments: list[str], env: Mapping[str, str] | None = None, file_bytes: int | None = None
+    ) -> ForkedCommand:
+        """Like `subprocess.Popen(..., start_new_session=True)`."""
         request = {"arguments": arguments, "env": dict(os.environ if env is None else env), "file_bytes": file_bytes}
         data = json.dumps(request).encode()
-        with (
-            tempfile.TemporaryFile() as out,
-            tempfile.TemporaryFile() as err,
-            open(os.devnull, "rb") as nothing,
-            socket.socket(socket.AF_UNIX) as connection,
-        ):
-            connection.connect(self._address())
+        out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self._address())
+        with open(os.devnull, "rb") as nothing:
             files = [nothing.fileno(), out.fileno(), err.fileno()]
             socket.send_fds(connection, [len(data).to_bytes(4, "big")], files)
-            connection.sendall(data)
-            code = int(connection.makefile("r").readline())
-            texts = []
-            for file in (out, err):
-                file.seek(0)
-                texts.append(file.read().decode())
-        return subprocess.CompletedProcess(arguments, code, *texts)
+        connection.sendall(data)
+        return ForkedCommand(connection, out, err)
 
     def close(self) -> None:
         """Ends it."""
@@ -138,10 +186,12 @@ def _attend(connection: socket.socket) -> None:
     request = json.loads(data)
     pid = os.fork()
     if pid:
+        connection.sendall(f"{pid}\n".encode())
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         connection.sendall(f"{code}\n".encode())
         os._exit(0)
     connection.close()
+    os.setsid()
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)

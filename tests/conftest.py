@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.command_server import CommandServer
+from tests.command_server import CommandServer, ForkedCommand
 from tests.hub_server import FakeHub, serve_hub
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +60,7 @@ WriteFeatures = Callable[..., Path]
 
 Completed = subprocess.CompletedProcess[str]
 Run = Callable[..., Completed]
+Start = Callable[[list[str]], ForkedCommand]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -111,23 +112,34 @@ def example_files() -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def robustfeat() -> Iterator[Run]:
+def commands() -> Iterator[CommandServer]:
+    server = CommandServer(ROOT)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def robustfeat(commands: CommandServer) -> Run:
     """Runs the command line in a process of its own, which cannot write more than `file_bytes` to a file.
 
     The process is a fork of one that has imported torch, where its environment allows that.
     """
-    server = CommandServer(ROOT)
 
     def run(*arguments: object, env: Mapping[str, str] | None = None, file_bytes: int | None = None) -> Completed:
         texts = list(map(str, arguments))
-        if server.serves(env):
-            return server.run(texts, env, file_bytes=file_bytes)
+        if commands.serves(env):
+            return commands.run(texts, env, file_bytes)
         assert file_bytes is None
         command = [sys.executable, "-m", "robustfeat", *texts]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=env)
 
-    yield run
-    server.close()
+    return run
+
+
+@pytest.fixture(scope="session")
+def start(commands: CommandServer) -> Start:
+    """Starts the command line as `robustfeat` runs it, in a session of its own."""
+    return commands.start
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from robustfeat.training.loop.trainer import train
 from robustfeat.training.network import build_network
 from robustfeat.training.objective import Objective, StepBatch
 from robustfeat.training.recipe import Recipe, load_recipe
-from tests.conftest import ROOT, Run, train_arguments
+from tests.command_server import ForkedCommand
+from tests.conftest import ROOT, Run, Start, train_arguments
 
 
 def recipe(dataset: Path, **changes: object) -> Recipe:
@@ -183,17 +183,7 @@ def test_a_file_of_concepts_may_be_named_from_any_folder(dataset: Path, tmp_path
     assert again.returncode == 0, again.stderr
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "robustfeat", *arguments],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str] | ForkedCommand, run: Path, step: int) -> None:
     """Until the run has a checkpoint and a metrics line at this step or later."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -209,7 +199,9 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(
+    dataset: Path, tmp_path: Path, robustfeat: Run, start: Start
+) -> None:
     options = {"epochs": 3, "checkpoint-every-s": 0, "workers": 1}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert robustfeat(*train_arguments(dataset, unbroken, **options), "--quiet").returncode == 0
@@ -227,7 +219,9 @@ def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(dataset: Path, tmp
     assert not list(broken.glob(".*partial"))
 
 
-def test_a_run_killed_before_its_first_epoch_ended_resumes(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+def test_a_run_killed_before_its_first_epoch_ended_resumes(
+    dataset: Path, tmp_path: Path, robustfeat: Run, start: Start
+) -> None:
     arguments = [*train_arguments(dataset, tmp_path / "run", epochs=1), "--quiet"]
     process = start(arguments)
     deadline = time.monotonic() + 120
@@ -241,7 +235,7 @@ def test_a_run_killed_before_its_first_epoch_ended_resumes(dataset: Path, tmp_pa
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_first(
-    dataset: Path, tmp_path: Path, robustfeat: Run, number: signal.Signals
+    dataset: Path, tmp_path: Path, robustfeat: Run, start: Start, number: signal.Signals
 ) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     options = {"epochs": 8, "workers": 1}
@@ -452,7 +446,9 @@ def test_free_shows_every_image_within_as_many_epochs_as_replays(dataset: Path) 
 
 
 @pytest.mark.slow
-def test_a_stopped_free_run_goes_on_at_a_whole_batch(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+def test_a_stopped_free_run_goes_on_at_a_whole_batch(
+    dataset: Path, tmp_path: Path, robustfeat: Run, start: Start
+) -> None:
     options = {"epochs": 6, "inner": "free", "checkpoint-every-s": 0}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert robustfeat(*train_arguments(dataset, unbroken, **options), "--quiet").returncode == 0
@@ -466,7 +462,7 @@ def test_a_stopped_free_run_goes_on_at_a_whole_batch(dataset: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_resume_takes_the_runs_own_recipe(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:
+def test_resume_takes_the_runs_own_recipe(dataset: Path, tmp_path: Path, robustfeat: Run, start: Start) -> None:
     arguments = [*train_arguments(dataset, tmp_path / "run", epochs=3), "--set", "q_baseline=true", "--quiet"]
     process = start([*arguments, "--checkpoint-every-s=0"])
     wait_for_step(process, tmp_path / "run", 2)
