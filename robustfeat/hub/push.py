@@ -117,13 +117,7 @@ def push_model(
     refuse_code(target.files, f"{repo} on the Hub")
     old = _old_config(access, repo, target, contents)
     changes = _changes(folder, contents, target, old)
-    if revision in target.tags or tag in target.branches:
-        raise HubError(
-            f"{repo}: {revision if revision in target.tags else tag} names a tag or a branch already",
-            fix="choose another",
-        )
-    if tag in target.tags and (changes or target.tags[tag] != target.head):
-        raise HubError(f"{repo}: the tag {tag} exists and stays where it is", fix="choose another name for it")
+    _refuse_taken_names(repo, target, revision, tag, will_change=bool(changes))
     head, pull_request = target.head, None
     if dry_run:
         head = None if changes else head
@@ -163,6 +157,19 @@ def _check_request(folder: ModelFolder, repo: str, access: HubAccess, *, revisio
         raise HubError(f"{repo}: {tag!r} is a branch", fix="choose another name for the tag")
     if folder.compact:
         raise ModelFolderError(f"{folder.path}: is a compact folder; what is pushed needs its ONNX as one file")
+
+
+def _refuse_taken_names(
+    repo: str, target: _Target, revision: str | None, tag: str | None, *, will_change: bool
+) -> None:
+    """Refuses a branch that is a tag there, a tag that is a branch, and a tag that would have to move."""
+    if revision in target.tags or tag in target.branches:
+        raise HubError(
+            f"{repo}: {revision if revision in target.tags else tag} names a tag or a branch already",
+            fix="choose another",
+        )
+    if tag in target.tags and (will_change or target.tags[tag] != target.head):
+        raise HubError(f"{repo}: the tag {tag} exists and stays where it is", fix="choose another name for it")
 
 
 def _card(folder: ModelFolder, repo: str) -> str:

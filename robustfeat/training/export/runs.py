@@ -75,17 +75,13 @@ def export_run(
         contract = recipe.preprocessing(image_size, crop_pct)
     except ValueError as exc:
         raise InputError(f"{run}: {exc}") from exc
-    network = build_network(len(checkpoint.classes))
-    network.load_state_dict(checkpoint.model)
-    classifier = network.get_submodule("fc")
-    assert isinstance(classifier, nn.Linear)
-    network.fc = nn.Identity()
+    network, feature_size = _feature_network(checkpoint)
     # A folder is published: what it says of the recipe must not tell of this machine's paths.
     told = {**checkpoint.recipe, "concepts": Path(recipe.concepts).name}
     config = ModelConfig(
         name=name or folder.resolve().name,
         architecture="resnet18",
-        feature_size=classifier.in_features,
+        feature_size=feature_size,
         num_classes=len(checkpoint.classes),
         preprocessing=contract,
         concepts=tuple(checkpoint.concepts),
@@ -108,6 +104,16 @@ def export_run(
         images = folder_images(calibration) if calibration else training_images(checkpoint.data, recipe)
     backbone = Backbone(network, checkpoint.model, config, training)
     return write_model_folder(backbone, out, calibration=images, compact=compact)
+
+
+def _feature_network(checkpoint: Checkpoint) -> tuple[nn.Module, int]:
+    """The network without its classifier, and the size of its features."""
+    network = build_network(len(checkpoint.classes))
+    network.load_state_dict(checkpoint.model)
+    classifier = network.get_submodule("fc")
+    assert isinstance(classifier, nn.Linear)
+    network.fc = nn.Identity()
+    return network, classifier.in_features
 
 
 def _provenance(
