@@ -49,8 +49,8 @@ class HubFolder(ModelFolder):
         self._fetched: set[str] = set()
         self._listing: list[str] | None = None
         self._unreachable: UnreachableError | None = None
-        pin = f" --revision {revision}" if revision else ""
-        self._remedy = f"download it again with `robustfeat pull {repo}{pin} --force`"
+        pinned = f"`robustfeat pull {repo} --revision {revision} --force`"
+        self._remedy = f"download it again with {pinned if revision else f'`robustfeat pull {repo} --force`'}"
         if revision is not None and not is_revision(revision):
             raise HubError(f"{repo}: the revision must be a branch, a tag or a commit; got {revision!r}")
         config = Path(self._open(revision))

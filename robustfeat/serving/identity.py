@@ -127,6 +127,14 @@ class ModelIdentity:
         """The first of `keys` in which they differ: `MODEL_KEYS`, `FEATURE_KEYS` or `BYTE_KEYS`; None if in none."""
         return next((key for key in keys if getattr(self, key) != getattr(other, key)), None)
 
+    def same_features(self, other: ModelIdentity) -> bool:
+        """Whether features of both can be mixed: the same model and preprocessing, run in any way."""
+        return self.difference(other, MODEL_KEYS) is None
+
+    def same_bytes(self, other: ModelIdentity) -> bool:
+        """Whether both give the same bytes: also run in the same way by the same versions."""
+        return self.difference(other, BYTE_KEYS) is None
+
     def require(self, other: ModelIdentity, mine: str, theirs: str) -> None:
         """Refuses features of another model or preprocessing; `mine` and `theirs` are named in the error.
 

@@ -69,6 +69,8 @@ def test_bytes_features_and_models_are_told_apart(
     other = dataclasses.replace(extractor.identity, **changes)  # type: ignore[arg-type]
     found = {keys: extractor.identity.difference(other, keys) for keys in (BYTE_KEYS, FEATURE_KEYS, MODEL_KEYS)}
     assert found == {keys: next(iter(changes)) if keys in differing else None for keys in found}
+    assert extractor.identity.same_bytes(other) == (BYTE_KEYS not in differing)
+    assert extractor.identity.same_features(other) == (MODEL_KEYS not in differing)
 
 
 def test_another_model_is_refused_by_name(extractor: FeatureExtractor) -> None:

@@ -246,7 +246,8 @@ class _ShardWriter:
         # As the command line does it: int8 is checked anew, on this processor.
         extractor = FeatureExtractor.load(plan.model, plan.options, plan.access)
         here, there = extractor.identity, ModelIdentity.of_meta(identity)
-        if key := here.difference(there, BYTE_KEYS):
+        if not here.same_bytes(there):
+            key = str(here.difference(there, BYTE_KEYS))
             raise EngineError(
                 f"Ray: {key} is {here.values(key)[key]} on {socket.gethostname()} and {there.values(key)[key]} where "
                 "the command runs",

@@ -196,6 +196,10 @@ class Head:
             raise ValueError(f"features must be (n, {self.feature_size}); got {values.shape}")
         return values
 
+    def takes(self, model: ModelIdentity) -> bool:
+        """Whether the head can answer for this model's features; a head of no known model asks for their size alone."""
+        return model.feature_size == self.feature_size if self.model is None else self.model.same_features(model)
+
     def require_model(self, model: ModelIdentity, mine: str, theirs: str) -> None:
         """Refuses another model's features.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -242,11 +241,8 @@ def match_heads(heads: dict[str, Head], models: Sequence[ServedModel]) -> dict[s
     """
     matched = {}
     for name, head in heads.items():
-        for model in models:
-            with contextlib.suppress(InputError):
-                head.require_model(model.identity, f"the head {name}", "the model served")
-                matched[name] = ServedHead(name, head, model)
-                break
-        else:
+        fitting = [model for model in models if head.takes(model.identity)]
+        if not fitting:
             head.require_model(models[0].identity, f"the head {name}", "the model served")
+        matched[name] = ServedHead(name, head, fitting[0])
     return matched
