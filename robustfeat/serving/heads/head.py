@@ -23,7 +23,7 @@ from robustfeat.errors import HeadError, InputError, first_line
 from robustfeat.files import new_folder
 from robustfeat.serving.heads import convert
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
-from robustfeat.serving.heads.kinds import KINDS, SCALINGS, Array, Arrays
+from robustfeat.serving.heads.kinds import KINDS, SCALINGS, Array
 from robustfeat.serving.identity import ModelIdentity
 
 __all__ = ["Head"]
@@ -37,7 +37,7 @@ _CALIBRATION = ("calibration.scale", "calibration.offset")
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class Head(convert.HeadParts):
     """A classifier of features.
 
     With several labels a row, a linear kind has one row of coefficients a label; the others have arrays of a further
@@ -57,12 +57,6 @@ class Head:
         ValueError: the parts do not fit together.
     """
 
-    kind: str
-    classes: tuple[str | int, ...]
-    scaling: str
-    arrays: Arrays
-    multi_label: bool = False
-    model: ModelIdentity | None = None
     selection: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
 
@@ -129,16 +123,15 @@ class Head:
             ValueError: it is something else, or not fitted.
         """
         parts = convert.from_sklearn(estimator, model)
-        named = parts.classes if classes is None else tuple(classes)
-        return cls(parts.kind, named, parts.scaling, parts.arrays, parts.multi_label, parts.model, **about)
+        named = {} if classes is None else {"classes": tuple(classes)}
+        return cls(**(vars(parts) | named | about))
 
     def to_sklearn(self) -> Any:
         """This head as a fitted scikit-learn estimator with the same predictions: a pipeline where it scales.
 
         Calibration is left out. Several labels a row become a MultiOutputClassifier.
         """
-        parts = convert.HeadParts(self.kind, self.classes, self.scaling, self.arrays, self.multi_label, self.model)
-        return convert.to_sklearn(parts)
+        return convert.to_sklearn(self)
 
     @property
     def feature_size(self) -> int:
