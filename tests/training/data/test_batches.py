@@ -178,7 +178,7 @@ def test_a_run_may_not_lie_among_the_classes(dataset: Path, tmp_path: Path) -> N
     photos = tmp_path / "photos"
     shutil.copytree(dataset / "train", photos)
     recipe = Recipe(concepts="classes", batch_size=6, image_sizes=((0, 32),), validation_size=32, epochs=1)
-    with pytest.raises(InputError, match="lies in DATA, where it would be taken for a class"):
+    with pytest.raises(InputError, match="lies in the training data, where it would be taken for a class"):
         train_run(photos, recipe, photos / "run", workers=0, quiet=True)
     assert not (photos / "run").exists()
     assert not are_class_folders(dataset)
