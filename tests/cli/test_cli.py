@@ -114,11 +114,14 @@ def test_train_export_embed_work_together(robustfeat: Run, finished_run: Path, e
             ["train", "{dataset}", "--out", "{tmp}/run", "--resume", "--concepts", "classes", "--batch-size", "6"],
             "holds no checkpoint.pt",
         ),
-        (["train", "{dataset}", "--out", "{tmp}/run", "--lr", "-1"], "lr must be from"),
+        (["train", "{dataset}", "--out", "{tmp}/run", "--lr", "-1"], "--lr -1.0: must be from"),
         (["export", "{tmp}/none", "--out", "{tmp}/model"], "holds no checkpoint.pt"),
         (["export", "{tmp}/junk.pt", "--out", "{tmp}/model"], "damaged or not a checkpoint"),
         (["import", "resnet18", "--out", "{tmp}/model"], "expected timm:NAME or torchvision:NAME"),
-        (["import", "timm:no_such_net", "--weights", "x", "--out", "{tmp}/model"], "timm:no_such_net"),
+        (
+            ["import", "timm:no_such_net", "--weights", "{dataset}/concepts.csv", "--out", "{tmp}/model"],
+            "timm:no_such_net",
+        ),
         (["import", "timm:resnet18", "--weights", "{tmp}/junk.pt", "--out", "{tmp}/model"], "cannot be read"),
     ],
 )

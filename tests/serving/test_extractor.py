@@ -123,8 +123,8 @@ def test_unknown_engines_and_devices_are_refused(model: Path, options: dict[str,
         FeatureExtractor.from_pretrained(model, **options)  # type: ignore[arg-type]
 
 
-def test_without_onnx_runtime_exporting_says_what_is_missing(tmp_path: Path) -> None:
-    for arguments in (["export", "run"], ["import", "timm:resnet18"]):
+def test_without_onnx_runtime_exporting_says_what_is_missing(tmp_path: Path, finished_run: Path) -> None:
+    for arguments in (["export", str(finished_run)], ["import", "timm:resnet18"]):
         code = (
             "import sys; sys.modules['onnxruntime'] = None\n"
             "from robustfeat.cli import main\n"

@@ -14,6 +14,8 @@ import onnx
 import onnxscript.optimizer
 import torch
 from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 from robustfeat.errors import ExportError, first_line
@@ -69,17 +71,6 @@ def quantize_onnx(source: Path, batches: Sequence[NDArray[np.float32]], contract
     Raises:
         ExportError: the graph cannot be quantised.
     """
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._batches = iter(batches)
-
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-            batch = next(self._batches, None)
-            return None if batch is None else {"pixel_values": batch}
-
     try:
         with _quiet(), tempfile.TemporaryDirectory() as scratch:
             # Shape inference and BatchNorm folded into the convolutions, which are then quantised as one.
@@ -88,7 +79,7 @@ def quantize_onnx(source: Path, batches: Sequence[NDArray[np.float32]], contract
             quantize_static(
                 str(prepared),
                 str(target),
-                Reader(),
+                _Batches(batches),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
@@ -102,6 +93,17 @@ def quantize_onnx(source: Path, batches: Sequence[NDArray[np.float32]], contract
     model = onnx.load(target)
     _stamp(model, contract)
     onnx.save(model, target)
+
+
+class _Batches(CalibrationDataReader):  # type: ignore[misc]
+    """Prepared images, as the quantiser reads them."""
+
+    def __init__(self, batches: Sequence[NDArray[np.float32]]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"pixel_values": batch}
 
 
 def _stamp(model: onnx.ModelProto, contract: Preprocessing) -> None:
