@@ -60,3 +60,11 @@ def test_embed_of_one_path_is_quiet_and_may_stop_at_a_failure(
 def test_a_wrong_name_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.npy"):
         robustfeat.embed(tmp_path, tmp_path / "feats.xyz", model="no/such-model")
+
+
+def test_embed_refuses_no_inputs_and_unknown_answers_to_errors_before_it_loads_a_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="inputs: got none") as caught:
+        robustfeat.embed([], tmp_path / "feats.npy", model="nosuch")
+    assert caught.value.argument == "inputs"
+    with pytest.raises(ValueError, match="on_error must be nan or stop"):
+        robustfeat.embed(tmp_path, tmp_path / "feats.npy", model="nosuch", on_error="skip")

@@ -105,7 +105,7 @@ def command(
     folder = resolve_model(model, revision=options.revision, config_hash=options.config_hash)
     addresses = Addresses(host, port)
     settings = Settings(
-        options=replace(options, engine=options.choose_engine(), revision=folder.revision),
+        options=replace(options, engine=options.choose_engine(), revision=folder.revision, config_hash=None),
         workers=workers,
         max_items=max_items,
         max_body_bytes=max_body * 2**20,

@@ -19,7 +19,7 @@ FEATURE_KEYS = ("files", "preprocessing_hash", "precision", "engine", "device", 
 """What `append` compares: the rows of one file come from one way to run one model."""
 
 BYTE_KEYS = ("name", *FEATURE_KEYS, "threads", "versions")
-"""What resuming and the machines of a Ray cluster compare: all that decides the bytes of a row, but for the batch size.
+"""What the machines of a Ray cluster compare: all that decides the bytes of a row, but for the batch size.
 
 The commit on the Hub is in none of the lists, because it changes with the card, too.
 """

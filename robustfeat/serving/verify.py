@@ -120,8 +120,11 @@ def check_golden(subject: GoldenSubject, *, timed: bool = False) -> Check:
 
 
 def ways_to_run(precisions: Iterable[str]) -> Iterator[RunOptions]:
-    """Every engine and precision on the processor, for a folder that holds ONNX files of these precisions."""
-    stored = set(precisions)
+    """Every engine and precision on the processor, for a folder that holds ONNX files of these precisions.
+
+    A folder without an fp32 file is no model; opening it says so.
+    """
+    stored = {"fp32", *precisions}
     for engine in ENGINES:
         for precision in PRECISIONS:
             options = RunOptions(precision, engine, "cpu")

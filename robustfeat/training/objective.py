@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import ConceptMap
-from robustfeat.training.levels import StepBatch, create_concept_level, create_example_level
+from robustfeat.training.levels import Adversary, StepBatch, create_concept_level, create_example_level
 from robustfeat.training.methods import METHODS, import_failed, require_method
 from robustfeat.training.recipe import Recipe
 
@@ -37,7 +37,6 @@ class Objective:
 
     Attributes:
         example_level, concept_level: what moves the images, and what weighs the losses.
-        adversary: of the concept level, where it has one.
         replays: how many steps in a row are made with one batch.
         tau_at_224px: length of the example-level step; 0 where that level is off.
     """
@@ -52,9 +51,13 @@ class Objective:
     ) -> None:
         self.example_level = create_example_level(direction, recipe)
         self.concept_level = create_concept_level(weighting, recipe, concepts)
-        self.adversary = self.concept_level.adversary
         self.replays = self.example_level.replays
         self.tau_at_224px = recipe.tau if direction else 0.0
+
+    @property
+    def adversary(self) -> Adversary | None:
+        """What the concept level learns with, if it learns."""
+        return self.concept_level.adversary
 
     def tau(self, side_px: int, epoch: float) -> float:
         """The length added at this image side; a subclass may let it depend on `epoch`, the epochs done so far."""

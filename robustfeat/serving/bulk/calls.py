@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
+from robustfeat.errors import InputError
+from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files, require_on_error
 from robustfeat.serving.bulk.job import Places
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.listing import list_inputs
@@ -71,7 +72,7 @@ def embed(
     """
     places = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     target = os.fspath(out)
-    Places.of(target)  # a wrong name is refused before the model is loaded
+    _require(places, target, on_error)
     options = RunOptions(
         precision=precision,
         engine=engine,
@@ -95,3 +96,11 @@ def embed(
             append=append,
             quiet=quiet,
         )
+
+
+def _require(places: Sequence[object], target: str, on_error: str) -> None:
+    """Refuses wrong arguments before the model is loaded."""
+    require_on_error(on_error)
+    Places.of(target)
+    if not places:
+        raise InputError("got none", argument="inputs", fix="name at least one folder or image")

@@ -24,7 +24,7 @@ from robustfeat.serving.decoding.pool import DEADLINE_S
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.input_list import InputList
 
-__all__ = ["SHARD_ROWS", "EmbeddingResult", "embed_files"]
+__all__ = ["SHARD_ROWS", "EmbeddingResult", "embed_files", "require_on_error"]
 
 SHARD_ROWS = 4096
 """Rows between two points from which a killed run can be resumed."""
@@ -53,6 +53,12 @@ class EmbeddingResult:
     known: int
     feature_size: int
     seconds: float
+
+
+def require_on_error(on_error: str) -> None:
+    """Raises `ValueError` for another value than `nan` and `stop`."""
+    if on_error not in {"nan", "stop"}:
+        raise ValueError(f"on_error must be nan or stop; got {on_error!r}")
 
 
 def embed_files(
@@ -96,8 +102,7 @@ def embed_files(
             add to, or an image failed and `on_error` is `stop`.
         EngineError: no decoder process can be started.
     """
-    if on_error not in {"nan", "stop"}:
-        raise ValueError(f"on_error must be nan or stop; got {on_error!r}")
+    require_on_error(on_error)
     began = time.monotonic()
     places = Places.of(str(out))
     existing = read_existing(places, extractor.identity) if append else None

@@ -19,7 +19,6 @@ from robustfeat.serving.http.process.metrics import Metrics, ModelMetrics
 from robustfeat.serving.online.answers import Answer, NamedModel, Vector
 from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError
-from robustfeat.serving.verify import compare
 
 if TYPE_CHECKING:  # with a head come the libraries of heads
     from robustfeat.serving.heads.head import Head
@@ -103,16 +102,11 @@ class ServedModel(NamedModel):
         """Embeds a golden image, all the way that a client's image goes.
 
         Raises:
-            RuntimeError: it did not come out as it must.
+            EngineError: it was not embedded, or has other features.
         """
         images, expected = self._golden
         (answer,) = await self._batcher.embed(images[:1], "")
-        if answer.features is None:
-            raise RuntimeError(f"{self.name}: a golden image was not embedded ({answer.error})")
-        way = self.identity.values("engine", "precision", "decoding")
-        check = compare(answer.features[None], expected[:1], **way)
-        if check.short:
-            raise RuntimeError(f"{self.name}: a golden image gives other features (cosine {check.cosine:.4f})")
+        self.require_golden(answer, expected[0])
         self.last_good = time.monotonic()
 
 

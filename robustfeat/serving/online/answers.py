@@ -11,8 +11,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from robustfeat.errors import EngineError
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.online.errors import ApiError, failure_object, problem_object
+from robustfeat.serving.verify import compare
 
 __all__ = [
     "BINARY_HEADERS",
@@ -80,6 +82,21 @@ class NamedModel:
         self.name, self.extractor, self.version = name, extractor, extractor.folder.version
         self.identity = extractor.identity
         self.about = {"model": name, **self.identity.values("revision", "precision")}
+
+    def require_golden(self, answer: Answer, expected: Vector) -> None:
+        """Refuses a wrong answer for a golden image, whose features are `expected`, (D,).
+
+        Raises:
+            EngineError: it has no features, or others.
+        """
+        if answer.features is None:
+            raise EngineError(f"{self.name}: a golden image was not embedded ({answer.error})")
+        way = self.identity.values("engine", "precision", "decoding")
+        check = compare(answer.features[None], expected[None], **way)
+        if check.short:
+            raise EngineError(
+                f"{self.name}: a golden image gives other features (cosine {check.cosine:.4f}, {check.needed} needed)"
+            )
 
 
 @dataclass(frozen=True)

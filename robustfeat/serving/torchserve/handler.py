@@ -39,7 +39,6 @@ from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
 from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
 from robustfeat.serving.options import RunOptions
-from robustfeat.serving.verify import compare
 from robustfeat.system import available_cpus
 
 __all__ = ["MODEL_FOLDER", "SETTINGS", "Handler", "Settings", "handle", "visible_gpu"]
@@ -163,17 +162,11 @@ class Handler:
     def _check(self) -> None:
         """Embeds the golden images, all the way that a client's images go."""
         images, expected = self.model.extractor.folder.golden()
-        way = self.model.identity.values("engine", "precision", "decoding")
         (answers,) = self._embed([images])
         if isinstance(answers, Exception):
             raise EngineError(f"the golden images were not embedded ({answers})")
         for answer, right in zip(answers, expected, strict=True):
-            if answer.features is None:
-                raise EngineError(f"a golden image was not embedded ({answer.error})")
-            check = compare(answer.features[None], right[None], **way)
-            if check.short:
-                found = f"cosine {check.cosine:.4f}, {check.needed} needed"
-                raise EngineError(f"a golden image gives other features ({found})")
+            self.model.require_golden(answer, right)
 
     def _embed(self, groups: Sequence[Sequence[bytes | Vector]]) -> list[list[Answer] | ApiError]:
         """The answers of several requests, whose images make batches together and take turns; or that one is late."""
