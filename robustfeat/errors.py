@@ -94,6 +94,11 @@ class RobustFeatError(Exception):
         return self.what if self.argument is None else f"`{self._subject}`: {self.what}"
 
     @property
+    def fix_parameters(self) -> set[str]:
+        """The parameters that the fix names."""
+        return {match[1] for match in _REFERENCE.finditer(self.fix or "")}
+
+    @property
     def _subject(self) -> str:
         return f"{self.argument}" if self.value is None else f"{self.argument}={self.value}"
 

@@ -14,6 +14,8 @@ import warnings
 import click
 
 from robustfeat import __version__
+from robustfeat.cli.rendering import Failure
+from robustfeat.errors import RobustFeatError
 
 __all__ = ["cli", "main"]
 
@@ -85,6 +87,9 @@ def main() -> None:
     except click.ClickException as exc:
         exc.show()
         code = exc.exit_code
+    except RobustFeatError as exc:  # of a command that does not render its own
+        Failure(str(exc)).show()
+        code = 1
     except click.Abort:
         click.echo("robustfeat: interrupted", err=True)
         # Not `sys.exit`: that waits for threads, and a solver may compute for minutes. All that cleans up has done so.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import IO, Any
 
 import click
@@ -21,7 +22,17 @@ class Failure(click.ClickException):
 
 
 class Command(click.Command):
-    """A command whose errors name its options."""
+    """A command whose errors name its options.
+
+    Args:
+        fallback: spells a parameter that is none of the command's, and its value; None keeps Python's spelling.
+    """
+
+    def __init__(
+        self, *args: Any, fallback: Callable[[str, str | None], str | None] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._fallback = fallback
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs it.
@@ -44,7 +55,7 @@ class Command(click.Command):
             return parameters[f"no_{name}"].opts[0]
         parameter = parameters.get(name)
         if parameter is None:
-            return None
+            return self._fallback(name, value) if self._fallback else None
         if isinstance(parameter, click.Argument):
             return parameter.human_readable_name if value is None else value
         if isinstance(parameter, click.Option) and parameter.secondary_opts and value == "False":

@@ -51,7 +51,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-body",
+    "max_body_bytes",
     type=ABOVE_ZERO,
+    callback=lambda ctx, parameter, value: int(value * 2**20),
     default=32,
     show_default=True,
     metavar="MIB",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 @click.option("--max-connections", type=click.IntRange(1), default=1024, show_default=True, help="To a worker.")
 @click.option(
     "--timeout",
+    "timeout_s",
     type=ABOVE_ZERO,
     default=30,
     show_default=True,
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--decode-timeout",
+    "decode_timeout_s",
     type=ABOVE_ZERO,
     default=10,
     show_default=True,
@@ -101,13 +105,13 @@ def command(
     workers: int,
     keys: Path | None,
     hosts: tuple[str, ...],
-    max_body: float,
+    max_body_bytes: int,
     max_pixels: int,
     max_items: int,
     max_queue: int,
     max_connections: int,
-    timeout: float,
-    decode_timeout: float,
+    timeout_s: float,
+    decode_timeout_s: float,
     drain: float,
     log_requests: bool,
     extraction: Extraction,
@@ -128,12 +132,12 @@ def command(
             "--revision and --config-hash are for one model; pull the models and serve their folders"
         )
     limits = Limits(
-        max_body_bytes=int(max_body * 2**20),
+        max_body_bytes=max_body_bytes,
         max_pixels=max_pixels,
         max_items=max_items,
         max_queue=max_queue,
-        timeout_s=timeout,
-        decode_timeout_s=decode_timeout,
+        timeout_s=timeout_s,
+        decode_timeout_s=decode_timeout_s,
         max_connections=max_connections,
     )
     ring = KeyRing(keys, os.environ.get(ENVIRONMENT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tomllib
@@ -18,7 +19,31 @@ if TYPE_CHECKING:
     from robustfeat.training.recipe import Recipe
 
 
-@click.command("train", cls=Command, short_help="Pre-train a network with HRRL or a relative of it.")
+def _spell_key(name: str, value: str | None) -> str | None:
+    """The spelling of a recipe's key that has no option of its own."""
+    from robustfeat.training.recipe import Recipe
+
+    if name not in {item.name for item in dataclasses.fields(Recipe)}:
+        return None
+    if value is None:
+        return f"--set {name}"
+    given = click.get_current_context().params
+    for text in reversed(given["settings"]):
+        key, setting = _setting(text)
+        if key == name and value in {str(setting), repr(setting)}:
+            return f"--set {text}"
+    size = given["image_size"]
+    if name == "image_sizes" and value == repr(((0, size),)):
+        return f"--image-size {size}"
+    return f"--set {name}={value}"
+
+
+@click.command(
+    "train",
+    cls=Command,
+    fallback=_spell_key,
+    short_help="Pre-train a network with HRRL or a relative of it.",
+)
 @click.argument("data", metavar="DATA")
 @click.option("--out", required=True, metavar="RUN", help="Folder for the checkpoint and the metrics.")
 @click.option(

@@ -150,4 +150,6 @@ def check_ways(
         try:
             yield check_golden(open_way(options), timed=timed)
         except EngineError as exc:
-            yield Check(options.engine, options.precision, None, MIN_COSINE[options.precision], str(exc))
+            # The check chooses the parameters itself, so a fix that names some does not help its reader.
+            reason = exc.problem.replace("`", "") if exc.fix_parameters else str(exc)
+            yield Check(options.engine, options.precision, None, MIN_COSINE[options.precision], reason)

@@ -115,6 +115,13 @@ def test_train_export_embed_work_together(robustfeat: Run, finished_run: Path, e
             "holds no checkpoint.pt",
         ),
         (["train", "{dataset}", "--out", "{tmp}/run", "--lr", "-1"], "--lr -1.0: must be from"),
+        (["train", "{dataset}", "--out", "{tmp}/run", "--image-size", "5"], "robustfeat: --image-size 5: must be from"),
+        (["train", "{dataset}", "--out", "{tmp}/run", "--set", "tau_unit=x"], "--set tau_unit=x: must be one of"),
+        (
+            ["train", "{dataset}", "--out", "{tmp}/run", "--set", "image_sizes=[[0,5]]"],
+            "--set image_sizes=[[0,5]]: must",
+        ),
+        (["serve", "--max-body", "1e-9"], "--max-body 0: expected more than 0"),
         (["export", "{tmp}/none", "--out", "{tmp}/model"], "holds no checkpoint.pt"),
         (["export", "{tmp}/junk.pt", "--out", "{tmp}/model"], "damaged or not a checkpoint"),
         (["import", "resnet18", "--out", "{tmp}/model"], "expected timm:NAME or torchvision:NAME"),

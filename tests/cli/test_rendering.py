@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 import pytest
 from click.testing import CliRunner
 
+from robustfeat.cli import cli, main
 from robustfeat.cli.rendering import Command
 from robustfeat.errors import InputError
 
@@ -39,3 +42,18 @@ def test_the_command_line_renders_parameters_as_its_options(error: InputError, p
     assert str(error) == python
     result = CliRunner().invoke(command, ["x"])
     assert (result.exit_code, result.stderr) == (1, f"robustfeat: {command_line}\n")
+
+
+def test_a_command_that_does_not_render_prints_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def plain() -> None:
+        raise LEAVE_OUT
+
+    monkeypatch.setattr(cli, "get_command", lambda ctx, name: plain)
+    monkeypatch.setattr(sys, "argv", ["robustfeat", "plain"])
+    with pytest.raises(SystemExit) as info:
+        main()
+    assert info.value.code == 1
+    assert capsys.readouterr().err == f"robustfeat: {LEAVE_OUT}\n"

@@ -48,6 +48,14 @@ def test_a_way_that_cannot_run_says_why() -> None:
     assert str(check) == "openvino    fp32  not run: it is not installed; install it"
 
 
+def test_a_reason_names_no_parameters_to_pass() -> None:
+    def refuse(options: RunOptions) -> FeatureExtractor:
+        raise EngineError("cannot do it", argument="device", value="cpu", fix="pass `precision=fp32`")
+
+    (check,) = check_ways(refuse, [RunOptions(engine="openvino")])
+    assert check.reason == "device=cpu: cannot do it"
+
+
 def test_a_check_without_a_clock_has_no_speed() -> None:
     check = check_golden(FeatureExtractor.from_pretrained(threads=1))
     assert check.images_per_s is None

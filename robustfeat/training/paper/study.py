@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError, StoppedError
+from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError, StoppedError, TrainingError
 from robustfeat.progress import remark
 from robustfeat.serving.inputs.sources import printable
 from robustfeat.training.concepts import assign_concepts, load_concepts
@@ -325,16 +325,24 @@ class Study:
 
     def _train(self, data: str, recipe: Recipe, folder: Path, resume: bool) -> TrainingResult:
         machine = self.machine
-        return train(
-            data,
-            recipe,
-            folder,
-            resume=resume,
-            device=machine.device,
-            threads=machine.threads,
-            workers=machine.workers,
-            quiet=machine.quiet,
-        )
+        try:
+            return train(
+                data,
+                recipe,
+                folder,
+                resume=resume,
+                device=machine.device,
+                threads=machine.threads,
+                workers=machine.workers,
+                quiet=machine.quiet,
+            )
+        except (DivergedError, StoppedError):
+            raise
+        except (TrainingError, InputError) as exc:
+            if exc.fix_parameters <= {field.name for field in fields(Machine)}:
+                raise
+            fix = "repeat the command to resume"  # the report has no `resume` and none of the recipe's keys
+            raise type(exc)(exc.what, argument=exc.argument, value=exc.value, fix=fix) from exc
 
     def _saved_epochs(self, folder: Path, recipe: Recipe, stage: str) -> int:
         saved = load_checkpoint(folder)

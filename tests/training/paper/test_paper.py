@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from robustfeat.cli.paper_command import command as paper_command
-from robustfeat.errors import CheckpointError, DataError, DecodeError, DivergedError, InputError
+from robustfeat.errors import CheckpointError, DataError, DecodeError, DivergedError, InputError, TrainingError
 from robustfeat.training.concepts import ConceptMap, assign_concepts, load_concepts
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.evaluation.probes import svm
@@ -279,6 +279,27 @@ def test_a_run_that_diverged_is_a_result_and_is_tried_once(
     assert all("the loss is not finite" in values["diverged"] for values in kept)
     with pytest.raises(DivergedError, match="main-erm-s0: the loss"):  # nothing can be said without it
         measures.score("erm", 0, "cifar10")
+
+
+@pytest.mark.parametrize(
+    ("fix", "said"),
+    [
+        ("pass fewer `workers`, then resume with `resume=True`", "repeat the command to resume"),
+        ("check the driver, or pass `device=cpu`", "check the driver, or pass `device=cpu`"),
+        ("free space", "free space"),
+    ],
+)
+def test_fixes_name_nothing_that_a_report_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fix: str, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> TrainingResult:
+        raise TrainingError("a process ended", argument="precision", value="fp16", fix=fix)
+
+    monkeypatch.setattr("robustfeat.training.paper.study.train", fail)
+    study = Study(tmp_path, SCALES["quick"](), None, {}, Machine())
+    with pytest.raises(TrainingError) as info:
+        study._train("data", Recipe(), tmp_path, resume=False)
+    assert str(info.value) == f"precision=fp16: a process ended; {said}"
 
 
 def test_what_is_left_out_is_said_before_a_part_is_drawn(
