@@ -55,8 +55,9 @@ class TarReader:
         self, handle: IO[bytes] | Any, place: str, *, error: type[RobustFeatError] = InputError, complete: bool = False
     ) -> None:
         self._handle, self._place, self._error, self._complete = handle, place, error, complete
-        self._length: int = handle.seek(0, os.SEEK_END)
         self._window, self._window_at = b"", 0
+        with self._readable():
+            self._length: int = handle.seek(0, os.SEEK_END)
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of the archive, fewer at its end."""
@@ -64,11 +65,9 @@ class TarReader:
         if not 0 <= first <= len(self._window) - size:
             if offset >= self._length:
                 return b""
-            try:
+            with self._readable():
                 self._handle.seek(offset)
                 self._window = self._handle.read(max(size, _AHEAD))
-            except OSError as exc:
-                raise self._error(f"{self._place}: cannot be read ({exc.strerror or first_line(exc)})") from exc
             self._window_at, first = offset, 0
         return self._window[first : first + size]
 
@@ -174,6 +173,13 @@ class TarReader:
             if rest.strip(b"\0"):
                 self._damaged(offset, "it goes on after the mark of its end; archives were joined, or it is altered")
             offset += len(rest)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise self._error(f"{self._place}: cannot be read ({exc.strerror or first_line(exc)})") from exc
 
     def _refuse(self, offset: int, what: str) -> NoReturn:
         if offset == 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from robustfeat.errors import DataError, InputError
+from robustfeat.errors import DataError, InputError, RobustFeatError
 from robustfeat.serving.inputs.tar import TarMember, TarReader, open_tar
 
 
@@ -158,3 +158,15 @@ def test_errors_are_of_the_kind_that_is_asked_for(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match="notes: not a tar file; expected an uncompressed one"):
         list(TarReader(io.BytesIO(b"notes"), "notes", error=DataError).members())
+
+
+@pytest.mark.parametrize("error", [InputError, DataError])
+def test_an_archive_that_is_a_pipe_is_named(tmp_path: Path, error: type[RobustFeatError]) -> None:
+    place = tmp_path / "a.tar"
+    os.mkfifo(place)
+    writer = os.open(place, os.O_RDWR)  # so that opening to read does not wait
+    try:
+        with pytest.raises(error, match=f"{place}: cannot be read"), open_tar(str(place), error=error):
+            pass
+    finally:
+        os.close(writer)
