@@ -13,7 +13,10 @@ from pathlib import Path
 
 from robustfeat.errors import InputError
 
-__all__ = ["FileLock", "lock_inherited", "new_file", "new_folder", "require_new"]
+__all__ = ["START_OVER", "FileLock", "lock_inherited", "new_file", "new_folder", "require_new"]
+
+START_OVER = "nothing was left behind: free space or choose another place, then run again"
+"""The fix where an output could not be written and its partial files are removed."""
 
 
 def _beside(target: Path) -> Path:
@@ -22,10 +25,7 @@ def _beside(target: Path) -> Path:
 
 
 def _explain(target: Path, exc: OSError) -> InputError:
-    return InputError(
-        f"{target}: cannot be written ({exc.strerror or exc})",
-        fix="nothing was left behind: free space or choose another place, then run again",
-    )
+    return InputError(f"{target}: cannot be written ({exc.strerror or exc})", fix=START_OVER)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 class FileLock:
     """An exclusive lock on a file or a folder, held by one process at a time.
 
-    The kernel frees it when its process ends, even by a kill. A `with` block releases it at the end; `take` takes it.
+    The kernel frees it when its process ends, even by a kill. `take` takes it and `release` frees it.
 
     Args:
         path: a folder that exists, or a file. A missing file is made, and it stays.
@@ -112,26 +112,28 @@ class FileLock:
         self._path = Path(path)
         self._descriptor: int | None = None
 
-    def __enter__(self) -> FileLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
     def take(self, *, on_wait: Callable[[], None] | None = None) -> bool:
         """Takes the lock; False where another process holds it, or has just renamed or removed what was locked.
 
         Args:
-            on_wait: called before waiting for the holder. Without it, `take` does not wait.
+            on_wait: called before waiting for the holder. With it, the lock is always taken; without it, `take` does
+                not wait.
 
         Raises:
             OSError: the path cannot be opened, or its file system keeps no locks.
         """
-        import fcntl
-
         self.release()
         flags = os.O_RDONLY | os.O_DIRECTORY if self._path.is_dir() else os.O_RDWR | os.O_CREAT
-        descriptor = os.open(self._path, flags | os.O_CLOEXEC, 0o666)
+        # The holder may remove or replace the file while this process waits. The new file is locked then.
+        while not self._try(flags | os.O_CLOEXEC, on_wait):
+            if on_wait is None:
+                return False
+        return True
+
+    def _try(self, flags: int, on_wait: Callable[[], None] | None) -> bool:
+        import fcntl
+
+        descriptor = os.open(self._path, flags, 0o666)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,8 +142,9 @@ class FileLock:
                     return False
                 on_wait()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if self._path.exists() and os.path.samestat(self._path.stat(), os.fstat(descriptor)):
-                self._descriptor = descriptor
+            with suppress(FileNotFoundError):
+                if os.path.samestat(self._path.stat(), os.fstat(descriptor)):
+                    self._descriptor = descriptor
             return self._descriptor is not None
         finally:
             if self._descriptor is None:

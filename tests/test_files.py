@@ -1,3 +1,4 @@
+import fcntl
 import os
 import subprocess
 import sys
@@ -102,9 +103,9 @@ def test_a_file_of_somebody_elses_stays(tmp_path: Path) -> None:
 def take_elsewhere(place: Path) -> subprocess.Popen[str]:
     """Another process that holds the lock on `place` until its stdin is closed."""
     code = f"""from robustfeat.files import FileLock
-with FileLock({str(place)!r}) as lock:
-    print(lock.take(), flush=True)
-    sys.stdin.read()
+lock = FileLock({str(place)!r})
+print(lock.take(), flush=True)
+sys.stdin.read()
 """
     process = subprocess.Popen(python_command(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -115,7 +116,8 @@ with FileLock({str(place)!r}) as lock:
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_lock_is_free_again_when_its_process_is_killed(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "a.lock" if kind == "file" else tmp_path
-    with take_elsewhere(place) as holder, FileLock(place) as lock:
+    lock = FileLock(place)
+    with take_elsewhere(place) as holder:
         assert not lock.take()
         note = lock.holder_note()
         assert note in {f" (process {holder.pid})", ""}
@@ -125,10 +127,12 @@ def test_a_lock_is_free_again_when_its_process_is_killed(tmp_path: Path, kind: s
         holder.wait()
         assert lock.take()
         assert lock.holder_note() in {f" (process {os.getpid()})", ""}
+    lock.release()
 
 
 def test_a_lock_is_waited_for_where_asked(tmp_path: Path) -> None:
-    with take_elsewhere(tmp_path / "lock") as holder, FileLock(tmp_path / "lock") as lock:
+    lock = FileLock(tmp_path / "lock")
+    with take_elsewhere(tmp_path / "lock") as holder:
         assert holder.stdin is not None
         assert lock.take(on_wait=holder.stdin.close)
         assert not FileLock(tmp_path / "lock").take()
@@ -136,9 +140,22 @@ def test_a_lock_is_waited_for_where_asked(tmp_path: Path) -> None:
         assert FileLock(tmp_path / "lock").take()
 
 
-def test_a_lock_on_what_its_holder_has_renamed_is_not_taken(tmp_path: Path) -> None:
+def test_a_lock_on_what_its_holder_has_renamed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
-    with take_elsewhere(tmp_path / "a") as holder, FileLock(tmp_path / "a") as lock:
+    lock = FileLock(tmp_path / "a")
+
+    def rename_first(descriptor: int, operation: int) -> None:
+        (tmp_path / "a").rename(tmp_path / "b")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", rename_first)
+        assert not lock.take()
+    assert lock.holder_note() == ""
+
+
+def test_waiting_for_a_lock_on_a_folder_that_its_holder_renames_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with take_elsewhere(tmp_path / "a") as holder:
         stdin = holder.stdin
         assert stdin is not None
 
@@ -146,8 +163,27 @@ def test_a_lock_on_what_its_holder_has_renamed_is_not_taken(tmp_path: Path) -> N
             (tmp_path / "a").rename(tmp_path / "b")
             stdin.close()
 
-        assert not lock.take(on_wait=finish)
-        assert lock.holder_note() == ""
+        with pytest.raises(FileNotFoundError):
+            FileLock(tmp_path / "a").take(on_wait=finish)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_waiting_for_a_lock_ends_with_the_lock_though_its_file_is_removed(tmp_path: Path, replaced: bool) -> None:
+    place = tmp_path / "lock"
+    lock = FileLock(place)
+    with take_elsewhere(place) as holder:
+        stdin = holder.stdin
+        assert stdin is not None
+
+        def finish() -> None:
+            place.unlink()
+            if replaced:
+                place.touch()
+            stdin.close()
+
+        assert lock.take(on_wait=finish)
+        assert not FileLock(place).take()
+    lock.release()
 
 
 def test_a_lock_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robustfeat.errors import InputError, RobustFeatError
+from robustfeat.files import START_OVER
 from robustfeat.progress import Progress
 from robustfeat.serving.bulk.job import Existing, Job, Places, identify, read_existing, unknown_inputs
 from robustfeat.serving.bulk.pipeline import Pipeline
@@ -232,5 +233,5 @@ def _embed(
 
 def _advice(kept: int, job: Job) -> str:
     if not kept:
-        return "nothing was left behind: free space or choose another place, then run again"
-    return f"{kept:,} of {job.images:,} images are kept: the same command goes on from there"
+        return START_OVER
+    return f"{kept:,} of {job.images:,} images are kept: repeat the command to resume"

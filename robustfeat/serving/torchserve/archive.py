@@ -64,9 +64,11 @@ def claim_store(out: Path) -> Iterator[None]:
             f"{out}: another robustfeat torchserve is at work there{lock.holder_note()}",
             fix="stop it, or choose another folder",
         )
-    with lock:
+    try:
         _require_ours(out / PROPERTIES)
         yield
+    finally:
+        lock.release()
 
 
 def _require_ours(file: Path) -> None:

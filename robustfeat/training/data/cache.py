@@ -192,10 +192,11 @@ def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bo
     size = len(data) * (pixels + 8)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{name}.lock") as lock:
-            lock.take(
-                on_wait=lambda: remark(f"waiting for another process, which fills the cache in {folder}", quiet=quiet)
-            )
+        lock = FileLock(folder / f"{name}.lock")
+        lock.take(
+            on_wait=lambda: remark(f"waiting for another process, which fills the cache in {folder}", quiet=quiet)
+        )
+        try:
             state = _read_state(state_file, key)
             if (
                 state is None
@@ -217,6 +218,8 @@ def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bo
                 state = {**key, "done": 0, "bad": {}}
             if state["done"] < len(data):
                 _fill_file(data, side, file, state, state_file, workers, quiet)
+        finally:
+            lock.release()
     except OSError as exc:
         raise InputError(
             f"cannot be written ({exc.strerror or exc})",

@@ -45,16 +45,19 @@ class Locks:
             file.touch()
         except OSError as exc:
             raise InputError(f"{file}: cannot be made ({exc.strerror})", fix="choose another `out`") from exc
-        with FileLock(file) as lock:
 
-            def say() -> None:
-                self._say(f"waiting for another process, which is at work on {name}")
+        def say() -> None:
+            self._say(f"waiting for another process, which is at work on {name}")
 
-            try:
-                taken = lock.take(on_wait=say if self.wait or always_wait else None)
-            except OSError as exc:
-                what = f"{file}: cannot be locked ({exc.strerror})"
-                raise InputError(what, fix="choose an `out` on a local disk") from exc
-            if not taken:
-                raise BusyError(name)
+        lock = FileLock(file)
+        try:
+            taken = lock.take(on_wait=say if self.wait or always_wait else None)
+        except OSError as exc:
+            what = f"{file}: cannot be locked ({exc.strerror})"
+            raise InputError(what, fix="choose an `out` on a local disk") from exc
+        if not taken:
+            raise BusyError(name)
+        try:
             yield
+        finally:
+            lock.release()
