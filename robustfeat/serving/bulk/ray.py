@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -17,7 +18,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from robustfeat import errors
 from robustfeat.errors import EngineError, InputError, RobustFeatError, first_line
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.bulk.job import Job
@@ -30,12 +30,9 @@ from robustfeat.serving.identity import BYTE_KEYS, ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.options import AUTO, RunOptions
 
-__all__ = ["AUTO", "embed_on_ray", "plan_pool"]
-
-AUTO = "auto"
-"""The address that means: the cluster of RAY_ADDRESS, or of `ray start` on this machine, or else one of our own."""
+__all__ = ["embed_on_ray", "plan_pool"]
 
 _ANSWER_S = 10.0
 _MAX_LOSSES = 3
@@ -63,7 +60,8 @@ def embed_on_ray(
         inputs: those of the whole job.
         place: the folder of shards, made and claimed by the caller.
         numbers: the shards to embed.
-        address: HOST:PORT, `local` or `auto`. A program that has called `ray.init` keeps the cluster that it has.
+        address: HOST:PORT, `local` or `auto`: the cluster of RAY_ADDRESS, or of `ray start` on this machine, or else
+            one that this process starts. A program that has called `ray.init` keeps the cluster that it has.
         workers: decoder processes of an actor; as many as its threads by default.
         deadline_s: an image that takes longer is a failed row.
         stop: raise at an image that fails. Shards that are finished by then stay.
@@ -98,7 +96,7 @@ def embed_on_ray(
                         _raise_error(result)
                         yield result["rows"], result["failed"]
         except ray.exceptions.RayError as exc:
-            raise EngineError(f"Ray: {_reason(exc)}", fix="the same command goes on from there") from exc
+            raise EngineError(f"Ray: {_reason(exc)}", fix="repeat the command to resume") from exc
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ def _write_inputs(plan: _Plan, inputs: InputList, numbers: Sequence[int]) -> lis
 class _ShardWriter:
     """The actor: opens the model once and writes the shards that it is given.
 
-    Errors are returned: raised, they would arrive as Ray's tracebacks of several pages.
+    Errors are returned, pickled: raised, they would arrive as Ray's tracebacks of several pages.
     """
 
     def __init__(self, plan: _Plan) -> None:
@@ -205,7 +203,8 @@ class _ShardWriter:
         import pyarrow
 
         (shard,) = batch.to_pylist()
-        answer = {"rows": 0, "failed": 0, "error": "", "text": "", "code": 0}
+        answer = {"rows": 0, "failed": 0}
+        error: Exception | None = None
         host = socket.gethostname()
         try:
             if self._pipeline is None:
@@ -213,17 +212,18 @@ class _ShardWriter:
                 self._pipeline = self._open()
             self._write(self._pipeline, shard, answer)
         except RobustFeatError as exc:
-            answer |= {"error": type(exc).__name__, "text": str(exc)}
+            error = exc
         except OSError as exc:
-            text = f"{exc.strerror or first_line(exc)}, on {host}"
-            answer |= {"error": "OSError", "text": text, "code": exc.errno or 0}
+            error = OSError(exc.errno or 0, f"{exc.strerror or first_line(exc)}, on {host}")
         except Exception as exc:
             traceback.print_exc()  # to Ray's logs
-            text = f"Ray: an actor failed on {host} ({type(exc).__name__}: {first_line(exc)}); Ray's logs say more"
-            answer |= {"error": "EngineError", "text": text}
-        return pyarrow.table({name: [value] for name, value in answer.items()})
+            error = EngineError(
+                f"Ray: an actor failed on {host} ({type(exc).__name__}: {first_line(exc)}); Ray's logs say more"
+            )
+        pickled = b"" if error is None else pickle.dumps(error)
+        return pyarrow.table({name: [value] for name, value in {**answer, "error": pickled}.items()})
 
-    def _write(self, pipeline: Pipeline, shard: Mapping[str, int], answer: dict[str, Any]) -> None:
+    def _write(self, pipeline: Pipeline, shard: Mapping[str, int], answer: dict[str, int]) -> None:
         try:
             with open_input(f"{self._plan.shards}/{_INPUTS}") as handle:
                 handle.seek(shard["start"])
@@ -278,11 +278,8 @@ class _ShardWriter:
 
 
 def _raise_error(result: Mapping[str, Any]) -> None:
-    if result["error"] == "OSError":
-        raise OSError(result["code"], result["text"])
     if result["error"]:
-        kind: type[RobustFeatError] = getattr(errors, result["error"])
-        raise kind(result["text"])
+        raise pickle.loads(result["error"])
 
 
 @contextmanager
@@ -354,10 +351,10 @@ def _check_answer(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         raise InputError(
-            "expected HOST:PORT of the cluster's head, on one of its machines (from elsewhere: "
-            "`ray job submit -- robustfeat embed ... --ray`)",
+            "expected HOST:PORT of the cluster's head, on one of its machines",
             argument="ray",
             value=address,
+            fix="from elsewhere, submit the program with `ray job submit`",
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()

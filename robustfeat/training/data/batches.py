@@ -188,6 +188,19 @@ class EvaluationBatches(Dataset[Batch]):
         return _collect(self._data, rows, lambda image, _: resize_and_crop(image, contract), contract.image_size)
 
 
+class _Guarded(Dataset[Item | RobustFeatError]):
+    """The items of a dataset; an item that cannot be made is the error, of which PyTorch would pass on the text."""
+
+    def __init__(self, batches: Dataset[Item]) -> None:
+        self._batches = batches
+
+    def __getitem__(self, number: int) -> Item | RobustFeatError:
+        try:
+            return self._batches[number]
+        except RobustFeatError as exc:
+            return exc
+
+
 def load_batches(
     batches: Dataset[Item], workers: int, numbers: Sequence[int] | None = None, *, pin: bool = False
 ) -> Iterator[Item]:
@@ -202,7 +215,7 @@ def load_batches(
     """
     raised: RobustFeatError | None = None
     loader = DataLoader(
-        batches,
+        _Guarded(batches),
         batch_size=None,
         sampler=range(len(batches)) if numbers is None else numbers,  # type: ignore[arg-type]
         num_workers=workers,
@@ -213,15 +226,13 @@ def load_batches(
         pin_memory=pin,
     )
     try:
-        yield from loader
-    except RobustFeatError as exc:
-        # A worker's error comes with its traceback as text, whose last line is `module.Class: message`.
-        raised = type(exc)(
-            str(exc).strip().splitlines()[-1].removeprefix(f"{type(exc).__module__}.{type(exc).__name__}: ")
-        )
-        # Its frames hold the iterator: without them that is gone here, and with it the workers, or the process would
-        # wait for them at its end.
-        exc.__traceback__ = None
+        for item in loader:
+            if isinstance(item, RobustFeatError):
+                # Raised outside the loop, where the iterator is gone, and with it the workers: the frames of an error
+                # would keep them, and the process would wait for them at its end.
+                raised = item
+                break
+            yield item
     except RuntimeError as exc:
         if "DataLoader worker" not in str(exc):
             raise

@@ -82,11 +82,17 @@ def require_place(root: str | Path) -> None:
     """DATA is a folder, or on the Hub.
 
     Raises:
-        DataError: it is a file, or is not there.
+        DataError: it is a file, is not there, or cannot be read.
     """
-    if not is_hub_dataset(root) and not Path(root).is_dir():
+    if is_hub_dataset(root):
+        return
+    try:
+        if Path(root).is_dir():
+            return
         what = "is a file" if Path(root).exists() else "no such folder"
-        raise DataError(f"{root}: {what}; expected {_EXPECTED}")
+    except OSError as exc:
+        raise DataError(f"{root}: cannot be read ({exc.strerror or exc}); expected {_EXPECTED}") from exc
+    raise DataError(f"{root}: {what}; expected {_EXPECTED}")
 
 
 def are_class_folders(root: str | Path) -> bool:

@@ -14,13 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
 import pytest
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import EngineError, InputError
 from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
 from robustfeat.serving.bulk.job import Job
-from robustfeat.serving.bulk.ray import _Plan, _ShardWriter, plan_pool
+from robustfeat.serving.bulk.ray import _Plan, _raise_error, _ShardWriter, plan_pool
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.options import RunOptions
 from tests.conftest import Run
@@ -214,3 +215,29 @@ def test_a_shard_that_kills_every_actor_ends_the_run(tmp_path: Path, monkeypatch
         _ShardWriter(plan)._count_losses(number)
     with pytest.raises(EngineError, match="3 actors died over the inputs 8 to 11"):
         _ShardWriter(plan)._count_losses(2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [InputError("expected less", argument="batch_size", value=8, fix="leave `batch_size` out"), OSError(28, "full")],
+)
+def test_an_error_of_an_actor_keeps_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: InputError | OSError
+) -> None:
+    def refuse(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr(_ShardWriter, "_open", refuse)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(was_current_actor_reconstructed=False))
+    plan = _Plan(
+        "builtin", str(tmp_path), Job(20, 0, 4, {}), RunOptions(streams=1), workers=None, deadline_s=60, stop=False,
+        access=None,
+    )  # fmt: skip
+    shard = pyarrow.table({"number": [2], "start": [0], "size": [0]})
+    (result,) = _ShardWriter(plan)(shard).to_pylist()
+    with pytest.raises(type(error)) as caught:
+        _raise_error(result)
+    if isinstance(error, InputError):
+        assert vars(caught.value) == vars(error)
+    else:
+        assert caught.value.args == (28, f"full, on {socket.gethostname()}")

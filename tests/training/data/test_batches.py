@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torch.utils.data import Dataset
 
 from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.data.batches import EpochPlan, EvaluationBatches, TrainingBatches, load_batches
+from robustfeat.training.data.batches import Batch, EpochPlan, EvaluationBatches, TrainingBatches, load_batches
 from robustfeat.training.data.image_set import ImageSet
-from robustfeat.training.data.opening import are_class_folders, open_training_data
+from robustfeat.training.data.opening import are_class_folders, open_training_data, require_place
 from robustfeat.training.loop.trainer import train as train_run
 from robustfeat.training.recipe import Recipe
 
@@ -331,3 +332,30 @@ def test_evaluation_batches_are_the_serving_squares(dataset: Path) -> None:
     for row in range(len(validation)):
         expected = resize_and_crop(decode(validation.source.read(row)), contract)
         np.testing.assert_array_equal(batch.images[row].permute(1, 2, 0).numpy(), expected)
+
+
+class Refusing(Dataset[Batch]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, number: int) -> Batch:
+        raise InputError("expected\nless", argument="cache", value="ram", fix="pass `cache_px=0`")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_keeps_its_parts(workers: int) -> None:
+    with pytest.raises(InputError) as caught:
+        list(load_batches(Refusing(), workers))
+    error = caught.value
+    assert (error.what, error.argument, error.value, error.fix) == (
+        "expected\nless",
+        "cache",
+        "ram",
+        "pass `cache_px=0`",
+    )
+
+
+def test_data_that_cannot_be_looked_at_are_refused() -> None:
+    place = "x" * 300
+    with pytest.raises(DataError, match=f"{place}: cannot be read"):
+        require_place(place)
