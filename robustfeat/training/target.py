@@ -72,7 +72,7 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
         of_class = assign_concepts(concepts, classes, np.ones(len(classes), np.int64))
     except DataError as exc:
         raise DataError(
-            f"{model} tells the target's concepts by classes of its own, which need concepts, too: {exc.what}",
+            f"{model} tells the target's concepts by classes of its own, which need concepts, too: {exc.problem}",
             argument="target",
             value=images,
             fix=exc.fix,

@@ -113,8 +113,12 @@ def test_a_reference_names_every_concept_that_is_there() -> None:
 
 
 def test_a_target_is_told_by_classes_that_need_concepts(dataset: Path, examples: Path) -> None:
-    with pytest.raises(DataError, match=r"target=.*builtin tells the target's concepts by classes of its own"):
-        estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"))
+    concepts = str(dataset / "concepts.csv")
+    with pytest.raises(
+        DataError, match=r"target=.*builtin tells the target's concepts by classes of its own"
+    ) as caught:
+        estimate_reference(str(examples / "hat"), concepts)
+    assert f"too: `concepts={concepts}`: " in str(caught.value)
 
 
 def test_both_references_at_once_are_refused(dataset: Path, tmp_path: Path, robustfeat: Run) -> None:

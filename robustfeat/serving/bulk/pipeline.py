@@ -65,7 +65,7 @@ class Pipeline:
         extractor: made with as many `streams` as threads, or it will not use all processors.
         batch_size: rows in a batch; the extractor's by default.
         workers: decoder processes; by default what the cgroup grants.
-        deadline_s: see `decoders.DEADLINE_S`.
+        deadline_s: see `pool.DEADLINE_S`.
     """
 
     def __init__(

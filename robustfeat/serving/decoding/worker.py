@@ -1,7 +1,6 @@
 """The program of a decoder process: image files in, squares in shared memory out.
 
-`robustfeat.serving.decoding.process` starts it. An image that crashes or hangs it costs only that
-image.
+`robustfeat.serving.decoding.process` starts it. An image that crashes or hangs it costs only that image.
 """
 
 from __future__ import annotations

@@ -130,7 +130,9 @@ def embed_images(
     try:
         return _embed_all(subject, images, FeatureCache(cache, subject) if cache else None, label, quiet)
     except (DecodeError, DataError) as exc:
-        raise type(exc)(f"{label}: {exc.what}" if label else exc.what, fix=exc.fix) from exc
+        if not label:
+            raise
+        raise type(exc)(f"{label}: {exc.problem}", fix=exc.fix) from exc
 
 
 def _embed_all(

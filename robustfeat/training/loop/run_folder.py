@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robustfeat.errors import CheckpointError
+from robustfeat.errors import CheckpointError, InputError
 
 __all__ = [
     "CHECKPOINT_NAME",
@@ -25,10 +25,14 @@ def checkpoint_file(path: Path) -> Path:
     """The checkpoint in a run's folder, or the file itself.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it cannot be read.
     """
-    file = path / CHECKPOINT_NAME if path.is_dir() else path
-    if not file.is_file():
+    try:
+        file = path / CHECKPOINT_NAME if path.is_dir() else path
+        found = file.is_file()
+    except OSError as exc:
+        raise CheckpointError(f"{path}: cannot be read ({exc.strerror or exc})") from exc
+    if not found:
         raise CheckpointError(f"{path}: holds no {CHECKPOINT_NAME}; expected the folder of a run of robustfeat train")
     return file
 
@@ -38,8 +42,15 @@ def require_unused(run: Path) -> None:
 
     Raises:
         CheckpointError: it holds a run.
+        InputError: the folder cannot be read.
     """
-    if (run / CHECKPOINT_NAME).exists() or (run / METRICS_NAME).exists():
+    try:
+        used = (run / CHECKPOINT_NAME).exists() or (run / METRICS_NAME).exists()
+    except OSError as exc:  # as it is, it would end one rank and leave the others waiting
+        raise InputError(
+            f"cannot be read ({exc.strerror or exc})", argument="out", value=run, fix="choose another folder"
+        ) from exc
+    if used:
         raise CheckpointError(
             f"{run}: holds a run already", fix="pass `resume=True` to resume it, or choose another `out`"
         )

@@ -24,7 +24,7 @@ from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES, 
 from robustfeat.training.evaluation.probes import libsvm, svm
 from robustfeat.training.evaluation.report import evaluate_task
 from robustfeat.training.evaluation.subject import NetworkSubject, open_network, open_subject
-from robustfeat.training.evaluation.tasks import TaskFeatures, embed_task, open_task
+from robustfeat.training.evaluation.tasks import TaskFeatures, embed_images, embed_task, open_task
 from tests.conftest import Run
 
 NETWORK = """
@@ -437,3 +437,15 @@ def test_tasks_have_a_name_and_a_place(text: str) -> None:
 
 def test_a_task_without_a_name_is_called_after_its_data() -> None:
     assert parse_task("data/pets") == ("pets", "data/pets")
+
+
+@pytest.mark.parametrize("label", ["", "model: train"])
+def test_an_error_of_an_embedding_keeps_its_subject(monkeypatch: pytest.MonkeyPatch, label: str) -> None:
+    def refuse(*_: object) -> None:
+        raise DataError("not finite", argument="image", value="a.jpg", fix="repair it")
+
+    monkeypatch.setattr("robustfeat.training.evaluation.tasks._embed_all", refuse)
+    with pytest.raises(DataError) as caught:
+        embed_images(None, None, label=label)  # type: ignore[arg-type]
+    expected = "model: train: `image=a.jpg`: not finite; repair it" if label else "image=a.jpg: not finite; repair it"
+    assert str(caught.value) == expected

@@ -259,6 +259,14 @@ def test_a_run_is_not_overwritten(dataset: Path, finished_run: Path) -> None:
         train(dataset, recipe(dataset), finished_run, workers=0, threads=1, quiet=True)
 
 
+def test_a_folder_that_cannot_be_looked_at_is_refused(dataset: Path) -> None:
+    place = "x" * 300
+    with pytest.raises(InputError, match=f"^out={place}: cannot be read"):
+        train(dataset, recipe(dataset), Path(place), workers=0, threads=1, quiet=True)
+    with pytest.raises(CheckpointError, match=f"^{place}: cannot be read"):
+        train(dataset, recipe(dataset), Path(place), resume=True, workers=0, threads=1, quiet=True)
+
+
 def test_resume_refuses_another_recipe_or_other_data(dataset: Path, finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"was trained with lr = 0\.02, now it is 0\.5"):
