@@ -207,7 +207,7 @@ class ModelFolder:
             raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)})", fix=self._remedy) from exc
         if found := sorted(CODE_ENTRIES & set(data if isinstance(data, dict) else ())):
             raise ModelFolderError(
-                f"{file}: the entry {found[0]!r} names code to run; do not use this model, or remove it"
+                f"{file}: the entry {found[0]!r} names code to run", fix="do not use this model, or remove it"
             )
 
     def _find_onnx(self, precision: str) -> str | None:
@@ -227,7 +227,8 @@ def refuse_code(names: Iterable[str], place: str) -> None:
         if holds_code(name):
             raise ModelFolderError(
                 f"{place}: holds {name}, which may run code when it is loaded; a model folder has no pickle and no "
-                "code: remove the file, or do not use this model"
+                "code",
+                fix="remove the file, or do not use this model",
             )
 
 

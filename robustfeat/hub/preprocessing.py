@@ -192,7 +192,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})  # of a TIFF, which Pillow leaves as it is beyond 8 bits
     signed = tags.get(_SAMPLE_FORMAT_TAG) == (2,)
     if signed or values.dtype.kind == "f" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise DecodeError(f"pixel mode {image.mode} has no defined range; save it with 8 or 16 bits a channel")
+        raise DecodeError(f"pixel mode {image.mode} has no defined range", fix="save it with 8 or 16 bits a channel")
     bits = 12 if tags.get(_BITS_TAG) == (12,) else 16
     if tags.get(_PHOTOMETRIC_TAG) == 0:
         values = 2**bits - 1 - values.astype(np.int32)  # white is zero

@@ -78,7 +78,8 @@ class HubFolder(ModelFolder):
         missing = [name for name in names if name in absent or (self._force and name not in self._fetched)]
         if missing and self._force and (self.access.offline or self._unreachable):
             raise HubError(
-                f"{self.repo}: the Hub cannot be asked, as `force=True` needs it; what the cache holds stays"
+                f"{self.repo}: the Hub cannot be asked, as `force=True` needs it (what the cache holds stays)",
+                fix="leave `force` out",
             )
         if missing and self.access.offline:
             raise self._offline(missing[0])

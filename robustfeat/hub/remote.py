@@ -36,7 +36,9 @@ def _client() -> Any:
         import huggingface_hub.constants
         import huggingface_hub.file_download
     except ValueError as exc:  # it reads numbers and addresses from the environment
-        raise HubError(f"the Hub's client cannot start ({exc}); check the variables HF_... of the environment") from exc
+        raise HubError(
+            f"the Hub's client cannot start ({exc})", fix="check the variables HF_... of the environment"
+        ) from exc
     return huggingface_hub
 
 
@@ -133,7 +135,7 @@ class HubAccess:
             info = self.api().repo_info(repo, repo_type=self.repo_type, revision=revision, timeout=timeout)
             names = [file.rfilename for file in info.siblings or ()]
             if not is_commit(info.sha) or not all(isinstance(name, str) for name in names):
-                raise HubError(f"{self.address} does not answer as a Hub does; check HF_ENDPOINT")
+                raise HubError(f"{self.address} does not answer as a Hub does", fix="check HF_ENDPOINT")
             return info.sha, names
 
     def files(self, repo: str, revision: str) -> dict[str, RemoteFile]:
@@ -219,7 +221,7 @@ class HubAccess:
             # When the Hub fails, the client is content with what there is.
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise UnreachableError(
-                    f"{self._subject(repo)}: {missing[0]} could not be downloaded; run the same command again"
+                    f"{self._subject(repo)}: {missing[0]} could not be downloaded", fix="run the same command again"
                 )
             return folder
 
@@ -275,11 +277,10 @@ class HubAccess:
         except RobustFeatError:
             raise
         except Exception as exc:
-            meaning, kind = self._meaning(exc, repo, revision, name, writing=writing)
-            problem, separator, fix = self._redact(meaning).rpartition("; ")
+            what, fix, kind = self._meaning(exc, repo, revision, name, writing=writing)
             # Without its cause, whose text may hold the token.
             raise kind(
-                f"{self._subject(repo)}: {problem if separator else fix}", fix=fix if separator else None
+                self._redact(f"{self._subject(repo)}: {what}"), fix=None if fix is None else self._redact(fix)
             ) from None
 
     def _subject(self, repo: str) -> str:
@@ -290,12 +291,14 @@ class HubAccess:
         parts = urlsplit(self._url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise HubError(
-                f"HF_ENDPOINT or endpoint: {_no_credentials(parts.geturl())!r} is not an address; expected one such "
-                "as https://huggingface.co"
+                f"HF_ENDPOINT or endpoint: {_no_credentials(parts.geturl())!r} is not an address",
+                fix="pass one such as https://huggingface.co",
             )
         token = self._own_token()
         if token and not (token.isascii() and token.isprintable() and " " not in token):
-            raise HubError("HF_TOKEN or token: holds characters that no token has; run hf auth login, or copy it again")
+            raise HubError(
+                "HF_TOKEN or token: holds characters that no token has", fix="run hf auth login, or copy it again"
+            )
 
     def _own_token(self) -> str | None:
         if self.token is False:
@@ -305,8 +308,8 @@ class HubAccess:
 
     def _meaning(
         self, exc: Exception, repo: str, revision: str | None, name: str | None, *, writing: bool
-    ) -> tuple[str, type[HubError]]:
-        """What it means, and after the last semicolon what to do about it; and the class of our error."""
+    ) -> tuple[str, str | None, type[HubError]]:
+        """What it means, what to do about it, and the class of our error."""
         from huggingface_hub import errors
 
         cause: BaseException | None = exc
@@ -317,56 +320,73 @@ class HubAccess:
         if self.repo_type != "model":
             gate = f"accept its terms at {self.address}/{self.repo_type}s/{repo}"
         meanings = {  # subclasses before their bases
-            errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE forbids asking the Hub; unset it",
-            errors.LocalTokenNotFoundError: "needs a token; run hf auth login, or set HF_TOKEN",
-            errors.GatedRepoError: f"access is gated; {gate}, then run hf auth login",
-            errors.RevisionNotFoundError: f"has no revision {revision!r}; {{revisions}} (a commit has 40 digits)",
-            errors.RepositoryNotFoundError: f"no such {self.repo_type} at {self.address}"
-            f"{', and no such folder here' if self.repo_type == 'model' else ''}; check the "
-            "name, or, if it is private, log in (hf auth login) with a token that may read it",
-            errors.RemoteEntryNotFoundError: f"holds no {name}, so it is not a model of robustfeat, or an incomplete "
-            "one; check the name and the revision"
-            if self.repo_type == "model"
-            else f"holds no {name}; check the name and the revision",
+            errors.OfflineModeIsEnabled: ("HF_HUB_OFFLINE forbids asking the Hub", "unset it"),
+            errors.LocalTokenNotFoundError: ("needs a token", "run hf auth login, or set HF_TOKEN"),
+            errors.GatedRepoError: ("access is gated", f"{gate}, then run hf auth login"),
+            errors.RevisionNotFoundError: (
+                f"has no revision {revision!r}",
+                "check the branch, tag or commit (a commit has 40 digits)",
+            ),
+            errors.RepositoryNotFoundError: (
+                f"no such {self.repo_type} at {self.address}"
+                f"{', and no such folder here' if self.repo_type == 'model' else ''}",
+                "check the name, or, if it is private, log in (hf auth login) with a token that may read it",
+            ),
+            errors.RemoteEntryNotFoundError: (
+                f"holds no {name}"
+                f"{', so it is not a model of robustfeat, or an incomplete one' if self.repo_type == 'model' else ''}",
+                "check the name and the revision",
+            ),
         }
-        for kind, meaning in meanings.items():
+        for kind, (what, fix) in meanings.items():
             if isinstance(cause, kind):
-                return meaning.replace("{revisions}", self._revisions(repo)), HubError
+                known = self._revisions(repo) if kind is errors.RevisionNotFoundError else ""
+                return what + known, fix, HubError
         if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
             return self._status(cause.response.status_code, _said(cause), writing=writing)
         (transport,) = (base for base in errors.HfHubHTTPError.__bases__ if base.__module__.startswith("httpx"))
         if isinstance(cause, (transport, ConnectionError, TimeoutError)):
             reason = f"{type(cause).__name__}: {_said(cause)}"
-            return f"{self.address} cannot be reached ({reason}); check the network and HF_ENDPOINT", UnreachableError
+            return f"{self.address} cannot be reached ({reason})", "check the network and HF_ENDPOINT", UnreachableError
         if isinstance(cause, json.JSONDecodeError):
-            return f"{self.address} does not answer as a Hub does; check the network and HF_ENDPOINT", UnreachableError
+            return (
+                f"{self.address} does not answer as a Hub does",
+                "check the network and HF_ENDPOINT",
+                UnreachableError,
+            )
         if isinstance(cause, OSError) and cause.errno is not None:
             place = cause.filename or "a file of the cache or the network"
-            return f"{place}: {cause.strerror}; check the disk, HF_HOME and HF_HUB_CACHE", HubError
+            return f"{place}: {cause.strerror}", "check the disk, HF_HOME and HF_HUB_CACHE", HubError
         return (
-            f"{_said(cause)} ({type(cause).__name__}); if it stays, delete this {self.repo_type} from the cache",
+            f"{_said(cause)} ({type(cause).__name__})",
+            f"if it stays, delete this {self.repo_type} from the cache",
             HubError,
         )
 
-    def _status(self, status: int, said: str, *, writing: bool) -> tuple[str, type[HubError]]:
-        taken = f"the name is taken by somebody else, or the token may not do this ({said}); choose another name, or "
-        meanings = {
-            401: f"{self.address} refuses the token; run hf auth login, or set HF_TOKEN to a valid one",
-            403: (taken if writing else f"{self.address} forbids it ({said}); ")
-            + "log in (hf auth login) with a token that may",
-            409: f"the name is taken ({said}); choose another",
-            412: "was changed meanwhile by somebody else; run the same command again",
-        }
+    def _status(self, status: int, said: str, *, writing: bool) -> tuple[str, str | None, type[HubError]]:
         if status == 429 or status >= 500:
-            return f"{self.address} fails or is asked too often ({said}); try again later", UnreachableError
-        return meanings.get(status, f"{self.address} refuses ({said})"), HubError
+            return f"{self.address} fails or is asked too often ({said})", "try again later", UnreachableError
+        log_in = "log in (hf auth login) with a token that may"
+        meanings: dict[int, tuple[str, str]] = {
+            401: (f"{self.address} refuses the token", "run hf auth login, or set HF_TOKEN to a valid one"),
+            403: (
+                f"the name is taken by somebody else, or the token may not do this ({said})",
+                f"choose another name, or {log_in}",
+            )
+            if writing
+            else (f"{self.address} forbids it ({said})", log_in),
+            409: (f"the name is taken ({said})", "choose another"),
+            412: ("was changed meanwhile by somebody else", "run the same command again"),
+        }
+        what, fix = meanings.get(status, (f"{self.address} refuses ({said})", None))
+        return what, fix, HubError
 
     def _revisions(self, repo: str) -> str:
         with suppress(Exception):  # a hint
             refs = self.api().list_repo_refs(repo, repo_type=self.repo_type)
             names = [ref.name for ref in (*refs.branches, *refs.tags)]
-            return f"it has {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
-        return "check the branch, tag or commit"
+            return f"; it has {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
+        return ""
 
     def _redact(self, text: str) -> str:
         own = self._own_token()

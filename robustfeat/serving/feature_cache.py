@@ -64,7 +64,7 @@ class FeatureCache:
                 )
         except (OSError, sqlite3.Error) as exc:
             raise InputError(
-                f"{self._file}: cannot be used as a cache of features ({exc}); delete it, or name another"
+                f"{self._file}: cannot be used as a cache of features ({exc})", fix="delete it, or name another"
             ) from exc
 
     def key(self, content: Content) -> bytes:
@@ -84,7 +84,7 @@ class FeatureCache:
                         if np.isfinite(value).all():
                             found[key] = value
         except sqlite3.Error as exc:
-            raise InputError(f"{self._file}: cannot be read ({exc}); delete it to start anew") from exc
+            raise InputError(f"{self._file}: cannot be read ({exc})", fix="delete it to start anew") from exc
         return found
 
     def put(self, features: dict[bytes, NDArray[np.float32]]) -> None:

@@ -48,7 +48,7 @@ class ConceptMap:
             raise DataError(f"reference: {unknown[0]!r} is no concept here; known are {', '.join(self.names)}")
         missing = [name for name in self.names if name not in shares]
         if missing:
-            raise DataError(f"reference: no share for concept {missing[0]!r}; add one, 0 if that is meant")
+            raise DataError(f"reference: no share for concept {missing[0]!r}", fix="add one, 0 if that is meant")
         values = np.array([float(shares[name]) for name in self.names])
         if (values < 0).any() or not 0 < values.sum() < math.inf:
             raise DataError(f"reference: shares must be non-negative, finite and not all 0; got {dict(shares)}")

@@ -178,7 +178,7 @@ def test_bad_input_is_one_line(
     altered = broken_head(head, tmp_path, lambda folder: (folder / "head.safetensors").write_bytes(b"x" * 100))
     cases: list[tuple[list[Any], str]] = [
         (["fit", cut, "--labels", "folder", "--out", out], "its meta and index files describe (40, 512)"),
-        (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,a\n"), "are of one class, 'a'; a head needs two"),
+        (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,a\n"), "are of one class, 'a'; label rows of two classes"),
         (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-1.jpg,b\n"), "labelled a second time"),
         (fit('path,label\nhat/hat-1.jpg,"a\nhat/hat-2.jpg,b\n'), "not a CSV file (line 3: "),
         (fit("path,label\nhat/hat-1.jpg,a, b\nhat/hat-2.jpg,b\n"), "line 2: has 3 columns; expected 2"),

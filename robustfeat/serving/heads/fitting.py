@@ -346,16 +346,16 @@ def require_two(place: str, labelled: LabelledRows) -> None:
     if labelled.targets.ndim == 1:
         if len(labelled.classes) < 2:
             raise InputError(
-                f"{place}: all {len(labelled.rows):,} labelled rows are of one class, "
-                f"{labelled.classes[0]!r}; a head needs two"
+                f"{place}: all {len(labelled.rows):,} labelled rows are of one class, {labelled.classes[0]!r}",
+                fix="label rows of two classes or more",
             )
         return
     share: Array = labelled.targets.mean(0)
     for name, part in zip(labelled.classes, share, strict=True):
         if part in (0.0, 1.0):
             raise InputError(
-                f"{place}: label {name!r} is on {'every' if part else 'no'} labelled row; "
-                "a head needs rows with and without it"
+                f"{place}: label {name!r} is on {'every' if part else 'no'} labelled row",
+                fix="label some rows with it and some without",
             )
     if not labelled.classes:
         raise InputError(f"{place}: no labelled row has a label")

@@ -99,14 +99,14 @@ class TorchServe:
                 if not self._stopping:
                     code = self._process.wait()
                     how = f"signal {-code}" if code < 0 else f"exit code {code}: {self._reason()}"
-                    raise EngineError(f"TorchServe ended by itself ({how}); {self._logs}")
+                    raise EngineError(f"TorchServe ended by itself ({how})", fix=self._see_logs)
             finally:
                 self._end()
                 keys.unlink(missing_ok=True)
 
     @property
-    def _logs(self) -> str:
-        return f"its logs are in {self._store / 'logs'}"
+    def _see_logs(self) -> str:
+        return f"see its logs in {self._store / 'logs'}"
 
     def _start(self, scratch: Path) -> subprocess.Popen[str]:
         # Through a process that becomes Java's, so that TorchServe ends even when this one is killed.
@@ -157,9 +157,9 @@ class TorchServe:
                 late = time.monotonic() + _LATE_S
                 while not self._errors(own=True) and time.monotonic() < late:
                     time.sleep(0.1)  # what the worker itself says comes by another way, and later
-                raise EngineError(f"a worker of TorchServe cannot start ({self._reason()}); {self._logs}")
+                raise EngineError(f"a worker of TorchServe cannot start ({self._reason()})", fix=self._see_logs)
             if time.monotonic() > end:
-                raise EngineError(f"TorchServe's workers were not ready within {START_S:g} s; {self._logs}")
+                raise EngineError(f"TorchServe's workers were not ready within {START_S:g} s", fix=self._see_logs)
             time.sleep(0.1)
         return False
 

@@ -140,7 +140,9 @@ class Measures:
             x = embed_images(subject, images, cache=self._cache, label=f"{name}: {target}", quiet=True)
             found = held_out_score(x, images.labels, threads=self.study.machine.threads)
             if math.isnan(found["held_out"]):
-                raise DataError(f"{target}: one image a class leaves none to choose tau and lambda by; give it more")
+                raise DataError(
+                    f"{target}: one image a class leaves none to choose tau and lambda by", fix="give it more"
+                )
             return found
 
         found = self._of_selection_run("held-out", f"{target}-{name}", recipe, measure, task=identity(images))
