@@ -39,6 +39,8 @@ PRELOADED = (
     "pyarrow.parquet",
     "pyarrow.dataset",
     "fastapi",
+    "uvicorn.protocols.http.httptools_impl",
+    "orjson",
     "matplotlib.pyplot",
     "torch.utils.tensorboard",
 )
@@ -49,10 +51,10 @@ _EARLY = ("PYTHON", "LD_", "OMP_", "OPENBLAS_", "MKL_", "KMP_", "GOTO_", "MALLOC
 class ForkedCommand:
     """A command that runs, in a session of its own; the part of `subprocess.Popen` that the tests need."""
 
-    def __init__(self, connection: socket.socket, out: IO[bytes], err: IO[bytes]) -> None:
+    def __init__(self, connection: socket.socket, *files: IO[bytes]) -> None:
         self._connection = connection
         self._answers = connection.makefile("r")
-        self._files = (out, err)
+        self._files = files
         self.pid = int(self._answers.readline())
         self.returncode: int | None = None
 
@@ -80,7 +82,7 @@ class ForkedCommand:
         os.kill(self.pid, number)
 
     def texts(self) -> list[str]:
-        """What stands on stdout and on stderr."""
+        """What stands on stdout and on stderr, unless stderr went elsewhere."""
         texts = []
         for file in self._files:
             file.seek(0)
@@ -119,19 +121,37 @@ class CommandServer:
         return subprocess.CompletedProcess(arguments, command.wait(), *command.texts())
 
     def start(
-        self, arguments: list[str], env: Mapping[str, str] | None = None, file_bytes: int | None = None
+        self,
+        arguments: list[str],
+        env: Mapping[str, str] | None = None,
+        file_bytes: int | None = None,
+        *,
+        stderr: int | None = None,
+        constants: Mapping[str, object] | None = None,
     ) -> ForkedCommand:
-        """Like `subprocess.Popen(..., start_new_session=True)`."""
-        request = {"arguments": arguments, "env": dict(os.environ if env is None else env), "file_bytes": file_bytes}
+        """Like `subprocess.Popen(..., start_new_session=True)`.
+
+        Args:
+            arguments, env: of the command.
+            file_bytes: the most that it can write to a file.
+            stderr: a descriptor to write errors to, in place of a file that `texts` reads.
+            constants: values of constants of modules by their full names, in this command and its forks.
+        """
+        request = {
+            "arguments": arguments,
+            "env": dict(os.environ if env is None else env),
+            "file_bytes": file_bytes,
+            "constants": dict(constants or {}),
+        }
         data = json.dumps(request).encode()
-        out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        kept = [tempfile.TemporaryFile() for _ in range(2 if stderr is None else 1)]  # noqa: SIM115
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self._address())
         with open(os.devnull, "rb") as nothing:
-            files = [nothing.fileno(), out.fileno(), err.fileno()]
+            files = [nothing.fileno(), kept[0].fileno(), kept[1].fileno() if stderr is None else stderr]
             socket.send_fds(connection, [len(data).to_bytes(4, "big")], files)
         connection.sendall(data)
-        return ForkedCommand(connection, out, err)
+        return ForkedCommand(connection, *kept)
 
     def close(self) -> None:
         """Ends it."""
@@ -195,10 +215,16 @@ def _attend(connection: socket.socket) -> None:
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
+    # The old one remembers whether it was a file or a pipe.
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["env"])
     if request["file_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+    for name, value in request["constants"].items():
+        module, _, constant = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), constant), name
+        setattr(importlib.import_module(module), constant, value)
     sys.argv[1:] = request["arguments"]
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pytest
 from numpy.typing import ArrayLike
 
 from robustfeat import FeatureExtractor
+from tests.command_server import CommandServer, ForkedCommand
 from tests.conftest import ROOT, Share
 
 START_S = 60
@@ -41,20 +42,36 @@ class Answer:
 
 
 class Server:
-    """`robustfeat serve` with some options, until it is stopped."""
+    """`robustfeat serve` with some options, until it is stopped.
+
+    Args:
+        options: of the command.
+        forked_from: forks the process; without it a new interpreter is started.
+        constants: values of constants of modules, by their full names, in a fork.
+        environment: additions to the environment.
+    """
 
     arguments: tuple[str, ...] = ("serve", "--port", "0")
 
-    def __init__(self, *options: object, group: bool = False, **environment: str) -> None:
-        command = [sys.executable, "-m", "robustfeat", *self.arguments, *map(str, options)]
-        self.process = subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            start_new_session=group,
-        )
+    def __init__(
+        self,
+        *options: object,
+        forked_from: CommandServer | None = None,
+        constants: Mapping[str, object] | None = None,
+        **environment: str,
+    ) -> None:
+        arguments = [*self.arguments, *map(str, options)]
+        variables = {**os.environ, **environment}
+        reading, writing = os.pipe()
+        self.process: ForkedCommand | subprocess.Popen[bytes]
+        if forked_from is None:
+            assert not constants
+            command = [sys.executable, "-m", "robustfeat", *arguments]
+            self.process = subprocess.Popen(command, stderr=writing, cwd=ROOT, env=variables)
+        else:
+            self.process = forked_from.start(arguments, variables, stderr=writing, constants=constants)
+        os.close(writing)
+        self._stderr = open(reading)  # noqa: SIM115 - as long as the process writes
         self.said: list[str] = []
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -66,11 +83,11 @@ class Server:
         self.address = found[0]
 
     def _read(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self.said.append(line)
-            if "serving at" in line:
-                self._ready.set()
+        with self._stderr:
+            for line in self._stderr:
+                self.said.append(line)
+                if "serving at" in line:
+                    self._ready.set()
         self._ready.set()
 
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
@@ -153,14 +170,26 @@ def form_of(images: list[bytes]) -> tuple[bytes, str]:
 
 
 @contextlib.contextmanager
-def serving(*options: object, group: bool = False, **environment: str) -> Iterator[Server]:
-    server = Server(*options, group=group, **environment)
+def serving(
+    *options: object, new: bool = False, constants: Mapping[str, object] | None = None, **environment: str
+) -> Iterator[Server]:
+    """A server as a fork of a prepared process, in a session of its own, or as a `new` interpreter."""
+    server = Server(*options, forked_from=None if new else _prepared[0], constants=constants, **environment)
     try:
         yield server
     finally:
         if server.process.poll() is None:
             server.stop()
         assert "Traceback" not in "".join(server.said), "".join(server.said)
+
+
+_prepared: list[CommandServer] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared(commands: CommandServer) -> None:
+    """`serving` forks its servers from the process that forks commands, which starts at first use."""
+    _prepared.append(commands)
 
 
 @pytest.fixture(scope="session")
@@ -184,6 +213,6 @@ def fit_clothes(examples: Path, out: Path) -> None:
 def server(clothes: Path, model: Path) -> Iterator[Server]:
     """Two models and a head."""
     with serving(
-        "--model", "robustfeat=builtin", "--model", f"small={model}", "--head", f"clothes={clothes}"
+        "--model", "robustfeat=builtin", "--model", f"small={model}", "--head", f"clothes={clothes}", new=True
     ) as running:
         yield running

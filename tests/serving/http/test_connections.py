@@ -12,15 +12,18 @@ import time
 
 import pytest
 
+from robustfeat.serving.http.process import connection
 from tests.serving.http.conftest import Server, all_of, children, head_of, serving, wait_until
 
+PATIENCE = f"{connection.__name__}.PATIENCE_S"
 
-def test_a_client_that_reads_nothing_is_cut(photos: list[bytes]) -> None:
-    with serving() as server:
+
+def test_a_client_that_reads_nothing_is_cut() -> None:
+    with serving(constants={PATIENCE: 1.0}) as server:
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.connect(("127.0.0.1", server.port))
-        client.settimeout(1)
+        client.settimeout(0.2)
         with contextlib.suppress(OSError):
             client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1400)
         wait_until(lambda: server.metric("robustfeat_in_flight_requests") == 2)
@@ -77,7 +80,7 @@ def test_an_offer_of_http_2_is_passed_over_every_time(server: Server, photos: li
 
 
 def test_slow_and_silent_clients_are_cut(photos: list[bytes]) -> None:
-    with serving("--timeout", 1) as server:
+    with serving("--timeout", 0.5, constants={PATIENCE: 1.0}) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as slow:
             slow.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc")
             said = all_of(slow)

@@ -22,6 +22,9 @@ from robustfeat import FeatureExtractor
 from tests.conftest import Run
 from tests.serving.http.conftest import Server, alive, children, head_of, serving, wait_until
 
+# A worker that ends is replaced without a pause, as one that has worked for long.
+AT_ONCE = {"robustfeat.serving.http.process.supervisor._STEADY_S": 0.0}
+
 
 class Load:
     """Four clients that ask without a pause, each its own photograph, and check what they get."""
@@ -64,7 +67,7 @@ class Load:
 
 
 def test_a_killed_worker_costs_its_requests_and_another_comes(photos: list[bytes], extractor: FeatureExtractor) -> None:
-    with serving("--workers", 2) as server:
+    with serving("--workers", 2, constants=AT_ONCE) as server:
         wait_until(lambda: len(server.workers()) == 2)
         with Load(server, photos, extractor) as load:
             wait_until(lambda: sum(load.good) > 150)
@@ -124,13 +127,12 @@ def test_a_killed_supervisor_takes_its_workers_along(photos: list[bytes]) -> Non
     with serving() as server:
         (worker,) = server.workers()
         pids = [worker, *children(worker)]
-        server.process.kill()
-        server.process.wait()
+        assert server.stop(signal.SIGKILL) == -signal.SIGKILL
         wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
 def test_a_signal_to_the_whole_group_drains_too(photos: list[bytes]) -> None:
-    with serving(group=True) as server:
+    with serving() as server:
         slow = socket.create_connection(("127.0.0.1", server.port))
         slow.sendall(head_of(photos[0]) + photos[0][:100])
         wait_until(lambda: server.metric("robustfeat_in_flight_requests") >= 2)
@@ -162,14 +164,16 @@ def test_a_revoked_key_stays_revoked_after_a_worker_died(tmp_path: Path, photos:
 
 
 def test_a_decoder_at_work_dies_with_its_worker() -> None:
-    picture = io.BytesIO()
-    Image.effect_noise((300, 300), 50).resize((9000, 9000)).save(picture, "JPEG", progressive=True)
+    file = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    picture = data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 10_000  # its last scan again and again: many seconds
     with serving() as server:
         (worker,) = server.workers()
         decoders = children(worker)
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             wait_until(lambda: not any(busy(pid) for pid in decoders))
-            client.sendall(head_of(picture.getvalue()) + picture.getvalue())
+            client.sendall(head_of(picture) + picture)
             wait_until(lambda: any(busy(pid) for pid in decoders))
             os.kill(worker, signal.SIGKILL)
             wait_until(lambda: not any(alive(pid) for pid in decoders), 2)
@@ -195,7 +199,7 @@ def test_a_decoder_that_does_not_read_stops_nobody(photos: list[bytes]) -> None:
 
 
 def test_a_swept_metrics_folder_does_not_keep_a_worker_out(photos: list[bytes]) -> None:
-    with serving() as server:
+    with serving(constants=AT_ONCE) as server:
         (worker,) = server.workers()
         variables = Path(f"/proc/{worker}/environ").read_bytes()
         assert b"PROMETHEUS" not in variables  # set after the start: found by its name
@@ -238,7 +242,7 @@ def test_a_signal_drains(photos: list[bytes], name: signal.Signals) -> None:
 
 
 def test_it_ends_in_the_time_given_even_if_a_client_does_not(photos: list[bytes]) -> None:
-    with serving("--drain", 1) as server, socket.create_connection(("127.0.0.1", server.port)) as slow:
+    with serving("--drain", 0.3) as server, socket.create_connection(("127.0.0.1", server.port)) as slow:
         slow.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc")
         wait_until(lambda: server.metric("robustfeat_in_flight_requests") >= 2)
         began = time.monotonic()
@@ -247,7 +251,7 @@ def test_it_ends_in_the_time_given_even_if_a_client_does_not(photos: list[bytes]
 
 
 def test_answers_come_in_time_or_503(photos: list[bytes]) -> None:
-    with serving("--timeout", 1) as server:
+    with serving("--timeout", 0.5) as server:
         (worker,) = server.workers()
         for decoder in children(worker):
             os.kill(decoder, signal.SIGSTOP)
@@ -302,7 +306,7 @@ def test_a_port_that_is_taken_is_one_line(robustfeat: Run) -> None:
 
 
 def test_scikit_learn_is_not_loaded_without_a_head() -> None:
-    with serving() as server:
+    with serving(new=True) as server:
         (worker,) = server.workers()
         assert "sklearn" not in Path(f"/proc/{worker}/maps").read_text()
         supervisor = Path(f"/proc/{server.process.pid}/maps").read_text()

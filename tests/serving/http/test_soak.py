@@ -159,7 +159,7 @@ def test_mixed_load_leaves_nothing_behind(example_files: list[Path]) -> None:
     photos = [file.read_bytes() for file in example_files]
     expected = FeatureExtractor.from_pretrained().embed(photos)
     memory: list[float] = []
-    with serving() as server:
+    with serving(new=True) as server:
         (worker,) = server.workers()
         soak = Soak(server, photos, expected)
         for thread in soak.threads:

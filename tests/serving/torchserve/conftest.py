@@ -33,9 +33,9 @@ class TorchServer(Server):
 
     arguments = ("torchserve",)
 
-    def __init__(self, store: Path, *options: object, **environment: str) -> None:
+    def __init__(self, store: Path, *options: object) -> None:
         self.store = store
-        super().__init__(*options, "--out", store, "--port", free_ports(5), "--run", group=False, **environment)
+        super().__init__(*options, "--out", store, "--port", free_ports(5), "--run")
 
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
         return super().ask(method, path, body, {"authorization": f"Bearer {self.key('inference')}", **(headers or {})})
@@ -78,8 +78,8 @@ def free_ports(count: int) -> int:
 
 
 @contextlib.contextmanager
-def torchserving(store: Path, *options: object, **environment: str) -> Iterator[TorchServer]:
-    server = TorchServer(store, *options, **environment)
+def torchserving(store: Path, *options: object) -> Iterator[TorchServer]:
+    server = TorchServer(store, *options)
     try:
         yield server
     finally:
