@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -228,13 +229,14 @@ def hub_environment(hub: FakeHub, home: Path, token: str | None = "hf_alice", **
 
 @pytest.fixture(scope="session")
 def write_features() -> WriteFeatures:
-    """Writes files of features by hand, as `embed` would."""
+    """Writes files of features by hand, as `embed` would; without `hashes`, as version 0.1 would."""
 
     def write(
         file: Path,
         values: NDArray[np.float32],
         paths: Sequence[str],
         errors: Mapping[int, str] | None = None,
+        hashes: bool = True,
         **meta: Any,
     ) -> Path:
         np.save(file, values)
@@ -242,8 +244,15 @@ def write_features() -> WriteFeatures:
             {"row": row, "path": path, "sha256": "0" * 64, "error": (errors or {}).get(row)}
             for row, path in enumerate(paths)
         ]
-        file.with_suffix(".index.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        about = FEATURES_META | {"feature_size": values.shape[1], "images": len(paths)} | meta
+        index = file.with_suffix(".index.jsonl")
+        index.write_text("".join(json.dumps(record) + "\n" for record in records))
+        named = {
+            f"{kind}_sha256": hashlib.sha256(place.read_bytes()).hexdigest()
+            for kind, place in (("features", file), ("index", index))
+            if hashes
+        }
+        about = FEATURES_META | {"feature_size": values.shape[1], "images": len(paths), "format": ".npy"}
+        about |= named | meta
         file.with_suffix(".meta.json").write_text(json.dumps(about))
         return file
 

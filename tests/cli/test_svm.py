@@ -177,7 +177,7 @@ def test_bad_input_is_one_line(
         shutil.copy(features.with_suffix(suffix), cut.with_suffix(suffix))
     altered = broken_head(head, tmp_path, lambda folder: (folder / "head.safetensors").write_bytes(b"x" * 100))
     cases: list[tuple[list[Any], str]] = [
-        (["fit", cut, "--labels", "folder", "--out", out], "its meta and index files describe (40, 512)"),
+        (["fit", cut, "--labels", "folder", "--out", out], "the files do not belong together; embed the images again"),
         (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,a\n"), "are of one class, 'a'; label rows of two classes"),
         (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-1.jpg,b\n"), "labelled a second time"),
         (fit('path,label\nhat/hat-1.jpg,"a\nhat/hat-2.jpg,b\n'), "not a CSV file (line 3: "),

@@ -16,7 +16,9 @@ from pathlib import Path
 from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.files import START_OVER
 from robustfeat.progress import Progress
-from robustfeat.serving.bulk.job import Existing, Job, Places, identify, read_existing, unknown_inputs
+from robustfeat.serving.bulk.appending import open_to_append, unknown_inputs
+from robustfeat.serving.bulk.job import Job, Places, identify
+from robustfeat.serving.bulk.outputs import Output, finish_commit, require_own_stem
 from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.ray import embed_on_ray
 from robustfeat.serving.bulk.shards import claim_folder, discard_folder, finished_shards, join_shards, write_shards
@@ -81,8 +83,9 @@ def embed_files(
 
     Writes `out`, (n, D) float32 as .npy, .safetensors (tensor `features`) or .parquet (path, features, error), where a
     failed image is a row of NaN; and beside it NAME.index.jsonl (row, path, sha256 of the bytes, error or null) and
-    NAME.meta.json. They appear once they are complete. A repeated call resumes one that was killed; its files are
-    then the same, byte for byte, as the files of an unbroken one.
+    NAME.meta.json, which holds the sha256 of the other two. All three appear together, once they are complete. A
+    repeated call resumes one that was killed; its files are then the same, byte for byte, as the files of an unbroken
+    one.
 
     Args:
         extractor: made with `streams` equal to its threads, for the best throughput.
@@ -99,15 +102,18 @@ def embed_files(
         quiet: no progress.
 
     Raises:
-        InputError: `out` cannot be written, an unfinished run there differs from this one, `append` has nothing to
-            add to, or an image failed and `on_error` is `stop`.
+        InputError: `out` cannot be written, shares its index with another output, an unfinished run there differs
+            from this one, `append` has nothing to add to, or an image failed and `on_error` is `stop`.
         EngineError: no decoder process can be started.
     """
     require_on_error(on_error)
     began = time.monotonic()
     places = Places.of(str(out))
-    existing = read_existing(places, extractor.identity) if append else None
-    with unknown_inputs(inputs, places, existing) if existing else nullcontext(inputs) as fresh:
+    finish_commit(places)
+    with (
+        open_to_append(places, extractor.identity) if append else nullcontext() as existing,
+        unknown_inputs(inputs, existing) if existing else nullcontext(inputs) as fresh,
+    ):
         job = _plan_job(extractor, fresh, batch_size or extractor.batch_size, shard_rows, existing)
         with _open_run(places, job, restart=restart, quiet=quiet) as run:
             stop = on_error == "stop"
@@ -129,10 +135,12 @@ def embed_files(
 
 
 def _plan_job(
-    extractor: FeatureExtractor, inputs: InputList, batch_size: int, shard_rows: int, existing: Existing | None
+    extractor: FeatureExtractor, inputs: InputList, batch_size: int, shard_rows: int, existing: Output | None
 ) -> Job:
     """What the run consists of: shards of whole batches."""
-    identity = identify(extractor.identity, inputs, batch_size) | {"appended_to": existing.sha256 if existing else None}
+    identity = identify(extractor.identity, inputs, batch_size) | {
+        "appended_to": existing.meta_sha256 if existing else None
+    }
     first_row = existing.rows if existing else 0
     return Job(len(inputs), first_row, -(-shard_rows // batch_size) * batch_size, identity)
 
@@ -185,6 +193,7 @@ def _open_run(places: Places, job: Job, *, restart: bool, quiet: bool) -> Iterat
     if done:
         progress.say(f"going on: {before:,} of {job.images:,} images were embedded before")
     try:
+        require_own_stem(places)
         yield _Run(places, job, folder, done, progress)
     except BaseException as exc:
         kept = 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
-from robustfeat.serving.bulk.storage import open_input, open_output
 from robustfeat.serving.inputs.remote import is_remote
 
 __all__ = ["FORMATS", "Block", "FeatureFormat", "map_features", "read_features"]
 
 _READ_BYTES = 2**23
 _HEADER_BYTES = 2**24
+_RAW = (".npy", ".safetensors")  # whose values lie in the file as they lie in memory
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class FeatureFormat:
     """How features lie in a file.
 
     Attributes:
-        write: place, shape (n, D), description (text values) and the rows, to a file that appears when complete.
-        read: place, D and the number of rows wanted, to blocks of (n, D) float32.
+        write: file, shape (n, D), description (text values) and the rows; written from start to end.
+        read: file, opened for reading at random, D and the number of rows wanted, to blocks of (n, D) float32.
     """
 
-    write: Callable[[str, tuple[int, int], dict[str, str], Iterable[Block]], None]
-    read: Callable[[str, int, int], Iterator[NDArray[np.float32]]]
+    write: Callable[[Any, tuple[int, int], dict[str, str], Iterable[Block]], None]
+    read: Callable[[Any, int, int], Iterator[NDArray[np.float32]]]
 
 
-def _write_npy(place: str, shape: tuple[int, int], _: dict[str, str], blocks: Iterable[Block]) -> None:
+def _write_npy(handle: Any, shape: tuple[int, int], _: dict[str, str], blocks: Iterable[Block]) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    _write_raw(place, header.getvalue(), blocks)
+    _write_raw(handle, header.getvalue(), blocks)
 
 
-def _write_safetensors(place: str, shape: tuple[int, int], about: dict[str, str], blocks: Iterable[Block]) -> None:
+def _write_safetensors(handle: Any, shape: tuple[int, int], about: dict[str, str], blocks: Iterable[Block]) -> None:
     """The format by hand, since the library writes only what is in memory.
 
     Eight bytes of little-endian length, that much JSON, padded with spaces to a multiple of eight, then the values.
@@ -59,37 +59,41 @@ def _write_safetensors(place: str, shape: tuple[int, int], about: dict[str, str]
     tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * shape[0] * shape[1]]}
     header = json.dumps({"__metadata__": about, "features": tensor}).encode()
     header += b" " * (-len(header) % 8)
-    _write_raw(place, struct.pack("<Q", len(header)) + header, blocks)
+    _write_raw(handle, struct.pack("<Q", len(header)) + header, blocks)
 
 
-def _write_raw(place: str, header: bytes, blocks: Iterable[Block]) -> None:
-    with open_output(place) as handle:
-        handle.write(header)
-        for block in blocks:
-            handle.write(block.features.astype("<f4", copy=False).tobytes())
+def _write_raw(handle: Any, header: bytes, blocks: Iterable[Block]) -> None:
+    handle.write(header)
+    for block in blocks:
+        handle.write(block.features.astype("<f4", copy=False).tobytes())
 
 
-def _read_npy(place: str, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
-    with open_input(place) as handle:
-        np.lib.format.read_magic(handle)
-        yield from _read_raw(handle, feature_size, rows, np.lib.format.read_array_header_1_0(handle)[0])
+def _read_npy(handle: Any, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
+    version = np.lib.format.read_magic(handle)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the format; expected (1, 0)")
+    shape, fortran_order, dtype = readers[version](handle)
+    if dtype != np.dtype("<f4") or (fortran_order and min(shape) > 1):
+        order = ", in Fortran's order" if fortran_order else ""
+        raise ValueError(f"it holds {dtype.str}{order}; expected <f4, row by row")
+    yield from _read_raw(handle, feature_size, rows, shape)
 
 
-def _read_safetensors(place: str, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
-    with open_input(place) as handle:
-        length = struct.unpack("<Q", handle.read(8))[0]
-        if length > _HEADER_BYTES:
-            raise ValueError(f"a header of {length:,} bytes")
-        header = json.loads(handle.read(length))
-        tensor = header["features"]
-        if set(header) - {"__metadata__"} != {"features"} or tensor["dtype"] != "F32":
-            raise ValueError("it must hold one tensor, features, of F32")
-        yield from _read_raw(handle, feature_size, rows, tensor["shape"])
+def _read_safetensors(handle: Any, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
+    length = struct.unpack("<Q", handle.read(8))[0]
+    if length > _HEADER_BYTES:
+        raise ValueError(f"a header of {length:,} bytes")
+    header = json.loads(handle.read(length))
+    tensor = header["features"]
+    if set(header) - {"__metadata__"} != {"features"} or tensor["dtype"] != "F32":
+        raise ValueError("it must hold one tensor, features, of F32")
+    yield from _read_raw(handle, feature_size, rows, tensor["shape"])
 
 
 def _read_raw(handle: Any, feature_size: int, rows: int, shape: Any) -> Iterator[NDArray[np.float32]]:
-    if list(shape)[1:] != [feature_size] or shape[0] < rows:
-        raise ValueError(f"it holds {tuple(shape)} features, not at least {(rows, feature_size)}")
+    if list(shape) != [rows, feature_size]:
+        raise ValueError(f"it holds {tuple(shape)} features, not {(rows, feature_size)}")
     step = max(1, _READ_BYTES // (4 * feature_size))
     for first in range(0, rows, step):
         wanted = 4 * feature_size * min(step, rows - first)
@@ -99,14 +103,14 @@ def _read_raw(handle: Any, feature_size: int, rows: int, shape: Any) -> Iterator
         yield np.frombuffer(data, "<f4").reshape(-1, feature_size)
 
 
-def _write_parquet(place: str, shape: tuple[int, int], about: dict[str, str], blocks: Iterable[Block]) -> None:
+def _write_parquet(handle: Any, shape: tuple[int, int], about: dict[str, str], blocks: Iterable[Block]) -> None:
     import pyarrow
     from pyarrow import parquet
 
     vector = pyarrow.list_(pyarrow.float32(), shape[1])
     fields = [("path", pyarrow.string()), ("features", vector), ("error", pyarrow.string())]
     schema = pyarrow.schema(fields, metadata=about)
-    with open_output(place) as handle, parquet.ParquetWriter(handle, schema, compression="zstd") as writer:
+    with parquet.ParquetWriter(handle, schema, compression="zstd") as writer:
         for block in blocks:
             records = [json.loads(line) for line in block.index.splitlines()]
             values = pyarrow.array(block.features.reshape(-1))
@@ -118,22 +122,18 @@ def _write_parquet(place: str, shape: tuple[int, int], about: dict[str, str], bl
             writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
 
 
-def _read_parquet(place: str, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
+def _read_parquet(handle: Any, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
     import pyarrow
     from pyarrow import parquet
 
-    with open_input(place) as handle:
-        file = parquet.ParquetFile(handle)
-        kind = file.schema_arrow.field("features").type
-        if not pyarrow.types.is_fixed_size_list(kind) or kind.value_type != pyarrow.float32():
-            raise ValueError(f"the column features must be lists of {feature_size} float32; it is {kind}")
-        for batch in file.iter_batches(columns=["features"]):
-            values = np.asarray(batch.column(0).flatten()).reshape(-1, feature_size)[:rows]
-            rows -= len(values)
-            if len(values):
-                yield values
-    if rows:
-        raise ValueError(f"{rows} rows are missing")
+    file = parquet.ParquetFile(handle)
+    kind = file.schema_arrow.field("features").type
+    if not pyarrow.types.is_fixed_size_list(kind) or kind.value_type != pyarrow.float32():
+        raise ValueError(f"the column features must be lists of {feature_size} float32; it is {kind}")
+    if file.metadata.num_rows != rows:
+        raise ValueError(f"it holds {file.metadata.num_rows} rows, not {rows}")
+    for batch in file.iter_batches(columns=["features"]):
+        yield np.asarray(batch.column(0).flatten()).reshape(-1, feature_size)
 
 
 FORMATS = {
@@ -144,47 +144,43 @@ FORMATS = {
 """By suffix."""
 
 
-def read_features(place: str, suffix: str, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
-    """The first `rows` features of a file, in blocks.
+def read_features(handle: Any, place: str, suffix: str, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
+    """All features of an opened file, in blocks; `place` is its name for messages.
 
     Raises:
         InputError: it cannot be read, or holds something else.
     """
+    handle.seek(0)
     try:
-        yield from FORMATS[suffix].read(place, feature_size, rows)
+        yield from FORMATS[suffix].read(handle, feature_size, rows)
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as exc:
-        raise InputError(f"{place}: not the features that its meta file describes ({first_line(exc)})") from exc
+        raise InputError(
+            f"{place}: not the features that its meta file describes ({first_line(exc)}); "
+            "the files do not belong together",
+            fix="embed the images again",
+        ) from exc
 
 
-def map_features(place: str, suffix: str, feature_size: int, rows: int) -> NDArray[np.float32]:
-    """All features of a file, (rows, D), memory-mapped: those of .parquet and remote files by way of a temporary file.
+def map_features(handle: Any, place: str, suffix: str, feature_size: int, rows: int) -> NDArray[np.float32]:
+    """All features of an opened file, (rows, D), memory-mapped: .parquet and remote files by way of a temporary copy.
 
     Raises:
         InputError: it cannot be read, or holds something else.
     """
     if not rows:
         raise InputError(f"{place}: holds no rows")
-    expected = (rows, feature_size)
-    if suffix == ".npy" and not is_remote(place):
-        try:
-            values: NDArray[np.float32] = np.load(place, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-            raise InputError(f"{place}: not a NumPy array ({first_line(exc)})") from exc
-        if not isinstance(values, np.ndarray):
-            raise InputError(f"{place}: not a NumPy array, but an archive of several")
-        if values.shape != expected or values.dtype != np.float32:
-            raise InputError(
-                f"{place}: holds {values.shape} {values.dtype}, its meta and index files describe {expected} float32; "
-                "the files do not belong together",
-                fix="embed the images again",
-            )
-        return values
+    blocks = read_features(handle, place, suffix, feature_size, rows)
+    if suffix in _RAW and not is_remote(place):
+        offset = -next(blocks).nbytes + handle.tell()  # the first block checks the header
+        if os.fstat(handle.fileno()).st_size < offset + 4 * rows * feature_size:
+            raise InputError(f"{place}: ends before its {rows:,} rows do", fix="embed the images again")
+        return np.memmap(handle, "<f4", "r", offset=offset, shape=(rows, feature_size))
     try:
         with tempfile.TemporaryFile(prefix="robustfeat-") as copy:
-            for block in read_features(place, suffix, feature_size, rows):
+            for block in blocks:
                 copy.write(block.data.cast("B"))
             copy.flush()
-            return np.memmap(copy, "<f4", "r", shape=expected)
+            return np.memmap(copy, "<f4", "r", shape=(rows, feature_size))
     except OSError as exc:
         raise InputError(
             f"{place}: no room for a temporary copy ({exc.strerror})", fix="free space, or use .npy"

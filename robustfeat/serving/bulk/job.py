@@ -1,23 +1,19 @@
-"""What an embedding run consists of: its identity, its output files, and the files that it appends to."""
+"""What an embedding run consists of: its identity and its output files."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.formats import FORMATS
-from robustfeat.serving.bulk.storage import file_exists, open_input
-from robustfeat.serving.identity import FEATURE_KEYS, ModelIdentity
+from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.remote import is_remote
 
-__all__ = ["Existing", "Job", "Places", "brief", "identify", "read_existing", "unknown_inputs"]
+__all__ = ["Job", "Places", "brief", "identify"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,11 @@ class Places:
                 raise error("is a folder", "name a file")
         return cls(out, f"{stem}.index.jsonl", f"{stem}.meta.json", f"{folder}{slash}.{name}.shards", dot + ending)
 
+    def with_format(self, suffix: str) -> Places:
+        """The output of the same stem in another format; it would share index and meta file."""
+        features, shards = self.features.removesuffix(self.suffix), self.shards.removesuffix(f"{self.suffix}.shards")
+        return replace(self, features=features + suffix, shards=f"{shards}{suffix}.shards", suffix=suffix)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -85,68 +86,9 @@ class Job:
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.images))
 
 
-@dataclass(frozen=True)
-class Existing:
-    """The files that a run appends to."""
-
-    meta: dict[str, Any]
-    sha256: str
-    rows: int
-
-
 def identify(model: ModelIdentity, inputs: InputList, batch_size: int) -> dict[str, Any]:
     """What decides the bytes of features and index."""
     return {**model.to_meta(batch_size), "inputs": len(inputs), "inputs_sha256": inputs.sha256}
-
-
-def read_existing(places: Places, model: ModelIdentity) -> Existing:
-    """The files to append to.
-
-    Raises:
-        InputError: one is missing, or another model or other options made them.
-    """
-    for place in (places.features, places.index, places.meta):
-        if not file_exists(place):
-            raise InputError(f"{place} does not exist", argument="append", value=True, fix="run without `append` first")
-    with open_input(places.meta) as handle:
-        data = handle.read()
-    try:
-        meta = json.loads(data)
-        rows, found = int(meta["images"]), ModelIdentity.of_meta(meta)
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise InputError(
-            f"{places.meta} is not what robustfeat embed writes ({exc!r})", argument="append", value=True
-        ) from exc
-    if key := found.difference(model, FEATURE_KEYS):
-        theirs, mine = brief(found.values(key)[key]), brief(model.values(key)[key])
-        raise InputError(
-            f"{places.features} was made with {key} {theirs}, this is {mine}",
-            argument="append",
-            value=True,
-            fix="use the same model and options, or another `out`",
-        )
-    return Existing(meta, hashlib.sha256(data).hexdigest(), rows)
-
-
-def unknown_inputs(inputs: InputList, places: Places, existing: Existing) -> InputList:
-    """The inputs whose path is not in the index yet; where a path is there several times, those beyond that."""
-    known: Counter[bytes] = Counter()
-    with open_input(places.index) as handle:
-        for line in itertools.islice(handle, existing.rows):
-            known[_path_digest(json.loads(line))] += 1
-    fresh = InputList()
-    fresh.skipped = inputs.skipped
-    for image in inputs:
-        key = _path_digest(image.index_fields())
-        if known[key] > 0:
-            known[key] -= 1
-        else:
-            fresh.append(image)
-    return fresh
-
-
-def _path_digest(fields: dict[str, str]) -> bytes:
-    return hashlib.sha256(fields.get("path_bytes", fields["path"]).encode()).digest()[:16]
 
 
 def brief(value: Any) -> str:

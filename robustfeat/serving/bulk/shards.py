@@ -15,9 +15,10 @@ import numpy as np
 
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.formats import FORMATS, Block, read_features
-from robustfeat.serving.bulk.job import Existing, Job, Places, brief
+from robustfeat.serving.bulk.job import Job, Places, brief
+from robustfeat.serving.bulk.outputs import NewOutput, Output
 from robustfeat.serving.bulk.pipeline import Pipeline
-from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_input, open_output
+from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder
 from robustfeat.serving.inputs.input_list import InputList
 
 __all__ = ["claim_folder", "discard_folder", "finished_shards", "join_shards", "write_shards"]
@@ -45,7 +46,6 @@ def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *
                 for key in sorted({*found, *mine})
                 if found.get(key) != mine.get(key)
             ]
-            folder.release()
             raise InputError(
                 f"{places.features}: an unfinished run is there with other settings ({'; '.join(changes)})",
                 fix="repeat that command to finish it, or pass `restart=True` to discard it",
@@ -56,10 +56,13 @@ def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *
             folder.write(_JOB_FILE, json.dumps(mine).encode())
             return set()
         return finished_shards(folder)
-    except OSError as exc:
-        raise InputError(
-            f"{places.features}: cannot be written ({exc.strerror or exc})", fix="choose another place"
-        ) from exc
+    except BaseException as exc:
+        folder.release()
+        if isinstance(exc, OSError):
+            raise InputError(
+                f"{places.features}: cannot be written ({exc.strerror or exc})", fix="choose another place"
+            ) from exc
+        raise
 
 
 def finished_shards(folder: LocalFolder | RemoteFolder) -> set[int]:
@@ -120,15 +123,17 @@ def join_shards(
     folder: LocalFolder | RemoteFolder,
     job: Job,
     size: int,
-    existing: Existing | None,
+    existing: Output | None,
     *,
     skipped: int,
     timing: dict[str, float],
 ) -> tuple[int, int]:
-    """Joins the shards to the output files and deletes their folder; gives the rows and how many of them failed.
+    """Joins the shards to the output and deletes their folder; gives the rows and how many of them failed.
 
-    Repeated after a kill at any point, it ends with the same files: appended files begin with the same bytes before
-    and after, and the meta file, which tells them apart, comes last.
+    Repeated after a kill at any point, it ends with the same files.
+
+    Raises:
+        InputError: another process has changed the output that is appended to.
     """
     if existing and not job.images:
         discard_folder(folder)
@@ -137,24 +142,28 @@ def join_shards(
     identity = {key: value for key, value in job.identity.items() if key != "appended_to"}
     about = {key: str(identity[key]) for key in ("model", "precision", "engine", "preprocessing_hash")}
 
-    def old_index() -> Iterator[bytes]:
+    def indexes() -> Iterator[bytes]:
         if existing:
-            with open_input(places.index) as handle:
-                yield from itertools.islice(handle, existing.rows)
+            existing.index.seek(0)
+            yield from itertools.islice(existing.index, existing.rows)
+        for number in range(job.shards):
+            yield folder.read(f"{number:06}.jsonl")
 
     def blocks() -> Iterator[Block]:
-        lines = old_index()
         if existing:
-            for features in read_features(places.features, places.suffix, size, existing.rows):
-                yield Block(features, b"".join(itertools.islice(lines, len(features))))
+            existing.index.seek(0)
+            for features in read_features(existing.features, places.features, places.suffix, size, existing.rows):
+                yield Block(features, b"".join(itertools.islice(existing.index, len(features))))
         for number in range(job.shards):
             features = np.frombuffer(folder.read(f"{number:06}.f32"), "<f4").reshape(-1, size)
             yield Block(features, folder.read(f"{number:06}.jsonl"))
 
-    FORMATS[places.suffix].write(places.features, (images, size), about, blocks())
+    output = NewOutput(places, folder)
+    with output.open("features") as handle:
+        FORMATS[places.suffix].write(handle, (images, size), about, blocks())
     failed = 0
-    with open_output(places.index) as handle:
-        for part in itertools.chain(old_index(), (folder.read(f"{number:06}.jsonl") for number in range(job.shards))):
+    with output.open("index") as handle:
+        for part in indexes():
             failed += part.count(b"\n") - part.count(b'"error": null}\n')
             handle.write(part)
     meta = identity | {
@@ -165,7 +174,6 @@ def join_shards(
         "timing": timing,
     }
     del meta["inputs"]
-    with open_output(places.meta) as handle:
-        handle.write(json.dumps(meta, indent=2).encode() + b"\n")
+    output.commit(meta, after=existing)
     discard_folder(folder)
     return images, failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
@@ -64,21 +65,41 @@ class LocalFolder:
             new.unlink(missing_ok=True)  # a full disk needs the room
             raise
         os.replace(new, self.place / name)
-        self._sync()
+        _sync(self.place)
+
+    def move(self, name: str, target: str) -> None:
+        """Makes a file of the folder the file `target`, which may lie in another file system by way of a link."""
+        source, real = self.place / name, Path(os.path.realpath(target))
+        try:
+            os.replace(source, real)
+        except OSError as exc:
+            if exc.errno != errno.EXDEV:
+                raise
+            with new_file(real) as partial:
+                shutil.copyfile(source, partial)
+            source.unlink()
+        _sync(real.parent)
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if it is there."""
+        (self.place / name).unlink(missing_ok=True)
+        _sync(self.place)
 
     def remove(self, first: str) -> None:
         """Deletes the folder, `first` (the file without which it means nothing) before all others."""
         (self.place / first).unlink(missing_ok=True)
         if self.place.is_dir():
-            self._sync()
+            _sync(self.place)
         shutil.rmtree(self.place, ignore_errors=True)
 
-    def _sync(self) -> None:
-        descriptor = os.open(self.place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+def _sync(folder: Path) -> None:
+    """Makes renames and deletions in a folder stay through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RemoteFolder:
@@ -117,6 +138,18 @@ class RemoteFolder:
         """Makes or replaces a file."""
         with self._explaining("written"):
             self._filesystem.pipe_file(f"{self._path}/{name}", b"".join(parts))
+
+    def move(self, name: str, target: str) -> None:
+        """Makes a file of the folder the file `target`, which appears whole."""
+        with self._explaining("written"):
+            self._filesystem.cp_file(f"{self._path}/{name}", open_remote(target)[1])
+            self._filesystem.rm_file(f"{self._path}/{name}")
+            self._filesystem.invalidate_cache()
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if it is there."""
+        with self._explaining("deleted"), suppress(FileNotFoundError):
+            self._filesystem.rm_file(f"{self._path}/{name}")
 
     def remove(self, first: str) -> None:
         """Deletes the folder, `first` (the file without which it means nothing) before all others."""

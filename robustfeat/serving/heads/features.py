@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.formats import FORMATS, map_features
 from robustfeat.serving.bulk.job import Places
-from robustfeat.serving.bulk.storage import file_exists, open_input
+from robustfeat.serving.bulk.outputs import Output, index_records, open_existing
+from robustfeat.serving.bulk.storage import file_exists
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
@@ -94,58 +94,34 @@ def open_features(place: str) -> Features:
         InputError: a file is missing, or they do not belong together.
     """
     places = Places.of(place, argument=None)
-    for file in (places.features, places.index, places.meta):
-        if not file_exists(file):
-            raise InputError(
-                f"{file}: no such file; expected what robustfeat embed writes: "
-                f"{Path(place).name} with its index and meta files beside it"
-            )
-    try:
-        with open_input(places.meta) as handle:
-            meta = json.loads(handle.read())
-        model, images = ModelIdentity.of_meta(meta), int(meta["images"])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
-        raise InputError(f"{places.meta}: not what robustfeat embed writes ({exc!r})") from exc
-    paths: list[str] = []
-    errors: dict[int, str] = {}
-    with open_input(places.index) as handle:
-        for row, line in enumerate(handle):
-            try:
-                record = json.loads(line)
-                paths.append(path_of_index(record))
-                if record["row"] != row:
-                    raise ValueError(f"row {record['row']} in line {row + 1}")
-                if record["error"] is not None:
-                    errors[row] = str(record["error"])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-                raise InputError(f"{places.index}: not what robustfeat embed writes ({exc})") from exc
-    if len(paths) != images:
-        raise InputError(
-            f"{places.index}: has {len(paths):,} rows, {places.meta} says {images:,}; the files do not belong together",
-            fix="embed the images again",
-        )
-    if places.suffix == ".parquet":
-        _require_own_paths(places, paths)
-    values = map_features(places.features, places.suffix, model.feature_size, images)
-    return Features(place, values, paths, errors, model)
+    with open_existing(places) as output:
+        paths: list[str] = []
+        errors: dict[int, str] = {}
+        for row, record in enumerate(index_records(output)):
+            paths.append(path_of_index(record))
+            if record["error"] is not None:
+                errors[row] = str(record["error"])
+        if places.suffix == ".parquet":
+            _require_own_paths(output, paths)
+        values = map_features(output.features, place, places.suffix, output.model.feature_size, output.rows)
+    return Features(place, values, paths, errors, output.model)
 
 
-def _require_own_paths(places: Places, paths: Sequence[str]) -> None:
-    """A Parquet file of features names its rows itself: someone may have sorted it."""
+def _require_own_paths(output: Output, paths: Sequence[str]) -> None:
+    """A Parquet file of features names its rows itself: someone may have sorted one whose hash is not known."""
     from pyarrow import parquet
 
-    row = 0
+    row, places = 0, output.places
     try:
-        with open_input(places.features) as handle:
-            for batch in parquet.ParquetFile(handle).iter_batches(columns=["path"]):
-                for path in batch.column(0).to_pylist():
-                    if row >= len(paths) or path != printable(paths[row]):
-                        raise InputError(
-                            f"{places.features}: its row {row} is {path}, in {places.index} it is another; "
-                            "the files do not belong together",
-                            fix="embed the images again",
-                        )
-                    row += 1
+        for batch in parquet.ParquetFile(output.features).iter_batches(columns=["path"]):
+            for path in batch.column(0).to_pylist():
+                if row >= len(paths) or path != printable(paths[row]):
+                    raise InputError(
+                        f"{places.features}: its row {row} is {path}, in {places.index} it is another; "
+                        "the files do not belong together",
+                        fix="embed the images again",
+                    )
+                row += 1
     except (OSError, ValueError, LookupError) as exc:
         raise InputError(f"{places.features}: not the features that its meta file describes ({exc})") from exc
 

@@ -10,17 +10,27 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
+from robustfeat.serving.bulk.outputs import NewOutput
+from robustfeat.serving.bulk.storage import LocalFolder
+from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.inputs.listing import list_inputs
+from tests.conftest import files_of
 
 Embed = Callable[..., EmbeddingResult]
 
@@ -145,29 +155,118 @@ def test_another_model_option_or_input_is_refused_with_the_reason(
     assert [entry.name for entry in tmp_path.glob(".*")] == []
 
 
-def test_a_run_killed_while_it_joins_its_shards_ends_the_same(
-    many: Path, embed: Embed, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between any two of the three files, and before the shards are deleted."""
-    from robustfeat.serving.bulk import shards
-    from robustfeat.serving.bulk.storage import open_output
+STEPS = [(LocalFolder, "remove"), (NewOutput, "open"), (NewOutput, "open")]
+STEPS += [(LocalFolder, "write"), (LocalFolder, "write"), *[(LocalFolder, "move")] * 3]
+STEPS += [(LocalFolder, "delete"), (LocalFolder, "remove")]
+"""A run makes a new folder, writes features, index, meta and the commit file, moves three files, and deletes."""
 
-    out = tmp_path / "feats.npy"
-    for suffix in ("feats.npy", "feats.index.jsonl", "feats.meta.json"):
 
-        def failing(place: str, suffix: str = suffix) -> Any:
-            if place.endswith(suffix):
+def kill_before(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Ends the process, as far as the files can tell, before step number `step` of `STEPS`."""
+    seen: Counter[tuple[type, str]] = Counter()
+    for owner, name in set(STEPS):
+        call = getattr(owner, name)
+
+        def counted(*args: Any, call: Any = call, key: Any = (owner, name), **kwargs: Any) -> Any:
+            written = key != (LocalFolder, "write") or str(args[1]) in {"new-meta", "commit"}
+            if written and key == STEPS[step] and seen[key] == STEPS[:step].count(key):
                 raise KeyboardInterrupt
-            return open_output(place)
+            seen[key] += written
+            return call(*args, **kwargs)
 
+        patch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_a_reader_sees_the_old_output_or_the_new_one_wherever_a_run_is_killed(
+    append: bool, embed: Embed, example_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, file in enumerate(example_files[:8]):
+        folder = tmp_path / ("old" if number < 4 else "new")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.jpg").symlink_to(file)
+    images = tmp_path / "new"
+    (tmp_path / "start").mkdir()
+    embed(tmp_path / "old", tmp_path / "start" / "feats.npy", workers=1)
+    old = values_of(tmp_path / "start" / "feats.npy")
+    outputs = []
+    for step in range(len(STEPS) + 1):
+        place = tmp_path / f"at{step}" / "feats.npy"
+        shutil.copytree(tmp_path / "start", place.parent)
         with monkeypatch.context() as patch:
-            patch.setattr(shards, "open_output", failing)
-            patch.setattr("robustfeat.serving.bulk.formats.open_output", failing)
-            with pytest.raises(KeyboardInterrupt):
-                embed(many, out)
-        assert (tmp_path / ".feats.npy.shards").is_dir()
-    embed(many, out)
-    assert written(out) == written(unbroken)
+            if step < len(STEPS):
+                kill_before(step, patch)
+                with pytest.raises(KeyboardInterrupt):
+                    embed(images, place, append=append, workers=1)
+            else:
+                embed(images, place, append=append, workers=1)
+        seen = values_of(place)
+        if step < 5:
+            assert seen == old, step
+        elif step < len(STEPS):
+            outputs.append(seen)
+        embed(images, place, append=append, workers=1)
+        outputs.append(values_of(place))
+        assert sorted(entry.name for entry in place.parent.iterdir()) == [
+            "feats.index.jsonl", "feats.meta.json", "feats.npy",
+        ]  # fmt: skip
+    assert outputs == [outputs[-1]] * len(outputs)
+    assert outputs[-1] != old
+
+
+def values_of(place: Path) -> tuple[list[str], bytes]:
+    features = open_features(str(place))
+    return list(features.paths), features.values.tobytes()
+
+
+def test_a_reader_beside_writers_never_sees_a_mixture(embed: Embed, example_files: list[Path], tmp_path: Path) -> None:
+    """One thread replaces the output again and again; what is read belongs together each time."""
+    out = tmp_path / "feats.npy"
+    expected = {}
+    for name, file in zip("ab", example_files, strict=False):
+        (tmp_path / f"{name}.jpg").symlink_to(file)
+        embed(tmp_path / f"{name}.jpg", out, workers=1)
+        expected[f"{name}.jpg"] = values_of(out)
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(10):
+            embed(tmp_path / f"{'ab'[number % 2]}.jpg", out, workers=1)
+        done.set()
+
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(write)
+        while not done.is_set() and not writer.done():
+            seen = values_of(out)
+            assert seen == expected[seen[0][0]]
+        writer.result()
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_two_outputs_never_share_an_index(
+    unfinished: bool, embed: Embed, example_files: list[Path], tmp_path: Path
+) -> None:
+    if unfinished:
+        (tmp_path / "bad.jpg").write_bytes(b"junk")
+        images = [example_files[0], tmp_path / "bad.jpg"]
+        with list_inputs(images) as inputs, pytest.raises(InputError, match="stopped, as asked"):
+            extractor = FeatureExtractor.from_pretrained(threads=1)
+            embed_files(extractor, inputs, tmp_path / "f.npy", on_error="stop", batch_size=1, shard_rows=1, quiet=True)
+    else:
+        embed(example_files[0], tmp_path / "f.npy")
+    before = files_of(tmp_path)
+    with pytest.raises(InputError, match=r"f.parquet: its index and meta files would be .*f.npy; choose another name"):
+        embed(example_files[1], tmp_path / "f.parquet")
+    assert files_of(tmp_path) == before
+
+
+def test_images_in_a_parquet_file_of_the_same_stem_are_no_other_output(
+    embed: Embed, example_files: list[Path], tmp_path: Path
+) -> None:
+    images = pyarrow.table({"image": [file.read_bytes() for file in example_files[:3]]})
+    parquet.write_table(images, tmp_path / "f.parquet")
+    for _ in range(2):
+        assert embed(tmp_path / "f.parquet", tmp_path / "f.npy").images == 3
 
 
 def test_two_processes_do_not_write_the_same_output(many: Path, model: Path, tmp_path: Path, embed: Embed) -> None:
@@ -209,38 +308,23 @@ def test_append_adds_the_new_files_behind_the_old(many: Path, embed: Embed, tmp_
     assert written(out) == (features, index, meta)
 
 
-@pytest.mark.parametrize(
-    "suffix",
-    [".npy", pytest.param(".safetensors", marks=pytest.mark.slow), pytest.param(".parquet", marks=pytest.mark.slow)],
-)
-def test_an_append_that_is_killed_anywhere_goes_on(
-    many: Path, embed: Embed, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+def test_an_append_to_an_output_that_changes_meanwhile_is_refused(
+    embed: Embed, example_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robustfeat.serving.bulk.storage import open_output
+    out = tmp_path / "feats.npy"
+    embed(example_files[0], out)
+    commit = NewOutput.commit
 
-    small = tmp_path / "small"
-    small.mkdir()
-    for number in range(60):
-        (small / f"{number:04}.jpg").symlink_to(many / f"{number:04}.jpg")
-    killed, whole = (tmp_path / f"{name}{suffix}" for name in ("killed", "whole"))
-    for out in (killed, whole):
-        embed(small, out)
-    assert embed(many, whole, append=True).images == 700
-    for ending in (suffix, ".index.jsonl", ".meta.json"):
+    def late(self: NewOutput, *args: Any, **kwargs: Any) -> None:
+        meta = json.loads(out.with_suffix(".meta.json").read_text()) | {"timing": {}}
+        out.with_suffix(".meta.json").write_text(json.dumps(meta))
+        commit(self, *args, **kwargs)
 
-        def failing(place: str, ending: str = ending) -> Any:
-            if place.endswith(ending):
-                raise KeyboardInterrupt
-            return open_output(place)
-
-        with monkeypatch.context() as patch:
-            patch.setattr("robustfeat.serving.bulk.shards.open_output", failing)
-            patch.setattr("robustfeat.serving.bulk.formats.open_output", failing)
-            with pytest.raises(KeyboardInterrupt):
-                embed(many, killed, append=True)
-    embed(many, killed, append=True)
-    assert written(killed) == written(whole)
-    assert [entry.name for entry in tmp_path.glob(".*")] == []
+    monkeypatch.setattr(NewOutput, "commit", late)
+    with pytest.raises(InputError, match="another process has changed it; repeat the command to append to it"):
+        embed(example_files[1], out, append=True)
+    monkeypatch.undo()
+    assert embed(example_files[1], out, append=True).images == 2
 
 
 def test_append_refuses_what_it_cannot_add_to(
@@ -253,6 +337,23 @@ def test_append_refuses_what_it_cannot_add_to(
     other = FeatureExtractor.from_pretrained(threads=2, streams=2)
     with list_inputs([many]) as inputs, pytest.raises(InputError, match=r"was made with files .* use the same model"):
         embed_files(other, inputs, out, append=True, quiet=True)
+    meta = out.with_suffix(".meta.json").read_text()
     out.with_suffix(".meta.json").write_text("{}")
-    with pytest.raises(InputError, match="is not what robustfeat embed writes"):
+    with pytest.raises(InputError, match="not what robustfeat embed writes"):
         embed(many, out, append=True)
+    # Version 0.1 wrote no hashes: the files themselves are looked at.
+    old = {key: value for key, value in json.loads(meta).items() if not key.endswith("_sha256")}
+    out.with_suffix(".meta.json").write_text(json.dumps(old))
+    features, index = np.load(out), out.with_suffix(".index.jsonl").read_bytes()
+    for values in (features.astype(np.float64), features.astype(">f4"), np.asfortranarray(features), features[1:]):
+        np.save(out, values)
+        with pytest.raises(InputError, match="not the features that its meta file describes"):
+            embed(many, out, append=True)
+    np.save(out, features)
+    lines = index.splitlines(keepends=True)
+    for damaged in (lines[:-1], [*lines, lines[0]], [b"{}\n", *lines[1:]], [b"\xff\n", *lines[1:]]):
+        out.with_suffix(".index.jsonl").write_bytes(b"".join(damaged))
+        with pytest.raises(InputError, match=r"feats.index.jsonl: "):
+            embed(many, out, append=True)
+    out.with_suffix(".index.jsonl").write_bytes(index)
+    assert embed(many, out, append=True).known == 700

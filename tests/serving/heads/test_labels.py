@@ -141,7 +141,7 @@ def test_several_labels(tmp_path: Path, features: Features) -> None:
 
 
 def test_names_that_are_not_utf8_are_matched(tmp_path: Path, write_features: Any) -> None:
-    file = write_features(tmp_path / "f.npy", np.zeros((2, 4), np.float32), ["?", "b.jpg"])
+    file = write_features(tmp_path / "f.npy", np.zeros((2, 4), np.float32), ["?", "b.jpg"], hashes=False)
     index = file.with_suffix(".index.jsonl")
     first, second = index.read_text().splitlines()
     index.write_text(json.dumps(json.loads(first) | {"path_bytes": "/2EuanBn"}) + "\n" + second + "\n")
@@ -207,21 +207,24 @@ def test_an_image_outside_class_folders_is_refused(tmp_path: Path, write_feature
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("rows", r"holds \(2, 4\) float32, its meta and index files describe \(3, 4\)"),
+        ("rows", r"holds \(2, 4\) features, not \(3, 4\)"),
         ("index", "has 2 rows, .* says 3"),
         ("numbers", "row 2 in line 2"),
         ("junk", "not what robustfeat embed writes"),
         ("meta", "not what robustfeat embed writes"),
         ("no meta", "f.meta.json: no such file"),
         ("nan", r"row 1 \(b\) is not finite, and the index knows no error"),
-        ("pickle", "not a NumPy array"),
+        ("pickle", r"it holds \|O; expected <f4"),
+        ("big-endian", r"it holds >f4; expected <f4"),
+        ("columns", r"it holds <f4, in Fortran's order; expected <f4, row by row"),
+        ("cut", r"f.npy: .*ends"),
     ],
 )
 def test_files_that_do_not_belong_together_are_refused(
     change: str, reason: str, tmp_path: Path, write_features: Any
 ) -> None:
     values = np.zeros((3, 4), np.float32)
-    file = write_features(tmp_path / "f.npy", values, ["a", "b", "c"])
+    file = write_features(tmp_path / "f.npy", values, ["a", "b", "c"], hashes=False)
     index, meta = file.with_suffix(".index.jsonl"), file.with_suffix(".meta.json")
     lines = index.read_text().splitlines(keepends=True)
     if change == "rows":
@@ -241,8 +244,25 @@ def test_files_that_do_not_belong_together_are_refused(
         np.save(file, values)
     elif change == "pickle":
         np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
+    elif change == "big-endian":
+        np.save(file, values.astype(">f4"))
+    elif change == "columns":
+        np.save(file, np.asfortranarray(values))
+    elif change == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(InputError, match=reason):
         open_features(str(file)).check()
+
+
+@pytest.mark.parametrize("changed", ["features", "index"])
+def test_one_changed_byte_is_found(changed: str, tmp_path: Path, write_features: Any) -> None:
+    file = write_features(tmp_path / "f.npy", np.ones((3, 4), np.float32), ["a", "b", "c"])
+    place = file if changed == "features" else file.with_suffix(".index.jsonl")
+    data = bytearray(place.read_bytes())
+    data[-2 if changed == "features" else data.index(b"0" * 64)] ^= 1
+    place.write_bytes(data)
+    with pytest.raises(InputError, match=f"{place.name}: its sha256 is .*; the files do not belong together; embed"):
+        open_features(str(file))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +273,8 @@ def test_altered_files_of_features_are_refused(change: str, tmp_path: Path, writ
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
     names = ["a.jpg", "b.jpg", "c.jpg"]
     suffix = ".safetensors" if change in {"two tensors", "F64", "cut", "long header", "deep"} else ".parquet"
-    file = write_features(tmp_path / "f.npy", values, names).with_suffix(".npy" if change == "archive" else suffix)
+    written = write_features(tmp_path / "f.npy", values, names, hashes=False)
+    file = written.with_suffix(".npy" if change == "archive" else suffix)
     kind = pyarrow.list_(pyarrow.float64() if change == "float64" else pyarrow.float32(), 4)
     if change == "two tensors":
         save_file({"features": values, "more": values}, file)
@@ -304,7 +325,7 @@ def test_every_format_of_embed_is_read(example_files: list[Path], tmp_path: Path
     extractor = FeatureExtractor.from_pretrained(threads=1, streams=1)
     expected = extractor.embed(example_files[:5])
     for suffix in (".npy", ".parquet", ".safetensors"):
-        out = str(tmp_path / f"feats{suffix}")
+        out = str(tmp_path / f"as{suffix[1:]}{suffix}")
         with list_inputs(example_files[:5]) as inputs:
             embed_files(extractor, inputs, out, quiet=True)
         assert is_feature_file(out)
