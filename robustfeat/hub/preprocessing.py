@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from robustfeat.errors import DecodeError, first_line
+from robustfeat.hub.tiff import refuse_misread
 
 __all__ = [
     "FORMATS",
@@ -52,7 +53,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ORIENTATION_TAG = 0x0112
-_BITS_TAG, _PHOTOMETRIC_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339
+_BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -166,11 +167,14 @@ def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An open Pillow image as the network sees it: first frame, upright, 8 bits, RGB, alpha dropped.
 
     Raises:
-        DecodeError: too many pixels, or a pixel type without a defined range (32-bit integers or floats).
+        DecodeError: too many pixels, a pixel type without a defined range (32-bit integers or floats), or a TIFF that
+            Pillow misreads.
     """
     width, height = image.size
     if width * height > max_pixels:
         raise DecodeError(f"{width} x {height} is over the limit of {max_pixels:,} pixels")
+    if image.format == "TIFF":
+        refuse_misread(image.tag_v2)  # type: ignore[attr-defined]
     image.load()  # first: a TIFF is turned by Pillow as it loads, and its orientation is then gone
     orientation = _orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -190,8 +194,7 @@ def _orientation(image: Image.Image) -> int:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})  # of a TIFF, which Pillow leaves as it is beyond 8 bits
-    signed = tags.get(_SAMPLE_FORMAT_TAG) == (2,)
-    if signed or values.dtype.kind == "f" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+    if values.dtype.kind == "f" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise DecodeError(f"pixel mode {image.mode} has no defined range", fix="save it with 8 or 16 bits a channel")
     bits = 12 if tags.get(_BITS_TAG) == (12,) else 16
     if tags.get(_PHOTOMETRIC_TAG) == 0:

@@ -168,8 +168,8 @@ def damaged() -> dict[str, tuple[bytes, str]]:
         "truncated jpeg": (jpeg[: len(jpeg) // 2], "damaged: .*truncated"),
         "truncated png": (png[: len(png) // 2], "damaged"),
         "header alone": (jpeg[:30], "damaged|not an image"),
-        "float": (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "mode F has no defined range"),
-        "signed": (signed_tiff(), "mode I has no defined range"),
+        "float": (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "have no defined range"),
+        "signed": (signed_tiff(), "have no defined range"),
         "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image of these formats"),
     }
 
