@@ -63,7 +63,7 @@ WriteFeatures = Callable[..., Path]
 
 Completed = subprocess.CompletedProcess[str]
 Run = Callable[..., Completed]
-Start = Callable[[list[str]], ForkedCommand]
+Start = Callable[..., ForkedCommand]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -125,14 +125,18 @@ def commands() -> Iterator[CommandServer]:
 def robustfeat(commands: CommandServer) -> Run:
     """Runs the command line in a process of its own, which cannot write more than `file_bytes` to a file.
 
-    The process is a fork of one that has imported torch, where its environment allows that.
+    The process is a fork of one that has imported torch, where its environment allows that. It first calls `prepare`, a
+    module:function.
     """
 
-    def run(*arguments: object, env: Mapping[str, str] | None = None, file_bytes: int | None = None) -> Completed:
+    def run(
+        *arguments: object, env: Mapping[str, str] | None = None, file_bytes: int | None = None, prepare: str = ""
+    ) -> Completed:
         texts = list(map(str, arguments))
         if commands.serves(env):
-            return commands.run(texts, env, file_bytes)
+            return commands.run(texts, env, file_bytes, prepare)
         assert file_bytes is None
+        assert not prepare
         command = [sys.executable, "-m", "robustfeat", *texts]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=env)
 

@@ -1,4 +1,4 @@
-"""PyTorch's threads: two workers with two threads each on two processors would wait for each other most of the time."""
+"""Small networks and one thread: two workers with two threads each would wait for each other most of the time."""
 
 from __future__ import annotations
 
@@ -14,3 +14,11 @@ def one_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that are trained in this process are narrow."""
+    from tests.training.narrow import NarrowResNet
+
+    monkeypatch.setattr("robustfeat.training.network.resnet18", NarrowResNet)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from robustfeat.hub.markdown import columns
 from robustfeat.training.concepts import load_concepts
 from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from robustfeat.training.evaluation.figures import Curve, Panel
+from robustfeat.training.evaluation.figures import Curve, Panel, draw
 from robustfeat.training.evaluation.probes import FEW_SHOTS
 from robustfeat.training.evaluation.report import libsvm_cell
 from robustfeat.training.paper.cells import unpack
@@ -58,6 +58,11 @@ class Exhibit:
     def columns(self) -> list[str]:
         """Of the rows together."""
         return columns(self.rows)
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The panels as one picture, drawn once for its own file and for the page."""
+        return draw(self.panels, "svg", self.name)
 
 
 def _table1(measures: Measures) -> Exhibit:

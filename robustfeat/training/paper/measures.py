@@ -49,6 +49,7 @@ class Measures:
         self.methods = METHODS + (CONTROLS if controls else ())
         self.cells = Cells(study.folder / "cells", study.locks)
         self._cache = study.folder / "features.db"
+        self._open: tuple[str, Recipe, NetworkSubject] | None = None  # the last one: results come run by run
 
     def require_data(self, exhibits: Sequence[str]) -> None:
         """Opens whatever these need, before anything that takes long.
@@ -261,7 +262,12 @@ class Measures:
         return self.cells.get(kind, f"{task.name}-{name}", inputs, compute)
 
     def _subject(self, name: str, recipe: Recipe) -> NetworkSubject:
-        return open_network(str(self.study.run(name, recipe)), device=self.study.machine.device)
+        """The network of a run, which stays open until another one is asked for."""
+        if self._open is None or self._open[:2] != (name, recipe):
+            self._open = None  # before the next one is trained
+            subject = open_network(str(self.study.run(name, recipe)), device=self.study.machine.device)
+            self._open = name, recipe, subject
+        return self._open[2]
 
     def _features(self, subject: NetworkSubject, task: Task) -> TaskFeatures:
         return embed_task(subject, task, cache=self._cache, quiet=self.study.machine.quiet)

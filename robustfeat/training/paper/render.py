@@ -35,7 +35,7 @@ def write_exhibit(exhibit: Exhibit, folder: Path) -> list[Path]:
     writer.writerows(exhibit.rows)
     contents: dict[str, bytes] = {"csv": text.getvalue().encode(), "md": markdown(exhibit).encode()}
     if exhibit.panels:
-        contents |= {kind: draw(exhibit.panels, kind, exhibit.name) for kind in ("png", "svg")}
+        contents |= {"png": draw(exhibit.panels, "png", exhibit.name), "svg": exhibit.svg}
     files = []
     for kind, content in contents.items():
         files.append(folder / f"{exhibit.name}.{kind}")
@@ -56,7 +56,7 @@ def write_page(exhibits: Sequence[Exhibit], file: Path, title: str, remarks: Seq
         ]
         picture = ""
         if exhibit.panels:
-            drawn = draw(exhibit.panels, "svg", exhibit.name).decode()
+            drawn = exhibit.svg.decode()
             picture = drawn[drawn.index("<svg") :]  # without the XML header, which HTML does not have
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in exhibit.notes)
         parts.append(

@@ -1,4 +1,8 @@
-"""Training on two real processes, over gloo: what both must agree on, and what must equal one process."""
+"""Training on two real processes, over gloo: what both must agree on, and what must equal one process.
+
+torchrun starts new interpreters, which import PyTorch for a while: a few tests are about it. The others start the ranks
+themselves, with the environment that torchrun gives them.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,47 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed import TCPStore
 
 from robustfeat.training.loop.checkpoint import load_checkpoint
+from tests.command_server import CommandServer
 from tests.conftest import ROOT, train_arguments
 from tests.training.loop.test_trainer import assert_same_parameters, wait_for_step
+from tests.training.narrow import NARROW
 from tests.training.recording import FOLDER, read, read_lines
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
-def start(arguments: list[str], folder: Path, *, ranks: int = 2) -> subprocess.Popen[str]:
-    launcher = TORCHRUN if ranks == 2 else [sys.executable, "-m"]
+def run_ranks(commands: CommandServer, arguments: list[str], folder: Path, ranks: int) -> None:
+    """A training of narrow networks on so many processes, which meet at a store of this one."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        FOLDER: str(folder),
+    }
+    processes = [
+        commands.start(arguments, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, prepare=NARROW)
+        for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            _, stderr = process.communicate(timeout=240)
+            assert process.returncode == 0, stderr
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+
+
+def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*launcher, "robustfeat", *arguments],
+        [*TORCHRUN, "robustfeat", *arguments],
         cwd=ROOT,
         env=os.environ | {FOLDER: str(folder)},
         stderr=subprocess.PIPE,
@@ -64,7 +96,9 @@ def noise(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def one_and_two(
+    noise: Path, tmp_path_factory: pytest.TempPathFactory, commands: CommandServer
+) -> tuple[Path, Path]:
     """The same 50 steps on one rank and on two, with BatchNorm's running statistics; what each step saw."""
     folders = []
     for ranks in (1, 2):
@@ -73,8 +107,7 @@ def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         # 1e-15 at any rate; in float32 a last bit decides a ReLU now and then, and that turns the directions z.
         options = {"epochs": 1, "method": "tests.training.recording:Frozen", "lambda": 1, "lr": 2e-5, "tau": 0.05}
         arguments = train_arguments(noise, folder / "run", **options)
-        code, _, stderr = finish(start([*arguments, "--json"], folder, ranks=ranks))
-        assert code == 0, stderr
+        run_ranks(commands, [*arguments, "--json"], folder, ranks)
         folders.append(folder)
     return folders[0], folders[1]
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional
+from torchvision.models import resnet18
 
 from robustfeat.errors import CheckpointError, DataError, InputError, TrainingError
 from robustfeat.training.data.batches import EpochPlan, TrainingBatches
@@ -29,7 +30,10 @@ from robustfeat.training.network import build_network
 from robustfeat.training.objective import Objective, StepBatch
 from robustfeat.training.recipe import Recipe, load_recipe
 from tests.command_server import ForkedCommand
-from tests.conftest import ROOT, Run, Start, train_arguments
+from tests.conftest import ROOT, Run, Share, Start, train_arguments
+from tests.training.narrow import NARROW
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def recipe(dataset: Path, **changes: object) -> Recipe:
@@ -38,6 +42,16 @@ def recipe(dataset: Path, **changes: object) -> Recipe:
         "image_sizes": ((0, 32),), "validation_size": 32, **changes,
     }  # fmt: skip
     return Recipe(**values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def narrow_run(dataset: Path, share: Share) -> Path:
+    """As `finished_run`, of a narrow network."""
+
+    def build(out: Path) -> None:
+        train(dataset, recipe(dataset), out, workers=0, threads=1, quiet=True)
+
+    return share("narrow-run", build)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -65,8 +79,9 @@ def test_metrics_hold_loss_accuracy_q_and_the_weights_range(finished_run: Path) 
     assert lines[3]["step"] == 10
 
 
-def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
-    """The trainer against a loop written out here."""
+def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer against a loop written out here, with the real network."""
+    monkeypatch.setattr("robustfeat.training.network.resnet18", resnet18)
     settings = recipe(dataset, method="erm", weight_decay=1e-3)
     train(dataset, settings, tmp_path / "run", workers=0, threads=1, quiet=True)
     torch.set_num_threads(1)
@@ -223,13 +238,13 @@ def test_a_run_killed_before_its_first_epoch_ended_resumes(
     dataset: Path, tmp_path: Path, robustfeat: Run, start: Start
 ) -> None:
     arguments = [*train_arguments(dataset, tmp_path / "run", epochs=1), "--quiet"]
-    process = start(arguments)
+    process = start(arguments, prepare=NARROW)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert robustfeat(*arguments, "--resume").returncode == 0
+    assert robustfeat(*arguments, "--resume", prepare=NARROW).returncode == 0
     assert load_checkpoint(tmp_path / "run").global_step == 5
 
 
@@ -239,7 +254,7 @@ def test_a_signal_saves_a_checkpoint_first(
 ) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     options = {"epochs": 8, "workers": 1}
-    process = start([*train_arguments(dataset, broken, **options), "--quiet"])
+    process = start([*train_arguments(dataset, broken, **options), "--quiet"], prepare=NARROW)
     wait_for_step(process, broken, 5)
     os.killpg(process.pid, number)  # as a terminal or a job scheduler does: the workers get it, too
     _, stderr = process.communicate(timeout=60)
@@ -249,14 +264,14 @@ def test_a_signal_saves_a_checkpoint_first(
     assert 5 <= load_checkpoint(broken).global_step < 40
     if number == signal.SIGINT:  # what follows is the same
         return
-    assert robustfeat(*train_arguments(dataset, broken, **options), "--resume").returncode == 0
-    assert robustfeat(*train_arguments(dataset, unbroken, **options)).returncode == 0
+    assert robustfeat(*train_arguments(dataset, broken, **options), "--resume", prepare=NARROW).returncode == 0
+    assert robustfeat(*train_arguments(dataset, unbroken, **options), prepare=NARROW).returncode == 0
     assert_same_parameters(unbroken, broken)
 
 
-def test_a_run_is_not_overwritten(dataset: Path, finished_run: Path) -> None:
+def test_a_run_is_not_overwritten(dataset: Path, narrow_run: Path) -> None:
     with pytest.raises(CheckpointError, match="pass `resume=True`"):
-        train(dataset, recipe(dataset), finished_run, workers=0, threads=1, quiet=True)
+        train(dataset, recipe(dataset), narrow_run, workers=0, threads=1, quiet=True)
 
 
 def test_a_folder_that_cannot_be_looked_at_is_refused(dataset: Path) -> None:
@@ -267,8 +282,8 @@ def test_a_folder_that_cannot_be_looked_at_is_refused(dataset: Path) -> None:
         train(dataset, recipe(dataset), Path(place), resume=True, workers=0, threads=1, quiet=True)
 
 
-def test_resume_refuses_another_recipe_or_other_data(dataset: Path, finished_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+def test_resume_refuses_another_recipe_or_other_data(dataset: Path, narrow_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(narrow_run, tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"was trained with lr = 0\.02, now it is 0\.5"):
         train(dataset, recipe(dataset, lr=0.5), run, resume=True, workers=0, threads=1, quiet=True)
     other = Path(shutil.copytree(dataset, tmp_path / "data"))
@@ -278,9 +293,9 @@ def test_resume_refuses_another_recipe_or_other_data(dataset: Path, finished_run
         train(other, recipe(dataset), run, resume=True, workers=0, threads=1, quiet=True)
 
 
-def test_a_run_of_an_earlier_version_resumes(dataset: Path, finished_run: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_resumes(dataset: Path, narrow_run: Path, tmp_path: Path) -> None:
     """Its recipe has keys that are gone, and its adversary another tensor."""
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    run = Path(shutil.copytree(narrow_run, tmp_path / "run"))
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     state["recipe"] |= {
         "nesterov": False, "tau_ramp_epochs": 0.0, "q_steps": "decaying", "group_rate": 0.01, "batch_norm": "batch",
@@ -298,9 +313,9 @@ def test_a_run_of_an_earlier_version_resumes(dataset: Path, finished_run: Path, 
 
 @pytest.mark.parametrize("damage", [b"", b"junk", None])
 def test_a_damaged_checkpoint_is_one_line(
-    dataset: Path, finished_run: Path, tmp_path: Path, damage: bytes | None
+    dataset: Path, narrow_run: Path, tmp_path: Path, damage: bytes | None
 ) -> None:
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    run = Path(shutil.copytree(narrow_run, tmp_path / "run"))
     file = run / "checkpoint.pt"
     file.write_bytes(file.read_bytes()[:-5000] if damage is None else damage)
     with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
@@ -482,9 +497,9 @@ def test_resume_takes_the_runs_own_recipe(dataset: Path, tmp_path: Path, robustf
 
 
 def test_resume_with_an_option_keeps_the_rest_of_the_recipe(
-    dataset: Path, finished_run: Path, tmp_path: Path, robustfeat: Run
+    dataset: Path, narrow_run: Path, tmp_path: Path, robustfeat: Run
 ) -> None:
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    run = Path(shutil.copytree(narrow_run, tmp_path / "run"))
     (run / "recipe.toml").unlink()
     result = robustfeat("train", dataset, "--out", run, "--resume", "--device", "cpu", "--lr", 0.3)
     assert result.returncode == 1

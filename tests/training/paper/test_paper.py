@@ -12,6 +12,7 @@ from threading import Event
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.models import resnet18
 
 from robustfeat.cli.paper_command import command as paper_command
 from robustfeat.errors import CheckpointError, DataError, DecodeError, DivergedError, InputError, TrainingError
@@ -28,6 +29,9 @@ from robustfeat.training.paper.study import Machine, Study
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from robustfeat.training.recipe import Recipe
 from tests.conftest import Run
+from tests.training.narrow import NARROW
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def crops(files: list[Path], rng: np.random.Generator, folder: Path, count: int) -> None:
@@ -90,7 +94,7 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     command = ["paper", "all", "--scale", "tiny", "--quick", "--benchmark", benchmark, *targets, "--out", out]
     command += ["--threads", 1, "--workers", 0, "--device", "cpu"]
     with ThreadPoolExecutor() as pool:
-        done, helper = pool.map(lambda _: robustfeat(*command), range(2))
+        done, helper = pool.map(lambda _: robustfeat(*command, prepare=NARROW), range(2))
     for one in (done, helper):
         assert one.returncode == 0, one.stderr
     # Two processes part the work: neither does all of it, and nothing is done twice.
@@ -123,7 +127,7 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     # Given again, nothing is computed: neither runs nor features are needed any more.
     (out / "runs").rename(tmp_path / "runs")
     (out / "features.db").unlink()
-    again = robustfeat(*command)
+    again = robustfeat(*command, prepare=NARROW)
     assert again.returncode == 0, again.stderr
     assert again.stdout == done.stdout
     assert not (out / "runs").exists()
@@ -203,7 +207,10 @@ def test_an_image_of_the_benchmark_that_cannot_be_read_is_named_at_once(benchmar
     assert study.target_title("sop") == "two words (for SOP)"
 
 
-def test_a_cell_is_of_its_target(benchmark: Path, target: Path, tmp_path: Path) -> None:
+def test_a_cell_is_of_its_target(
+    benchmark: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustfeat.training.network.resnet18", resnet18)  # here the real one
     other = tmp_path / "other"
     shutil.copytree(target, other)
     shutil.rmtree(other / "train" / "hat")
