@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
+
+from tests.conftest import Share
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +22,15 @@ def one_thread() -> None:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks that are trained in this process are narrow."""
-    from tests.training.narrow import NarrowResNet
+    from tests.training.small import NarrowResNet
 
     monkeypatch.setattr("robustfeat.training.network.resnet18", NarrowResNet)
+
+
+@pytest.fixture
+def narrow_run(narrow: None, dataset: Path, share: Share) -> Path:
+    """As `finished_run`, of a narrow network; those that the test makes are narrow, too."""
+    from robustfeat.training.loop.trainer import train
+    from tests.training.small import recipe
+
+    return share("narrow-run", lambda out: train(dataset, recipe(dataset), out, workers=0, threads=1, quiet=True))

@@ -23,6 +23,8 @@ CONCEPTS = ConceptMap(("bird", "dog"), np.array([0, 0, 1, 1]), np.array([100, 30
 SMALL = Recipe(image_sizes=((0, 32),), validation_size=32, tau=7.0)  # a length of 1 at 32 px
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def make(**options: Any) -> TrainingStep:
     step = TrainingStep(dataclasses.replace(SMALL, **options), CONCEPTS, CPU, Ranks())

@@ -149,21 +149,21 @@ def test_a_network_whose_train_returns_nothing_is_used(network: str) -> None:
     assert open_subject(f"{network}:Headless", image_size=32).feature_size == 3
 
 
-def test_a_run_that_was_stopped_says_how_far_it_is(finished_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished_run, tmp_path / "half")
+def test_a_run_that_was_stopped_says_how_far_it_is(narrow_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(narrow_run, tmp_path / "half")
     file = tmp_path / "half" / "checkpoint.pt"
     saved = torch.load(file, weights_only=True)
     epoch = saved["epoch"]
     saved["recipe"]["epochs"] = epoch + 7
     torch.save(saved, file)
     assert open_subject(str(tmp_path / "half")).name == f"half at epoch {epoch} of {epoch + 7}"
-    assert open_subject(str(finished_run)).name == finished_run.name
+    assert open_subject(str(narrow_run)).name == narrow_run.name
 
 
 def test_models_of_one_name_are_told_apart(
-    finished_run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    narrow_run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [Path(shutil.copytree(finished_run, tmp_path / place / "run")) for place in ("a", "b", "c")]
+    runs = [Path(shutil.copytree(narrow_run, tmp_path / place / "run")) for place in ("a", "b", "c")]
     for run in runs[:2]:
         saved = torch.load(run / "checkpoint.pt", weights_only=True)
         saved["recipe"]["epochs"] = saved["epoch"] + 7
@@ -242,8 +242,8 @@ def test_features_are_computed_once(
     assert not np.allclose(embed_task(other, task, cache=cache).x, first.x)
 
 
-def test_two_networks_of_the_same_shape_have_other_identities(dataset: Path, finished_run: Path) -> None:
-    subject = open_subject(str(finished_run))
+def test_two_networks_of_the_same_shape_have_other_identities(dataset: Path, narrow_run: Path) -> None:
+    subject = open_subject(str(narrow_run))
     assert isinstance(subject, NetworkSubject)
     with torch.no_grad():
         subject.network.get_parameter("conv1.weight")[0, 0, 0, 0] += 1e-3
@@ -338,17 +338,20 @@ def test_a_share_of_test_images_lies_between_0_and_1(dataset: Path, fraction: fl
         open_task("clothes", str(dataset / "train"), val_fraction=fraction)
 
 
-def test_corruptions_and_libsvm_have_columns(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "r.json"
-    arguments = ["builtin", "--task", f"clothes={dataset}", "--corruptions", "--libsvm", "--no-few-shot", "--quiet"]
-    assert evaluate_command([*arguments, "--out", str(out)], standalone_mode=False) == 0
+def test_corruptions_and_libsvm_have_columns(
+    network: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = f"{network}:build", tmp_path / "r.json"
+    arguments = [model, "--image-size", "32", "--task", f"clothes={dataset}", "--corruptions", "--libsvm"]
+    arguments += ["--no-few-shot", "--quiet", "--out", str(out)]
+    assert evaluate_command(arguments, standalone_mode=False) == 0
     heading, _, row = capsys.readouterr().out.splitlines()
     cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (heading, row)), strict=True))
     (result,) = json.loads(out.read_text())
     assert cells["LIBSVM / LinearSVC"] == " / ".join(
         f"{100 * result['libsvm'][name]['accuracy']:.2f}" for name in ("LIBSVM", "LinearSVC")
     )
-    subject, task = open_subject("builtin"), open_task("clothes", str(dataset))
+    subject, task = open_subject(model, image_size=32), open_task("clothes", str(dataset))
     head = svm(embed_task(subject, task)).head
     assert head is not None
     found = classify_corrupted(subject, head, task.test)

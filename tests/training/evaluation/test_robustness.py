@@ -19,6 +19,7 @@ from robustfeat.training.evaluation.robustness import accuracy_by_step, class_hi
 from robustfeat.training.evaluation.subject import open_network
 from robustfeat.training.evaluation.tasks import Task
 from robustfeat.training.network import build_network
+from tests.training.small import NarrowResNet
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,9 @@ def images(dataset: Path) -> ImageSet:
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return build_network(10).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("robustfeat.training.network.resnet18", NarrowResNet)
+        return build_network(10).eval()
 
 
 @pytest.fixture(scope="module")

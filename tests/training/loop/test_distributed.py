@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from robustfeat.training.loop.checkpoint import load_checkpoint
 from tests.command_server import CommandServer
 from tests.conftest import ROOT, train_arguments
 from tests.training.loop.test_trainer import assert_same_parameters, wait_for_step
-from tests.training.narrow import NARROW
 from tests.training.recording import FOLDER, read, read_lines
+from tests.training.small import NARROW
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
@@ -96,9 +96,7 @@ def noise(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_and_two(
-    noise: Path, tmp_path_factory: pytest.TempPathFactory, commands: CommandServer
-) -> tuple[Path, Path]:
+def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory, commands: CommandServer) -> tuple[Path, Path]:
     """The same 50 steps on one rank and on two, with BatchNorm's running statistics; what each step saw."""
     folders = []
     for ranks in (1, 2):

@@ -28,30 +28,12 @@ from robustfeat.training.loop.checkpoint import load_checkpoint
 from robustfeat.training.loop.trainer import train
 from robustfeat.training.network import build_network
 from robustfeat.training.objective import Objective, StepBatch
-from robustfeat.training.recipe import Recipe, load_recipe
+from robustfeat.training.recipe import load_recipe
 from tests.command_server import ForkedCommand
-from tests.conftest import ROOT, Run, Share, Start, train_arguments
-from tests.training.narrow import NARROW
+from tests.conftest import ROOT, Run, Start, train_arguments
+from tests.training.small import NARROW, recipe
 
 pytestmark = pytest.mark.usefixtures("narrow")
-
-
-def recipe(dataset: Path, **changes: object) -> Recipe:
-    values = {
-        "concepts": str(dataset / "concepts.csv"), "epochs": 2, "batch_size": 6, "lr": 0.02,
-        "image_sizes": ((0, 32),), "validation_size": 32, **changes,
-    }  # fmt: skip
-    return Recipe(**values)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def narrow_run(dataset: Path, share: Share) -> Path:
-    """As `finished_run`, of a narrow network."""
-
-    def build(out: Path) -> None:
-        train(dataset, recipe(dataset), out, workers=0, threads=1, quiet=True)
-
-    return share("narrow-run", build)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

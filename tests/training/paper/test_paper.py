@@ -29,7 +29,7 @@ from robustfeat.training.paper.study import Machine, Study
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from robustfeat.training.recipe import Recipe
 from tests.conftest import Run
-from tests.training.narrow import NARROW
+from tests.training.small import NARROW
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
