@@ -16,6 +16,8 @@ from robustfeat.serving.online.errors import ApiError
 __all__ = ["Buffered", "images_of", "read_body", "too_large"]
 
 _FIELDS = 64
+_DELIMITERS = 10_000
+"""Places in a body that look like a boundary. The parser takes microseconds for each, also inside an image."""
 
 
 class Buffered:
@@ -106,6 +108,8 @@ def images_of(content_type: str, body: bytes, most: int) -> tuple[list[bytes], d
         raise ApiError(
             400, "bad_multipart", "multipart/form-data without a boundary; let the HTTP library set the header"
         )
+    if body.count(b"\r\n--" + options[b"boundary"]) > _DELIMITERS:
+        raise ApiError(400, "bad_multipart", f"the boundary is in the multipart body more than {_DELIMITERS:,} times")
     form = _Form(most)
     try:
         parser = MultipartParser(options[b"boundary"], form.callbacks())
@@ -127,7 +131,7 @@ class _Form:
         self.images: list[bytes] = []
         self.fields: dict[str, str] = {}
         self.ended = False
-        self._most = most
+        self._most, self._parts = most, 0
 
     def callbacks(self) -> Any:
         return {
@@ -160,6 +164,7 @@ class _Form:
             self.images.append(data)
         else:
             self.fields[name[:64]] = data[:256].decode("utf-8", "replace")
+        self._parts += 1
         # At once: taking apart the rest would take longer than all else.
         if len(self.images) > self._most:
             raise ApiError(
@@ -167,6 +172,10 @@ class _Form:
             )
         if len(self.fields) > _FIELDS:
             raise ApiError(422, "bad_request", f"the form has more than {_FIELDS} fields; send images and a model")
+        if self._parts > self._most + _FIELDS:  # of one name, or of none
+            raise ApiError(
+                422, "bad_request", f"the form has more than {self._most + _FIELDS} parts; send images and a model"
+            )
 
     def _finish(self) -> None:
         self.ended = True

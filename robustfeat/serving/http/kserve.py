@@ -134,7 +134,7 @@ def _add_infer(routes: Routes, service: Service) -> None:
         chosen = _find(service, model, version)
         with service.buffered.body() as held:
             body = await read_body(request, held)
-            asked, rest = parse_infer(body, request.headers.get(HEADER_LENGTH))
+            asked, rest = parse_infer(body, request.headers.get(HEADER_LENGTH), chosen, service.limits.max_items)
             images = infer_images(asked.inputs[0], rest, chosen, service.limits.max_items)
             # What is not needed any more is let go before others are waited for.
             body, rest, asked.inputs[0].data = b"", b"", None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,14 @@ HEADER_LENGTH = "inference-header-content-length"
 _TYPES = {"images": "BYTES", "pixel_values": "FP32"}
 
 
-def parse_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]:
+def parse_infer(body: bytes, header_length: str | None, model: NamedModel, most: int) -> tuple[InferRequest, bytes]:
     """The request, and the bytes of the binary extension behind it.
 
     Args:
         body: all of it.
         header_length: where the binary extension is used, how many of its bytes are the request.
+        model: that is to embed the images.
+        most: how many images there may be.
 
     Raises:
         ApiError: 400 or 422.
@@ -40,7 +42,8 @@ def parse_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, b
                 f"Inference-Header-Content-Length must be at most {len(body)}, the body's; got {header_length[:20]}",
             )
         length = int(header_length)
-    return check_form(InferRequest, parse_json(body[:length])), body[length:]
+    numbers = most * 3 * model.extractor.config.preprocessing.image_size**2
+    return check_form(InferRequest, parse_json(body[:length], numbers)), body[length:]
 
 
 def infer_images(given: InferInput, rest: bytes, model: NamedModel, most: int) -> list[bytes | Vector]:
@@ -77,10 +80,10 @@ def infer_images(given: InferInput, rest: bytes, model: NamedModel, most: int) -
                 "bad_request",
                 f"{given.name}: binary_data_size is {size}, and {len(rest)} bytes follow the request",
             )
-        values = _split(given, rest) if given.name == "images" else _floats(given, rest)
+        values = _split(given, rest, most) if given.name == "images" else _floats(given, rest)
     if given.name == "images":
         if len(values) != count:
-            raise ApiError(422, "bad_request", f"images: the shape promises {count}, there are {len(values)}")
+            _refuse_count(given, len(values))
         return list(values)
     for index, value in enumerate(values):
         if not np.isfinite(value).all():
@@ -88,8 +91,15 @@ def infer_images(given: InferInput, rest: bytes, model: NamedModel, most: int) -
     return list(values)
 
 
+def _refuse_count(given: InferInput, count: int) -> NoReturn:
+    promised = math.prod(given.shape)
+    raise ApiError(422, "bad_request", f"{given.name}: the shape promises {promised}, there are {count}")
+
+
 def _encoded(given: InferInput, data: Any) -> list[bytes]:
     flat = [entry for row in data for entry in (row if isinstance(row, list) else [row])]
+    if len(flat) != math.prod(given.shape):
+        _refuse_count(given, len(flat))
     images = []
     for index, entry in enumerate(flat):
         try:
@@ -117,7 +127,7 @@ def _numbers(given: InferInput, data: Any) -> NDArray[np.float32]:
         ) from None
 
 
-def _split(given: InferInput, rest: bytes) -> list[bytes]:
+def _split(given: InferInput, rest: bytes, most: int) -> list[bytes]:
     """BYTES of the binary extension: each after its length, 4 bytes, little-endian."""
     images: list[bytes] = []
     at = 0
@@ -126,6 +136,8 @@ def _split(given: InferInput, rest: bytes) -> list[bytes]:
         at += 4
         if at + size > len(rest):
             raise ApiError(422, "bad_request", f"{given.name}[{len(images)}]: ends before its length")
+        if len(images) == most:
+            raise ApiError(413, "too_many_images", f"{given.name} has more than {most:,} images; send less at once")
         images.append(rest[at : at + size])
         at += size
     return images
