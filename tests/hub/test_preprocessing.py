@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from torchvision.transforms import v2
 
 from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import (
+    BYTES_PER_PIXEL,
     FORMATS,
     Preprocessing,
     decode,
@@ -21,6 +26,7 @@ from robustfeat.hub.preprocessing import (
     resize_and_crop,
     to_rgb,
 )
+from robustfeat.system import python_command
 
 
 def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
@@ -180,6 +186,52 @@ def test_damaged_files_give_one_line(case: str) -> None:
     with pytest.raises(DecodeError, match=message) as caught:
         decode(data)
     assert "\n" not in str(caught.value)
+
+
+MEASURE = """
+import io, os, resource, sys
+from PIL import Image
+from robustfeat.hub.preprocessing import Preprocessing, prepare_square
+def peak(data):
+    child = os.fork()
+    if not child:
+        prepare_square(data, Preprocessing(64))
+        os._exit(0)
+    _, status, used = os.wait4(child, 0)
+    assert status == 0
+    return used.ru_maxrss * 1024
+for file in sys.argv[1:]:
+    data = open(file, "rb").read()
+    image = Image.open(file)
+    small = io.BytesIO()
+    image.resize((8, 8)).save(small, image.format)
+    print((peak(data) - peak(small.getvalue())) / (image.width * image.height))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4") or sys.platform == "darwin", reason="macOS counts in other units")
+def test_no_image_takes_more_memory_than_is_promised_for_its_pixels(tmp_path: Path) -> None:
+    picture = Image.linear_gradient("L").resize((2000, 2000)).convert("RGB")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    grey16 = Image.fromarray(np.full((2000, 2000), 300, np.uint16))
+    kinds: dict[str, tuple[Image.Image, float, dict[str, Any]]] = {
+        "a.jpeg": (picture, 5, {}),
+        "b.jpeg": (picture, 9, {"exif": turned}),
+        "c.jpeg": (picture.convert("CMYK"), BYTES_PER_PIXEL, {"progressive": True, "exif": turned}),
+        "d.png": (picture.convert("RGBA"), 13, {"exif": turned, "compress_level": 1}),
+        "e.png": (grey16, 12, {"exif": turned}),
+        "f.webp": (picture, BYTES_PER_PIXEL, {"exif": turned}),
+        "g.tiff": (grey16, 9, {"tiffinfo": {262: 0}}),
+    }
+    for name, (image, _, options) in kinds.items():
+        image.save(tmp_path / name, **options)
+    command = python_command(MEASURE, *(str(tmp_path / name) for name in kinds))
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    over = {
+        name: got for (name, (_, most, _)), got in zip(kinds.items(), found, strict=True) if float(got) > most + 0.5
+    }
+    assert not over
 
 
 def test_huge_images_are_refused_from_their_header() -> None:

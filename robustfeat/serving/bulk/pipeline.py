@@ -30,6 +30,9 @@ __all__ = ["EmbeddedBatch", "Pipeline"]
 _BATCHES_AHEAD = 4
 _RESULTS_AHEAD = 256
 _PARQUET_MARK = b',"parquet",'
+_PART_BYTES = 2**24
+_HELD_BYTES = 2**27
+"""Encoded images of Parquet files that wait for decoders or are with them; a single larger one goes alone."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Pipeline:
         self._model = ThreadPoolExecutor(streams, "model")
         self._changed = threading.Condition()
         self._parquet: ParquetImages | None = None
+        self._held_bytes = 0
 
     def __enter__(self) -> Pipeline:
         return self
@@ -132,14 +136,28 @@ class Pipeline:
                 yield waiting.popleft().result.result()
 
     def _submit(self, batch: _Batch, lines: Sequence[bytes], part: int) -> None:
-        place = batch.slot * self._batch_size
-        for offset in range(0, batch.count, part):
-            some = lines[offset : offset + part]
-            task = Task(batch.first + offset, place + offset, some, self._read_parquet(some), {})
-            batch.parts.append(self._decoders.submit(task))
+        place, offset = batch.slot * self._batch_size, 0
+        for some, data in self._parts(lines, part):
+            task = Task(batch.first + offset, place + offset, some, data, {})
+            batch.parts.append(self._decode(task, _size_of(data)))
+            offset += len(some)
         left = itertools.count(len(batch.parts) - 1, -1)
         for future in batch.parts:
             future.add_done_callback(lambda _: self._infer(batch, next(left)))
+
+    def _decode(self, task: Task, size: int) -> Future[Decoded]:
+        """Gives a task to the decoders once there is room for its images, `size` bytes."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held_bytes or self._held_bytes + size <= _HELD_BYTES)
+            self._held_bytes += size
+        future = self._decoders.submit(task)
+        future.add_done_callback(lambda _: self._release(size))
+        return future
+
+    def _release(self, size: int) -> None:
+        with self._changed:
+            self._held_bytes -= size
+            self._changed.notify_all()
 
     def _infer(self, batch: _Batch, parts_left: int) -> None:
         if parts_left:
@@ -169,16 +187,37 @@ class Pipeline:
                 self._slots.append(batch.slot)
                 self._changed.notify_all()
 
-    def _read_parquet(self, lines: Sequence[bytes]) -> list[bytes | None] | None:
-        """Rows of Parquet files are read here, once and in order; decoders would each read whole row groups."""
+    def _parts(
+        self, lines: Sequence[bytes], part: int
+    ) -> Iterator[tuple[list[bytes], list[bytes | str | None] | None]]:
+        """Neighbouring rows for one decoder each, at most `part` of them, and what is read of them here.
+
+        Rows of Parquet files are read here, once and in order; decoders would each read whole row groups. They may be
+        large, so that fewer of them are a part.
+        """
         if not any(_PARQUET_MARK in line for line in lines):
+            yield from ((list(lines[start : start + part]), None) for start in range(0, len(lines), part))
+            return
+        rows: list[bytes] = []
+        data: list[bytes | str | None] = []
+        size = 0
+        for line in lines:
+            rows.append(line)
+            data.append(self._read_parquet(ImageSource.from_line(line)))
+            size += _size_of(data[-1:])
+            if len(rows) == part or size >= _PART_BYTES:
+                yield rows, data
+                rows, data, size = [], [], 0
+        if rows:
+            yield rows, data
+
+    def _read_parquet(self, source: ImageSource) -> bytes | str | None:
+        if source.kind != "parquet":
             return None
-        data: list[bytes | None] = []
-        for source in map(ImageSource.from_line, lines):
-            if source.kind != "parquet":
-                data.append(None)
-                continue
-            if self._parquet is None or (self._parquet.file, self._parquet.column) != (source.file, source.detail):
-                self._parquet = ParquetImages(source.file, source.detail)
-            data.append(self._parquet.read(source.at))
-        return data
+        if self._parquet is None or (self._parquet.file, self._parquet.column) != (source.file, source.detail):
+            self._parquet = ParquetImages(source.file, source.detail)
+        return self._parquet.read(source.at)
+
+
+def _size_of(data: Sequence[bytes | str | None] | None) -> int:
+    return sum(len(image) for image in data or () if isinstance(image, bytes))

@@ -26,7 +26,7 @@ from robustfeat.errors import DecodeError, InputError
 from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, prepare_square
 from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource
-from robustfeat.system import die_with_parent
+from robustfeat.system import die_with_parent, offer_to_die_first
 
 __all__ = ["MAILBOX_BYTES", "MEMORY_BYTES", "READY", "Decoded", "Images", "SharedSquares", "Task", "serve"]
 
@@ -50,14 +50,15 @@ class Task:
         first: number of the first row.
         place: where in the shared memory its square goes; the others follow.
         lines: `ImageSource.to_line` of each.
-        data: the encoded images of rows of Parquet files, which the parent reads; None without such rows.
+        data: of rows of Parquet files, which the parent reads, the encoded image, or the reason why there is none;
+            None without such rows.
         lost: rows of this task that brought down a decoder before, with the reason.
     """
 
     first: int
     place: int
     lines: Sequence[bytes]
-    data: Sequence[bytes | None] | None
+    data: Sequence[bytes | str | None] | None
     lost: dict[int, str]
 
 
@@ -118,6 +119,7 @@ def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contr
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)  # it would go on with the image that it is at
+    offer_to_die_first()
     # Of large images and odd metadata; what matters of it becomes the row's error.
     warnings.filterwarnings("ignore", module="PIL")
     preprocessing = Preprocessing.from_dict(json.loads(contract))
@@ -212,9 +214,10 @@ class _Decoder:
                     while not wait([coming[offset]], _HEARTBEAT_S).done:
                         self._progress[1] += 1  # waiting is not hanging
                     yield coming[offset].result()
-                elif source.kind == "parquet":
-                    data = task.data[offset] if task.data is not None else None
-                    yield "the row holds no image" if data is None else data
+                elif task.data is not None and (data := task.data[offset]) is not None:
+                    if isinstance(data, str):
+                        self._squares[task.place + offset] = 0
+                    yield data
                 else:
                     yield source.read()
             except OSError as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.inputs.remote import is_remote, open_remote
+from robustfeat.serving.inputs.sources import MAX_FILE_BYTES
 
 __all__ = [
     "ParquetImages",
@@ -44,6 +46,8 @@ def image_columns(schema: Any, *, nulls: bool = False) -> dict[str, str]:
         kind, path = field.type, field.name
         if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             kind, path = kind.field("bytes").type, f"{field.name}.bytes"
+        if types.is_dictionary(kind):
+            kind = kind.value_type
         binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
         if binary or (nulls and types.is_null(kind)):
             found[field.name] = path
@@ -72,18 +76,22 @@ def find_images(file: str, column: str | None) -> tuple[str, int]:
     """The column of a Parquet file that holds encoded images, and the number of rows; see `image_columns`.
 
     Raises:
-        InputError: the file cannot be read, has no such column, or has several and none was named.
+        InputError: the file cannot be read, claims more rows than bytes, has no such column, or has several and none
+            was named.
     """
     from pyarrow import parquet
 
     try:
         with open_parquet(file) as handle:
             found = parquet.ParquetFile(handle)
-            schema, rows = found.schema_arrow, found.metadata.num_rows
+            schema, rows = found.schema_arrow, int(found.metadata.num_rows)
+            size = int(handle.seek(0, os.SEEK_END))
     except InputError:
         raise
     except Exception as exc:  # each filesystem has its own
         raise InputError(f"{file}: not a readable Parquet file ({first_line(exc)})") from exc
+    if rows > size:  # the list of inputs would fill the disk
+        raise InputError(f"{file}: claims {rows:,} rows in {size:,} bytes", fix="write it again, each image once")
     names = list(image_columns(schema))
     if column is None and len(names) > 1 and "image" in names:
         column = "image"
@@ -93,7 +101,7 @@ def find_images(file: str, column: str | None) -> tuple[str, int]:
         wanted = f"no column {column!r} of image bytes" if column else "no single column of image bytes"
         columns = ", ".join(names) or "none"
         raise InputError(f"{file}: has {wanted}; it has {columns}", fix=f"name one as {os.path.basename(file)}:COLUMN")
-    return str(column), int(rows)
+    return str(column), rows
 
 
 def open_parquet(file: str) -> Any:
@@ -107,34 +115,36 @@ def open_parquet(file: str) -> Any:
 
 
 class ParquetImages:
-    """Reads rows of one Parquet file in ascending order, keeping one batch of rows in memory."""
+    """Reads rows of one Parquet file in ascending order, one at a time: few bytes may hold many large rows."""
 
-    _ROWS = 64
+    _SKIPPED_ROWS = 640
+    """A row that lies so far ahead, or before, is looked for from the beginning of its row group."""
 
     def __init__(self, file: str, column: str) -> None:
         self.file, self.column = file, column
-        self._rows: Iterator[bytes | None] | None = None
+        self._rows: Iterator[Any] | None = None
         self._next = 0
 
-    def read(self, row: int) -> bytes | None:
-        """The encoded image of that row; None where it holds none.
+    def read(self, row: int) -> bytes | str:
+        """The encoded image of that row; the reason where it holds none.
 
         Raises:
             InputError: the file cannot be read (any longer).
         """
         try:
-            if self._rows is None or not 0 <= row - self._next < 10 * self._ROWS:
+            if self._rows is None or not 0 <= row - self._next < self._SKIPPED_ROWS:
                 self._rows, self._next = self._from(row), row
             for _ in range(self._next, row):
                 next(self._rows)
             self._next = row + 1
-            return next(self._rows)
+            return _image_of(next(self._rows)[0].as_py())
         except InputError:
             raise
         except Exception as exc:  # each filesystem has its own
             raise InputError(f"{self.file}: cannot be read ({first_line(exc)})") from exc
 
-    def _from(self, row: int) -> Iterator[bytes | None]:
+    def _from(self, row: int) -> Iterator[Any]:
+        """Arrow arrays of one row each."""
         from pyarrow import parquet
 
         with open_parquet(self.file) as handle:
@@ -144,9 +154,18 @@ class ParquetImages:
                 first += file.metadata.row_group(group).num_rows
                 group += 1
             groups = list(range(group, file.metadata.num_row_groups))
-            skip = row - first
-            for batch in file.iter_batches(self._ROWS, row_groups=groups, columns=[self.column]):
-                values = encoded_images(batch.column(0))
-                for value in values[skip:]:
-                    yield value.as_py()
-                skip = max(0, skip - len(values))
+            batches = file.iter_batches(1, row_groups=groups, columns=[self.column])
+            yield from (batch.column(0) for batch in itertools.islice(batches, row - first, None))
+
+
+def _image_of(value: Any) -> bytes | str:
+    """The image in a value of an image column; the reason where there is none."""
+    path = None
+    if isinstance(value, dict):
+        value, path = value["bytes"], value.get("path")
+    if value is None:
+        where = f"the path {path!r} and no bytes; write the images into the file" if path else "no image"
+        return f"the row holds {where}"
+    if len(value) > MAX_FILE_BYTES:
+        return f"over the limit of {MAX_FILE_BYTES:,} bytes"
+    return bytes(value)

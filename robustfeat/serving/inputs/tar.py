@@ -79,25 +79,26 @@ class TarReader:
         """
         offset = 0
         extra: dict[str, str] = {}
-        everywhere: dict[str, str] = {}
         while header := self._header(offset):
             kind = header[156:157]
             at = self._content(header, offset)
-            pax = everywhere | extra
-            size = self._size(header, kind, pax, offset)
+            size = self._size(header, kind, extra, offset)
             if at + size > self._length:
                 self._damaged(offset, f"a member of {size:,} bytes begins there, of which the file ends before")
             if kind in b"LKxXg" and size > _MAX_EXTENSION_BYTES:
                 self._damaged(offset, f"an extended header of {size:,} bytes begins there")
             if kind == b"L":
                 extra["path"] = os.fsdecode(self.read(at, size).partition(b"\0")[0])
-            elif kind in b"xXg":
-                (everywhere if kind == b"g" else extra).update(self._records(self.read(at, size), offset))
+            elif kind in b"xX":
+                extra.update(self._records(self.read(at, size), offset))
+            elif kind == b"g":
+                if self._records(self.read(at, size), offset):
+                    self._damaged(offset, "an extended header there gives all members one name or size")
             elif kind != b"K":
-                sparse = kind == b"S" or any(key.startswith("GNU.sparse") for key in pax)
+                sparse = kind == b"S" or any(key.startswith("GNU.sparse") for key in extra)
                 if sparse and self._complete:
                     self._damaged(offset, "a sparse member begins there, which cannot be read")
-                name = pax.get("GNU.sparse.name") or pax.get("path") or self._name(header)
+                name = extra.get("GNU.sparse.name") or extra.get("path") or self._name(header)
                 if kind != b"5" and not name.endswith("/"):
                     regular = kind in _REGULAR and not sparse
                     yield TarMember(name.removeprefix("./"), at, size, regular)
@@ -153,14 +154,15 @@ class TarReader:
         return os.fsdecode(prefix + b"/" + name if prefix else name)
 
     def _records(self, data: bytes, offset: int) -> dict[str, str]:
-        """PAX: lines of `LENGTH KEY=VALUE`, the length counting all of a line."""
+        """PAX: lines of `LENGTH KEY=VALUE`, the length counting all of a line. Those about a member's name and size."""
         records = {}
         while data:
             digits, _, rest = data.partition(b" ")
             if not digits.isdigit() or len(digits) > 18 or not len(digits) + 1 < int(digits) <= len(data):
                 self._damaged(offset, "its extended header is unreadable")
             key, _, value = rest[: int(digits) - len(digits) - 2].partition(b"=")
-            records[key.decode("utf-8", "replace")] = os.fsdecode(value)
+            if key in {b"path", b"size"} or key.startswith(b"GNU.sparse"):
+                records[key.decode("utf-8", "replace")] = os.fsdecode(value)
             data = data[int(digits) :]
         return records
 

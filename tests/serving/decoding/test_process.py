@@ -45,6 +45,12 @@ def test_a_task_is_answered_with_the_error_of_each_image(decoder: Decoder, examp
     assert "not an image" in bad
 
 
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux alone has such a score")
+def test_the_system_kills_a_decoder_before_its_parent(decoder: Decoder) -> None:
+    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (decoder.process.pid, os.getpid())]
+    assert scores[0] == 1000 > scores[1]
+
+
 def test_an_image_gets_a_second_try_after_a_crash(decoder: Decoder) -> None:
     os.kill(decoder.process.pid, signal.SIGKILL)
     decoder.send(Images([b"x"], [1], [0], 10**8))

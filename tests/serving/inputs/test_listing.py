@@ -6,10 +6,12 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from pyarrow import parquet
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError
+from robustfeat.serving.bulk import pipeline
 from robustfeat.serving.bulk.embedding import embed_files
+from robustfeat.serving.decoding.pool import DecoderPool
+from robustfeat.serving.decoding.worker import Decoded, Task
 from robustfeat.serving.inputs import input_list
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.listing import list_folder, list_inputs
@@ -203,26 +208,28 @@ def structs(data: Sequence[bytes | None]) -> list[dict[str, Any] | None]:
     return [None if value is None else {"bytes": value, "path": f"{number}.jpg"} for number, value in enumerate(data)]
 
 
-@pytest.mark.parametrize("kind", ["struct", "binary", "large_binary", "large struct"])
+@pytest.mark.parametrize("kind", ["struct", "binary", "large_binary", "large struct", "view", "dictionary"])
 @pytest.mark.parametrize("rows_in_group", [1, 7, 1000])
 def test_rows_of_a_parquet_file_are_those_that_were_written(tmp_path: Path, kind: str, rows_in_group: int) -> None:
     count = 40 if rows_in_group < 1000 else 2500
     data = [None if number % 11 == 5 else os.urandom(number % 50) for number in range(count)]
-    binary = pa.large_binary() if kind.startswith("large") else pa.binary()
+    binary = {"large": pa.large_binary(), "view": pa.binary_view()}.get(re.split("[ _]", kind)[0], pa.binary())
     column = (
         pa.array(structs(data), pa.struct({"bytes": binary, "path": pa.string()}))
         if kind.endswith("struct")
         else pa.array(data, binary)
     )
+    column = column.dictionary_encode() if kind == "dictionary" else column
     table = pa.table({"label": pa.array(range(count)), "image": column, "text": pa.array(["x"] * count)})
     parquet.write_table(table, tmp_path / "part.parquet", row_group_size=rows_in_group)
     images = listed(tmp_path / "part.parquet")
     assert [image.path for image in images] == [f"part.parquet/{row:09}" for row in range(count)]
     reader = ParquetImages(images[0].file, images[0].detail)
-    assert [reader.read(image.at) for image in images] == data
+    expected = ["the row holds no image" if value is None else value for value in data]
+    assert [reader.read(image.at) for image in images] == expected
     # As a resumed run begins: anywhere, and also further on or back.
     for row in (count // 2, count // 2 + 1, count - 1, 3, 3, 0, count // 3):
-        assert reader.read(row) == data[row]
+        assert reader.read(row) == expected[row]
 
 
 def test_a_null_struct_holds_no_image_whatever_lies_below_it(tmp_path: Path) -> None:
@@ -230,7 +237,50 @@ def test_a_null_struct_holds_no_image_whatever_lies_below_it(tmp_path: Path) -> 
     column = pa.StructArray.from_arrays(fields, ["bytes", "path"], mask=pa.array([False, True, False]))
     parquet.write_table(pa.table({"image": column}), tmp_path / "part.parquet")
     reader = ParquetImages(str(tmp_path / "part.parquet"), "image")
-    assert [reader.read(row) for row in range(3)] == [b"a", None, None]
+    assert [reader.read(row) for row in range(3)] == [
+        b"a",
+        "the row holds no image",
+        "the row holds the path 'c' and no bytes; write the images into the file",
+    ]
+
+
+def test_rows_that_few_bytes_blow_up_are_read_one_at_a_time(
+    tmp_path: Path, extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 rows of 2 MiB in some hundred bytes: neither Arrow nor the decoders' tasks hold many of them."""
+    place, image = tmp_path / "part.parquet", bytes(2**21)
+    parquet.write_table(pa.table({"image": [image] * 24}), place, compression="zstd")
+    assert place.stat().st_size < 2000
+    held, most, submit = 0, 0, DecoderPool.submit
+
+    def watched(pool: DecoderPool, task: Task) -> Future[Decoded]:
+        nonlocal held, most
+        size = sum(len(data) for data in task.data or () if isinstance(data, bytes))
+        held, most = held + size, max(most, held + size)
+
+        def finished(_: Future[Decoded]) -> None:
+            nonlocal held
+            held -= size
+
+        future = submit(pool, task)
+        future.add_done_callback(finished)
+        return future
+
+    monkeypatch.setattr(DecoderPool, "submit", watched)
+    monkeypatch.setattr(pipeline, "_HELD_BYTES", 2**23)
+    monkeypatch.setattr(pipeline, "_PART_BYTES", 2**22)
+    before = pa.default_memory_pool().max_memory()
+    index = embedded(extractor, tmp_path / "feats.npy", place)
+    assert len(index) == 24
+    assert 0 < most <= 2**23
+    assert pa.default_memory_pool().max_memory() <= max(before, 2**24)
+
+
+def test_more_rows_than_bytes_are_refused(tmp_path: Path) -> None:
+    place = tmp_path / "part.parquet"
+    parquet.write_table(pa.table({"image": pa.nulls(100_000, pa.binary())}), place)
+    with pytest.raises(InputError, match=r"part\.parquet: claims 100,000 rows in [0-9,]+ bytes; write it again"):
+        list_inputs([place])
 
 
 def test_rows_of_parquet_that_hold_no_image_are_failed_rows(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import random
 import subprocess
 import tarfile
 from pathlib import Path
@@ -117,7 +119,9 @@ def test_numbers_that_are_not_octal_are_damage(tmp_path: Path, digits: bytes) ->
 
 
 @pytest.mark.parametrize(
-    "record", [b"size=" + b"9" * 5000, b"size=12x", b"path", b"99999 path=a"], ids=["long", "text", "bare", "length"]
+    "record",
+    [b"size=" + b"9" * 5000, b"size=12x", b"size=-1536", b"path", b"99999 path=a"],
+    ids=["long", "text", "negative", "bare", "length"],
 )
 def test_extended_headers_that_make_no_sense_are_damage(tmp_path: Path, record: bytes) -> None:
     place = tmp_path / "a.tar"
@@ -130,6 +134,39 @@ def test_extended_headers_that_make_no_sense_are_damage(tmp_path: Path, record: 
     place.write_bytes(data)
     with pytest.raises(InputError, match=r"damaged at byte [0-9,]+: its extended header is unreadable"):
         read(place)
+
+
+@pytest.mark.parametrize(("record", "message"), [("path", "gives all members one name or size"), ("comment", None)])
+def test_a_header_for_all_members_names_none_of_them(tmp_path: Path, record: str, message: str | None) -> None:
+    """A million members, each with a name of a megabyte, would fill the disk with the list of inputs."""
+    place = tmp_path / "a.tar"
+    with tarfile.open(place, "w", format=tarfile.PAX_FORMAT, pax_headers={record: "x" * 2**20}) as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+    if message is None:
+        assert [member.name for member in read(place)] == ["a.jpg"]
+    else:
+        with pytest.raises(InputError, match=f"damaged at byte 0: an extended header there {message}"):
+            read(place)
+
+
+def test_headers_with_random_numbers_end_in_members_or_damage(tmp_path: Path) -> None:
+    """Each member takes at least its header, so that no archive has more of them than its size allows."""
+    place = tmp_path / "a.tar"
+    original = pack(place, [("a.jpg", b"x" * 700), ("n" * 200 + ".jpg", b"x")], tarfile.PAX_FORMAT)
+    draw = random.Random(0)
+    fields = [(124, 12), (156, 1), (100, 8), (345, 20), (482, 1)]
+    for _ in range(500):
+        data = bytearray(original)
+        for start in draw.sample(range(0, len(data) - 1023, 512), 2):
+            at, length = draw.choice(fields)
+            kinds = [b"\x80" + draw.randbytes(11), b"\xff" * 12, b"-0000001000\0", draw.randbytes(12), b"SLKxg5"]
+            data[start + at : start + at + length] = draw.choice(kinds)[:length].ljust(length, b"\0")
+            data[start : start + 512] = sign(data[start : start + 512])
+        place.write_bytes(data)
+        with contextlib.suppress(InputError):
+            found = read(place)
+            assert len(found) <= len(data) // 512
+            assert all(0 <= member.offset <= member.offset + member.size <= len(data) for member in found)
 
 
 def test_extended_headers_of_any_size_are_not_read(tmp_path: Path) -> None:
