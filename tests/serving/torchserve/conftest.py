@@ -91,9 +91,9 @@ def torchserving(store: Path, *options: object) -> Iterator[TorchServer]:
 
 @pytest.fixture(scope="session")
 def torchserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServer]:
-    """Requests wait half a second for others, so that what is sent together makes one batch."""
+    """Requests wait a moment for others, so that what is sent together makes one batch."""
     store = tmp_path_factory.mktemp("torchserve") / "store"
-    with torchserving(store, "--batch-size", 8, "--batch-delay", 500, "--max-items", 4, "--token-life", 90) as server:
+    with torchserving(store, "--batch-size", 8, "--batch-delay", 150, "--max-items", 4, "--token-life", 90) as server:
         yield server
 
 

@@ -29,7 +29,7 @@ pytest.importorskip("ts", reason="TorchServe has no version for this Python")
 OPTIONS = RunOptions(engine="onnxruntime", device="cpu")
 SETTINGS = Settings(
     options=OPTIONS,
-    workers=1,
+    workers=available_cpus(),  # so that each has one decoder
     max_items=64,
     max_body_bytes=2**20,
     max_pixels=10_000_000,
@@ -129,7 +129,8 @@ def stop_decoders(before: list[int]) -> None:
 def test_a_request_that_takes_too_long_fails_alone(photo: bytes) -> None:
     """A prepared tensor needs no decoder, and so it is answered while they stand still."""
     before = children(os.getpid())
-    served = handler(timeout_s=5, decode_timeout_s=60)
+    served = handler(decode_timeout_s=60)
+    served._settings = dataclasses.replace(SETTINGS, timeout_s=1)  # which is long enough now that all has started
     stop_decoders(before)
     tensor = {"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 64, 64], "data": [0.5] * (3 * 64 * 64)}
     context = Context(2, ["image/jpeg", "application/json"])
@@ -141,10 +142,10 @@ def test_a_request_that_takes_too_long_fails_alone(photo: bytes) -> None:
 
 def test_the_time_to_decode_an_image_is_limited(photo: bytes) -> None:
     before = children(os.getpid())
-    served = handler(decode_timeout_s=2)
+    served = handler(decode_timeout_s=1)
     stop_decoders(before)
     (answer,) = served.answer([{"body": photo}], Context(1))
-    assert "longer than 2 s" in answer.decode()
+    assert "longer than 1 s" in answer.decode()
 
 
 @pytest.mark.parametrize(
