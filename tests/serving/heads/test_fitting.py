@@ -27,17 +27,18 @@ from robustfeat.serving.heads.fitting import C_GRID, fit_head, hold_out, select_
 from robustfeat.serving.heads.kinds import KINDS
 from robustfeat.serving.heads.labels import match_labels, read_labels
 from robustfeat.serving.heads.large import LargeSet
+from tests.conftest import WriteFeatures
 
 Digits = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 SCALERS = {"none": lambda: None, "l2": Normalizer, "standard": StandardScaler}
 
 
-def test_selection_and_refit_equal_scikit_learn_used_by_hand(digit_files: Path, digits: Digits) -> None:
+def test_selection_and_refit_equal_scikit_learn_used_by_hand(
+    digit_files: Path, digits: Digits, write_features: WriteFeatures
+) -> None:
     x, y = digits[0].astype(np.float64), digits[1]
-    x_fit, x_held, y_fit, y_held = train_test_split(
-        x[:1200], y[:1200], test_size=0.1, stratify=y[:1200], random_state=0
-    )
+    x_fit, x_held, y_fit, y_held = train_test_split(x[:500], y[:500], test_size=0.1, stratify=y[:500], random_state=0)
     scores: dict[tuple[str, float], float] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -46,9 +47,10 @@ def test_selection_and_refit_equal_scikit_learn_used_by_hand(digit_files: Path, 
                 pipeline = make_pipeline(scaler(), LinearSVC(C=c, dual=False))
                 scores[scaling, c] = pipeline.fit(x_fit, y_fit).score(x_held, y_held)
         best = max(scores, key=lambda key: scores[key])
-        final = make_pipeline(SCALERS[best[0]](), LinearSVC(C=best[1], dual=False)).fit(x[:1200], y[:1200])
+        final = make_pipeline(SCALERS[best[0]](), LinearSVC(C=best[1], dual=False)).fit(x[:500], y[:500])
 
-    features = open_features(str(digit_files / "train.npy"))
+    names = [f"{row % 7}/{row:04}.png" for row in range(500)]
+    features = open_features(str(write_features(digit_files / "few.npy", digits[0][:500], names)))
     labelled = match_labels(features, read_labels([str(digit_files / "labels.csv")]))
     head, report = fit_head(features, labelled)
     tried = {(one["scaling"], one["C"]): one["score"] for one in head.selection["candidates"]}
