@@ -134,6 +134,12 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def anonymous_mib(pid: int) -> float:
+    """Memory of a process and all below it."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 + sum(map(anonymous_mib, children(pid))) if found else 0.0
+
+
 def alive(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()

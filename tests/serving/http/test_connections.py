@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import select
 import signal
 import socket
+import threading
 import time
 
 import pytest
 
 from robustfeat.serving.http.process import connection
-from tests.serving.http.conftest import Server, all_of, children, head_of, serving, wait_until
+from tests.serving.http.conftest import Server, all_of, anonymous_mib, children, head_of, serving, wait_until
 
 PATIENCE = f"{connection.__name__}.PATIENCE_S"
 
@@ -59,6 +61,23 @@ def test_trailers_without_end_are_refused(server: Server) -> None:
     assert sent < 10_000_000
 
 
+@pytest.mark.parametrize(
+    "field",
+    [b"Host: elsewhere.example", b"X-Request-ID: forged", b"Accept: application/x-npy", b"Expect: 100-continue"],
+)
+def test_fields_behind_a_chunked_body_are_no_headers(server: Server, photos: list[bytes], field: bytes) -> None:
+    head = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: mine\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = b"%x\r\n%s\r\n0\r\n%s\r\n\r\n" % (len(photos[0]), photos[0], field)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        for _ in range(2):
+            client.sendall(head + body)
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            assert (answer.status, answer.headers["x-request-id"]) == (200, "mine")
+            assert answer.headers["content-type"] == "application/json"
+            answer.read()
+
+
 def test_a_head_is_bounded(server: Server) -> None:
     for size, status in ((60_000, 200), (70_000, 431), (200_000, 431)):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
@@ -66,13 +85,16 @@ def test_a_head_is_bounded(server: Server) -> None:
             assert client.recv(4096).startswith(b"HTTP/1.1 %d " % status)
 
 
-def test_an_offer_of_http_2_is_passed_over_every_time(server: Server, photos: list[bytes]) -> None:
-    head = head_of(photos[0])[:-2] + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: A\r\n\r\n"
+@pytest.mark.parametrize("name", [b"Upgrade", b"UPGRADE", b"uPgRaDe"])
+def test_an_offer_of_http_2_is_passed_over_every_time(server: Server, photos: list[bytes], name: bytes) -> None:
+    more = b"Connection: Upgrade, HTTP2-Settings\r\n" + name + b": h2c\r\nHTTP2-Settings: A\r\n\r\n"
+    head = head_of(photos[0])[:-2] + more
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        for _ in range(3):
-            client.sendall(head)
-            time.sleep(0.05)  # so that head and body come apart
-            client.sendall(photos[0])
+        # In one piece, apart, and cut within the name.
+        for cut in (0, len(head), head.index(name) + 3, len(head) - 1):
+            client.sendall((head + photos[0])[:cut])
+            time.sleep(0.02 if cut else 0)
+            client.sendall((head + photos[0])[cut:])
             answer = http.client.HTTPResponse(client)
             answer.begin()
             assert answer.status == 200
@@ -105,16 +127,72 @@ def test_what_is_not_http_is_told_so(server: Server) -> None:
     assert b'"bad_http"' in said
 
 
-def test_too_many_connections_are_refused() -> None:
+def test_too_many_connections_are_refused_but_idle_ones_make_room(photos: list[bytes]) -> None:
     with serving("--max-connections", 4) as server:
-        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
+        idle = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(4)]
+        idle[1].sendall(b"POST /embed HT")
+        for place in range(5):  # new ones, one whose head does not end, and those that were used before
+            idle.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+            idle[-1].sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert idle[-1].recv(4096).startswith(b"HTTP/1.1 200 ")
+            assert idle[place].recv(4096) == b""
+        for client in idle:
+            client.close()
+        busy = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(4)]
+        for client in busy:
+            client.sendall(head_of(photos[0])[:-2] + b"Expect: 100-continue\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 100 ")
         with socket.create_connection(("127.0.0.1", server.port)) as fifth:
             said = all_of(fifth)
         assert said.startswith(b"HTTP/1.1 503 ")
         assert b'"too_many_connections"' in said
-        for connection in idle:
-            connection.close()
-        wait_until(lambda: server.get("/health/live").status == 200)
+        for client in busy:
+            client.sendall(photos[0])
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        assert server.get("/health/live").status == 200
+        for client in busy:
+            client.close()
+
+
+def test_requests_that_nobody_answered_yet_are_bounded(server: Server) -> None:
+    (worker,) = server.workers()
+    request, count = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n", 10_000
+    answer, answers, end = b'{"status":"live"}', 0, b""
+    before = highest = anonymous_mib(worker)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+        writer = threading.Thread(target=client.sendall, args=(request * count,))
+        writer.start()
+        while answers < count:
+            part = client.recv(2**16)
+            assert part
+            answers += (end + part).count(answer)
+            end = part[-len(answer) + 1 :]
+            highest = max(highest, anonymous_mib(worker))
+        writer.join()
+    assert answers == count
+    assert highest - before < 20
+
+
+def test_requests_behind_one_another_are_answered_in_order(server: Server) -> None:
+    """More than are taken at once, with bodies of all sizes, in pieces of all sizes."""
+    heads = [
+        f"POST /nothing HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: n{n}\r\nContent-Length: {n * 37}\r\n\r\n"
+        for n in range(150)
+    ]
+    said = b"".join(head.encode() + bytes(n * 37) for n, head in enumerate(heads))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+
+        def write() -> None:
+            for at in range(0, len(said), 5000):
+                client.sendall(said[at : at + 5000])
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        answers = b""
+        while answers.count(b"HTTP/1.1 404 ") < len(heads) or not answers.endswith(b"}"):
+            answers += client.recv(2**16)
+        writer.join()
+    assert re.findall(rb"x-request-id: n(\d+)", answers) == [b"%d" % n for n in range(len(heads))]
 
 
 def test_a_client_that_leaves_frees_its_place(photos: list[bytes]) -> None:

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import re
 import socket
 import statistics
 import threading
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robustfeat import FeatureExtractor
-from tests.serving.http.conftest import Server, children, form_of, serving
+from tests.serving.http.conftest import Server, anonymous_mib, form_of, serving
 from tests.serving.http.test_embed import bomb
 
 MINUTES = float(os.environ.get("ROBUSTFEAT_SOAK_MINUTES", "30"))
@@ -146,12 +145,6 @@ class Soak:
     @staticmethod
     def head(body: bytes, more: str = "") -> bytes:
         return f"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode()
-
-
-def anonymous_mib(pid: int) -> float:
-    """Of a process and all below it."""
-    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) / 1024 + sum(map(anonymous_mib, children(pid))) if found else 0.0
 
 
 @pytest.mark.slow

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from robustfeat.serving.http.gate import ON_DISCONNECT
@@ -28,6 +29,12 @@ PATIENCE_S = 10.0
 
 _HEAD_BYTES = 2**16
 _REFUSED_BYTES = 2**26
+_PARSED_AT_ONCE = 2**12
+"""Bytes; 256 KiB may hold 6,000 requests."""
+
+_UNANSWERED = 32
+"""Requests of one connection that wait for their answers; with more, nothing is read from it."""
+
 _TOO_LARGE = f"a request's head may have {_HEAD_BYTES:,} bytes; send less in its headers"
 
 
@@ -44,12 +51,14 @@ class Connection(HttpToolsProtocol):
     """One connection; `connection_class` makes a class with its own bounds.
 
     Attributes:
-        max_connections: open at once; more get 503 and are closed.
+        max_connections: open at once. One more takes the place of the one that has been idle longest, or gets 503.
         count_error: counts an error by its code.
+        idle: connections without a request to answer, the one that has been idle longest first.
     """
 
     max_connections: int
     count_error: Callable[[str], None]
+    idle: dict[Connection, None]
 
     _timer: asyncio.TimerHandle | None = None
     """Runs while no request is being answered: before a head is complete, or in the rest of a refused body."""
@@ -61,23 +70,53 @@ class Connection(HttpToolsProtocol):
     _head = 0
     _body = 0
     """Bytes of the current message, of its head and of its body."""
+    _unparsed = b""
+    """Came while too many requests were unanswered."""
+    _offered = False
+    """Whether the current head offers another protocol."""
 
     def connection_made(self, transport: Any) -> None:
-        """Refuses a connection beyond the bound; otherwise gives the first head its time."""
+        """Makes room for a connection beyond the bound, or refuses it; gives the first head its time."""
         self._cycles: deque[Any] = deque()  # requests that are not answered yet; clients may send several
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
+        self.flow = _Flow(transport, self._full)
+        if len(self.connections) > self.max_connections and not self._close_idle():
             message = "too many connections are open; try again soon"
             self._end(ApiError(503, "too_many_connections", message, retry_after_s=1))
         else:
+            self.idle[self] = None
             self._wait(PATIENCE_S)
 
+    def _full(self) -> bool:
+        """Whether so many requests are unanswered that no more are read."""
+        return len(self._cycles) >= _UNANSWERED or bool(self._unparsed)
+
     def data_received(self, data: bytes) -> None:
+        """Parses a little at a time, as long as not too many requests are unanswered."""
+        if self._unparsed:
+            self._unparsed += data
+            return
+        self._unset_keepalive_if_required()
+        view = memoryview(data)
+        for start in range(0, len(data), _PARSED_AT_ONCE):
+            if self.transport.is_closing():
+                return
+            if self._full():
+                self._unparsed = data[start:]
+                self.flow.pause_reading()
+                return
+            self._parse(view[start : start + _PARSED_AT_ONCE])
+
+    def _parse(self, data: memoryview) -> None:
         """Bounds the head and the rest of a refused body, in bytes and in time."""
-        if self._between:
-            data = _without_upgrade(data)
         self._received += len(data)
-        super().data_received(data)
+        try:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as exc:
+                self._parse_again(data[exc.args[0] :])
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.send_400_response("Invalid HTTP request received.")
         if self._received - self._body > _HEAD_BYTES + self._body // 4:
             self._end(ApiError(431, "head_too_large", _TOO_LARGE))
         elif self.cycle is not None and not self.cycle.response_complete:
@@ -89,14 +128,35 @@ class Connection(HttpToolsProtocol):
         elif self._timer is None:
             self._wait(PATIENCE_S)
 
+    def _parse_again(self, rest: memoryview) -> None:
+        """Parses a head without its offer of another protocol, and then the bytes behind it.
+
+        Clients that know HTTP/2 offer it, and expect an answer in HTTP/1.1 from servers that do not. The parser takes
+        the body behind such a head for the other protocol.
+        """
+        version, method = self.parser.get_http_version().encode(), self.parser.get_method()
+        lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        self._offered = False
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
+        self.parser.feed_data(rest)
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Counts the head's bytes."""
+        """Counts the head's bytes. A chunked body ends in fields, too, which are not the request's: RFC 9110, 6.5.1."""
+        if not self._between:
+            return
         self._head += len(name) + len(value) + 4
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Refuses a head that is too large; otherwise notes the request."""
+        if self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers):
+            self._offered, self._head = True, 0
+            return  # `_parse_again` comes next
         self._between = False
+        self.idle.pop(self, None)
         head, self._head = self._head + len(self.url), 0
         if head > _HEAD_BYTES:
             self._end(ApiError(431, "head_too_large", _TOO_LARGE))
@@ -111,6 +171,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Waits for the next head."""
+        if self._offered:
+            return
         self._between, self._received, self._body = True, 0, 0
         super().on_message_complete()
         if self.cycle.response_complete:  # it was refused, and uvicorn's own timer has ended since
@@ -119,11 +181,21 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
-        """Ends the connection within a bounded time if it is closing."""
+        """Ends the connection within a bounded time if it is closing; otherwise takes more requests."""
         self._cycles.popleft()
         super().on_response_complete()
         if self.transport.is_closing():
             self._abort_soon()
+        elif self._unparsed:
+            if len(self._cycles) == _UNANSWERED // 2:
+                self.loop.call_soon(self._parse_more)
+        elif not self._cycles:
+            self.idle[self] = None
+
+    def _parse_more(self) -> None:
+        data, self._unparsed = self._unparsed, b""
+        self.data_received(data)
+        self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         """Gives the client a bounded time to read."""
@@ -138,6 +210,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Reports the loss to every request that is not answered yet."""
+        self.idle.pop(self, None)
         for timer in (self._timer, self._writing):
             if timer is not None:
                 timer.cancel()
@@ -170,6 +243,16 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
         self._abort_soon()
 
+    def _close_idle(self) -> bool:
+        """Closes the connection that has been idle longest; whether there was one."""
+        other = next(iter(self.idle), None)
+        if other is None:
+            return False
+        self.count_error("too_many_connections")
+        del self.idle[other]
+        other.transport.close()
+        return True
+
     def _wait(self, seconds: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -186,21 +269,22 @@ def connection_class(max_connections: int, count_error: Callable[[str], None]) -
     Args:
         max_connections, count_error: see `Connection`.
     """
-    bounds = {"max_connections": max_connections, "count_error": staticmethod(count_error)}
+    bounds = {"max_connections": max_connections, "count_error": staticmethod(count_error), "idle": {}}
     return type("BoundedConnection", (Connection,), bounds)
+
+
+class _Flow(FlowControl):
+    """Does not resume reading while the connection is full, whoever asks for it."""
+
+    def __init__(self, transport: Any, full: Callable[[], bool]) -> None:
+        super().__init__(transport)
+        self._full = full
+
+    def resume_reading(self) -> None:
+        """Resumes reading, if more requests are welcome."""
+        if not self._full():
+            super().resume_reading()
 
 
 def _nothing() -> None:
     pass
-
-
-def _without_upgrade(data: bytes) -> bytes:
-    """The head of a request that offers another protocol, with the offer unread.
-
-    Clients that know HTTP/2 offer it, and expect an answer in HTTP/1.1 from servers that do not; the parser would
-    take the body for the other protocol.
-    """
-    end = data.find(b"\r\n\r\n")
-    if end < 0 or b"pgrade:" not in data[:end]:
-        return data
-    return re.sub(rb"(?i)\r\nupgrade:", b"\r\nx-grade:", data[:end]) + data[end:]
