@@ -64,7 +64,7 @@ def test_metrics_hold_loss_accuracy_q_and_the_weights_range(finished_run: Path) 
 def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer against a loop written out here, with the real network."""
     monkeypatch.setattr("robustfeat.training.network.resnet18", resnet18)
-    settings = recipe(dataset, method="erm", weight_decay=1e-3)
+    settings = recipe(dataset, method="erm", weight_decay=1e-3, batch_size=15)
     train(dataset, settings, tmp_path / "run", workers=0, threads=1, quiet=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -74,8 +74,8 @@ def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path, monkeypatch
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
     data, _ = open_training_data(dataset)
     for epoch in range(2):
-        batches = TrainingBatches(data, 32, EpochPlan(data, 6, seed=0, epoch=epoch))
-        for step in range(5):
+        batches = TrainingBatches(data, 32, EpochPlan(data, 15, seed=0, epoch=epoch))
+        for step in range(2):
             batch = batches[step]
             loss = functional.cross_entropy(network((batch.images.float() / 255 - mean) / std), batch.labels)
             optimizer.zero_grad()

@@ -28,6 +28,7 @@ from robustfeat.training.paper.scale import SCALES
 from robustfeat.training.paper.study import Machine, Study
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from robustfeat.training.recipe import Recipe
+from tests.command_server import CommandServer, ForkedCommand
 from tests.conftest import Run
 from tests.training.small import NARROW
 
@@ -88,20 +89,27 @@ def test_what_needs_no_data_matches_the_paper(tmp_path: Path, robustfeat: Run) -
     assert "11 of 11 counts agree." in done.stdout
 
 
-def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path: Path, robustfeat: Run) -> None:
+def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path: Path, commands: CommandServer) -> None:
     out = tmp_path / "report"
     targets = [part for name in ("cifar10", "sop", "svhn") for part in ("--target", f"{name}={target}")]
     command = ["paper", "all", "--scale", "tiny", "--quick", "--benchmark", benchmark, *targets, "--out", out]
     command += ["--threads", 1, "--workers", 0, "--device", "cpu"]
-    with ThreadPoolExecutor() as pool:
-        done, helper = pool.map(lambda _: robustfeat(*command, prepare=NARROW), range(2))
-    for one in (done, helper):
-        assert one.returncode == 0, one.stderr
+    patience = {"robustfeat.training.paper.measures._PATIENCE": 0.5}
+
+    def begin() -> ForkedCommand:
+        return commands.start(list(map(str, command)), constants=patience, prepare=NARROW)
+
+    def end(process: ForkedCommand) -> tuple[str, str]:
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+        return stdout, stderr
+
+    done, helper = map(end, [begin(), begin()])
     # Two processes part the work: neither does all of it, and nothing is done twice.
-    shares = [re.findall(r"^(\S+): training$", one.stderr, re.MULTILINE) for one in (done, helper)]
+    shares = [re.findall(r"^(\S+): training$", stderr, re.MULTILINE) for _, stderr in (done, helper)]
     assert all(shares)
     assert sorted(shares[0] + shares[1]) == sorted(folder.name for folder in (out / "runs").iterdir())
-    assert done.stdout == helper.stdout
+    assert done[0] == helper[0]
     names = ["table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5"]
     for name in (*names, "verdicts", "selection", "opinions", "corruptions"):
         kinds = ("csv", "md", "png", "svg") if name.startswith(("fig", "corr")) else ("csv", "md")
@@ -127,9 +135,7 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     # Given again, nothing is computed: neither runs nor features are needed any more.
     (out / "runs").rename(tmp_path / "runs")
     (out / "features.db").unlink()
-    again = robustfeat(*command, prepare=NARROW)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == done.stdout
+    assert end(begin())[0] == done[0]
     assert not (out / "runs").exists()
 
 
@@ -215,7 +221,10 @@ def test_a_cell_is_of_its_target(
     shutil.copytree(target, other)
     shutil.rmtree(other / "train" / "hat")
     shutil.rmtree(other / "test" / "hat")
-    machine, quick = Machine("cpu", 1, 0, quiet=True), SCALES["quick"]()
+    machine, quick = (
+        Machine("cpu", 1, 0, quiet=True),
+        dataclasses.replace(SCALES["quick"](), rows=32, selection_rows=16),
+    )
     first, second = (
         Measures(Study(tmp_path / "report", quick, str(benchmark), {"cifar10": str(place)}, machine))
         for place in (target, other)
