@@ -243,7 +243,9 @@ def test_a_signal_saves_a_checkpoint_first(
     assert process.returncode == 1
     assert "pass --resume to resume it" in stderr
     assert len(stderr.splitlines()) == 1
-    assert 5 <= load_checkpoint(broken).global_step < 40
+    saved = load_checkpoint(broken).global_step
+    assert 5 <= saved < 40
+    assert saved == metrics(broken)[-1]["step"]
     if number == signal.SIGINT:  # what follows is the same
         return
     assert robustfeat(*train_arguments(dataset, broken, **options), "--resume", prepare=NARROW).returncode == 0
