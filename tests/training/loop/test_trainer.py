@@ -236,15 +236,16 @@ def test_a_signal_saves_a_checkpoint_first(
 ) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     options = {"epochs": 8, "workers": 1}
-    process = start([*train_arguments(dataset, broken, **options), "--quiet"], prepare=NARROW)
-    wait_for_step(process, broken, 5)
+    each_step = {"robustfeat.training.loop.epochs._LOG_EVERY_STEPS": 1}
+    process = start([*train_arguments(dataset, broken, **options), "--quiet"], constants=each_step, prepare=NARROW)
+    wait_for_step(process, broken, 6)  # within an epoch
     os.killpg(process.pid, number)  # as a terminal or a job scheduler does: the workers get it, too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "pass --resume to resume it" in stderr
     assert len(stderr.splitlines()) == 1
     saved = load_checkpoint(broken).global_step
-    assert 5 <= saved < 40
+    assert 6 <= saved < 40
     assert saved == metrics(broken)[-1]["step"]
     if number == signal.SIGINT:  # what follows is the same
         return
