@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.serving.http.conftest import Server
 
 
-def test_schemathesis_finds_no_difference(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bodies", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_schemathesis_finds_no_difference(server: Server, tmp_path: Path, bodies: int) -> None:
     # It cannot know what an image is: that good bodies are accepted is for other tests.
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.address}/openapi.json"]
     command += [
@@ -18,7 +21,7 @@ def test_schemathesis_finds_no_difference(server: Server, tmp_path: Path) -> Non
         "--exclude-checks",
         "positive_data_acceptance",
         "--max-examples",
-        "20",
+        str(bodies),
         "--seed",
         "1",
     ]
