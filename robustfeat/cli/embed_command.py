@@ -18,6 +18,12 @@ from robustfeat.cli.rendering import Command
 @click.option("--files-from", metavar="FILE", help="Read more INPUTs from FILE, one a line; - for stdin.")
 @click.option("--null", is_flag=True, help="The lines of --files-from end in NUL.")
 @click.option(
+    "--match",
+    multiple=True,
+    metavar="PATTERN",
+    help="Take files of folders and archives whose names match, such as '*.jpg', whatever their suffix; repeatable.",
+)
+@click.option(
     "--on-error",
     type=click.Choice(["nan", "stop"]),
     default="nan",
@@ -48,6 +54,7 @@ def command(
     extraction: Extraction,
     files_from: str | None,
     null: bool,
+    match: tuple[str, ...],
     on_error: str,
     append: bool,
     restart: bool,
@@ -67,6 +74,7 @@ def command(
     """
     from robustfeat.serving.bulk.embedding import embed_files
     from robustfeat.serving.bulk.job import Places
+    from robustfeat.serving.inputs.choice import say_left_out
     from robustfeat.serving.inputs.listing import list_inputs
     from robustfeat.serving.inputs.remote import is_remote
 
@@ -76,7 +84,7 @@ def command(
     quiet_downloads(quiet)
     extractor = extraction.open()
     scratch = None if is_remote(out) else Path(out).parent
-    with list_inputs(inputs, files_from=files_from, null=null, folder=scratch) as found:
+    with list_inputs(inputs, files_from=files_from, null=null, match=match, folder=scratch) as found:
         result = embed_files(
             extractor,
             found,
@@ -97,6 +105,7 @@ def command(
             "feature_size": result.feature_size,
             "failed": result.failed,
             "skipped": result.skipped,
+            "left_out": result.left_out,
             **({"known": result.known} if append else {}),
             "seconds": round(result.seconds, 3),
         }
@@ -104,6 +113,8 @@ def command(
     elif not quiet:
         known = f" ({result.known:,} inputs were there already)" if append else ""
         click.echo(f"{result.features}: {result.images} x {result.feature_size} float32{known}", err=True)
+        if said := say_left_out(result.left_out):
+            click.echo(f"robustfeat: {said}", err=True)
     if result.failed:
         click.echo(f"robustfeat: {result.failed} of {result.images} images failed; {result.index} says why", err=True)
         return 3

@@ -271,6 +271,7 @@ def _open(
     """
     from robustfeat.serving.heads.features import embed_features, is_feature_file, open_features
     from robustfeat.serving.heads.labels import labelled_inputs
+    from robustfeat.serving.inputs.choice import say_left_out
     from robustfeat.serving.inputs.listing import list_inputs
 
     if head is not None and head.model is None:
@@ -289,6 +290,7 @@ def _open(
     if head is not None:  # before the work of embedding
         head.require_model(extractor.identity, head_place, f"--model {extraction.model}")
     with list_inputs(inputs) as found, labelled_inputs(found, labels) if labels else nullcontext(found) as wanted:
+        _say(say_left_out(found.left_out), quiet)
         if check is not None:
             check([image.path for image in (wanted if len(wanted) else found)])
         return embed_features(
@@ -297,7 +299,7 @@ def _open(
 
 
 def _say(text: str, quiet: bool) -> None:
-    if not quiet:
+    if text and not quiet:
         click.echo(text, err=True)
 
 

@@ -51,8 +51,7 @@ def unknown_inputs(inputs: InputList, existing: Output) -> InputList:
         InputError: the index is damaged.
     """
     known = Counter(_path_digest(record) for record in index_records(existing))
-    fresh = InputList()
-    fresh.skipped = inputs.skipped
+    fresh = InputList(choice=inputs.choice)
     for image in inputs:
         key = _path_digest(image.index_fields())
         if known[key] > 0:

@@ -34,6 +34,7 @@ def embed(
     on_error: str = "nan",
     restart: bool = False,
     append: bool = False,
+    match: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> EmbeddingResult:
     """Embeds images into a file of features, one float32 row per image.
@@ -59,10 +60,12 @@ def embed(
         on_error: `nan` for a row of NaN per image that fails, or `stop` at the first one.
         restart: discard what an unfinished call left.
         append: add the inputs that `out` does not hold yet.
+        match: a pattern such as `*.jpg`, or several: take the files of folders and archives whose names match one,
+            whatever their suffix.
         quiet: no progress on stderr.
 
     Returns:
-        The names of the three files, and the numbers of images and failures.
+        The names of the three files, and the numbers of images, of failures and of files left out.
 
     Raises:
         InputError: an input is missing, `out` cannot be written or belongs to another model, or an image failed and
@@ -83,8 +86,9 @@ def embed(
         config_hash=config_hash,
     )
     extractor = FeatureExtractor.load(model, options.for_throughput())
+    patterns = [match] if isinstance(match, str) else match
     scratch = None if is_remote(target) else Path(target).parent
-    with list_inputs([os.fspath(place) for place in places], folder=scratch) as found:
+    with list_inputs([os.fspath(place) for place in places], match=patterns, folder=scratch) as found:
         return embed_files(
             extractor,
             found,

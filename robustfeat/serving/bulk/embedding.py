@@ -41,7 +41,8 @@ class EmbeddingResult:
         features, index, meta: the three files.
         images: rows in them.
         failed: how many of those are NaN.
-        skipped: files with other suffixes, not in them.
+        skipped: files of the folders and archives that are not in them.
+        left_out: the same by kind: a suffix, `hidden`, `not matched`, ...
         known: inputs that an appended file held already.
         feature_size: D.
         seconds: wall time.
@@ -53,6 +54,7 @@ class EmbeddingResult:
     images: int
     failed: int
     skipped: int
+    left_out: dict[str, int]
     known: int
     feature_size: int
     seconds: float
@@ -119,15 +121,16 @@ def embed_files(
             stop = on_error == "stop"
             run.follow(_embed(run, extractor, fresh, ray=ray, workers=workers, deadline_s=deadline_s, stop=stop))
             timing = run.timing(time.monotonic() - began)
-            size, skipped = extractor.feature_size, inputs.skipped
-            images, failed = join_shards(places, run.folder, job, size, existing, skipped=skipped, timing=timing)
+            size, left_out = extractor.feature_size, inputs.left_out
+            images, failed = join_shards(places, run.folder, job, size, existing, left_out=left_out, timing=timing)
         return EmbeddingResult(
             features=places.features,
             index=places.index,
             meta=places.meta,
             images=images,
             failed=failed,
-            skipped=skipped,
+            skipped=sum(left_out.values()),
+            left_out=left_out,
             known=len(inputs) - len(fresh),
             feature_size=size,
             seconds=time.monotonic() - began,

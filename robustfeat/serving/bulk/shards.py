@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -125,7 +125,7 @@ def join_shards(
     size: int,
     existing: Output | None,
     *,
-    skipped: int,
+    left_out: Mapping[str, int],
     timing: dict[str, float],
 ) -> tuple[int, int]:
     """Joins the shards to the output and deletes their folder; gives the rows and how many of them failed.
@@ -170,7 +170,8 @@ def join_shards(
         "versions": identity["versions"] | {"python": platform.python_version()},
         "images": images,
         "failed": failed,
-        "skipped": skipped,
+        "skipped": sum(left_out.values()),
+        "left_out": dict(left_out),
         "timing": timing,
     }
     del meta["inputs"]

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.heads.features import Features
+from robustfeat.serving.inputs.choice import IMAGE_SUFFIXES
 from robustfeat.serving.inputs.input_list import InputList
-from robustfeat.serving.inputs.listing import IMAGE_SUFFIXES
 from robustfeat.serving.inputs.parquet import class_names, open_parquet, parquet_path
 
 __all__ = ["SEPARATOR", "LabelledRows", "Labels", "labelled_inputs", "match_labels", "match_paths", "read_labels"]

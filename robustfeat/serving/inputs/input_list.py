@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from robustfeat.serving.inputs.choice import Choice
 from robustfeat.serving.inputs.sources import ImageSource
 
 __all__ = ["InputList"]
@@ -25,15 +26,18 @@ class InputList:
     """The images to embed, one line each in an unnamed temporary file; close it, or use it in a `with` block.
 
     Attributes:
-        skipped: files with other suffixes that lay between them.
+        choice: what lay beside them and was left out.
         sha256: of the list: equal for equal lists of the same files.
 
     Args:
+        choice: that of the folders and archives that are listed.
         folder: where the temporary file lies; the system's folder for those by default.
     """
 
-    def __init__(self, images: Iterable[ImageSource] = (), *, folder: Path | None = None) -> None:
-        self.skipped = 0
+    def __init__(
+        self, images: Iterable[ImageSource] = (), *, choice: Choice | None = None, folder: Path | None = None
+    ) -> None:
+        self.choice = choice or Choice()
         self._count = 0
         self._digest = hashlib.sha256()
         self._offsets: list[int] = []
@@ -56,6 +60,11 @@ class InputList:
     def close(self) -> None:
         """Frees the disk space."""
         self._file.close()
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Files that were left out, by kind; see `Choice`."""
+        return dict(sorted(self.choice.left_out.items()))
 
     @property
     def sha256(self) -> str:

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import IO
 
 from robustfeat.errors import InputError, first_line
+from robustfeat.serving.inputs.choice import IMAGE_SUFFIXES, Choice, is_hidden, say_left_out
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.parquet import find_images, parquet_path
 from robustfeat.serving.inputs.remote import is_remote, open_remote, remote_entries
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.serving.inputs.tar import open_tar
 
-__all__ = ["IMAGE_SUFFIXES", "list_folder", "list_inputs"]
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+__all__ = ["list_folder", "list_inputs"]
 
 _PARQUET = re.compile(r"(?P<file>.*\.parquet)(:(?P<column>[^:/]+))?", re.IGNORECASE | re.DOTALL)
 _COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
@@ -31,6 +30,7 @@ def list_inputs(
     *,
     files_from: str | Path | None = None,
     null: bool = False,
+    match: Sequence[str] = (),
     folder: Path | None = None,
 ) -> InputList:
     """The images that the arguments name, in the order of the arguments.
@@ -38,7 +38,7 @@ def list_inputs(
     An argument is one of these, local or at a URL that fsspec knows (s3://, gs://, hf://, ...):
 
     - a folder: every file in it with an image suffix, in the byte order of the relative path, dangling links and
-      unreadable files included; other suffixes are counted as skipped, hidden files and folders ignored;
+      unreadable files included; other and hidden files are counted by kind;
     - a file, always a row; a glob, whose files are rows and whose folders are read as such;
     - FILE.tar: its members with an image suffix; FILE.parquet, or FILE.parquet:COLUMN: its rows;
     - `-`: the same as `files_from="-"`.
@@ -47,13 +47,14 @@ def list_inputs(
         arguments: as above.
         files_from: a file with more of them, one a line, `-` for stdin. A file that is missing is a failed row there.
         null: the lines of `files_from` end in NUL.
+        match: patterns that choose the files of folders and archives in place of their suffix; see `Choice`.
         folder: see `InputList`.
 
     Raises:
         InputError: an argument does not exist or cannot be read, or there is no image at all.
     """
     try:
-        listing = InputList(folder=folder)
+        listing = InputList(choice=Choice(match), folder=folder)
     except OSError as exc:
         raise InputError(
             f"{folder}: the list of inputs cannot be written ({exc.strerror})", fix="choose another `out`"
@@ -68,9 +69,10 @@ def list_inputs(
             _list_lines(str(files_from), null, listing)
         if not len(listing):
             places = ", ".join(map(str, arguments)) or str(files_from)
-            aside = f" ({listing.skipped} files with other suffixes)" if listing.skipped else ""
+            aside = f"; {said}" if (said := say_left_out(listing.left_out)) else ""
+            wanted = f"matching {' or '.join(match)}" if match else f"ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
             raise InputError(
-                f"{places}: no images found{aside}; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}, "
+                f"{places}: no images found{aside}; expected files {wanted}, "
                 "or archives named themselves: FILE.tar, FILE.parquet"
             )
     except BaseException as exc:
@@ -81,12 +83,12 @@ def list_inputs(
     return listing
 
 
-def list_folder(root: Path) -> tuple[list[ImageSource], int]:
-    """The images under `root` in the byte order of their relative path, and the number of other files."""
+def list_folder(root: Path) -> tuple[list[ImageSource], dict[str, int]]:
+    """The images under `root` in the byte order of their relative path, and the numbers of other files by kind."""
     listing = InputList()
     with listing:
         _list_argument(os.fspath(root), listing)
-        return list(listing), listing.skipped
+        return list(listing), listing.left_out
 
 
 def _list_argument(argument: str, listing: InputList) -> None:
@@ -150,16 +152,6 @@ def _split(handle: IO[bytes], separator: bytes) -> Iterator[bytes]:
     yield rest
 
 
-def _is_image(name: str, listing: InputList) -> bool:
-    """Whether a file found in a folder or an archive is a row; counts it as skipped if its suffix says no."""
-    if name.startswith("."):
-        return False
-    if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-        return True
-    listing.skipped += 1
-    return False
-
-
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -178,15 +170,17 @@ def _walk(root: str, listing: InputList, prefix: str = "") -> Iterator[ImageSour
             status = os.stat(folder)
             here = (status.st_dev, status.st_ino)
             if here in above:
-                listing.skipped += 1
+                listing.choice.leave_out("folders in themselves")
                 continue
             with os.scandir(folder) as entries:
                 for entry in entries:
                     path = f"{relative}/{entry.name}" if relative else entry.name
                     if _is_folder(entry):
-                        if not entry.name.startswith("."):
+                        if is_hidden(entry.name):
+                            listing.choice.leave_out("hidden")
+                        else:
                             waiting.append((path, above | {here}))
-                    elif _is_image(entry.name, listing):
+                    elif listing.choice.takes(path):
                         yield ImageSource(prefix + path, os.path.join(base, path))
         except OSError as exc:
             place = os.path.join(root, relative) if relative else root
@@ -266,9 +260,8 @@ def _matches(
 
 
 def _sources_of(file: str, path: str, listing: InputList) -> Iterator[ImageSource]:
-    with InputList() as found:
+    with InputList(choice=listing.choice) as found:
         _list_file(file, path, found)
-        listing.skipped += found.skipped
         yield from found
 
 
@@ -283,8 +276,7 @@ def _tar_members(file: str, path: str, listing: InputList) -> Iterator[ImageSour
     place = file if is_remote(file) else os.path.abspath(file)
     with open_tar(file) as archive:
         for member in archive.members():
-            *folders, name = member.name.split("/")
-            if any(folder.startswith(".") for folder in folders) or not _is_image(name, listing):
+            if not listing.choice.takes(member.name):
                 continue
             if member.regular:
                 yield ImageSource(f"{path}/{member.name}", place, "tar", member.offset, member.size)
@@ -304,9 +296,11 @@ def _list_remote(url: str, listing: InputList) -> None:
             for name, is_folder in remote_entries(filesystem, f"{root}/{relative}".rstrip("/")):
                 place = f"{relative}{name}"
                 if is_folder:
-                    if not name.startswith("."):
+                    if is_hidden(name):
+                        listing.choice.leave_out("hidden")
+                    else:
                         waiting.append(f"{place}/")
-                elif _is_image(name, listing):
+                elif listing.choice.takes(place):
                     yield ImageSource(prefix + place, filesystem.unstrip_protocol(f"{root}/{place}"))
 
     def matches() -> Iterator[ImageSource]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from robustfeat.errors import DataError
-from robustfeat.serving.inputs.listing import IMAGE_SUFFIXES, list_folder
+from robustfeat.serving.inputs.choice import IMAGE_SUFFIXES, say_left_out
+from robustfeat.serving.inputs.listing import list_folder
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.training.data.image_set import ImageSet
 
@@ -58,11 +60,11 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
     names: list[str] = []
     labels: list[int] = []
     loose = (entry for entry in root.iterdir() if entry.is_file() and not entry.name.startswith("."))
-    passed_over = sum(entry.suffix.lower() in IMAGE_SUFFIXES for entry in loose)
+    left_out = Counter({"beside the folders": sum(entry.suffix.lower() in IMAGE_SUFFIXES for entry in loose)})
     digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
     for label, name in enumerate(classes):
-        images, others = list_folder(root / name) if (root / name).is_dir() else ([], 0)
-        passed_over += others
+        images, others = list_folder(root / name) if (root / name).is_dir() else ([], {})
+        left_out.update(others)
         for image in images:
             names.append(f"{name}/{image.path}")
             labels.append(label)
@@ -72,9 +74,6 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
     if not names:
         raise DataError(f"{root}: holds no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
     remarks: tuple[str, ...] = ()
-    if passed_over:
-        remarks = (
-            f"{root}: files left out: {passed_over:,}; images are in CLASS/ and end in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}",
-        )
+    if said := say_left_out(+left_out):
+        remarks = (f"{root}: {said}; images are in CLASS/ and end in {', '.join(sorted(IMAGE_SUFFIXES))}",)
     return ImageSet(classes, np.array(labels, np.int64), ImageFiles(root, names), digest.hexdigest(), remarks=remarks)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
-from robustfeat.serving.inputs.listing import IMAGE_SUFFIXES
+from robustfeat.serving.inputs.choice import IMAGE_SUFFIXES, say_left_out, suffix_kind
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.serving.inputs.tar import open_tar
 from robustfeat.training.data.image_set import ImageSet, sort_classes
@@ -65,12 +66,14 @@ class TarSplit:
         texts: the labels that occur, each once.
         labels: (N,) int64, positions in `texts`.
         digest: over the images' names and sizes.
+        remark: the members that belong to no sample; empty without any.
     """
 
     source: _Members
     texts: tuple[str, ...]
     labels: NDArray[np.int64]
     digest: str
+    remark: str
 
     def classes(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
         """The class names: those of classes.txt, or the labels, by number where all are numbers."""
@@ -92,7 +95,8 @@ class TarSplit:
         digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
         digest.update(labels.tobytes())
         digest.update(self.digest.encode())
-        return ImageSet(classes, labels, self.source, digest.hexdigest())
+        remarks = (self.remark,) if self.remark else ()
+        return ImageSet(classes, labels, self.source, digest.hexdigest(), remarks=remarks)
 
 
 def read_shards(shards: Sequence[Path]) -> TarSplit:
@@ -111,8 +115,9 @@ def read_shards(shards: Sequence[Path]) -> TarSplit:
     names: list[bytes] = []
     digest = hashlib.sha256()
     length = 0
+    left_out: Counter[str] = Counter()
     for shard in shards:
-        samples = list(_samples(shard))
+        samples = list(_samples(shard, left_out))
         found = [sample.name.encode(errors="surrogateescape") for sample in samples]
         labels.append(np.array([texts.setdefault(sample.label, len(texts)) for sample in samples], np.int64))
         offsets.append(np.array([sample.offset for sample in samples], np.int64))
@@ -128,7 +133,9 @@ def read_shards(shards: Sequence[Path]) -> TarSplit:
     source = _Members(
         shards, starts, np.concatenate(offsets), np.concatenate(sizes), b"".join(names), np.concatenate(ends)
     )
-    return TarSplit(source, tuple(texts), np.concatenate(labels), digest.hexdigest())
+    said = say_left_out(left_out)
+    remark = f"{shards[0]}{' and others' if len(shards) > 1 else ''}: {said}" if said else ""
+    return TarSplit(source, tuple(texts), np.concatenate(labels), digest.hexdigest(), remark)
 
 
 def read_class_names(file: Path) -> tuple[str, ...] | None:
@@ -161,7 +168,7 @@ class _Sample:
     label_kind: str = ""
 
 
-def _samples(shard: Path) -> Iterator[_Sample]:
+def _samples(shard: Path, left_out: Counter[str]) -> Iterator[_Sample]:
     found: dict[str, _Sample] = {}
     with open_tar(str(shard), error=DataError, complete=True) as archive:
         for name, offset, size, regular in archive.members():
@@ -169,7 +176,8 @@ def _samples(shard: Path) -> Iterator[_Sample]:
             stem, _, suffix = base.partition(".")
             kind = f".{suffix.lower()}"
             if not regular or not stem or (kind not in IMAGE_SUFFIXES and kind not in {".cls", ".json"}):
-                continue  # hidden, or something else about the sample
+                left_out["hidden" if not stem else suffix_kind(base) if regular else "links"] += 1
+                continue
             key = f"{folder}/{stem}" if folder else stem
             sample = found.setdefault(key, _Sample())
             if kind in IMAGE_SUFFIXES:

@@ -65,7 +65,7 @@ def test_each_image_is_one_row_in_the_byte_order_of_its_path(
     assert [row["row"] for row in index] == list(range(8))
     assert features.shape == (8, 512)
     assert features.dtype == np.float32
-    assert (result.images, result.failed, result.skipped) == (8, 3, 1)
+    assert (result.images, result.failed, result.skipped) == (8, 3, 3)
     for row in index:
         file, vector = photos / row["path"], features[row["row"]]
         if row["error"] is None:
@@ -84,7 +84,7 @@ def test_meta_says_which_model_made_the_features(extractor: FeatureExtractor, ph
     assert meta["model"] == extractor.config.name
     assert meta["files"] == extractor.config.files
     assert meta["preprocessing_hash"] == extractor.config.preprocessing.hash
-    assert (meta["images"], meta["failed"], meta["skipped"]) == (8, 3, 1)
+    assert (meta["images"], meta["failed"], meta["skipped"]) == (8, 3, 3)
     assert meta["precision"] == "fp32"
     assert meta["engine"] == "onnxruntime"
 
@@ -171,5 +171,5 @@ def test_missing_and_empty_inputs_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         list_inputs([tmp_path / "none"])
     (tmp_path / "a.txt").touch()
-    with pytest.raises(InputError, match=r"no images found \(1 files with other suffixes\)"):
+    with pytest.raises(InputError, match=r"no images found; files left out: 1 \(\.txt 1\)"):
         list_inputs([tmp_path])

@@ -27,6 +27,7 @@ from robustfeat.serving.bulk.embedding import embed_files
 from robustfeat.serving.decoding.pool import DecoderPool
 from robustfeat.serving.decoding.worker import Decoded, Task
 from robustfeat.serving.inputs import input_list
+from robustfeat.serving.inputs.choice import Choice, say_left_out
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.listing import list_folder, list_inputs
 from robustfeat.serving.inputs.parquet import ParquetImages
@@ -93,10 +94,10 @@ def test_members_of_a_tar_are_rows_in_the_byte_order_of_their_names(tmp_path: Pa
     files = [(name, os.urandom(len(name) * 100 if name != "empty.jpg" else 0)) for name in names]
     place = pack(tmp_path / "shard.tar", special("a", tarfile.DIRTYPE), *files, ("labels.json", b"{}"), kind=kind)
     with list_inputs([place]) as found:
-        images, skipped = list(found), found.skipped
+        images, left_out = list(found), found.left_out
     expected = sorted((f"shard.tar/{name.removeprefix('./')}".encode(), name) for name in names)
     assert [image.path.encode() for image in images] == [path for path, _ in expected]
-    assert skipped == 1
+    assert left_out == {".json": 1}
     with tarfile.open(place) as archive:
         for image, (_, name) in zip(images, expected, strict=True):
             member = archive.extractfile(name)
@@ -120,9 +121,12 @@ def test_hidden_members_of_a_tar_are_ignored_and_links_fail(
         special("soft.jpg", tarfile.SYMTYPE, "/etc/hostname"),
         ("good.jpg", b"a second one of that name"),
     )
+    with list_inputs([place]) as found:
+        assert found.left_out == {"hidden": 3}
     index = embedded(extractor, tmp_path / "feats.npy", place)
     link = "a link or special member of the archive"
     assert [(row["path"].removeprefix("shard.tar/"), row["error"]) for row in index] == [
+        ("../outside.jpg", None),
         ("good.jpg", None),
         ("good.jpg", "not an image of these formats: JPEG, PNG, WEBP, GIF, BMP, TIFF"),
         ("hard.jpg", link),
@@ -193,11 +197,62 @@ def test_compressed_tars_are_refused(tmp_path: Path, name: str) -> None:
         list_inputs([tmp_path / name])
 
 
+def test_files_that_are_left_out_are_counted_by_kind(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "a.jpg",
+        "b.JFIF",
+        "c.jpe",
+        "deep/d.HEIC",
+        "e.heic",
+        "IMG_0001",
+        "f.\x1b[31m",
+        ".git/a.jpg",
+        ".DS_Store",
+    )
+    (tmp_path / "self").symlink_to(".")
+    with list_inputs([tmp_path]) as found:
+        assert [image.path for image in found] == ["a.jpg", "b.JFIF", "c.jpe"]
+        said = say_left_out(found.left_out)
+    assert said == "files left out: 7 (.heic 2, hidden 2, folders in themselves 1, others 1, without suffix 1)"
+
+
+def test_what_is_left_out_is_said_in_one_line_of_any_number_of_kinds() -> None:
+    choice = Choice()
+    for number in range(2000):
+        choice.takes(f"{number}.x{number}")
+    assert len(choice.left_out) == 1001
+    assert say_left_out(choice.left_out).startswith("files left out: 2,000 (others 1,000, .x0 1, ")
+    assert len(say_left_out(choice.left_out)) < 200
+    assert say_left_out({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("patterns", "taken"),
+    [
+        (["*.jpg"], ["a.JPG", "deep/b.jpg"]),
+        (["img_*", "*.heic"], ["IMG_1", "deep/c.heic"]),
+        (["deep/*.jpg"], ["deep/b.jpg"]),
+        (["*"], ["IMG_1", "a.JPG", "a.seg.png", "deep/b.jpg", "deep/c.heic"]),
+    ],
+)
+def test_patterns_choose_files_of_folders_and_archives(tmp_path: Path, patterns: list[str], taken: list[str]) -> None:
+    names = ["a.JPG", "a.seg.png", "deep/b.jpg", "deep/c.heic", "IMG_1", ".hidden.jpg"]
+    folder = touch(tmp_path / "in", *names)
+    place = pack(tmp_path / "shard.tar", *((name, b"x") for name in names))
+    assert paths(folder, match=patterns) == taken
+    assert paths(place, match=patterns) == [f"shard.tar/{name}" for name in taken]
+    with pytest.raises(
+        InputError, match=r"files left out: 6 \(not matched 5, hidden 1\); expected files matching \*\.bmp"
+    ):
+        list_inputs([folder], match=["*.bmp"])
+
+
 def test_archives_within_a_folder_are_other_files(tmp_path: Path, archive: Path) -> None:
     touch(tmp_path, "a.jpg", "b.parquet")
     with list_inputs([tmp_path]) as found:
         assert [image.path for image in found] == ["a.jpg"]
-        assert found.skipped == 2
+        assert found.left_out == {".parquet": 1, ".tar": 1}
 
 
 # Parquet
@@ -454,10 +509,10 @@ def test_folders_that_do_not_fit_in_memory_are_sorted_on_disk(
     names.append(os.fsdecode(b"a\xff.jpg"))
     assert len({*names}) == 200
     touch(tmp_path, *names)
-    images, skipped = list_folder(tmp_path)
+    images, left_out = list_folder(tmp_path)
     assert [os.fsencode(image.path) for image in images] == sorted(map(os.fsencode, names))
     assert [image.file for image in images] == [f"{tmp_path}/{image.path}" for image in images]
-    assert skipped == 0
+    assert left_out == {}
 
 
 @pytest.mark.parametrize(("rows", "runs"), [(1, 2), (7, 3)])

@@ -126,7 +126,7 @@ def test_what_is_left_out_is_remarked(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "train" / "._hidden.png").touch()
     (tmp_path / "train" / "hat" / "._hidden.png").touch()
     train, held_out = open_training_data(tmp_path, val_fraction=0.1)
-    assert train.remarks[0].startswith(f"{tmp_path / 'train'}: files left out: 4; images are in CLASS/ and end in ")
+    assert train.remarks[0].startswith(f"{tmp_path / 'train'}: files left out: 4 (")
     assert held_out.remarks == (f"{tmp_path}: has no validation or test split; 3 of its 26 images are held out",)
     assert train.subset(np.arange(3)).remarks == train.remarks
 

@@ -187,7 +187,7 @@ def test_what_bears_on_a_score_is_said(
     assert capsys.readouterr().err == ""
     assert evaluate_command(arguments, standalone_mode=False) == 0
     left_out, lost, *_ = capsys.readouterr().err.splitlines()
-    assert left_out.startswith(f"{folder / 'train'}: files left out: 3; images are in CLASS/ and end in ")
+    assert left_out.startswith(f"{folder / 'train'}: files left out: 3 (")
     assert lost == "clothes: 1 of 10 test images are of classes without training images, and count as wrong"
 
 

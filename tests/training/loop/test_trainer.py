@@ -430,7 +430,7 @@ def test_a_run_says_what_was_left_out_its_concepts_weights_and_the_time_left(
     (folder / "train" / "hat" / "photo.avif").touch()
     train(folder, recipe(dataset), tmp_path / "run", workers=0, threads=1)
     _, remark, *_, line = capsys.readouterr().err.splitlines()[:5]
-    assert remark.startswith(f"{folder / 'train'}: files left out: 1; images are in CLASS/ and end in ")
+    assert remark.startswith(f"{folder / 'train'}: files left out: 1 (")
     assert re.search(
         r"^epoch 1/2 at 32 px 18/30 images, [\d.]+/s, .* left, loss \d\.\d+, accuracy [\d.]+%, "
         r"weights 0\.\d\d (upper|other) to 1\.\d\d (upper|other), run 0:\d\d left$",

@@ -328,7 +328,7 @@ def test_what_is_left_out_is_said_before_a_part_is_drawn(
     study.images("main")
     study.task("sop")
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition(";")[0] for line in said] == [f"{place / 'train'}: files left out: 1" for place in places]
+    assert [line.partition(" (")[0] for line in said] == [f"{place / 'train'}: files left out: 1" for place in places]
 
 
 def test_runs_that_diverged_are_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
