@@ -130,6 +130,10 @@ class Preprocessing:
         return cls(**data)
 
 
+class TooLargeError(DecodeError):
+    """The image has more pixels than the limit."""
+
+
 def decode(
     data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS, at_least: int | None = None
 ) -> Image.Image:
@@ -160,7 +164,7 @@ def decode(
     except UnidentifiedImageError:
         raise DecodeError(f"not an image of these formats: {', '.join(formats)}") from None
     except Image.DecompressionBombError:
-        raise DecodeError(f"over the limit of {max_pixels:,} pixels") from None
+        raise TooLargeError(f"over the limit of {max_pixels:,} pixels") from None
     except MemoryError:
         raise DecodeError("out of memory while decoding") from None
     except Exception as exc:  # Pillow's plugins raise almost anything on damaged files
@@ -176,7 +180,7 @@ def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     width, height = image.size
     if width * height > max_pixels:
-        raise DecodeError(f"{width} x {height} is over the limit of {max_pixels:,} pixels")
+        raise TooLargeError(f"{width} x {height} is over the limit of {max_pixels:,} pixels")
     if image.format == "TIFF":
         refuse_misread(image.tag_v2)  # type: ignore[attr-defined]
     image.load()  # first: a TIFF is turned by Pillow as it loads, and its orientation is then gone

@@ -15,7 +15,7 @@ from robustfeat.serving.decoding.worker import MAILBOX_BYTES, Images
 __all__ = ["Done", "LoopDecoderPool"]
 
 Done = Callable[[Sequence[str | None] | DecoderLostError], None]
-"""Takes the error of each image (None where there is a square), or how the decoder was lost."""
+"""Takes what `Images` are answered with, the error of each image, or how the decoder was lost."""
 
 _CHECK_S = 1.0
 _RESTART_PAUSE_S = 1.0
@@ -85,13 +85,14 @@ class LoopDecoderPool:
         """Whether a decoder can take images."""
         return any(slot.idle for slot in self._slots)
 
-    def submit(self, images: Sequence[bytes], places: Sequence[int], done: Done) -> None:
+    def submit(self, images: Sequence[bytes], places: Sequence[int], done: Done, *, large: bool = False) -> None:
         """Gives images to an idle decoder.
 
         Args:
             images: encoded images.
             places: where in `squares` each goes.
             done: called once, with the outcome.
+            large: see `Images`.
         """
         slot = next(slot for slot in self._slots if slot.idle)
         assert slot.decoder is not None
@@ -100,9 +101,9 @@ class LoopDecoderPool:
         size = sum(sizes)
         if size <= MAILBOX_BYTES:
             slot.decoder.mailbox[:size] = b"".join(images)
-            slot.decoder.send(Images(None, sizes, places, self._max_pixels))
+            slot.decoder.send(Images(None, sizes, places, self._max_pixels, large))
         else:
-            slot.decoder.send(Images(images, sizes, places, self._max_pixels), self._writers)
+            slot.decoder.send(Images(images, sizes, places, self._max_pixels, large), self._writers)
 
     @property
     def _pause_s(self) -> float:

@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import signal
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from robustfeat.errors import DecodeError, InputError
-from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, prepare_square
+from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, TooLargeError, prepare_square
 from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.system import die_with_parent, offer_to_die_first
 
-__all__ = ["MAILBOX_BYTES", "MEMORY_BYTES", "READY", "Decoded", "Images", "SharedSquares", "Task", "serve"]
+__all__ = ["LARGE", "MAILBOX_BYTES", "MEMORY_BYTES", "READY", "Decoded", "Images", "SharedSquares", "Task", "serve"]
 
 MEMORY_BYTES = 4 * 2**30
 """What decoding one image may take; one that needs more is a failed row."""
@@ -37,6 +38,15 @@ MAILBOX_BYTES = 2**20
 
 READY = "ready"
 """A decoder's first message."""
+
+LARGE = "large"
+"""In place of an image's error: it has so many pixels that it takes long."""
+
+_LARGE_PIXELS = 25_000_000
+_SHARED_PIXELS = 4_000_000
+"""An image with more of them does not delay the answers of those before it in a task."""
+_LONG_S = 0.05
+"""After so much time the rest of a task is given back."""
 
 _REMOTE_READS = 16
 _HEARTBEAT_S = 5.0
@@ -71,12 +81,14 @@ class Images:
         sizes: how many bytes each has.
         places: where in the shared memory the square of each goes.
         max_pixels: larger ones are refused.
+        large: whether images that take long are decoded, too; otherwise they get `LARGE` as their error.
     """
 
     data: Sequence[bytes] | None
     sizes: Sequence[int]
     places: Sequence[int]
     max_pixels: int
+    large: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,20 +185,33 @@ class _Decoder:
         return Decoded("".join(index).encode(), tuple(failed))
 
     def decode(self, images: Images) -> tuple[str | None, ...]:
-        """The error of each image; None where there is a square."""
+        """The error of each image; None where there is a square.
+
+        There may be fewer than there are images, at least one. Nobody waits for another's image that takes long.
+        """
+        began = time.monotonic()
         errors: list[str | None] = []
         ends = itertools.accumulate(images.sizes)
         for offset, (size, end, place) in enumerate(zip(images.sizes, ends, images.places, strict=True)):
             self._progress[:] = offset, self._progress[1] + 1
             data = bytes(self._mailbox[end - size : end]) if images.data is None else images.data[offset]
-            errors.append(self._decode(data, place, images.max_pixels))
+            quick = images.max_pixels if images.large else _SHARED_PIXELS if errors else _LARGE_PIXELS
+            error = self._decode(data, place, images.max_pixels, quick)
+            if error == LARGE and errors:
+                break
+            errors.append(error)
+            if time.monotonic() - began > _LONG_S:
+                break
         return tuple(errors)
 
-    def _decode(self, data: bytes, place: int, max_pixels: int = MAX_PIXELS) -> str | None:
-        """Fills a square; the error, if there is one."""
+    def _decode(self, data: bytes, place: int, max_pixels: int = MAX_PIXELS, quick: int | None = None) -> str | None:
+        """Fills a square; the error, if there is one, or `LARGE` with more than `quick` pixels."""
+        limit = max_pixels if quick is None else min(quick, max_pixels)
         try:
-            self._squares[place] = prepare_square(data, self._contract, scaled=self._scaled, max_pixels=max_pixels)
+            self._squares[place] = prepare_square(data, self._contract, scaled=self._scaled, max_pixels=limit)
         except DecodeError as exc:
+            if isinstance(exc, TooLargeError) and limit < max_pixels:
+                return LARGE
             error = str(exc)
         except MemoryError:
             error = "out of memory while resizing"

@@ -156,12 +156,13 @@ def _add_reports(routes: Routes, service: Service) -> None:
 async def _embed(service: Service, request: Request, model: str | None) -> tuple[ServedModel, list[Answer]]:
     """The answer for each image of a request; at least one has features."""
     chosen = service.model(model)
-    with service.buffered.body() as held:
+    key = request.scope["state"]["key"]
+    with service.buffered.body(key) as held:
         body = await read_body(request, held)
         images, fields = images_of(request.headers.get("content-type", ""), body, service.limits.max_items)
         if model is None and "model" in fields:
             chosen = service.model(fields["model"])
-        answers = await service.embed(chosen, images, request.scope["state"]["key"])
+        answers = await service.embed(chosen, images, key)
     require_one(answers)
     return chosen, answers
 

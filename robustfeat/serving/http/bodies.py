@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from robustfeat.serving.http.keys import Key
 from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.online.errors import ApiError
 
@@ -21,7 +23,7 @@ _DELIMITERS = 10_000
 
 
 class Buffered:
-    """How many bytes of bodies are held at once.
+    """How many bytes of bodies are held at once, in all and by key.
 
     Args:
         limits: of one body and of all.
@@ -29,27 +31,42 @@ class Buffered:
 
     def __init__(self, limits: Limits) -> None:
         self._limits, self.bytes = limits, 0
+        self._by_key: Counter[str] = Counter()
+        self._share = limits.buffered_bytes
+
+    def share_among(self, names: int) -> None:
+        """Takes the number of keys. A key with less than an equal part, or than one body, is never refused."""
+        self._share = max(self._limits.max_body_bytes, self._limits.buffered_bytes // max(1, names))
 
     @contextmanager
-    def body(self) -> Iterator[_Held]:
+    def body(self, key: Key) -> Iterator[_Held]:
         """Counts one body as long as it is held."""
-        held = _Held(self, self._limits)
+        held = _Held(self, key, self._limits)
         try:
             yield held
         finally:
-            self.bytes -= held.size
+            self._count(key, -held.size)
+
+    def _count(self, key: Key, count: int) -> bool:
+        """Counts bytes; whether they are welcome."""
+        self.bytes += count
+        self._by_key[key.name] += count
+        if not self._by_key[key.name]:
+            del self._by_key[key.name]
+        own = bool(key.name) and self._by_key[key.name] <= self._share
+        return own or self.bytes <= self._limits.buffered_bytes
 
 
 class _Held:
-    def __init__(self, all_bodies: Buffered, limits: Limits) -> None:
-        self._all, self._limits, self.size = all_bodies, limits, 0
+    def __init__(self, all_bodies: Buffered, key: Key, limits: Limits) -> None:
+        self._all, self._key, self._limits, self.size = all_bodies, key, limits, 0
 
     def grow(self, count: int) -> None:
         self.size += count
-        self._all.bytes += count
+        welcome = self._all._count(self._key, count)
         if self.size > self._limits.max_body_bytes:
             raise too_large(self._limits)
-        if self._all.bytes > self._limits.buffered_bytes:
+        if not welcome:
             raise ApiError(
                 503, "too_many_bytes", "too much is being uploaded at once; try again soon", retry_after_s=1, close=True
             )

@@ -132,13 +132,14 @@ def _add_infer(routes: Routes, service: Service) -> None:
     async def infer(request: Request, model: _Name, version: str | None = None) -> Response:
         """As the protocol's clients expect, one image that cannot be read fails the request."""
         chosen = _find(service, model, version)
-        with service.buffered.body() as held:
+        key = request.scope["state"]["key"]
+        with service.buffered.body(key) as held:
             body = await read_body(request, held)
             asked, rest = parse_infer(body, request.headers.get(HEADER_LENGTH), chosen, service.limits.max_items)
             images = infer_images(asked.inputs[0], rest, chosen, service.limits.max_items)
             # What is not needed any more is let go before others are waited for.
             body, rest, asked.inputs[0].data = b"", b"", None
-            answers = await service.embed(chosen, images, request.scope["state"]["key"])
+            answers = await service.embed(chosen, images, key)
         reply = infer_reply(asked, chosen, answers)
         return Response(reply.body, media_type=reply.media_type, headers=reply.headers)
 

@@ -47,5 +47,5 @@ class Limits:
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes of bodies held at once; with more, requests get 503."""
+        """Bytes of bodies held at once; with more, requests get 503, but for those of keys that hold little."""
         return 16 * self.max_body_bytes

@@ -35,7 +35,8 @@ def add_routes(routes: Routes, service: Service) -> None:
     )
     async def embeddings(request: Request) -> Response:
         """As OpenAI's clients expect, one image that cannot be read fails the request."""
-        with service.buffered.body() as held:
+        key = request.scope["state"]["key"]
+        with service.buffered.body(key) as held:
             body = await read_body(request, held)
             asked, inputs = _parse(body, service.limits.max_items)
             model = service.model(asked.model)
@@ -55,7 +56,7 @@ def add_routes(routes: Routes, service: Service) -> None:
             # What is not needed any more is let go before others are waited for.
             body, asked.input = b"", ""
             inputs.clear()
-            answers = await service.embed(model, images, request.scope["state"]["key"])
+            answers = await service.embed(model, images, key)
         as_text = asked.encoding_format == "base64"
         data = []
         for index, answer in enumerate(answers):

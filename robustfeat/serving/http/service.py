@@ -148,7 +148,12 @@ class Service:
 
     def __post_init__(self) -> None:
         self.buffered = Buffered(self.limits)
-        self.admission.share_among(len(self.keys.names))
+        self.share_among_keys()
+
+    def share_among_keys(self) -> None:
+        """Tells how many keys share the queue and the memory for bodies."""
+        for shared in (self.admission, self.buffered):
+            shared.share_among(len(self.keys.names))
 
     @property
     def ready(self) -> bool:
@@ -218,7 +223,7 @@ class Service:
                 self.metrics.count()
             try:
                 if self.keys.refresh():
-                    self.admission.share_among(len(self.keys.names))
+                    self.share_among_keys()
                     self.log.info("keys read again", keys=len(self.keys.names))
                 keys_error = ""
             except InputError as exc:

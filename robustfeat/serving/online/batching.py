@@ -1,7 +1,8 @@
 """The images of many requests become features: decoders, and a model that takes batches of decoded images.
 
 A batch forms only while the model is busy with the one before: a lone image never waits. Keys take turns wherever
-images wait, so that a long queue of one key delays the others by one image and not by the whole queue.
+images wait, so that a long queue of one key delays the others by one image and not by the whole queue. For decoders
+the turn is that of the key that has used least of their time, and large images keep at most half of them busy.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
@@ -21,17 +22,23 @@ import numpy as np
 from robustfeat.hub.preprocessing import normalise
 from robustfeat.serving.decoding.loop_pool import LoopDecoderPool
 from robustfeat.serving.decoding.process import DecoderLostError
+from robustfeat.serving.decoding.worker import LARGE
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.online.answers import Answer, Vector
 
 __all__ = ["BatchMetrics", "Batcher", "FairQueue"]
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+_Lane = tuple[str, bool]
 
 _DECODED_AT_ONCE = 4
 _SENT_AT_ONCE = 2**17
 """Images, and about how many bytes of them, that a decoder takes together where more wait: fewer messages."""
 
+_LEAST_S = 0.001
+"""What an image costs its key when a decoder takes it; the rest is known when it is done."""
 
 _JOIN_S = 5.0
 
@@ -49,33 +56,52 @@ class BatchMetrics(Protocol):
         """Counts a batch of `count` images and the model's time."""
 
 
-class FairQueue(Generic[T]):
-    """First in, first out for each key; the keys take turns."""
+class FairQueue(Generic[K, T]):
+    """First in, first out for each key; the next turn is that of the key that has used least since it came.
 
-    def __init__(self) -> None:
-        self._queues: OrderedDict[str, deque[T]] = OrderedDict()
+    Args:
+        unit: what an item costs its key when it is taken.
+    """
+
+    def __init__(self, unit: float = 1.0) -> None:
+        self._queues: dict[K, deque[T]] = {}
+        self._used: dict[K, float] = {}
+        self._unit, self._least = unit, 0.0
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
-    def put(self, key: str, item: T) -> None:
-        """Appends to the queue of `key`."""
-        self._queues.setdefault(key, deque()).append(item)
+    def put(self, key: K, item: T, *, first: bool = False) -> None:
+        """Adds to the end of the queue of `key`, or puts back to its start."""
+        if key not in self._queues:
+            # Nobody saves up turns while away.
+            self._queues[key], self._used[key] = deque(), max(self._least, self._used.get(key, 0.0))
+        queue = self._queues[key]
+        (queue.appendleft if first else queue.append)(item)
         self._size += 1
 
-    def take(self) -> T:
-        """The next item; IndexError without one."""
-        if not self._size:
+    def next_key(self, barred: Callable[[K], bool] = lambda key: False) -> K | None:
+        """Whose turn it is, of those that are not barred; None if there is nobody."""
+        return min((key for key in self._queues if not barred(key)), key=self._used.__getitem__, default=None)
+
+    def take(self, key: K | None = None) -> T:
+        """The next item, of `key` or of whose turn it is; IndexError without one."""
+        key = self.next_key() if key is None else key
+        if key is None:
             raise IndexError("the queue is empty")
-        key, queue = next(iter(self._queues.items()))
+        queue = self._queues[key]
         item = queue.popleft()
         self._size -= 1
-        if queue:
-            self._queues.move_to_end(key)
-        else:
+        if not queue:
             del self._queues[key]
+        self._least = max(self._least, self._used[key])
+        self.charge(key, self._unit)
         return item
+
+    def charge(self, key: K, cost: float) -> None:
+        """Counts what `key` has used."""
+        self._used[key] += cost
 
 
 _PENDING = Answer(problem="not decoded yet")
@@ -93,12 +119,18 @@ class _Request:
 
 
 class _Item:
-    __slots__ = ("crashes", "image", "index", "place", "request", "since")
+    __slots__ = ("crashes", "image", "index", "large", "place", "request", "since")
 
     def __init__(self, request: _Request, index: int, image: bytes | Vector, since: float) -> None:
         self.request, self.index, self.image, self.since = request, index, image, since
         self.place = -1
         self.crashes = 0
+        self.large = False
+
+    @property
+    def lane(self) -> _Lane:
+        """Where it waits for a decoder: a key's large images have a turn of their own."""
+        return self.request.key, self.large
 
     def answer(self, answer: Answer) -> None:
         request = self.request
@@ -147,8 +179,9 @@ class Batcher:
             deadline_s=decode_timeout_s,
             on_idle=self._feed,
         )
-        self._waiting: FairQueue[_Item] = FairQueue()
-        self._ready: FairQueue[_Item] = FairQueue()
+        self._waiting: FairQueue[_Lane, _Item] = FairQueue(_LEAST_S)
+        self._large = 0
+        self._ready: FairQueue[str, _Item] = FairQueue()
         metrics.add_queue(lambda: len(self._waiting) + len(self._ready))
         self._batches: SimpleQueue[list[_Item] | None] = SimpleQueue()
         self._busy = False
@@ -183,7 +216,10 @@ class Batcher:
         now = time.perf_counter()
         items = [_Item(request, index, image, now) for index, image in enumerate(images)]
         for item in items:
-            (self._waiting if isinstance(item.image, bytes) else self._ready).put(key, item)
+            if isinstance(item.image, bytes):
+                self._waiting.put(item.lane, item)
+            else:
+                self._ready.put(key, item)
         self._feed()
         try:
             return await request.future
@@ -207,18 +243,22 @@ class Batcher:
             if batch:
                 self._busy = True
                 self._batches.put(batch)
-        while self._waiting and self._places and self._decoders.idle:
-            self._decode()
+        while self._waiting and self._places and self._decoders.idle and self._decode():
+            pass
 
-    def _decode(self) -> None:
-        """Gives waiting images to an idle decoder."""
+    def _decode(self) -> bool:
+        """Gives waiting images to an idle decoder; whether there are any that it may have."""
         share = len(self._waiting) // self._decoders.workers
         count = min(_DECODED_AT_ONCE, max(1, share), len(self._places))
         items: list[_Item] = []
         images: list[bytes] = []
         size = 0
-        while len(items) < count and self._waiting and size < _SENT_AT_ONCE:
-            item = self._waiting.take()
+        large = False
+        while len(items) < count and size < _SENT_AT_ONCE and not large:
+            lane = self._waiting.next_key(self._barred)
+            if lane is None or (items and lane[1]):
+                break
+            item = self._waiting.take(lane)
             if item.request.future.cancelled():
                 continue
             assert isinstance(item.image, bytes)
@@ -226,23 +266,43 @@ class Batcher:
             items.append(item)
             images.append(item.image)
             size += len(item.image)
+            large = item.large
         if items:
-            done = partial(self._decoded, items, time.perf_counter())
-            self._decoders.submit(images, [item.place for item in items], done)
+            self._large += large
+            done = partial(self._decoded, items, time.perf_counter(), large)
+            self._decoders.submit(images, [item.place for item in items], done, large=large)
+        return bool(items)
 
-    def _decoded(self, items: Sequence[_Item], began: float, outcome: Sequence[str | None] | DecoderLostError) -> None:
+    def _barred(self, lane: _Lane) -> bool:
+        """Whether a lane waits because it has its share of the decoders."""
+        return lane[1] and self._large >= max(1, self._decoders.workers // 2)
+
+    def _decoded(
+        self, items: Sequence[_Item], began: float, large: bool, outcome: Sequence[str | None] | DecoderLostError
+    ) -> None:
         """Takes the outcome of images that a decoder had."""
+        self._large -= large
+        seconds = time.perf_counter() - began
         if isinstance(outcome, DecoderLostError):
+            self._waiting.charge(items[outcome.offset].lane, seconds)
             self._retry(items, outcome)
             return
-        self._metrics.decoded(began - items[0].since, time.perf_counter() - began)
-        for item, error in zip(items, outcome, strict=True):
+        self._metrics.decoded(began - items[0].since, seconds)
+        for item, error in zip(items, outcome, strict=False):
+            self._waiting.charge(item.lane, seconds / len(outcome))
             if error is None:
                 item.image = b""
                 self._ready.put(item.request.key, item)
+                continue
+            self._free(item)
+            if error == LARGE:
+                item.large = True
+                self._waiting.put(item.lane, item)
             else:
-                self._free(item)
                 item.answer(Answer(problem=error))
+        for item in reversed(items[len(outcome) :]):
+            self._free(item)
+            self._waiting.put(item.lane, item, first=True)
 
     def _retry(self, items: Sequence[_Item], lost: DecoderLostError) -> None:
         """Decodes images again whose decoder was lost, but for the image at fault when it is given up."""
@@ -252,7 +312,7 @@ class Batcher:
             if offset == lost.offset and lost.gives_up(item.crashes):
                 item.answer(Answer(problem=lost.reason))
             else:
-                self._waiting.put(item.request.key, item)
+                self._waiting.put(item.lane, item)
 
     def _free(self, item: _Item) -> None:
         if item.place >= 0:

@@ -12,10 +12,11 @@ import pytest
 
 from robustfeat import FeatureExtractor
 from robustfeat.serving.decoding.process import Decoder, DecoderLostError, Decoders
-from robustfeat.serving.decoding.worker import Images
+from robustfeat.serving.decoding.worker import LARGE, Images
+from tests.serving.http.conftest import blank_webp
 
 START_S = 60
-LARGE = bytes(8 * 2**20)
+BEYOND_THE_MAILBOX = bytes(8 * 2**20)
 
 
 @pytest.fixture
@@ -43,6 +44,22 @@ def test_a_task_is_answered_with_the_error_of_each_image(decoder: Decoder, examp
     good, bad = decoder.receive()
     assert good is None
     assert "not an image" in bad
+
+
+def test_what_takes_long_is_given_back(decoder: Decoder, example_files: list[Path]) -> None:
+    photo, medium, large = example_files[0].read_bytes(), blank_webp(3000, 2000), blank_webp(5500, 5500)
+
+    def ask(*images: bytes, alone: bool = False) -> object:
+        decoder.send(Images(images, [len(image) for image in images], [0, 1, 1][: len(images)], 10**8, alone))
+        assert decoder.poll(START_S)
+        return decoder.receive()
+
+    assert ask(photo, photo, photo) == (None, None, None)
+    assert ask(photo, medium, photo) == (None,)
+    assert ask(medium) == (None,)
+    assert ask(large, photo) == (LARGE, None)
+    assert ask(photo, large) == (None,)
+    assert ask(large, alone=True) == (None,)
 
 
 @pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux alone has such a score")
@@ -76,7 +93,7 @@ def test_an_image_at_its_deadline_gets_no_second_try(decoder: Decoder) -> None:
 def test_a_decoder_is_closed_while_a_thread_writes_to_it(decoder: Decoder) -> None:
     os.kill(decoder.process.pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as writer:
-        decoder.send(Images([LARGE], [len(LARGE)], [0], 10**8), writer)
+        decoder.send(Images([BEYOND_THE_MAILBOX], [len(BEYOND_THE_MAILBOX)], [0], 10**8), writer)
         decoder.close()
     with pytest.raises(OSError, match="closed"):
         decoder.fileno()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from robustfeat import FeatureExtractor
 from tests.command_server import CommandServer, ForkedCommand
@@ -132,6 +134,17 @@ def children(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             found += map(int, file.read_text().split())
     return found
+
+
+def blank_webp(width: int, height: int) -> bytes:
+    """A file of some 30 bytes that holds so many pixels, all of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "webp", lossless=True)
+    data = bytearray(file.getvalue())
+    at = data.index(b"VP8L") + 9  # behind the chunk's size and its signature: 14 bits each, less one
+    size = int.from_bytes(data[at : at + 4], "little") >> 28 << 28 | (height - 1) << 14 | (width - 1)
+    data[at : at + 4] = size.to_bytes(4, "little")
+    return bytes(data)
 
 
 def anonymous_mib(pid: int) -> float:

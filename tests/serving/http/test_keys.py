@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from robustfeat.errors import InputError
 from robustfeat.serving.http.admission import Admission
+from robustfeat.serving.http.bodies import Buffered
 from robustfeat.serving.http.keys import ANYONE, Key, KeyRing, parse_keys
 from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.online.batching import FairQueue
@@ -100,10 +102,45 @@ def test_a_queue_that_holds_no_whole_request_is_refused() -> None:
 
 
 def test_keys_take_turns() -> None:
-    queue: FairQueue[str] = FairQueue()
+    queue: FairQueue[str, str] = FairQueue()
     for name in ("a1", "a2", "a3", "b1", "c1", "c2", "a4"):
         queue.put(name[0], name)
     assert [queue.take() for _ in range(len(queue))] == ["a1", "b1", "c1", "a2", "c2", "a3", "a4"]
+
+
+def test_a_key_that_used_more_than_its_turns_waits_for_the_others() -> None:
+    queue: FairQueue[str, str] = FairQueue()
+    for name in ("a1", "a2", "a3", "b1", "b2", "b3"):
+        queue.put(name[0], name)
+    taken = [queue.take()]
+    queue.charge("a", 2.0)
+    queue.put("a", taken[0], first=True)
+    taken += [queue.take() for _ in range(len(queue))]
+    assert taken == ["a1", "b1", "b2", "b3", "a1", "a2", "a3"]
+    queue.put("a", "a4")
+    queue.put("c", "c1")  # who comes later has neither saved turns nor a debt
+    queue.put("c", "c2")
+    assert [queue.take() for _ in range(3)] == ["c1", "a4", "c2"]
+
+
+def test_a_key_without_bodies_is_not_kept_out_by_those_who_hold_them_all() -> None:
+    buffered, whole = Buffered(LIMITS), LIMITS.max_body_bytes
+    buffered.share_among(2)
+    a, b = Key("a", b""), Key("b", b"")
+    with ExitStack() as stack:
+        for _ in range(16):
+            stack.enter_context(buffered.body(a)).grow(whole)
+        with pytest.raises(ApiError, match="too much is being uploaded"), buffered.body(a) as held:
+            held.grow(1)
+        with pytest.raises(ApiError, match="too much is being uploaded"), buffered.body(ANYONE) as held:
+            held.grow(1)
+        for _ in range(8):
+            stack.enter_context(buffered.body(b)).grow(whole)
+        with pytest.raises(ApiError, match="too much is being uploaded"), buffered.body(b) as held:
+            held.grow(1)
+    assert buffered.bytes == 0
+    with buffered.body(ANYONE) as held:
+        held.grow(whole)
 
 
 @pytest.fixture

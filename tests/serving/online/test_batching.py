@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from robustfeat import FeatureExtractor
 from robustfeat.hub.preprocessing import normalise
 from robustfeat.serving.http.process.metrics import Metrics
 from robustfeat.serving.online.batching import Batcher
+from tests.serving.http.conftest import blank_webp
 
 
 class Model:
@@ -108,6 +110,44 @@ def test_who_leaves_while_waiting_frees_the_room(
 
     assert len(play(scene)) == 3
     assert sum(model.sizes) == 4
+
+
+def test_large_images_of_one_key_do_not_delay_the_others(play: Play, model: Model, photos: list[bytes]) -> None:
+    large = blank_webp(5500, 5500)  # half a second each
+    model.gate.set()
+
+    async def scene(batcher: Batcher) -> float:
+        bulk = asyncio.create_task(batcher.embed([large] * 16, "bulk"))
+        await until(lambda: batcher._large == 1)
+        began = time.monotonic()
+        for photo in photos[:5]:
+            (answer,) = await batcher.embed([photo], "other")
+            assert answer.features is not None
+        passed = time.monotonic() - began
+        assert not bulk.done()
+        bulk.cancel()
+        return passed
+
+    assert play(scene) < 3
+
+
+def test_images_that_take_long_are_answered_like_the_others(
+    play: Play, model: Model, photos: list[bytes], extractor: FeatureExtractor
+) -> None:
+    large, medium = blank_webp(5500, 5500), blank_webp(3000, 2000)
+    images = [photos[0], medium, photos[1], large, photos[2], b"no image", medium, blank_webp(11_000, 10_000)]
+    model.gate.set()
+
+    async def scene(batcher: Batcher) -> list[Any]:
+        return await batcher.embed(images)
+
+    answers = play(scene)
+    assert [answer.problem for answer in answers[:5]] == [None] * 5
+    assert "not an image" in answers[5].problem
+    assert answers[7].problem == "11000 x 10000 is over the limit of 100,000,000 pixels"
+    expected = extractor.embed([photos[0], medium, photos[1], large, photos[2], medium])
+    found = [answer.features for answer in answers if answer.features is not None]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_failure_of_the_model_costs_the_image_that_has_it(
