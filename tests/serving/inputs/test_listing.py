@@ -208,7 +208,10 @@ def test_files_that_are_left_out_are_counted_by_kind(tmp_path: Path) -> None:
         "IMG_0001",
         "f.\x1b[31m",
         ".git/a.jpg",
+        ".b.jpg",
         ".DS_Store",
+        "._a.jpg",
+        "Thumbs.db",
     )
     (tmp_path / "self").symlink_to(".")
     with list_inputs([tmp_path]) as found:
