@@ -7,11 +7,13 @@ import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 __all__ = [
+    "anonymous_memory",
     "available_cpus",
     "available_memory",
     "cpu_quota",
@@ -76,13 +78,25 @@ def python_command(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}", *arguments]
 
 
-def die_with_parent(number: signal.Signals) -> None:
-    """Lets this process, and what it becomes by `exec`, get a signal when its parent ends, where the system can."""
-    parent = os.getppid()
+def die_with_parent(number: signal.Signals, parent: int) -> None:
+    """Lets this process, and what it becomes by `exec`, get a signal when its parent ends, where the system can.
+
+    Args:
+        number: the signal.
+        parent: the parent's process id, from before this process began. The process ends if it has another by now.
+    """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def anonymous_memory() -> int:
+    """The descriptor of an empty file in memory, without a name: nothing stays behind, and no full disk matters."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("robustfeat")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def offer_to_die_first() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import socket
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,6 +124,7 @@ def command(
     from robustfeat.serving.http.limits import Limits
     from robustfeat.serving.http.process.log import Log
     from robustfeat.serving.http.process.supervisor import Supervisor
+    from robustfeat.system import anonymous_memory
 
     model_places, head_places = _named("--model", models or ("robustfeat=builtin",)), _named("--head", heads)
     if len(model_places) > 1 and (extraction.options.revision or extraction.options.config_hash):
@@ -146,32 +146,30 @@ def command(
     except (OSError, UnicodeError, TypeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "no host name"
         raise InputError(f"--host {host} --port {port}: {reason}; choose another") from exc
-    with tempfile.TemporaryFile() as counts:
+    counts = anonymous_memory()
 
-        def run(number: int, report: int) -> None:
-            from robustfeat.serving.http.process.worker import run_worker
+    def run(number: int, report: int) -> None:
+        from robustfeat.serving.http.process.worker import run_worker
 
-            def open_service() -> Service:
-                place = (counts.fileno(), number, workers)
-                log = Log(number, requests=log_requests)
-                return _open(model_places, head_places, extraction, limits, ring, _hosts(host, hosts), log, place)
+        def open_service() -> Service:
+            place = (counts, number, workers)
+            log = Log(number, requests=log_requests)
+            return _open(model_places, head_places, extraction, limits, ring, _hosts(host, hosts), log, place)
 
-            run_worker(open_service, listener, report, drain)
+        run_worker(open_service, listener, report, drain)
 
-        def announce() -> None:
-            address = f"[{host}]" if ":" in host else host
-            places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in head_places)]
-            click.echo(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
+    def announce() -> None:
+        address = f"[{host}]" if ":" in host else host
+        places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in head_places)]
+        click.echo(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
 
-        def refresh() -> None:
-            with contextlib.suppress(InputError):  # the workers say so
-                ring.refresh()
+    def refresh() -> None:
+        with contextlib.suppress(InputError):  # the workers say so
+            ring.refresh()
 
-        log = Log("supervisor").error
-        supervisor = Supervisor(
-            listener, run, workers=workers, drain_s=drain, announce=announce, refresh=refresh, log=log
-        )
-        click.get_current_context().exit(supervisor.serve())
+    log = Log("supervisor").error
+    supervisor = Supervisor(listener, run, workers=workers, drain_s=drain, announce=announce, refresh=refresh, log=log)
+    click.get_current_context().exit(supervisor.serve())
 
 
 def _open(
@@ -185,6 +183,8 @@ def _open(
     worker: tuple[int, int, int],
 ) -> Service:
     """What a worker serves; `worker` is where the counts lie, its number, and how many there are."""
+    import tempfile
+
     from robustfeat.serving.http.admission import Admission
     from robustfeat.serving.http.process.metrics import Metrics
     from robustfeat.serving.http.service import ServedModel, Service, match_heads
@@ -192,7 +192,9 @@ def _open(
 
     counts, number, workers = worker
     processors = max(1, available_cpus() // workers // len(model_places))
-    metrics = Metrics(number)
+    metrics = Metrics(number, models=len(model_places))
+    if not metrics.shared:
+        log.error("metrics are those of one worker: no space for those of all", folder=tempfile.gettempdir())
     models = {}
     for name, place in model_places.items():
         options = replace(extraction.options, threads=extraction.options.threads or processors)

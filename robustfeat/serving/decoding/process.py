@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 import threading
 from concurrent.futures import Executor
 from multiprocessing import Pipe
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from robustfeat.errors import EngineError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.serving.decoding.worker import READY, Images, SharedSquares, Task
-from robustfeat.system import python_command
+from robustfeat.system import anonymous_memory, python_command
 
 __all__ = ["Decoder", "DecoderLostError", "Decoders"]
 
@@ -181,8 +180,7 @@ class Decoders:
 
     def __init__(self, contract: Preprocessing, *, scaled: bool, workers: int, places: int) -> None:
         self._contract, self._scaled, self._workers, self._places = contract, scaled, workers, places
-        # Memory without a name: nothing stays behind, however this process ends.
-        self._memory = _anonymous_memory()
+        self._memory = anonymous_memory()
         shared = SharedSquares(self._memory, workers, places, contract.image_size)
         self.squares: NDArray[np.uint8] = shared.squares
         self.progress: NDArray[np.int64] = shared.progress
@@ -206,7 +204,7 @@ class Decoders:
             except OSError as exc:
                 raise EngineError(f"a decoder process could not be started ({exc.strerror})") from exc
             contract = json.dumps(self._contract.to_dict())
-            arguments = (theirs.fileno(), self._memory, number, self._workers, self._places, contract)
+            arguments = (os.getpid(), theirs.fileno(), self._memory, number, self._workers, self._places, contract)
             code = f"from robustfeat.serving.decoding.worker import serve; serve(*{arguments!r}, {self._scaled!r})"
             try:
                 process = subprocess.Popen(
@@ -240,10 +238,3 @@ class Decoders:
         for decoder in self._started:
             decoder.process.wait()
         os.close(self._memory)
-
-
-def _anonymous_memory() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("robustfeat-squares")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())

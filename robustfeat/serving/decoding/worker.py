@@ -125,12 +125,14 @@ class SharedSquares:
         self.mailboxes = np.frombuffer(memory, np.uint8, offset=head + body).reshape(decoders, MAILBOX_BYTES)
 
 
-def serve(pipe: int, memory: int, number: int, decoders: int, places: int, contract: str, scaled: bool) -> None:
+def serve(
+    parent: int, pipe: int, memory: int, number: int, decoders: int, places: int, contract: str, scaled: bool
+) -> None:
     """Answers tasks until the parent hangs up."""
     # Ctrl+C, or a signal to the whole process group: the parent decides, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    die_with_parent(signal.SIGKILL)  # it would go on with the image that it is at
+    die_with_parent(signal.SIGKILL, parent)  # it would go on with the image that it is at
     offer_to_die_first()
     # Of large images and odd metadata; what matters of it becomes the row's error.
     warnings.filterwarnings("ignore", module="PIL")

@@ -111,8 +111,8 @@ class TorchServe:
     def _start(self, scratch: Path) -> subprocess.Popen[str]:
         # Through a process that becomes Java's, so that TorchServe ends even when this one is killed.
         code = (
-            "import os, signal; from robustfeat.system import die_with_parent; "
-            "die_with_parent(signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
+            "import os, signal, sys; from robustfeat.system import die_with_parent; "
+            f"die_with_parent(signal.SIGTERM, {os.getpid()}); os.execv(sys.argv[1], sys.argv[1:])"
         )
         command = [
             *python_command(code),

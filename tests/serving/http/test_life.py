@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -19,7 +21,7 @@ import pytest
 from PIL import Image
 
 from robustfeat import FeatureExtractor
-from tests.conftest import Run
+from tests.conftest import ROOT, Run
 from tests.serving.http.conftest import Server, alive, children, head_of, serving, wait_until
 
 # A worker that ends is replaced without a pause, as one that has worked for long.
@@ -64,6 +66,25 @@ class Load:
     def goes_on(self) -> None:
         before = list(self.good)
         wait_until(lambda: all(now > then + 5 for now, then in zip(self.good, before, strict=True)))
+
+
+def test_a_worker_that_still_loads_ends_with_its_supervisor() -> None:
+    code = """if True:
+        import os, socket, time
+        from robustfeat.serving.http.process.supervisor import Supervisor
+
+        def run(number, report):
+            print(os.getpid(), flush=True)
+            time.sleep(60)
+
+        nothing = dict(announce=lambda: None, refresh=lambda: None, log=print)
+        Supervisor(socket.create_server(("127.0.0.1", 0)), run, workers=1, drain_s=1, **nothing).serve()
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout
+        worker = int(process.stdout.readline())
+        process.kill()
+        wait_until(lambda: not alive(worker), 10)
 
 
 def test_a_killed_worker_costs_its_requests_and_another_comes(photos: list[bytes], extractor: FeatureExtractor) -> None:

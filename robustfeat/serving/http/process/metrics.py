@@ -10,6 +10,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import prometheus_client
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest, values
@@ -20,6 +21,9 @@ __all__ = ["CONTENT_TYPE", "Metrics", "ModelMetrics"]
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_FILE_BYTES, _MODEL_BYTES = 2**17, 2**14
+"""More than the numbers of a server, and those of a model, take in a file."""
+
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -28,12 +32,18 @@ class Metrics:
 
     Args:
         worker: its number. The one that takes a dead worker's place goes on with its counts.
+        models: how many are counted.
+
+    Attributes:
+        shared: whether there is space for the files in which workers share their numbers. Without it each answers
+            with its own.
     """
 
-    def __init__(self, worker: int) -> None:
-        # Files in PROMETHEUS_MULTIPROC_DIR, named by the worker's number: a process that dies leaves none behind.
-        values.ValueClass = values.MultiProcessValue(lambda: worker)
-        own = CollectorRegistry()
+    def __init__(self, worker: int, models: int = 1) -> None:
+        self.shared = _reserve(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]), worker, models)
+        # Files named by the worker's number: a process that dies leaves none behind.
+        values.ValueClass = values.MultiProcessValue(lambda: worker) if self.shared else values.MutexValue
+        own = self._own = CollectorRegistry()
         self._requests = prometheus_client.Counter(
             "robustfeat_requests", "Requests by route and status.", ["route", "status"], registry=own
         )
@@ -120,9 +130,30 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Of all workers, in Prometheus' text format, as they were when each counted last."""
+        if not self.shared:
+            return generate_latest(self._own)
         registry = CollectorRegistry()
         MultiProcessCollector(registry, os.environ["PROMETHEUS_MULTIPROC_DIR"])
         return generate_latest(registry)
+
+
+def _reserve(folder: Path, worker: int, models: int) -> bool:
+    """Takes the disk space of a worker's files; whether there is enough.
+
+    The files are written through memory maps, where a full disk is no error but ends the process.
+    """
+    files = [folder / f"{kind}_{worker}.db" for kind in ("counter", "histogram", "gauge_sum")]
+    try:
+        for file in files:
+            with file.open("ab") as opened:
+                os.posix_fallocate(opened.fileno(), 0, _FILE_BYTES + models * _MODEL_BYTES)
+    except AttributeError:  # macOS has no such call
+        return True
+    except OSError:
+        for file in files:
+            file.unlink(missing_ok=True)
+        return False
+    return True
 
 
 class ModelMetrics:

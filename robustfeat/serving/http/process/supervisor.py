@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from robustfeat.system import die_with_parent
+
 __all__ = ["HEALTHY", "HEARTBEAT_S", "Supervisor"]
 
 HEALTHY = b"."
@@ -146,6 +148,7 @@ class Supervisor:
         sys.stderr.flush()
         # A signal between the fork and the child's own handlers would be lost to the child.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        supervisor = os.getpid()
         pid = os.fork()
         if pid:
             self._workers[number] = _Worker(number, pid, ours, time.monotonic())
@@ -158,6 +161,7 @@ class Supervisor:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all; the supervisor decides
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        die_with_parent(signal.SIGTERM, supervisor)  # also while it loads, for as long as that may take
         for pipe in [ours, *(worker.pipe for worker in self._workers.values())]:
             os.close(pipe)
         self._run(number, theirs)

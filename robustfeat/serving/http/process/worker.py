@@ -43,6 +43,7 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, rep
         report: a pipe to the supervisor for health reports.
         drain_s: grace period for requests in flight on shutdown.
     """
+    supervisor = os.getppid()
     # The web framework takes half a second to import: meanwhile the models are loaded, and the decoders start.
     importing = threading.Thread(target=importlib.import_module, args=("robustfeat.serving.http.app",))
     importing.start()
@@ -77,7 +78,7 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, rep
         gc.collect()
         gc.freeze()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(Server(config), service, listener, report))
+            runner.run(_serve(Server(config), service, listener, report, supervisor))
 
 
 def _allow_files(count: int) -> None:
@@ -97,7 +98,9 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _serve(server: uvicorn.Server, service: Service, listener: socket.socket, report: int) -> None:
+async def _serve(
+    server: uvicorn.Server, service: Service, listener: socket.socket, report: int, supervisor: int
+) -> None:
     def stop() -> None:
         service.draining = server.should_exit = True
 
@@ -106,7 +109,7 @@ async def _serve(server: uvicorn.Server, service: Service, listener: socket.sock
         model.attach()
     background = [
         asyncio.create_task(service.maintain()),
-        asyncio.create_task(_report_health(service, report, stop)),
+        asyncio.create_task(_report_health(service, report, supervisor, stop)),
     ]
 
     def ended(task: asyncio.Task[None]) -> None:
@@ -123,9 +126,8 @@ async def _serve(server: uvicorn.Server, service: Service, listener: socket.sock
             task.cancel()
 
 
-async def _report_health(service: Service, report: int, stop: Callable[[], None]) -> None:
+async def _report_health(service: Service, report: int, supervisor: int, stop: Callable[[], None]) -> None:
     """Reports to the supervisor while this worker is healthy; stops the worker when the supervisor has ended."""
-    supervisor = os.getppid()
     os.set_blocking(report, False)
     reported = -HEARTBEAT_S
     while os.getppid() == supervisor:
