@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from robustfeat.errors import DecodeError, first_line
+from robustfeat.hub.image_files import name_contents, without_png_metadata
 from robustfeat.hub.tiff import refuse_misread
 
 __all__ = [
@@ -155,20 +156,26 @@ def decode(
     if not data:
         raise DecodeError("the file is empty")
     try:
-        with Image.open(io.BytesIO(data), formats=list(formats)) as image:
+        with Image.open(io.BytesIO(without_png_metadata(data)), formats=list(formats)) as image:
             if at_least is not None and image.width * image.height <= max_pixels:
                 image.draft(None, (at_least, at_least))  # other formats ignore it
             return to_rgb(image, max_pixels=max_pixels)
     except DecodeError:
         raise
     except UnidentifiedImageError:
-        raise DecodeError(f"not an image of these formats: {', '.join(formats)}") from None
+        raise _unidentified(data, formats) from None
     except Image.DecompressionBombError:
         raise TooLargeError(f"over the limit of {max_pixels:,} pixels") from None
     except MemoryError:
         raise DecodeError("out of memory while decoding") from None
     except Exception as exc:  # Pillow's plugins raise almost anything on damaged files
         raise DecodeError(f"damaged: {first_line(exc)}") from exc
+
+
+def _unidentified(data: bytes, formats: Sequence[str]) -> DecodeError:
+    wanted = f"not an image of these formats: {', '.join(formats)}"
+    what, fix = name_contents(data) or ("", None)
+    return DecodeError(f"{wanted}; it is {what}" if what else wanted, fix=fix)
 
 
 def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,65 @@ def test_an_open_image_decodes_as_its_bytes_do(photo: Image.Image) -> None:
     np.testing.assert_array_equal(to_rgb(Image.open(io.BytesIO(data))), decode(data))
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+EXIF = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+RAW_PROFILE = b"\nexif\n%8d\n%s\n" % (len(EXIF) + 6, (b"Exif\0\0" + EXIF).hex().encode())
+XMP = b'<x tiff:Orientation="6"/>'
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"eXIf", EXIF),
+        (b"tEXt", b"Raw profile type exif\0" + RAW_PROFILE),
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_PROFILE)),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)),
+    ],
+)
+def test_metadata_that_turn_a_png_are_kept(photo: Image.Image, kind: bytes, body: bytes) -> None:
+    plain = encode(photo, "PNG")
+    large = chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(2**21)))
+    data = plain[:33] + chunk(kind, body) + large + plain[33:]
+    np.testing.assert_array_equal(decode(data), np.asarray(photo.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_a_png_cut_anywhere_is_told_as_damage(photo: Image.Image) -> None:
+    plain = encode(photo.resize((30, 40)), "PNG")
+    data = plain[:33] + chunk(b"tEXt", b"k\0v") + plain[33:]
+    for length in range(8, len(data) - 40, 70):
+        with pytest.raises(DecodeError, match=r"damaged|not an image"):
+            decode(data[:length])
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"\0\0\0\x18ftypheic", "a HEIC image; convert it to JPEG or PNG"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "a HEIC image"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "an AVIF image"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "an AVIF image"),
+        (b"\0\0\0\x1cftypisom\0\0\0\0", "a video"),
+        (b"\xff\x0a\xfa\x1f", "a JPEG XL image"),
+        (b"\0\0\0\x0cJXL \x0d\x0a\x87\x0a", "a JPEG XL image"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the file itself; run git lfs pull"),
+        (b"../../.git/annex/objects/aa/bb/MD5E-s1--0.jpg", "a git-annex pointer"),
+        (b"\n<!DOCTYPE HTML>", "an HTML page"),
+        (b'<?xml version="1.0"?>\n<svg>', "an SVG drawing"),
+        (b"%PDF-1.7", "a PDF document"),
+        (b"P6\n10 10\n255\n", "a PNM image"),
+        (b"PK\x03\x04", "a zip archive"),
+        (bytes(1000), "nothing but zeros"),
+    ],
+)
+def test_other_formats_are_called_by_their_names(data: bytes, what: str) -> None:
+    with pytest.raises(DecodeError, match=f"not an image of these formats: JPEG, PNG, .*; it is {what}"):
+        decode(data + bytes(range(1, 60)) if any(data) else data)
+
+
 def signed_tiff() -> bytes:
     """Pillow reads it as if it were unsigned."""
     return encode(Image.fromarray(np.ones((4, 4), np.uint16)), "TIFF", tiffinfo={339: 2})
@@ -238,10 +298,8 @@ def test_huge_images_are_refused_from_their_header() -> None:
     # A PNG header that promises 60,000 x 60,000 pixels, with nothing behind it.
     header = encode(Image.new("L", (1, 1)), "PNG")
     size = (60_000).to_bytes(4, "big") * 2
-    import zlib
-
-    chunk = b"IHDR" + size + header[24:29]
-    bomb = header[:8] + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + header[33:]
+    body = b"IHDR" + size + header[24:29]
+    bomb = header[:8] + (13).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big") + header[33:]
     with pytest.raises(DecodeError, match="over the limit"):
         decode(bomb)
 

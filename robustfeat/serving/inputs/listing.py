@@ -22,6 +22,8 @@ from robustfeat.serving.inputs.tar import open_tar
 __all__ = ["list_folder", "list_inputs"]
 
 _PARQUET = re.compile(r"(?P<file>.*\.parquet)(:(?P<column>[^:/]+))?", re.IGNORECASE | re.DOTALL)
+_ARCHIVE = re.compile(r"\.(zip|rar|7z)$", re.IGNORECASE)
+_TABLE = re.compile(r"\.(txt|lst|csv|tsv|jsonl?|ndjson)$", re.IGNORECASE)
 _COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 
 
@@ -93,6 +95,14 @@ def list_folder(root: Path) -> tuple[list[ImageSource], dict[str, int]]:
 
 def _list_argument(argument: str, listing: InputList) -> None:
     argument = argument.removeprefix("file://")
+    if _ARCHIVE.search(argument) and not os.path.isdir(argument):
+        raise InputError(
+            f"{argument}: archives of this kind are not read", fix="unpack it, or pack its files as a .tar"
+        )
+    if _TABLE.search(argument) and not os.path.isdir(argument):
+        raise InputError(
+            f"{argument}: not an image", fix="pass a list of paths as `files_from`, tables of images as Parquet"
+        )
     if is_remote(argument):
         _list_remote(argument, listing)
     elif os.path.isdir(argument):

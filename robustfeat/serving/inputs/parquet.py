@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from robustfeat.errors import InputError, first_line
+from robustfeat.hub.image_files import name_contents
 from robustfeat.serving.inputs.remote import is_remote, open_remote
 from robustfeat.serving.inputs.sources import MAX_FILE_BYTES
 
@@ -19,6 +20,7 @@ __all__ = [
     "find_images",
     "image_columns",
     "open_parquet",
+    "other_contents",
     "parquet_path",
 ]
 
@@ -89,6 +91,8 @@ def find_images(file: str, column: str | None) -> tuple[str, int]:
     except InputError:
         raise
     except Exception as exc:  # each filesystem has its own
+        if found := other_contents(file):
+            raise InputError(f"{file}: not a Parquet file; it is {found[0]}", fix=found[1]) from exc
         raise InputError(f"{file}: not a readable Parquet file ({first_line(exc)})") from exc
     if rows > size:  # the list of inputs would fill the disk
         raise InputError(f"{file}: claims {rows:,} rows in {size:,} bytes", fix="write it again, each image once")
@@ -100,8 +104,21 @@ def find_images(file: str, column: str | None) -> tuple[str, int]:
     if column not in names:
         wanted = f"no column {column!r} of image bytes" if column else "no single column of image bytes"
         columns = ", ".join(names) or "none"
-        raise InputError(f"{file}: has {wanted}; it has {columns}", fix=f"name one as {os.path.basename(file)}:COLUMN")
+        fix = f"name one as {os.path.basename(file)}:COLUMN"
+        if not names:
+            fix = "write the images' bytes into it, or list their paths in a file and pass that as `files_from`"
+        raise InputError(f"{file}: has {wanted}; it has {columns}", fix=fix)
     return str(column), rows
+
+
+def other_contents(file: str) -> tuple[str, str] | None:
+    """What a file is that is no Parquet file, and what to do about it, where its beginning tells."""
+    try:
+        with open_parquet(file) as handle:
+            head = handle.read(1024)
+            return None if head.startswith(b"PAR1") else name_contents(head)
+    except Exception:  # each filesystem has its own
+        return None
 
 
 def open_parquet(file: str) -> Any:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import IO, Any, NamedTuple, NoReturn
 
 from robustfeat.errors import InputError, RobustFeatError, first_line
+from robustfeat.hub.image_files import name_contents
 from robustfeat.serving.inputs.remote import is_remote, open_remote
 
 __all__ = ["TarMember", "TarReader", "open_tar"]
@@ -185,6 +186,9 @@ class TarReader:
 
     def _refuse(self, offset: int, what: str) -> NoReturn:
         if offset == 0:
+            head = self.read(0, _AHEAD)
+            if head[257:262] != b"ustar" and (found := name_contents(head)):
+                raise self._error(f"{self._place}: not a tar file; it is {found[0]}", fix=found[1])
             raise self._error(f"{self._place}: not a tar file; expected an uncompressed one, such as tar cf makes")
         self._damaged(offset, what)
 

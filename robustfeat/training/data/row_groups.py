@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import DataError, first_line
-from robustfeat.serving.inputs.parquet import encoded_images, image_columns, open_parquet
+from robustfeat.serving.inputs.parquet import encoded_images, image_columns, open_parquet, other_contents
 from robustfeat.training.data.order import blocks_at_once
 
 __all__ = ["LocalParquet", "OpenedParquet", "ParquetPart", "RowGroups", "open_part"]
@@ -76,6 +76,8 @@ class LocalParquet:
         try:
             yield
         except (pyarrow.ArrowException, OSError) as exc:
+            if found := other_contents(str(self.path)):
+                raise DataError(f"{self.place}: not a Parquet file; it is {found[0]}", fix=found[1]) from exc
             raise DataError(
                 f"{self.place}: not a Parquet file, or damaged ({first_line(exc)})", fix="copy it again"
             ) from exc

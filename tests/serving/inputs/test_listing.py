@@ -379,8 +379,30 @@ def test_the_column_of_parquet_is_found_or_named(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"thumbnail": data, "image": structs(data)}), place)
     assert {image.detail for image in listed(place)} == {"image"}
     parquet.write_table(pa.table({"label": ["a", "b"]}), place)
-    with pytest.raises(InputError, match="no single column of image bytes; it has none"):
+    with pytest.raises(
+        InputError, match="no single column of image bytes; it has none; write the images' bytes into it"
+    ):
         list_inputs([place])
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.zip", b"PK", r"archives of this kind are not read; unpack it, or pack its files as a \.tar"),
+        ("list.TXT", b"a.jpg", "not an image; pass a list of paths as `files_from`"),
+        ("a.csv", b"a.jpg,1", "not an image; pass a list of paths as `files_from`, tables of images as Parquet"),
+        ("a.tar", LFS_POINTER, "not a tar file; it is a Git LFS pointer, not the file itself; run git lfs pull there"),
+        ("a.parquet", LFS_POINTER, "not a Parquet file; it is a Git LFS pointer"),
+        ("b.tar", b"PK\x03\x04" + bytes(600), "not a tar file; it is a zip archive; unpack it"),
+    ],
+)
+def test_inputs_of_other_kinds_are_called_by_their_names(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=f"{re.escape(name)}: {message}"):
+        list_inputs([tmp_path / name])
 
 
 def test_parquet_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
