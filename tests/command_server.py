@@ -118,10 +118,9 @@ class CommandServer:
         arguments: list[str],
         env: Mapping[str, str] | None = None,
         file_bytes: int | None = None,
-        prepare: str = "",
     ) -> subprocess.CompletedProcess[str]:
         """Like `subprocess.run(..., capture_output=True, text=True)`."""
-        command = self.start(arguments, env, file_bytes, prepare=prepare)
+        command = self.start(arguments, env, file_bytes)
         return subprocess.CompletedProcess(arguments, command.wait(), *command.texts())
 
     def start(
@@ -132,7 +131,6 @@ class CommandServer:
         *,
         stderr: int | None = None,
         constants: Mapping[str, object] | None = None,
-        prepare: str = "",
     ) -> ForkedCommand:
         """Like `subprocess.Popen(..., start_new_session=True)`.
 
@@ -141,14 +139,12 @@ class CommandServer:
             file_bytes: the most that it can write to a file.
             stderr: a descriptor to write errors to, in place of a file that `texts` reads.
             constants: values of constants of modules by their full names, in this command and its forks.
-            prepare: a function, as module:function, that the command calls first.
         """
         request = {
             "arguments": arguments,
             "env": dict(os.environ if env is None else env),
             "file_bytes": file_bytes,
             "constants": dict(constants or {}),
-            "prepare": prepare,
         }
         data = json.dumps(request).encode()
         kept = [tempfile.TemporaryFile() for _ in range(2 if stderr is None else 1)]  # noqa: SIM115
@@ -232,9 +228,6 @@ def _attend(connection: socket.socket) -> None:
         module, _, constant = name.rpartition(".")
         assert hasattr(importlib.import_module(module), constant), name
         setattr(importlib.import_module(module), constant, value)
-    if request["prepare"]:
-        module, _, name = request["prepare"].partition(":")
-        getattr(importlib.import_module(module), name)()
     sys.argv[1:] = request["arguments"]
 
 

@@ -125,18 +125,14 @@ def commands() -> Iterator[CommandServer]:
 def robustfeat(commands: CommandServer) -> Run:
     """Runs the command line in a process of its own, which cannot write more than `file_bytes` to a file.
 
-    The process is a fork of one that has imported torch, where its environment allows that. It first calls `prepare`, a
-    module:function.
+    The process is a fork of one that has imported torch, where its environment allows that.
     """
 
-    def run(
-        *arguments: object, env: Mapping[str, str] | None = None, file_bytes: int | None = None, prepare: str = ""
-    ) -> Completed:
+    def run(*arguments: object, env: Mapping[str, str] | None = None, file_bytes: int | None = None) -> Completed:
         texts = list(map(str, arguments))
         if commands.serves(env):
-            return commands.run(texts, env, file_bytes, prepare)
+            return commands.run(texts, env, file_bytes)
         assert file_bytes is None
-        assert not prepare
         command = [sys.executable, "-m", "robustfeat", *texts]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=env)
 
@@ -168,7 +164,8 @@ def write_dataset(root: Path) -> None:
 
 
 def train_arguments(dataset: Path, out: Path, **options: object) -> list[str]:
-    """Arguments of a small, exact run: fp32, 5 steps of 6 images an epoch."""
+    """Arguments of a small, exact run: fp32, 5 steps of 6 images an epoch, a narrow network."""
+    width = options.pop("width", 8)
     values: dict[str, object] = {
         "out": out,
         "concepts": dataset / "concepts.csv",
@@ -181,13 +178,13 @@ def train_arguments(dataset: Path, out: Path, **options: object) -> list[str]:
         "device": "cpu",
         **options,
     }
-    return ["train", str(dataset), *(f"--{key}={value}" for key, value in values.items())]
+    return ["train", str(dataset), f"--set=width={width}", *(f"--{key}={value}" for key, value in values.items())]
 
 
 @pytest.fixture(scope="session")
 def finished_run(dataset: Path, share: Share, robustfeat: Run) -> Path:
     def build(out: Path) -> None:
-        result = robustfeat(*train_arguments(dataset, out))
+        result = robustfeat(*train_arguments(dataset, out, width=64))
         assert result.returncode == 0, result.stderr
 
     return share("finished", build)

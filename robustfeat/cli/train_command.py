@@ -51,7 +51,11 @@ def _spell_key(name: str, value: str | None) -> str | None:
 )
 @click.option(
     "--method",
-    help="erm, el, cl or hrrl; random, balanced or groupdro to compare with; or package.module:Class.  [default: hrrl]",
+    help="erm, el, cl or hrrl; random, balanced or groupdro to compare with; or module:Class.  [default: hrrl]",
+)
+@click.option("--network", metavar="NAME", help="resnet18, or timm:NAME for a classifier of timm.  [default: resnet18]")
+@click.option(
+    "--init", metavar="MODEL|FILE", help="Start from the weights of a run, a model or a file.  [default: random]"
 )
 @click.option("--concepts", help="imagenet11, classes, or a CSV file class,concept.  [default: imagenet11]")
 @click.option("--epochs", type=int)
@@ -116,7 +120,7 @@ def command(
     quiet: bool,
     **overrides: Any,
 ) -> int:
-    """Trains ResNet-18 on DATA.
+    """Trains a network on DATA: ResNet-18, or another by --network.
 
     DATA is a folder of class folders, or with train/ and val/ (or validation/, test/) of them, with train-*.parquet and
     validation-*.parquet files that have the columns image and label, or with train-*.tar and validation-*.tar shards;

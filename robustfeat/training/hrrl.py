@@ -9,7 +9,7 @@ losses then move q (Eq. 6).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from robustfeat.training.loop.distributed import sum_over_ranks
 
 __all__ = [
     "ConceptAdversary",
+    "Losses",
     "concept_totals",
     "input_gradient",
     "perturb",
@@ -100,15 +101,26 @@ _LOSS_SCALE = 64.0
 """Keeps the gradients of well classified images above fp16's smallest numbers; the normalisation takes it out again."""
 
 
+Losses = Callable[[Any], Tensor]
+"""From what a network gives to one loss per image, (m,)."""
+
+
 def input_gradient(
-    model: nn.Module, images: Tensor, labels: Tensor, *, half: bool = False, batch_norm: str = "batch"
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    losses: Losses | None = None,
+    half: bool = False,
+    batch_norm: str = "batch",
 ) -> Tensor:
     """The gradient of each image's loss with regard to the image, up to a common factor.
 
     Args:
         model: maps images to logits (m, C); used in the mode that it is in. Under data parallelism the wrapped module.
         images: (m, 3, H, W) float, in the network's normalised input space.
-        labels: (m,) int64.
+        labels: (m,) int64, or (m, C) float shares of classes.
+        losses: of the model's output, in place of the cross-entropy with `labels`.
         half: of the loss at half the resolution, a quarter of the work; still with regard to the whole image.
         batch_norm: `batch` (this batch's statistics, where the model is in training mode) or `eval` (running ones).
 
@@ -122,8 +134,12 @@ def input_gradient(
             size = ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
             seen = functional.adaptive_avg_pool2d(x, size).contiguous(memory_format=torch.channels_last)
         # The sum, not the mean: a mean divides each image's gradient by m, and fp16 then underflows.
-        loss = _LOSS_SCALE * functional.cross_entropy(model(seen).float(), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x)
+        output = model(seen)
+        if losses is None:
+            loss = functional.cross_entropy(output.float(), labels, reduction="sum")
+        else:
+            loss = losses(output).sum()
+        (gradient,) = torch.autograd.grad(_LOSS_SCALE * loss, x)
     return gradient.float()
 
 
@@ -155,6 +171,7 @@ def perturb(
     labels: Tensor,
     tau: float,
     *,
+    losses: Losses | None = None,
     half: bool = False,
     batch_norm: str = "batch",
     std: Tensor | None = None,
@@ -165,7 +182,7 @@ def perturb(
     statistics stay as they are. Under data parallelism pass the wrapped module (`ddp.module`).
 
     Args:
-        model, images, labels, half, batch_norm: see `input_gradient`.
+        model, images, labels, losses, half, batch_norm: see `input_gradient`.
         tau: L2 length of the step, in the normalised input space, or, with `std`, in pixels of range [0, 1].
         std: see `step_along`.
 
@@ -176,7 +193,7 @@ def perturb(
     """
     if tau == 0:
         return images.detach()
-    gradient = input_gradient(model, images, labels, half=half, batch_norm=batch_norm)
+    gradient = input_gradient(model, images, labels, losses=losses, half=half, batch_norm=batch_norm)
     return step_along(images, gradient, tau, std)
 
 

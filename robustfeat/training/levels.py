@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.groupdro import GroupAdversary
-from robustfeat.training.hrrl import ConceptAdversary, perturb, step_along
+from robustfeat.training.hrrl import ConceptAdversary, Losses, perturb, step_along
 from robustfeat.training.recipe import Recipe
 
 __all__ = ["Adversary", "ConceptLevel", "ExampleLevel", "StepBatch", "create_concept_level", "create_example_level"]
@@ -25,11 +25,12 @@ class StepBatch:
 
     Attributes:
         images: (m, 3, S, S) float, in the network's normalised input space.
-        labels: (m,) int64.
+        labels: (m,) int64, each example's class; of a mixture the larger part's.
         concepts: (m,) int64, each example's concept.
         epoch: epochs done so far, as a fraction.
         replay: how often this batch was trained on just before (`Objective.replays`).
         total: the examples of all ranks together.
+        shares: (m, C) float, each example's shares of classes, where it is a mixture.
     """
 
     images: Tensor
@@ -38,6 +39,12 @@ class StepBatch:
     epoch: float
     total: int
     replay: int = 0
+    shares: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """What the classifier learns: the shares of classes, or the labels."""
+        return self.labels if self.shares is None else self.shares
 
     def mean(self, values: Tensor) -> Tensor:
         """The scalar to descend so that the step follows the mean of all ranks' `values`, (m,).
@@ -58,13 +65,14 @@ class ExampleLevel:
 
     replays = 1
 
-    def move(self, model: nn.Module, batch: StepBatch, tau: float) -> Tensor:
+    def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
         """The images to train on.
 
         Args:
-            model: the network, for passes of the level's own.
+            model: for passes of the level's own.
             batch: of this step.
             tau: length of the move, above 0.
+            losses: from what the model gives for the batch's images, moved or not, to their losses.
 
         Returns:
             (m, 3, S, S), without a graph.
@@ -102,12 +110,13 @@ class _Gradient(_Moving):
         super().__init__(std)
         self._half, self._batch_norm = half, batch_norm
 
-    def move(self, model: nn.Module, batch: StepBatch, tau: float) -> Tensor:
+    def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
         return perturb(
             model,
             batch.images,
-            batch.labels,
+            batch.targets,
             tau,
+            losses=losses,
             half=self._half,
             batch_norm=self._batch_norm,
             std=self.std(batch.images),
@@ -127,7 +136,7 @@ class _FreeGradient(_Moving):
         self.replays = replays
         self._last_images: Tensor | None = None
 
-    def move(self, model: nn.Module, batch: StepBatch, tau: float) -> Tensor:
+    def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
         images, last = batch.images, self._last_images
         if batch.replay and last is not None and last.grad is not None and last.shape == images.shape:
             images = step_along(images, last.grad, tau, self.std(images))
@@ -141,7 +150,7 @@ class _FreeGradient(_Moving):
 class _RandomDirection(_Moving):
     """Along a random direction: the control of the example level."""
 
-    def move(self, model: nn.Module, batch: StepBatch, tau: float) -> Tensor:
+    def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
         images, std = batch.images, self.std(batch.images)
         noise = torch.randn_like(images)
         # With `std`, `step_along` takes a gradient, and divides by it.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from robustfeat.errors import InputError
 
-__all__ = ["METHODS", "Method", "import_failed", "require_method"]
+__all__ = ["METHODS", "Method", "import_failed", "local_modules", "require_method"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ def require_method(name: str) -> None:
         return
     module, colon, _ = name.partition(":")
     if not colon:
-        raise InputError(f"expected {', '.join(METHODS)} or package.module:Class", argument="method", value=name)
+        raise InputError(f"expected {', '.join(METHODS)} or module:Class", argument="method", value=name)
     try:
-        found = importlib.util.find_spec(module) is not None
+        with local_modules():
+            found = importlib.util.find_spec(module) is not None
         reason = f"No module named {module!r}"
     except (ImportError, ValueError) as exc:
         found, reason = False, str(exc)
@@ -56,8 +61,25 @@ def require_method(name: str) -> None:
         raise import_failed(name, reason)
 
 
+@contextmanager
+def local_modules() -> Iterator[None]:
+    """Modules in the current folder can be imported, behind all installed ones."""
+    here = str(Path.cwd())
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+
+
 def import_failed(name: str, reason: object) -> InputError:
     """The error for a class that cannot be imported."""
     return InputError(
-        f"cannot be imported ({reason})", argument="method", value=name, fix="check that its folder is on PYTHONPATH"
+        f"cannot be imported ({reason})",
+        argument="method",
+        value=name,
+        fix="run where it lies, or put its folder on PYTHONPATH",
     )

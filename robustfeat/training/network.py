@@ -2,23 +2,188 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
-__all__ = ["FirstConv", "build_network"]
+from robustfeat.errors import InputError, first_line
+
+__all__ = ["FirstConv", "Outputs", "StepOutput", "build_network", "feature_network", "feature_size", "timm_settings"]
 
 
-def build_network(classes: int) -> nn.Module:
-    """ResNet-18 with `classes` outputs, randomly initialised; torchvision's parameter names (timm's are the same)."""
-    network: Any = resnet18(num_classes=classes)
-    first = FirstConv()
-    first.weight = network.conv1.weight
-    network.conv1 = first
-    return network  # type: ignore[no-any-return]
+class StepOutput(NamedTuple):
+    """What a network gives for the images of a step.
+
+    Attributes:
+        logits: (n, C).
+        features: (n, D), what the classifier sees and what an exported model gives.
+        heads: by name, what the heads of an objective make of the features.
+    """
+
+    logits: Tensor
+    features: Tensor
+    heads: dict[str, Tensor]
+
+
+class ResNet18(ResNet):  # type: ignore[misc]
+    """ResNet-18 with torchvision's parameter names (timm's are the same) and a faster gradient of its images.
+
+    Args:
+        classes: C.
+        width: channels of the first stage, 64 in the original; the last stage, and the features, have 8 times as many.
+    """
+
+    def __init__(self, classes: int, width: int = 64) -> None:
+        self._width = width
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=classes)
+        first = FirstConv(width)
+        if width == 64:
+            drawn: Any = self.get_submodule("conv1")
+            first.weight = drawn.weight
+        else:
+            nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
+            self.bn1 = nn.BatchNorm2d(width)
+            self.fc = nn.Linear(8 * width, classes)
+        self.conv1 = first
+
+    def _make_layer(self, block: Any, planes: int, *rest: Any, **more: Any) -> nn.Sequential:
+        """One of the four stages; torchvision's constructor calls it for each, with the original's channels."""
+        if planes == 64:
+            self.inplanes = self._width
+        stage: nn.Sequential = super()._make_layer(block, planes * self._width // 64, *rest, **more)
+        return stage
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) to (n, 512), the features before the classifier."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return torch.flatten(self.avgpool(x), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) to (n, classes)."""
+        logits: Tensor = self.fc(self.pooled(images))
+        return logits
+
+
+class Outputs(nn.Module):
+    """Gives logits, features and what heads make of them in one call, as data parallelism and compilation need it.
+
+    Args:
+        network: of `build_network`.
+        heads: modules from (n, D) features; an objective's own.
+    """
+
+    def __init__(self, network: nn.Module, heads: nn.ModuleDict) -> None:
+        super().__init__()
+        self.network, self.heads = network, heads
+
+    def forward(self, images: Tensor) -> StepOutput:
+        """(n, 3, H, W) to the three."""
+        features = _pooled(self.network, images)
+        logits = _classifier(self.network)(features)
+        return StepOutput(logits, features, {name: head(features) for name, head in self.heads.items()})
+
+
+def build_network(classes: int, name: str = "resnet18", *, width: int = 64, image_size: int = 224) -> nn.Module:
+    """A randomly initialised network from images to logits.
+
+    Args:
+        classes: C.
+        name: `resnet18`, or `timm:NAME` for any classifier of timm.
+        width: of ResNet-18; see `ResNet18`.
+        image_size: of the validation images, for networks whose size is fixed.
+
+    Raises:
+        InputError: timm has no such network, or it cannot be trained here.
+    """
+    if name == "resnet18":
+        return ResNet18(classes, width)
+    network = _create_timm(name.removeprefix("timm:"), classes, image_size)
+    _require_classifier(network, name, image_size)
+    return network
+
+
+def _create_timm(name: str, classes: int, image_size: int) -> nn.Module:
+    import timm
+
+    try:
+        try:
+            made: nn.Module = timm.create_model(name, num_classes=classes, img_size=image_size)
+        except TypeError:  # convolutions take any size, and no such argument
+            made = timm.create_model(name, num_classes=classes)
+    except Exception as exc:  # networks check their arguments in ways of their own
+        raise InputError(f"timm cannot make it ({first_line(exc)})", argument="network", value=f"timm:{name}") from exc
+    return made
+
+
+def _require_classifier(network: nn.Module, name: str, image_size: int) -> None:
+    """The classifier applied to the pooled features gives the network's own logits.
+
+    Raises:
+        InputError: it does not, as with several classifiers, or the features are no vectors.
+    """
+    was_training, reason = network.training, None
+    images = torch.linspace(-1, 1, 2 * 3 * image_size**2).view(2, 3, image_size, image_size)
+    try:
+        with torch.no_grad():
+            network.eval()
+            features = _pooled(network, images)
+            classifier = _classifier(network)
+            if not isinstance(classifier, nn.Linear):
+                reason = f"its classifier is no linear layer, but {type(classifier).__name__}"
+            elif features.ndim != 2:
+                reason = f"it gives features of shape {tuple(features.shape[1:])}, not a vector"
+            elif not torch.allclose(classifier(features), network(images), rtol=1e-4, atol=1e-5):
+                reason = "its classifier does not see its features alone"
+    except Exception as exc:  # networks fail in ways of their own
+        reason = f"it fails on images of {image_size} px ({first_line(exc)})"
+    finally:
+        network.train(was_training)
+    if reason:
+        raise InputError(f"cannot be trained: {reason}", argument="network", value=name)
+
+
+def _pooled(network: nn.Module, images: Tensor) -> Tensor:
+    if isinstance(network, ResNet18):
+        return network.pooled(images)
+    timm_network: Any = network
+    pooled: Tensor = timm_network.forward_head(timm_network.forward_features(images), pre_logits=True)
+    return pooled
+
+
+def _classifier(network: nn.Module) -> nn.Module:
+    any_network: Any = network
+    classifier: nn.Module = any_network.fc if isinstance(network, ResNet18) else any_network.get_classifier()
+    return classifier
+
+
+def feature_size(network: nn.Module) -> int:
+    """D, the length of the vectors that the classifier sees."""
+    classifier = _classifier(network)
+    assert isinstance(classifier, nn.Linear)
+    return classifier.in_features
+
+
+def timm_settings(network: nn.Module) -> dict[str, str]:
+    """What timm calls the network: its `architecture`, and the names of its `first_conv` and `classifier`."""
+    if isinstance(network, ResNet18):
+        name = "resnet18" if network.bn1.num_features == 64 else f"robustfeat:resnet18-width{network.bn1.num_features}"
+        return {"architecture": name, "first_conv": "conv1", "classifier": "fc"}
+    about: Any = network.pretrained_cfg
+    return {name: about[name] for name in ("architecture", "first_conv", "classifier")}
+
+
+def feature_network(network: nn.Module) -> nn.Module:
+    """The same network, from images to features: its classifier is taken away."""
+    any_network: Any = network
+    if isinstance(network, ResNet18):
+        any_network.fc = nn.Identity()
+    else:
+        any_network.reset_classifier(0)
+    return network
 
 
 class FirstConv(nn.Conv2d):
@@ -29,11 +194,11 @@ class FirstConv(nn.Conv2d):
     channels, one for each colour and each of the four positions that a stride of 2 tells apart, is 2.3 times as fast.
     """
 
-    def __init__(self) -> None:
-        super().__init__(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__(3, channels, kernel_size=7, stride=2, padding=3, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(m, 3, H, W) to (m, 64, H / 2, W / 2), rounded up."""
+        """(m, 3, H, W) to (m, channels, H / 2, W / 2), rounded up."""
         if images.device.type != "cpu" or not (torch.is_grad_enabled() and images.requires_grad):
             return super().forward(images)
         output: Tensor = _ImageGradient.apply(super().forward(images.detach()), images, self.weight)
@@ -53,8 +218,8 @@ class _ImageGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (weight,) = ctx.saved_tensors
         # Image row 2 i + a meets output row i - 1 + u through the kernel's row a + 5 - 2 u, u = 0 to 3; columns alike.
-        parts = functional.pad(weight.to(gradient.dtype), (1, 0, 1, 0)).view(64, 3, 4, 2, 4, 2)
-        kernel = parts.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(12, 64, 4, 4)
+        parts = functional.pad(weight.to(gradient.dtype), (1, 0, 1, 0)).view(-1, 3, 4, 2, 4, 2)
+        kernel = parts.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(12, len(weight), 4, 4)
         shifted = functional.conv2d(gradient, kernel.contiguous(memory_format=torch.channels_last), padding=2)
         images = functional.pixel_shuffle(shifted[:, :, 1:, 1:], 2)
         return gradient, images[:, :, : ctx.height, : ctx.width].to(ctx.dtype), None

@@ -1,22 +1,25 @@
-"""What training minimises: one small class with two hooks.
+"""What training minimises: one small class with three hooks, for the images, their losses and the scalar of a step.
 
-To try an idea of your own, subclass `Objective`, override a hook and pass `--method package.module:Class`.
+To try an idea of your own, subclass `Objective`, override a hook and pass `--method module:Class`.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.levels import Adversary, StepBatch, create_concept_level, create_example_level
-from robustfeat.training.methods import METHODS, import_failed, require_method
+from robustfeat.training.methods import METHODS, import_failed, local_modules, require_method
+from robustfeat.training.network import StepOutput
 from robustfeat.training.recipe import Recipe
 
-__all__ = ["Objective", "StepBatch", "create_objective"]
+__all__ = ["Objective", "StepBatch", "StepOutput", "create_objective"]
 
 TAU_REFERENCE_PX = 224
 """Recipes give tau at this image side; keeping tau / side constant keeps the change per pixel the same."""
@@ -25,8 +28,8 @@ TAU_REFERENCE_PX = 224
 class Objective:
     """HRRL's objective (Eq. 4) and, with a level switched off or replaced, its relatives.
 
-    The trainer calls `training_images`, runs the model on what it returns, computes one loss per image and calls
-    `training_loss` on them; it descends the gradient of what that returns.
+    The trainer calls `training_images`, runs the model on what it returns, calls `losses` on the model's output and
+    `training_loss` on the losses; it descends the gradient of what that returns.
 
     Args:
         recipe: where tau, lambda, s, c and the like come from.
@@ -63,21 +66,49 @@ class Objective:
         """The length added at this image side; a subclass may let it depend on `epoch`, the epochs done so far."""
         return self.tau_at_224px * side_px / TAU_REFERENCE_PX
 
+    def create_heads(self, feature_size: int, classes: int) -> nn.ModuleDict:
+        """Modules of the objective's own that are trained with the network and thrown away with the run.
+
+        Args:
+            feature_size: D.
+            classes: C.
+
+        Returns:
+            By name, modules from (n, D) features; `StepOutput.heads` has what they give.
+        """
+        return nn.ModuleDict()
+
     def training_images(self, model: nn.Module, batch: StepBatch) -> Tensor:
         """First hook: the images to train on.
 
         Args:
-            model: the network, for passes of the objective's own.
+            model: from images to a `StepOutput`, for passes of the objective's own.
             batch: this step's.
 
         Returns:
-            (m, 3, S, S), without a graph.
+            (n, 3, S, S), without a graph; the first m are the batch's, moved or not.
         """
         tau = self.tau(batch.images.shape[-1], batch.epoch)
-        return batch.images if tau == 0 else self.example_level.move(model, batch, tau)
+        if tau == 0:
+            return batch.images
+        return self.example_level.move(model, batch, tau, partial(self.losses, batch=batch))
+
+    def losses(self, output: StepOutput, batch: StepBatch) -> Tensor:
+        """Second hook: the loss of each image; here the cross-entropy.
+
+        The example level's inner pass asks it, too, about images of its own: it must not learn from them.
+
+        Args:
+            output: of the images of `training_images`.
+            batch: this step's.
+
+        Returns:
+            (m,) float32, with their graph.
+        """
+        return functional.cross_entropy(output.logits.float(), batch.targets, reduction="none")
 
     def training_loss(self, losses: Tensor, batch: StepBatch) -> Tensor:
-        """Second hook: weighs the losses of this step and learns from them for the next.
+        """Third hook: weighs the losses of this step and learns from them for the next.
 
         Args:
             losses: (m,) float32, with their graph.
@@ -102,7 +133,7 @@ class Objective:
 
 
 def create_objective(recipe: Recipe, concepts: ConceptMap) -> Objective:
-    """The objective that `recipe.method` names: one of `methods.METHODS`, or `package.module:Class`.
+    """The objective that `recipe.method` names: one of `methods.METHODS`, or `module:Class`.
 
     A class of one's own is called with (recipe, concepts) and offers what `Objective` offers.
 
@@ -116,7 +147,8 @@ def create_objective(recipe: Recipe, concepts: ConceptMap) -> Objective:
     require_method(name)
     module_name, _, class_name = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), class_name)
+        with local_modules():
+            factory = getattr(importlib.import_module(module_name), class_name)
     except AttributeError as exc:
         raise InputError(f"{module_name} has no {class_name}", argument="method", value=name) from exc
     except (ImportError, ValueError) as exc:

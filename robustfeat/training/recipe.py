@@ -21,9 +21,10 @@ RECIPE_NAME = "recipe.toml"
 
 
 _INTEGERS = frozenset({
-    "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
+    "width", "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
 })  # fmt: skip
 _RANGES: tuple[tuple[str, float, float], ...] = (
+    ("width", 1, 512),
     ("epochs", 1, 100_000),
     ("batch_size", 2, 1_000_000),
     ("lr", 1e-12, 1e30),
@@ -62,14 +63,20 @@ class Recipe:
     """Everything that decides a run's result besides its data. The defaults are the paper's, for ImageNet.
 
     Attributes:
-        method: erm, el, cl, hrrl; random, balanced, groupdro; or package.module:Class.
+        method: erm, el, cl, hrrl; random, balanced, groupdro; or module:Class.
         concepts: imagenet11, classes, or a CSV file `class,concept`.
+        network: resnet18, timm:NAME for a classifier of timm, or auto (the network of `init`; ResNet-18 without).
+        width: of ResNet-18, channels of its first stage (64, the paper).
+        init: weights to start from: a run, a model folder, ORG/NAME on the Hub, or a file (empty: random ones).
+        init_sha256: of those weights; training fills it in, and refuses others afterwards.
         epochs, batch_size, lr, momentum, weight_decay: of SGD.
         schedule: `step` (lr / 10 at each of `milestones`, in epochs) or `linear` (to zero at the end).
         warmup_epochs: lr rises linearly from zero for so long.
         image_sizes: (first epoch, S in pixels) pairs; the training crops grow with the epochs.
         validation_size: S of the validation images, and the exported model's default.
         crop_pct: share of the resized validation image that its centre crop keeps.
+        interpolation: of the validation images: bilinear or bicubic (None: `init`'s, or bilinear).
+        mean, std: of the network's input, per channel in [0, 1] (None: `init`'s, or ImageNet's).
         min_crop_area: training crops cover between this share and all of an image's area.
         tau: length of the example-level step at 224 px; at side S it is tau * S / 224.
         tau_unit: `normalised` (the length is measured in the network's input) or `pixel` (in pixels from 0 to 1).
@@ -94,6 +101,10 @@ class Recipe:
 
     method: str = "hrrl"
     concepts: str = "imagenet11"
+    network: str = "auto"
+    width: int = 64
+    init: str = ""
+    init_sha256: str | None = None
     epochs: int = 90
     batch_size: int = 256
     lr: float = 0.1
@@ -105,6 +116,9 @@ class Recipe:
     image_sizes: tuple[tuple[int, int], ...] = ((0, 224),)
     validation_size: int = 224
     crop_pct: float = 0.875
+    interpolation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     min_crop_area: float = 0.08
     tau: float = 1.0
     tau_unit: str = "normalised"
@@ -127,6 +141,9 @@ class Recipe:
     def __post_init__(self) -> None:
         self._check_shapes()
         object.__setattr__(self, "milestones", tuple(self.milestones))
+        for name in ("mean", "std"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "image_sizes", tuple((first, side) for first, side in self.image_sizes))
         for name, least, most in _RANGES:
             value = getattr(self, name)
@@ -146,13 +163,19 @@ class Recipe:
             raise _invalid("cache_px", "must be 0 or at least 16", self.cache_px)
         try:
             self.preprocessing()
-        except ValueError as exc:
+        except (ValueError, TypeError) as exc:
             raise InputError(str(exc)) from exc
 
     def _check_shapes(self) -> None:
-        for name in ("method", "concepts"):
+        for name in ("method", "concepts", "network"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise _invalid(name, "must be text", getattr(self, name))
+        if self.network not in {"auto", "resnet18"} and self.network.removeprefix("timm:") in {"", self.network}:
+            raise _invalid("network", "must be resnet18, timm:NAME or auto", self.network)
+        if not isinstance(self.init, str):
+            raise _invalid("init", "must be text", self.init)
+        if self.network == "auto" and not self.init:
+            object.__setattr__(self, "network", "resnet18")
         if not isinstance(self.milestones, list | tuple) or not all(
             _is_whole(epoch) and epoch >= 0 for epoch in self.milestones
         ):
@@ -194,9 +217,11 @@ class Recipe:
 
     def preprocessing(self, image_size: int | None = None, crop_pct: float | None = None) -> Preprocessing:
         """The contract that the trained model is evaluated and exported with."""
+        chosen: dict[str, Any] = {key: getattr(self, key) for key in ("interpolation", "mean", "std")}
         return Preprocessing(
             self.validation_size if image_size is None else image_size,
             self.crop_pct if crop_pct is None else crop_pct,
+            **{key: value for key, value in chosen.items() if value is not None},
         )
 
     def replace(self, **changes: Any) -> Recipe:
@@ -217,7 +242,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         data = dataclasses.asdict(self)
-        return {**data, "milestones": list(self.milestones), "image_sizes": [list(pair) for pair in self.image_sizes]}
+        lists = {name: list(data[name]) for name in ("milestones", "mean", "std") if data[name] is not None}
+        return {**data, **lists, "image_sizes": [list(pair) for pair in self.image_sizes]}
 
     def to_toml(self) -> str:
         """A file that `load_recipe` reads."""

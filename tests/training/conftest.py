@@ -20,16 +20,8 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks that are trained in this process are narrow."""
-    from tests.training.small import NarrowResNet
-
-    monkeypatch.setattr("robustfeat.training.network.resnet18", NarrowResNet)
-
-
-@pytest.fixture
-def narrow_run(narrow: None, dataset: Path, share: Share) -> Path:
-    """As `finished_run`, of a narrow network; those that the test makes are narrow, too."""
+def narrow_run(dataset: Path, share: Share) -> Path:
+    """As `finished_run`, of a narrow network."""
     from robustfeat.training.loop.trainer import train
     from tests.training.small import recipe
 

@@ -33,9 +33,9 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture
-def network(narrow: None) -> nn.Module:
+def network() -> nn.Module:
     torch.manual_seed(0)
-    return build_network(7)
+    return build_network(7, width=8)
 
 
 def later_convolutions(network: nn.Module) -> int:

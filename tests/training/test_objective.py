@@ -20,10 +20,8 @@ from robustfeat.training.objective import Objective, StepBatch, create_objective
 from robustfeat.training.recipe import Recipe
 
 CONCEPTS = ConceptMap(("bird", "dog"), np.array([0, 0, 1, 1]), np.array([100, 300, 50, 50]))
-SMALL = Recipe(image_sizes=((0, 32),), validation_size=32, tau=7.0)  # a length of 1 at 32 px
+SMALL = Recipe(width=8, image_sizes=((0, 32),), validation_size=32, tau=7.0)  # a length of 1 at 32 px
 CPU = torch.device("cpu")
-
-pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def make(**options: Any) -> TrainingStep:

@@ -18,7 +18,6 @@ from robustfeat.training.concepts import ConceptMap, load_reference
 from robustfeat.training.network import build_network
 from robustfeat.training.target import estimate_reference
 from tests.conftest import Run, train_arguments
-from tests.training.small import NARROW
 
 
 def test_the_estimate_is_the_mean_softmax_by_concept(model: Path, dataset: Path, examples: Path) -> None:
@@ -91,7 +90,7 @@ def test_a_run_starts_at_the_reference_of_its_target(
     dataset: Path, model: Path, examples: Path, tmp_path: Path, robustfeat: Run
 ) -> None:
     arguments = train_arguments(dataset, tmp_path / "run", epochs=1, **{"lambda": 1e9})
-    result = robustfeat(*arguments, "--target", examples / "hat", "--target-model", model, prepare=NARROW)
+    result = robustfeat(*arguments, "--target", examples / "hat", "--target-model", model)
     assert result.returncode == 0, result.stderr
     estimate = estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"), str(model))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
@@ -99,7 +98,7 @@ def test_a_run_starts_at_the_reference_of_its_target(
     assert "q0 of" in result.stderr
     (tmp_path / "q0.csv").write_text("concept,share\nupper,1\nother,3\n")
     arguments = train_arguments(dataset, tmp_path / "second", epochs=1, **{"lambda": 1e9})
-    assert robustfeat(*arguments, "--reference", tmp_path / "q0.csv", "--quiet", prepare=NARROW).returncode == 0
+    assert robustfeat(*arguments, "--reference", tmp_path / "q0.csv", "--quiet").returncode == 0
     line = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["q"] == pytest.approx([0.75, 0.25], abs=1e-4)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from robustfeat.errors import CheckpointError, InputError, first_line
+from robustfeat.errors import InputError, first_line
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square, resize_and_crop
@@ -22,12 +22,13 @@ from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
 from robustfeat.serving.options import RunOptions
 from robustfeat.training.evaluation.arguments import model_kind, require_model
-from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint
+from robustfeat.training.loop.checkpoint import load_checkpoint, network_of
 from robustfeat.training.loop.device import measuring_device
-from robustfeat.training.network import build_network
+from robustfeat.training.network import feature_network
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.start import state_digest
 
-__all__ = ["FolderSubject", "NetworkSubject", "Subject", "network_of", "open_network", "open_subject"]
+__all__ = ["FolderSubject", "NetworkSubject", "Subject", "open_network", "open_subject"]
 
 
 class Subject(FeatureMaker, Protocol):
@@ -98,7 +99,7 @@ class NetworkSubject:
         try:
             network.eval()
             self.network = network.to(device).to(memory_format=torch.channels_last)
-            weights = state_digest(network)
+            weights = state_digest(network.state_dict())
         except Exception as exc:  # whatever a network of somebody's raises
             raise InputError(f"{name}: cannot be used as a network ({type(exc).__name__}: {first_line(exc)})") from exc
         self.contract, self.name, self.note, self.device = contract, name + note, note, device
@@ -147,32 +148,6 @@ class NetworkSubject:
         return features
 
 
-def state_digest(network: nn.Module) -> str:
-    """sha256 over the names, types, shapes and values of a network's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        values = value.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def network_of(checkpoint: Checkpoint) -> nn.Module:
-    """The trained network with its classifier, in evaluation mode.
-
-    Raises:
-        CheckpointError: the weights are not those of such a network.
-    """
-    try:
-        network = build_network(len(checkpoint.classes))
-        network.load_state_dict(checkpoint.model)
-    except (RuntimeError, TypeError, AttributeError) as exc:
-        raise CheckpointError(
-            f"the checkpoint's weights do not fit its network ({first_line(exc)})", fix="train again or use another"
-        ) from exc
-    return network.eval()
-
-
 def open_subject(
     model: str, *, image_size: int | None = None, crop_pct: float | None = None, device: str = "auto"
 ) -> Subject:
@@ -211,8 +186,7 @@ def open_network(
             network, contract, name = _network_of_folder(folder), folder.config.preprocessing, folder.config.name
         elif kind == "run":
             checkpoint = load_checkpoint(path)
-            network = network_of(checkpoint)
-            network.fc = nn.Identity()
+            network = feature_network(network_of(checkpoint))
             recipe = Recipe.from_dict(checkpoint.recipe)
             contract = recipe.preprocessing(image_size, crop_pct)
             name = (path if path.is_dir() else path.parent).resolve().name

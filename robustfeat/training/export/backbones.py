@@ -11,7 +11,6 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.export.arguments import check_import, weights_error
 from robustfeat.training.export.calibration import folder_images
 from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
+from robustfeat.training.start import read_state
 
 __all__ = ["import_backbone"]
 
@@ -163,15 +163,9 @@ def _crop_pct(crop: int, resize: int) -> float:
 
 def _load_weights(network: nn.Module, file: Path, source: str) -> None:
     try:
-        state: Any
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as exc:  # what the readers raise on damaged files has no common base
-        raise weights_error(file, "damaged, or not a file of tensors alone") from exc
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+        state = read_state(file)
+    except ValueError as exc:
+        raise weights_error(file, str(exc)) from exc
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as exc:

@@ -11,16 +11,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import nn
 
 import robustfeat
 from robustfeat.errors import ExportError, InputError
 from robustfeat.hub.config import Evaluation, ModelConfig
 from robustfeat.training.export.calibration import folder_images, training_images
 from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
-from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint
+from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint, network_of
 from robustfeat.training.loop.journal import read_metrics
-from robustfeat.training.network import build_network
+from robustfeat.training.network import feature_network, feature_size, timm_settings
 from robustfeat.training.recipe import Recipe
 
 __all__ = ["export_run"]
@@ -75,15 +74,17 @@ def export_run(
         contract = recipe.preprocessing(image_size, crop_pct)
     except ValueError as exc:
         raise InputError(f"{run}: {exc}") from exc
-    network, feature_size = _feature_network(checkpoint)
-    # A folder is published: what it says of the recipe must not tell of this machine's paths.
-    told = {**checkpoint.recipe, "concepts": Path(recipe.concepts).name}
+    network = network_of(checkpoint)
+    size, about = feature_size(network), timm_settings(network)
+    told = _published(checkpoint.recipe)
     config = ModelConfig(
         name=name or folder.resolve().name,
-        architecture="resnet18",
-        feature_size=feature_size,
+        architecture=about["architecture"],
+        feature_size=size,
         num_classes=len(checkpoint.classes),
         preprocessing=contract,
+        first_conv=about["first_conv"],
+        classifier=about["classifier"],
         concepts=tuple(checkpoint.concepts),
         recipe=told,
         provenance=_provenance(checkpoint, terms, license_id, datasets),
@@ -102,18 +103,16 @@ def export_run(
     images = None
     if int8:
         images = folder_images(calibration) if calibration else training_images(checkpoint.data, recipe)
-    backbone = Backbone(network, checkpoint.model, config, training)
+    backbone = Backbone(feature_network(network), checkpoint.model, config, training)
     return write_model_folder(backbone, out, calibration=images, compact=compact)
 
 
-def _feature_network(checkpoint: Checkpoint) -> tuple[nn.Module, int]:
-    """The network without its classifier, and the size of its features."""
-    network = build_network(len(checkpoint.classes))
-    network.load_state_dict(checkpoint.model)
-    classifier = network.get_submodule("fc")
-    assert isinstance(classifier, nn.Linear)
-    network.fc = nn.Identity()
-    return network, classifier.in_features
+def _published(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe for a folder that others read: it must not tell of this machine's paths."""
+    return {
+        key: Path(value).name if key in {"concepts", "init"} and isinstance(value, str) else value
+        for key, value in recipe.items()
+    }
 
 
 def _provenance(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robustfeat.errors import InputError
+from robustfeat.errors import InputError, ModelFolderError
+from robustfeat.hub.catalog import resolve_model
 from robustfeat.training.concepts import load_concepts
 from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.opening import are_class_folders, require_place
@@ -43,7 +44,16 @@ def check_arguments(
     require_method(recipe.method)
     if recipe.concepts != "classes":
         load_concepts(recipe.concepts)
+    if recipe.init and not resume and not Path(recipe.init).exists():
+        _require_model(recipe.init)
     _check_places(data, out, resume=resume, stream=stream)
+
+
+def _require_model(init: str) -> None:
+    try:
+        resolve_model(init)
+    except ModelFolderError as exc:
+        raise InputError(exc.what, argument="init", value=init, fix=exc.fix) from exc
 
 
 def _check_numbers(recipe: Recipe, ranks: Ranks, checkpoint_every_s: float) -> None:

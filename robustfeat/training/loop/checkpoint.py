@@ -8,14 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from robustfeat.errors import CheckpointError
+from robustfeat.errors import CheckpointError, first_line
 from robustfeat.files import new_file
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.loop.run_folder import CHECKPOINT_NAME, checkpoint_file
+from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
 
-__all__ = ["Checkpoint", "Position", "changed_key", "load_checkpoint", "require_same_run", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Position",
+    "changed_key",
+    "load_checkpoint",
+    "network_of",
+    "require_same_run",
+    "save_checkpoint",
+]
 
 _FORMAT_VERSION = 1
 
@@ -54,6 +64,7 @@ class Checkpoint:
         concept_of_class: C numbers.
         epoch, step, global_step: see `Position`.
         model, optimizer, objective, scaler: their state dicts (the scaler's is empty but for fp16).
+        heads: the state dict of the objective's own modules; most objectives have none.
         bad_images: for `training` and `validation`, those that could not be decoded so far.
     """
 
@@ -69,6 +80,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     objective: dict[str, Any]
     scaler: dict[str, Any] = field(default_factory=dict)
+    heads: dict[str, Any] = field(default_factory=dict)
     bad_images: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -111,6 +123,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{file}: format_version {version}; this robustfeat reads {_FORMAT_VERSION}", fix="upgrade robustfeat"
         )
     return Checkpoint(**state)
+
+
+def network_of(checkpoint: Checkpoint) -> nn.Module:
+    """The trained network with its classifier, in evaluation mode.
+
+    Raises:
+        CheckpointError: the weights are not those of such a network.
+    """
+    try:
+        recipe = Recipe.from_dict(checkpoint.recipe)
+        network = build_network(
+            len(checkpoint.classes), recipe.network, width=recipe.width, image_size=recipe.validation_size
+        )
+        network.load_state_dict(checkpoint.model)
+    except (RuntimeError, TypeError, AttributeError) as exc:
+        raise CheckpointError(
+            f"the checkpoint's weights do not fit its network ({first_line(exc)})", fix="train again or use another"
+        ) from exc
+    return network.eval()
 
 
 def changed_key(saved: Checkpoint, recipe: Recipe) -> tuple[str, Any, Any] | None:

@@ -67,7 +67,9 @@ class Saver:
 
 def restore(saved: Checkpoint, run: Run, step: TrainingStep) -> Position:
     """Gives the network, the optimiser and the objective their saved state; returns where the run stands."""
-    step.load_state_dict({name: getattr(saved, name) for name in ("model", "optimizer", "objective", "scaler")})
+    step.load_state_dict(
+        {name: getattr(saved, name) for name in ("model", "heads", "optimizer", "objective", "scaler")}
+    )
     before = saved.data.get("ranks", 1)
     if before != run.ranks.world:
         remark(

@@ -16,7 +16,7 @@ from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.loop.descent import Descent
 from robustfeat.training.loop.distributed import sum_over_ranks
 from robustfeat.training.loop.ranks import Ranks
-from robustfeat.training.network import build_network
+from robustfeat.training.network import Outputs, build_network, feature_size
 from robustfeat.training.objective import Objective, StepBatch, create_objective
 from robustfeat.training.recipe import Recipe
 
@@ -48,7 +48,7 @@ class TrainingStep:
         ranks: this process among those that train together; where there are several, call `distribute`.
 
     Attributes:
-        network: ResNet-18 as it is saved, neither wrapped nor compiled.
+        network: as it is saved, neither wrapped nor compiled.
         objective: with the adversary's state.
     """
 
@@ -61,17 +61,21 @@ class TrainingStep:
             torch.backends.cudnn.benchmark = True
         self.recipe, self.device, self._ranks = recipe, device, ranks
         torch.manual_seed(recipe.seed)
-        self.network = build_network(len(concepts.of_class)).to(memory_format=torch.channels_last).to(device)
+        classes = len(concepts.of_class)
+        network = build_network(classes, recipe.network, width=recipe.width, image_size=recipe.validation_size)
+        self.network = network.to(memory_format=torch.channels_last).to(device)
+        self.objective: Objective = create_objective(recipe, concepts)
+        self._heads = self.objective.create_heads(feature_size(network), classes).to(device)
+        self._outputs = Outputs(self.network, self._heads)
         self._descent = Descent(
-            self.network,
+            self._outputs,
             device,
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             precision=recipe.precision,
         )
-        self.objective: Objective = create_objective(recipe, concepts)
-        self._inner = self._trained = _compiled(self.network) if recipe.compile else self.network
+        self._inner = self._trained = _compiled(self._outputs) if recipe.compile else self._outputs
         self._concept_of_class = torch.from_numpy(concepts.of_class).to(device)
         contract = recipe.preprocessing()
         self._mean = torch.tensor(contract.mean, device=device).view(1, 3, 1, 1)
@@ -87,7 +91,7 @@ class TrainingStep:
         options: dict[str, Any] = {sync: False}
         # Its hooks do not work with autograd.grad: inner passes use the bare network. Buffers: `_share_statistics`.
         trained = nn.parallel.DistributedDataParallel(
-            self.network,
+            self._outputs,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             **options,
@@ -96,7 +100,7 @@ class TrainingStep:
 
     def _share_statistics(self) -> None:
         """Running statistics become the mean over the ranks, so that all evaluate and save one network."""
-        buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
+        buffers = [buffer for buffer in self._outputs.buffers() if buffer.is_floating_point()]
         mean = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / self._ranks.world
         parts = torch.split(mean, [buffer.numel() for buffer in buffers])
         for buffer, part in zip(buffers, parts, strict=True):
@@ -104,7 +108,7 @@ class TrainingStep:
 
     def train(self) -> None:
         """To training mode."""
-        self.network.train()
+        self._outputs.train()
 
     def __call__(
         self, pixels: Tensor, labels: Tensor, epoch: float, number: int, *, replay: int = 0, total: int | None = None
@@ -130,20 +134,24 @@ class TrainingStep:
         )
         with self.autocast():
             x = self.objective.training_images(self._inner, batch)
-            logits = self._trained(x.contiguous(memory_format=torch.channels_last)).float()
-        losses = functional.cross_entropy(logits, labels, reduction="none")
+            output = self._trained(x.contiguous(memory_format=torch.channels_last))
+        losses = self.objective.losses(output, batch)
+        self._require_shape("losses", losses, (len(labels),), "(m,), one per image")
         objective = self.objective.training_loss(losses, batch)
-        if objective.ndim:
-            raise InputError(
-                f"training_loss must return a scalar, as batch.mean makes it; got shape {tuple(objective.shape)}",
-                argument="method",
-                value=self.recipe.method,
-            )
+        self._require_shape("training_loss", objective, (), "a scalar, as batch.mean makes it")
         self._descent.update(objective, self.recipe.learning_rate(epoch))
         if self._ranks.world > 1:
             self._share_statistics()
-        correct = (logits.detach().argmax(1) == labels).sum()
+        correct = (output.logits.detach()[: len(labels)].argmax(1) == labels).sum()
         return StepResult(losses.detach(), objective.detach(), correct)
+
+    def _require_shape(self, hook: str, value: Tensor, shape: tuple[int, ...], expected: str) -> None:
+        if tuple(value.shape) != shape:
+            raise InputError(
+                f"{hook} must return {expected}; got shape {tuple(value.shape)}",
+                argument="method",
+                value=self.recipe.method,
+            )
 
     def to_input(self, pixels: Tensor) -> Tensor:
         """(m, 3, S, S) from 0 to 255 to the network's normalised input."""
@@ -184,9 +192,10 @@ class TrainingStep:
             self._share_statistics()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: model, optimizer, objective, scaler."""
+        """What a checkpoint keeps: model, heads, optimizer, objective, scaler."""
         return {
             "model": self.network.state_dict(),
+            "heads": self._heads.state_dict(),
             "objective": self.objective.state_dict(),
             **self._descent.state_dict(),
         }
@@ -194,6 +203,7 @@ class TrainingStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from a checkpoint."""
         self.network.load_state_dict(state["model"])
+        self._heads.load_state_dict(state["heads"])
         self._descent.load_state_dict(state)
         self.objective.load_state_dict(state["objective"])
 

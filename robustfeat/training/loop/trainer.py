@@ -33,6 +33,7 @@ from robustfeat.training.loop.saving import Saver, restore
 from robustfeat.training.loop.signals import stop_on_signal
 from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.recipe import RECIPE_NAME, Recipe
+from robustfeat.training.start import load_start, resolve_start
 from robustfeat.training.target import estimate_reference
 
 __all__ = ["TrainingResult", "train"]
@@ -108,6 +109,9 @@ def train(
                 stream=stream,
                 checkpoint_every_s=checkpoint_every_s,
             )
+        with together():
+            if not (resume and recipe.init_sha256):  # a run that resumes needs its start no more
+                recipe = resolve_start(recipe)
         if target is not None:
             recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
         try:
@@ -118,6 +122,8 @@ def train(
                 step = TrainingStep(recipe, run.concepts, chosen, ranks)
                 require_cache_room(run)
                 saved = _find_checkpoint(run) if resume else None
+                if saved is None and recipe.init:
+                    _start(step, recipe, quiet)
                 make_folder(run)
                 introduce(run, data)
             with together():
@@ -140,6 +146,12 @@ def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, q
             remark(f"q0 of {target}: {told}", quiet=quiet)
     first: dict[str, float] = gather_objects(shares)[0]
     return first
+
+
+def _start(step: TrainingStep, recipe: Recipe, quiet: bool) -> None:
+    """Gives the network its first weights."""
+    new = load_start(step.network, recipe)
+    remark(f"starts from {recipe.init}" + (f"; {', '.join(new)} are new" if new else ""), quiet=quiet)
 
 
 def _find_checkpoint(run: Run) -> Checkpoint:

@@ -19,9 +19,9 @@ from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.probes import held_out_score, svm
 from robustfeat.training.evaluation.report import second_opinions
 from robustfeat.training.evaluation.robustness import accuracy_by_step, class_hits
-from robustfeat.training.evaluation.subject import NetworkSubject, network_of, open_network
+from robustfeat.training.evaluation.subject import NetworkSubject, open_network
 from robustfeat.training.evaluation.tasks import Task, TaskFeatures, draw_images, embed_images, embed_task
-from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint
+from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint, network_of
 from robustfeat.training.paper.cells import Cells, pack
 from robustfeat.training.paper.locks import BusyError
 from robustfeat.training.paper.scale import CONTROLS, CORRUPTED, METHODS, TABLES, WITH_LAMBDA, WITH_TAU

@@ -139,7 +139,7 @@ def _tiny() -> Scale:
 
 def _quick() -> Scale:
     recipe = load_recipe("tiny-imagenet").replace(
-        method="erm", epochs=1, warmup_epochs=0.0, batch_size=16, image_sizes=((0, 24),), validation_size=24,
+        method="erm", width=8, epochs=1, warmup_epochs=0.0, batch_size=16, image_sizes=((0, 24),), validation_size=24,
         q_warmup_steps=5, cache_px=0, precision="fp32", lr=0.05,
     )  # fmt: skip
     return Scale(

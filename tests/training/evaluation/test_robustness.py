@@ -19,7 +19,6 @@ from robustfeat.training.evaluation.robustness import accuracy_by_step, class_hi
 from robustfeat.training.evaluation.subject import open_network
 from robustfeat.training.evaluation.tasks import Task
 from robustfeat.training.network import build_network
-from tests.training.small import NarrowResNet
 
 CPU = torch.device("cpu")
 
@@ -32,9 +31,7 @@ def images(dataset: Path) -> ImageSet:
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("robustfeat.training.network.resnet18", NarrowResNet)
-        return build_network(10).eval()
+    return build_network(10, width=8).eval()
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from tests.command_server import CommandServer
 from tests.conftest import ROOT, train_arguments
 from tests.training.loop.test_trainer import assert_same_parameters, wait_for_step
 from tests.training.recording import FOLDER, read, read_lines
-from tests.training.small import NARROW
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
@@ -43,7 +42,7 @@ def run_ranks(commands: CommandServer, arguments: list[str], folder: Path, ranks
         FOLDER: str(folder),
     }
     processes = [
-        commands.start(arguments, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, prepare=NARROW)
+        commands.start(arguments, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]
     try:

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional
-from torchvision.models import resnet18
 
 from robustfeat.errors import CheckpointError, DataError, InputError, TrainingError
 from robustfeat.training.data.batches import EpochPlan, TrainingBatches
@@ -31,9 +30,7 @@ from robustfeat.training.objective import Objective, StepBatch
 from robustfeat.training.recipe import load_recipe
 from tests.command_server import ForkedCommand
 from tests.conftest import ROOT, Run, Start, train_arguments
-from tests.training.small import NARROW, recipe
-
-pytestmark = pytest.mark.usefixtures("narrow")
+from tests.training.small import recipe
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -61,10 +58,9 @@ def test_metrics_hold_loss_accuracy_q_and_the_weights_range(finished_run: Path) 
     assert lines[3]["step"] == 10
 
 
-def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_erm_is_plain_sgd_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
     """The trainer against a loop written out here, with the real network."""
-    monkeypatch.setattr("robustfeat.training.network.resnet18", resnet18)
-    settings = recipe(dataset, method="erm", weight_decay=1e-3, batch_size=15)
+    settings = recipe(dataset, method="erm", width=64, weight_decay=1e-3, batch_size=15)
     train(dataset, settings, tmp_path / "run", workers=0, threads=1, quiet=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -220,13 +216,13 @@ def test_a_run_killed_before_its_first_epoch_ended_resumes(
     dataset: Path, tmp_path: Path, robustfeat: Run, start: Start
 ) -> None:
     arguments = [*train_arguments(dataset, tmp_path / "run", epochs=1), "--quiet"]
-    process = start(arguments, prepare=NARROW)
+    process = start(arguments)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert robustfeat(*arguments, "--resume", prepare=NARROW).returncode == 0
+    assert robustfeat(*arguments, "--resume").returncode == 0
     assert load_checkpoint(tmp_path / "run").global_step == 5
 
 
@@ -237,7 +233,7 @@ def test_a_signal_saves_a_checkpoint_first(
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     options = {"epochs": 8, "workers": 1}
     each_step = {"robustfeat.training.loop.epochs._LOG_EVERY_STEPS": 1}
-    process = start([*train_arguments(dataset, broken, **options), "--quiet"], constants=each_step, prepare=NARROW)
+    process = start([*train_arguments(dataset, broken, **options), "--quiet"], constants=each_step)
     wait_for_step(process, broken, 6)  # within an epoch
     os.killpg(process.pid, number)  # as a terminal or a job scheduler does: the workers get it, too
     _, stderr = process.communicate(timeout=60)
@@ -249,8 +245,8 @@ def test_a_signal_saves_a_checkpoint_first(
     assert saved == metrics(broken)[-1]["step"]
     if number == signal.SIGINT:  # what follows is the same
         return
-    assert robustfeat(*train_arguments(dataset, broken, **options), "--resume", prepare=NARROW).returncode == 0
-    assert robustfeat(*train_arguments(dataset, unbroken, **options), prepare=NARROW).returncode == 0
+    assert robustfeat(*train_arguments(dataset, broken, **options), "--resume").returncode == 0
+    assert robustfeat(*train_arguments(dataset, unbroken, **options)).returncode == 0
     assert_same_parameters(unbroken, broken)
 
 

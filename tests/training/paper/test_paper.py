@@ -12,7 +12,6 @@ from threading import Event
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.models import resnet18
 
 from robustfeat.cli.paper_command import command as paper_command
 from robustfeat.errors import CheckpointError, DataError, DecodeError, DivergedError, InputError, TrainingError
@@ -30,9 +29,6 @@ from robustfeat.training.paper.subsets import draw_by_concept, same_origin, writ
 from robustfeat.training.recipe import Recipe
 from tests.command_server import CommandServer, ForkedCommand
 from tests.conftest import Run
-from tests.training.small import NARROW
-
-pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def crops(files: list[Path], rng: np.random.Generator, folder: Path, count: int) -> None:
@@ -97,7 +93,7 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     patience = {"robustfeat.training.paper.measures._PATIENCE": 0.5}
 
     def begin() -> ForkedCommand:
-        return commands.start(list(map(str, command)), constants=patience, prepare=NARROW)
+        return commands.start(list(map(str, command)), constants=patience)
 
     def end(process: ForkedCommand) -> tuple[str, str]:
         stdout, stderr = process.communicate()
@@ -213,10 +209,7 @@ def test_an_image_of_the_benchmark_that_cannot_be_read_is_named_at_once(benchmar
     assert study.target_title("sop") == "two words (for SOP)"
 
 
-def test_a_cell_is_of_its_target(
-    benchmark: Path, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("robustfeat.training.network.resnet18", resnet18)  # here the real one
+def test_a_cell_is_of_its_target(benchmark: Path, target: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(target, other)
     shutil.rmtree(other / "train" / "hat")

@@ -1,0 +1,140 @@
+"""Training from given weights: runs, model folders and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from robustfeat import FeatureExtractor
+from robustfeat.errors import InputError
+from robustfeat.serving.verify import check_golden
+from robustfeat.training.export.backbones import import_backbone
+from robustfeat.training.export.runs import export_run
+from robustfeat.training.loop.checkpoint import load_checkpoint
+from robustfeat.training.loop.trainer import train
+from robustfeat.training.network import build_network
+from robustfeat.training.recipe import Recipe
+from robustfeat.training.start import resolve_start
+
+
+def recipe(dataset: Path, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "method": "hrrl", "concepts": str(dataset / "concepts.csv"), "epochs": 1, "batch_size": 10, "lr": 1e-12,
+        "image_sizes": ((0, 32),), "validation_size": 32, **changes,
+    }  # fmt: skip
+    return Recipe(**values)
+
+
+def run(dataset: Path, out: Path, made: Recipe, **options: Any) -> dict[str, torch.Tensor]:
+    train(dataset, made, out, workers=0, threads=1, quiet=True, device="cpu", **options)
+    state: dict[str, torch.Tensor] = load_checkpoint(out).model
+    return state
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of a small ConvNeXt with three classes."""
+    torch.manual_seed(1)
+    file = tmp_path_factory.mktemp("weights") / "convnext.safetensors"
+    save_file(timm.create_model("test_convnext", num_classes=3).state_dict(), file)
+    return file
+
+
+def test_an_imported_network_is_trained_resumed_exported_and_embeds(
+    dataset: Path, tmp_path: Path, example_files: list[Path]
+) -> None:
+    folder, file = tmp_path / "imported", tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_convnext").state_dict(), file)
+    import_backbone("timm:test_convnext", folder, weights=file, image_size=32, int8=False)
+    made = recipe(dataset, init=str(folder), epochs=2, lr=0.001)
+    whole = run(dataset, tmp_path / "whole", made)
+    # The same run in two parts: a checkpoint after its first epoch is what a signal leaves.
+    run(dataset, tmp_path / "parts", made.replace(epochs=1))
+    half = load_checkpoint(tmp_path / "parts")
+    object.__setattr__(half, "recipe", load_checkpoint(tmp_path / "whole").recipe)
+    from robustfeat.training.loop.checkpoint import save_checkpoint
+
+    save_checkpoint(half, tmp_path / "parts")
+    parts = run(dataset, tmp_path / "parts", Recipe.from_dict(half.recipe), resume=True)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    saved = Recipe.from_dict(load_checkpoint(tmp_path / "whole").recipe)
+    assert (saved.network, saved.interpolation) == ("timm:test_convnext", "bicubic")
+    assert saved.init_sha256
+    report = export_run(tmp_path / "whole", tmp_path / "model", int8=False)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["architecture"] == "test_convnext"
+    training = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert training["recipe"]["init"] == "imported"  # and not where it lay
+    extractor = FeatureExtractor.from_pretrained(report.folder.path)
+    assert check_golden(extractor).cosine > 0.9999  # type: ignore[operator]
+    assert extractor.embed(example_files[:2]).shape == (2, 64)
+
+
+def test_the_first_weights_are_those_of_the_start(dataset: Path, weights: Path, tmp_path: Path) -> None:
+    state = run(dataset, tmp_path / "run", recipe(dataset, init=str(weights), network="timm:test_convnext"))
+    given = load_file(weights)
+    for name, value in state.items():
+        if name.startswith("head.fc."):
+            assert value.shape[0] == 10  # of this data's classes
+        else:
+            torch.testing.assert_close(value, given[name], rtol=0, atol=1e-6)
+
+
+def test_a_run_is_a_start_with_its_classifier(dataset: Path, tmp_path: Path) -> None:
+    run(dataset, tmp_path / "first", recipe(dataset, width=8, method="erm", lr=0.01))
+    before = load_checkpoint(tmp_path / "first")
+    made = recipe(dataset, init=str(tmp_path / "first"), method="erm", weight_decay=0)
+    state = run(dataset, tmp_path / "next", made)
+    for name, value in state.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(value, before.model[name], rtol=0, atol=1e-6)
+    assert load_checkpoint(tmp_path / "next").recipe["width"] == before.recipe["width"]
+
+
+def test_the_builtin_model_is_a_start(tmp_path: Path) -> None:
+    made = resolve_start(Recipe(init="builtin"))
+    assert (made.network, made.width) == ("resnet18", 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"init": "{weights}"}, "does not say which network it belongs to; pass `network=timm:NAME`"),
+        ({"init": "{weights}", "network": "timm:convnext_atto"}, "tensors do not fit, such as"),
+        ({"init": "{weights}", "network": "resnet18"}, "tensors do not fit, such as conv1.weight"),
+        ({"init": "builtin", "network": "timm:test_convnext"}, "is resnet18, not timm:test_convnext"),
+        ({"init": "builtin", "init_sha256": "0" * 64}, "the recipe says 000000000000"),
+        ({"init": "nowhere/at/all"}, "init=nowhere/at/all: "),
+        ({"init": "{dataset}"}, "init=.*: "),
+        ({"init": "{junk}"}, "cannot be read .damaged, or not a file of tensors"),
+        ({"init": "{numbers}"}, "cannot be read .holds no tensors by name"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_one_line(
+    dataset: Path, weights: Path, tmp_path: Path, changes: dict[str, str], reason: str
+) -> None:
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pth")
+    places = {
+        "weights": weights,
+        "dataset": dataset,
+        "junk": tmp_path / "junk.pth",
+        "numbers": tmp_path / "numbers.pth",
+    }
+    made = recipe(dataset, **{key: value.format(**places) for key, value in changes.items()})
+    with pytest.raises(InputError, match=reason) as caught:
+        run(dataset, tmp_path / "run", made)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_network_without_a_start_is_trained(dataset: Path, tmp_path: Path) -> None:
+    made = recipe(dataset, network="timm:test_resnet", lr=0.01)
+    state = run(dataset, tmp_path / "run", made)
+    assert set(state) == set(build_network(10, "timm:test_resnet", image_size=32).state_dict())
