@@ -13,22 +13,26 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import runpy
 import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+import traceback
+import types
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 __all__ = ["CommandServer", "ForkedCommand"]
 
-# Not the Hub's client, which reads the environment at import, nor ONNX Runtime, whose thread for telemetry a fork would
-# wait for at its end.
+# Heavy libraries. Robustfeat's own modules come after them.
 PRELOADED = (
     "sklearn.svm",
     "torch",
@@ -43,7 +47,21 @@ PRELOADED = (
     "orjson",
     "matplotlib.pyplot",
     "torch.utils.tensorboard",
+    "huggingface_hub.file_download",
+    "huggingface_hub.hf_api",
+    "onnxruntime",
+    "openvino",
 )
+# The HTTP server's metrics read the environment at import, and what `constants` changes comes before the
+# modules that use it.
+_LEFT_OUT = (
+    "robustfeat.__main__",
+    "robustfeat.serving.http",
+    "robustfeat.serving.torchserve",
+    "robustfeat.training",
+)
+# The Hub's client reads the environment at import: a command imports it anew, and finds what it imports in memory.
+FORGOTTEN = "huggingface_hub"
 # Read when an interpreter or a library starts.
 _EARLY = ("PYTHON", "LD_", "OMP_", "OPENBLAS_", "MKL_", "KMP_", "GOTO_", "MALLOC_", "GLIBC_", "CUDA_", "MPL", "ORT_")
 
@@ -115,22 +133,27 @@ class CommandServer:
 
     def run(
         self,
-        arguments: list[str],
+        arguments: Sequence[str],
         env: Mapping[str, str] | None = None,
         file_bytes: int | None = None,
+        *,
+        code: str | None = None,
+        cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Like `subprocess.run(..., capture_output=True, text=True)`."""
-        command = self.start(arguments, env, file_bytes)
-        return subprocess.CompletedProcess(arguments, command.wait(), *command.texts())
+        """Like `subprocess.run(..., capture_output=True, text=True)`; the arguments are those of `start`."""
+        command = self.start(arguments, env, file_bytes, code=code, cwd=cwd)
+        return subprocess.CompletedProcess(list(arguments), command.wait(), *command.texts())
 
     def start(
         self,
-        arguments: list[str],
+        arguments: Sequence[str],
         env: Mapping[str, str] | None = None,
         file_bytes: int | None = None,
         *,
         stderr: int | None = None,
         constants: Mapping[str, object] | None = None,
+        code: str | None = None,
+        cwd: Path | None = None,
     ) -> ForkedCommand:
         """Like `subprocess.Popen(..., start_new_session=True)`.
 
@@ -139,12 +162,16 @@ class CommandServer:
             file_bytes: the most that it can write to a file.
             stderr: a descriptor to write errors to, in place of a file that `texts` reads.
             constants: values of constants of modules by their full names, in this command and its forks.
+            code: runs this, as `python -c` does, in place of the command line.
+            cwd: the working directory, by default the root.
         """
         request = {
-            "arguments": arguments,
+            "arguments": list(arguments),
             "env": dict(os.environ if env is None else env),
             "file_bytes": file_bytes,
             "constants": dict(constants or {}),
+            "code": code,
+            "cwd": str(cwd or self._root),
         }
         data = json.dumps(request).encode()
         kept = [tempfile.TemporaryFile() for _ in range(2 if stderr is None else 1)]  # noqa: SIM115
@@ -180,46 +207,87 @@ class CommandServer:
         return address
 
 
-def _serve(listener: socket.socket) -> None:
-    """Returns in each process that is to run a command, never in the server."""
+def _preload() -> None:
+    """Imports what commands need, and leaves no trace of it that a new process would not have."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # its thread would not be in a fork, which would wait for it
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as robustfeat imports openvino
+    for name in PRELOADED:
+        importlib.import_module(name)
+    import robustfeat
+
+    for module in pkgutil.walk_packages(robustfeat.__path__, "robustfeat."):
+        if not module.name.startswith(_LEFT_OUT):
+            importlib.import_module(module.name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == FORGOTTEN]:
+        del sys.modules[name]
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # PyTorch takes thousands of operators down
+    gc.freeze()  # a collection would copy every page that a fork shares
+
+
+def _serve(listener: socket.socket) -> dict[str, Any]:
+    """Returns the request in each process that is to run a command, never in the server."""
     listener.settimeout(None)
-    watched: list[socket.socket | int] = [listener, 0]
+    ended, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    running: dict[int, socket.socket] = {}
+    watched: list[socket.socket | int] = [listener, ended, 0]
     while True:
         ready, _, _ = select.select(watched, [], [])
         if 0 in ready:  # the tests are over
             os._exit(0)
+        if ended in ready:
+            os.read(ended, 1 << 10)
+            _report(running)
+        if listener not in ready:
+            continue
         connection, _ = listener.accept()
-        if os.fork():
-            connection.close()
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-        else:
-            listener.close()
-            _attend(connection)
+        request, files = _receive(connection)
+        pid = os.fork()
+        if not pid:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for other in (listener, connection, *running.values()):
+                other.close()
+            os.close(ended)
+            os.close(wake)
+            _become(request, files)
+            return request
+        for file in files:
+            os.close(file)
+        running[pid] = connection
+        connection.sendall(f"{pid}\n".encode())
+
+
+def _report(running: dict[int, socket.socket]) -> None:
+    """Tells the exit codes of the commands that have ended."""
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
             return
+        with running.pop(pid) as connection, contextlib.suppress(BrokenPipeError):  # nobody waits for it
+            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _attend(connection: socket.socket) -> None:
-    """Forks the command and reports its exit code; returns in the command."""
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     head, files, _, _ = socket.recv_fds(connection, 4, 3)
     data = b""
     while len(data) < int.from_bytes(head, "big"):
         data += connection.recv(1 << 20)
-    request = json.loads(data)
-    pid = os.fork()
-    if pid:
-        connection.sendall(f"{pid}\n".encode())
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        connection.sendall(f"{code}\n".encode())
-        os._exit(0)
-    connection.close()
+    return json.loads(data), files
+
+
+def _become(request: dict[str, Any], files: list[int]) -> None:
+    """Gives this process what is the command's own."""
     os.setsid()
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
     # The old one remembers whether it was a file or a pipe.
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
     if request["file_bytes"] is not None:
@@ -228,27 +296,40 @@ def _attend(connection: socket.socket) -> None:
         module, _, constant = name.rpartition(".")
         assert hasattr(importlib.import_module(module), constant), name
         setattr(importlib.import_module(module), constant, value)
-    sys.argv[1:] = request["arguments"]
 
 
-def _leave(end: SystemExit) -> None:
+def _execute(request: dict[str, Any]) -> None:
+    """Runs the command in the place of the main module."""
+    if request["code"] is None:
+        sys.argv[1:] = request["arguments"]
+        runpy.run_module("robustfeat", run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = ["-c", *request["arguments"]]
+        sys.path[0] = ""
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(request["code"], "<string>", "exec"), main.__dict__)
+
+
+def _leave(code: int) -> None:
     """Does what an interpreter does at its end, but takes no libraries down, which needs half a second."""
-    if isinstance(end.code, int):
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code)
-    raise end
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
     sys.path[0] = str(Path.cwd())  # as `python -m` does
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.freeze()  # a collection would copy every page that a fork shares
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _preload()
+    wanted = _serve(socket.socket(fileno=int(sys.argv[1])))
     try:
-        runpy.run_module("robustfeat", run_name="__main__", alter_sys=True)
+        _execute(wanted)
     except SystemExit as exc:
-        _leave(exc)
+        if not isinstance(exc.code, int):
+            raise
+        _leave(exc.code)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    _leave(0)

@@ -140,6 +140,20 @@ def robustfeat(commands: CommandServer) -> Run:
 
 
 @pytest.fixture(scope="session")
+def python(commands: CommandServer) -> Run:
+    """Runs `python -c CODE ARGUMENTS` as `robustfeat` runs the command line."""
+
+    def run(code: str, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Completed:
+        texts = list(map(str, arguments))
+        if commands.serves(env):
+            return commands.run(texts, env, code=code, cwd=cwd)
+        command = [sys.executable, "-c", code, *texts]
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, env=env)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def start(commands: CommandServer) -> Start:
     """Starts the command line as `robustfeat` runs it, in a session of its own."""
     return commands.start
@@ -208,6 +222,41 @@ def one_file(share: Share) -> Path:
     from robustfeat.training.export.compact import expand_folder
 
     return share("one-file", lambda out: expand_folder(builtin_model(), out))
+
+
+SMALL_MODEL = """
+import sys, timm, torch
+from robustfeat.training.export.backbones import import_backbone
+out, weights = sys.argv[1:]
+torch.manual_seed(0)
+torch.save(timm.create_model("test_resnet").state_dict(), weights)
+import_backbone("timm:test_resnet", out, weights=weights, image_size=32)
+"""
+
+
+@pytest.fixture(scope="session")
+def small_model(share: Share, python: Run) -> Path:
+    """A network of 0.5 million random weights: its files and engines cost little."""
+
+    def build(out: Path) -> None:
+        result = python(SMALL_MODEL, out, out.with_suffix(".pt"))
+        assert result.returncode == 0, result.stderr
+
+    return share("small", build)
+
+
+@pytest.fixture(scope="session")
+def small_fp32(share: Share, small_model: Path) -> Path:
+    """The same network under another name, without int8."""
+    from robustfeat.hub.folder import ONNX, ModelFolder, seal_folder
+
+    def build(out: Path) -> None:
+        shutil.copytree(small_model, out)
+        config = ModelFolder(out).config
+        (out / ONNX["int8"]).unlink()
+        seal_folder(out, config.replace(name="small-fp32-v1"), (out / "README.md").read_text("utf-8"))
+
+    return share("small-fp32", build)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

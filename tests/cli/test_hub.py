@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from robustfeat import FeatureExtractor
-from tests.conftest import ROOT, Run, build_once, files_of, hub_environment
+from tests.conftest import Run, Start, build_once, files_of, hub_environment
 from tests.hub_server import FakeHub, Fault, card_problems
 
 Call = Callable[..., "subprocess.CompletedProcess[str]"]
+Load = Callable[..., np.ndarray]
 
 LOAD = """
 import sys
@@ -40,12 +41,12 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture(scope="session", params=["2.x", "1.x"])
-def client(request: pytest.FixtureRequest) -> str:
-    """What PYTHONPATH needs for the newest huggingface_hub of each major version."""
+def client(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The environment for the newest huggingface_hub of each major version."""
     import huggingface_hub
 
     if huggingface_hub.__version__[0] == request.param[0]:
-        return ""
+        return {}
     # The folder is kept from run to run.
     wanted = f"huggingface_hub>={request.param[0]},<{int(request.param[0]) + 1}"
 
@@ -53,11 +54,19 @@ def client(request: pytest.FixtureRequest) -> str:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target), wanted]
         subprocess.run(command, check=True)
 
-    return str(build_once(Path.home() / ".cache" / "robustfeat-tests", f"huggingface_hub-{request.param}", install))
+    root = Path.home() / ".cache" / "robustfeat-tests"
+    return {"PYTHONPATH": str(build_once(root, f"huggingface_hub-{request.param}", install))}
 
 
 @pytest.fixture
-def published(hub: FakeHub, one_file: Path) -> FakeHub:
+def published(hub: FakeHub, small_model: Path) -> FakeHub:
+    """A Hub with a small model as org/name."""
+    hub.add("org/name", files_of(small_model))
+    return hub
+
+
+@pytest.fixture
+def published_builtin(hub: FakeHub, one_file: Path) -> FakeHub:
     """A Hub with the built-in model as org/name."""
     hub.add("org/name", files_of(one_file))
     return hub
@@ -73,17 +82,20 @@ def call(robustfeat: Run, hub: FakeHub, tmp_path: Path) -> Call:
     return run
 
 
-def load(hub: FakeHub, home: Path, files: list[Path], arguments: str = '"org/name"', **environment: str) -> np.ndarray:
-    """Features by `from_pretrained` in a new process."""
-    out = home.parent / "loaded.npy"
-    out.unlink(missing_ok=True)
-    command = [sys.executable, "-c", LOAD.format(arguments=arguments), str(out), *map(str, files)]
-    result = subprocess.run(
-        command, env=hub_environment(hub, home, **environment), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    features: np.ndarray = np.load(out)
-    return features
+@pytest.fixture
+def load(python: Run, hub: FakeHub) -> Load:
+    """Gives features by `from_pretrained` in a new process."""
+
+    def load(home: Path, files: list[Path], arguments: str = '"org/name"', **environment: str) -> np.ndarray:
+        out = home.parent / "loaded.npy"
+        out.unlink(missing_ok=True)
+        code = LOAD.format(arguments=arguments)
+        result = python(code, out, *files, env=hub_environment(hub, home, **environment))
+        assert result.returncode == 0, result.stderr
+        features: np.ndarray = np.load(out)
+        return features
+
+    return load
 
 
 def edit_config(hub: FakeHub, change: Callable[[dict[str, Any]], None]) -> None:
@@ -96,15 +108,19 @@ def edit_config(hub: FakeHub, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def test_a_trained_model_travels_bit_for_bit(
-    hub: FakeHub, model: Path, call: Call, client: str, example_files: list[Path], tmp_path: Path
+    hub: FakeHub,
+    load: Load,
+    python: Run,
+    model: Path,
+    call: Call,
+    client: dict[str, str],
+    example_files: list[Path],
+    tmp_path: Path,
 ) -> None:
-    version = [sys.executable, "-c", "import huggingface_hub; print(huggingface_hub.__version__)"]
-    environment = {"PYTHONPATH": client}
-    found = subprocess.run(
-        version, env=hub_environment(hub, tmp_path, **environment), capture_output=True, text=True, check=True
-    )
+    version = "import huggingface_hub; print(huggingface_hub.__version__)"
+    found = python(version, env=hub_environment(hub, tmp_path, **client))
     assert (found.stdout[0] == "1") == bool(client)
-    result = call("push", model, "org/name", **environment)
+    result = call("push", model, "org/name", **client)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"{hub.url}/org/name", 'FeatureExtractor.from_pretrained("org/name")']
     local = files_of(model)
@@ -113,12 +129,12 @@ def test_a_trained_model_travels_bit_for_bit(
         assert hub.read("org/name", name) == local[name]
     expected = FeatureExtractor.from_pretrained(model).embed(example_files)
     hub.requests.clear()
-    features = load(hub, tmp_path / "other", example_files, **environment)
+    features = load(tmp_path / "other", example_files, **client)
     assert features.tobytes() == expected.tobytes()
     assert not any("model.safetensors" in request for request in hub.requests), "only ONNX is needed"
     # Once more, without a network.
     hub.url = "http://127.0.0.1:1"
-    assert load(hub, tmp_path / "other", example_files, **environment).tobytes() == expected.tobytes()
+    assert load(tmp_path / "other", example_files, **client).tobytes() == expected.tobytes()
 
 
 def changing(hub: FakeHub) -> list[str]:
@@ -127,19 +143,19 @@ def changing(hub: FakeHub) -> list[str]:
     return [request for request in hub.requests if not request.startswith(reading)]
 
 
-def test_a_second_push_sends_nothing(hub: FakeHub, call: Call, one_file: Path) -> None:
-    first = call("push", one_file, "org/name")
+def test_a_second_push_sends_nothing(hub: FakeHub, call: Call, small_model: Path) -> None:
+    first = call("push", small_model, "org/name")
     assert first.returncode == 0, first.stderr
     assert changing(hub)
     hub.requests.clear()
-    second = call("push", one_file, "org/name")
+    second = call("push", small_model, "org/name")
     assert second.returncode == 0, second.stderr
     assert "nothing was sent" in second.stderr
     assert changing(hub) == []
 
 
 def test_the_builtin_model_is_pushed_with_one_onnx_file(
-    hub: FakeHub, call: Call, example_files: list[Path], tmp_path: Path
+    hub: FakeHub, load: Load, call: Call, example_files: list[Path], tmp_path: Path
 ) -> None:
     result = call("push", "builtin", "org/tiny", "--quiet")
     assert result.returncode == 0, result.stderr
@@ -147,7 +163,7 @@ def test_the_builtin_model_is_pushed_with_one_onnx_file(
     files = hub.files("org/tiny")
     assert "onnx/model.onnx" in files
     assert "model.onnx" not in files
-    features = load(hub, tmp_path / "home", example_files, '"org/tiny"')
+    features = load(tmp_path / "home", example_files, '"org/tiny"')
     assert features.tobytes() == FeatureExtractor.from_pretrained().embed(example_files).tobytes()
     card = hub.read("org/tiny", "README.md").decode()
     assert card_problems(card) == []
@@ -155,30 +171,30 @@ def test_the_builtin_model_is_pushed_with_one_onnx_file(
     assert "ORG/NAME" not in card
 
 
-def test_a_dry_run_says_what_would_be_sent(hub: FakeHub, call: Call, one_file: Path) -> None:
-    result = call("push", one_file, "org/name", "--dry-run")
+def test_a_dry_run_says_what_would_be_sent(hub: FakeHub, call: Call, small_model: Path) -> None:
+    result = call("push", small_model, "org/name", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "add     onnx/model.onnx (" in result.stdout
-    assert len(result.stdout.splitlines()) == len(files_of(one_file))
+    assert len(result.stdout.splitlines()) == len(files_of(small_model))
     assert "does not exist" in result.stderr
     assert not hub.repos
     assert changing(hub) == []
 
 
-def test_branch_tag_and_privacy(published: FakeHub, call: Call, model: Path) -> None:
+def test_branch_tag_and_privacy(published: FakeHub, call: Call, small_fp32: Path) -> None:
     repo = published.model("org/name")
     before = repo.branches["main"]
-    result = call("push", model, "org/name", "--revision", "next", "--tag", "v2")
+    result = call("push", small_fp32, "org/name", "--revision", "next", "--tag", "v2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[1] == 'FeatureExtractor.from_pretrained("org/name", revision="v2")'
     assert repo.branches["main"] == before
     assert repo.tags["v2"] == repo.branches["next"]
     assert "onnx/model_int8.onnx" not in published.files("org/name", "next"), "what the new model lacks is deleted"
-    assert "names a tag or a branch already" in one_line(call("push", model, "org/name", "--revision", "v2"))
-    assert "names a tag or a branch already" in one_line(call("push", model, "org/name", "--tag", "next"))
-    assert "the tag v2 exists" in one_line(call("push", model, "org/name", "--tag", "v2"))
-    assert "is public" in one_line(call("push", model, "org/name", "--private"))
-    assert call("push", model, "alice/own", "--private", "--revision", "trial").returncode == 0
+    assert "names a tag or a branch already" in one_line(call("push", small_fp32, "org/name", "--revision", "v2"))
+    assert "names a tag or a branch already" in one_line(call("push", small_fp32, "org/name", "--tag", "next"))
+    assert "the tag v2 exists" in one_line(call("push", small_fp32, "org/name", "--tag", "v2"))
+    assert "is public" in one_line(call("push", small_fp32, "org/name", "--private"))
+    assert call("push", small_fp32, "alice/own", "--private", "--revision", "trial").returncode == 0
     assert published.files("alice/own") == [".gitattributes"]
     assert "config.json" in published.files("alice/own", "trial")
     assert published.model("alice/own").private
@@ -186,51 +202,51 @@ def test_branch_tag_and_privacy(published: FakeHub, call: Call, model: Path) -> 
     assert "no such model" in one_line(call("pull", "alice/own", token=None))
 
 
-def test_a_proposal_leaves_the_branch_alone(published: FakeHub, call: Call, model: Path) -> None:
+def test_a_proposal_leaves_the_branch_alone(published: FakeHub, call: Call, small_fp32: Path) -> None:
     repo = published.model("org/name")
     before = repo.branches["main"]
-    result = call("push", model, "org/name", "--create-pr")
+    result = call("push", small_fp32, "org/name", "--create-pr")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[1] == 'FeatureExtractor.from_pretrained("org/name", revision="refs/pr/1")'
     assert repo.branches["main"] == before
     assert call("info", "org/name", "--revision", "refs/pr/1").returncode == 0
-    assert "does not exist" in one_line(call("push", model, "org/none", "--create-pr"))
+    assert "does not exist" in one_line(call("push", small_fp32, "org/none", "--create-pr"))
 
 
-def test_a_damaged_folder_is_not_pushed(hub: FakeHub, call: Call, one_file: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+def test_a_damaged_folder_is_not_pushed(hub: FakeHub, call: Call, small_model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_model, tmp_path / "copy"))
     with open(copy / "model.safetensors", "ab") as handle:
         handle.write(b"\0")
     assert "model.safetensors: altered or truncated" in one_line(call("push", copy, "org/name"))
     assert not hub.requests
 
 
-def test_a_push_that_is_cut_publishes_nothing(hub: FakeHub, call: Call, one_file: Path) -> None:
+def test_a_push_that_is_cut_publishes_nothing(hub: FakeHub, call: Call, small_model: Path) -> None:
     hub.faults = [Fault("/commit/", 500, times=99, method="POST")]
-    assert "fails" in one_line(call("push", one_file, "org/name"))
+    assert "fails" in one_line(call("push", small_model, "org/name"))
     assert hub.files("org/name") == [".gitattributes"]
     hub.faults.clear()
     hub.requests.clear()
-    assert call("push", one_file, "org/name").returncode == 0
+    assert call("push", small_model, "org/name").returncode == 0
     assert not [request for request in hub.requests if request.startswith("PUT")], "the large files were there"
 
 
-def test_what_somebody_else_pushes_meanwhile_is_not_lost(published: FakeHub, call: Call, model: Path) -> None:
+def test_what_somebody_else_pushes_meanwhile_is_not_lost(published: FakeHub, call: Call, small_fp32: Path) -> None:
     repo = published.model("org/name")
     theirs = {"README.md": b"their words"}
     published.after = {"/api/models/org/name/refs": lambda: published.commit(repo, "main", theirs)}
-    assert "was changed meanwhile" in one_line(call("push", model, "org/name"))
+    assert "was changed meanwhile" in one_line(call("push", small_fp32, "org/name"))
     assert published.read("org/name", "README.md") == b"their words"
 
 
 def test_a_card_that_was_edited_on_the_hub_stays(
-    published: FakeHub, call: Call, one_file: Path, tmp_path: Path
+    published: FakeHub, call: Call, small_model: Path, tmp_path: Path
 ) -> None:
     published.commit(published.model("org/name"), "main", {"README.md": b"my own words"})
-    result = call("push", one_file, "org/name")
+    result = call("push", small_model, "org/name")
     assert "nothing was sent" in result.stderr
     assert published.read("org/name", "README.md") == b"my own words"
-    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+    copy = Path(shutil.copytree(small_model, tmp_path / "copy"))
     (copy / "README.md").write_text("words of the folder, for ORG/NAME")
     assert call("push", copy, "org/name").returncode == 0
     assert published.read("org/name", "README.md") == b"words of the folder, for org/name"
@@ -244,9 +260,9 @@ def test_a_card_that_was_edited_on_the_hub_stays(
     ],
 )
 def test_a_card_that_is_refused_leaves_no_repository(
-    hub: FakeHub, call: Call, one_file: Path, tmp_path: Path, card: bytes, message: str
+    hub: FakeHub, call: Call, small_model: Path, tmp_path: Path, card: bytes, message: str
 ) -> None:
-    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+    copy = Path(shutil.copytree(small_model, tmp_path / "copy"))
     (copy / "README.md").write_bytes(card)
     for more in ([], ["--dry-run"]):
         assert message in one_line(call("push", copy, "org/new", *more))
@@ -254,35 +270,35 @@ def test_a_card_that_is_refused_leaves_no_repository(
 
 
 def test_a_licence_is_sent_and_hidden_files_are_not(
-    published: FakeHub, call: Call, one_file: Path, tmp_path: Path
+    published: FakeHub, call: Call, small_model: Path, tmp_path: Path
 ) -> None:
-    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+    copy = Path(shutil.copytree(small_model, tmp_path / "copy"))
     (copy / "LICENSE").write_text("MIT")
     (copy / ".env").write_text("secret")
     (copy / "notes.txt").symlink_to("/etc/hostname")
     assert call("push", copy, "org/name").returncode == 0
-    assert set(published.files("org/name")) == {*files_of(one_file), "LICENSE"}
+    assert set(published.files("org/name")) == {*files_of(small_model), "LICENSE"}
     assert call("verify", "org/name", "--quiet").returncode == 0
 
 
-def test_the_default_of_the_organisation_decides_what_is_private(hub: FakeHub, call: Call, one_file: Path) -> None:
+def test_the_default_of_the_organisation_decides_what_is_private(hub: FakeHub, call: Call, small_model: Path) -> None:
     hub.private_by_default = True
-    assert call("push", one_file, "org/name").returncode == 0
+    assert call("push", small_model, "org/name").returncode == 0
     assert hub.model("org/name").private
 
 
-def test_a_tag_that_fails_is_told_from_a_push_that_fails(hub: FakeHub, call: Call, one_file: Path) -> None:
+def test_a_tag_that_fails_is_told_from_a_push_that_fails(hub: FakeHub, call: Call, small_model: Path) -> None:
     hub.faults = [Fault("/tag/", 500, times=99, method="POST")]
-    line = one_line(call("push", one_file, "org/name", "--tag", "v1"))
+    line = one_line(call("push", small_model, "org/name", "--tag", "v1"))
     assert "the model itself was published, without the tag v1" in line
     assert "config.json" in hub.files("org/name")
 
 
 @pytest.mark.parametrize(("option", "name"), [("--tag", "x y"), ("--revision", "refs/pr/1"), ("--tag", "a" * 40)])
 def test_odd_names_of_branches_and_tags_are_refused_at_once(
-    hub: FakeHub, call: Call, one_file: Path, option: str, name: str
+    hub: FakeHub, call: Call, small_model: Path, option: str, name: str
 ) -> None:
-    assert "cannot be a" in one_line(call("push", one_file, "org/name", option, name))
+    assert "cannot be a" in one_line(call("push", small_model, "org/name", option, name))
     assert not hub.requests
 
 
@@ -318,7 +334,7 @@ def test_odd_names_of_branches_and_tags_are_refused_at_once(
 def test_each_error_is_one_line_with_the_next_step(
     published: FakeHub,
     call: Call,
-    model: Path,
+    small_fp32: Path,
     examples: Path,
     tmp_path: Path,
     arguments: list[str],
@@ -328,7 +344,7 @@ def test_each_error_is_one_line_with_the_next_step(
     published.add("org/gated", {"config.json": b"{}"}, gated=True)
     published.add("org/empty", {"README.md": b"hello"})
     published.add("org/bert", {"config.json": b'{"model_type": "bert"}'})
-    places = {"model": model, "examples": examples, "tmp": tmp_path}
+    places = {"model": small_fp32, "examples": examples, "tmp": tmp_path}
     result = call(*(argument.format(**places) for argument in arguments), token=token)
     assert message in one_line(result)
     assert not (tmp_path / "f.npy").exists()
@@ -338,12 +354,12 @@ def test_each_error_is_one_line_with_the_next_step(
     "loud", [pytest.param({}, marks=pytest.mark.slow), {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}]
 )
 def test_no_token_is_ever_printed(
-    published: FakeHub, call: Call, one_file: Path, tmp_path: Path, loud: dict[str, str]
+    published: FakeHub, call: Call, small_model: Path, tmp_path: Path, loud: dict[str, str]
 ) -> None:
     planted = "hf_PlantedTokenThatNobodyMaySee"
     published.users[planted] = ("alice", ["org"])
     commands: list[list[object]] = [
-        ["push", one_file, "org/new"],
+        ["push", small_model, "org/new"],
         ["pull", "org/name"],
         ["pull", "org/none"],
         ["models", "--remote"],
@@ -368,13 +384,12 @@ def test_no_token_is_ever_printed(
 
 @pytest.mark.parametrize("given", ["hf_planted\\n", " hf_planted ", "hf_plan ted", "hf_planted\\xe9"])
 def test_a_token_that_cannot_be_sent_is_not_printed_and_not_the_networks_fault(
-    published: FakeHub, example_files: list[Path], tmp_path: Path, given: str
+    published: FakeHub, load: Load, python: Run, example_files: list[Path], tmp_path: Path, given: str
 ) -> None:
-    load(published, tmp_path / "home", example_files)  # the cache must not answer instead
+    load(tmp_path / "home", example_files)  # the cache must not answer instead
     code = LOAD.format(arguments=f'"org/name", token="{given}"')
-    command = [sys.executable, "-c", code, str(tmp_path / "f.npy"), str(example_files[0])]
     environment = hub_environment(published, tmp_path / "home")
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = python(code, tmp_path / "f.npy", example_files[0], env=environment)
     assert result.returncode == 1
     said = result.stderr.splitlines()[-1]
     assert ("refuses the token" in said) == (given.replace("\\n", "").strip() == "hf_planted")
@@ -400,9 +415,9 @@ def test_an_environment_that_makes_no_sense_is_one_line(call: Call, environment:
 
 
 def test_without_a_network_the_cache_answers_and_the_rest_fails_soon(
-    published: FakeHub, call: Call, example_files: list[Path], tmp_path: Path
+    published: FakeHub, load: Load, call: Call, example_files: list[Path], tmp_path: Path
 ) -> None:
-    expected = load(published, tmp_path / "home", example_files)
+    expected = load(tmp_path / "home", example_files)
     call("--version")  # the first command of a worker also starts the process that forks the others
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for endpoint, limit_s in (("http://127.0.0.1:1", 5), (f"http://127.0.0.1:{silent.getsockname()[1]}", 8)):
@@ -416,7 +431,7 @@ def test_without_a_network_the_cache_answers_and_the_rest_fails_soon(
             assert "cannot be reached" in one_line(call("models", "--remote", HF_ENDPOINT=endpoint))
             assert time.monotonic() - began < limit_s
             assert "what the cache holds stays" in one_line(call("pull", "org/name", "--force", HF_ENDPOINT=endpoint))
-            features = load(published, tmp_path / "home", example_files, HF_ENDPOINT=endpoint)
+            features = load(tmp_path / "home", example_files, HF_ENDPOINT=endpoint)
             assert features.tobytes() == expected.tobytes()
 
 
@@ -429,12 +444,17 @@ def test_without_a_network_the_cache_answers_and_the_rest_fails_soon(
     ],
 )
 def test_no_call_where_none_is_needed(
-    published: FakeHub, example_files: list[Path], tmp_path: Path, arguments: str, environment: dict[str, str]
+    published: FakeHub,
+    load: Load,
+    example_files: list[Path],
+    tmp_path: Path,
+    arguments: str,
+    environment: dict[str, str],
 ) -> None:
-    expected = load(published, tmp_path / "home", example_files)
+    expected = load(tmp_path / "home", example_files)
     arguments = arguments.format(commit=published.model("org/name").branches["main"])
     published.requests.clear()
-    assert load(published, tmp_path / "home", example_files, arguments, **environment).tobytes() == expected.tobytes()
+    assert load(tmp_path / "home", example_files, arguments, **environment).tobytes() == expected.tobytes()
     assert published.requests == []
 
 
@@ -445,33 +465,41 @@ def test_offline_an_uncached_model_says_what_to_do(published: FakeHub, call: Cal
     assert published.requests == []
 
 
-def test_endpoint_and_cache_can_be_given(published: FakeHub, example_files: list[Path], tmp_path: Path) -> None:
+def test_endpoint_and_cache_can_be_given(
+    published: FakeHub, load: Load, example_files: list[Path], tmp_path: Path
+) -> None:
     arguments = f'"org/name", endpoint={published.url!r}, cache_dir={str(tmp_path / "cache")!r}, precision="int8"'
-    features = load(published, tmp_path / "home", example_files, arguments, HF_ENDPOINT="http://127.0.0.1:1")
-    assert features.shape == (40, 512)
+    features = load(tmp_path / "home", example_files, arguments, HF_ENDPOINT="http://127.0.0.1:1")
+    assert features.shape == (40, 96)
     assert (tmp_path / "cache" / "models--org--name").is_dir()
     assert not (tmp_path / "home" / "hub").exists()
 
 
 def test_a_download_that_is_cut_goes_on(
-    published: FakeHub, example_files: list[Path], tmp_path: Path, client: str
+    published_builtin: FakeHub, load: Load, example_files: list[Path], tmp_path: Path, client: dict[str, str]
 ) -> None:
-    published.faults = [Fault("/large/", "cut"), Fault("/large/", "slow")]
-    features = load(published, tmp_path / "home", example_files, PYTHONPATH=client)
+    published_builtin.faults = [Fault("/large/", "cut"), Fault("/large/", "slow")]
+    features = load(tmp_path / "home", example_files, **client)
     assert features.tobytes() == FeatureExtractor.from_pretrained().embed(example_files).tobytes()
-    assert len([request for request in published.requests if request.startswith("GET /large/")]) == 2
+    assert len([request for request in published_builtin.requests if request.startswith("GET /large/")]) == 2
 
 
 def test_a_download_that_never_ends_well_leaves_nothing_that_loads_wrongly(
-    published: FakeHub, call: Call, example_files: list[Path], tmp_path: Path, client: str
+    published: FakeHub,
+    load: Load,
+    call: Call,
+    example_files: list[Path],
+    small_model: Path,
+    tmp_path: Path,
+    client: dict[str, str],
 ) -> None:
     published.faults = [Fault("/large/", 500, times=99)]
-    line = one_line(call("pull", "org/name", PYTHONPATH=client))
+    line = one_line(call("pull", "org/name", **client))
     assert "org/name: " in line
     assert "fails" in line
     published.faults.clear()
-    features = load(published, tmp_path / "home", example_files, PYTHONPATH=client)
-    assert features.tobytes() == FeatureExtractor.from_pretrained().embed(example_files).tobytes()
+    features = load(tmp_path / "home", example_files, **client)
+    assert features.tobytes() == FeatureExtractor.from_pretrained(small_model).embed(example_files).tobytes()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -489,14 +517,10 @@ def test_an_altered_download_is_refused_by_name_and_can_be_replaced(
     assert call(*command).returncode == 0
 
 
-def test_two_processes_may_pull_at_once(published: FakeHub, tmp_path: Path) -> None:
+def test_two_processes_may_pull_at_once(published: FakeHub, start: Start, tmp_path: Path) -> None:
     published.faults = [Fault("/large/", "slow", times=4)]
-    command = [sys.executable, "-m", "robustfeat", "pull", "org/name", "--all", "--json"]
     environment = hub_environment(published, tmp_path / "home")
-    both = [
-        subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    both = [start(["pull", "org/name", "--all", "--json"], environment) for _ in range(2)]
     answers = []
     for process in both:
         out, err = process.communicate()
@@ -507,7 +531,7 @@ def test_two_processes_may_pull_at_once(published: FakeHub, tmp_path: Path) -> N
 
 
 def test_pull_takes_what_is_needed_and_a_folder_of_its_own_takes_everything(
-    published: FakeHub, call: Call, one_file: Path, tmp_path: Path
+    published: FakeHub, call: Call, small_model: Path, tmp_path: Path
 ) -> None:
     result = call("pull", "org/name", "--precision", "int8")
     assert result.returncode == 0, result.stderr
@@ -518,7 +542,7 @@ def test_pull_takes_what_is_needed_and_a_folder_of_its_own_takes_everything(
     assert not names & {"onnx/model.onnx", "model.safetensors", "training.json"}
     result = call("pull", "org/name", "--out", tmp_path / "mine")
     assert result.returncode == 0, result.stderr
-    assert files_of(tmp_path / "mine") == files_of(one_file)
+    assert files_of(tmp_path / "mine") == files_of(small_model)
     assert not any(file.is_symlink() for file in (tmp_path / "mine").rglob("*"))
     assert "exists already" in one_line(call("pull", "org/name", "--out", tmp_path / "mine"))
 
@@ -537,13 +561,13 @@ def test_embedding_downloads_what_its_precision_needs(
 
 @pytest.mark.slow
 def test_rays_workers_take_the_model_from_the_hub(
-    published: FakeHub, call: Call, examples: Path, tmp_path: Path
+    published: FakeHub, call: Call, examples: Path, small_model: Path, tmp_path: Path
 ) -> None:
     command = ["embed", examples / "hat", "--model", "org/name", "--out", tmp_path / "f.npy", "--ray=local", "--quiet"]
     result = call(*command)
     assert result.returncode == 0, result.stderr
     files = sorted((examples / "hat").iterdir())
-    assert np.load(tmp_path / "f.npy").tobytes() == FeatureExtractor.from_pretrained().embed(files).tobytes()
+    assert np.load(tmp_path / "f.npy").tobytes() == FeatureExtractor.from_pretrained(small_model).embed(files).tobytes()
 
 
 def test_the_config_hash_pins_a_model(published: FakeHub, call: Call, tmp_path: Path) -> None:
@@ -643,12 +667,12 @@ def test_access_that_was_withdrawn_is_not_answered_by_an_older_commit(published:
 # Finding
 
 
-def test_models_lists_what_is_here_and_what_is_there(published: FakeHub, call: Call, model: Path) -> None:
-    published.add("org/bert", {"README.md": b"---\ntags: [bert]\n---\n"})
+def test_models_lists_what_is_here_and_what_is_there(published_builtin: FakeHub, call: Call) -> None:
+    published_builtin.add("org/bert", {"README.md": b"---\ntags: [bert]\n---\n"})
     assert call("models").stdout.splitlines()[1:] == []
     assert call("pull", "org/name").returncode == 0
     builtin, cached = call("models").stdout.splitlines()
-    commit = published.model("org/name").branches["main"]
+    commit = published_builtin.model("org/name").branches["main"]
     for line, start in ((builtin, "builtin"), (cached, f"org/name {commit[:12]} (main)")):
         assert " ".join(line.split()).startswith(start)
         assert "CIFAR-10 (JPEG copy) accuracy 68.5" in line
@@ -680,9 +704,9 @@ def test_verify_runs_every_engine_and_says_what_falls_short(call: Call, publishe
 
 
 @pytest.fixture
-def other_answers(one_file: Path, tmp_path: Path) -> Path:
+def other_answers(small_model: Path, tmp_path: Path) -> Path:
     """A folder whose golden features are another network's, its hashes in order."""
-    copy = Path(shutil.copytree(one_file, tmp_path / "copy"))
+    copy = Path(shutil.copytree(small_model, tmp_path / "copy"))
     file = copy / "golden" / "features.npy"
     np.save(file, np.load(file)[:, ::-1].copy())
     data = json.loads((copy / "config.json").read_text())
