@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     help="A model to serve under a name; may be repeated, the first is the default.  [default: robustfeat=builtin]",
 )
 @click.option("--head", "heads", multiple=True, metavar="[NAME=]HEAD", help="A head to serve at /predict/NAME.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 answers other machines, too.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 and :: answer other machines, too.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
 @click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes that answer.")
 @click.option(
@@ -142,7 +143,7 @@ def command(
     )
     ring = KeyRing(keys, os.environ.get(ENVIRONMENT))
     try:
-        listener = socket.create_server((host, port), backlog=2048, family=_family(host))
+        listener = _listen(host, port)
     except (OSError, UnicodeError, TypeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "no host name"
         raise InputError(f"--host {host} --port {port}: {reason}; choose another") from exc
@@ -162,6 +163,8 @@ def command(
         address = f"[{host}]" if ":" in host else host
         places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in head_places)]
         click.echo(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
+        if not ring.names and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+            click.echo("every machine that reaches this address may ask; --keys FILE restricts it", err=True)
 
     def refresh() -> None:
         with contextlib.suppress(InputError):  # the workers say so
@@ -233,5 +236,9 @@ def _hosts(host: str, allowed: tuple[str, ...]) -> list[str]:
     return ["localhost", *{socket.gethostname().lower(), host.lower()}, *(name.lower() for name in allowed)]
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def _listen(host: str, port: int) -> socket.socket:
+    """The server's socket; that of `::`, every address, takes IPv4, too."""
+    if ":" not in host:
+        return socket.create_server((host, port), backlog=2048)
+    both = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), backlog=2048, family=socket.AF_INET6, dualstack_ipv6=both)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from robustfeat.serving.online.errors import ApiError
 __all__ = ["Buffered", "images_of", "read_body", "too_large"]
 
 _FIELDS = 64
+_FILE_NAMES = {"images", "image", "files", "file"}
+_TEXT = (b"{", b"[", b'"', b"data:")
 _DELIMITERS = 10_000
 """Places in a body that look like a boundary. The parser takes microseconds for each, also inside an image."""
 
@@ -120,6 +123,13 @@ def images_of(content_type: str, body: bytes, most: int) -> tuple[list[bytes], d
     if kind != b"multipart/form-data":
         if not body:
             raise ApiError(422, "no_image", "the body is empty; expected the bytes of an image file")
+        if body[:64].lstrip().startswith(_TEXT):
+            raise ApiError(
+                422,
+                "unreadable_image",
+                "the body is JSON or a data URI; send an image file as it is, or JSON to /v1/embeddings or /v2",
+                param="images",
+            )
         return [body], {}
     if not options.get(b"boundary"):
         raise ApiError(
@@ -142,7 +152,10 @@ def images_of(content_type: str, body: bytes, most: int) -> tuple[list[bytes], d
 
 
 class _Form:
-    """Collects the parts of a form: files and whatever is named `images` are images, the rest are fields."""
+    """Collects the parts of a form.
+
+    Files are images, and so is what has the name of some or another type than text; the rest are fields.
+    """
 
     def __init__(self, most: int) -> None:
         self.images: list[bytes] = []
@@ -172,12 +185,17 @@ class _Form:
         self._field, self._value = bytearray(), bytearray()
 
     def _headers(self) -> None:
-        _, self._options = parse_options_header(self._headers_of_part.get("content-disposition", ""))
+        disposition = self._headers_of_part.get("content-disposition", "")
+        _, self._options = parse_options_header(disposition)
+        # `filename*` is not for forms (RFC 7578), so it is not among the options; some clients send it alone.
+        named = b"filename" in self._options or re.search(r"(?i);\s*filename\*\s*=", disposition) is not None
+        kind = self._headers_of_part.get("content-type", "text/plain").lower()
+        self._is_file = named or not kind.startswith(("text/", "application/json"))
 
     def _end(self) -> None:
         name = self._options.get(b"name", b"").decode("utf-8", "replace")
         data = b"".join(self._data)
-        if name == "images" or b"filename" in self._options:
+        if self._is_file or name.removesuffix("[]") in _FILE_NAMES:
             self.images.append(data)
         else:
             self.fields[name[:64]] = data[:256].decode("utf-8", "replace")

@@ -106,7 +106,7 @@ class Gate:
         deadline = asyncio.timeout(self._service.limits.timeout_s)
         try:
             async with deadline:
-                self._check_host(headers)
+                self._check_host(scope, headers)
                 key = state["key"] = self._key(path, headers)
                 if scope["method"] == "POST" and _WORK.fullmatch(path):
                     self._check_room(headers, key)
@@ -140,7 +140,11 @@ class Gate:
                 client=scope["client"][0] if scope.get("client") else None,
             )
 
-    def _check_host(self, headers: Headers) -> None:
+    def _check_host(self, scope: Scope, headers: Headers) -> None:
+        if scope["http_version"] == "1.0" and b"host" not in headers:
+            return  # of probes; a browser, which another site's page could use, always sends one
+        if sum(name == b"host" for name, _ in scope["headers"]) > 1:
+            raise ApiError(400, "host", "the request has more than one Host header; send one", close=True)
         host = headers.get(b"host", b"").decode("latin-1")
         if not host_allowed(host, tuple(self._service.hosts)):
             # The text speaks to the operator and is part of an HTTP answer, so it names the command's option.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import orjson
@@ -16,6 +17,8 @@ F = TypeVar("F", bound=BaseModel)
 
 _JSON_PARTS = 100_000
 _JSON_VALUES = 1_000_000
+_ESCAPED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
+_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def parse_json(body: bytes, numbers: int = 0) -> Any:
@@ -66,16 +69,24 @@ def data_of_uri(text: str) -> bytes:
         raise ValueError("expected a data URI, data:image/jpeg;base64,...")
     if not head.lower().endswith(";base64"):
         raise ValueError("the data URI must be base64: data:image/jpeg;base64,...")
+    if "%" in data:  # in URIs these may be escaped
+        for escaped, plain in _ESCAPED.items():
+            data = data.replace(escaped, plain).replace(escaped.lower(), plain)
     return base64_bytes(data)
 
 
 def base64_bytes(text: str) -> bytes:
-    """Decodes base64.
+    """Decodes base64 as it is found: with line breaks, without padding, or of the alphabet for URLs.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is none of these.
     """
     try:
-        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+        data = text.encode("ascii")
+        with suppress(binascii.Error):
+            return binascii.a2b_base64(data, strict_mode=True)
+        data = data.translate(_ALPHABET, b" \t\n\f\r")
+        data = data.removesuffix(b"=").removesuffix(b"=")
+        return binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError):
         raise ValueError("not base64") from None

@@ -68,7 +68,7 @@ def infer_images(given: InferInput, rest: bytes, model: NamedModel, most: int) -
     count = given.shape[0] if given.name == "pixel_values" else math.prod(given.shape)
     if count > most:
         raise ApiError(413, "too_many_images", f"{given.name} has {count:,} images; send at most {most:,} at once")
-    size = given.parameters.binary_data_size
+    size = given.parameters.binary_data_size if given.parameters else None
     if size is None:
         if given.data is None:
             raise ApiError(422, "bad_request", f"{given.name}: neither data nor binary_data_size is given")
@@ -172,8 +172,10 @@ def infer_reply(asked: InferRequest, model: NamedModel, answers: Sequence[Answer
         rows.append(answer.features)
     features = np.stack(rows)
     output: dict[str, Any] = {"name": "features", "datatype": "FP32", "shape": list(features.shape)}
-    wanted = asked.outputs[0].parameters.binary_data if asked.outputs else None
-    binary = asked.parameters.binary_data_output is True if wanted is None else wanted
+    wanted = asked.outputs[0].parameters if asked.outputs else None
+    binary = bool(asked.parameters and asked.parameters.binary_data_output)
+    if wanted is not None and wanted.binary_data is not None:
+        binary = wanted.binary_data
     raw = features.astype("<f4", copy=False).tobytes() if binary else b""
     if binary:
         output["parameters"] = {"binary_data_size": len(raw)}

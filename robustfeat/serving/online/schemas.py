@@ -97,7 +97,9 @@ class OpenAIRequest(BaseModel):
         examples=["data:image/jpeg;base64,/9j/4AAQSkZJRg=="],
     )
     model: str | None = Field(None, description="Of those served; the first by default.")
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is of float32, little-endian.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        "float", description="base64 is of float32, little-endian."
+    )
     dimensions: int | None = Field(None, description="The model's own number, if given.")
     user: str | None = None
 
@@ -242,7 +244,7 @@ class InferInput(BaseModel):
     datatype: Literal["BYTES", "FP32"]
     shape: Annotated[list[int], FailFast()] = Field(min_length=1, max_length=4, examples=[[1]])
     data: list[Any] | None = Field(None, description="Not with the binary extension.", examples=[["/9j/4AAQSkZJRg=="]])
-    parameters: InferParameters = Field(default_factory=lambda: InferParameters.model_validate({}))
+    parameters: InferParameters | None = None
 
 
 class InferRequestedOutput(BaseModel):
@@ -251,7 +253,7 @@ class InferRequestedOutput(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: Literal["features"]
-    parameters: InferParameters = Field(default_factory=lambda: InferParameters.model_validate({}))
+    parameters: InferParameters | None = None
 
 
 class InferRequest(BaseModel):
@@ -261,9 +263,9 @@ class InferRequest(BaseModel):
 
     # At the first wrong entry it is over: a million of them would be a million messages.
     inputs: Annotated[list[InferInput], FailFast()] = Field(min_length=1, max_length=1)
-    outputs: Annotated[list[InferRequestedOutput], FailFast()] = Field([], max_length=1)
+    outputs: Annotated[list[InferRequestedOutput] | None, FailFast()] = Field(None, max_length=1)
     id: str | None = None
-    parameters: InferParameters = Field(default_factory=lambda: InferParameters.model_validate({}))
+    parameters: InferParameters | None = None
 
 
 class InferOutput(Tensor):

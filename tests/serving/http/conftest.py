@@ -79,7 +79,7 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         assert self._ready.wait(START_S), "".join(self.said)
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", "".join(self.said))
+        found = re.search(r"http://(?:127\.0\.0\.1|\[::\]):(\d+)", "".join(self.said))
         assert found, "".join(self.said)
         self.port = int(found[1])
         self.address = found[0]
