@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from robustfeat.cli.extraction import Extraction, extraction_options, quiet_downloads
 from robustfeat.cli.rendering import Command
+
+if TYPE_CHECKING:
+    from robustfeat.serving.bulk.embedding import EmbeddingResult
 
 
 @click.command("embed", cls=Command, short_help="Turn images into features.")
@@ -74,7 +78,6 @@ def command(
     """
     from robustfeat.serving.bulk.embedding import embed_files
     from robustfeat.serving.bulk.job import Places
-    from robustfeat.serving.inputs.choice import say_left_out
     from robustfeat.serving.inputs.listing import list_inputs
     from robustfeat.serving.inputs.remote import is_remote
 
@@ -98,6 +101,11 @@ def command(
             ray=ray,
             quiet=quiet,
         )
+    _show(result, append=append, as_json=as_json, quiet=quiet)
+    return 3 if result.failed else 0
+
+
+def _show(result: EmbeddingResult, *, append: bool, as_json: bool, quiet: bool) -> None:
     if as_json:
         summary = {
             "out": result.features,
@@ -113,9 +121,9 @@ def command(
     elif not quiet:
         known = f" ({result.known:,} inputs were there already)" if append else ""
         click.echo(f"{result.features}: {result.images} x {result.feature_size} float32{known}", err=True)
+        from robustfeat.serving.inputs.choice import say_left_out
+
         if said := say_left_out(result.left_out):
             click.echo(f"robustfeat: {said}", err=True)
     if result.failed:
         click.echo(f"robustfeat: {result.failed} of {result.images} images failed; {result.index} says why", err=True)
-        return 3
-    return 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robustfeat.serving.options import AUTO, DECODINGS, DEVICES, ENGINES, PRECISIONS, RunOptions
+from robustfeat.serving.options import AUTO, DECODINGS, DEVICES, ENGINES, MAX_PIXELS, PRECISIONS, RunOptions
 
 if TYPE_CHECKING:
     from robustfeat.serving.extractor import FeatureExtractor
@@ -80,6 +80,13 @@ _RUN_OPTIONS = (
 )
 _BULK_OPTIONS = (
     click.option(
+        "--max-pixels",
+        type=click.IntRange(min=1),
+        default=MAX_PIXELS,
+        show_default=True,
+        help="Largest accepted image, in pixels; decoding takes up to 16 bytes for each.",
+    ),
+    click.option(
         "--workers", type=click.IntRange(min=1), help="Processes that decode.  [default: all processors granted]"
     ),
     click.option(
@@ -97,23 +104,26 @@ def pin_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def extraction_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command these options, as one argument `extraction`."""
-    return _collect(command, (_MODEL_OPTION, *_RUN_OPTIONS, *_BULK_OPTIONS), ("model", "workers", "batch_size"))
+    return _collect(
+        command, (_MODEL_OPTION, *_RUN_OPTIONS, *_BULK_OPTIONS), ("model", "workers", "batch_size"), ("streams",)
+    )
 
 
 def serving_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The same without the options that say which model, and how it works in bulk."""
-    return _collect(command, _RUN_OPTIONS, ())
+    return _collect(command, _RUN_OPTIONS, (), ("streams", "max_pixels"))
 
 
 def _collect(
-    command: Callable[..., Any], added: Sequence[Callable[..., Any]], others: Sequence[str]
+    command: Callable[..., Any], added: Sequence[Callable[..., Any]], others: Sequence[str], unasked: Sequence[str]
 ) -> Callable[..., Any]:
+    """Gives a command the options `added`; those of `RunOptions` but for `unasked`, which follow from the command."""
+
     @functools.wraps(command)
     def collected(**options: Any) -> Any:
         context = click.get_current_context()
         typed = click.core.ParameterSource.COMMANDLINE
-        # The number of streams follows from the command.
-        names = [entry.name for entry in fields(RunOptions) if entry.name != "streams"]
+        names = [entry.name for entry in fields(RunOptions) if entry.name not in unasked]
         given = tuple(name for name in (*names, *others) if context.get_parameter_source(name) is typed)
         run = RunOptions(**{name: options.pop(name) for name in names})
         extraction = Extraction(run, **{name: options.pop(name) for name in others}, given=given)

@@ -155,6 +155,8 @@ def decode(
     """
     if not data:
         raise DecodeError("the file is empty")
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice its own limit
     try:
         with Image.open(io.BytesIO(without_png_metadata(data)), formats=list(formats)) as image:
             if at_least is not None and image.width * image.height <= max_pixels:

@@ -21,7 +21,7 @@ from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_c
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.engine import Engine, open_engine
 from robustfeat.serving.identity import ModelIdentity
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.options import MAX_PIXELS, RunOptions
 from robustfeat.serving.verify import check_golden
 
 __all__ = ["FeatureExtractor", "default_batch_size"]
@@ -60,6 +60,7 @@ class FeatureExtractor:
         threads: int | None = None,
         streams: int | None = None,
         decoding: str = "exact",
+        max_pixels: int = MAX_PIXELS,
     ) -> FeatureExtractor:
         """Loads a model.
 
@@ -81,6 +82,8 @@ class FeatureExtractor:
                 soonest; as many as threads give the best throughput (`embed_files` needs such an extractor).
             decoding: exact, or scaled: JPEGs of at least four times the size needed are decoded at a fraction of it,
                 several times as fast, and the features move a little.
+            max_pixels: larger images are refused from their header. Above 178,956,970 pixels this raises Pillow's own
+                limit for the process.
 
         Raises:
             ModelFolderError: the folder is missing, damaged, altered, of a newer format, or holds a pickle or code.
@@ -93,6 +96,7 @@ class FeatureExtractor:
             engine=engine,
             device=device,
             decoding=decoding,
+            max_pixels=max_pixels,
             threads=threads,
             streams=streams,
             revision=revision,
@@ -233,19 +237,19 @@ class FeatureExtractor:
         Raises:
             DecodeError: it cannot be read.
         """
-        contract, scaled = self.config.preprocessing, self.decoding == "scaled"
+        contract, scaled, most = self.config.preprocessing, self.decoding == "scaled", self.options.max_pixels
         if isinstance(image, (str, os.PathLike)):
             try:
-                return prepare_square(Path(image).read_bytes(), contract, scaled=scaled)
+                return prepare_square(Path(image).read_bytes(), contract, scaled=scaled, max_pixels=most)
             except OSError as exc:
                 raise DecodeError(f"{image}: {exc.strerror}") from exc
             except DecodeError as exc:
                 raise DecodeError(f"{image}: {exc}") from exc
         if isinstance(image, (bytes, bytearray, memoryview)):
-            return prepare_square(bytes(image), contract, scaled=scaled)
+            return prepare_square(bytes(image), contract, scaled=scaled, max_pixels=most)
         if isinstance(image, Image.Image):
             try:
-                return resize_and_crop(to_rgb(image), contract)
+                return resize_and_crop(to_rgb(image, max_pixels=most), contract)
             except (OSError, SyntaxError, ValueError) as exc:  # an open image is read from its file only now
                 raise DecodeError(f"damaged: {exc}") from exc
         if isinstance(image, np.ndarray):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from robustfeat.errors import EngineError
 from robustfeat.system import available_cpus
 
-__all__ = ["AUTO", "DECODINGS", "DEVICES", "ENGINES", "PRECISIONS", "RunOptions"]
+__all__ = ["AUTO", "DECODINGS", "DEVICES", "ENGINES", "MAX_PIXELS", "PRECISIONS", "RunOptions"]
 
 # The command line shows these choices, so importing them must not import NumPy.
 AUTO = "auto"
@@ -16,6 +16,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 ENGINES = ("onnxruntime", "openvino")
 DEVICES = ("cpu", "cuda")
 DECODINGS = ("exact", "scaled")
+MAX_PIXELS = 100_000_000
 
 _CHOICES = {
     "precision": PRECISIONS,
@@ -36,6 +37,7 @@ class RunOptions:
         decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size.
         threads: processors for the model; None for all that the cgroup grants.
         streams: batches side by side, each on `threads / streams` processors; None for 1.
+        max_pixels: larger images are refused from their header.
         revision: a branch, tag or commit on the Hub; None for main.
         config_hash: the sha256 that the model's config.json must have, which pins all its files.
 
@@ -49,6 +51,7 @@ class RunOptions:
     decoding: str = "exact"
     threads: int | None = None
     streams: int | None = None
+    max_pixels: int = MAX_PIXELS
     revision: str | None = None
     config_hash: str | None = None
 
@@ -58,7 +61,7 @@ class RunOptions:
             if value not in choices:
                 expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
                 raise EngineError(f"expected {expected}", argument=name, value=value)
-        for name in ("threads", "streams"):
+        for name in ("threads", "streams", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EngineError("expected 1 or more", argument=name, value=value, fix=f"leave `{name}` out")

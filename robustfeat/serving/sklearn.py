@@ -17,7 +17,7 @@ from robustfeat.errors import DecodeError
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.feature_cache import Content, FeatureCache, embed_contents
 from robustfeat.serving.identity import ModelIdentity
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.options import MAX_PIXELS, RunOptions
 
 __all__ = ["ImageFeatures"]
 
@@ -33,7 +33,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     Args:
         model: `builtin`, a model folder, or ORG/NAME on the Hub.
         revision: a branch, tag or commit on the Hub.
-        precision, engine, device, threads, decoding: see `FeatureExtractor.from_pretrained`.
+        precision, engine, device, threads, decoding, max_pixels: see `FeatureExtractor.from_pretrained`.
         on_error: `raise`, or `nan` for a row of NaN in place of an image that cannot be read.
         cache: a file in which features are kept by the images' content; searches and later runs then embed each image
             once.
@@ -55,6 +55,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         device: str = "auto",
         threads: int | None = None,
         decoding: str = "exact",
+        max_pixels: int = MAX_PIXELS,
         on_error: str = "raise",
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -65,6 +66,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         self.device = device
         self.threads = threads
         self.decoding = decoding
+        self.max_pixels = max_pixels
         self.on_error = on_error
         self.cache = cache
 
@@ -123,6 +125,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             engine=self.engine,
             device=self.device,
             decoding=self.decoding,
+            max_pixels=self.max_pixels,
             threads=self.threads,
             revision=self.revision,
         )

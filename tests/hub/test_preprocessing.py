@@ -311,6 +311,15 @@ def test_pixel_limit_is_an_option() -> None:
     assert decode(data, max_pixels=600).size == (20, 30)
 
 
+def test_pillows_own_limit_gives_way_to_a_higher_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    data = encode(Image.new("RGB", (50, 50)), "PNG")
+    with pytest.raises(DecodeError, match="over the limit of 2,000 pixels"):
+        decode(data, max_pixels=2000)
+    assert decode(data, max_pixels=5000).size == (50, 50)
+    assert Image.MAX_IMAGE_PIXELS == 5000
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_scaled_decoding_keeps_twice_the_size_that_is_needed(photo: Image.Image, mode: str) -> None:
     large = encode(photo.resize((1600, 1200)).convert(mode), "JPEG")

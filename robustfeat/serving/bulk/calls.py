@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from robustfeat.errors import InputError
@@ -12,7 +13,7 @@ from robustfeat.serving.bulk.job import Places
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.inputs.remote import is_remote
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.options import MAX_PIXELS, RunOptions
 
 __all__ = ["embed"]
 
@@ -28,6 +29,7 @@ def embed(
     engine: str = "auto",
     device: str = "auto",
     decoding: str = "exact",
+    max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
     workers: int | None = None,
     batch_size: int | None = None,
@@ -54,6 +56,7 @@ def embed(
         device: auto, cpu or cuda.
         decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size, which is faster and changes
             the features slightly.
+        max_pixels: larger images fail; decoding takes up to 16 bytes for each pixel.
         threads: processors for the model; by default all that the cgroup grants.
         workers: decoder processes; by default as many as processors.
         batch_size: images per batch; by default what suits the model's input.
@@ -76,16 +79,9 @@ def embed(
     places = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     target = os.fspath(out)
     _require(places, target, on_error)
-    options = RunOptions(
-        precision=precision,
-        engine=engine,
-        device=device,
-        decoding=decoding,
-        threads=threads,
-        revision=revision,
-        config_hash=config_hash,
-    )
-    extractor = FeatureExtractor.load(model, options.for_throughput())
+    run = RunOptions(precision, engine, device, decoding, threads, max_pixels=max_pixels)
+    options = replace(run, revision=revision, config_hash=config_hash).for_throughput()
+    extractor = FeatureExtractor.load(model, options)
     patterns = [match] if isinstance(match, str) else match
     scratch = None if is_remote(target) else Path(target).parent
     with list_inputs([os.fspath(place) for place in places], match=patterns, folder=scratch) as found:

@@ -142,7 +142,8 @@ def _plan_job(
 ) -> Job:
     """What the run consists of: shards of whole batches."""
     identity = identify(extractor.identity, inputs, batch_size) | {
-        "appended_to": existing.meta_sha256 if existing else None
+        "max_pixels": extractor.options.max_pixels,
+        "appended_to": existing.meta_sha256 if existing else None,
     }
     first_row = existing.rows if existing else 0
     return Job(len(inputs), first_row, -(-shard_rows // batch_size) * batch_size, identity)

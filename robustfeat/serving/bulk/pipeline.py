@@ -88,6 +88,7 @@ class Pipeline:
         self._decoders = DecoderPool(
             extractor.config.preprocessing,
             scaled=extractor.decoding == "scaled",
+            max_pixels=extractor.options.max_pixels,
             workers=self._workers,
             places=len(self._slots) * self._batch_size,
             deadline_s=deadline_s,

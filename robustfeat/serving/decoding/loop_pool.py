@@ -61,7 +61,7 @@ class LoopDecoderPool:
     ) -> None:
         self.workers = workers
         self._max_pixels, self._deadline_s, self._on_idle = max_pixels, deadline_s, on_idle
-        self._decoders = Decoders(contract, scaled=scaled, workers=workers, places=places)
+        self._decoders = Decoders(contract, scaled=scaled, workers=workers, places=places, max_pixels=max_pixels)
         self.squares = self._decoders.squares
         self._slots = [_Slot(number, self._decoders.start(number)) for number in range(workers)]
         # For images beyond the mailbox: the pipe takes them only as fast as the decoder reads.

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from robustfeat.errors import EngineError, InputError
-from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing
 from robustfeat.serving.decoding.process import Decoder, DecoderLostError, Decoders
 from robustfeat.serving.decoding.worker import Decoded, Task
 
@@ -24,7 +24,7 @@ class DecoderPool:
     """Decodes rows in `workers` decoder processes; use it in a `with` block.
 
     Args:
-        contract, scaled, workers, places: see `Decoders`.
+        contract, scaled, workers, places, max_pixels: see `Decoders`.
         deadline_s: see `DEADLINE_S`.
 
     Attributes:
@@ -32,9 +32,16 @@ class DecoderPool:
     """
 
     def __init__(
-        self, contract: Preprocessing, *, scaled: bool, workers: int, places: int, deadline_s: float = DEADLINE_S
+        self,
+        contract: Preprocessing,
+        *,
+        scaled: bool,
+        workers: int,
+        places: int,
+        max_pixels: int = MAX_PIXELS,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
-        self._decoders = Decoders(contract, scaled=scaled, workers=workers, places=places)
+        self._decoders = Decoders(contract, scaled=scaled, workers=workers, places=places, max_pixels=max_pixels)
         self.squares = self._decoders.squares
         self._deadline_s = deadline_s
         self._numbers = iter(range(workers))

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError, InputError
-from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing
 from robustfeat.serving.decoding.worker import READY, Images, SharedSquares, Task
 from robustfeat.system import anonymous_memory, python_command
 
@@ -172,14 +172,18 @@ class Decoders:
         scaled: see `prepare_square`.
         workers: number of processes.
         places: squares that the memory holds.
+        max_pixels: larger images are refused.
 
     Attributes:
         squares: (places, S, S, 3) uint8.
         progress, mailboxes: (workers, 2) int64 and (workers, MAILBOX_BYTES) uint8, see `worker.SharedSquares`.
     """
 
-    def __init__(self, contract: Preprocessing, *, scaled: bool, workers: int, places: int) -> None:
+    def __init__(
+        self, contract: Preprocessing, *, scaled: bool, workers: int, places: int, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self._contract, self._scaled, self._workers, self._places = contract, scaled, workers, places
+        self._max_pixels = max_pixels
         self._memory = anonymous_memory()
         shared = SharedSquares(self._memory, workers, places, contract.image_size)
         self.squares: NDArray[np.uint8] = shared.squares
@@ -204,8 +208,10 @@ class Decoders:
             except OSError as exc:
                 raise EngineError(f"a decoder process could not be started ({exc.strerror})") from exc
             contract = json.dumps(self._contract.to_dict())
-            arguments = (os.getpid(), theirs.fileno(), self._memory, number, self._workers, self._places, contract)
-            code = f"from robustfeat.serving.decoding.worker import serve; serve(*{arguments!r}, {self._scaled!r})"
+            places = (number, self._workers, self._places)
+            options = (contract, self._scaled, self._max_pixels)
+            arguments = (os.getpid(), theirs.fileno(), self._memory, *places, *options)
+            code = f"from robustfeat.serving.decoding.worker import serve; serve(*{arguments!r})"
             try:
                 process = subprocess.Popen(
                     python_command(code),

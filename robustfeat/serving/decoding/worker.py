@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from robustfeat.errors import DecodeError, InputError
-from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing, TooLargeError, prepare_square
+from robustfeat.hub.preprocessing import BYTES_PER_PIXEL, Preprocessing, TooLargeError, prepare_square
 from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.system import die_with_parent, offer_to_die_first
@@ -126,7 +126,15 @@ class SharedSquares:
 
 
 def serve(
-    parent: int, pipe: int, memory: int, number: int, decoders: int, places: int, contract: str, scaled: bool
+    parent: int,
+    pipe: int,
+    memory: int,
+    number: int,
+    decoders: int,
+    places: int,
+    contract: str,
+    scaled: bool,
+    max_pixels: int,
 ) -> None:
     """Answers tasks until the parent hangs up."""
     # Ctrl+C, or a signal to the whole process group: the parent decides, and this process ends with it.
@@ -138,12 +146,12 @@ def serve(
     warnings.filterwarnings("ignore", module="PIL")
     preprocessing = Preprocessing.from_dict(json.loads(contract))
     shared = SharedSquares(memory, decoders, places, preprocessing.image_size)
-    limit = MEMORY_BYTES + shared.size
+    limit = max(MEMORY_BYTES, max_pixels * BYTES_PER_PIXEL + 2**30) + shared.size
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     with suppress(OSError, ValueError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
     connection = Connection(pipe)
-    decoder = _Decoder(shared, number, preprocessing, scaled)
+    decoder = _Decoder(shared, number, preprocessing, scaled, max_pixels)
     try:
         quiet = False
         connection.send(READY)
@@ -160,10 +168,12 @@ def serve(
 
 
 class _Decoder:
-    def __init__(self, shared: SharedSquares, number: int, contract: Preprocessing, scaled: bool) -> None:
+    def __init__(
+        self, shared: SharedSquares, number: int, contract: Preprocessing, scaled: bool, max_pixels: int
+    ) -> None:
         self._squares, self._progress = shared.squares, shared.progress[number]
         self._mailbox = shared.mailboxes[number].data
-        self._contract, self._scaled = contract, scaled
+        self._contract, self._scaled, self._max_pixels = contract, scaled, max_pixels
         self._readers: ThreadPoolExecutor | None = None
 
     def run(self, task: Task) -> Decoded:
@@ -175,7 +185,10 @@ class _Decoder:
                 digest: str | None = None
                 error: str | None = None
                 if isinstance(data, bytes):
-                    digest, error = hashlib.sha256(data).hexdigest(), self._decode(data, task.place + offset)
+                    digest, error = (
+                        hashlib.sha256(data).hexdigest(),
+                        self._decode(data, task.place + offset, self._max_pixels),
+                    )
                 else:
                     error = data
                 if error is not None:
@@ -206,7 +219,7 @@ class _Decoder:
                 break
         return tuple(errors)
 
-    def _decode(self, data: bytes, place: int, max_pixels: int = MAX_PIXELS, quick: int | None = None) -> str | None:
+    def _decode(self, data: bytes, place: int, max_pixels: int, quick: int | None = None) -> str | None:
         """Fills a square; the error, if there is one, or `LARGE` with more than `quick` pixels."""
         limit = max_pixels if quick is None else min(quick, max_pixels)
         try:

@@ -7,14 +7,16 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from robustfeat import FeatureExtractor
-from robustfeat.errors import InputError
+from robustfeat.errors import DecodeError, InputError
 from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.verify import cosine
@@ -75,6 +77,19 @@ def test_each_image_is_one_row_in_the_byte_order_of_its_path(
             assert np.isnan(vector).all()
     assert {row["path"] for row in index if row["error"]} == {"broken.png", "dangling.jpg", "empty.gif"}
     assert index[5]["sha256"] is None
+
+
+def test_the_limit_of_pixels_is_an_option_and_part_of_the_run(extractor: FeatureExtractor, tmp_path: Path) -> None:
+    options = replace(extractor.options, max_pixels=400)
+    small = FeatureExtractor(extractor.folder, extractor.engine, options)
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    Image.new("RGB", (20, 21)).save(tmp_path / "b.png")
+    assert embed(small, tmp_path, tmp_path / "f.npy").failed == 1
+    assert read_index(tmp_path / "f.npy")[1]["error"] == "20 x 21 is over the limit of 400 pixels"
+    assert json.loads((tmp_path / "f.meta.json").read_text())["max_pixels"] == 400
+    with pytest.raises(DecodeError, match="20 x 21 is over the limit of 400 pixels"):
+        small.embed([tmp_path / "b.png"])
+    assert embed(extractor, tmp_path, tmp_path / "g.npy").failed == 0
 
 
 def test_meta_says_which_model_made_the_features(extractor: FeatureExtractor, photos: Path, tmp_path: Path) -> None:
