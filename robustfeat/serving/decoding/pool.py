@@ -92,10 +92,9 @@ class DecoderPool:
         decoder = self._own.decoder = self._decoders.start(self._own.number)
         try:
             self._receive(decoder)
-        except DecoderLostError:
-            raise EngineError(
-                "a decoder process could not be started", fix="check the memory and the messages above"
-            ) from None
+        except DecoderLostError as lost:
+            fix = "free memory" if lost.reason.endswith("(signal 9)") else "see the messages above"
+            raise EngineError(f"a decoder process could not be started ({lost.reason})", fix=fix) from None
         return decoder
 
     def _receive(self, decoder: Decoder) -> Any:

@@ -7,13 +7,16 @@ breaks them all, and they cannot tell a hung worker from a slow one.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
+import sys
 import threading
 from concurrent.futures import Executor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,12 @@ __all__ = ["Decoder", "DecoderLostError", "Decoders"]
 
 _START_DEADLINE_S = 60.0
 _TRIES = 2
+_FIXES = {
+    errno.ENOMEM: "free memory",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u, or that of the container)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit of open files",
+}
 
 
 class DecoderLostError(Exception):
@@ -36,19 +45,19 @@ class DecoderLostError(Exception):
     Attributes:
         offset: the image of its task that it was at.
         reason: the error of that image, if it is given up.
-        final: whether the image gets no second try.
+        tries: how many decoders the image may lose; None where it is not at fault.
     """
 
-    def __init__(self, offset: int, reason: str, *, final: bool) -> None:
+    def __init__(self, offset: int, reason: str, *, tries: int | None) -> None:
         super().__init__(reason)
-        self.offset, self.reason, self.final = offset, reason, final
+        self.offset, self.reason, self.tries = offset, reason, tries
 
     def gives_up(self, crashes: int) -> bool:
         """Whether the image is given up after so many lost decoders.
 
         A crash may be an accident (the kernel was short of memory), so an image gets a second try.
         """
-        return self.final or crashes >= _TRIES
+        return self.tries is not None and crashes >= self.tries
 
 
 class Decoder:
@@ -111,7 +120,7 @@ class Decoder:
         try:
             message = self._connection.recv()
         except (EOFError, OSError):
-            raise self._lost(f"the decoder crashed ({self.kill()})", final=False) from None
+            raise self._lost(f"the decoder crashed ({self.kill()})", tries=_TRIES) from None
         self._seen, self._waited_s = -1, 0.0
         if not self.ready:
             self.ready = message == READY
@@ -136,8 +145,9 @@ class Decoder:
             return
         self._waited_s += passed_s
         if self._waited_s >= (deadline_s if self.ready else _START_DEADLINE_S):
+            tries = None if self._stopped() else 1
             self.kill()
-            raise self._lost(f"took longer than {deadline_s:g} s to read and decode", final=True)
+            raise self._lost(f"took longer than {deadline_s:g} s to read and decode", tries=tries)
 
     def kill(self) -> str:
         """Ends the process; how it ended, if it had ended by itself."""
@@ -160,8 +170,23 @@ class Decoder:
             except OSError:
                 self.process.kill()  # `receive` reports it
 
-    def _lost(self, reason: str, *, final: bool) -> DecoderLostError:
-        return DecoderLostError(int(self._progress[0]), reason, final=final)
+    def _stopped(self) -> bool:
+        """Whether somebody else has stopped the process; False where the system does not tell."""
+        try:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+        return state in {"T", "t"}
+
+    def _lost(self, reason: str, *, tries: int | None) -> DecoderLostError:
+        return DecoderLostError(int(self._progress[0]), reason, tries=tries)
+
+
+def _refused(exc: OSError) -> EngineError:
+    """The error of a process that the system refuses."""
+    number = exc.errno or 0
+    fix = _FIXES.get(number, f"check that {sys.executable} can be run")
+    return EngineError(f"a decoder process could not be started ({exc.strerror})", fix=fix)
 
 
 class Decoders:
@@ -206,7 +231,7 @@ class Decoders:
             try:
                 ours, theirs = Pipe()
             except OSError as exc:
-                raise EngineError(f"a decoder process could not be started ({exc.strerror})") from exc
+                raise _refused(exc) from exc
             contract = json.dumps(self._contract.to_dict())
             places = (number, self._workers, self._places)
             options = (contract, self._scaled, self._max_pixels)
@@ -222,9 +247,7 @@ class Decoders:
                 )
             except OSError as exc:
                 ours.close()
-                raise EngineError(
-                    f"a decoder process could not be started ({exc.strerror})", fix="free memory"
-                ) from exc
+                raise _refused(exc) from exc
             finally:
                 theirs.close()
             decoder = Decoder(process, ours, self.progress[number], self.mailboxes[number])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from robustfeat import FeatureExtractor
+from robustfeat.errors import EngineError
 from robustfeat.serving.decoding.process import Decoder, DecoderLostError, Decoders
 from robustfeat.serving.decoding.worker import LARGE, Images
-from tests.serving.http.conftest import blank_webp
+from tests.serving.http.conftest import blank_webp, wait_until
 
 START_S = 60
 BEYOND_THE_MAILBOX = bytes(8 * 2**20)
@@ -78,15 +80,21 @@ def test_an_image_gets_a_second_try_after_a_crash(decoder: Decoder) -> None:
     assert [lost.value.gives_up(crashes) for crashes in (1, 2)] == [False, True]
 
 
-def test_an_image_at_its_deadline_gets_no_second_try(decoder: Decoder) -> None:
-    os.kill(decoder.process.pid, signal.SIGSTOP)
-    decoder.send(Images([b"x"], [1], [0], 10**8))
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_image_at_its_deadline_gets_no_second_try_unless_its_decoder_was_stopped(
+    decoder: Decoder, stopped: bool
+) -> None:
+    image = blank_webp(5500, 5500)  # which takes long enough for these calls
+    if stopped:
+        os.kill(decoder.process.pid, signal.SIGSTOP)
+    decoder.send(Images([image], [len(image)], [0], 10**8, large=True))
+    wait_until(lambda: stopped or decoder._progress[1] == 1)
     for _ in range(3):  # the first call notes the progress, the others count
         decoder.check(1.0, 3.0)
     with pytest.raises(DecoderLostError) as lost:
         decoder.check(1.0, 3.0)
     assert lost.value.reason == "took longer than 3 s to read and decode"
-    assert lost.value.gives_up(1)
+    assert [lost.value.gives_up(crashes) for crashes in (1, 2, 9)] == [not stopped] * 3
     assert decoder.process.returncode == -signal.SIGKILL
 
 
@@ -97,3 +105,26 @@ def test_a_decoder_is_closed_while_a_thread_writes_to_it(decoder: Decoder) -> No
         decoder.close()
     with pytest.raises(OSError, match="closed"):
         decoder.fileno()
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOMEM, "free memory"),
+        (errno.EAGAIN, "limit of processes"),
+        (errno.EMFILE, "limit of open files"),
+        (errno.EACCES, "can be run"),
+        (errno.ENOENT, "can be run"),
+    ],
+)
+def test_a_refused_process_is_told_with_what_helps(
+    decoders: Decoders, monkeypatch: pytest.MonkeyPatch, number: int, fix: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    with pytest.raises(EngineError) as error:
+        decoders.start(0)
+    assert os.strerror(number) in str(error.value)
+    assert fix in str(error.value.fix)

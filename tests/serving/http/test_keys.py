@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -81,6 +82,29 @@ def test_a_line_that_is_no_key_is_named_and_its_key_is_not(line: str, said: str)
         parse_keys(["# first", line], Path("keys"))
     assert str(caught.value).startswith("keys=keys: line 2: ")
     assert "long-enough" not in str(caught.value)
+
+
+def test_what_is_no_file_of_keys_is_refused_without_waiting(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("a long-enough\n")
+    ring = KeyRing(file)
+    for make, said in (
+        (lambda: os.mkfifo(file), "not a regular file"),
+        (lambda: file.symlink_to("/dev/zero"), "not a regular file"),
+        (file.mkdir, "Is a directory"),
+        (lambda: file.write_bytes(b"a" * 2**21), "larger than 1,048,576 bytes"),
+        (lambda: file.symlink_to(tmp_path / "keys"), "symbolic links"),
+    ):
+        if file.is_symlink() or file.exists():
+            file.unlink()
+        make()
+        with pytest.raises(InputError, match=said):
+            ring.refresh()
+        with pytest.raises(InputError, match=said):
+            KeyRing(file)
+        assert ring.names == {"a"}
+        if file.is_dir():
+            file.rmdir()
 
 
 def test_one_key_may_not_have_two_names() -> None:
