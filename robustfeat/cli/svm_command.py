@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -176,12 +176,12 @@ def predict_command(
     else:
         lines = to_csv(opened, predictions, probabilities=probabilities)
     if out is None:
-        sys.stdout.writelines(lines)
+        _write(lines, sys.stdout)
     else:
-        with new_file(out) as partial, open(partial, "w", encoding="utf-8", newline="") as handle:
-            handle.writelines(lines)
+        with new_file(out) as partial, open(partial, "wb") as handle:
+            handle.writelines(map(_encoded, lines))
     if suggest:
-        click.echo(suggestions.to_csv(), nl=False, err=out is None)
+        _write([suggestions.to_csv()], sys.stderr if out is None else sys.stdout)
     if out:
         _say(f"{out}: {len(features):,} predictions", quiet)
     return _left_out(len(features.errors))
@@ -296,6 +296,20 @@ def _open(
         return embed_features(
             extractor, wanted, quiet=quiet, batch_size=extraction.batch_size, workers=extraction.workers
         )
+
+
+def _write(lines: Iterable[str], stream: TextIO) -> None:
+    """Writes the bytes of names that are not UTF-8 as they are, whatever the terminal's encoding."""
+    stream.flush()
+    stream.buffer.writelines(map(_encoded, lines))
+    stream.buffer.flush()
+
+
+def _encoded(line: str) -> bytes:
+    try:
+        return line.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # no name of a file
+        return line.encode("utf-8", "replace")
 
 
 def _say(text: str, quiet: bool) -> None:

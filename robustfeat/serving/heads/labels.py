@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
+from robustfeat.serving.heads.cells import unquote_cell
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.inputs.choice import IMAGE_SUFFIXES
 from robustfeat.serving.inputs.input_list import InputList
@@ -40,6 +44,21 @@ class Labels:
     source: str
     by_path: Mapping[str, tuple[str, ...]] | None
 
+    def key(self, path: str) -> str | None:
+        """The labelled path that means this image: the same one, or else the only one that is the same text.
+
+        macOS writes é as two characters, other systems as one.
+        """
+        if self.by_path is None or path in self.by_path:
+            return path
+        return self._by_form.get(unicodedata.normalize("NFC", path))
+
+    @cached_property
+    def _by_form(self) -> dict[str, str]:
+        forms = [(unicodedata.normalize("NFC", path), path) for path in self.by_path or ()]
+        counts = Counter(form for form, _ in forms)
+        return {form: path for form, path in forms if counts[form] == 1}
+
     def of(self, path: str) -> tuple[str, ...] | None:
         """The labels of an image; None where it has none that are known.
 
@@ -47,7 +66,8 @@ class Labels:
             InputError: it should lie in a class folder, and does not.
         """
         if self.by_path is not None:
-            return self.by_path.get(path)
+            key = self.key(path)
+            return None if key is None else self.by_path[key]
         folder, slash, rest = path.partition("/")
         if folder.endswith(".tar"):
             folder, slash, rest = rest.partition("/")
@@ -155,7 +175,7 @@ def _checked(label: str, place: str) -> str:
         label.encode()
     except UnicodeEncodeError:
         raise InputError(f"{place}: the label {label!r} is not UTF-8", fix="write it in that encoding") from None
-    return label
+    return unicodedata.normalize("NFC", label)
 
 
 def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
@@ -185,7 +205,7 @@ def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
                 place = f"{file}, line {reader.line_num}"
                 if len(row) != len(first):
                     raise InputError(f"{place}: has {len(row)} columns; expected {len(first)}")
-                yield place, row[path_at].removeprefix("./"), row[label_at]
+                yield place, unquote_cell(row[path_at]).removeprefix("./"), unquote_cell(row[label_at])
     except OSError as exc:
         raise InputError(f"cannot be read ({exc.strerror})", argument="labels", value=file) from exc
     except csv.Error as exc:
@@ -286,12 +306,13 @@ def match_paths(
         if found is None:
             unlabelled += 1
             continue
-        if path in seen:
+        key = str(labels.key(path))
+        if key in seen:
             raise InputError(
-                f"{place}: rows {seen[path]} and {row} have the same path, {path}, so that a label could mean either",
+                f"{place}: rows {seen[key]} and {row} have the same path, {path}, so that a label could mean either",
                 fix="embed one folder above both",
             )
-        seen[path] = row
+        seen[key] = row
         if row in (errors or {}):
             failed += 1
         else:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.serving.heads.cells import quote_cell
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import Array
 from robustfeat.serving.heads.labels import SEPARATOR
-from robustfeat.serving.inputs.sources import printable
+from robustfeat.serving.inputs.sources import path_fields
 
 __all__ = ["Prediction", "Suggestions", "predict_rows", "to_csv", "to_jsonl"]
 
@@ -84,7 +85,7 @@ def answer_of(head: Head, prediction: Prediction) -> dict[str, Any]:
     """A prediction as a JSON object."""
     labels = list(prediction.labels)
     answer: dict[str, Any] = {
-        "path": printable(prediction.path),
+        **path_fields(prediction.path),
         "prediction": None if prediction.error is not None else labels if head.multi_label else labels[0],
         "margins": _named(head.classes, prediction.margins),
     }
@@ -107,7 +108,8 @@ def to_jsonl(head: Head, predictions: Iterator[Prediction]) -> Iterator[str]:
 def to_csv(head: Head, predictions: Iterator[Prediction], *, probabilities: bool = False) -> Iterator[str]:
     """A header and a line a row: path, prediction, error, the margin of each class, and its probability if asked for.
 
-    Several labels are joined by `|`.
+    Several labels are joined by `|`. Names that are not UTF-8 keep their bytes as lone surrogates, and text that a
+    spreadsheet would run as a formula stands behind a `'`; `read_labels` undoes both.
     """
     line = io.StringIO()
     writer = csv.writer(line, lineterminator="\n")
@@ -122,12 +124,16 @@ def to_csv(head: Head, predictions: Iterator[Prediction], *, probabilities: bool
     writer.writerow(header + [f"probability:{name}" for name in head.classes if probabilities])
     yield taken()
     for one in predictions:
-        cells: list[Any] = [printable(one.path), SEPARATOR.join(map(str, one.labels)), one.error or ""]
+        cells: list[Any] = [quote_cell(text) for text in (one.path, _joined(one.labels), one.error or "")]
         for values in (one.margins, one.probabilities):
             if values is not None:
                 cells += [f"{value:.6g}" for value in values]
         writer.writerow(cells + [""] * (len(header) - len(cells)))
         yield taken()
+
+
+def _joined(labels: Sequence[str | int]) -> str:
+    return SEPARATOR.join(map(str, labels))
 
 
 class Suggestions:
@@ -162,5 +168,5 @@ class Suggestions:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["path", "prediction", "certainty"])
         for one in self.found():
-            writer.writerow([printable(one.path), SEPARATOR.join(map(str, one.labels)), f"{one.certainty:.6g}"])
+            writer.writerow([quote_cell(one.path), quote_cell(_joined(one.labels)), f"{one.certainty:.6g}"])
         return text.getvalue()

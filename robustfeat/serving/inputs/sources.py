@@ -12,7 +12,7 @@ from typing import Any
 
 from robustfeat.serving.inputs.remote import is_remote, read_remote
 
-__all__ = ["MAX_FILE_BYTES", "ImageSource", "path_of_index", "printable"]
+__all__ = ["MAX_FILE_BYTES", "ImageSource", "path_fields", "path_of_index", "printable"]
 
 MAX_FILE_BYTES = 512 * 2**20
 """Files of more bytes are failed rows; so is one that never ends."""
@@ -49,11 +49,7 @@ class ImageSource:
 
     def index_fields(self) -> dict[str, str]:
         """`path`, and `path_bytes` (base64) where the name is not UTF-8."""
-        raw = os.fsencode(self.path)
-        try:
-            return {"path": raw.decode("utf-8")}
-        except UnicodeDecodeError:
-            return {"path": raw.decode("utf-8", "replace"), "path_bytes": base64.b64encode(raw).decode("ascii")}
+        return path_fields(self.path)
 
     def read(self) -> bytes:
         """The image file's bytes. Rows of Parquet files come from `ParquetImages` instead.
@@ -103,6 +99,18 @@ class ImageSource:
         if self.kind == "tar" and len(data) < self.size:
             raise OSError(errno.EIO, "the archive ends before this member does")
         return data
+
+
+def path_fields(path: str) -> dict[str, str]:
+    """A path as JSON holds it: `path`, and `path_bytes` (base64) where the name is not UTF-8."""
+    try:
+        raw = os.fsencode(path)
+    except UnicodeEncodeError:  # no name of a file
+        return {"path": printable(path)}
+    try:
+        return {"path": raw.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {"path": raw.decode("utf-8", "replace"), "path_bytes": base64.b64encode(raw).decode("ascii")}
 
 
 def path_of_index(record: dict[str, Any]) -> str:

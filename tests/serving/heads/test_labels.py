@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow
@@ -16,6 +17,8 @@ from robustfeat.errors import InputError
 from robustfeat.serving.heads.features import Features, is_feature_file, open_features
 from robustfeat.serving.heads.fitting import fit_head
 from robustfeat.serving.heads.labels import match_labels, read_labels
+
+Form = Literal["NFC", "NFD"]
 
 
 @pytest.fixture
@@ -68,6 +71,24 @@ def test_csv_is_matched_by_path(text: str, features: Features, tmp_path: Path) -
     assert found.classes == ("x", "y")
     assert (found.rows.tolist(), found.targets.tolist()) == ([0, 2], [1, 0])
     assert (found.failed, found.unlabelled, found.missing) == (0, 3, ())
+
+
+@pytest.mark.parametrize(("there", "here"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_unicode_forms_of_one_name_match(there: Form, here: Form, tmp_path: Path, write_features: Any) -> None:
+    names = [unicodedata.normalize(here, name) for name in ("é/ü.jpg", "é/å.jpg", "b.jpg")]
+    features = open_features(str(write_features(tmp_path / "g.npy", np.zeros((3, 4), np.float32), names)))
+    text = unicodedata.normalize(there, "path,label\né/ü.jpg,ä\né/å.jpg,b\nnone.jpg,b\n")
+    found = match_labels(features, read_labels(csv(tmp_path, text)), classes=["ä", "b"])
+    assert (found.rows.tolist(), found.targets.tolist(), found.missing) == ([0, 1], [0, 1], ("none.jpg",))
+
+
+def test_two_files_of_one_name_in_two_forms_are_not_confused(tmp_path: Path, write_features: Any) -> None:
+    names = [unicodedata.normalize("NFC", "é.jpg"), unicodedata.normalize("NFD", "é.jpg")]
+    features = open_features(str(write_features(tmp_path / "g.npy", np.zeros((2, 4), np.float32), names)))
+    both = read_labels(csv(tmp_path, f"path,label\n{names[0]},x\n{names[1]},y\n"))
+    assert match_labels(features, both).targets.tolist() == [0, 1]
+    with pytest.raises(InputError, match="rows 0 and 1 have the same path"):
+        match_labels(features, read_labels(csv(tmp_path, f"path,label\n{names[0]},x\n")))
 
 
 def test_a_column_may_be_named(features: Features, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from robustfeat.serving.heads.fitting import fit_head
 from robustfeat.serving.heads.labels import match_labels, read_labels
 from robustfeat.serving.heads.predictions import Suggestions, predict_rows, to_csv, to_jsonl
 from robustfeat.serving.heads.report import Report
+from robustfeat.serving.inputs.sources import path_of_index
 
 
 def draw_answers(classes: int, rows: int = 500) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -103,6 +104,28 @@ def test_predictions_keep_rows_and_say_what_failed(fitted: tuple[Head, Path], di
         assert records[row]["margins"] == pytest.approx(dict(zip(head.classes, expected[row], strict=True)))
         assert sum(records[row]["probabilities"].values()) == pytest.approx(1)
     assert records[2] == {"path": "bad.png", "prediction": None, "margins": None, "error": "truncated"}
+
+
+def test_names_come_back_from_predictions_as_they_were(
+    fitted: tuple[Head, Path], digits: Any, write_features: Any, tmp_path: Path
+) -> None:
+    head, folder = fitted
+    names = ["caf\udce9.png", "caf\udce8.png", "=cmd.png", "-x.png", "'=quoted.png", "'plain.png", "@a\tb.png", "-1"]
+    features = open_features(str(write_features(folder / "odd.npy", digits[0][1200 : 1200 + len(names)], names)))
+    text = "".join(to_csv(head, predict_rows(head, features)))
+    (tmp_path / "p.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
+    cells = [line["path"] for line in csv.DictReader(io.StringIO(text))]
+    assert not [cell for cell in cells[:-1] if cell[0] in "=+-@\t\r"]
+    assert cells[-1] == "-1"
+    labels = read_labels([f"{tmp_path}/p.csv:prediction"])
+    assert [labels.key(path) for path in names] == names
+    assert match_labels(features, labels).missing == ()
+    records = [json.loads(line) for line in to_jsonl(head, predict_rows(head, features))]
+    assert [path_of_index(record) for record in records] == names
+    suggestions = Suggestions(len(names))
+    list(suggestions.watch(predict_rows(head, features)))
+    found = {line["path"] for line in csv.DictReader(io.StringIO(suggestions.to_csv()))}
+    assert found == set(cells)
 
 
 def test_suggestions_are_the_least_certain_first(fitted: tuple[Head, Path]) -> None:

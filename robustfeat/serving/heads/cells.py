@@ -1,0 +1,28 @@
+"""Text in CSV files that spreadsheets would run as formulas."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["quote_cell", "unquote_cell"]
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def quote_cell(text: str) -> str:
+    """The text behind a `'` where a spreadsheet would run it; numbers stay numbers.
+
+    >>> quote_cell("=cmd|'/C calc'!A0"), quote_cell("-1"), quote_cell("a.jpg")
+    ("'=cmd|'/C calc'!A0", '-1', 'a.jpg')
+    """
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def unquote_cell(text: str) -> str:
+    """The inverse of `quote_cell`.
+
+    >>> unquote_cell("'=x"), unquote_cell("'quoted'")
+    ('=x', "'quoted'")
+    """
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
