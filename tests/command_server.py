@@ -63,7 +63,21 @@ _LEFT_OUT = (
 # The Hub's client reads the environment at import: a command imports it anew, and finds what it imports in memory.
 FORGOTTEN = "huggingface_hub"
 # Read when an interpreter or a library starts.
-_EARLY = ("PYTHON", "LD_", "OMP_", "OPENBLAS_", "MKL_", "KMP_", "GOTO_", "MALLOC_", "GLIBC_", "CUDA_", "MPL", "ORT_")
+_EARLY = (
+    "PYTHON",
+    "LD_",
+    "FSSPEC_",
+    "OMP_",
+    "OPENBLAS_",
+    "MKL_",
+    "KMP_",
+    "GOTO_",
+    "MALLOC_",
+    "GLIBC_",
+    "CUDA_",
+    "MPL",
+    "ORT_",
+)
 
 
 class ForkedCommand:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 
 from robustfeat import FeatureExtractor
 from robustfeat.serving.verify import cosine
-from tests.conftest import EXAMPLES, ROOT, files_of, hub_environment
+from tests.conftest import EXAMPLES, ROOT, Run, files_of, hub_environment
 from tests.hub_server import FakeHub, serve_hub
 
 TEXT = (ROOT / "docs" / "interop.md").read_text("utf-8")
@@ -42,7 +40,7 @@ def test_every_library_has_its_code() -> None:
 @pytest.mark.parametrize("place", ["Hub", "folder"])
 @pytest.mark.parametrize(("title", "code"), CODE)
 def test_the_code_gives_the_features_of_embed(
-    published: FakeHub, one_file: Path, home: Path, tmp_path: Path, title: str, code: str, place: str
+    published: FakeHub, one_file: Path, home: Path, tmp_path: Path, python: Run, title: str, code: str, place: str
 ) -> None:
     photo = EXAMPLES / "hat" / "hat-1.jpg"
     shutil.copy(photo, tmp_path / "photo.jpg")
@@ -52,11 +50,11 @@ def test_the_code_gives_the_features_of_embed(
         replaced = replaced.replace("hf-hub:org/name", "local-dir:model").replace('"org/name"', '"model"')
         assert replaced != code
         code = replaced
-    command = [sys.executable, "-c", f"{code}\nimport numpy\nnumpy.save('features.npy', numpy.asarray(features))"]
-    environment = hub_environment(published, home, PYTHONPATH=str(ROOT))
+    environment = hub_environment(published, home)
     if place == "folder":
         environment["HF_ENDPOINT"] = "http://127.0.0.1:1"
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    saving = "\nimport numpy\nnumpy.save('features.npy', numpy.asarray(features))"
+    result = python(code + saving, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     features = np.load(tmp_path / "features.npy").reshape(1, -1)
     assert features.shape == (1, 512)

@@ -31,14 +31,12 @@ def test_the_embed_line_gives_one_row_an_example(robustfeat: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/embedding.md", "docs/heads.md", "docs/python.md"])
-def test_the_python_blocks_print_what_they_say(name: str, tmp_path: Path) -> None:
+def test_the_python_blocks_print_what_they_say(name: str, tmp_path: Path, python: Run) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
-        command = [sys.executable, "-c", block]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        result = python(block, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         said = re.findall(r"print\(.*\)  # (.*)", block)
         assert said

@@ -36,7 +36,7 @@ from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.inputs.parquet import ParquetImages
 from robustfeat.serving.inputs.sources import ImageSource
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Run
 from tests.hub_server import FakeHub
 
 Fault = Callable[[dict[str, Any]], str | None]
@@ -181,16 +181,12 @@ def embed(extractor: FeatureExtractor, inputs: list[str | Path], out: str | Path
         return embed_files(extractor, found, out, quiet=True, **{"workers": 1, "batch_size": 4, **options})
 
 
-def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line as users start it; its decoders are processes of their own that inherit the environment."""
+@pytest.fixture
+def command(robustfeat: Run) -> Run:
+    """The command line; its decoders are processes of their own that inherit the environment."""
     options = ["--quiet", "--threads=1", "--workers=1", "--batch-size=4"]
-    return subprocess.run(
-        [sys.executable, "-m", "robustfeat", "embed", *options, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        env={**os.environ, **environment},
+    return lambda *arguments, **environment: robustfeat(
+        "embed", *options, *arguments, env={**os.environ, **environment}
     )
 
 
@@ -221,7 +217,7 @@ def refused_listing(prefix: str, code: str) -> Fault:
 
 
 def test_a_folder_on_s3_gives_what_its_local_copy_gives(
-    s3: Storage, bucket: str, extractor: FeatureExtractor, photos: Path, tmp_path: Path
+    s3: Storage, bucket: str, extractor: FeatureExtractor, photos: Path, tmp_path: Path, command: Run
 ) -> None:
     s3.put_folder(bucket, "in/photos", photos)
     s3.put(bucket, "in/photos/")  # as S3's own console makes folders
@@ -308,7 +304,7 @@ def test_rows_of_parquet_beside_remote_files_in_a_batch_are_their_own(
 
 
 def test_missing_urls_of_a_list_are_failed_rows_with_a_reason(
-    s3: Storage, bucket: str, photos: Path, tmp_path: Path
+    s3: Storage, bucket: str, photos: Path, tmp_path: Path, command: Run
 ) -> None:
     s3.put(bucket, "b.jpg", (photos / "b.jpg").read_bytes())
     lines = [f"s3://{bucket}/b.jpg", f"s3://{bucket}/gone.jpg", str(photos / "b.jpg"), "s3://no-such-bucket/b.jpg"]
@@ -383,7 +379,7 @@ def test_a_missing_package_is_named(url: str, missing: str, message: str, monkey
 
 
 def test_storage_out_of_reach_is_one_line_and_the_run_can_be_repeated(
-    s3: Storage, bucket: str, photos: Path, tmp_path: Path
+    s3: Storage, bucket: str, photos: Path, tmp_path: Path, command: Run
 ) -> None:
     s3.put(bucket, "b.jpg", (photos / "b.jpg").read_bytes())
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -627,7 +623,7 @@ def test_a_run_killed_while_it_writes_to_s3_goes_on_when_repeated(
 
 
 def test_a_dataset_of_the_hub_gives_what_its_local_copy_gives(
-    hub: FakeHub, extractor: FeatureExtractor, photos: Path, tmp_path: Path
+    hub: FakeHub, extractor: FeatureExtractor, photos: Path, tmp_path: Path, command: Run
 ) -> None:
     root = tmp_path / "dataset"
     shutil.copytree(photos, root / "train")

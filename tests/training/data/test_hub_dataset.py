@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import ROOT, hub_environment, train_arguments
+from tests.conftest import Run, hub_environment, train_arguments
 from tests.hub_server import FakeHub, Fault
 from tests.training.data.test_batches import jpeg
 from tests.training.data.test_tar_shards import pack
@@ -69,7 +67,7 @@ FILES = {
 
 
 @pytest.fixture
-def read(hub: FakeHub, tmp_path: Path) -> Read:
+def read(hub: FakeHub, tmp_path: Path, python: Run) -> Read:
     """Opens one data set or several; gives what is in each, or its error."""
 
     def read(
@@ -81,16 +79,9 @@ def read(hub: FakeHub, tmp_path: Path) -> Read:
         **options: Any,
     ) -> Any:
         pairs = [(url, {}) if isinstance(url, str) else url for url in urls]
-        cases = [[url, options | own, workers, limit] for url, own in pairs]
-        result = subprocess.run(
-            [sys.executable, "-c", PROGRAM, json.dumps(cases)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=300,
-            check=False,
-            env=hub_environment(hub, tmp_path / "home", token, **(environment or {})),
-        )
+        cases = [[url, options | more, workers, limit] for url, more in pairs]
+        own = hub_environment(hub, tmp_path / "home", token, **(environment or {}))
+        result = python(PROGRAM, json.dumps(cases), env=own)
         assert result.returncode == 0, result.stderr
         answers = [json.loads(line) for line in result.stdout.splitlines()]
         return answers if len(urls) > 1 else answers[0]
