@@ -10,18 +10,51 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from robustfeat.errors import InputError
 
-__all__ = ["START_OVER", "FileLock", "lock_inherited", "new_file", "new_folder", "require_new"]
+__all__ = [
+    "START_OVER",
+    "FileLock",
+    "create_file",
+    "create_folder",
+    "lock_inherited",
+    "new_file",
+    "new_folder",
+    "require_new",
+]
 
 START_OVER = "nothing was left behind: free space or choose another place, then run again"
 """The fix where an output could not be written and its partial files are removed."""
 
 
 def _beside(target: Path) -> Path:
-    # Always the same name: what a killed process left is overwritten by the next one.
+    # Always the same name: the next process removes what a killed one left.
     return target.with_name(f".{target.name}.partial")
+
+
+def create_file(path: Path) -> BinaryIO:
+    """A new file, opened for writing, in place of whatever has its name; a link of that name is not followed.
+
+    In a folder that others write to, a link may have been planted there, to have another file overwritten.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
+
+
+def create_folder(path: Path) -> None:
+    """Makes a folder, where there is none; a link of its name is removed, not followed.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    if path.is_symlink():
+        path.unlink()
+    path.mkdir(exist_ok=True)
 
 
 def _explain(target: Path, exc: OSError) -> InputError:
@@ -40,6 +73,7 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise InputError(f"{target}: exists and is not a regular file", fix="choose another place")
     partial = _beside(target)
     try:
+        create_file(partial).close()
         yield partial
         with open(partial, "rb") as handle:
             os.fsync(handle.fileno())
@@ -74,7 +108,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     partial = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
+        create_folder(partial)
         lock = FileLock(partial)
         taken = lock.take()
     except OSError as exc:
@@ -102,10 +136,11 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 class FileLock:
     """An exclusive lock on a file or a folder, held by one process at a time.
 
-    The kernel frees it when its process ends, even by a kill. `take` takes it and `release` frees it.
+    The kernel frees it when its process ends, even by a kill: forked children do not keep it. `take` takes it and
+    `release` frees it.
 
     Args:
-        path: a folder that exists, or a file. A missing file is made, and it stays.
+        path: a folder that exists, or a file. A missing file is made, and it stays; a link is replaced by a file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -123,7 +158,11 @@ class FileLock:
             OSError: the path cannot be opened, or its file system keeps no locks.
         """
         self.release()
-        flags = os.O_RDONLY | os.O_DIRECTORY if self._path.is_dir() else os.O_RDWR | os.O_CREAT
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        if self._path.is_dir():
+            flags = os.O_RDONLY | os.O_DIRECTORY
+        elif self._path.is_symlink():  # somebody else's file would be locked, or made
+            self._path.unlink(missing_ok=True)
         # The holder may remove or replace the file while this process waits. The new file is locked then.
         while not self._try(flags | os.O_CLOEXEC, on_wait):
             if on_wait is None:
@@ -145,6 +184,7 @@ class FileLock:
             with suppress(FileNotFoundError):
                 if os.path.samestat(self._path.stat(), os.fstat(descriptor)):
                     self._descriptor = descriptor
+                    _held.add(self)
             return self._descriptor is not None
         finally:
             if self._descriptor is None:
@@ -155,6 +195,7 @@ class FileLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+            _held.discard(self)
 
     def holder_note(self) -> str:
         """Text for a message: ` (process 4711)`, the holder, or nothing where the system does not say."""
@@ -167,6 +208,19 @@ class FileLock:
                 if kind == "FLOCK" and where == place and int(process) > 0:
                     return f" (process {process})"
         return ""
+
+
+_held: set[FileLock] = set()
+
+
+def _release_in_child() -> None:
+    # A child that outlives its parent would keep the lock. Closing its copy of the descriptor does not free the parent's.
+    for lock in list(_held):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
 
 
 @contextmanager

@@ -138,7 +138,10 @@ def command(
     if reference and target:
         raise InputError("--reference and --target: both give q0; pass one of them")
     base = load_recipe(config) if config else _recipe_of_run(Path(out)) if resume else Recipe()
-    recipe = base.override(_changes(overrides, settings, reference))
+    changes = _changes(overrides, settings, reference)
+    if "method" not in changes:
+        _refuse_foreign_code(base.method, f"--config {config}" if config else out)
+    recipe = base.override(changes)
     if recipe.concepts not in {"imagenet11", "classes"} and Path(recipe.concepts).is_file():
         recipe = recipe.replace(concepts=str(Path(recipe.concepts).resolve()))  # the run resumes from any folder
     cache = cache.lower() if cache.lower() in {"auto", "ram", "device"} else cache
@@ -180,6 +183,18 @@ def _refuse_empty(**values: str | None) -> None:
     for name, value in values.items():
         if value == "":
             raise InputError("got nothing", argument=name, fix="name one, or leave the option out")
+
+
+def _refuse_foreign_code(method: str, source: str) -> None:
+    """A file must not choose code that is run: whoever starts a training names the code."""
+    from robustfeat.errors import InputError
+    from robustfeat.training.methods import METHODS
+
+    if method not in METHODS:
+        raise InputError(
+            f"{source}: its recipe asks for code, method = {method!r}, which is not run because a file says so",
+            fix=f"add `method={method}` if you trust that code",
+        )
 
 
 def _changes(overrides: dict[str, Any], settings: tuple[str, ...], reference: str | None) -> dict[str, Any]:

@@ -9,8 +9,10 @@ In a compact folder (such as the built-in one) `model.onnx` lies beside `model.s
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import ModelFolderError, first_line
 from robustfeat.hub.config import CODE_ENTRIES, ModelConfig
+from robustfeat.hub.external_data import inline_external_data
 from robustfeat.hub.remote import HubAccess
 
 __all__ = ["ModelFolder", "file_sha256", "holds_code", "seal_folder"]
@@ -52,6 +55,7 @@ class ModelFolder:
     Attributes:
         path: the folder.
         config: what config.json says.
+        config_bytes, config_hash: the content of config.json, and its sha256.
         source: what a user types to get it: `builtin`, a path, or ORG/NAME on the Hub.
         revision, access: the commit on the Hub, and which Hub, as whom; None for other folders.
 
@@ -76,11 +80,11 @@ class ModelFolder:
                 "robustfeat export makes"
             )
         try:
-            content = file.read_bytes()
-            data = json.loads(content)
+            self.config_bytes = file.read_bytes()
+            data = json.loads(self.config_bytes)
         except (OSError, ValueError, RecursionError) as exc:
             raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)})", fix=self._remedy) from exc
-        self.config_hash = hashlib.sha256(content).hexdigest()
+        self.config_hash = hashlib.sha256(self.config_bytes).hexdigest()
         if config_hash is not None and not re.fullmatch("(sha256:)?[0-9a-fA-F]{64}", config_hash):
             raise ModelFolderError(
                 f"{config_hash!r} is no config hash, which has 64 hex digits", fix="copy it from robustfeat info"
@@ -134,25 +138,39 @@ class ModelFolder:
         return [name for name in self.config.files if not (self.path / name).is_file()]
 
     def onnx(self, precision: str) -> Path:
-        """The ONNX file of that precision, its hash (and that of its external weights) verified.
+        """The ONNX file of that precision, for other programs, its hash and that of its external weights verified.
 
         Raises:
             ModelFolderError: there is none, or it was altered.
         """
-        name = self._find_onnx(precision)
-        if name is None:
-            raise ModelFolderError(
-                f"{self.path}: has no {precision} model; it has {', '.join(self.precisions) or 'no ONNX file at all'}"
-            )
+        name = self._onnx_name(precision)
         self.verify([name, WEIGHTS] if name == COMPACT_ONNX else [name])
         return self.path / name
+
+    def read_onnx(self, precision: str) -> bytes:
+        """The network of that precision as one ONNX file, all of it verified, weights that lie in other files included.
+
+        Engines get these bytes and open no file, so that whatever is replaced meanwhile is not run.
+
+        Raises:
+            ModelFolderError: there is none, it was altered, or it keeps weights in a file that config.json does not
+                list.
+        """
+        name = self._onnx_name(precision)
+        try:
+            return inline_external_data(
+                self.read(name),
+                lambda place: self.read(posixpath.normpath(posixpath.join(posixpath.dirname(name), place))),
+            )
+        except ValueError as exc:
+            raise ModelFolderError(f"{self.path / name}: cannot be used ({exc})", fix=self._remedy) from exc
 
     def golden(self) -> tuple[list[bytes], NDArray[np.float32]]:
         """The golden images' bytes and the (n, D) float32 features that this model must give for them."""
         names = sorted(name for name in self.config.files if name.startswith("golden/") and name != GOLDEN_FEATURES)
-        self.verify([*names, GOLDEN_FEATURES])
+        content = self.read(GOLDEN_FEATURES)
         try:
-            features: NDArray[np.float32] = np.load(self.path / GOLDEN_FEATURES, allow_pickle=False)
+            features: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
         except (OSError, ValueError, EOFError) as exc:
             raise ModelFolderError(f"{self.path / GOLDEN_FEATURES}: not an array ({first_line(exc)})") from exc
         if not names or features.shape != (len(names), self.config.feature_size):
@@ -160,7 +178,24 @@ class ModelFolder:
                 f"{self.path / GOLDEN_FEATURES}: must be {(len(names), self.config.feature_size)}; "
                 f"got {features.shape}; export the model again"
             )
-        return [(self.path / name).read_bytes() for name in names], features
+        return [self.read(name) for name in names], features
+
+    def read(self, name: str) -> bytes:
+        """The content of a listed file, whose sha256 is that in config.json.
+
+        What is used is read by this alone: a file may be replaced after it was verified.
+
+        Raises:
+            ModelFolderError: it is not listed, cannot be read, or differs.
+        """
+        self._require_listed(name)
+        self.fetch([name])
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError as exc:
+            raise ModelFolderError(f"{self.path / name}: cannot be read ({exc.strerror})") from exc
+        self._compare(name, hashlib.sha256(content).hexdigest())
+        return content
 
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Compares the files' sha256 with config.json; all of them by default.
@@ -170,20 +205,24 @@ class ModelFolder:
         """
         chosen = list(self.config.files if names is None else names)
         for name in chosen:
-            if name not in self.config.files:
-                raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}", fix=self._remedy)
+            self._require_listed(name)
         self.fetch(chosen)
         for name in chosen:
-            expected = self.config.files[name]
-            actual = file_sha256(self.path / name)
-            if actual != expected:
-                raise ModelFolderError(
-                    f"{self.path / name}: altered or truncated (sha256 must be {expected[:12]}..., "
-                    f"got {actual[:12]}...)",
-                    fix=self._remedy,
-                )
+            self._compare(name, file_sha256(self.path / name))
         if PREPROCESSOR in chosen:
             self._check_preprocessor()
+
+    def _require_listed(self, name: str) -> None:
+        if name not in self.config.files:
+            raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}", fix=self._remedy)
+
+    def _compare(self, name: str, actual: str) -> None:
+        expected = self.config.files[name]
+        if actual != expected:
+            raise ModelFolderError(
+                f"{self.path / name}: altered or truncated (sha256 must be {expected[:12]}..., got {actual[:12]}...)",
+                fix=self._remedy,
+            )
 
     def fetch(self, names: Sequence[str]) -> None:
         """Sees to it that these files are here. They always are in a folder of one's own."""
@@ -209,6 +248,14 @@ class ModelFolder:
             raise ModelFolderError(
                 f"{file}: the entry {found[0]!r} names code to run", fix="do not use this model, or remove it"
             )
+
+    def _onnx_name(self, precision: str) -> str:
+        name = self._find_onnx(precision)
+        if name is None:
+            raise ModelFolderError(
+                f"{self.path}: has no {precision} model; it has {', '.join(self.precisions) or 'no ONNX file at all'}"
+            )
+        return name
 
     def _find_onnx(self, precision: str) -> str | None:
         if precision not in ONNX:

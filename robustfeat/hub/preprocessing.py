@@ -99,8 +99,12 @@ class Preprocessing:
         if self.interpolation not in _RESAMPLING:
             options = " or ".join(_RESAMPLING)
             raise ValueError(f"interpolation must be {options}; got {self.interpolation!r}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError("mean and std must hold three numbers, those of std positive")
+        in_range = all(-1e6 <= value <= 1e6 for value in self.mean) and all(1e-6 <= value <= 1e6 for value in self.std)
+        if len(self.mean) != 3 or len(self.std) != 3 or not in_range:
+            raise ValueError(
+                "mean and std must hold three numbers, mean from -1e6 to 1e6 and std from 1e-6 to 1e6; got "
+                f"{list(self.mean)} and {list(self.std)}"
+            )
 
     @property
     def resize_size(self) -> int:

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustfeat.errors import HubError, ModelFolderError, UnreachableError
+from robustfeat.errors import HubError, UnreachableError
 from robustfeat.files import new_folder
-from robustfeat.hub.folder import CARD, COMPACT_ONNX, CONFIG, ONNX, PREPROCESSOR, ModelFolder, refuse_code
+from robustfeat.hub.folder import CARD, CONFIG, PREPROCESSOR, ModelFolder, refuse_code
 from robustfeat.hub.remote import HubAccess, is_commit, is_revision
 
 __all__ = ["HubFolder", "copy_folder"]
@@ -62,15 +62,6 @@ class HubFolder(ModelFolder):
     def asked(self) -> bool:
         """Whether the Hub said what it holds, rather than the cache."""
         return self._listing is not None
-
-    def onnx(self, precision: str) -> Path:
-        """As in `ModelFolder`; a compact model is refused, since engines do not follow the cache's links."""
-        if precision in ONNX and self._find_onnx(precision) == COMPACT_ONNX:
-            raise ModelFolderError(
-                f"{self.repo}: is a compact model, which engines read from a folder of its own only",
-                fix=f"make one with `robustfeat pull {self.repo} --out FOLDER`",
-            )
-        return super().onnx(precision)
 
     def fetch(self, names: Sequence[str]) -> None:
         """Downloads those of the listed files that are not here."""

@@ -183,7 +183,9 @@ def _card(folder: ModelFolder, repo: str) -> str:
 
 def _contents(folder: ModelFolder, card: str) -> dict[str, Path | bytes]:
     """What the repository shall hold, by path."""
-    files: dict[str, Path | bytes] = {name: folder.path / name for name in (CONFIG, *folder.config.files)}
+    # As they were verified, not as they are when the client sends them.
+    files: dict[str, Path | bytes] = {name: folder.read(name) for name in folder.config.files}
+    files[CONFIG] = folder.config_bytes
     for file in folder.path.rglob("*"):  # a licence, the card's pictures
         name = file.relative_to(folder.path).as_posix()
         if file.is_file() and not file.is_symlink() and not any(part.startswith(".") for part in Path(name).parts):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,22 +53,28 @@ class Engine(Protocol):
     preprocessing_hash: str | None
 
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, 3, S, S) float32 to (N, D) float32."""
+        """(N, 3, S, S) float32 to (N, D) float32, all finite.
+
+        Raises:
+            EngineError: the network fails, or gives something else.
+        """
         ...
 
 
-def open_engine(file: Path, options: RunOptions) -> Engine:
+def open_engine(file: Path, content: bytes, options: RunOptions) -> Engine:
     """An engine on one ONNX file.
 
     Args:
-        file: input `pixel_values` (N, 3, S, S) float32, output `features` (N, D) float32.
+        file: what messages call it.
+        content: of the file, its weights included; input `pixel_values` (N, 3, S, S) float32, output `features`
+            (N, D) float32.
         options: bf16 is computed from the fp32 file; the other precisions are what the file holds.
 
     Raises:
         EngineError: the engine is missing or cannot run as asked.
         ModelFolderError: it cannot read the file.
     """
-    return _CLASSES[options.choose_engine()](file, options)
+    return _CLASSES[options.choose_engine()](file, content, options)
 
 
 class OnnxRuntimeEngine:
@@ -74,7 +82,7 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, file: Path, options: RunOptions) -> None:
+    def __init__(self, file: Path, content: bytes, options: RunOptions) -> None:
         # Official builds send telemetry unless this is set before the library starts.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
@@ -96,12 +104,13 @@ class OnnxRuntimeEngine:
         # With one thread a stream, run() computes on the thread that calls it, and none waits for another.
         settings.intra_op_num_threads = max(1, self.threads // self.streams)
         settings.log_severity_level = 3
+        settings.add_session_config_entry("session.load_model_format", "ONNX")
         providers = ["CPUExecutionProvider"]
         if options.device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             onnxruntime.preload_dlls()
             providers.insert(0, "CUDAExecutionProvider")
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(file), settings, providers=providers)
+            self._session: Any = onnxruntime.InferenceSession(content, settings, providers=providers)
         except Exception as exc:  # ONNX Runtime's exceptions share no base class of their own
             raise ModelFolderError(f"{file}: ONNX Runtime cannot load it ({first_line(exc)})") from exc
         # The GPU build falls back to the CPU silently; only the session knows.
@@ -115,11 +124,13 @@ class OnnxRuntimeEngine:
             )
         if self.device == "cuda":
             self.streams = min(self.streams, 2)  # one computes while the other's batch is prepared
-        inputs = {value.name: list(value.shape) for value in self._session.get_inputs()}
-        outputs = {value.name: list(value.shape) for value in self._session.get_outputs()}
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        outputs = {value.name: value for value in self._session.get_outputs()}
         _check_names(file, inputs, outputs)
-        self.input_shape: list[int | str | None] = inputs["pixel_values"]
-        self.output_shape: list[int | str | None] = outputs["features"]
+        taken, given = inputs["pixel_values"], outputs["features"]
+        _check_types(file, taken.type, given.type, "tensor(float)")
+        self.input_shape: list[int | str | None] = list(taken.shape)
+        self.output_shape: list[int | str | None] = list(given.shape)
         self.preprocessing_hash: str | None = self._session.get_modelmeta().custom_metadata_map.get(HASH_KEY)
 
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -128,9 +139,10 @@ class OnnxRuntimeEngine:
         binding = self._session.io_binding()
         binding.bind_cpu_input("pixel_values", pixel_values)
         binding.bind_output("features", self.device)
-        self._session.run_with_iobinding(binding)
-        features: NDArray[np.float32] = binding.copy_outputs_to_cpu()[0]
-        return features
+        with _explaining(self.name):
+            self._session.run_with_iobinding(binding)
+            features = binding.copy_outputs_to_cpu()[0]
+        return _checked(features, pixel_values, self.output_shape)
 
 
 class OpenVINOEngine:
@@ -139,7 +151,7 @@ class OpenVINOEngine:
     name = "openvino"
     device = "cpu"
 
-    def __init__(self, file: Path, options: RunOptions) -> None:
+    def __init__(self, file: Path, content: bytes, options: RunOptions) -> None:
         # Importing openvino reports to its makers unless its telemetry cannot be imported.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         try:
@@ -163,14 +175,16 @@ class OpenVINOEngine:
             "ENABLE_CPU_PINNING": False,
         }
         try:
-            model = core.read_model(str(file))
+            model = core.read_model(content, b"")
             self._compiled: Any = core.compile_model(model, "CPU", settings)
         except RuntimeError as exc:
             raise ModelFolderError(f"{file}: OpenVINO cannot load it ({first_line(exc)})") from exc
-        inputs = {value.any_name: _shape(value.partial_shape) for value in model.inputs}
-        outputs = {value.any_name: _shape(value.partial_shape) for value in model.outputs}
+        inputs = {value.any_name: value for value in model.inputs}
+        outputs = {value.any_name: value for value in model.outputs}
         _check_names(file, inputs, outputs)
-        self.input_shape, self.output_shape = inputs["pixel_values"], outputs["features"]
+        taken, given = inputs["pixel_values"], outputs["features"]
+        _check_types(file, taken.element_type.get_type_name(), given.element_type.get_type_name(), "f32")
+        self.input_shape, self.output_shape = _shape(taken.partial_shape), _shape(given.partial_shape)
         place = ["framework", HASH_KEY]
         self.preprocessing_hash = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None
         self._requests = threading.local()
@@ -179,11 +193,10 @@ class OpenVINOEngine:
         """(N, 3, S, S) float32 to (N, D) float32."""
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
-        # The output is copied: the request keeps its own for the next batch.
-        features: NDArray[np.float32] = self._requests.own.infer({"pixel_values": pixel_values}, share_inputs=True)[
-            "features"
-        ]
-        return features
+        with _explaining(self.name):
+            # The output is copied: the request keeps its own for the next batch.
+            features = self._requests.own.infer({"pixel_values": pixel_values}, share_inputs=True)["features"]
+        return _checked(features, pixel_values, self.output_shape)
 
 
 _CLASSES: dict[str, type[OnnxRuntimeEngine] | type[OpenVINOEngine]] = {
@@ -193,6 +206,44 @@ _CLASSES: dict[str, type[OnnxRuntimeEngine] | type[OpenVINOEngine]] = {
 
 def _shape(shape: Any) -> list[int | str | None]:
     return [dimension.get_length() if dimension.is_static else None for dimension in shape]
+
+
+@contextmanager
+def _explaining(engine: str) -> Iterator[None]:
+    """What an engine raises while it runs a network shares no class with anything."""
+    try:
+        yield
+    except Exception as exc:
+        raise EngineError(
+            f"{engine} cannot run the model ({first_line(exc)})",
+            fix="check the model with robustfeat verify, or choose another `engine`",
+        ) from exc
+
+
+def _checked(
+    features: NDArray[Any], pixel_values: NDArray[np.float32], shape: list[int | str | None]
+) -> NDArray[np.float32]:
+    expected = (len(pixel_values), shape[-1])
+    if features.dtype != np.float32 or features.shape != expected:
+        raise EngineError(
+            f"the model gives features of shape {features.shape} and type {features.dtype}, not {expected} and float32",
+            fix="export the model again",
+        )
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise EngineError(
+            f"the model gives features that are not finite for {np.count_nonzero(~finite)} of {len(features)} images",
+            fix="check the model with robustfeat verify; its weights may be damaged, or too large for this `precision`",
+        )
+    return features
+
+
+def _check_types(file: Path, taken: str, given: str, expected: str) -> None:
+    if not taken == given == expected:
+        raise ModelFolderError(
+            f"{file}: pixel_values and features must be float32 tensors; got {taken} and {given}",
+            fix="export the model again",
+        )
 
 
 def _check_names(file: Path, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:

@@ -131,7 +131,7 @@ class FeatureExtractor:
         Raises:
             ModelFolderError, EngineError: as `from_pretrained`.
         """
-        session = open_engine(folder.onnx(options.stored_precision), options)
+        session = open_engine(folder.path, folder.read_onnx(options.stored_precision), options)
         side, size = folder.config.preprocessing.image_size, folder.config.feature_size
         if session.input_shape[1:] != [3, side, side] or session.output_shape[1:] != [size]:
             raise ModelFolderError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from robustfeat.errors import CheckpointError, InputError, ModelFolderError, first_line
@@ -17,6 +17,7 @@ from robustfeat.hub.folder import WEIGHTS
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.network import timm_settings
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.tensors import load_tensors
 
 __all__ = ["load_start", "read_state", "resolve_start", "state_digest"]
 
@@ -130,10 +131,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
     """
     try:
         state: Any
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_file(file) if file.suffix == ".safetensors" else load_tensors(file)
     except Exception as exc:  # what the readers raise on damaged files has no common base
         raise ValueError("damaged, or not a file of tensors alone") from exc
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -158,11 +156,11 @@ def _open_start(init: str) -> _Start:
             raise InputError(f"cannot be read ({exc})", argument="init", value=init) from exc
     try:
         folder = resolve_model(init)
-        folder.verify([WEIGHTS])
+        weights = folder.read(WEIGHTS)
     except ModelFolderError as exc:
         raise InputError(exc.what, argument="init", value=init, fix=exc.fix) from exc
     config = folder.config
-    state = {name: value.float() for name, value in load_file(folder.path / WEIGHTS).items()}
+    state = {name: value.float() for name, value in load(weights).items()}
     own, _, width = config.architecture.partition("resnet18-width")
     if own == "robustfeat:":
         return _Start(state, "resnet18", int(width), config.preprocessing)

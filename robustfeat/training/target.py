@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from robustfeat.errors import DataError, ModelFolderError, first_line
 from robustfeat.hub.catalog import resolve_model
@@ -56,9 +56,8 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
     folder = resolve_model(model)
     extractor = FeatureExtractor.open(folder)
     try:
-        folder.verify([WEIGHTS, TRAINING])
-        classes = json.loads((folder.path / TRAINING).read_text("utf-8"))["classes"]
-        state = load_file(folder.path / WEIGHTS)
+        classes = json.loads(folder.read(TRAINING))["classes"]
+        state = load(folder.read(WEIGHTS))
         parts = (state[f"{folder.config.classifier}.{part}"] for part in ("weight", "bias"))
         weight, bias = (part.astype(np.float64) for part in parts)
     except (ModelFolderError, OSError, ValueError, KeyError) as exc:

@@ -100,10 +100,8 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_openvino_refuses_what_is_no_model(tmp_path: Path) -> None:
-    file = tmp_path / "model.onnx"
-    file.write_bytes(b"junk")
     with pytest.raises(ModelFolderError, match="OpenVINO cannot load it"):
-        open_engine(file, RunOptions(engine="openvino"))
+        open_engine(tmp_path, b"junk", RunOptions(engine="openvino"))
 
 
 def test_a_missing_engine_is_named() -> None:

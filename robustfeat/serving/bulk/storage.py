@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from robustfeat.errors import InputError, first_line
-from robustfeat.files import FileLock, new_file
+from robustfeat.files import FileLock, create_file, create_folder, new_file
 from robustfeat.serving.inputs.remote import is_remote, open_remote
 
 __all__ = ["LocalFolder", "RemoteFolder", "file_exists", "open_folder", "open_input", "open_output"]
@@ -31,7 +31,7 @@ class LocalFolder:
         Raises:
             InputError: another process has it.
         """
-        self.place.mkdir(exist_ok=True)
+        create_folder(self.place)
         if not self._lock.take():
             raise InputError(
                 f"{self.place}: another process is writing it{self._lock.holder_note()}",
@@ -57,7 +57,7 @@ class LocalFolder:
         """Makes or replaces a file."""
         new = self.place / f"{name}.new"
         try:
-            with open(new, "wb") as handle:
+            with create_file(new) as handle:
                 handle.writelines(parts)
                 handle.flush()
                 os.fsync(handle.fileno())

@@ -111,7 +111,7 @@ def write_archive(
         InputError: the file system refuses.
     """
     folder.verify()
-    folder.onnx(settings.options.stored_precision)
+    folder.read_onnx(settings.options.stored_precision)
     side = folder.config.preprocessing.image_size
     manifest = {
         "createdOn": datetime.now(UTC).strftime("%d/%m/%Y %H:%M:%S"),
@@ -145,9 +145,11 @@ def write_archive(
         mar.writestr(_ENTRY, "from robustfeat.serving.torchserve.handler import handle\n")
         for file, place in _sources():
             mar.write(file, place)
-        for entry in (CONFIG, CARD, *folder.config.files):
-            if (folder.path / entry).is_file():  # a card may be missing
-                mar.write(folder.path / entry, f"{MODEL_FOLDER}/{entry}")
+        mar.writestr(f"{MODEL_FOLDER}/{CONFIG}", folder.config_bytes)
+        for entry in folder.config.files:
+            mar.writestr(f"{MODEL_FOLDER}/{entry}", folder.read(entry))
+        if (folder.path / CARD).is_file():
+            mar.write(folder.path / CARD, f"{MODEL_FOLDER}/{CARD}")
     return archive
 
 

@@ -203,15 +203,15 @@ def open_network(
 
 def _network_of_folder(folder: ModelFolder) -> nn.Module:
     import timm
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
-    folder.verify([WEIGHTS])
+    weights = load(folder.read(WEIGHTS))
     config = folder.config
     if ":" in config.architecture:
         raise InputError(f"{folder.path}: its architecture {config.architecture!r} is no network that timm has itself")
     try:
         network: Any = timm.create_model(config.architecture, num_classes=config.num_classes)
-        network.load_state_dict({name: value.float() for name, value in load_file(folder.path / WEIGHTS).items()})
+        network.load_state_dict({name: value.float() for name, value in weights.items()})
     except RuntimeError as exc:
         raise InputError(f"{folder.path}: timm cannot make its {config.architecture} ({first_line(exc)})") from exc
     network.reset_classifier(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -81,15 +80,11 @@ def expand_folder(folder: ModelFolder, out: str | Path) -> ModelFolder:
         InputError: `out` exists, or cannot be written.
         ModelFolderError: a file was altered; nothing is left behind.
     """
-    folder.verify()
     with new_folder(out) as path:
-        for name in (CARD, *folder.config.files):
-            if name != COMPACT_ONNX and (folder.path / name).is_file():
-                (path / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder.path / name, path / name)
-        single = path / ONNX["fp32"]
-        single.parent.mkdir(exist_ok=True)
-        onnx.save(onnx.load(folder.path / COMPACT_ONNX), single)
-        card = path / CARD
+        contents = {name: folder.read(name) for name in folder.config.files if name != COMPACT_ONNX}
+        for name, content in (contents | {ONNX["fp32"]: folder.read_onnx("fp32")}).items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+        card = folder.path / CARD
         seal_folder(path, folder.config, card.read_text("utf-8") if card.is_file() else render_card(folder.config))
     return ModelFolder(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from robustfeat.errors import ModelFolderError, first_line
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
@@ -22,14 +22,14 @@ def verify_with_torch(folder: ModelFolder) -> Check:
     """
     config = folder.config
     images, expected = folder.golden()
-    folder.verify([WEIGHTS])
+    weights = folder.read(WEIGHTS)
     if not timm.is_model(config.architecture):  # it may be an address, which timm would follow
         raise ModelFolderError(
             f"{folder.path}: timm has no network called {config.architecture!r}", fix="do not use this model"
         )
     try:
         network = timm.create_model(config.architecture, pretrained=False, num_classes=config.num_classes)
-        network.load_state_dict(load_file(folder.path / WEIGHTS))
+        network.load_state_dict(load(weights))
     except Exception as exc:  # timm's and PyTorch's errors share no base class
         raise ModelFolderError(
             f"{folder.path / WEIGHTS}: does not fit timm's {config.architecture} ({first_line(exc)})"

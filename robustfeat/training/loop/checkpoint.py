@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.loop.run_folder import CHECKPOINT_NAME, checkpoint_file
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.tensors import load_tensors
 
 __all__ = [
     "Checkpoint",
     "Position",
     "changed_key",
+    "fitting",
     "load_checkpoint",
     "network_of",
     "require_same_run",
@@ -108,7 +111,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     file = checkpoint_file(path)
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_tensors(file)
     except Exception as exc:  # what the restricted unpickler raises on damaged files has no common base
         raise CheckpointError(
             f"{file}: damaged or not a checkpoint of robustfeat train", fix="train again or use another"
@@ -122,6 +125,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{file}: format_version {version}; this robustfeat reads {_FORMAT_VERSION}", fix="upgrade robustfeat"
         )
+    try:
+        _require_fields(state)
+    except ValueError as exc:
+        raise CheckpointError(f"{file}: damaged ({exc})", fix="train again or use another") from exc
     return Checkpoint(**state)
 
 
@@ -131,17 +138,55 @@ def network_of(checkpoint: Checkpoint) -> nn.Module:
     Raises:
         CheckpointError: the weights are not those of such a network.
     """
-    try:
-        recipe = Recipe.from_dict(checkpoint.recipe)
+    recipe = Recipe.from_dict(checkpoint.recipe)
+    with fitting():
         network = build_network(
             len(checkpoint.classes), recipe.network, width=recipe.width, image_size=recipe.validation_size
         )
         network.load_state_dict(checkpoint.model)
-    except (RuntimeError, TypeError, AttributeError) as exc:
-        raise CheckpointError(
-            f"the checkpoint's weights do not fit its network ({first_line(exc)})", fix="train again or use another"
-        ) from exc
     return network.eval()
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """State that PyTorch's objects do not take, in whatever way, is a damaged checkpoint's.
+
+    Raises:
+        CheckpointError: the block failed.
+    """
+    try:
+        yield
+    except Exception as exc:
+        raise CheckpointError(
+            f"the checkpoint's state does not fit its network ({first_line(exc)})", fix="train again or use another"
+        ) from exc
+
+
+_KINDS: dict[str, type] = {"dict": dict, "list": list, "int": int}
+_DATA_KINDS: dict[str, type] = {"root": str, "fingerprint": str, "images": int}
+
+
+def _require_fields(state: Mapping[str, Any]) -> None:
+    """The fields of a checkpoint are what `Checkpoint` says.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    for item in fields(Checkpoint):
+        kind = _KINDS[str(item.type).partition("[")[0]]
+        value: Any = state.get(item.name, kind())
+        if type(value) is not kind and not (kind is dict and isinstance(value, dict)):
+            raise ValueError(f"{item.name} must be {item.type}; got {value!r:.60}")
+        if kind is int and value < 0:
+            raise ValueError(f"{item.name} must be 0 or more; got {value}")
+    classes, concepts, numbers = state["classes"], state["concepts"], state["concept_of_class"]
+    if not all(isinstance(name, str) for name in (*classes, *concepts, *state["recipe"])):
+        raise ValueError("classes, concepts and the recipe's keys must be text")
+    if len(numbers) != len(classes) or not all(type(at) is int and 0 <= at < len(concepts) for at in numbers):
+        raise ValueError("concept_of_class must give each class the number of a concept")
+    for name, kind in _DATA_KINDS.items():
+        if type(state["data"].get(name)) is not kind:
+            raise ValueError(f"data must hold {', '.join(_DATA_KINDS)}; got {name} = {state['data'].get(name)!r:.60}")
 
 
 def changed_key(saved: Checkpoint, recipe: Recipe) -> tuple[str, Any, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from robustfeat.errors import DataError, InputError
+from robustfeat.files import FileLock
 from robustfeat.progress import remark
 from robustfeat.system import available_cpus
 from robustfeat.training.concepts import ConceptMap, assign_concepts
@@ -20,10 +22,12 @@ from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.loop.device import torch_device
+from robustfeat.training.loop.distributed import together
 from robustfeat.training.loop.ranks import Ranks
+from robustfeat.training.loop.run_folder import require_unused
 from robustfeat.training.recipe import Recipe
 
-__all__ = ["Run", "choose_device", "fill_cache", "introduce", "make_folder", "prepare_run", "require_cache_room"]
+__all__ = ["Run", "choose_device", "claim_folder", "fill_cache", "introduce", "prepare_run", "require_cache_room"]
 
 _MOST_DECODERS = 16
 
@@ -139,19 +143,38 @@ def prepare_run(
     )
 
 
-def make_folder(run: Run) -> None:
-    """The run's folder, made by the first rank.
+@contextmanager
+def claim_folder(run: Run, *, resume: bool) -> Iterator[None]:
+    """The run's folder, made and locked by the first rank until the block ends; a collective call.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be made or locked, or another process trains there.
+        CheckpointError: another process has trained there meanwhile.
     """
-    if run.ranks.rank == 0:
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise InputError(
-                f"cannot be made ({exc.strerror})", argument="out", value=run.folder, fix="choose another folder"
-            ) from exc
+    lock = FileLock(run.folder)
+    with together():
+        if run.ranks.rank == 0:
+            try:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                taken = lock.take()
+            except OSError as exc:
+                raise InputError(
+                    f"cannot be made or locked ({exc.strerror})",
+                    argument="out",
+                    value=run.folder,
+                    fix="choose another folder",
+                ) from exc
+            if not taken:
+                raise InputError(
+                    f"{run.folder}: another process is training there{lock.holder_note()}",
+                    fix="wait for it, stop it, or choose another `out`",
+                )
+            if not resume:
+                require_unused(run.folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def introduce(run: Run, data: str | Path) -> None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 from robustfeat.errors import StoppedError
 from robustfeat.progress import remark
 from robustfeat.training.loop.bad_images import BadImages
-from robustfeat.training.loop.checkpoint import Checkpoint, Position, save_checkpoint
+from robustfeat.training.loop.checkpoint import Checkpoint, Position, fitting, save_checkpoint
 from robustfeat.training.loop.distributed import fail_together, gather_objects
 from robustfeat.training.loop.preparation import Run
 from robustfeat.training.loop.run_folder import CHECKPOINT_NAME
@@ -67,9 +67,10 @@ class Saver:
 
 def restore(saved: Checkpoint, run: Run, step: TrainingStep) -> Position:
     """Gives the network, the optimiser and the objective their saved state; returns where the run stands."""
-    step.load_state_dict(
-        {name: getattr(saved, name) for name in ("model", "heads", "optimizer", "objective", "scaler")}
-    )
+    with fitting():
+        step.load_state_dict(
+            {name: getattr(saved, name) for name in ("model", "heads", "optimizer", "objective", "scaler")}
+        )
     before = saved.data.get("ranks", 1)
     if before != run.ranks.world:
         remark(

@@ -20,9 +20,9 @@ from robustfeat.training.loop.epochs import EpochLoop
 from robustfeat.training.loop.preparation import (
     Run,
     choose_device,
+    claim_folder,
     fill_cache,
     introduce,
-    make_folder,
     prepare_run,
     require_cache_room,
 )
@@ -121,14 +121,15 @@ def train(
                 )
                 step = TrainingStep(recipe, run.concepts, chosen, ranks)
                 require_cache_room(run)
-                saved = _find_checkpoint(run) if resume else None
-                if saved is None and recipe.init:
-                    _start(step, recipe, quiet)
-                make_folder(run)
-                introduce(run, data)
-            with together():
-                run = fill_cache(run)
-            return _train(run, step, saved, checkpoint_every_s)
+            with claim_folder(run, resume=resume):
+                with together():
+                    saved = _find_checkpoint(run) if resume else None
+                    if saved is None and recipe.init:
+                        _start(step, recipe, quiet)
+                    introduce(run, data)
+                with together():
+                    run = fill_cache(run)
+                return _train(run, step, saved, checkpoint_every_s)
         except torch.OutOfMemoryError as exc:
             raise TrainingError(
                 "the GPU's memory does not suffice",
