@@ -214,7 +214,7 @@ _held: set[FileLock] = set()
 
 
 def _release_in_child() -> None:
-    # A child that outlives its parent would keep the lock. Closing its copy of the descriptor does not free the parent's.
+    # A child that outlives its parent would keep the lock. The parent's copy of the descriptor stays open.
     for lock in list(_held):
         lock.release()
 

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+from robustfeat.errors import visible
+
 __all__ = ["Progress", "clock", "remark"]
 
 _REDRAW_S = 0.1
@@ -58,7 +60,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own, printed above the bar."""
         if not self.quiet:
-            self._print(text, last=True)
+            self._print(visible(text), last=True)
 
     def _line(self, now: float, note: str) -> str:
         fresh, elapsed = self.done - self._start, max(now - self._began, 1e-9)
@@ -87,7 +89,7 @@ def remark(text: str, *, quiet: bool = False) -> None:
         quiet: print nothing.
     """
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

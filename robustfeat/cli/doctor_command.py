@@ -10,7 +10,7 @@ from typing import cast
 import click
 
 from robustfeat.cli.extraction import Extraction, serving_options
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
@@ -36,10 +36,10 @@ def command(model: str, as_json: bool, extraction: Extraction) -> int:
             click.echo(json.dumps(asdict(finding)))
             continue
         status = click.style(f"{finding.status:9}", fg=_COLOURS[finding.status])
-        click.echo(f"{status}{finding.check:12}{finding.found}")
+        say(f"{status}{finding.check:12}{finding.found}")
         if finding.fix:
-            click.echo(f"{'':21}-> {finding.fix}")
+            say(f"{'':21}-> {finding.fix}")
     problems = counts[PROBLEM]
     if not as_json:
-        click.echo(f"{problems or 'no'} problem{'' if problems == 1 else 's'}", err=True)
+        say(f"{problems or 'no'} problem{'' if problems == 1 else 's'}", err=True)
     return 3 if problems else 0

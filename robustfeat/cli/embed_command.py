@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from robustfeat.cli.extraction import Extraction, extraction_options, quiet_downloads
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
     from robustfeat.serving.bulk.embedding import EmbeddingResult
@@ -120,10 +120,10 @@ def _show(result: EmbeddingResult, *, append: bool, as_json: bool, quiet: bool) 
         click.echo(json.dumps(summary))
     elif not quiet:
         known = f" ({result.known:,} inputs were there already)" if append else ""
-        click.echo(f"{result.features}: {result.images} x {result.feature_size} float32{known}", err=True)
+        say(f"{result.features}: {result.images} x {result.feature_size} float32{known}", err=True)
         from robustfeat.serving.inputs.choice import say_left_out
 
         if said := say_left_out(result.left_out):
-            click.echo(f"robustfeat: {said}", err=True)
+            say(f"robustfeat: {said}", err=True)
     if result.failed:
-        click.echo(f"robustfeat: {result.failed} of {result.images} images failed; {result.index} says why", err=True)
+        say(f"robustfeat: {result.failed} of {result.images} images failed; {result.index} says why", err=True)

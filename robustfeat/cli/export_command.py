@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 
 @click.command("export", cls=Command, short_help="Make a model folder of a training run.")
@@ -89,4 +89,4 @@ def print_report(out: str, name: str, cosines: dict[str, float], as_json: bool) 
         click.echo(json.dumps({"out": out, "name": name, "golden_cosine": cosines}))
     else:
         checks = ", ".join(f"{precision} cosine {value:.6f}" for precision, value in cosines.items())
-        click.echo(f"{out}: {name}; against PyTorch: {checks}", err=True)
+        say(f"{out}: {name}; against PyTorch: {checks}", err=True)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from robustfeat.cli.extraction import pin_options
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 
 @click.command("info", cls=Command, short_help="Show what a model is, how it fares and its terms.")
@@ -47,19 +47,21 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
         "terms": config.provenance.get("terms", "not stated"),
     }
     for key, value in lines.items():
-        click.echo(f"{key + ':':15}{value}")
+        say(f"{key + ':':15}{value}")
     if config.evaluations:
-        click.echo("\nevaluations:")
+        say()
+        say("evaluations:")
         for evaluation in config.evaluations:
-            click.echo(f"  {evaluation} ({', '.join(filter(None, (evaluation.split, evaluation.protocol)))})")
+            say(f"  {evaluation} ({', '.join(filter(None, (evaluation.split, evaluation.protocol)))})")
     for title, content in config.results.items():
-        click.echo(f"\n{title}:")
+        say()
+        say(f"{title}:")
         _print_rows(content)
 
 
 def _print_rows(content: Any) -> None:
     if not isinstance(content, list):
-        click.echo(f"  {content}")
+        say(f"  {content}")
         return
     for row in content:
-        click.echo("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
+        say("  " + ", ".join(f"{key} {value}" for key, value in row.items()))

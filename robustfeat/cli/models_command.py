@@ -7,7 +7,7 @@ import json
 
 import click
 
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 
 @click.command("models", cls=Command, short_help="List the models that are here, or on the Hub.")
@@ -36,6 +36,6 @@ def command(remote: str | None, as_json: bool) -> None:
         refs = f" ({', '.join(model.refs)})" if model.refs else ""
         size = "" if model.size_bytes is None else f"{model.size_bytes / 1e6:.1f} MB"
         what = model.problem or "; ".join(model.scores) or "no scores"
-        click.echo(f"{model.model:32}  {(model.revision or '')[:12] + refs or '-':24}  {size:>10}  {what}")
+        say(f"{model.model:32}  {(model.revision or '')[:12] + refs or '-':24}  {size:>10}  {what}")
     if remote is not None and not found:
-        click.echo("no model of robustfeat on the Hub" + (f" has {remote!r} in its name" if remote else ""), err=True)
+        say("no model of robustfeat on the Hub" + (f" has {remote!r} in its name" if remote else ""), err=True)

@@ -7,7 +7,7 @@ import json
 import click
 
 from robustfeat.cli.extraction import pin_options
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 
 @click.command("pull", cls=Command, short_help="Download a model from the Hugging Face Hub.")
@@ -58,14 +58,14 @@ def command(
     else:
         folder = copy_folder(hub, out)
     if not hub.asked:
-        click.echo(f"{model}: the Hub was not asked; this is what the cache holds", err=True)
+        say(f"{model}: the Hub was not asked; this is what the cache holds", err=True)
     if as_json:
         about = {"path": str(folder.path), "name": folder.config.name, "revision": hub.revision}
         click.echo(json.dumps(about | {"config_hash": folder.config_hash, "bytes": folder.size_bytes()}))
         return
-    click.echo(str(folder.path))
+    say(str(folder.path))
     if not quiet:
-        click.echo(
+        say(
             f"{folder.config.name} at {hub.revision}, config hash {folder.config_hash}: {len(folder.present)} files, "
             f"{folder.size_bytes() / 1e6:.1f} MB, hashes verified",
             err=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 
 @click.command("push", cls=Command, short_help="Publish a model on the Hugging Face Hub.")
@@ -70,18 +70,16 @@ def command(
         return
     if dry_run or not quiet:
         for change in report.changes:
-            click.echo(f"{change.action:8}{change.path} ({change.size_bytes:,} bytes)", err=not dry_run)
+            say(f"{change.action:8}{change.path} ({change.size_bytes:,} bytes)", err=not dry_run)
     made = "the repository does not exist and " if report.created else ""
     if not quiet:
-        click.echo(f"config hash {report.config_hash}" + (f", tag {tag}" if tag else ""), err=True)
+        say(f"config hash {report.config_hash}" + (f", tag {tag}" if tag else ""), err=True)
     if dry_run:
         count, total = len(report.changes), sum(change.size_bytes for change in report.changes) / 1e6
-        click.echo(
-            f"{report.repo}: {made}{count} files ({total:.1f} MB) would be sent; --dry-run sent nothing", err=True
-        )
+        say(f"{report.repo}: {made}{count} files ({total:.1f} MB) would be sent; --dry-run sent nothing", err=True)
         return
     if not report.changes:
-        click.echo(f"{report.repo}: is up to date; nothing was sent", err=True)
-    click.echo(report.address)
+        say(f"{report.repo}: is up to date; nothing was sent", err=True)
+    say(report.address)
     pin = f", revision={report.revision!r}" if report.revision else ""
-    click.echo(f'FeatureExtractor.from_pretrained("{report.repo}"{pin})'.replace("'", '"'))
+    say(f'FeatureExtractor.from_pretrained("{report.repo}"{pin})'.replace("'", '"'))

@@ -7,9 +7,9 @@ from typing import IO, Any
 
 import click
 
-from robustfeat.errors import RobustFeatError, respell
+from robustfeat.errors import RobustFeatError, respell, visible
 
-__all__ = ["Command", "Failure"]
+__all__ = ["Command", "Failure", "say"]
 
 
 class Failure(click.ClickException):
@@ -17,8 +17,12 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Prints it, also where it names a file whose name has two lines."""
-        text = "".join(part if part.isprintable() else repr(part)[1:-1] for part in self.message)
-        click.echo(f"robustfeat: {text}", file=file, err=True)
+        click.echo(f"robustfeat: {visible(self.message)}", file=file, err=True)
+
+
+def say(text: str = "", *, err: bool = False) -> None:
+    """Prints one line, which stays one whatever names are in it."""
+    click.echo(visible(text), err=err)
 
 
 class Command(click.Command):

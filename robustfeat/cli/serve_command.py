@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from robustfeat.cli.extraction import ABOVE_ZERO, Extraction, serving_options
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
     from robustfeat.serving.http.keys import KeyRing
@@ -162,9 +162,9 @@ def command(
     def announce() -> None:
         address = f"[{host}]" if ":" in host else host
         places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in head_places)]
-        click.echo(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
+        say(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
         if not ring.names and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
-            click.echo("every machine that reaches this address may ask; --keys FILE restricts it", err=True)
+            say("every machine that reaches this address may ask; --keys FILE restricts it", err=True)
 
     def refresh() -> None:
         with contextlib.suppress(InputError):  # the workers say so

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from robustfeat.cli.extraction import Extraction, extraction_options
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
     from robustfeat.serving.heads.features import Features
@@ -237,7 +237,7 @@ def score_command(
         extra = {"failed": labelled.failed, "unlabelled": labelled.unlabelled, "missing": len(labelled.missing)}
         click.echo(json.dumps(report.to_dict() | extra))
     else:
-        click.echo(report.accuracy)
+        say(str(report.accuracy))
     return _left_out(labelled.failed)
 
 
@@ -314,7 +314,7 @@ def _encoded(line: str) -> bytes:
 
 def _say(text: str, quiet: bool) -> None:
     if text and not quiet:
-        click.echo(text, err=True)
+        say(text, err=True)
 
 
 def _show(report: Report, title: str, quiet: bool) -> None:
@@ -324,5 +324,5 @@ def _show(report: Report, title: str, quiet: bool) -> None:
 
 def _left_out(failed: int) -> int:
     if failed:
-        click.echo(f"robustfeat: {failed:,} images failed and were left out", err=True)
+        say(f"robustfeat: {failed:,} images failed and were left out", err=True)
     return 3 if failed else 0

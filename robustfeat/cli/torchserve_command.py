@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from robustfeat.cli.extraction import Extraction, serving_options
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 
 @click.command("torchserve", cls=Command, short_help="Write an archive for TorchServe, and run it.")
@@ -127,7 +127,7 @@ def command(
 
         def announce() -> None:
             place = f"{addresses.url}:{port}/predictions/{served}"
-            click.echo(f"serving at {place} (the token is in {out / KEYS}, logs in {out / 'logs'})", err=True)
+            say(f"serving at {place} (the token is in {out / KEYS}, logs in {out / 'logs'})", err=True)
 
-        click.echo("starting TorchServe", err=True)
+        say("starting TorchServe", err=True)
         server.run(announce)

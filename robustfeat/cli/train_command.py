@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 from robustfeat.serving.options import AUTO, DEVICES
 
 if TYPE_CHECKING:
@@ -223,10 +223,10 @@ def _report(result: TrainingResult, as_json: bool, quiet: bool) -> int:
         }
         click.echo(json.dumps(summary))
     elif not quiet:
-        click.echo(f"{result.run}: validation accuracy {result.validation_accuracy:.2%}", err=True)
+        say(f"{result.run}: validation accuracy {result.validation_accuracy:.2%}", err=True)
     if not result.bad_images:
         return 0
-    click.echo(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)
+    say(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)
     # torchrun takes any exit code but 0 for a crash, and reports or restarts a run that is done.
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 3
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from robustfeat.cli.extraction import pin_options
-from robustfeat.cli.rendering import Command
+from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
     from robustfeat.hub.folder import ModelFolder
@@ -39,7 +39,7 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
     folder = resolve_model(model, revision=revision, config_hash=config_hash)
     folder.verify()
     if not quiet:
-        click.echo(f"{folder.config.name}: {len(folder.config.files)} files, hashes verified", err=True)
+        say(f"{folder.config.name}: {len(folder.config.files)} files, hashes verified", err=True)
     ran = []
     for check in _checks(folder):
         click.echo(json.dumps(dataclasses.asdict(check) | {"short": check.short}) if as_json else str(check))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,15 +187,18 @@ class OpenVINOEngine:
         self.input_shape, self.output_shape = _shape(taken.partial_shape), _shape(given.partial_shape)
         place = ["framework", HASH_KEY]
         self.preprocessing_hash = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None
-        self._requests = threading.local()
+        self._requests: deque[Any] = deque()
 
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, 3, S, S) float32 to (N, D) float32."""
-        if not hasattr(self._requests, "own"):
-            self._requests.own = self._compiled.create_infer_request()
+        try:
+            request = self._requests.pop()
+        except IndexError:  # as many as run at once
+            request = self._compiled.create_infer_request()
         with _explaining(self.name):
             # The output is copied: the request keeps its own for the next batch.
-            features = self._requests.own.infer({"pixel_values": pixel_values}, share_inputs=True)["features"]
+            features = request.infer({"pixel_values": pixel_values}, share_inputs=True)["features"]
+        self._requests.append(request)
         return _checked(features, pixel_values, self.output_shape)
 
 

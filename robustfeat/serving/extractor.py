@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,9 +266,25 @@ class FeatureExtractor:
         A failed image keeps its slot (whatever pixels stand there), so that its neighbours' vectors do not depend on
         it; its own row is NaN.
         """
-        features = self.engine.run(normalise(squares, self.config.preprocessing))
+        features = _interruptibly(self.engine.run, normalise(squares, self.config.preprocessing))
         features[list(failed)] = np.nan
         return features
+
+
+def _interruptibly(run: Callable[[NDArray[np.float32]], NDArray[np.float32]], values: Any) -> NDArray[np.float32]:
+    """Runs a network so that Ctrl+C ends the waiting for it, however long it would run."""
+    if threading.current_thread() is not threading.main_thread():
+        return run(values)
+    result: Future[NDArray[np.float32]] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(run(values))
+        except BaseException as exc:
+            result.set_exception(exc)
+
+    threading.Thread(target=work, name="model", daemon=True).start()
+    return result.result()
 
 
 def default_batch_size(side: int, device: str) -> int:

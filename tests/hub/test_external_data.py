@@ -100,7 +100,7 @@ def test_a_file_without_external_data_stays_as_it_is() -> None:
 def in_part(change: Callable[[TensorProto], None]) -> bytes:
     tensor = external("w.bin")
     change(tensor)
-    return in_initializer(tensor).SerializeToString()
+    return bytes(in_initializer(tensor).SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -179,12 +179,13 @@ def test_what_is_replaced_while_it_is_read_is_not_used(copy: Path, monkeypatch: 
     """Every use of a file is a comparison: there is no moment between a check and the use."""
     folder = ModelFolder(copy)
     folder.verify()
-    for name, use in {
+    uses: dict[str, Callable[[], object]] = {
         "onnx/model.onnx": lambda: folder.read_onnx("fp32"),
         "golden/dress.jpg": folder.golden,
         "golden/features.npy": folder.golden,
         "model.safetensors": lambda: folder.read("model.safetensors"),
-    }.items():
+    }
+    for name, use in uses.items():
         kept = (copy / name).read_bytes()
         (copy / name).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
         with pytest.raises(ModelFolderError, match=f"{name}: altered"):

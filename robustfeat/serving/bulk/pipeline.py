@@ -101,9 +101,10 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._decoders.__exit__(None, None, None)
-        self._model.shutdown(wait=True, cancel_futures=True)
+        # Who interrupts a run does not wait for its network, which may compute for ever.
+        self._model.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=True)
 
     def embed(self, inputs: InputList, start: int, stop: int, *, first_row: int = 0) -> Iterator[EmbeddedBatch]:
         """Batches of the inputs `start` to `stop`, in order, cut at `start + k * batch_size`.

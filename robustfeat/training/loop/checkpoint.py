@@ -173,7 +173,7 @@ def _require_fields(state: Mapping[str, Any]) -> None:
         ValueError: naming one that is not.
     """
     for item in fields(Checkpoint):
-        kind = _KINDS[str(item.type).partition("[")[0]]
+        kind: Any = _KINDS[str(item.type).partition("[")[0]]
         value: Any = state.get(item.name, kind())
         if type(value) is not kind and not (kind is dict and isinstance(value, dict)):
             raise ValueError(f"{item.name} must be {item.type}; got {value!r:.60}")
