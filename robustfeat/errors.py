@@ -42,7 +42,6 @@ __all__ = [
     "UnreachableError",
     "first_line",
     "respell",
-    "visible",
 ]
 
 
@@ -157,17 +156,6 @@ class CheckpointError(RobustFeatError):
 
 class ExportError(RobustFeatError):
     """An exported file disagrees with the network that it came from."""
-
-
-def visible(text: str) -> str:
-    r"""The text as one line: characters that would move a terminal's cursor, or hide, are written as escapes.
-
-    Names of models, files and classes come from strangers.
-
-    >>> visible("a\x1b[2Jb\nc")
-    'a\\x1b[2Jb\\nc'
-    """
-    return text if text.isprintable() else "".join(part if part.isprintable() else repr(part)[1:-1] for part in text)
 
 
 def first_line(exc: BaseException) -> str:

@@ -6,9 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from robustfeat.errors import visible
-
-__all__ = ["Progress", "clock", "remark"]
+__all__ = ["Progress", "clock", "remark", "visible"]
 
 _REDRAW_S = 0.1
 _PLAIN_LINE_S = 10.0
@@ -90,6 +88,17 @@ def remark(text: str, *, quiet: bool = False) -> None:
     """
     if not quiet:
         print(visible(text), file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    r"""The text as one line: characters that would move a terminal's cursor, or hide, are written as escapes.
+
+    Names of models, files and classes come from strangers.
+
+    >>> visible("a\x1b[2Jb\nc")
+    'a\\x1b[2Jb\\nc'
+    """
+    return text if text.isprintable() else "".join(part if part.isprintable() else repr(part)[1:-1] for part in text)
 
 
 def clock(seconds: float) -> str:

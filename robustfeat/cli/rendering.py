@@ -7,7 +7,8 @@ from typing import IO, Any
 
 import click
 
-from robustfeat.errors import RobustFeatError, respell, visible
+from robustfeat.errors import RobustFeatError, respell
+from robustfeat.progress import visible
 
 __all__ = ["Command", "Failure", "say"]
 

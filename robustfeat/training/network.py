@@ -109,6 +109,8 @@ def build_network(classes: int, name: str = "resnet18", *, width: int = 64, imag
 def _create_timm(name: str, classes: int, image_size: int) -> nn.Module:
     import timm
 
+    if ":" in name or "/" in name:  # timm would follow it
+        raise InputError("is an address, not a network that timm has itself", argument="network", value=f"timm:{name}")
     try:
         try:
             made: nn.Module = timm.create_model(name, num_classes=classes, img_size=image_size)

@@ -19,8 +19,6 @@ from robustfeat.training.tensors import load_tensors
 from tests.conftest import Run
 from tests.training.small import recipe
 
-pytestmark = pytest.mark.usefixtures("narrow")
-
 
 @pytest.fixture
 def run(narrow_run: Path, tmp_path: Path) -> Path:
