@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ BUILTIN = "builtin"
 TAG = "robustfeat"
 """The Hub's tag of our models."""
 
+_MODELS = "models--"
 _MOST_FOUND = 30  # each costs a call
 
 
@@ -92,33 +94,76 @@ class Listing:
 
 
 def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
-    """Robustfeat's models in the cache of the Hub's libraries, in the order of their names."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    """Robustfeat's models in the cache of the Hub's libraries, in the order of their names.
 
-    try:
-        cache = scan_cache_dir((access or HubAccess()).cache)
-    except (CacheNotFound, ValueError):  # nothing was ever downloaded
-        return
-    for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
-        if repo.repo_type != "model":
+    Those libraries leave out a repository with a single damaged snapshot; here only that snapshot is missing, or has a
+    problem.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repos = _folders(Path((access or HubAccess()).cache or HF_HUB_CACHE))
+    for repo_id, repo in sorted((repo.name[len(_MODELS) :].replace("--", "/"), repo) for repo in repos):
+        if not repo.name.startswith(_MODELS):
             continue
-        for commit in sorted(repo.revisions, key=lambda commit: -commit.last_modified):
-            file = commit.snapshot_path / CONFIG
+        refs = _read_refs(repo / "refs")
+        snapshots = [_Snapshot.read(place) for place in _folders(repo / "snapshots")]
+        for snapshot in sorted(snapshots, key=lambda one: (-one.modified, one.place.name)):
             try:
-                data = json.loads(file.read_bytes())
+                data = json.loads((snapshot.place / CONFIG).read_bytes())
             except (OSError, ValueError, RecursionError):
                 continue
             if not isinstance(data, dict) or "robustfeat" not in data:
                 continue
-            listing = Listing(
-                repo.repo_id, None, commit.commit_hash, tuple(sorted(commit.refs)), commit.size_on_disk, ()
-            )
+            commit = snapshot.place.name
+            listing = Listing(repo_id, None, commit, tuple(sorted(refs.get(commit, ()))), snapshot.size_bytes, ())
             try:
-                config = ModelConfig.from_dict(data, repo.repo_id)
-                yield replace(listing, name=config.name, scores=tuple(map(str, config.evaluations)))
+                config = ModelConfig.from_dict(data, repo_id)
+                scores = tuple(map(str, config.evaluations))
+                yield replace(listing, name=config.name, scores=scores, problem=snapshot.problem)
             except ModelFolderError as exc:
                 yield replace(listing, problem=str(exc))
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The files of a commit in the cache: their size, when the latest was written, and what is wrong with them."""
+
+    place: Path
+    size_bytes: int
+    modified: float
+    problem: str | None
+
+    @classmethod
+    def read(cls, place: Path) -> _Snapshot:
+        blobs: dict[tuple[int, int], os.stat_result] = {}
+        missing = []
+        for file in place.rglob("*"):
+            try:
+                status = file.stat()
+            except OSError:
+                missing.append(file.name)
+                continue
+            if stat.S_ISREG(status.st_mode):
+                blobs[status.st_dev, status.st_ino] = status
+        problem = f"{min(missing)} is a link to nothing; pull the model again" if missing else None
+        modified = max((status.st_mtime for status in blobs.values()), default=0.0)
+        return cls(place, sum(status.st_size for status in blobs.values()), modified, problem)
+
+
+def _folders(place: Path) -> list[Path]:
+    try:
+        return [entry for entry in place.iterdir() if entry.is_dir()]
+    except OSError:  # nothing was ever downloaded there, or others may not look
+        return []
+
+
+def _read_refs(place: Path) -> dict[str, list[str]]:
+    """The branches and tags that are known, by their commit."""
+    refs: dict[str, list[str]] = {}
+    for file in place.rglob("*"):
+        with suppress(OSError, UnicodeDecodeError):
+            refs.setdefault(file.read_text("utf-8").strip(), []).append(file.relative_to(place).as_posix())
+    return refs
 
 
 def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listing]:
