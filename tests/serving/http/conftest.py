@@ -74,6 +74,7 @@ class Server:
             self.process = forked_from.start(arguments, variables, stderr=writing, constants=constants)
         os.close(writing)
         self._stderr = open(reading)  # noqa: SIM115 - as long as the process writes
+        self.headers: dict[str, str] = {}  # of every request
         self.said: list[str] = []
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -95,7 +96,7 @@ class Server:
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(connection):
-            connection.request(method, path, body, headers or {})
+            connection.request(method, path, body, {**self.headers, **(headers or {})})
             return Answer(connection.getresponse())
 
     def get(self, path: str, **headers: str) -> Answer:
@@ -149,7 +150,10 @@ def blank_webp(width: int, height: int) -> bytes:
 
 def anonymous_mib(pid: int) -> float:
     """Memory of a process and all below it."""
-    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    try:
+        found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:  # it has ended
+        return 0.0
     return int(found[1]) / 1024 + sum(map(anonymous_mib, children(pid))) if found else 0.0
 
 
