@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 import unicodedata
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,14 @@ __all__ = ["SEPARATOR", "LabelledRows", "Labels", "labelled_inputs", "match_labe
 SEPARATOR = "|"
 """Between several labels of one image in a cell."""
 
-_PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
+_PATH_COLUMNS = (
+    "path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_name", "img",
+    "img_path",
+)  # fmt: skip
 _LABEL_COLUMNS = ("label", "labels", "class")
+_MISSING = {"NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "null"}
+"""What R, pandas and databases write where a label is missing."""
+_SEPARATORS = ",;\t"
 _FILE = re.compile(r"(?P<file>.*\.(?P<kind>csv|parquet))(:(?P<column>.+))?", re.IGNORECASE | re.DOTALL)
 
 
@@ -114,9 +121,10 @@ class LabelledRows:
 def read_labels(labels: Sequence[str], *, multi_label: bool = False) -> Labels:
     """Labels from `folder`, FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN.
 
-    A CSV file has a header with a column for the path (path, file, filename, file_name or image) and one for the label
-    (label, labels, class or COLUMN), or no header and two columns. A Parquet file has a column `path`; one without it
-    labels its own rows, by the paths that `embed` gives them. Rows without a label are unlabelled.
+    A CSV file has a header with a column for the path (path, filename, image_path and the like) and one for the label
+    (label, labels, class or COLUMN), or no header and two columns. Commas, semicolons or tabs separate its columns; it
+    is UTF-8 or UTF-16. A Parquet file has a column `path`; one without it labels its own rows, by the paths that
+    `embed` gives them. Rows without a label, or with NA or NaN in a CSV file, are unlabelled.
 
     Args:
         labels: one of these, or several files.
@@ -180,9 +188,10 @@ def _checked(label: str, place: str) -> str:
 
 def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
     try:
-        # Names that are not UTF-8 keep their bytes, as in the index.
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-            reader = csv.reader(handle, strict=True)
+        with _open_text(file) as handle:
+            separator = _separator(handle.readline())
+            handle.seek(0)
+            reader = csv.reader(handle, delimiter=separator, strict=True)
             first = next(reader, [])
             names = [name.strip().lower() for name in first]
             path_at = next((names.index(name) for name in _PATH_COLUMNS if name in names), None)
@@ -194,23 +203,42 @@ def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
             if path_at is None and column is None and len(first) == 2 and _is_image_name(first[0]):
                 path_at, label_at, rows = 0, 1, _chain(first, reader)
             if path_at is None or label_at is None:
-                raise InputError(
-                    f"{file}: needs a column path and a column {column or 'label'}; "
-                    f"got {', '.join(first) or 'an empty file'}",
-                    fix=f"name the label's as {Path(file).name}:COLUMN",
-                )
+                raise _missing_column(file, first, column, path=path_at is None)
             for row in rows:
                 if not row:
                     continue
                 place = f"{file}, line {reader.line_num}"
                 if len(row) != len(first):
                     raise InputError(f"{place}: has {len(row)} columns; expected {len(first)}")
-                yield place, unquote_cell(row[path_at]).removeprefix("./"), unquote_cell(row[label_at])
+                label = unquote_cell(row[label_at])
+                yield place, unquote_cell(row[path_at]).removeprefix("./"), None if label in _MISSING else label
     except OSError as exc:
         raise InputError(f"cannot be read ({exc.strerror})", argument="labels", value=file) from exc
     except csv.Error as exc:
         what = f"not a CSV file (line {reader.line_num}: {exc})"
         raise InputError(what, argument="labels", value=file) from exc
+
+
+def _open_text(file: str) -> TextIO:
+    """A CSV file. Names that are not UTF-8 keep their bytes, as in the index."""
+    with open(file, "rb") as handle:
+        mark = handle.read(2)
+    if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # of Excel's "Unicode text"
+        return open(file, encoding="utf-16", newline="")
+    return open(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _separator(header: str) -> str:
+    """What parts the columns of a header: the one that gives most of them."""
+    return max(_SEPARATORS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+
+
+def _missing_column(file: str, found: Sequence[str], column: str | None, *, path: bool) -> InputError:
+    here = f"{file}: has the columns {', '.join(found)}" if found else f"{file}: is empty"
+    if path:
+        return InputError(f"{here}; expected one with paths", fix=f"name it one of {', '.join(_PATH_COLUMNS)}")
+    names = column or " or ".join(_LABEL_COLUMNS)
+    return InputError(f"{here}; expected {names} for the labels", fix=f"name it as {Path(file).name}:COLUMN")
 
 
 def _chain(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv as csv_module
 import json
 import unicodedata
 from pathlib import Path
@@ -171,14 +172,33 @@ def test_names_that_are_not_utf8_are_matched(tmp_path: Path, write_features: Any
     assert found.targets.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("column", ["path", "filepath", "image_path", "Img"])
+def test_tables_of_spreadsheets_are_read(tmp_path: Path, encoding: str, mark: str, column: str) -> None:
+    rows = [(column, "count", "label"), ("cat/1.jpg", "1", "x"), ('a "b", c;\td.jpg', "2", "é"), ("n.jpg", "3", "NA")]
+    with open(tmp_path / "labels.csv", "w", encoding=encoding, newline="") as handle:
+        csv_module.writer(handle, delimiter=mark).writerows(rows)
+    assert read_labels([f"{tmp_path}/labels.csv"]).by_path == {"cat/1.jpg": ("x",), 'a "b", c;\td.jpg': ("é",)}
+
+
+@pytest.mark.parametrize("missing", ["NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "", " "])
+def test_a_missing_label_is_no_class(tmp_path: Path, missing: str) -> None:
+    file = csv(tmp_path, f"path,label\na.jpg,{missing}\nb.jpg,x\nc.jpg,None\n")
+    assert read_labels(file).by_path == {"b.jpg": ("x",), "c.jpg": ("None",)}
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("path,label\ncat/1.jpg,x\ncat/1.jpg,y\n", "line 3: cat/1.jpg is labelled a second time .'y', and 'x' before"),
         ("path,label\ncat/1.jpg,x\ncat/1.jpg,x\n", "labelled a second time"),
-        ("name,kind\ncat/1.jpg,x\n", "needs a column path and a column label; got name, kind"),
+        (
+            "name,kind\ncat/1.jpg,x\n",
+            r"has the columns name, kind; expected one with paths; name it one of path, .*filename",
+        ),
         ("path,label\ncat/1.jpg\n", "line 2: has 1 columns; expected 2"),
-        ("", "got an empty file"),
+        ("", "is empty"),
         ("path,label\n", "holds no labels"),
         ("path,label\nphotos/cat/1.jpg,x\n", "none of its 1 paths .*there 'photos/cat/1.jpg', here 'cat/1.jpg'"),
         ("path,label\ndog/bad.jpg,x\n", "all 1 labelled images failed"),
