@@ -19,6 +19,9 @@ from robustfeat.serving.online.errors import ApiError
 __all__ = ["Buffered", "images_of", "read_body", "too_large"]
 
 _FIELDS = 64
+_HEADER_CHARACTERS = 1024
+_OPTIONS = 300
+"""Semicolons in the head of a part; file names may hold some."""
 _FILE_NAMES = {"images", "image", "files", "file"}
 _TEXT = (b"{", b"[", b'"', b"data:")
 _DELIMITERS = 10_000
@@ -119,8 +122,7 @@ def images_of(content_type: str, body: bytes, most: int) -> tuple[list[bytes], d
     Raises:
         ApiError: 400 for a damaged body, 413 for too many images, 422 without an image.
     """
-    kind, options = parse_options_header(content_type)
-    if kind != b"multipart/form-data":
+    if content_type.partition(";")[0].strip(" \t").lower() != "multipart/form-data":
         if not body:
             raise ApiError(422, "no_image", "the body is empty; expected the bytes of an image file")
         if body[:64].lstrip().startswith(_TEXT):
@@ -131,6 +133,9 @@ def images_of(content_type: str, body: bytes, most: int) -> tuple[list[bytes], d
                 param="images",
             )
         return [body], {}
+    if len(content_type) > _HEADER_CHARACTERS:
+        raise ApiError(400, "bad_multipart", f"the Content-Type has more than {_HEADER_CHARACTERS:,} characters")
+    _, options = parse_options_header(content_type)
     if not options.get(b"boundary"):
         raise ApiError(
             400, "bad_multipart", "multipart/form-data without a boundary; let the HTTP library set the header"
@@ -186,6 +191,8 @@ class _Form:
 
     def _headers(self) -> None:
         disposition = self._headers_of_part.get("content-disposition", "")
+        if disposition.count(";") > _OPTIONS:
+            raise ApiError(400, "bad_multipart", f"a Content-Disposition has more than {_OPTIONS} semicolons")
         _, self._options = parse_options_header(disposition)
         # `filename*` is not for forms (RFC 7578), so it is not among the options; some clients send it alone.
         named = b"filename" in self._options or re.search(r"(?i);\s*filename\*\s*=", disposition) is not None

@@ -38,6 +38,9 @@ Vector = NDArray[np.float32]
 JSON, NPY, RAW = "application/json", "application/x-npy", "application/octet-stream"
 VECTOR_TYPES = (JSON, NPY, RAW)
 
+_ACCEPT_CHARACTERS = 4096
+"""Longer ones take longer to read than an image."""
+
 BINARY_HEADERS = {
     "Model": "The name of the model.",
     "Revision": "Its commit on the Hub, if there is one.",
@@ -181,7 +184,7 @@ def choose_type(accept: str, offered: tuple[str, ...]) -> str:
     if accept in {"", "*/*"}:
         return offered[0]
     qualities: dict[str, float] = {}
-    for entry in accept.split(","):
+    for entry in accept[:_ACCEPT_CHARACTERS].split(","):
         name, *options = (word.strip().lower() for word in entry.split(";"))
         found = [option.partition("=")[2] for option in options if option.startswith("q=")]
         try:

@@ -18,6 +18,7 @@ F = TypeVar("F", bound=BaseModel)
 _JSON_PARTS = 100_000
 _JSON_VALUES = 1_000_000
 _ESCAPED = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
+_ESCAPES = 1_000_000
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
@@ -69,7 +70,7 @@ def data_of_uri(text: str) -> bytes:
         raise ValueError("expected a data URI, data:image/jpeg;base64,...")
     if not head.lower().endswith(";base64"):
         raise ValueError("the data URI must be base64: data:image/jpeg;base64,...")
-    if "%" in data:  # in URIs these may be escaped
+    if 0 < data.count("%") < _ESCAPES:  # in URIs these may be escaped
         for escaped, plain in _ESCAPED.items():
             data = data.replace(escaped, plain).replace(escaped.lower(), plain)
     return base64_bytes(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import pytest
 from robustfeat import FeatureExtractor
 from robustfeat.serving.http.bodies import images_of
 from robustfeat.serving.http.openai import _parse
-from robustfeat.serving.online.answers import NamedModel
+from robustfeat.serving.online.answers import JSON, NamedModel, choose_type
+from robustfeat.serving.online.content import data_of_uri
 from robustfeat.serving.online.errors import ApiError
 from robustfeat.serving.online.infer import infer_images, parse_infer
 
@@ -62,6 +64,40 @@ def test_forms_are_taken_apart_in_bounded_time(body: Build, status: int | None) 
     data = body()
     error = refusal(lambda: images_of("multipart/form-data; boundary=cut", data, MOST))
     assert (error.status if error else None) == status
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("image/jpeg" + ";" * 60_000, b""),
+        ("multipart/form-data; boundary=cut" + ";" * 60_000, b""),
+        ('multipart/form-data; boundary=cut; x="' + ";" * 60_000, b""),
+        ("multipart/form-data; boundary=cut", b"Content-Disposition: " + b"; " * 2000),
+        ("multipart/form-data; boundary=cut", b"Content-Disposition: form-data" + b"; filename*" * 290),
+        ("multipart/form-data; boundary=cut", b'Content-Disposition: form-data; name="' + b";" * 290 + b'"'),
+    ],
+    ids=range(6),
+)
+def test_headers_are_taken_apart_in_bounded_time(kind: str, head: bytes) -> None:
+    body = (b"--cut\r\n" + head + b"\r\n\r\n\r\n") * MOST + END[2:]
+    began = time.process_time()
+    refusal(lambda: images_of(kind, body, MOST))
+    assert time.process_time() - began < 0.1
+
+
+def test_an_accept_header_is_read_in_bounded_time() -> None:
+    began = time.process_time()
+    refusal(lambda: choose_type("a;q=1," * 10_000, (JSON,)))
+    assert time.process_time() - began < 0.02
+
+
+@pytest.mark.parametrize("unit", ["%", "%2B", "\n", "=", "A", "-", "a,", "\u00e9"])
+def test_data_uris_are_read_in_bounded_time(unit: str) -> None:
+    text = "data:;base64," + unit * (SIZE // len(unit))
+    began = time.process_time()
+    with contextlib.suppress(ValueError):
+        data_of_uri(text)
+    assert time.process_time() - began < 1
 
 
 def given(name: str, kind: str, shape: str, unit: bytes) -> Build:
