@@ -32,6 +32,8 @@ PROBE_S = 20.0
 """Without an image for this time, the server embeds a golden image."""
 
 _SHARED_BATCH = 8
+_SHARED_DECODERS = 2
+"""One for those who wait while another is at an image that takes long."""
 
 
 class ServedModel(NamedModel):
@@ -40,7 +42,7 @@ class ServedModel(NamedModel):
     Args:
         name, extractor: see `NamedModel`.
         limits, metrics: of the server.
-        decoders: processes.
+        decoders: number of processes; at least two where there are keys.
         shared: whether there are keys. Batches are then small, since whoever comes next waits for the one that runs.
 
     Attributes:
@@ -66,7 +68,7 @@ class ServedModel(NamedModel):
             self._metrics,
             max_pixels=limits.max_pixels,
             decode_timeout_s=limits.decode_timeout_s,
-            decoders=decoders,
+            decoders=max(_SHARED_DECODERS, decoders) if shared else decoders,
             batch_size=self.batch_size,
         )
         self._golden = extractor.folder.golden()

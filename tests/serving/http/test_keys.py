@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError
 from robustfeat.serving.http.admission import Admission
 from robustfeat.serving.http.bodies import Buffered
 from robustfeat.serving.http.keys import ANYONE, Key, KeyRing, parse_keys
 from robustfeat.serving.http.limits import Limits
+from robustfeat.serving.http.process.metrics import Metrics
+from robustfeat.serving.http.service import ServedModel
 from robustfeat.serving.online.batching import FairQueue
 from robustfeat.serving.online.errors import ApiError
-from tests.serving.http.conftest import Server, serving, wait_until
+from tests.serving.http.conftest import Server, children, serving, wait_until
 
 LIMITS = Limits(
     max_body_bytes=1000,
@@ -145,6 +148,16 @@ def test_a_key_that_used_more_than_its_turns_waits_for_the_others() -> None:
     queue.put("c", "c1")  # who comes later has neither saved turns nor a debt
     queue.put("c", "c2")
     assert [queue.take() for _ in range(3)] == ["c1", "a4", "c2"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_decoder_is_left_for_the_other_keys(
+    extractor: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    before = len(children(os.getpid()))
+    with ServedModel("m", extractor, LIMITS, Metrics(0), decoders=1, shared=shared):
+        assert len(children(os.getpid())) - before == 1 + shared
 
 
 def test_a_key_without_bodies_is_not_kept_out_by_those_who_hold_them_all() -> None:

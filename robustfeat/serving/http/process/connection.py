@@ -250,7 +250,7 @@ class Connection(HttpToolsProtocol):
             return False
         self.count_error("too_many_connections")
         del self.idle[other]
-        other.transport.close()
+        other.transport.abort()
         return True
 
     def _wait(self, seconds: float) -> None:
