@@ -345,9 +345,13 @@ def _cache(model: str) -> Iterator[Finding]:
     from huggingface_hub import constants
 
     from robustfeat.hub.catalog import cached_models
-    from robustfeat.hub.remote import is_hub_name
+    from robustfeat.hub.remote import NO_HOME, is_hub_name
 
     place = Path(constants.HF_HUB_CACHE)
+    if place.parts[:1] == ("~",):
+        status = PROBLEM if is_hub_name(model) else NOTE
+        yield Finding("cache", status, NO_HOME, "set HF_HOME to a folder that can be written")
+        return
     models = list(cached_models())
     size = sum(model.size_bytes or 0 for model in models) / 1e6
     there = next(folder for folder in (place, *place.parents) if folder.exists())

@@ -34,10 +34,11 @@ class Progress:
         quiet: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
+        # A process without a terminal may have no stderr at all.
+        self.label, self.total, self.unit, self.quiet = label, total, unit, quiet or (stream or sys.stderr) is None
         self.done = self._start = start
         self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
+        self._terminal = not self.quiet and self._stream.isatty()
         self._began = self._shown = time.monotonic()
         self._width = 0
 
@@ -86,7 +87,7 @@ def remark(text: str, *, quiet: bool = False) -> None:
         text: the line.
         quiet: print nothing.
     """
-    if not quiet:
+    if not quiet and sys.stderr is not None:
         print(visible(text), file=sys.stderr, flush=True)
 
 

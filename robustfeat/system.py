@@ -19,6 +19,7 @@ __all__ = [
     "cpu_quota",
     "die_with_parent",
     "offer_to_die_first",
+    "open_standard_streams",
     "python_command",
     "visible_cpus",
 ]
@@ -71,6 +72,24 @@ def available_memory(
                 allowed, used = int((folder / limit).read_text()), int((folder / usage).read_text())
                 rooms.append(max(0, allowed - used + _file_cache(folder)))
     return min(rooms, default=None)
+
+
+def open_standard_streams() -> None:
+    """Opens those of stdin, stdout and stderr that are closed, as some daemons leave them: what is written is dropped.
+
+    Otherwise the next file or socket would get their numbers, and with them what was meant for a terminal.
+    """
+    for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def python_command(code: str, *arguments: str) -> list[str]:

@@ -16,6 +16,7 @@ import click
 from robustfeat import __version__
 from robustfeat.cli.rendering import Failure
 from robustfeat.errors import RobustFeatError
+from robustfeat.system import open_standard_streams
 
 __all__ = ["cli", "main"]
 
@@ -71,6 +72,7 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line; errors of ours are one line on stderr."""
+    open_standard_streams()
     # Of large images and odd metadata; what matters of it becomes an error of ours.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.filterwarnings("ignore", module="huggingface_hub")

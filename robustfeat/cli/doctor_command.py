@@ -11,6 +11,7 @@ import click
 
 from robustfeat.cli.extraction import Extraction, serving_options
 from robustfeat.cli.rendering import Command, say
+from robustfeat.progress import visible
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
@@ -36,7 +37,7 @@ def command(model: str, as_json: bool, extraction: Extraction) -> int:
             click.echo(json.dumps(asdict(finding)))
             continue
         status = click.style(f"{finding.status:9}", fg=_COLOURS[finding.status])
-        say(f"{status}{finding.check:12}{finding.found}")
+        click.echo(f"{status}{visible(f'{finding.check:12}{finding.found}')}")
         if finding.fix:
             say(f"{'':21}-> {finding.fix}")
     problems = counts[PROBLEM]

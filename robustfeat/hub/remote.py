@@ -21,6 +21,8 @@ from robustfeat.errors import HubError, RobustFeatError, UnreachableError
 
 __all__ = ["DatasetAccess", "HubAccess", "RemoteFile", "is_commit", "is_hub_name", "is_revision"]
 
+NO_HOME = "the Hub's cache has no place, since this user has no home folder"
+
 _NAME = re.compile(r"(\w|\w[\w.-]*\w)/(\w|\w[\w.-]{,94}\w)", re.ASCII)
 _BAD_REQUEST = 400
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -185,7 +187,7 @@ class HubAccess:
             found = _client().try_to_load_from_cache(
                 repo, name, cache_dir=self.cache, revision=revision, repo_type=self.repo_type
             )
-        except (OSError, ValueError):  # a damaged cache has nothing
+        except (OSError, ValueError, RuntimeError):  # a damaged cache has nothing, nor has a user without a home
             return None
         return found if isinstance(found, str) and Path(found).is_file() else None
 
@@ -235,7 +237,7 @@ class HubAccess:
 
         try:
             return self._snapshot(repo, revision, patterns, offline=True)
-        except (LocalEntryNotFoundError, OSError, ValueError):
+        except (LocalEntryNotFoundError, OSError, ValueError, RuntimeError):
             return None
 
     def open(self, repo: str, name: str, revision: str, size: int) -> Any:
@@ -354,14 +356,16 @@ class HubAccess:
                 "check the network and HF_ENDPOINT",
                 UnreachableError,
             )
+        return *self._local_trouble(cause), HubError
+
+    def _local_trouble(self, cause: BaseException | None) -> tuple[str, str]:
+        """What an error means that does not come from the Hub, and what to do about it."""
         if isinstance(cause, OSError) and cause.errno is not None:
             place = cause.filename or "a file of the cache or the network"
-            return f"{place}: {cause.strerror}", "check the disk, HF_HOME and HF_HUB_CACHE", HubError
-        return (
-            f"{_said(cause)} ({type(cause).__name__})",
-            f"if it stays, delete this {self.repo_type} from the cache",
-            HubError,
-        )
+            return f"{place}: {cause.strerror}", "check the disk, HF_HOME and HF_HUB_CACHE"
+        if isinstance(cause, RuntimeError) and "home directory" in str(cause):
+            return NO_HOME, "set HF_HOME to a folder that can be written"
+        return f"{_said(cause)} ({type(cause).__name__})", f"if it stays, delete this {self.repo_type} from the cache"
 
     def _status(self, status: int, said: str, *, writing: bool) -> tuple[str, str | None, type[HubError]]:
         if status == 429 or status >= 500:

@@ -151,6 +151,15 @@ class FeatureExtractor:
             )
         return cls(folder, session, options)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is where the model lies and how it is run: unpickling opens the same model again, from there.
+
+        A token is left out: who unpickles it uses one's own.
+        """
+        access = self.folder.access and replace(self.folder.access, token=None)
+        options = replace(self.options, revision=self.folder.revision, config_hash=self.folder.config_hash)
+        return _reopen, (self.folder.source, options, access)
+
     @property
     def precision(self) -> str:
         """fp32, bf16 or int8."""
@@ -269,6 +278,12 @@ class FeatureExtractor:
         features = _interruptibly(self.engine.run, normalise(squares, self.config.preprocessing))
         features[list(failed)] = np.nan
         return features
+
+
+def _reopen(source: str, options: RunOptions, access: HubAccess | None) -> FeatureExtractor:
+    return FeatureExtractor.open(
+        resolve_model(source, revision=options.revision, config_hash=options.config_hash, access=access), options
+    )
 
 
 def _interruptibly(run: Callable[[NDArray[np.float32]], NDArray[np.float32]], values: Any) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,8 @@ class Places:
             return InputError(what, argument=argument, value=out, fix=fix)
 
         stem, dot, ending = out.rpartition(".")
+        if dot + ending == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+            raise error("needs pyarrow", "pip install 'robustfeat[parquet]', or choose a name ending in .npy")
         if dot + ending not in FORMATS or not stem.rpartition("/")[2]:
             raise error(f"expected a name ending in {', '.join(FORMATS)}")
         folder, slash, name = out.rpartition("/")

@@ -15,7 +15,7 @@ from robustfeat.errors import InputError, first_line
 from robustfeat.serving.inputs.choice import IMAGE_SUFFIXES, Choice, is_hidden, say_left_out
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.parquet import find_images, parquet_path
-from robustfeat.serving.inputs.remote import is_remote, open_remote, remote_entries
+from robustfeat.serving.inputs.remote import forbids, is_remote, open_remote, remote_entries
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.serving.inputs.tar import open_tar
 
@@ -136,6 +136,7 @@ def _list_file(file: str, path: str, listing: InputList) -> None:
 def _list_lines(place: str, null: bool, listing: InputList) -> None:
     try:
         with sys.stdin.buffer if place == "-" else open(place, "rb") as handle:
+            os.set_blocking(handle.fileno(), True)  # a terminal or pipe may have been left in another mode
             for number, line in enumerate(_split(handle, b"\0" if null else b"\n")):
                 entry = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).removeprefix("file://")
                 entry = entry if null else entry.removesuffix("\r")
@@ -327,7 +328,9 @@ def _list_remote(url: str, listing: InputList) -> None:
         filesystem.invalidate_cache()
         try:
             kind = filesystem.info(path)["type"]  # `isfile` and `isdir` say no when the network fails
-        except FileNotFoundError:
+        except FileNotFoundError as exc:
+            if forbids(exc):
+                raise
             kind = None
         if kind == "directory":
             listing.extend_sorted(walk(path))
@@ -340,4 +343,5 @@ def _list_remote(url: str, listing: InputList) -> None:
     except InputError:
         raise
     except Exception as exc:  # each filesystem has its own
-        raise InputError(f"{url}: cannot be listed ({type(exc).__name__}: {first_line(exc)})") from exc
+        reason = forbids(exc) or f"{type(exc).__name__}: {first_line(exc)}"
+        raise InputError(f"{url}: cannot be listed ({reason})") from exc

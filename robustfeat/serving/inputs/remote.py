@@ -9,9 +9,10 @@ from typing import Any
 
 from robustfeat.errors import InputError, first_line
 
-__all__ = ["is_remote", "open_remote", "read_remote", "remote_entries"]
+__all__ = ["forbids", "is_remote", "open_remote", "read_remote", "remote_entries"]
 
 _TRIES = 4
+_FORBIDDEN = (401, 403)
 _MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PACKAGES = {"s3": "robustfeat[s3]", "gs": "robustfeat[gs]", "hf": "huggingface_hub"}
 _REFUSED_TO_ALL = {"ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed", "SignatureDoesNotMatch"}
@@ -40,6 +41,8 @@ def open_remote(url: str) -> tuple[Any, str]:
         raise InputError(f"{url}: {first_line(exc)} (pip install '{package}')") from exc
     except ValueError as exc:
         raise InputError(f"{url}: {first_line(exc)}; expected a path, or s3://, gs:// or hf://") from exc
+    except Exception as exc:  # some connect at once, and each raises errors of its own
+        raise InputError(f"{url}: cannot be reached ({type(exc).__name__}: {first_line(exc)})") from exc
 
 
 def read_remote(url: str, start: int, end: int, *, whole: bool) -> bytes:
@@ -71,6 +74,16 @@ def read_remote(url: str, start: int, end: int, *, whole: bool) -> bytes:
             if tries == _TRIES:
                 raise InputError(f"{url}: cannot be read ({type(exc).__name__}: {first_line(exc)})") from exc
             time.sleep(2**tries / 4)
+
+
+def forbids(exc: BaseException) -> str | None:
+    """That a server forbids what was asked, in words; None for other errors.
+
+    Filesystems of HTTP raise that as a missing file.
+    """
+    cause = exc.__cause__ or exc
+    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+    return f"the server forbids it, HTTP {status}" if status in _FORBIDDEN else None
 
 
 def _refused_to_all(exc: Exception) -> bool:
