@@ -3,7 +3,7 @@
 Training's evaluation, bulk embedding and serving all call these functions, so that a vector computed in one
 place equals a vector computed in another. The steps, in order:
 
-1. `decode`: the first frame, EXIF orientation applied, 16 bits scaled to 8, RGB, on a white page where transparent;
+1. `decode`: the first frame, EXIF orientation applied, 16 bits scaled to 8, RGB, alpha dropped;
 2. `resize_and_crop`: the shorter side to floor(image_size / crop_pct), antialiased, then the centre square;
 3. `normalise`: to [0, 1], minus the mean, over the standard deviation, channels first.
 
@@ -58,7 +58,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ORIENTATION_TAG = 0x0112
-_BITS_TAG, _PHOTOMETRIC_TAG, _EXTRA_SAMPLES_TAG = 258, 262, 338
+_BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -185,7 +185,7 @@ def _unidentified(data: bytes, formats: Sequence[str]) -> DecodeError:
 
 
 def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An open Pillow image as the network sees it: first frame, upright, 8 bits, RGB, on white where transparent.
+    """An open Pillow image as the network sees it: first frame, upright, 8 bits, RGB, alpha dropped.
 
     Raises:
         DecodeError: too many pixels, a pixel type without a defined range (32-bit integers or floats), or a TIFF that
@@ -200,9 +200,7 @@ def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     orientation = _orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
-    if _has_alpha(image):
-        image = _on_white(image)
-    elif image.mode != "RGB":
+    if image.mode != "RGB":
         image = image.convert("RGB")
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
@@ -212,23 +210,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged metadata is no reason to lose the picture
         return 1
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    """Whether pixels may be transparent. In a TIFF that does not say so, the fourth channel may be anything."""
-    if image.format == "TIFF" and not {1, 2} & set(image.tag_v2.get(_EXTRA_SAMPLES_TAG, ())):  # type: ignore[attr-defined]
-        return False
-    return image.has_transparency_data
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """What is seen of it on a white page; its colours where nothing is, as many programs write no alpha but zeros."""
-    seen = image if image.mode == "RGBA" else image.convert("RGBA")
-    if seen.getchannel("A").getbbox() is None:
-        return seen.convert("RGB")
-    page = Image.new("RGB", image.size, "white")
-    page.paste(seen, mask=seen)
-    return page
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

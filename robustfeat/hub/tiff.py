@@ -54,10 +54,8 @@ def refuse_misread(tags: Any) -> None:
 
 def _are_planes_read(tags: Any, bits: tuple[int, ...], photometric: int, *, uncompressed: bool) -> bool:
     """Whether Pillow gets separate planes right."""
-    channels, extra = _CHANNELS.get(photometric, 1), tags.get(_EXTRA_SAMPLES, ())
-    if photometric == _LAB or tags.get(_SAMPLES, 1) > channels + len(extra):
-        return False
-    if channels == 1 and any(extra):  # the plane of an alpha beside one of grey or of a palette
+    accounted = _CHANNELS.get(photometric, 1) + len(tags.get(_EXTRA_SAMPLES, ()))
+    if photometric == _LAB or tags.get(_SAMPLES, 1) > accounted:
         return False
     if not uncompressed:
         return True

@@ -54,9 +54,7 @@ class Kind:
             return values >> self.bits - 8 if self.bits >= 8 else (values * 255 * 2 + full) // (2 * full)
 
         if self.photometric == 3:
-            colours = np.array(self.palette).reshape(3, -1)[:, samples[..., 0]].transpose(1, 2, 0) // 256
-            alpha = samples[..., 1:2] if self.extra_samples == (2,) else np.int64(255)
-            return (colours * alpha + 255 * (255 - alpha) + 127) // 255
+            return np.array(self.palette).reshape(3, -1)[:, samples[..., 0]].transpose(1, 2, 0) // 256
         if self.photometric == 0:
             samples = (1 << self.bits) - 1 - samples
         values = to_8(samples)
@@ -71,9 +69,6 @@ class Kind:
         colours = values[..., :channels]
         if 1 in self.extra_samples:  # premultiplied
             colours = np.minimum(255, colours * 255 // np.maximum(1, values[..., channels : channels + 1]))
-        if {1, 2} & set(self.extra_samples):  # on a white page
-            alpha = values[..., channels : channels + 1]
-            colours = (colours * alpha + 255 * (255 - alpha) + 127) // 255
         return np.broadcast_to(colours, (*samples.shape[:2], 3))
 
 

@@ -111,13 +111,6 @@ def seen_through(image: Picture) -> Picture:
     return image
 
 
-def on_white(image: Picture, alpha: NDArray[Any] | None = None) -> Picture:
-    """By the formula of alpha compositing."""
-    alpha = (np.asarray(image)[..., -1] if alpha is None else alpha)[..., None].astype(int)
-    colours = np.asarray(image.convert("RGB")).astype(int)
-    return Image.fromarray(np.rint((colours * alpha + 255 * (255 - alpha)) / 255).astype(np.uint8))
-
-
 def grey16(image: Picture, kind: str = "<u2", flip: int = 0) -> Picture:
     return Image.fromarray((np.asarray(image.convert("L")).astype(np.uint16) * 256 + 77 ^ flip).astype(kind))
 
@@ -210,12 +203,9 @@ SHOWN: dict[str, Callable[[Picture], Picture]] = {
     "1x20000.png": lambda _: noise(1, 20000).crop((0, 9900, 1, 10_100)),
     "20000x1.png": lambda _: noise(20000, 1).crop((9900, 0, 10_100, 1)),
     "9000x9000.png": blown_up,
-    **dict.fromkeys(["animated.gif", "gif.tiff"], lambda p: p.quantize(64)),
+    **dict.fromkeys(["animated.gif", "gif.tiff", "palette.png"], lambda p: p.quantize(64)),
     **dict.fromkeys(["fax.tif", "one-bit.png"], lambda p: p.convert("1")),
     **dict.fromkeys([name for name in GOOD if name.startswith("grey")], lambda p: p.convert("L")),
-    "grey-alpha.png": lambda p: on_white(seen_through(p.convert("L"))),
-    "palette.png": lambda p: on_white(p.quantize(64), np.arange(64)[np.asarray(p.quantize(64))]),
-    **dict.fromkeys(["rgba.png", "rgba.webp", "rgba.tiff"], lambda p: on_white(seen_through(p))),
 }
 
 FOREIGN = "not an image of these formats: JPEG, PNG"
