@@ -72,7 +72,9 @@ def list_inputs(
         if not len(listing):
             places = ", ".join(map(str, arguments)) or str(files_from)
             aside = f"; {said}" if (said := say_left_out(listing.left_out)) else ""
-            wanted = f"matching {' or '.join(match)}" if match else f"with the suffixes {', '.join(sorted(IMAGE_SUFFIXES))}"
+            wanted = (
+                f"matching {' or '.join(match)}" if match else f"with the suffixes {', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
             raise InputError(
                 f"{places}: no images found{aside}; expected files {wanted}, "
                 "or archives named themselves: FILE.tar, FILE.parquet"
