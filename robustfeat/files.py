@@ -79,7 +79,8 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(partial, target)
     except OSError as exc:
-        raise _explain(target, exc) from exc
+        what = f"{target}: cannot be written ({exc.strerror or exc})"
+        raise InputError(what, fix="free space or choose another place, then run again") from exc
     finally:
         partial.unlink(missing_ok=True)
 

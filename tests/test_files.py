@@ -1,5 +1,6 @@
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from robustfeat.errors import InputError
 from robustfeat.files import FileLock, lock_inherited, new_file, new_folder
+from robustfeat.serving.bulk.storage import LocalFolder
 from robustfeat.system import python_command
 
 
@@ -209,3 +211,52 @@ with lock_inherited({descriptor}):
             assert other.stdout is not None
             assert other.stdout.readline() == "locked\n"
         assert other.communicate(timeout=60)[0] == "ours\n"
+
+
+def test_planted_links_are_not_followed(tmp_path: Path) -> None:
+    """Others may write to the folder of an output: what they plant there must not have other files changed."""
+    victim, shared = tmp_path / "victim", tmp_path / "shared"
+    victim.mkdir()
+    shared.mkdir()
+    (victim / "file").write_text("old")
+    (shared / ".f.npy.partial").symlink_to(victim / "file")
+    with new_file(shared / "f.npy") as partial:
+        partial.write_text("new")
+    assert not (shared / "f.npy").is_symlink()
+    (shared / ".model.partial").symlink_to(victim)
+    with new_folder(shared / "model") as folder:
+        (folder / "file").write_text("new")
+    (shared / "lock").symlink_to(victim / "file")
+    (shared / "dangling").symlink_to(victim / "made")
+    for name in ("lock", "dangling"):
+        lock = FileLock(shared / name)
+        assert lock.take()
+        lock.release()
+    (shared / ".g.npy.shards").symlink_to(victim)
+    shards = LocalFolder(str(shared / ".g.npy.shards"))
+    shards.create()
+    (shared / ".g.npy.shards" / "0.f32.new").symlink_to(victim / "file")
+    shards.write("0.f32", b"new")
+    shards.release()
+    assert {file.name: file.read_text() for file in victim.iterdir()} == {"file": "old"}
+
+
+def test_a_forked_child_does_not_keep_a_lock(tmp_path: Path) -> None:
+    held, other = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    assert held.take()
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        theirs.send(b"x")
+        theirs.recv(1)  # outlives the lock
+        os._exit(0)
+    theirs.close()
+    try:
+        assert ours.recv(1)
+        assert not other.take()  # the child's copy was closed, the parent's was not
+        held.release()
+        assert other.take()
+    finally:
+        ours.close()
+        os.waitpid(child, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from robustfeat.hub.remote import HubAccess, RemoteFile, is_commit, is_hub_name,
 __all__ = ["Change", "PushReport", "push_model"]
 
 _MAIN = "main"
+_SECRET_NAMES = re.compile(
+    r"id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|kdbx|keystore|env)|credentials(\..*)?|\.?netrc"
+)
+_SECRETS = re.compile(
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY"
+    rb"|\b(hf_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,}|sk-[A-Za-z0-9_-]{32,})"
+)
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,20 @@ def _contents(folder: ModelFolder, card: str) -> dict[str, Path | bytes]:
         name = file.relative_to(folder.path).as_posix()
         if file.is_file() and not file.is_symlink() and not any(part.startswith(".") for part in Path(name).parts):
             files.setdefault(name, file)
+    for name, content in files.items():
+        if name not in folder.config.files and name != CONFIG:
+            _refuse_secret(folder.path / name, content if isinstance(content, bytes) else content.read_bytes())
+    _refuse_secret(folder.path / CARD, card.encode())
     return files | {CARD: card.encode()}
+
+
+def _refuse_secret(file: Path, content: bytes) -> None:
+    """What is pushed can be read by others, and stays in the repository's history."""
+    if _SECRET_NAMES.fullmatch(file.name.lower()) or _SECRETS.search(content):
+        raise ModelFolderError(
+            f"{file}: looks like a key or a password, which a push would publish; nothing was sent",
+            fix="move it out of the folder",
+        )
 
 
 def _tag(api: Any, access: HubAccess, repo: str, tag: str, commit: str | None) -> None:

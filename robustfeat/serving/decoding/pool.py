@@ -93,7 +93,8 @@ class DecoderPool:
         try:
             self._receive(decoder)
         except DecoderLostError as lost:
-            fix = "free memory" if lost.reason.endswith("(signal 9)") else "see the messages above"
+            killed = lost.reason.endswith("(signal 9)")
+            fix = "see the system's log: it may be short of memory" if killed else "see the messages above"
             raise EngineError(f"a decoder process could not be started ({lost.reason})", fix=fix) from None
         return decoder
 

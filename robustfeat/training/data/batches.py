@@ -21,7 +21,7 @@ from robustfeat.training.data.crops import crop_boxes, crop_squares
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.order import epoch_order
 
-__all__ = ["Batch", "EpochPlan", "EvaluationBatches", "TrainingBatches", "load_batches"]
+__all__ = ["Batch", "EpochPlan", "EvaluationBatches", "TrainingBatches", "explain_worker", "load_batches"]
 
 Item = TypeVar("Item")
 Number = TypeVar("Number", np.int64, np.float64)
@@ -234,14 +234,22 @@ def load_batches(
                 break
             yield item
     except RuntimeError as exc:
-        if "DataLoader worker" not in str(exc):
-            raise
-        raise TrainingError(
-            "a process that decodes images died (out of memory?)",
-            fix="pass fewer `workers`, then resume with `resume=True`",
-        ) from exc
+        raise explain_worker(exc) from exc
     if raised:
         raise raised
+
+
+def explain_worker(exc: RuntimeError) -> Exception:
+    """What to raise for an error of PyTorch's: `exc` itself, if it is not that a decoding process died.
+
+    PyTorch raises that wherever the program happens to be, such as within a step or while a file is written.
+    """
+    if "DataLoader worker" not in str(exc):
+        return exc
+    return TrainingError(
+        "a process that decodes images died (out of memory?)",
+        fix="pass fewer `workers`, then resume with `resume=True`",
+    )
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -51,6 +51,7 @@ def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except Exception as exc:  # the exporter's errors share no base class
+        _raise_of_the_system(exc)
         raise ExportError(
             f"this network cannot be exported to ONNX ({first_line(exc)})", fix="choose another architecture"
         ) from exc
@@ -87,12 +88,26 @@ def quantize_onnx(source: Path, batches: Sequence[NDArray[np.float32]], contract
                 reduce_range=True,
             )
     except Exception as exc:  # the quantiser's errors share no base class either
+        _raise_of_the_system(exc)
         raise ExportError(
             f"this network cannot be quantised ({first_line(exc)})", fix="pass `int8=False` to leave int8 out"
         ) from exc
     model = onnx.load(target)
     _stamp(model, contract)
     onnx.save(model, target)
+
+
+def _raise_of_the_system(exc: BaseException) -> None:
+    """Raises the error of the system, such as a full disk, that lies behind another one; no network is to blame.
+
+    Raises:
+        OSError: if there is one.
+    """
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise cause
+        cause = cause.__cause__ or cause.__context__
 
 
 class _Batches(CalibrationDataReader):  # type: ignore[misc]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustfeat.errors import CheckpointError, first_line
+from robustfeat.errors import CheckpointError, InputError, first_line
 from robustfeat.files import new_file
 from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.data.batches import explain_worker
 from robustfeat.training.loop.run_folder import CHECKPOINT_NAME, checkpoint_file
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
@@ -94,13 +95,22 @@ class Checkpoint:
 
 def save_checkpoint(checkpoint: Checkpoint, run: Path) -> None:
     """Replaces the run's checkpoint; the old one stays intact until the new one is whole."""
-    with new_file(run / CHECKPOINT_NAME) as partial:
-        try:
-            # Not asdict(): it would copy every tensor.
-            state = {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
-            torch.save({"format_version": _FORMAT_VERSION, **state}, partial)
-        except RuntimeError as exc:  # torch's writer reports a full disk so
-            raise OSError(str(exc).splitlines()[0]) from exc
+    file = run / CHECKPOINT_NAME
+    try:
+        with new_file(file) as partial:
+            try:
+                # Not asdict(): it would copy every tensor.
+                state = {item.name: getattr(checkpoint, item.name) for item in fields(checkpoint)}
+                torch.save({"format_version": _FORMAT_VERSION, **state}, partial)
+            except RuntimeError as exc:  # torch's writer reports a full disk so
+                explained = explain_worker(exc)
+                raise OSError(first_line(exc)) if explained is exc else explained from exc
+    except InputError as exc:
+        if not file.exists():
+            raise
+        raise InputError(
+            exc.what, fix="free space, then pass `resume=True` to resume from the checkpoint before"
+        ) from exc
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -11,6 +11,7 @@ from robustfeat.errors import TrainingError
 from robustfeat.files import new_file
 from robustfeat.progress import remark
 from robustfeat.system import available_cpus
+from robustfeat.training.data.batches import explain_worker
 from robustfeat.training.loop.arguments import check_arguments
 from robustfeat.training.loop.bad_images import BadImages
 from robustfeat.training.loop.checkpoint import Checkpoint, Position, load_checkpoint, require_same_run
@@ -135,6 +136,8 @@ def train(
                 "the GPU's memory does not suffice",
                 fix="pass a smaller `batch_size`, `precision=bf16`, or another `cache`",
             ) from exc
+        except RuntimeError as exc:
+            raise explain_worker(exc) from exc
 
 
 def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, quiet: bool) -> dict[str, float]:

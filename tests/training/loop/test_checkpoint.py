@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from robustfeat.errors import CheckpointError, InputError
+from robustfeat.errors import CheckpointError, InputError, TrainingError
 from robustfeat.files import FileLock
 from robustfeat.training.export.backbones import import_backbone
-from robustfeat.training.loop.checkpoint import load_checkpoint, network_of
+from robustfeat.training.loop.checkpoint import load_checkpoint, network_of, save_checkpoint
 from robustfeat.training.loop.trainer import train
 from robustfeat.training.tensors import load_tensors
 from tests.conftest import Run
@@ -128,3 +128,28 @@ def test_a_file_does_not_choose_code(
     assert "its recipe asks for code, method = 'evil.module:Evil'" in result.stderr
     assert "add --method evil.module:Evil if you trust that code" in result.stderr
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_full_disk_at_a_checkpoint_says_how_to_resume(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = load_checkpoint(run)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed\nmore")
+
+    monkeypatch.setattr("torch.save", refuse)
+    with pytest.raises(InputError, match=r"cannot be written .*; free space, then pass `resume=True`"):
+        save_checkpoint(saved, run)
+    assert load_checkpoint(run) is not None
+
+
+def test_a_decoding_process_that_dies_while_a_checkpoint_is_written_is_no_full_disk(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = load_checkpoint(run)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr("torch.save", refuse)
+    with pytest.raises(TrainingError, match="a process that decodes images died"):
+        save_checkpoint(saved, run)
