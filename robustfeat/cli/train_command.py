@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tomllib
 from pathlib import Path
@@ -57,6 +58,8 @@ def _spell_key(name: str, value: str | None) -> str | None:
 @click.option(
     "--init", metavar="MODEL|FILE", help="Start from the weights of a run, a model or a file.  [default: random]"
 )
+@click.option("--teacher", metavar="MODEL", help="Learn this model's features of the same crop, too.  [default: none]")
+@click.option("--labels/--no-labels", default=None, help="Learn the labels, or the teacher's features alone.")
 @click.option("--concepts", help="imagenet11, classes, or a CSV file class,concept.  [default: imagenet11]")
 @click.option("--epochs", type=int)
 @click.option("--batch-size", type=int, help="Images in a step, of all processes together.")
@@ -144,6 +147,8 @@ def command(
     recipe = base.override(changes)
     if recipe.concepts not in {"imagenet11", "classes"} and Path(recipe.concepts).is_file():
         recipe = recipe.replace(concepts=str(Path(recipe.concepts).resolve()))  # the run resumes from any folder
+    if recipe.teacher and Path(recipe.teacher).is_dir():
+        recipe = recipe.replace(teacher=str(Path(recipe.teacher).resolve()))
     cache = cache.lower() if cache.lower() in {"auto", "ram", "device"} else cache
     ranks = Ranks.from_environment()
     if ranks.world == 1:  # of several processes each would print it; `train` checks again, in all of them together
@@ -215,15 +220,17 @@ def _changes(overrides: dict[str, Any], settings: tuple[str, ...], reference: st
 
 def _report(result: TrainingResult, as_json: bool, quiet: bool) -> int:
     """Prints how the run ended, and gives the exit code."""
+    unknown = math.isnan(result.validation_accuracy)  # labels were not learned
     if as_json:
         summary = {
             "run": str(result.run),
-            "validation_accuracy": round(result.validation_accuracy, 5),
+            "validation_accuracy": None if unknown else round(result.validation_accuracy, 5),
             "bad_images": len(result.bad_images),
         }
         click.echo(json.dumps(summary))
     elif not quiet:
-        say(f"{result.run}: validation accuracy {result.validation_accuracy:.2%}", err=True)
+        told = "" if unknown else f": validation accuracy {result.validation_accuracy:.2%}"
+        say(f"{result.run}{told}", err=True)
     if not result.bad_images:
         return 0
     say(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)

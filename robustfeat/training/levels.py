@@ -31,6 +31,7 @@ class StepBatch:
         replay: how often this batch was trained on just before (`Objective.replays`).
         total: the examples of all ranks together.
         shares: (m, C) float, each example's shares of classes, where it is a mixture.
+        teacher: (m, D) float32 of length 1, the teacher's features of the images as they were before any move.
     """
 
     images: Tensor
@@ -40,6 +41,7 @@ class StepBatch:
     total: int
     replay: int = 0
     shares: Tensor | None = None
+    teacher: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:

@@ -11,7 +11,16 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from robustfeat.errors import InputError, first_line
 
-__all__ = ["FirstConv", "Outputs", "StepOutput", "build_network", "feature_network", "feature_size", "timm_settings"]
+__all__ = [
+    "FirstConv",
+    "Outputs",
+    "StepOutput",
+    "build_network",
+    "classifier_of",
+    "feature_network",
+    "feature_size",
+    "timm_settings",
+]
 
 
 class StepOutput(NamedTuple):
@@ -83,7 +92,7 @@ class Outputs(nn.Module):
     def forward(self, images: Tensor) -> StepOutput:
         """(n, 3, H, W) to the three."""
         features = _pooled(self.network, images)
-        logits = _classifier(self.network)(features)
+        logits = classifier_of(self.network)(features)
         return StepOutput(logits, features, {name: head(features) for name, head in self.heads.items()})
 
 
@@ -133,7 +142,7 @@ def _require_classifier(network: nn.Module, name: str, image_size: int) -> None:
         with torch.no_grad():
             network.eval()
             features = _pooled(network, images)
-            classifier = _classifier(network)
+            classifier = classifier_of(network)
             if not isinstance(classifier, nn.Linear):
                 reason = f"its classifier is no linear layer, but {type(classifier).__name__}"
             elif features.ndim != 2:
@@ -156,7 +165,8 @@ def _pooled(network: nn.Module, images: Tensor) -> Tensor:
     return pooled
 
 
-def _classifier(network: nn.Module) -> nn.Module:
+def classifier_of(network: nn.Module) -> nn.Module:
+    """The layer from features to logits."""
     any_network: Any = network
     classifier: nn.Module = any_network.fc if isinstance(network, ResNet18) else any_network.get_classifier()
     return classifier
@@ -164,7 +174,7 @@ def _classifier(network: nn.Module) -> nn.Module:
 
 def feature_size(network: nn.Module) -> int:
     """D, the length of the vectors that the classifier sees."""
-    classifier = _classifier(network)
+    classifier = classifier_of(network)
     assert isinstance(classifier, nn.Linear)
     return classifier.in_features
 

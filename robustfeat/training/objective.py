@@ -18,8 +18,12 @@ from robustfeat.training.levels import Adversary, StepBatch, create_concept_leve
 from robustfeat.training.methods import METHODS, import_failed, local_modules, require_method
 from robustfeat.training.network import StepOutput
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.teacher import teacher_losses
 
 __all__ = ["Objective", "StepBatch", "StepOutput", "create_objective"]
+
+TEACHER_HEAD = "teacher"
+"""The head that projects features to a teacher's."""
 
 TAU_REFERENCE_PX = 224
 """Recipes give tau at this image side; keeping tau / side constant keeps the change per pixel the same."""
@@ -56,6 +60,8 @@ class Objective:
         self.concept_level = create_concept_level(weighting, recipe, concepts)
         self.replays = self.example_level.replays
         self.tau_at_224px = recipe.tau if direction else 0.0
+        self._labels, self._teacher_weight = recipe.labels, recipe.teacher_weight
+        self._teacher_size = recipe.teacher_size if recipe.teacher else None
 
     @property
     def adversary(self) -> Adversary | None:
@@ -74,9 +80,12 @@ class Objective:
             classes: C.
 
         Returns:
-            By name, modules from (n, D) features; `StepOutput.heads` has what they give.
+            By name, modules from (n, D) features; `StepOutput.heads` has what they give. A teacher's projector is
+            among them.
         """
-        return nn.ModuleDict()
+        if self._teacher_size is None:
+            return nn.ModuleDict()
+        return nn.ModuleDict({TEACHER_HEAD: nn.Linear(feature_size, self._teacher_size)})
 
     def training_images(self, model: nn.Module, batch: StepBatch) -> Tensor:
         """First hook: the images to train on.
@@ -94,7 +103,7 @@ class Objective:
         return self.example_level.move(model, batch, tau, partial(self.losses, batch=batch))
 
     def losses(self, output: StepOutput, batch: StepBatch) -> Tensor:
-        """Second hook: the loss of each image; here the cross-entropy.
+        """Second hook: the loss of each image; here the cross-entropy, and what a teacher adds.
 
         The example level's inner pass asks it, too, about images of its own: it must not learn from them.
 
@@ -105,6 +114,19 @@ class Objective:
         Returns:
             (m,) float32, with their graph.
         """
+        if batch.teacher is None:
+            return self.label_losses(output, batch)
+        if TEACHER_HEAD not in output.heads:
+            raise InputError(
+                f"create_heads leaves out {TEACHER_HEAD!r}, which learns from the teacher",
+                fix="add your heads to what super().create_heads returns",
+            )
+        projected = output.heads[TEACHER_HEAD][: len(batch.teacher)]
+        distances = self._teacher_weight * teacher_losses(projected, batch.teacher)
+        return self.label_losses(output, batch) + distances if self._labels else distances
+
+    def label_losses(self, output: StepOutput, batch: StepBatch) -> Tensor:
+        """The part of `losses` that comes from labels: (m,) float32, the cross-entropy."""
         return functional.cross_entropy(output.logits.float(), batch.targets, reduction="none")
 
     def training_loss(self, losses: Tensor, batch: StepBatch) -> Tensor:

@@ -32,6 +32,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("weight_decay", 0, 1e6),
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
+    ("teacher_weight", 1e-12, 1e6),
     ("tau", 0, 1e6),
     ("lam", 1e-12, 1e30),
     ("q_warmup_steps", 0, 1e12),
@@ -46,12 +47,13 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 )
 _CHOICES = {
     "schedule": ("step", "linear"),
+    "teacher_precision": ("fp32", "bf16", "int8"),
     "precision": ("fp32", "bf16", "fp16"),
     "tau_unit": ("normalised", "pixel"),
     "inner": ("full", "half", "free"),
     "inner_batch_norm": ("batch", "eval"),
 }
-_SWITCHES = ("q_baseline", "compile")
+_SWITCHES = ("q_baseline", "compile", "labels")
 _REMOVED = {
     "nesterov": False, "tau_ramp_epochs": 0, "q_steps": "decaying", "group_rate": 0.01, "batch_norm": "batch",
 }  # fmt: skip
@@ -69,6 +71,12 @@ class Recipe:
         width: of ResNet-18, channels of its first stage (64, the paper).
         init: weights to start from: a run, a model folder, ORG/NAME on the Hub, or a file (empty: random ones).
         init_sha256: of those weights; training fills it in, and refuses others afterwards.
+        teacher: a model folder or ORG/NAME on the Hub: the network learns its features of the same crop (empty: none).
+        teacher_weight: of that loss, beside the labels'.
+        teacher_precision: of the teacher: fp32, bf16 or int8.
+        teacher_sha256, teacher_size: of its config.json, and D of its features; training fills them in, and refuses
+            another teacher afterwards.
+        labels: learn the labels; without them, the teacher's features are all that is learned.
         epochs, batch_size, lr, momentum, weight_decay: of SGD.
         schedule: `step` (lr / 10 at each of `milestones`, in epochs) or `linear` (to zero at the end).
         warmup_epochs: lr rises linearly from zero for so long.
@@ -105,6 +113,12 @@ class Recipe:
     width: int = 64
     init: str = ""
     init_sha256: str | None = None
+    teacher: str = ""
+    teacher_weight: float = 1.0
+    teacher_precision: str = "fp32"
+    teacher_sha256: str | None = None
+    teacher_size: int | None = None
+    labels: bool = True
     epochs: int = 90
     batch_size: int = 256
     lr: float = 0.1
@@ -154,6 +168,7 @@ class Recipe:
                 whole = "a whole number " if name in _INTEGERS else ""
                 raise _invalid(name, f"must be {whole}from {least:g} to {most:g}", value)
         self._check_choices()
+        self._check_teacher()
         if self.parts is not None and (not _is_whole(self.parts) or self.parts < 1):
             raise _invalid("parts", "must be a whole number >= 1", self.parts)
         starts = [first for first, _ in self.image_sizes]
@@ -172,8 +187,9 @@ class Recipe:
                 raise _invalid(name, "must be text", getattr(self, name))
         if self.network not in {"auto", "resnet18"} and self.network.removeprefix("timm:") in {"", self.network}:
             raise _invalid("network", "must be resnet18, timm:NAME or auto", self.network)
-        if not isinstance(self.init, str):
-            raise _invalid("init", "must be text", self.init)
+        for name in ("init", "teacher"):
+            if not isinstance(getattr(self, name), str):
+                raise _invalid(name, "must be text", getattr(self, name))
         if self.network == "auto" and not self.init:
             object.__setattr__(self, "network", "resnet18")
         if not isinstance(self.milestones, list | tuple) or not all(
@@ -202,6 +218,13 @@ class Recipe:
                 raise _invalid(name, "must be true or false", getattr(self, name))
         if self.q_warmup_divisor == "auto" and self.q_warmup_steps < 2:
             raise _invalid("q_warmup_divisor", f"needs q_warmup_steps >= 2, not {self.q_warmup_steps}", "auto")
+
+    def _check_teacher(self) -> None:
+        size = self.teacher_size
+        if size is not None and (not _is_whole(size) or size < 1):
+            raise _invalid("teacher_size", "must be a whole number >= 1", size)
+        if not self.teacher and not self.labels:
+            raise InputError("leaves nothing to learn from", argument="labels", value="False", fix="pass a `teacher`")
 
     def image_size(self, epoch: int) -> int:
         """S of the training crops in this epoch, counted from 0."""

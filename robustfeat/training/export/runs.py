@@ -110,7 +110,7 @@ def export_run(
 def _published(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe for a folder that others read: it must not tell of this machine's paths."""
     return {
-        key: Path(value).name if key in {"concepts", "init"} and isinstance(value, str) else value
+        key: Path(value).name if key in {"concepts", "init", "teacher"} and isinstance(value, str) else value
         for key, value in recipe.items()
     }
 

@@ -45,15 +45,17 @@ def check_arguments(
     if recipe.concepts != "classes":
         load_concepts(recipe.concepts)
     if recipe.init and not resume and not Path(recipe.init).exists():
-        _require_model(recipe.init)
+        _require_model(recipe.init, "init")
+    if recipe.teacher:
+        _require_model(recipe.teacher, "teacher")
     _check_places(data, out, resume=resume, stream=stream)
 
 
-def _require_model(init: str) -> None:
+def _require_model(name: str, argument: str) -> None:
     try:
-        resolve_model(init)
+        resolve_model(name)
     except ModelFolderError as exc:
-        raise InputError(exc.what, argument="init", value=init, fix=exc.fix) from exc
+        raise InputError(exc.what, argument=argument, value=name, fix=exc.fix) from exc
 
 
 def _check_numbers(recipe: Recipe, ranks: Ranks, checkpoint_every_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +31,15 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
     for axes, key, title in ((loss, "loss", "loss"), (accuracy, "accuracy", "accuracy")):
         marker = "o-" if len(steps) < _FEW_POINTS else "-"
         axes.plot(
-            [event["epoch"] for event in steps], [event[key] for event in steps], marker, ms=2, lw=1,
+            [event["epoch"] for event in steps], [event.get(key, math.nan) for event in steps], marker, ms=2, lw=1,
             label="training images",
         )  # fmt: skip
         axes.plot(
-            [e["epoch"] for e in epochs], [e[f"validation_{key}"] for e in epochs], "o-", ms=3, label="validation"
+            [e["epoch"] for e in epochs],
+            [e.get(f"validation_{key}", math.nan) for e in epochs],
+            "o-",
+            ms=3,
+            label="validation",
         )
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)

@@ -104,10 +104,11 @@ class EpochLoop:
             agreed = self._agree(batch, due, window)
             times = min(replays, steps - self._position.step)
             pixels = batch.pixels(run.device, side)
+            target = run.teacher.features(pixels) if run.teacher else None
             for replay in range(times):
                 at = epoch + self._position.step / steps
                 if agreed.least > 1:  # BatchNorm needs two
-                    self._make_step(batch, pixels, at, replay, agreed.total, window)
+                    self._make_step(batch, pixels, at, replay, agreed.total, window, target)
                 self._position = self._position.after_step()
                 last = self._position.step == steps
                 saving = replay + 1 == times and (agreed.due or agreed.stopping)
@@ -141,10 +142,19 @@ class EpochLoop:
             self._report_failures("training", batch.failures, len(self._run.train_set))
         return _Agreement(sum(sizes), min(sizes), any(stops), any(dues))
 
-    def _make_step(self, batch: Batch, pixels: Tensor, epoch: float, replay: int, total: int, window: Window) -> None:
+    def _make_step(
+        self,
+        batch: Batch,
+        pixels: Tensor,
+        epoch: float,
+        replay: int,
+        total: int,
+        window: Window,
+        target: Tensor | None,
+    ) -> None:
         number = self._position.global_step
         try:
-            result = self._step(pixels, batch.labels, epoch, number, replay=replay, total=total)
+            result = self._step(pixels, batch.labels, epoch, number, replay=replay, total=total, teacher=target)
         except DivergedError as exc:
             self._diverge(number, str(exc))
         window.add(result, number)
@@ -159,8 +169,9 @@ class EpochLoop:
             self._recalibrate()
             loss, accuracy = self._validate()
             self._report.write_validation("recalibrated", position, loss, accuracy)
-            self._report.say(f"BatchNorm recalibrated: validation accuracy {before:.2%} to {accuracy:.2%}")
-        self._report.finish_epoch(accuracy)
+            if recipe.labels:
+                self._report.say(f"BatchNorm recalibrated: validation accuracy {before:.2%} to {accuracy:.2%}")
+        self._report.finish_epoch(loss, accuracy)
         self._saver.save(position)
         return accuracy
 
@@ -172,7 +183,7 @@ class EpochLoop:
         self._step.recalibrate(batch.pixels(run.device, side) for batch in loaded if len(batch.labels))
 
     def _validate(self) -> tuple[float, float]:
-        """Mean loss and accuracy, both finite."""
+        """Mean loss, which is finite, and accuracy; see `validate`."""
         images = len(self._run.validation_set)
         loss, accuracy = validate(
             self._run, self._step, lambda failures: self._report_failures("validation", failures, images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +114,7 @@ class Window:
         return None if step == torch.inf else int(step)
 
     def numbers(self, world: int) -> dict[str, float] | None:
-        """Means over the window and all ranks: unweighted loss, what was descended, accuracy, speed."""
+        """Means over the window and all ranks: unweighted loss, what was descended, speed; accuracy if it is known."""
         if not self._steps:
             return None
         sums: Tensor = sum_over_ranks(self._sums)
@@ -121,6 +122,6 @@ class Window:
         return {
             "loss": round(loss / images, 5),
             "objective": round(objective / self._steps / world, 5),
-            "accuracy": round(correct / images, 5),
+            **({} if math.isnan(correct) else {"accuracy": round(correct / images, 5)}),
             "images_per_s": round(images / max(time.monotonic() - self._began, 1e-9), 1),
         }

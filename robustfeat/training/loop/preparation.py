@@ -26,6 +26,7 @@ from robustfeat.training.loop.distributed import together
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.run_folder import require_unused
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.teacher import Teacher, open_teacher
 
 __all__ = ["Run", "choose_device", "claim_folder", "fill_cache", "introduce", "prepare_run", "require_cache_room"]
 
@@ -48,6 +49,7 @@ class Run:
         loaders: processes that load training batches.
         cache: where squares of `recipe.cache_px` are kept: ram, device or a folder.
         quiet: whether this process prints nothing.
+        teacher: of the recipe, where it has one.
     """
 
     recipe: Recipe
@@ -62,6 +64,7 @@ class Run:
     loaders: int
     cache: str
     quiet: bool
+    teacher: Teacher | None = None
 
     def epoch_batches(self, epoch: int, side: int, replays: int = 1) -> TrainingBatches:
         """This rank's part of an epoch's batches, of crops with this side."""
@@ -140,6 +143,7 @@ def prepare_run(
         loaders=1 if recipe.cache_px and workers is None else decoders,
         cache=automatic if cache == "auto" else cache,
         quiet=quiet,
+        teacher=open_teacher(recipe, device.type) if recipe.teacher else None,
     )
 
 
@@ -182,7 +186,9 @@ def introduce(run: Run, data: str | Path) -> None:
     recipe = run.recipe
     ranks = f" on {run.ranks.world} ranks" if run.ranks.world > 1 else ""
     inner = f", inner pass {recipe.inner}" if recipe.inner != "full" else ""
+    lines = [f"learns the features of {recipe.teacher}" + ("" if recipe.labels else ", without labels")]
     lines = [
+        *(lines if recipe.teacher else ()),
         f"{len(run.train_set):,} training and {len(run.validation_set):,} validation images, "
         f"{len(run.train_set.classes)} classes, {len(run.concepts.names)} concepts; "
         f"{recipe.method} on {run.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,10 +49,11 @@ class Report:
         assert self._progress is not None
         self._progress.advance(self._run.recipe.batch_size, self._note)
 
-    def finish_epoch(self, accuracy: float) -> None:
+    def finish_epoch(self, loss: float, accuracy: float) -> None:
         """The epoch's closing line."""
         assert self._progress is not None
-        self._progress.finish(f"validation accuracy {accuracy:.2%}")
+        told = f"loss {loss:.4f}" if math.isnan(accuracy) else f"accuracy {accuracy:.2%}"
+        self._progress.finish(f"validation {told}")
 
     def say(self, text: str) -> None:
         """A line on stderr, above the progress line of an epoch where there is one."""
@@ -67,7 +69,9 @@ class Report:
 
     def write_validation(self, event: str, position: Position, loss: float, accuracy: float) -> None:
         """One event with the loss and the accuracy on the validation images."""
-        numbers = {"validation_loss": round(loss, 5), "validation_accuracy": round(accuracy, 5)}
+        numbers = {"validation_loss": round(loss, 5)}
+        if not math.isnan(accuracy):
+            numbers["validation_accuracy"] = round(accuracy, 5)
         self.write(event, position, epoch=position.epoch, **numbers)
 
     def write_window(self, numbers: dict[str, float], position: Position, side: int, epoch: float, steps: int) -> None:
@@ -82,7 +86,9 @@ class Report:
         """
         recipe, told = self._run.recipe, self._objective.metrics()
         self.metrics = {**numbers, **told}
-        note = [f"loss {numbers['loss']:.3f}", f"accuracy {numbers['accuracy']:.1%}"]
+        note = [f"loss {numbers['loss']:.3f}"]
+        if "accuracy" in numbers:
+            note.append(f"accuracy {numbers['accuracy']:.1%}")
         if "heaviest" in told:
             note.append(
                 f"weights {told['weight_min']:.2f} {told['lightest']} to {told['weight_max']:.2f} {told['heaviest']}"

@@ -16,9 +16,10 @@ from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.loop.descent import Descent
 from robustfeat.training.loop.distributed import sum_over_ranks
 from robustfeat.training.loop.ranks import Ranks
-from robustfeat.training.network import Outputs, build_network, feature_size
-from robustfeat.training.objective import Objective, StepBatch, create_objective
+from robustfeat.training.network import Outputs, build_network, classifier_of, feature_size
+from robustfeat.training.objective import TEACHER_HEAD, Objective, StepBatch, create_objective
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.teacher import teacher_losses
 
 __all__ = ["StepResult", "TrainingStep"]
 
@@ -30,7 +31,7 @@ class StepResult:
     Attributes:
         losses: (m,) float32 at the images that were trained on.
         objective: the scalar that was descended.
-        correct: how many of the m were classified correctly.
+        correct: how many of the m were classified correctly; NaN where labels are not learned.
     """
 
     losses: Tensor
@@ -64,6 +65,8 @@ class TrainingStep:
         classes = len(concepts.of_class)
         network = build_network(classes, recipe.network, width=recipe.width, image_size=recipe.validation_size)
         self.network = network.to(memory_format=torch.channels_last).to(device)
+        if not recipe.labels:
+            classifier_of(network).requires_grad_(False)  # data parallelism waits for the gradients of all others
         self.objective: Objective = create_objective(recipe, concepts)
         self._heads = self.objective.create_heads(feature_size(network), classes).to(device)
         self._outputs = Outputs(self.network, self._heads)
@@ -111,7 +114,15 @@ class TrainingStep:
         self._outputs.train()
 
     def __call__(
-        self, pixels: Tensor, labels: Tensor, epoch: float, number: int, *, replay: int = 0, total: int | None = None
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        epoch: float,
+        number: int,
+        *,
+        replay: int = 0,
+        total: int | None = None,
+        teacher: Tensor | None = None,
     ) -> StepResult:
         """One step.
 
@@ -122,6 +133,7 @@ class TrainingStep:
             number: of the step since training began; random numbers follow from it and the seed.
             replay: see `StepBatch`.
             total: examples of all ranks; m where there is one rank.
+            teacher: see `StepBatch`.
 
         Raises:
             DivergedError: a loss is not finite (on a CPU, and for methods with a concept level).
@@ -130,7 +142,13 @@ class TrainingStep:
         torch.manual_seed(((self.recipe.seed * 1_000_003 + number) * 4099 + self._ranks.rank) % 2**63)
         labels = labels.to(self.device, non_blocking=True)
         batch = StepBatch(
-            self.to_input(pixels), labels, self._concept_of_class[labels], epoch, total or len(labels), replay
+            self.to_input(pixels),
+            labels,
+            self._concept_of_class[labels],
+            epoch,
+            total or len(labels),
+            replay,
+            teacher=teacher,
         )
         with self.autocast():
             x = self.objective.training_images(self._inner, batch)
@@ -142,7 +160,7 @@ class TrainingStep:
         self._descent.update(objective, self.recipe.learning_rate(epoch))
         if self._ranks.world > 1:
             self._share_statistics()
-        correct = (output.logits.detach()[: len(labels)].argmax(1) == labels).sum()
+        correct = self._count_correct(output.logits.detach()[: len(labels)], labels)
         return StepResult(losses.detach(), objective.detach(), correct)
 
     def _require_shape(self, hook: str, value: Tensor, shape: tuple[int, ...], expected: str) -> None:
@@ -161,9 +179,24 @@ class TrainingStep:
         """The recipe's precision."""
         return self._descent.autocast()
 
-    def evaluate(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the losses, float64, and the number of images classified correctly."""
+    def _count_correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not self.recipe.labels:
+            return torch.full((), torch.nan, device=logits.device)
+        return (logits.argmax(1) == labels).sum()
+
+    def evaluate(self, pixels: Tensor, labels: Tensor, teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of the losses, float64, and the number of images classified correctly.
+
+        Args:
+            pixels, labels: see `__call__`.
+            teacher: the teacher's features, where the loss is the distance to them: where labels are not learned.
+        """
         labels = labels.to(self.device, non_blocking=True)
+        if teacher is not None:
+            with torch.no_grad(), self.autocast():
+                output = self._outputs(self.to_input(pixels))
+            distances = teacher_losses(output.heads[TEACHER_HEAD], teacher)
+            return distances.double().sum(), self._count_correct(output.logits, labels)
         with torch.no_grad(), self.autocast():
             logits = self.network(self.to_input(pixels)).float()
         losses = functional.cross_entropy(logits, labels, reduction="none")

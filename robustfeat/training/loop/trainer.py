@@ -36,6 +36,7 @@ from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.recipe import RECIPE_NAME, Recipe
 from robustfeat.training.start import load_start, resolve_start
 from robustfeat.training.target import estimate_reference
+from robustfeat.training.teacher import resolve_teacher
 
 __all__ = ["TrainingResult", "train"]
 
@@ -46,7 +47,8 @@ class TrainingResult:
 
     Attributes:
         run: its folder.
-        validation_accuracy: share of validation images classified correctly by the last epoch's parameters.
+        validation_accuracy: share of validation images classified correctly by the last epoch's parameters; NaN where
+            labels were not learned.
         bad_images: the images that could not be decoded and were left out.
         stopped: a signal came when nothing was left to train.
     """
@@ -113,6 +115,7 @@ def train(
         with together():
             if not (resume and recipe.init_sha256):  # a run that resumes needs its start no more
                 recipe = resolve_start(recipe)
+            recipe = resolve_teacher(recipe)
         if target is not None:
             recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
         try:

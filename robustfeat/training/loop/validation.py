@@ -20,6 +20,8 @@ _BATCH = 256
 def validate(run: Run, step: TrainingStep, report_failures: Callable[[tuple[str, ...]], None]) -> tuple[float, float]:
     """Mean loss and accuracy; each rank counts its batches, and the sums are exact.
 
+    Where labels are not learned, the loss is the distance to the teacher's features, and the accuracy is NaN.
+
     Args:
         run: with the images.
         step: with the network, which is left in evaluation mode.
@@ -37,7 +39,9 @@ def validate(run: Run, step: TrainingStep, report_failures: Callable[[tuple[str,
     for batch in load_batches(batches, run.decoders, numbers, pin=run.device.type == "cuda"):
         failures.extend(batch.failures)
         if len(batch.labels):
-            loss, correct = step.evaluate(batch.pixels(run.device, contract.image_size), batch.labels)
+            pixels = batch.pixels(run.device, contract.image_size)
+            target = run.teacher.features(pixels) if run.teacher and not run.recipe.labels else None
+            loss, correct = step.evaluate(pixels, batch.labels, target)
             sums += torch.stack([loss, correct.double(), torch.full_like(loss, len(batch.labels))])
     report_failures(tuple(failures))
     loss_sum, correct_sum, count = sum_over_ranks(sums).tolist()

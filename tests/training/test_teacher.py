@@ -1,0 +1,185 @@
+"""Teachers: their features, the loss, and runs that learn from them, with labels and without."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional
+
+from robustfeat import FeatureExtractor
+from robustfeat.cli.train_command import command
+from robustfeat.errors import InputError
+from robustfeat.training.hrrl import step_along
+from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
+from robustfeat.training.loop.ranks import Ranks
+from robustfeat.training.loop.step import TrainingStep
+from robustfeat.training.loop.trainer import train
+from robustfeat.training.network import StepOutput
+from robustfeat.training.objective import Objective, StepBatch, create_objective
+from robustfeat.training.recipe import Recipe
+from robustfeat.training.teacher import Teacher, resolve_teacher
+from tests.command_server import CommandServer
+from tests.conftest import train_arguments
+from tests.training import small
+from tests.training.loop.test_distributed import run_ranks
+from tests.training.test_objective import CONCEPTS, CPU, SMALL, pixels, seen
+
+SIZE = 6
+TAUGHT = dataclasses.replace(SMALL, teacher="any", teacher_size=SIZE, teacher_weight=3.0)
+
+
+def unit(values: NDArray[Any]) -> NDArray[Any]:
+    scaled: NDArray[Any] = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return scaled
+
+
+def make(**options: Any) -> TrainingStep:
+    step = TrainingStep(dataclasses.replace(TAUGHT, **options), CONCEPTS, CPU, Ranks())
+    step.train()
+    return step
+
+
+def targets(size: int = 8) -> torch.Tensor:
+    return functional.normalize(torch.randn(size, SIZE, generator=torch.Generator().manual_seed(5)), dim=1)
+
+
+def test_features_are_those_that_the_extractor_gives(small_model: Path) -> None:
+    extractor = FeatureExtractor.from_pretrained(small_model)
+    teacher = Teacher(extractor)
+    images = pixels(3, 5)[0]
+    squares = images.permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    found = teacher.features(images)
+    np.testing.assert_allclose(found.numpy(), unit(extractor.embed_prepared(squares)), rtol=1e-5, atol=1e-6)
+    assert teacher.features(images[:0]).shape == (0, extractor.feature_size)
+
+
+def test_crops_of_another_side_are_resized_as_pillow_does(small_model: Path, example_files: list[Path]) -> None:
+    extractor = FeatureExtractor.from_pretrained(small_model)
+    for side in (20, 75):
+        with Image.open(example_files[0]) as image:
+            crop = image.convert("RGB").resize((side, side))
+        resized = np.asarray(crop.resize((32, 32), Image.Resampling.BILINEAR))
+        found = Teacher(extractor).features(torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1)[None].float())
+        assert float(found[0].numpy() @ unit(extractor.embed_prepared(resized[None]))[0]) > 0.999
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_loss_is_what_the_page_says(labels: bool) -> None:
+    objective = create_objective(dataclasses.replace(TAUGHT, labels=labels), CONCEPTS)
+    rng = np.random.default_rng(0)
+    logits, projected, target = (rng.standard_normal(shape) for shape in ((4, 4), (4, SIZE), (4, SIZE)))
+    y = np.array([0, 1, 3, 3])
+    batch = StepBatch(
+        torch.empty(4, 0), torch.from_numpy(y), torch.zeros(4, dtype=torch.long), 0.0, 4,
+        teacher=torch.from_numpy(target),
+    )  # fmt: skip
+    output = StepOutput(torch.from_numpy(logits), torch.empty(4, 2), {"teacher": torch.from_numpy(projected)})
+    expected = 3.0 * (1 - (unit(projected) * unit(target)).sum(1))
+    if labels:
+        expected += np.log(np.exp(logits).sum(1)) - logits[np.arange(4), y]
+    np.testing.assert_allclose(objective.losses(output, batch).numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_labels_one_batch_is_learned_and_the_classifier_stays(precision: str) -> None:
+    step = make(labels=False, lr=0.05, precision=precision)
+    images, labels = pixels()
+    before = {name: value.clone() for name, value in step.network.state_dict().items()}
+    results = [step(images, labels, 0.0, number, teacher=targets()) for number in range(15)]
+    assert float(results[-1].losses.mean()) < 0.5 * float(results[0].losses.mean())
+    assert all(np.isnan(float(result.correct)) for result in results)
+    after = step.network.state_dict()
+    assert torch.equal(after["fc.weight"], before["fc.weight"])
+    assert not torch.equal(after["conv1.weight"], before["conv1.weight"])
+
+
+def test_images_move_along_the_gradient_of_the_distance_to_the_teacher() -> None:
+    step = make(method="tests.training.test_objective:Seen", labels=False, lr=1e-12)
+    step.network.eval()
+    images, labels = pixels()
+    x = step.to_input(images).requires_grad_()
+    head = step._heads["teacher"]
+    features: Any = step.network.pooled(x)  # type: ignore[operator]
+    cosines = (functional.normalize(head(features), dim=1) * targets()).sum(1)
+    (gradient,) = torch.autograd.grad((1 - cosines).sum(), x)
+    step(images, labels, 0.0, 0, teacher=targets())
+    expected = step_along(x, gradient, 1.0)
+    torch.testing.assert_close(seen(step).after.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(seen(step).after, seen(step).before)
+
+
+def recipe(dataset: Path, model: Path, **changes: Any) -> Recipe:
+    return small.recipe(dataset, teacher=str(model), **changes)
+
+
+def run(dataset: Path, out: Path, made: Recipe) -> dict[str, torch.Tensor]:
+    train(dataset, made, out, workers=0, threads=1, quiet=True, device="cpu")
+    saved = load_checkpoint(out)
+    return {**saved.model, **{f"head {name}": value for name, value in saved.heads.items()}}
+
+
+def assert_resumes(dataset: Path, folder: Path, made: Recipe) -> None:
+    """A run in two parts ends as the whole one; a checkpoint after its first epoch is what a signal leaves."""
+    whole = run(dataset, folder / "whole", made)
+    run(dataset, folder / "parts", made.replace(epochs=1))
+    half = load_checkpoint(folder / "parts")
+    object.__setattr__(half, "recipe", load_checkpoint(folder / "whole").recipe)
+    save_checkpoint(half, folder / "parts")
+    train(
+        dataset, Recipe.from_dict(half.recipe), folder / "parts", resume=True, workers=0, threads=1, quiet=True,
+        device="cpu",
+    )  # fmt: skip
+    saved = load_checkpoint(folder / "parts")
+    for name, value in {**saved.model, **{f"head {name}": value for name, value in saved.heads.items()}}.items():
+        assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_run_with_a_teacher_resumes_exactly(dataset: Path, small_model: Path, tmp_path: Path, labels: bool) -> None:
+    assert_resumes(dataset, tmp_path, recipe(dataset, small_model, labels=labels, schedule="step"))
+    saved = load_checkpoint(tmp_path / "whole")
+    assert saved.heads["teacher.weight"].shape == (saved.recipe["teacher_size"], 64)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(("accuracy" in line or "validation_accuracy" in line) == labels for line in lines)
+    assert all(np.isfinite(line.get("loss", line.get("validation_loss"))) for line in lines)
+
+
+def test_two_ranks_learn_from_a_teacher_without_labels(
+    dataset: Path, small_model: Path, tmp_path: Path, commands: CommandServer
+) -> None:
+    options = {"epochs": 1, "teacher": small_model, "method": "hrrl"}
+    run_ranks(commands, [*train_arguments(dataset, tmp_path / "run", **options), "--no-labels"], tmp_path, 2)
+    saved = load_checkpoint(tmp_path / "run")
+    assert saved.global_step == 5
+    assert saved.recipe["labels"] is False
+
+
+def test_what_makes_no_sense_is_said(
+    dataset: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match=r"labels=False: leaves nothing to learn from; pass a `teacher`"):
+        Recipe(labels=False)
+    with pytest.raises(InputError, match=r"teacher=nosuch: .*no such"):
+        resolve_teacher(Recipe(teacher="nosuch"))
+    other = Recipe(teacher=str(small_model), teacher_sha256="0" * 64)
+    with pytest.raises(InputError, match="the sha256 must be 000000000000"):
+        resolve_teacher(other)
+    made = recipe(dataset, small_model, method=f"{__name__}:Forgetful")
+    with pytest.raises(InputError, match="create_heads leaves out 'teacher'"):
+        run(dataset, tmp_path / "run", made)
+    arguments = train_arguments(dataset, tmp_path / "plain", epochs=1, teacher=small_model)[1:]
+    assert command.main([*arguments, "--no-labels", "--json", "--quiet"], standalone_mode=False) == 0
+    assert json.loads(capsys.readouterr().out)["validation_accuracy"] is None
+
+
+class Forgetful(Objective):
+    def create_heads(self, feature_size: int, classes: int) -> torch.nn.ModuleDict:
+        return torch.nn.ModuleDict()
