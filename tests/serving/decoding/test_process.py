@@ -89,7 +89,7 @@ def test_an_image_at_its_deadline_gets_no_second_try_unless_its_decoder_was_stop
     if stopped:
         os.kill(decoder.process.pid, signal.SIGSTOP)
     decoder.send(Images([image], [len(image)], [0], 10**8, large=True))
-    wait_until(lambda: stopped or decoder._progress[1] == 1)
+    wait_until(lambda: decoder._stopped() if stopped else decoder._progress[1] == 1)
     for _ in range(3):  # the first call notes the progress, the others count
         decoder.check(1.0, 3.0)
     with pytest.raises(DecoderLostError) as lost:
