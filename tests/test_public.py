@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,9 @@ def test_embed_refuses_no_inputs_and_unknown_answers_to_errors_before_it_loads_a
     assert caught.value.argument == "inputs"
     with pytest.raises(ValueError, match="on_error must be nan or stop"):
         robustfeat.embed(tmp_path, tmp_path / "feats.npy", model="nosuch", on_error="skip")
+
+
+def test_the_old_place_of_embed_files_warns_and_works() -> None:
+    with pytest.warns(DeprecationWarning, match=r"use robustfeat\.embed"):
+        old = importlib.import_module("robustfeat.serving.embedding")
+    assert old.embed_files is importlib.import_module("robustfeat.serving.bulk.embedding").embed_files

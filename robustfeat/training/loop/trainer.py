@@ -113,9 +113,7 @@ def train(
                 checkpoint_every_s=checkpoint_every_s,
             )
         with together():
-            if not (resume and recipe.init_sha256):  # a run that resumes needs its start no more
-                recipe = resolve_start(recipe)
-            recipe = resolve_teacher(recipe)
+            recipe = _resolve_models(recipe, resume=resume)
         if target is not None:
             recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
         try:
@@ -141,6 +139,13 @@ def train(
             ) from exc
         except RuntimeError as exc:
             raise explain_worker(exc) from exc
+
+
+def _resolve_models(recipe: Recipe, *, resume: bool) -> Recipe:
+    """The recipe with what follows from the models that it names."""
+    if not (resume and recipe.init_sha256):  # a run that resumes needs its start no more
+        recipe = resolve_start(recipe)
+    return resolve_teacher(recipe)
 
 
 def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, quiet: bool) -> dict[str, float]:
