@@ -209,12 +209,8 @@ class Decoders:
     ) -> None:
         self._contract, self._scaled, self._workers, self._places = contract, scaled, workers, places
         self._max_pixels = max_pixels
-        try:
-            self._memory = anonymous_memory()
-            shared = SharedSquares(self._memory, workers, places, contract.image_size)
-        except OSError as exc:
-            fix = _FIXES.get(exc.errno or 0, "pass fewer `workers` or a smaller `batch_size`")
-            raise EngineError(f"decoders get no shared memory ({exc.strerror})", fix=fix) from exc
+        self._memory = anonymous_memory()
+        shared = SharedSquares(self._memory, workers, places, contract.image_size)
         self.squares: NDArray[np.uint8] = shared.squares
         self.progress: NDArray[np.int64] = shared.progress
         self.mailboxes: NDArray[np.uint8] = shared.mailboxes

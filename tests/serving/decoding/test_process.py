@@ -13,7 +13,6 @@ import pytest
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import EngineError
-from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.serving.decoding.process import Decoder, DecoderLostError, Decoders
 from robustfeat.serving.decoding.worker import LARGE, Images
 from tests.serving.http.conftest import blank_webp, wait_until
@@ -129,12 +128,3 @@ def test_a_refused_process_is_told_with_what_helps(
         decoders.start(0)
     assert os.strerror(number) in str(error.value)
     assert fix in str(error.value.fix)
-
-
-def test_refused_shared_memory_is_told_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> int:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr("robustfeat.serving.decoding.process.anonymous_memory", refuse)
-    with pytest.raises(EngineError, match=r"no shared memory \(Operation not permitted\); pass fewer `workers`"):
-        Decoders(Preprocessing(32), scaled=False, workers=1, places=2)
