@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robustfeat.hub.config import ModelConfig
-from robustfeat.hub.markdown import table
+from robustfeat.hub.markdown import cell, table
 
 __all__ = ["PLACE", "render_card"]
 
@@ -137,10 +137,12 @@ def _origin(config: ModelConfig) -> str:
     method = config.recipe.get("method")
     if not method:
         return f"Imported: {config.provenance.get('source', 'unknown')}."
+    grouped = f"in {config.num_classes} classes and" if config.recipe.get("labels", True) else "without labels, in"
+    teacher = config.recipe.get("teacher")
     return (
         f"Pre-trained with {_method(str(method))} "
-        f"on {config.provenance['data']['images']:,} images in {config.num_classes} classes and "
-        f"{len(config.concepts)} concepts."
+        f"on {config.provenance['data']['images']:,} images {grouped} {len(config.concepts)} concepts."
+        + (f" It learned from the features of `{cell(str(teacher))}`." if teacher else "")
     )
 
 

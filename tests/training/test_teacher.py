@@ -16,7 +16,10 @@ from torch.nn import functional
 
 from robustfeat import FeatureExtractor
 from robustfeat.cli.train_command import command
-from robustfeat.errors import InputError
+from robustfeat.errors import DataError, InputError
+from robustfeat.serving.verify import check_golden
+from robustfeat.training.data.opening import open_training_data
+from robustfeat.training.export.runs import export_run
 from robustfeat.training.hrrl import step_along
 from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
 from robustfeat.training.loop.ranks import Ranks
@@ -150,6 +153,60 @@ def test_a_run_with_a_teacher_resumes_exactly(dataset: Path, small_model: Path, 
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert all(("accuracy" in line or "validation_accuracy" in line) == labels for line in lines)
     assert all(np.isfinite(line.get("loss", line.get("validation_loss"))) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def photos(example_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images, some of them in a folder of their own, with a file that is none."""
+    root = tmp_path_factory.mktemp("photos")
+    (root / "more" / "deep").mkdir(parents=True)
+    for number, file in enumerate(example_files[:24]):
+        with Image.open(file) as image:
+            image.resize((40, 40)).save(root / ("more/deep" if number % 3 else ".") / f"{number}.png")
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def test_a_folder_of_images_is_learned_from_exported_and_embeds(
+    photos: Path, small_model: Path, tmp_path: Path, example_files: list[Path]
+) -> None:
+    made = recipe(photos, small_model, labels=False, concepts="classes", val_fraction=0.2, epochs=1, method="el")
+    run(photos, tmp_path / "run", made)
+    saved = load_checkpoint(tmp_path / "run")
+    assert (saved.data["images"], saved.data["validation_images"]) == (19, 5)
+    report = export_run(tmp_path / "run", tmp_path / "model")
+    check = check_golden(FeatureExtractor.from_pretrained(report.folder.path))
+    assert check.cosine is not None
+    assert check.cosine > 0.9999
+    assert FeatureExtractor.from_pretrained(report.folder.path).embed(example_files[:2]).shape == (2, 64)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "on 19 images without labels, in 1 concepts. It learned from the features of `small`." in card
+
+
+def test_train_and_val_may_be_folders_of_images(photos: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(photos)
+    train_set, validation_set = open_training_data(tmp_path, labels=False)
+    assert len(train_set) == len(validation_set) == 24
+    assert set(train_set.labels) == {0}
+    assert "files left out: 1 (.txt 1)" in train_set.remarks[0]
+    with pytest.raises(DataError, match="holds no class folders"):
+        open_training_data(tmp_path)
+
+
+def test_class_folders_stay_classes_without_labels(dataset: Path) -> None:
+    train_set, _ = open_training_data(dataset, labels=False)
+    assert len(train_set.classes) == 10
+    assert train_set.fingerprint == open_training_data(dataset)[0].fingerprint
+
+
+def test_images_without_labels_need_other_concepts(photos: Path, small_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="concepts=imagenet11: names classes, and the images have none"):
+        run(photos, tmp_path / "run", recipe(photos, small_model, labels=False, concepts="imagenet11"))
+    with pytest.raises(InputError, match="lies in the training data, which it would change"):
+        run(photos, photos / "run", recipe(photos, small_model, labels=False, concepts="classes"))
+    with pytest.raises(DataError, match="for images without labels, pass a `teacher` and `labels=False`"):
+        run(photos, tmp_path / "run", recipe(photos, small_model, concepts="classes"))
 
 
 def test_two_ranks_learn_from_a_teacher_without_labels(

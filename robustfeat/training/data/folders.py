@@ -15,7 +15,10 @@ from robustfeat.serving.inputs.listing import list_folder
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.training.data.image_set import ImageSet
 
-__all__ = ["ImageFiles", "class_folders", "open_folders"]
+__all__ = ["UNLABELLED", "ImageFiles", "class_folders", "holds_bare_images", "open_bare_folder", "open_folders"]
+
+UNLABELLED = ("unlabelled",)
+"""The classes of images without labels."""
 
 
 class ImageFiles:
@@ -57,23 +60,63 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
     unknown = sorted(set(found) - set(classes))
     if unknown:
         raise DataError(f"{root}: class {unknown[0]!r} is not in the training split", fix="remove it or add it there")
-    names: list[str] = []
-    labels: list[int] = []
     loose = (entry for entry in root.iterdir() if entry.is_file() and not entry.name.startswith("."))
     left_out = Counter({"beside the folders": sum(entry.suffix.lower() in IMAGE_SUFFIXES for entry in loose)})
-    digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
+    listing = _Listing(root, "\n".join(classes))
     for label, name in enumerate(classes):
-        images, others = list_folder(root / name) if (root / name).is_dir() else ([], {})
-        left_out.update(others)
+        if (root / name).is_dir():
+            left_out.update(listing.add(root / name, f"{name}/", label))
+    return listing.image_set(classes, left_out, "in CLASS/ and end")
+
+
+def holds_bare_images(root: Path) -> bool:
+    """Whether images lie in `root` itself, or nowhere in folders that could be classes."""
+    files = (entry for entry in root.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in files) or len(class_folders(root)) < 2
+
+
+def open_bare_folder(root: Path) -> ImageSet:
+    """The images under `root`, however deep, without labels.
+
+    Raises:
+        DataError: there are none.
+    """
+    listing = _Listing(root, "")
+    return listing.image_set(UNLABELLED, Counter(listing.add(root, "", 0)), "those that end")
+
+
+class _Listing:
+    """Image files of a split, with their labels."""
+
+    def __init__(self, root: Path, head: str) -> None:
+        self._root = root
+        self._names: list[str] = []
+        self._labels: list[int] = []
+        self._digest = hashlib.sha256(head.encode(errors="surrogateescape"))
+
+    def add(self, folder: Path, prefix: str, label: int) -> dict[str, int]:
+        """Adds what lies in a folder; the numbers of files that are passed over, by kind."""
+        images, others = list_folder(folder)
         for image in images:
-            names.append(f"{name}/{image.path}")
-            labels.append(label)
+            name = f"{prefix}{image.path}"
+            self._names.append(name)
+            self._labels.append(label)
             # A dangling link has no size; it is left out, and named, when its turn comes.
             size = Path(image.file).stat().st_size if Path(image.file).exists() else -1
-            digest.update(f"{names[-1]}\0{size}\n".encode(errors="surrogateescape"))
-    if not names:
-        raise DataError(f"{root}: holds no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    remarks: tuple[str, ...] = ()
-    if said := say_left_out(+left_out):
-        remarks = (f"{root}: {said}; images are in CLASS/ and end in {', '.join(sorted(IMAGE_SUFFIXES))}",)
-    return ImageSet(classes, np.array(labels, np.int64), ImageFiles(root, names), digest.hexdigest(), remarks=remarks)
+            self._digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+        return others
+
+    def image_set(self, classes: tuple[str, ...], left_out: Counter[str], taken: str) -> ImageSet:
+        """What was added; a remark tells of files that were passed over.
+
+        Raises:
+            DataError: it is nothing.
+        """
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        if not self._names:
+            raise DataError(f"{self._root}: holds no images; expected files ending in {suffixes}")
+        said = say_left_out(+left_out)
+        remarks = (f"{self._root}: {said}; images are {taken} in {suffixes}",) if said else ()
+        labels = np.array(self._labels, np.int64)
+        source = ImageFiles(self._root, self._names)
+        return ImageSet(classes, labels, source, self._digest.hexdigest(), remarks=remarks)

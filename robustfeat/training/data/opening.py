@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
-from robustfeat.training.data.folders import class_folders, open_folders
+from robustfeat.training.data.folders import (
+    UNLABELLED,
+    class_folders,
+    holds_bare_images,
+    open_bare_folder,
+    open_folders,
+)
 from robustfeat.training.data.hub_dataset import fetch_dataset, is_hub_dataset, list_remote_parquet
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.parquet import read_parquet
@@ -19,7 +25,7 @@ from robustfeat.training.data.row_groups import LocalParquet, ParquetPart
 from robustfeat.training.data.split_files import VALIDATION_NAMES, SplitFiles, find_split_files
 from robustfeat.training.data.tar_shards import CLASSES_NAME, read_class_names, read_shards
 
-__all__ = ["are_class_folders", "open_splits", "open_training_data", "require_place"]
+__all__ = ["are_folders_of_images", "open_splits", "open_training_data", "require_place"]
 
 _EXPECTED = (
     "a folder of class folders (CLASS/image.jpg, or train/CLASS/image.jpg), train-*.parquet or train-*.tar files"
@@ -27,7 +33,13 @@ _EXPECTED = (
 
 
 def open_training_data(
-    root: str | Path, *, val_fraction: float = 0.02, seed: int = 0, parts: int | None = None, stream: bool = False
+    root: str | Path,
+    *,
+    val_fraction: float = 0.02,
+    seed: int = 0,
+    parts: int | None = None,
+    stream: bool = False,
+    labels: bool = True,
 ) -> tuple[ImageSet, ImageSet]:
     """The training and validation images under `root`.
 
@@ -40,12 +52,14 @@ def open_training_data(
             evenly over classes; each class keeps one to train on.
         parts: only the first `parts` files of the training split, of Parquet files and shards.
         stream: read the Parquet files of the Hub where they are, and keep nothing here.
+        labels: whether labels are needed. Otherwise, a folder may also hold images without class folders, however
+            deep; their class is `UNLABELLED`.
 
     Raises:
         DataError: with what is missing and what would do.
         HubError: the dataset is not there, or cannot be fetched.
     """
-    train, validation = open_splits(root, parts=parts, stream=stream)
+    train, validation = open_splits(root, parts=parts, stream=stream, labels=labels)
     if validation is None:
         held_out = _hold_out(train.labels, val_fraction, seed)
         if not len(held_out):
@@ -95,32 +109,34 @@ def require_place(root: str | Path) -> None:
     raise DataError(f"{root}: {what}; expected {_EXPECTED}")
 
 
-def are_class_folders(root: str | Path) -> bool:
-    """Whether DATA is a folder of class folders itself, without train/."""
+def are_folders_of_images(root: str | Path, *, labels: bool = True) -> bool:
+    """Whether DATA holds class folders, or images without labels where `labels` are not needed, without train/."""
     if is_hub_dataset(root) or (Path(root) / "train").is_dir() or any(Path(root).glob("train-*")):
         return False
-    return len(class_folders(Path(root))) >= 2
+    return not labels or len(class_folders(Path(root))) >= 2
 
 
 def open_splits(
-    root: str | Path, *, parts: int | None = None, stream: bool = False
+    root: str | Path, *, parts: int | None = None, stream: bool = False, labels: bool = True
 ) -> tuple[ImageSet, ImageSet | None]:
     """The splits under `root` as they are, with None where there is no validation split; see `open_training_data`."""
     if is_hub_dataset(root):
         return _open_hub_dataset(str(root), parts, stream)
-    return _open(Path(root), parts)
+    return _open(Path(root), parts, labels)
 
 
-def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:
+def _open(root: Path, parts: int | None, labels: bool) -> tuple[ImageSet, ImageSet | None]:
     require_place(root)
     published = open_published(root)
     if published is not None:
         return published
     if (root / "train").is_dir():
-        train = open_folders(root / "train")
+        train = _open_folder(root / "train", labels)
         splits = [root / name for name in VALIDATION_NAMES if (root / name).is_dir()]
-        return train, open_folders(splits[0], train.classes) if splits else None
+        return train, _open_folder(splits[0], labels, train.classes) if splits else None
     files = find_split_files((entry.name for entry in root.iterdir()), str(root), parts)
+    if files is None and not labels:
+        return _open_folder(root, labels), None
     if files is None:
         found = class_folders(root)
         if len(found) >= 2:
@@ -128,8 +144,18 @@ def _open(root: Path, parts: int | None) -> tuple[ImageSet, ImageSet | None]:
         what = (
             f"holds a single class folder with images, {found[0]!r}" if found else "holds no class folders with images"
         )
-        raise DataError(f"{root}: {what}; expected {_EXPECTED} (docs/training.md)")
+        raise DataError(
+            f"{root}: {what}; expected {_EXPECTED} (docs/training.md)",
+            fix="for images without labels, pass a `teacher` and `labels=False`",
+        )
     return _open_files(files, root, str(root))
+
+
+def _open_folder(root: Path, labels: bool, classes: tuple[str, ...] | None = None) -> ImageSet:
+    """A split in folders; `classes` are the training split's."""
+    if classes is UNLABELLED or (not labels and classes is None and holds_bare_images(root)):
+        return open_bare_folder(root)
+    return open_folders(root, classes)
 
 
 def _open_hub_dataset(url: str, parts: int | None, stream: bool) -> tuple[ImageSet, ImageSet | None]:

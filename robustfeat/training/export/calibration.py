@@ -53,7 +53,11 @@ def training_images(data: Mapping[str, Any], recipe: Recipe) -> list[Image.Image
     """
     try:
         train, _ = open_training_data(
-            data["root"], val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts
+            data["root"],
+            val_fraction=recipe.val_fraction,
+            seed=recipe.seed,
+            parts=recipe.parts,
+            labels=recipe.labels,
         )
     except (DataError, HubError) as exc:
         raise DataError(f"int8 needs real images: {exc}", fix=_FIX) from exc

@@ -8,7 +8,7 @@ from robustfeat.errors import InputError, ModelFolderError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.training.concepts import load_concepts
 from robustfeat.training.data.hub_dataset import is_hub_dataset
-from robustfeat.training.data.opening import are_class_folders, require_place
+from robustfeat.training.data.opening import are_folders_of_images, require_place
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.run_folder import checkpoint_file, require_unused
 from robustfeat.training.methods import require_method
@@ -48,7 +48,7 @@ def check_arguments(
         _require_model(recipe.init, "init")
     if recipe.teacher:
         _require_model(recipe.teacher, "teacher")
-    _check_places(data, out, resume=resume, stream=stream)
+    _check_places(data, out, resume=resume, stream=stream, labels=recipe.labels)
 
 
 def _require_model(name: str, argument: str) -> None:
@@ -70,13 +70,14 @@ def _check_numbers(recipe: Recipe, ranks: Ranks, checkpoint_every_s: float) -> N
         )
 
 
-def _check_places(data: str | Path, out: Path, *, resume: bool, stream: bool) -> None:
+def _check_places(data: str | Path, out: Path, *, resume: bool, stream: bool, labels: bool) -> None:
     if stream and not is_hub_dataset(data):
         raise InputError(f"{data} is not on the Hub; expected hf://datasets/ORG/NAME", argument="stream")
     require_place(data)
-    if Path(data).resolve() in out.resolve().parents and are_class_folders(data):
+    if Path(data).resolve() in out.resolve().parents and are_folders_of_images(data, labels=labels):
+        what = "where it would be taken for a class" if labels else "which it would change"
         raise InputError(
-            "lies in the training data, where it would be taken for a class",
+            f"lies in the training data, {what}",
             argument="out",
             value=out,
             fix="choose another folder",

@@ -18,6 +18,7 @@ from robustfeat.system import available_cpus
 from robustfeat.training.concepts import ConceptMap, assign_concepts
 from robustfeat.training.data.batches import Batch, EpochPlan, TrainingBatches, load_batches
 from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches, require_room
+from robustfeat.training.data.folders import UNLABELLED
 from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
@@ -107,8 +108,20 @@ def prepare_run(
         DataError, HubError: the data or the concepts cannot be used.
     """
     train_set, validation_set = open_training_data(
-        data, val_fraction=recipe.val_fraction, seed=recipe.seed, parts=recipe.parts, stream=stream
+        data,
+        val_fraction=recipe.val_fraction,
+        seed=recipe.seed,
+        parts=recipe.parts,
+        stream=stream,
+        labels=recipe.labels,
     )
+    if train_set.classes is UNLABELLED and recipe.concepts != "classes":
+        raise InputError(
+            "names classes, and the images have none",
+            argument="concepts",
+            value=recipe.concepts,
+            fix="pass `concepts=classes`, which makes a single concept",
+        )
     largest = max(side for _, side in recipe.image_sizes)
     if 0 < recipe.cache_px < largest:
         remark(

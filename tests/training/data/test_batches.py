@@ -18,7 +18,7 @@ from robustfeat.errors import DataError, DecodeError, InputError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.data.batches import Batch, EpochPlan, EvaluationBatches, TrainingBatches, load_batches
 from robustfeat.training.data.image_set import ImageSet
-from robustfeat.training.data.opening import are_class_folders, open_training_data, require_place
+from robustfeat.training.data.opening import are_folders_of_images, open_training_data, require_place
 from robustfeat.training.loop.trainer import train as train_run
 from robustfeat.training.recipe import Recipe
 
@@ -172,7 +172,7 @@ def test_class_folders_may_be_the_data_themselves(dataset: Path, tmp_path: Path)
         open_training_data(tmp_path / "photos" / "hat")
     with pytest.raises(DataError, match=r"hat-\d\.png: is a file; expected a folder of class folders"):
         open_training_data(next((tmp_path / "photos" / "hat").iterdir()))
-    assert not are_class_folders(tmp_path / "photos")
+    assert not are_folders_of_images(tmp_path / "photos")
 
 
 def test_a_run_may_not_lie_among_the_classes(dataset: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_run_may_not_lie_among_the_classes(dataset: Path, tmp_path: Path) -> N
     with pytest.raises(InputError, match="lies in the training data, where it would be taken for a class"):
         train_run(photos, recipe, photos / "run", workers=0, quiet=True)
     assert not (photos / "run").exists()
-    assert not are_class_folders(dataset)
+    assert not are_folders_of_images(dataset)
 
 
 def test_a_class_that_training_lacks_is_named(dataset: Path, tmp_path: Path) -> None:
