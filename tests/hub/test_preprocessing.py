@@ -390,3 +390,13 @@ def test_elongated_images_need_no_more_memory_than_others() -> None:
     square = resize_and_crop(image, Preprocessing(224))
     assert square.shape == (224, 224, 3)
     assert set(square.ravel()) <= {127, 128}  # the middle of the gradient
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0, 1e-50, 1e50])
+def test_a_mean_or_std_that_gives_no_finite_input_is_refused(value: float) -> None:
+    """1e-50 is 0 and 1e50 infinite in float32."""
+    with pytest.raises(ValueError, match="mean and std must hold three numbers"):
+        Preprocessing(32, std=(0.2, value, 0.2))
+    if not abs(value) <= 1:
+        with pytest.raises(ValueError, match="mean and std must hold three numbers"):
+            Preprocessing(32, mean=(0.2, value, 0.2))
