@@ -8,6 +8,7 @@
     │   └── UnreachableError    it gives no answer, or fails
     ├── HeadError           a head is incomplete, altered, or from a newer version
     ├── EngineError         the inference engine is missing, or is not what was asked for
+    │   └── NotFiniteError  a model gives features that are NaN or infinite
     ├── DataError           a training set or concept map cannot be used
     ├── TrainingError       training cannot go on
     │   ├── DivergedError       its loss is no longer finite
@@ -36,6 +37,7 @@ __all__ = [
     "HubError",
     "InputError",
     "ModelFolderError",
+    "NotFiniteError",
     "RobustFeatError",
     "StoppedError",
     "TrainingError",
@@ -132,6 +134,10 @@ class HeadError(RobustFeatError):
 
 class EngineError(RobustFeatError):
     """The inference engine is missing, or is not what was asked for."""
+
+
+class NotFiniteError(EngineError):
+    """A model gives features that are NaN or infinite."""
 
 
 class DataError(RobustFeatError):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import EngineError, ModelFolderError, first_line
+from robustfeat.errors import EngineError, ModelFolderError, NotFiniteError, first_line
 from robustfeat.serving.options import RunOptions
 
 __all__ = [
@@ -234,7 +234,7 @@ def _checked(
         )
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
-        raise EngineError(
+        raise NotFiniteError(
             f"the model gives features that are not finite for {np.count_nonzero(~finite)} of {len(features)} images",
             fix="check the model with robustfeat verify; its weights may be damaged, or too large for this `precision`",
         )

@@ -19,6 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from robustfeat.errors import NotFiniteError
 from robustfeat.hub.preprocessing import normalise
 from robustfeat.serving.decoding.loop_pool import LoopDecoderPool
 from robustfeat.serving.decoding.process import DecoderLostError
@@ -341,6 +342,8 @@ class Batcher:
             return [Answer(features=row) for row in self._run_engine(self._input(batch))]
         except Exception as exc:
             if len(batch) == 1:
+                if isinstance(exc, NotFiniteError) and not isinstance(batch[0].image, bytes):
+                    return [Answer(problem="its features are not finite")]  # of a tensor that the client prepared
                 return [Answer(failure=exc)]
             # Only the images at fault fail, not the whole batch.
             return [answer for item in batch for answer in self._infer([item])]

@@ -166,9 +166,8 @@ def infer_reply(asked: InferRequest, model: NamedModel, answers: Sequence[Answer
         if answer.failure is not None:
             raise answer.failure
         if answer.features is None:
-            raise ApiError(422, "unreadable_image", f"{name}[{index}]: {answer.problem}")
-        if not np.isfinite(answer.features).all():
-            raise ApiError(422, "bad_request", f"{name}[{index}]: its features are not finite")
+            code = "bad_request" if name == "pixel_values" else "unreadable_image"
+            raise ApiError(422, code, f"{name}[{index}]: {answer.problem}")
         rows.append(answer.features)
     features = np.stack(rows)
     output: dict[str, Any] = {"name": "features", "datatype": "FP32", "shape": list(features.shape)}

@@ -129,6 +129,14 @@ class Server:
         return code
 
 
+def slow_picture() -> bytes:
+    """A small JPEG that takes many seconds to decode: its last scan comes again and again."""
+    file = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 10_000
+
+
 def children(pid: int) -> list[int]:
     found: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):

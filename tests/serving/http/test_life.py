@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import io
 import os
 import shutil
 import signal
@@ -18,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from robustfeat import FeatureExtractor
 from tests.conftest import ROOT, Run
-from tests.serving.http.conftest import Server, alive, children, head_of, serving, wait_until
+from tests.serving.http.conftest import Server, alive, children, head_of, serving, slow_picture, wait_until
 
 # A worker that ends is replaced without a pause, as one that has worked for long.
 AT_ONCE = {"robustfeat.serving.http.process.supervisor._STEADY_S": 0.0}
@@ -182,10 +180,7 @@ def test_a_revoked_key_stays_revoked_after_a_worker_died(tmp_path: Path, photos:
 
 
 def test_a_decoder_at_work_dies_with_its_worker() -> None:
-    file = io.BytesIO()
-    Image.new("L", (2000, 2000)).save(file, "JPEG", progressive=True)
-    data = file.getvalue()
-    picture = data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 10_000  # its last scan again and again: many seconds
+    picture = slow_picture()
     with serving() as server:
         (worker,) = server.workers()
         decoders = children(worker)
