@@ -190,8 +190,11 @@ def test_train_and_val_may_be_folders_of_images(photos: Path, tmp_path: Path) ->
     assert len(train_set) == len(validation_set) == 24
     assert set(train_set.labels) == {0}
     assert "files left out: 1 (.txt 1)" in train_set.remarks[0]
-    with pytest.raises(DataError, match="holds no class folders"):
-        open_training_data(tmp_path)
+    flat = tmp_path / "flat" / "train"
+    flat.mkdir(parents=True)
+    (flat / "0.png").symlink_to(photos / "0.png")
+    with pytest.raises(DataError, match="no class folders"):
+        open_training_data(flat.parent)
 
 
 def test_class_folders_stay_classes_without_labels(dataset: Path) -> None:
