@@ -13,28 +13,33 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import DataError
 
-__all__ = ["ConceptMap", "assign_concepts", "load_concepts", "load_reference"]
+__all__ = ["ConceptMap", "assign_concepts", "cluster_count", "load_concepts", "load_reference"]
 
 
 @dataclass(frozen=True)
 class ConceptMap:
-    """Each class's concept, for one training set.
+    """Each class's concept, or each image's, for one training set.
 
     Attributes:
         names: the K concepts that have classes here, sorted.
         of_class: (C,) int64, the concept of each class.
         class_counts: (C,) int64, the training examples of each class.
         empty: concepts of the map without any class here; they are left out, since N / N_k would be infinite.
+        of_image: (N,) int64, the concept of each image, where its class does not decide; `of_class` then has the
+            commonest of each class.
     """
 
     names: tuple[str, ...]
     of_class: NDArray[np.int64]
     class_counts: NDArray[np.int64]
     empty: tuple[str, ...] = ()
+    of_image: NDArray[np.int64] | None = None
 
     @property
     def counts(self) -> NDArray[np.int64]:
         """(K,) N_k, the training examples of each concept."""
+        if self.of_image is not None:
+            return np.bincount(self.of_image, minlength=len(self.names))
         return np.bincount(self.of_class, weights=self.class_counts, minlength=len(self.names)).astype(np.int64)
 
     def distribution(self, shares: Mapping[str, float]) -> NDArray[np.float64]:
@@ -54,6 +59,20 @@ class ConceptMap:
             raise DataError(f"reference: shares must be non-negative, finite and not all 0; got {dict(shares)}")
         distribution: NDArray[np.float64] = values / values.sum()
         return distribution
+
+
+def cluster_count(source: str) -> int | None:
+    """K of `clusters:K`; None where concepts are not clusters.
+
+    Raises:
+        ValueError: K is no whole number from 1 to 10,000.
+    """
+    name, colon, count = source.partition(":")
+    if name != "clusters" or not colon:
+        return None
+    if not (count.isascii() and count.isdecimal() and 1 <= int(count[:9]) <= 10_000):
+        raise ValueError("must be clusters:K with a whole number K from 1 to 10,000")
+    return int(count)
 
 
 def load_concepts(source: str) -> dict[str, str]:
@@ -82,7 +101,7 @@ def _read_rows(source: str, argument: str, header: tuple[str, str]) -> list[tupl
                 text = handle.read()
         except (OSError, UnicodeDecodeError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
-            names = "imagenet11, classes, or " if argument == "concepts" else ""
+            names = "imagenet11, classes, clusters:K, or " if argument == "concepts" else ""
             raise DataError(
                 f"cannot be read ({reason}); expected {names}a CSV file with the header {expected}",
                 argument=argument,

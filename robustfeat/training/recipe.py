@@ -14,6 +14,7 @@ from typing import Any
 
 from robustfeat.errors import InputError
 from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.training.concepts import cluster_count
 
 __all__ = ["RECIPE_NAME", "Recipe", "load_recipe", "shipped_recipes"]
 
@@ -66,7 +67,7 @@ class Recipe:
 
     Attributes:
         method: erm, el, cl, hrrl; random, balanced, groupdro; or module:Class.
-        concepts: imagenet11, classes, or a CSV file `class,concept`.
+        concepts: imagenet11, classes, a CSV file `class,concept`, or clusters:K (of the teacher's features).
         network: resnet18, timm:NAME for a classifier of timm, or auto (the network of `init`; ResNet-18 without).
         width: of ResNet-18, channels of its first stage (64, the paper).
         init: weights to start from: a run, a model folder, ORG/NAME on the Hub, or a file (empty: random ones).
@@ -223,6 +224,18 @@ class Recipe:
         size = self.teacher_size
         if size is not None and (not _is_whole(size) or size < 1):
             raise _invalid("teacher_size", "must be a whole number >= 1", size)
+        try:
+            clusters = cluster_count(self.concepts)
+        except ValueError as exc:
+            raise _invalid("concepts", str(exc), self.concepts) from exc
+        if clusters and not self.teacher:
+            raise InputError(
+                "are of a teacher's features", argument="concepts", value=self.concepts, fix="pass a `teacher`"
+            )
+        if clusters and self.reference:
+            raise InputError(
+                "cannot be named beforehand", argument="concepts", value=self.concepts, fix="leave `reference` out"
+            )
         if not self.teacher and not self.labels:
             raise InputError("leaves nothing to learn from", argument="labels", value="False", fix="pass a `teacher`")
 

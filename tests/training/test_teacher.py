@@ -16,14 +16,16 @@ from torch.nn import functional
 
 from robustfeat import FeatureExtractor
 from robustfeat.cli.train_command import command
-from robustfeat.errors import DataError, InputError
+from robustfeat.errors import CheckpointError, DataError, InputError
 from robustfeat.serving.verify import check_golden
+from robustfeat.training.clusters import CLUSTERS_NAME, Clusters, find_clusters
+from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.export.runs import export_run
 from robustfeat.training.hrrl import step_along
 from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
 from robustfeat.training.loop.ranks import Ranks
-from robustfeat.training.loop.step import TrainingStep
+from robustfeat.training.loop.step import Guidance, TrainingStep
 from robustfeat.training.loop.trainer import train
 from robustfeat.training.network import StepOutput
 from robustfeat.training.objective import Objective, StepBatch, create_objective
@@ -96,7 +98,7 @@ def test_without_labels_one_batch_is_learned_and_the_classifier_stays(precision:
     step = make(labels=False, lr=0.05, precision=precision)
     images, labels = pixels()
     before = {name: value.clone() for name, value in step.network.state_dict().items()}
-    results = [step(images, labels, 0.0, number, teacher=targets()) for number in range(15)]
+    results = [step(images, labels, 0.0, number, guidance=Guidance(targets())) for number in range(15)]
     assert float(results[-1].losses.mean()) < 0.5 * float(results[0].losses.mean())
     assert all(np.isnan(float(result.correct)) for result in results)
     after = step.network.state_dict()
@@ -113,7 +115,7 @@ def test_images_move_along_the_gradient_of_the_distance_to_the_teacher() -> None
     features: Any = step.network.pooled(x)  # type: ignore[operator]
     cosines = (functional.normalize(head(features), dim=1) * targets()).sum(1)
     (gradient,) = torch.autograd.grad((1 - cosines).sum(), x)
-    step(images, labels, 0.0, 0, teacher=targets())
+    step(images, labels, 0.0, 0, guidance=Guidance(targets()))
     expected = step_along(x, gradient, 1.0)
     torch.testing.assert_close(seen(step).after.detach(), expected, rtol=1e-4, atol=1e-5)
     assert not torch.equal(seen(step).after, seen(step).before)
@@ -143,6 +145,96 @@ def assert_resumes(dataset: Path, folder: Path, made: Recipe) -> None:
     saved = load_checkpoint(folder / "parts")
     for name, value in {**saved.model, **{f"head {name}": value for name, value in saved.heads.items()}}.items():
         assert torch.equal(value, whole[name]), name
+
+
+def lloyd(points: NDArray[Any], centres: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """k-means, written out: from centres to those where nothing moves any more."""
+    while True:
+        nearest = ((points[:, None] - centres[None]) ** 2).sum(2).argmin(1)
+        means = np.stack([points[nearest == number].mean(0) for number in range(len(centres))])
+        if np.allclose(means, centres):
+            return nearest, means
+        centres = means
+
+
+def test_clusters_are_those_of_lloyds_algorithm() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 4, 200)
+    points = unit(np.eye(4)[truth] + 0.2 * rng.standard_normal((200, 4))).astype(np.float32)
+    points[7] = np.nan
+    found = find_clusters(points, 4, seed=3)
+    good = np.isfinite(points).all(1)
+    nearest, means = lloyd(points[good], np.stack([points[good][truth[good] == number].mean(0) for number in range(4)]))
+    order = ((means[:, None] - found.centres[None]) ** 2).sum(2).argmin(1)
+    assert sorted(order) == [0, 1, 2, 3]
+    np.testing.assert_allclose(found.centres[order], means, atol=0.01)
+    assert (order[nearest] == found.of_image[good]).mean() > 0.98
+    assert found.of_image[7] == 0
+    assert np.array_equal(find_clusters(points, 4, seed=3).of_image, found.of_image)
+
+
+def test_images_that_are_the_same_make_one_cluster_and_too_few_are_refused() -> None:
+    points = np.ones((5, 3), np.float32)
+    with pytest.warns(UserWarning, match="distinct clusters"):
+        found = find_clusters(points, 3, seed=0)
+    assert found.centres.shape == (1, 3)
+    with pytest.raises(DataError, match="5 images make no 6 clusters; pass a smaller K"):
+        find_clusters(points, 6, seed=0)
+
+
+def test_clusters_are_concepts_of_images_and_a_class_has_its_commonest() -> None:
+    clusters = Clusters(np.zeros((3, 2), np.float32), np.array([0, 0, 2, 1, 1, 2]))
+    concepts = clusters.concepts(np.array([0, 0, 0, 1, 1, 1]), 2)
+    assert concepts.names == ("cluster 0", "cluster 1", "cluster 2")
+    assert concepts.counts.tolist() == [2, 2, 2]
+    assert concepts.of_class.tolist() == [0, 1]
+    assert concepts.class_counts.tolist() == [3, 3]
+
+
+def test_a_step_weighs_each_image_by_its_own_concept() -> None:
+    """With q at (3/4, 1/4) and N_k = (100, 400) of 500: weights 3.75 and 0.3125, whatever the labels."""
+    of_image = np.repeat([0, 1], [100, 400])
+    concepts = ConceptMap(("a", "b"), np.array([1, 1, 1, 1]), np.array([100, 300, 50, 50]), of_image=of_image)
+    recipe = dataclasses.replace(SMALL, method="cl", reference={"a": 3, "b": 1})
+    step = TrainingStep(recipe, concepts, CPU, Ranks())
+    step.train()
+    own = torch.tensor([0, 1, 1, 0, 0, 1, 1, 1])
+    result = step(*pixels(), 0.0, 0, guidance=Guidance(concepts=own))
+    expected = (torch.tensor([3.75, 0.3125])[own] * result.losses).mean()
+    torch.testing.assert_close(result.objective, expected)
+
+
+def test_a_run_with_clusters_resumes_exactly_without_a_label(photos: Path, small_model: Path, tmp_path: Path) -> None:
+    made = recipe(photos, small_model, labels=False, concepts="clusters:3", val_fraction=0.2)
+    assert_resumes(photos, tmp_path, made)
+    saved = load_checkpoint(tmp_path / "whole")
+    assert saved.concepts == ["cluster 0", "cluster 1", "cluster 2"]
+    with np.load(tmp_path / "whole" / CLUSTERS_NAME) as kept:
+        assert np.array_equal(kept["of_image"], saved.clusters["of_image"].numpy())
+    # The teacher sees whole images, as `embed` does.
+    train_set, _ = open_training_data(photos, val_fraction=0.2, labels=False)
+    features = FeatureExtractor.from_pretrained(small_model).embed([train_set.read(row) for row in range(19)])
+    distances = ((unit(features)[:, None] - saved.clusters["centres"].numpy()[None]) ** 2).sum(2)
+    assert np.array_equal(distances.argmin(1), saved.clusters["of_image"].numpy())
+    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert len(last["q"]) == 3
+    other = Recipe.from_dict(saved.recipe).replace(concepts="clusters:2")
+    with pytest.raises(CheckpointError, match="was trained with concepts = clusters:3, now it is clusters:2"):
+        train(photos, other, tmp_path / "whole", resume=True, workers=0, threads=1, quiet=True, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"concepts": "clusters:3"}, "concepts=clusters:3: are of a teacher's features; pass a `teacher`"),
+        ({"concepts": "clusters:x", "teacher": "a"}, "must be clusters:K with a whole number K"),
+        ({"concepts": "clusters:0", "teacher": "a"}, "must be clusters:K with a whole number K"),
+        ({"concepts": "clusters:3", "teacher": "a", "reference": {"a": 1.0}}, "cannot be named beforehand"),
+    ],
+)
+def test_clusters_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe(**changes)
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -215,11 +307,12 @@ def test_images_without_labels_need_other_concepts(photos: Path, small_model: Pa
 def test_two_ranks_learn_from_a_teacher_without_labels(
     dataset: Path, small_model: Path, tmp_path: Path, commands: CommandServer
 ) -> None:
-    options = {"epochs": 1, "teacher": small_model, "method": "hrrl"}
+    options = {"epochs": 1, "teacher": small_model, "method": "hrrl", "concepts": "clusters:2"}
     run_ranks(commands, [*train_arguments(dataset, tmp_path / "run", **options), "--no-labels"], tmp_path, 2)
     saved = load_checkpoint(tmp_path / "run")
     assert saved.global_step == 5
     assert saved.recipe["labels"] is False
+    assert len(saved.clusters["of_image"]) == 30
 
 
 def test_what_makes_no_sense_is_said(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -36,6 +36,7 @@ class Batch:
         labels: (m,) int64.
         failures: a line for each image that could not be decoded; such images are left out of the batch.
         boxes, flips: what `crop_squares` cuts out of `images`, where that is still to be done.
+        rows: (m,) int64, of the training set.
     """
 
     images: Tensor
@@ -43,6 +44,7 @@ class Batch:
     failures: tuple[str, ...] = ()
     boxes: Tensor | None = None
     flips: Tensor | None = None
+    rows: Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """In memory that a GPU copies from while the CPU goes on."""
@@ -51,7 +53,7 @@ class Batch:
             return values if values.is_cuda else values.pin_memory()
 
         boxes, flips = (None if part is None else pinned(part) for part in (self.boxes, self.flips))
-        return Batch(pinned(self.images), pinned(self.labels), self.failures, boxes, flips)
+        return replace(self, images=pinned(self.images), labels=pinned(self.labels), boxes=boxes, flips=flips)
 
     def pixels(self, device: torch.device, side: int) -> Tensor:
         """(m, 3, side, side) float32 from 0 to 255 on the device, cropped."""
@@ -130,7 +132,9 @@ def _collect(
         except DecodeError as exc:
             failures.append(str(exc))
     images = torch.from_numpy(squares[: len(kept)]).permute(0, 3, 1, 2)
-    return Batch(images, torch.from_numpy(data.labels[np.array(kept, np.int64)]), tuple(failures))
+    indices = np.array(kept, np.int64)
+    labels = torch.from_numpy(data.labels[indices])
+    return Batch(images, labels, tuple(failures), rows=torch.from_numpy(indices))
 
 
 class TrainingBatches(Dataset[Batch]):

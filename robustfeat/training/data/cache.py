@@ -289,6 +289,7 @@ def cached_batches(data: CachedSet, plan: EpochPlan, numbers: range, device: tor
             failures,
             torch.from_numpy(boxes / np.tile(sizes, 2)).float(),
             torch.from_numpy(flips),
+            torch.from_numpy(rows),
         )
         return batch.pin_memory() if device.type == "cuda" else batch
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from robustfeat.errors import InputError, ModelFolderError
 from robustfeat.hub.catalog import resolve_model
-from robustfeat.training.concepts import load_concepts
+from robustfeat.training.concepts import cluster_count, load_concepts
 from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.opening import are_folders_of_images, require_place
 from robustfeat.training.loop.ranks import Ranks
@@ -42,7 +42,7 @@ def check_arguments(
             "caches squares of `cache_px`, which is 0", argument="cache", value=cache, fix="pass both or neither"
         )
     require_method(recipe.method)
-    if recipe.concepts != "classes":
+    if recipe.concepts != "classes" and not cluster_count(recipe.concepts):
         load_concepts(recipe.concepts)
     if recipe.init and not resume and not Path(recipe.init).exists():
         _require_model(recipe.init, "init")

@@ -27,7 +27,8 @@ __all__ = [
     "fitting",
     "load_checkpoint",
     "network_of",
-    "require_same_run",
+    "require_same_concepts",
+    "require_same_recipe",
     "save_checkpoint",
 ]
 
@@ -70,6 +71,7 @@ class Checkpoint:
         model, optimizer, objective, scaler: their state dicts (the scaler's is empty but for fp16).
         heads: the state dict of the objective's own modules; most objectives have none.
         bad_images: for `training` and `validation`, those that could not be decoded so far.
+        clusters: `centres` and `of_image` of `Clusters`, where they are the concepts.
     """
 
     recipe: dict[str, Any]
@@ -86,6 +88,7 @@ class Checkpoint:
     scaler: dict[str, Any] = field(default_factory=dict)
     heads: dict[str, Any] = field(default_factory=dict)
     bad_images: dict[str, list[str]] = field(default_factory=dict)
+    clusters: dict[str, Any] = field(default_factory=dict)
 
     @property
     def position(self) -> Position:
@@ -204,14 +207,13 @@ def changed_key(saved: Checkpoint, recipe: Recipe) -> tuple[str, Any, Any] | Non
     # Through a recipe: a key that is newer than the checkpoint has its default there.
     then, now = Recipe.from_dict(saved.recipe).to_dict(), recipe.to_dict()
     # A file of concepts may have moved: what it says is compared apart.
-    changed = (name for name in now if then[name] != now[name] and name != "concepts")
+    may_move = not any(str(recipe["concepts"]).startswith("clusters:") for recipe in (then, now))
+    changed = (name for name in now if then[name] != now[name] and not (may_move and name == "concepts"))
     return next(((name, then[name], now[name]) for name in changed), None)
 
 
-def require_same_run(
-    saved: Checkpoint, run: Path, recipe: Recipe, data: Mapping[str, Any], concepts: ConceptMap
-) -> None:
-    """A run goes on only by the recipe, and on the data and concepts, that it began with.
+def require_same_recipe(saved: Checkpoint, run: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
+    """A run goes on only by the recipe, and on the images, that it began with.
 
     Raises:
         CheckpointError: naming the first difference.
@@ -222,9 +224,22 @@ def require_same_run(
             f"{run}: was trained with {name} = {then}, now it is {now}",
             fix="resume with the same options or choose another `out`",
         )
-    same_concepts = saved.concept_of_class == concepts.of_class.tolist() and saved.concepts == list(concepts.names)
-    if saved.data["fingerprint"] != data["fingerprint"] or not same_concepts:
-        raise CheckpointError(
-            f"{run}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) or concepts",
-            fix="resume with the same or choose another `out`",
-        )
+    if saved.data["fingerprint"] != data["fingerprint"]:
+        raise _other_data(saved, run)
+
+
+def require_same_concepts(saved: Checkpoint, run: Path, concepts: ConceptMap) -> None:
+    """A run goes on only with the concepts that it began with.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    if saved.concept_of_class != concepts.of_class.tolist() or saved.concepts != list(concepts.names):
+        raise _other_data(saved, run)
+
+
+def _other_data(saved: Checkpoint, run: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{run}: was trained on other data ({saved.data['images']:,} images of {saved.data['root']}) or concepts",
+        fix="resume with the same or choose another `out`",
+    )

@@ -21,7 +21,7 @@ from robustfeat.training.loop.preparation import Run
 from robustfeat.training.loop.report import Report
 from robustfeat.training.loop.saving import Saver
 from robustfeat.training.loop.signals import StopRequest
-from robustfeat.training.loop.step import TrainingStep
+from robustfeat.training.loop.step import Guidance, TrainingStep
 from robustfeat.training.loop.validation import validate
 
 __all__ = ["EpochLoop"]
@@ -104,11 +104,11 @@ class EpochLoop:
             agreed = self._agree(batch, due, window)
             times = min(replays, steps - self._position.step)
             pixels = batch.pixels(run.device, side)
-            target = run.teacher.features(pixels) if run.teacher else None
+            guidance = run.guide(batch, pixels)
             for replay in range(times):
                 at = epoch + self._position.step / steps
                 if agreed.least > 1:  # BatchNorm needs two
-                    self._make_step(batch, pixels, at, replay, agreed.total, window, target)
+                    self._make_step(batch, pixels, at, replay, agreed.total, window, guidance)
                 self._position = self._position.after_step()
                 last = self._position.step == steps
                 saving = replay + 1 == times and (agreed.due or agreed.stopping)
@@ -150,11 +150,11 @@ class EpochLoop:
         replay: int,
         total: int,
         window: Window,
-        target: Tensor | None,
+        guidance: Guidance,
     ) -> None:
         number = self._position.global_step
         try:
-            result = self._step(pixels, batch.labels, epoch, number, replay=replay, total=total, teacher=target)
+            result = self._step(pixels, batch.labels, epoch, number, replay=replay, total=total, guidance=guidance)
         except DivergedError as exc:
             self._diverge(number, str(exc))
         window.add(result, number)

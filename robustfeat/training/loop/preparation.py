@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from robustfeat.errors import DataError, InputError
 from robustfeat.files import FileLock
 from robustfeat.progress import remark
 from robustfeat.system import available_cpus
-from robustfeat.training.concepts import ConceptMap, assign_concepts
+from robustfeat.training.clusters import Clusters
+from robustfeat.training.concepts import ConceptMap, assign_concepts, cluster_count
 from robustfeat.training.data.batches import Batch, EpochPlan, TrainingBatches, load_batches
 from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches, require_room
 from robustfeat.training.data.folders import UNLABELLED
@@ -26,6 +28,7 @@ from robustfeat.training.loop.device import torch_device
 from robustfeat.training.loop.distributed import together
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.run_folder import require_unused
+from robustfeat.training.loop.step import Guidance
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.teacher import Teacher, open_teacher
 
@@ -51,6 +54,7 @@ class Run:
         cache: where squares of `recipe.cache_px` are kept: ram, device or a folder.
         quiet: whether this process prints nothing.
         teacher: of the recipe, where it has one.
+        clusters: where they are the concepts.
     """
 
     recipe: Recipe
@@ -66,6 +70,15 @@ class Run:
     cache: str
     quiet: bool
     teacher: Teacher | None = None
+    clusters: Clusters | None = None
+
+    def guide(self, batch: Batch, pixels: Tensor) -> Guidance:
+        """What the teacher and the clusters say of a batch, whose crops are `pixels`."""
+        of_image = self.concepts.of_image
+        return Guidance(
+            teacher=self.teacher.features(pixels) if self.teacher else None,
+            concepts=None if of_image is None else torch.from_numpy(of_image)[batch.rows],
+        )
 
     def epoch_batches(self, epoch: int, side: int, replays: int = 1) -> TrainingBatches:
         """This rank's part of an epoch's batches, of crops with this side."""
@@ -115,12 +128,13 @@ def prepare_run(
         stream=stream,
         labels=recipe.labels,
     )
-    if train_set.classes is UNLABELLED and recipe.concepts != "classes":
+    clustered = cluster_count(recipe.concepts) is not None
+    if train_set.classes is UNLABELLED and recipe.concepts != "classes" and not clustered:
         raise InputError(
             "names classes, and the images have none",
             argument="concepts",
             value=recipe.concepts,
-            fix="pass `concepts=classes`, which makes a single concept",
+            fix="pass `concepts=clusters:K`, or `concepts=classes` for a single one",
         )
     largest = max(side for _, side in recipe.image_sizes)
     if 0 < recipe.cache_px < largest:
@@ -144,7 +158,8 @@ def prepare_run(
         device=device,
         train_set=train_set,
         validation_set=validation_set,
-        concepts=assign_concepts(recipe.concepts, train_set.classes, class_counts),
+        # Clusters are found later, by `cluster_images`.
+        concepts=assign_concepts("classes" if clustered else recipe.concepts, train_set.classes, class_counts),
         data_identity={
             "root": str(data if is_hub_dataset(data) else Path(data).resolve()),
             "fingerprint": train_set.fingerprint,

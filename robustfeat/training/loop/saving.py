@@ -48,6 +48,7 @@ class Saver:
                     step=position.step,
                     global_step=position.global_step,
                     bad_images=self._bad_images.by_split(),
+                    clusters=run.clusters.state_dict() if run.clusters else {},
                     **self._step.state_dict(),
                 ),
                 run.folder,

@@ -21,7 +21,20 @@ from robustfeat.training.objective import TEACHER_HEAD, Objective, StepBatch, cr
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.teacher import teacher_losses
 
-__all__ = ["StepResult", "TrainingStep"]
+__all__ = ["Guidance", "StepResult", "TrainingStep"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a step knows of its images besides their labels.
+
+    Attributes:
+        teacher: (m, D), see `StepBatch`.
+        concepts: (m,) int64, where the labels do not decide.
+    """
+
+    teacher: Tensor | None = None
+    concepts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ class TrainingStep:
         *,
         replay: int = 0,
         total: int | None = None,
-        teacher: Tensor | None = None,
+        guidance: Guidance = Guidance(),
     ) -> StepResult:
         """One step.
 
@@ -133,7 +146,7 @@ class TrainingStep:
             number: of the step since training began; random numbers follow from it and the seed.
             replay: see `StepBatch`.
             total: examples of all ranks; m where there is one rank.
-            teacher: see `StepBatch`.
+            guidance: of the same images.
 
         Raises:
             DivergedError: a loss is not finite (on a CPU, and for methods with a concept level).
@@ -141,14 +154,15 @@ class TrainingStep:
         # Methods that draw random numbers draw the same ones after a resume, and each rank its own.
         torch.manual_seed(((self.recipe.seed * 1_000_003 + number) * 4099 + self._ranks.rank) % 2**63)
         labels = labels.to(self.device, non_blocking=True)
+        concepts = guidance.concepts
         batch = StepBatch(
             self.to_input(pixels),
             labels,
-            self._concept_of_class[labels],
+            self._concept_of_class[labels] if concepts is None else concepts.to(self.device, non_blocking=True),
             epoch,
             total or len(labels),
             replay,
-            teacher=teacher,
+            teacher=guidance.teacher,
         )
         with self.autocast():
             x = self.objective.training_images(self._inner, batch)

@@ -7,14 +7,22 @@ from pathlib import Path
 
 import torch
 
-from robustfeat.errors import TrainingError
+from robustfeat.errors import InputError, TrainingError
 from robustfeat.files import new_file
 from robustfeat.progress import remark
 from robustfeat.system import available_cpus
+from robustfeat.training.concepts import cluster_count
 from robustfeat.training.data.batches import explain_worker
 from robustfeat.training.loop.arguments import check_arguments
 from robustfeat.training.loop.bad_images import BadImages
-from robustfeat.training.loop.checkpoint import Checkpoint, Position, load_checkpoint, require_same_run
+from robustfeat.training.loop.checkpoint import (
+    Checkpoint,
+    Position,
+    load_checkpoint,
+    require_same_concepts,
+    require_same_recipe,
+)
+from robustfeat.training.loop.clustering import cluster_images
 from robustfeat.training.loop.curves import draw_curves
 from robustfeat.training.loop.distributed import gather_objects, join_group, together
 from robustfeat.training.loop.epochs import EpochLoop
@@ -115,17 +123,28 @@ def train(
         with together():
             recipe = _resolve_models(recipe, resume=resume)
         if target is not None:
+            if cluster_count(recipe.concepts):
+                raise InputError(
+                    "needs concepts of classes", argument="target", value=target, fix="leave out clusters or the target"
+                )
             recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
         try:
             with together():
                 run = prepare_run(
                     data, recipe, folder, ranks, chosen, workers=workers, cache=cache, stream=stream, quiet=quiet
                 )
-                step = TrainingStep(recipe, run.concepts, chosen, ranks)
+                if not cluster_count(recipe.concepts):
+                    step = TrainingStep(recipe, run.concepts, chosen, ranks)
                 require_cache_room(run)
             with claim_folder(run, resume=resume):
                 with together():
                     saved = _find_checkpoint(run) if resume else None
+                if cluster_count(recipe.concepts):
+                    run = cluster_images(run, saved.clusters if saved else {})
+                    step = TrainingStep(recipe, run.concepts, chosen, ranks)
+                with together():
+                    if saved is not None:
+                        require_same_concepts(saved, run.folder, run.concepts)
                     if saved is None and recipe.init:
                         _start(step, recipe, quiet)
                     introduce(run, data)
@@ -167,9 +186,9 @@ def _start(step: TrainingStep, recipe: Recipe, quiet: bool) -> None:
 
 
 def _find_checkpoint(run: Run) -> Checkpoint:
-    """The checkpoint to resume from, of the same recipe, data and concepts."""
+    """The checkpoint to resume from, of the same recipe and data."""
     saved = load_checkpoint(run.folder)
-    require_same_run(saved, run.folder, run.recipe, run.data_identity, run.concepts)
+    require_same_recipe(saved, run.folder, run.recipe, run.data_identity)
     return saved
 
 
