@@ -44,7 +44,9 @@ def import_backbone(
         source: `timm:NAME` or `torchvision:NAME`.
         out: the folder to make.
         weights: a state dict (.safetensors, or a file of `torch.save` that holds tensors alone); by default the
-            library's own pretrained weights, which it downloads.
+            library's own pretrained weights, which it downloads. A file of `torch.save` keeps the order of its tensors:
+            where it has none of the network's names, but as many tensors of the same kinds and shapes in the same
+            order, they get those names.
         name: the model's name; by default made from the source.
         image_size, crop_pct: of the preprocessing contract; by default the library's for these weights.
         calibration: a folder of images for int8; besides the golden images.
@@ -68,8 +70,10 @@ def import_backbone(
         contract = Preprocessing(**settings)
     except ValueError as exc:
         raise InputError(f"{source}: {exc}") from exc
+    given = "its pretrained weights"
     if weights is not None:
-        _load_weights(network, Path(weights), source)
+        by_order = _load_weights(network, Path(weights), source)
+        given = f"weights {Path(weights).name}" + (", named by order and shape" if by_order else "")
     timm_config: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     if weights is None and terms is None:
         license_id = license_id or timm_config.get("license")
@@ -85,7 +89,7 @@ def import_backbone(
         first_conv=timm_config.get("first_conv"),  # type: ignore[arg-type]
         classifier=timm_config.get("classifier"),  # type: ignore[arg-type]
         provenance={
-            "source": f"{source}, {f'weights {Path(weights).name}' if weights else 'its pretrained weights'}",
+            "source": f"{source}, {given}",
             "terms": terms or license_id or "those of the imported weights",
             **({"license": license_id} if license_id else {}),
             "versions": {"timm": timm.__version__, "torch": torch.__version__},
@@ -161,16 +165,32 @@ def _crop_pct(crop: int, resize: int) -> float:
     return share
 
 
-def _load_weights(network: nn.Module, file: Path, source: str) -> None:
+def _load_weights(network: nn.Module, file: Path, source: str) -> bool:
+    """Gives the network the weights in a file; whether they were named by their order."""
     try:
         state = read_state(file)
     except ValueError as exc:
         raise weights_error(file, str(exc)) from exc
+    renamed = None if file.suffix == ".safetensors" else _name_by_order(network, state)
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(state if renamed is None else renamed)
     except (RuntimeError, TypeError, AttributeError) as exc:
         reason = " ".join(line.strip() for line in str(exc).splitlines()[1:2]) or str(exc)
         raise InputError(f"does not fit {source} ({reason[:160]})", argument="weights", value=file) from exc
+    return renamed is not None
+
+
+def _name_by_order(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensors under the network's own names, where they are another implementation's of the same network."""
+    own = network.state_dict()
+    if own.keys() & state.keys() or len(own) != len(state):
+        return None
+    pairs = list(zip(own.items(), state.items(), strict=True))
+    same = all(
+        mine.shape == other.shape and name.rpartition(".")[2] == other_name.rpartition(".")[2]
+        for (name, mine), (other_name, other) in pairs
+    )
+    return {name: other for (name, _), (_, other) in pairs} if same else None
 
 
 def _feature_size(network: nn.Module, contract: Preprocessing, source: str) -> int:

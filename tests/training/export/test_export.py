@@ -258,3 +258,42 @@ def test_crop_share_survives_the_floor() -> None:
     for crop in range(32, 400):
         for resize in range(crop, crop + 80):
             assert math.floor(crop / _crop_pct(crop, resize)) == resize
+
+
+def foreign_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The network's tensors as another implementation might name them, in the same order."""
+    state = network.state_dict()
+    return {f"_part{place}.{name.rpartition('.')[2]}": value for place, (name, value) in enumerate(state.items())}
+
+
+def test_weights_of_another_implementation_are_named_by_order_and_shape(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    network = timm.create_model("test_resnet")
+    torch.save(foreign_state(network), tmp_path / "weights.pth")
+    import_backbone(
+        "timm:test_resnet", tmp_path / "model", weights=tmp_path / "weights.pth", image_size=32, int8=False
+    )
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(stored[name], value, rtol=0, atol=0)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "weights weights.pth, named by order and shape" in json.dumps(config)
+
+
+@pytest.mark.parametrize("change", ["order", "kind", "count", "names", "format"])
+def test_weights_in_doubt_are_not_named_by_order(tmp_path: Path, change: str) -> None:
+    network = timm.create_model("test_resnet")
+    state = foreign_state(network)
+    if change == "order":
+        state = dict(reversed(state.items()))
+    elif change == "kind":
+        state = {name.replace(".running_mean", ".running_var"): value for name, value in state.items()}
+    elif change == "count":
+        state.popitem()
+    elif change == "names":
+        state = {"conv1.0.weight" if place == 0 else name: v for place, (name, v) in enumerate(state.items())}
+        assert "conv1.0.weight" in network.state_dict()
+    file = tmp_path / ("w.safetensors" if change == "format" else "w.pth")
+    save_file(state, file) if change == "format" else torch.save(state, file)
+    with pytest.raises(InputError, match="does not fit timm:test_resnet"):
+        import_backbone("timm:test_resnet", tmp_path / "model", weights=file, int8=False)
