@@ -60,7 +60,11 @@ def _spell_key(name: str, value: str | None) -> str | None:
 )
 @click.option("--teacher", metavar="MODEL", help="Learn this model's features of the same crop, too.  [default: none]")
 @click.option("--labels/--no-labels", default=None, help="Learn the labels, or the teacher's features alone.")
-@click.option("--concepts", help="imagenet11, classes, or a CSV file class,concept.  [default: imagenet11]")
+@click.option(
+    "--concepts",
+    metavar="NAME|CSV",
+    help="imagenet11, classes, a CSV file class,concept, or clusters:K (by the teacher).  [default: imagenet11]",
+)
 @click.option("--epochs", type=int)
 @click.option("--batch-size", type=int, help="Images in a step, of all processes together.")
 @click.option("--lr", type=float, help="Learning rate.")

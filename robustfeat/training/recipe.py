@@ -23,6 +23,7 @@ RECIPE_NAME = "recipe.toml"
 
 _INTEGERS = frozenset({
     "width", "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
+    "teacher_crops",
 })  # fmt: skip
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("width", 1, 512),
@@ -34,6 +35,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
     ("teacher_weight", 1e-12, 1e6),
+    ("teacher_crops", 0, 10_000),
+    ("teacher_gb", 1e-9, 1e6),
     ("tau", 0, 1e6),
     ("lam", 1e-12, 1e30),
     ("q_warmup_steps", 0, 1e12),
@@ -75,6 +78,9 @@ class Recipe:
         teacher: a model folder or ORG/NAME on the Hub: the network learns its features of the same crop (empty: none).
         teacher_weight: of that loss, beside the labels'.
         teacher_precision: of the teacher: fp32, bf16 or int8.
+        teacher_crops: compute its features once, of so many crops an image, which the epochs show in turn (0: at each
+            step, of crops that are always new).
+        teacher_gb: the most that those features may take on the disk, in GB.
         teacher_sha256, teacher_size: of its config.json, and D of its features; training fills them in, and refuses
             another teacher afterwards.
         labels: learn the labels; without them, the teacher's features are all that is learned.
@@ -117,6 +123,8 @@ class Recipe:
     teacher: str = ""
     teacher_weight: float = 1.0
     teacher_precision: str = "fp32"
+    teacher_crops: int = 0
+    teacher_gb: float = 20.0
     teacher_sha256: str | None = None
     teacher_size: int | None = None
     labels: bool = True
@@ -224,6 +232,10 @@ class Recipe:
         size = self.teacher_size
         if size is not None and (not _is_whole(size) or size < 1):
             raise _invalid("teacher_size", "must be a whole number >= 1", size)
+        if self.teacher_crops and not self.teacher:
+            raise InputError(
+                "are crops for a teacher", argument="teacher_crops", value=self.teacher_crops, fix="pass a `teacher`"
+            )
         try:
             clusters = cluster_count(self.concepts)
         except ValueError as exc:

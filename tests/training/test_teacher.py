@@ -20,9 +20,11 @@ from robustfeat.errors import CheckpointError, DataError, InputError
 from robustfeat.serving.verify import check_golden
 from robustfeat.training.clusters import CLUSTERS_NAME, Clusters, find_clusters
 from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.data.batches import EpochPlan, TrainingBatches
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.export.runs import export_run
 from robustfeat.training.hrrl import step_along
+from robustfeat.training.loop import kept_features
 from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.step import Guidance, TrainingStep
@@ -235,6 +237,97 @@ def test_a_run_with_clusters_resumes_exactly_without_a_label(photos: Path, small
 def test_clusters_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Recipe(**changes)
+
+
+def test_fixed_crops_are_shown_in_turn_whatever_the_order_of_rows(photos: Path) -> None:
+    data, _ = open_training_data(photos, val_fraction=0.2, labels=False)
+    shown: list[dict[int, NDArray[Any]]] = []
+    for epoch in range(4):
+        plan = EpochPlan(data, 6, seed=1, epoch=epoch, fixed_crops=2)
+        batches = [TrainingBatches(data, 32, plan)[number] for number in range(len(TrainingBatches(data, 32, plan)))]
+        shown.append(
+            {
+                int(row): image.numpy()
+                for batch in batches
+                for row, image in zip(batch.rows, batch.images, strict=True)  # type: ignore[arg-type]
+            }
+        )
+    for first, second in ((0, 2), (1, 3)):
+        both = shown[first].keys() & shown[second].keys()
+        assert len(both) > 12
+        assert all(np.array_equal(shown[first][row], shown[second][row]) for row in both)
+    assert not any(np.array_equal(shown[0][row], shown[1][row]) for row in shown[0].keys() & shown[1].keys())
+
+
+def test_kept_features_are_the_teachers_of_the_same_crops(photos: Path, small_model: Path, tmp_path: Path) -> None:
+    """Those in the file, against the teacher's at each step; the run ends alike but for float16."""
+    made = recipe(photos, small_model, labels=False, concepts="classes", val_fraction=0.2, teacher_crops=2)
+    whole = run(photos, tmp_path / "run", made)
+    kept = np.memmap(tmp_path / "run" / "teacher-features.f16", np.float16, "r").reshape(2, 19, -1)
+    data, _ = open_training_data(photos, val_fraction=0.2, labels=False)
+    teacher = Teacher(FeatureExtractor.from_pretrained(small_model))
+    for epoch in range(2):
+        plan = EpochPlan(data, 6, seed=made.seed, epoch=epoch, min_crop_area=made.min_crop_area, fixed_crops=2)
+        for number in range(3):
+            batch = TrainingBatches(data, 32, plan)[number]
+            expected = teacher.features(batch.images.float()).numpy()
+            np.testing.assert_allclose(kept[epoch, batch.rows], expected, atol=1e-3)
+    assert all(np.isfinite(value.numpy()).all() for value in whole.values())
+
+
+def test_a_run_with_kept_features_resumes_exactly(photos: Path, small_model: Path, tmp_path: Path) -> None:
+    made = recipe(photos, small_model, labels=False, concepts="clusters:2", val_fraction=0.2, teacher_crops=2)
+    assert_resumes(photos, tmp_path, made)
+
+
+def test_features_go_on_where_a_killed_process_stopped(
+    photos: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_features, "_BLOCK", 4)  # 5 blocks a crop, the last one of 3
+    made = recipe(photos, small_model, labels=False, concepts="classes", val_fraction=0.2, teacher_crops=2, epochs=1)
+    run(photos, tmp_path / "whole", made)
+    own, calls = Teacher.features, 0
+
+    def dying(teacher: Teacher, crops: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+        return own(teacher, crops)
+
+    monkeypatch.setattr(Teacher, "features", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "killed", made)
+    state = json.loads((tmp_path / "killed" / "teacher-features.json").read_text())
+    assert state["done"] == 7
+    calls = 100
+    run(photos, tmp_path / "killed", made)
+    assert calls == 100 + 3 + 1, "three blocks were left, and one batch of validation images"
+    files = [(tmp_path / name / "teacher-features.f16").read_bytes() for name in ("whole", "killed")]
+    assert files[0] == files[1]
+
+
+def test_features_of_another_recipe_are_computed_anew(photos: Path, small_model: Path, tmp_path: Path) -> None:
+    made = recipe(photos, small_model, labels=False, concepts="classes", val_fraction=0.2, teacher_crops=1, epochs=1)
+    run(photos, tmp_path / "first", made)
+    (tmp_path / "second").mkdir()
+    for name in ("teacher-features.f16", "teacher-features.json"):
+        (tmp_path / "second" / name).write_bytes((tmp_path / "first" / name).read_bytes())
+    run(photos, tmp_path / "second", made.replace(seed=1))
+    assert (tmp_path / "first" / "teacher-features.f16").read_bytes() != (
+        tmp_path / "second" / "teacher-features.f16"
+    ).read_bytes()
+
+
+def test_features_that_take_too_much_are_refused_before_they_are_computed(
+    photos: Path, small_model: Path, tmp_path: Path
+) -> None:
+    made = recipe(photos, small_model, labels=False, concepts="classes", teacher_crops=1000, teacher_gb=0.001)
+    with pytest.raises(InputError, match=r"features of 1000 crops of .* and `teacher_gb` allows 0.001"):
+        run(photos, tmp_path / "run", made)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="teacher_crops=2: are crops for a teacher; pass a `teacher`"):
+        Recipe(teacher_crops=2)
 
 
 @pytest.mark.parametrize("labels", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,15 @@ from robustfeat.training.data.crops import crop_boxes, crop_squares
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.order import epoch_order
 
-__all__ = ["Batch", "EpochPlan", "EvaluationBatches", "TrainingBatches", "explain_worker", "load_batches"]
+__all__ = [
+    "Batch",
+    "EpochPlan",
+    "EvaluationBatches",
+    "OrderedPlan",
+    "TrainingBatches",
+    "explain_worker",
+    "load_batches",
+]
 
 Item = TypeVar("Item")
 Number = TypeVar("Number", np.int64, np.float64)
@@ -72,6 +81,8 @@ class EpochPlan:
         batch_size: of all ranks together.
         replays: how many steps use each batch; an epoch is N / batch_size steps in any case, and so many epochs
             together show every image once.
+        fixed_crops: where it is not 0, each image has so many crops, which follow from the seed and its row; epoch e
+            shows crop e modulo their number.
         rank, world: of each batch, this rank's part.
     """
 
@@ -84,9 +95,11 @@ class EpochPlan:
         epoch: int,
         min_crop_area: float = 0.08,
         replays: int = 1,
+        fixed_crops: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        self._length, self._fixed_crops = len(data), fixed_crops
         self._batch_size, self._seed, self._epoch = batch_size, seed, epoch
         self._min_crop_area, self._rank, self._world = min_crop_area, rank, world
         self.order = epoch_order(len(data), data.blocks, batch_size, seed=seed, epoch=epoch // replays)
@@ -101,6 +114,8 @@ class EpochPlan:
 
     def draws(self, number: int) -> NDArray[np.float64]:
         """(m, 5) from [0, 1) for the same rows: four for the box, one for the flip."""
+        if self._fixed_crops:
+            return _fixed_draws(self._length, self._seed, self._epoch % self._fixed_crops)[self.rows(number)]
         rng = np.random.default_rng([self._seed, self._epoch, number])
         return self._part(rng.random((self._batch_size, 5)))
 
@@ -113,6 +128,37 @@ class EpochPlan:
     def _part(self, values: NDArray[Number]) -> NDArray[Number]:
         size = self._batch_size // self._world
         return values[self._rank * size : (self._rank + 1) * size]
+
+
+class OrderedPlan(EpochPlan):
+    """All images in order, once for each of their fixed crops; the last batch of a crop may be smaller.
+
+    Args:
+        data, batch_size, seed, min_crop_area, fixed_crops: see `EpochPlan`.
+
+    Attributes:
+        steps, batches: for one crop, and for all.
+    """
+
+    def __init__(self, data: ImageSet, batch_size: int, *, seed: int, min_crop_area: float, fixed_crops: int) -> None:
+        super().__init__(data, batch_size, seed=seed, epoch=0, min_crop_area=min_crop_area, fixed_crops=fixed_crops)
+        self.order = np.arange(self._length)
+        self.steps = math.ceil(self._length / batch_size)
+        self.batches = self.steps * fixed_crops
+
+    def draws(self, number: int) -> NDArray[np.float64]:
+        """See `EpochPlan.draws`."""
+        return _fixed_draws(self._length, self._seed, number // self.steps)[self.rows(number)]
+
+
+_FIXED = 0xC407
+"""Tells the draws of fixed crops from those of an epoch's."""
+
+
+@functools.lru_cache(maxsize=2)
+def _fixed_draws(length: int, seed: int, crop: int) -> NDArray[np.float64]:
+    """(N, 5) from [0, 1): what `EpochPlan.draws` gives for each row's fixed crop of this number."""
+    return np.random.default_rng([seed, _FIXED, crop, 0]).random((length, 5))
 
 
 def _collect(

@@ -104,7 +104,7 @@ class EpochLoop:
             agreed = self._agree(batch, due, window)
             times = min(replays, steps - self._position.step)
             pixels = batch.pixels(run.device, side)
-            guidance = run.guide(batch, pixels)
+            guidance = run.guide(batch, pixels, epoch)
             for replay in range(times):
                 at = epoch + self._position.step / steps
                 if agreed.least > 1:  # BatchNorm needs two

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,13 @@ __all__ = ["Run", "choose_device", "claim_folder", "fill_cache", "introduce", "p
 _MOST_DECODERS = 16
 
 
+class Kept(Protocol):
+    """Features of a teacher that were computed beforehand."""
+
+    def features(self, rows: Tensor, epoch: int) -> Tensor:
+        """(m, D) float32 of the crops that this epoch shows of these (m,) rows."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that can begin: everything that stays the same until it ends.
@@ -55,6 +62,7 @@ class Run:
         quiet: whether this process prints nothing.
         teacher: of the recipe, where it has one.
         clusters: where they are the concepts.
+        kept: the teacher's features, where they are computed once.
     """
 
     recipe: Recipe
@@ -71,12 +79,17 @@ class Run:
     quiet: bool
     teacher: Teacher | None = None
     clusters: Clusters | None = None
+    kept: Kept | None = None
 
-    def guide(self, batch: Batch, pixels: Tensor) -> Guidance:
+    def guide(self, batch: Batch, pixels: Tensor, epoch: int) -> Guidance:
         """What the teacher and the clusters say of a batch, whose crops are `pixels`."""
-        of_image = self.concepts.of_image
+        of_image, taught = self.concepts.of_image, None
+        if self.kept is not None and batch.rows is not None:
+            taught = self.kept.features(batch.rows, epoch).to(pixels.device, non_blocking=True)
+        elif self.teacher is not None:
+            taught = self.teacher.features(pixels)
         return Guidance(
-            teacher=self.teacher.features(pixels) if self.teacher else None,
+            teacher=taught,
             concepts=None if of_image is None else torch.from_numpy(of_image)[batch.rows],
         )
 
@@ -90,6 +103,7 @@ class Run:
             epoch=epoch,
             min_crop_area=recipe.min_crop_area,
             replays=replays,
+            fixed_crops=recipe.teacher_crops,
             rank=self.ranks.rank,
             world=self.ranks.world,
         )

@@ -26,6 +26,7 @@ from robustfeat.training.loop.clustering import cluster_images
 from robustfeat.training.loop.curves import draw_curves
 from robustfeat.training.loop.distributed import gather_objects, join_group, together
 from robustfeat.training.loop.epochs import EpochLoop
+from robustfeat.training.loop.kept_features import keep_features, require_feature_room
 from robustfeat.training.loop.preparation import (
     Run,
     choose_device,
@@ -136,6 +137,7 @@ def train(
                 if not cluster_count(recipe.concepts):
                     step = TrainingStep(recipe, run.concepts, chosen, ranks)
                 require_cache_room(run)
+                require_feature_room(run)
             with claim_folder(run, resume=resume):
                 with together():
                     saved = _find_checkpoint(run) if resume else None
@@ -150,6 +152,7 @@ def train(
                     introduce(run, data)
                 with together():
                     run = fill_cache(run)
+                run = keep_features(run)
                 return _train(run, step, saved, checkpoint_every_s)
         except torch.OutOfMemoryError as exc:
             raise TrainingError(

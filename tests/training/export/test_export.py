@@ -270,9 +270,7 @@ def test_weights_of_another_implementation_are_named_by_order_and_shape(tmp_path
     torch.manual_seed(3)
     network = timm.create_model("test_resnet")
     torch.save(foreign_state(network), tmp_path / "weights.pth")
-    import_backbone(
-        "timm:test_resnet", tmp_path / "model", weights=tmp_path / "weights.pth", image_size=32, int8=False
-    )
+    import_backbone("timm:test_resnet", tmp_path / "model", weights=tmp_path / "weights.pth", image_size=32, int8=False)
     stored = load_file(tmp_path / "model" / "model.safetensors")
     for name, value in network.state_dict().items():
         torch.testing.assert_close(stored[name], value, rtol=0, atol=0)
