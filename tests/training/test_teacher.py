@@ -400,12 +400,13 @@ def test_images_without_labels_need_other_concepts(photos: Path, small_model: Pa
 def test_two_ranks_learn_from_a_teacher_without_labels(
     dataset: Path, small_model: Path, tmp_path: Path, commands: CommandServer
 ) -> None:
-    options = {"epochs": 1, "teacher": small_model, "method": "hrrl", "concepts": "clusters:2"}
+    options = {"epochs": 1, "teacher": small_model, "concepts": "clusters:2", "set": "teacher_crops=1"}
     run_ranks(commands, [*train_arguments(dataset, tmp_path / "run", **options), "--no-labels"], tmp_path, 2)
     saved = load_checkpoint(tmp_path / "run")
     assert saved.global_step == 5
     assert saved.recipe["labels"] is False
     assert len(saved.clusters["of_image"]) == 30
+    assert saved.recipe["teacher_crops"] == 1
 
 
 def test_what_makes_no_sense_is_said(
@@ -418,6 +419,9 @@ def test_what_makes_no_sense_is_said(
     other = Recipe(teacher=str(small_model), teacher_sha256="0" * 64)
     with pytest.raises(InputError, match="the sha256 must be 000000000000"):
         resolve_teacher(other)
+    clustered = recipe(dataset, small_model, concepts="clusters:2")
+    with pytest.raises(InputError, match="needs concepts of classes; leave out clusters or the target"):
+        train(dataset, clustered, tmp_path / "target", target=str(dataset), workers=0, quiet=True, device="cpu")
     made = recipe(dataset, small_model, method=f"{__name__}:Forgetful")
     with pytest.raises(InputError, match="create_heads leaves out 'teacher'"):
         run(dataset, tmp_path / "run", made)

@@ -124,36 +124,19 @@ def train(
         with together():
             recipe = _resolve_models(recipe, resume=resume)
         if target is not None:
-            if cluster_count(recipe.concepts):
-                raise InputError(
-                    "needs concepts of classes", argument="target", value=target, fix="leave out clusters or the target"
-                )
             recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
         try:
             with together():
                 run = prepare_run(
                     data, recipe, folder, ranks, chosen, workers=workers, cache=cache, stream=stream, quiet=quiet
                 )
-                if not cluster_count(recipe.concepts):
-                    step = TrainingStep(recipe, run.concepts, chosen, ranks)
+                # With clusters, the step's concepts are not known yet.
+                clustered = cluster_count(recipe.concepts) is not None
+                step = None if clustered else TrainingStep(recipe, run.concepts, chosen, ranks)
                 require_cache_room(run)
                 require_feature_room(run)
             with claim_folder(run, resume=resume):
-                with together():
-                    saved = _find_checkpoint(run) if resume else None
-                if cluster_count(recipe.concepts):
-                    run = cluster_images(run, saved.clusters if saved else {})
-                    step = TrainingStep(recipe, run.concepts, chosen, ranks)
-                with together():
-                    if saved is not None:
-                        require_same_concepts(saved, run.folder, run.concepts)
-                    if saved is None and recipe.init:
-                        _start(step, recipe, quiet)
-                    introduce(run, data)
-                with together():
-                    run = fill_cache(run)
-                run = keep_features(run)
-                return _train(run, step, saved, checkpoint_every_s)
+                return _train_in_folder(run, step, data, resume, checkpoint_every_s)
         except torch.OutOfMemoryError as exc:
             raise TrainingError(
                 "the GPU's memory does not suffice",
@@ -161,6 +144,27 @@ def train(
             ) from exc
         except RuntimeError as exc:
             raise explain_worker(exc) from exc
+
+
+def _train_in_folder(
+    run: Run, step: TrainingStep | None, data: str | Path, resume: bool, checkpoint_every_s: float
+) -> TrainingResult:
+    """Trains in the run's folder, which this process holds; without a `step`, clusters are its concepts."""
+    with together():
+        saved = _find_checkpoint(run) if resume else None
+    if step is None:
+        run = cluster_images(run, saved.clusters if saved else {})
+        with together():
+            step = TrainingStep(run.recipe, run.concepts, run.device, run.ranks)
+    with together():
+        if saved is not None:
+            require_same_concepts(saved, run.folder, run.concepts)
+        elif run.recipe.init:
+            _start(step, run.recipe, run.quiet)
+        introduce(run, data)
+    with together():
+        run = fill_cache(run)
+    return _train(keep_features(run), step, saved, checkpoint_every_s)
 
 
 def _resolve_models(recipe: Recipe, *, resume: bool) -> Recipe:
@@ -174,6 +178,10 @@ def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, q
     """One rank looks at the target's images; all take its numbers."""
     shares: dict[str, float] = {}
     with together():
+        if cluster_count(recipe.concepts):
+            raise InputError(
+                "needs concepts of classes", argument="target", value=target, fix="leave out clusters or the target"
+            )
         if ranks.rank == 0:
             shares = estimate_reference(target, recipe.concepts, model)
             told = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
