@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -50,7 +51,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("crop_pct", 0.01, 1),
 )
 _CHOICES = {
-    "schedule": ("step", "linear"),
+    "schedule": ("step", "linear", "cosine"),
     "teacher_precision": ("fp32", "bf16", "int8"),
     "precision": ("fp32", "bf16", "fp16"),
     "tau_unit": ("normalised", "pixel"),
@@ -85,7 +86,7 @@ class Recipe:
             another teacher afterwards.
         labels: learn the labels; without them, the teacher's features are all that is learned.
         epochs, batch_size, lr, momentum, weight_decay: of SGD.
-        schedule: `step` (lr / 10 at each of `milestones`, in epochs) or `linear` (to zero at the end).
+        schedule: `step` (lr / 10 at each of `milestones`, in epochs), `linear` or `cosine` (to zero at the end).
         warmup_epochs: lr rises linearly from zero for so long.
         image_sizes: (first epoch, S in pixels) pairs; the training crops grow with the epochs.
         validation_size: S of the validation images, and the exported model's default.
@@ -261,7 +262,10 @@ class Recipe:
             return self.lr * epoch / self.warmup_epochs
         if self.schedule == "step":
             return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
-        return self.lr * min(1.0, max(0.0, (self.epochs - epoch) / max(self.epochs - self.warmup_epochs, 1e-9)))
+        left = min(1.0, max(0.0, (self.epochs - epoch) / max(self.epochs - self.warmup_epochs, 1e-9)))
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 - math.cos(math.pi * left))
+        return self.lr * left
 
     def preprocessing(self, image_size: int | None = None, crop_pct: float | None = None) -> Preprocessing:
         """The contract that the trained model is evaluated and exported with."""

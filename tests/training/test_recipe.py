@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from robustfeat.errors import InputError
@@ -18,6 +19,15 @@ def test_the_defaults_are_the_papers() -> None:
     assert (recipe.q_warmup_steps, recipe.q_warmup_divisor) == (1000, 10)
     rates = [recipe.learning_rate(epoch) for epoch in (0, 29.9, 30, 59.9, 60, 89)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_the_cosine_schedule_falls_along_half_a_cosine() -> None:
+    recipe = Recipe(schedule="cosine", warmup_epochs=2, epochs=12, lr=0.4)
+    assert recipe.learning_rate(1) == pytest.approx(0.2)
+    epochs = np.linspace(2, 12, 41)
+    expected = 0.4 * np.cos(np.pi * (epochs - 2) / 20) ** 2  # (1 + cos 2a) / 2 = cos(a)^2
+    np.testing.assert_allclose([recipe.learning_rate(epoch) for epoch in epochs], expected, atol=1e-15)
+    assert recipe.learning_rate(13) == 0
 
 
 def test_the_linear_schedule_rises_and_falls() -> None:
@@ -67,7 +77,7 @@ def test_a_recipe_file_is_read(tmp_path: Path) -> None:
         ("seed = -1", "seed must be a whole number from 0"),
         ("epochs = 2.5", "epochs must be a whole number from 1"),
         ("parts = 0", "parts must be a whole number >= 1"),
-        ("schedule = 'cosine'", "schedule must be one of step, linear"),
+        ("schedule = 'sine'", "schedule must be one of step, linear, cosine"),
         ("image_sizes = [[1, 32]]", "must start at epoch 0"),
         ("lr = ", "not valid TOML"),
     ],
@@ -134,8 +144,8 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_a_value_out_of_range_names_the_parameter() -> None:
     with pytest.raises(InputError, match=r"^batch_size=0: must be a whole number from 2 to 1e\+06$"):
         Recipe(batch_size=0)
-    with pytest.raises(InputError, match=r"^schedule='cosine': must be one of step, linear$"):
-        Recipe().override({"schedule": "cosine"})
+    with pytest.raises(InputError, match=r"^schedule='sine': must be one of step, linear, cosine$"):
+        Recipe().override({"schedule": "sine"})
 
 
 REMOVED = {"nesterov": False, "tau_ramp_epochs": 0, "q_steps": "decaying", "group_rate": 0.01, "batch_norm": "batch"}
