@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,39 +114,37 @@ def train(
     quiet = quiet or ranks.rank > 0
     with join_group(ranks, chosen):
         with together():
-            check_arguments(
-                data,
-                recipe,
-                folder,
-                ranks,
-                resume=resume,
-                cache=cache,
-                stream=stream,
-                checkpoint_every_s=checkpoint_every_s,
-            )
+            how: dict[str, Any] = {"resume": resume, "cache": cache, "stream": stream}
+            check_arguments(data, recipe, folder, ranks, checkpoint_every_s=checkpoint_every_s, **how)
         with together():
             recipe = _resolve_models(recipe, resume=resume)
         if target is not None:
             recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
-        try:
-            with together():
-                run = prepare_run(
-                    data, recipe, folder, ranks, chosen, workers=workers, cache=cache, stream=stream, quiet=quiet
-                )
-                # With clusters, the step's concepts are not known yet.
-                clustered = cluster_count(recipe.concepts) is not None
-                step = None if clustered else TrainingStep(recipe, run.concepts, chosen, ranks)
-                require_cache_room(run)
-                require_feature_room(run)
-            with claim_folder(run, resume=resume):
-                return _train_in_folder(run, step, data, resume, checkpoint_every_s)
-        except torch.OutOfMemoryError as exc:
-            raise TrainingError(
-                "the GPU's memory does not suffice",
-                fix="pass a smaller `batch_size`, `precision=bf16`, or another `cache`",
-            ) from exc
-        except RuntimeError as exc:
-            raise explain_worker(exc) from exc
+        with _explaining(), together():
+            run = prepare_run(
+                data, recipe, folder, ranks, chosen, workers=workers, cache=cache, stream=stream, quiet=quiet
+            )
+            # With clusters, the step's concepts are not known yet.
+            clustered = cluster_count(recipe.concepts) is not None
+            step = None if clustered else TrainingStep(recipe, run.concepts, chosen, ranks)
+            require_cache_room(run)
+            require_feature_room(run)
+        with _explaining(), claim_folder(run, resume=resume):
+            return _train_in_folder(run, step, data, resume, checkpoint_every_s)
+
+
+@contextmanager
+def _explaining() -> Iterator[None]:
+    """Makes errors of the GPU's memory and of decoding processes ones of ours."""
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise TrainingError(
+            "the GPU's memory does not suffice",
+            fix="pass a smaller `batch_size`, `precision=bf16`, or another `cache`",
+        ) from exc
+    except RuntimeError as exc:
+        raise explain_worker(exc) from exc
 
 
 def _train_in_folder(
