@@ -184,6 +184,11 @@ def loaded_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
+def test_a_decoder_loads_nothing_that_lists_inputs() -> None:
+    loaded = loaded_after("import robustfeat.serving.decoding.worker")
+    assert not loaded & {f"robustfeat.serving.inputs.{name}" for name in ("listing", "parquet", "tar")}
+
+
 def test_torch_stays_unloaded_when_hub_and_serving_are_imported() -> None:
     names = ["robustfeat", *modules("hub"), *modules("serving")]
     assert len(names) > 8

@@ -66,7 +66,7 @@ class ResNet18(ResNet):  # type: ignore[misc]
         return stage
 
     def pooled(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) to (n, 512), the features before the classifier."""
+        """(n, 3, H, W) to (n, 8 * width), the features before the classifier."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(x), 1)

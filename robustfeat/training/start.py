@@ -15,13 +15,13 @@ from robustfeat.errors import CheckpointError, InputError, ModelFolderError, fir
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import WEIGHTS
 from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.training.loop.checkpoint import load_checkpoint
+from robustfeat.training.loop.run_folder import CHECKPOINT_NAME
 from robustfeat.training.network import timm_settings
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.tensors import load_tensors
 
-__all__ = ["load_start", "read_state", "resolve_start", "state_digest"]
-
-_CHECKPOINT = "checkpoint.pt"
+__all__ = ["State", "load_start", "read_state", "resolve_start", "state_digest"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,20 @@ class _Start:
     contract: Preprocessing | None = None
 
 
-def resolve_start(recipe: Recipe) -> Recipe:
-    """The recipe with all that follows from its `init`: network, width, mean, std, interpolation and `init_sha256`.
+State = dict[str, Tensor]
+
+
+def resolve_start(recipe: Recipe) -> tuple[Recipe, State]:
+    """What follows from the recipe's `init`, which is read once, so that what was hashed is what training starts from.
+
+    Returns:
+        The recipe with network, width, mean, std, interpolation and `init_sha256`; and the weights, by name.
 
     Raises:
         InputError: `init` cannot be read, or is another network than the recipe's.
     """
     if not recipe.init:
-        return recipe
+        return recipe, {}
     start = _open_start(recipe.init)
     digest = state_digest(start.state)
     if recipe.init_sha256 not in (None, digest):
@@ -80,11 +86,11 @@ def resolve_start(recipe: Recipe) -> Recipe:
     if start.contract is not None:
         for key in ("mean", "std", "interpolation"):
             changes[key] = getattr(recipe, key) or getattr(start.contract, key)
-    return recipe.replace(**changes)
+    return recipe.replace(**changes), start.state
 
 
-def load_start(network: nn.Module, recipe: Recipe) -> list[str]:
-    """Gives a new network the weights of `recipe.init`; a classifier for other classes stays as it is.
+def load_start(network: nn.Module, state: State, init: str) -> list[str]:
+    """Gives a new network the weights of `resolve_start`; a classifier for other classes stays as it is.
 
     Returns:
         Names of the parameters that the weights do not have or that have another shape: those of the classifier.
@@ -92,24 +98,23 @@ def load_start(network: nn.Module, recipe: Recipe) -> list[str]:
     Raises:
         InputError: other parameters are missing, or have other shapes.
     """
-    start = _open_start(recipe.init)
     own = network.state_dict()
     classifier = timm_settings(network)["classifier"]
-    left_out = [name for name in own if name not in start.state or start.state[name].shape != own[name].shape]
+    left_out = [name for name in own if name not in state or state[name].shape != own[name].shape]
     unfit = [name for name in left_out if not name.startswith(f"{classifier}.")]
     if unfit:
-        found = tuple(start.state[unfit[0]].shape) if unfit[0] in start.state else "none"
+        found = tuple(state[unfit[0]].shape) if unfit[0] in state else "none"
         raise InputError(
             f"{len(unfit)} of the network's {len(own)} tensors do not fit, such as {unfit[0]}: "
             f"expected {tuple(own[unfit[0]].shape)}, got {found}",
             argument="init",
-            value=recipe.init,
+            value=init,
             fix="check `network` and `image_sizes`",
         )
     with torch.no_grad():
         for name, value in own.items():
             if name not in left_out:
-                value.copy_(start.state[name])
+                value.copy_(state[name])
     return left_out
 
 
@@ -147,7 +152,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
 def _open_start(init: str) -> _Start:
     """The weights of a run, a file, a model folder, or ORG/NAME on the Hub."""
     path = Path(init)
-    if path.name == _CHECKPOINT or (path / _CHECKPOINT).is_file():
+    if path.name == CHECKPOINT_NAME or (path / CHECKPOINT_NAME).is_file():
         return _start_of_run(path)
     if path.is_file():
         try:
@@ -169,8 +174,6 @@ def _open_start(init: str) -> _Start:
 
 
 def _start_of_run(path: Path) -> _Start:
-    from robustfeat.training.loop.checkpoint import load_checkpoint
-
     try:
         checkpoint = load_checkpoint(path)
         recipe = Recipe.from_dict(checkpoint.recipe)

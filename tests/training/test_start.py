@@ -98,7 +98,8 @@ def test_a_run_is_a_start_with_its_classifier(dataset: Path, tmp_path: Path) -> 
 
 
 def test_the_builtin_model_is_a_start(tmp_path: Path) -> None:
-    made = resolve_start(Recipe(init="builtin"))
+    made, state = resolve_start(Recipe(init="builtin"))
+    assert "conv1.weight" in state
     assert (made.network, made.width) == ("resnet18", 64)
 
 

@@ -143,9 +143,9 @@ def require_own_stem(places: Places) -> None:
         InputError: naming the other one.
     """
     for suffix in FORMATS:
-        other = places.with_format(suffix)
         if suffix == places.suffix:
             continue
+        other = places.with_format(suffix)
         unfinished = bool(open_folder(other.shards).names())
         if unfinished or (file_exists(other.features) and _describes(places.meta, suffix, places)):
             what = "an unfinished run is there for" if unfinished else "they belong to"
@@ -175,23 +175,19 @@ def open_existing(places: Places) -> Iterator[Output]:
     Raises:
         InputError: a file is missing or damaged, or the files do not belong together.
     """
-    with ExitStack() as stack:
-        yield _open_steadily(places, stack)
-
-
-def _open_steadily(places: Places, stack: ExitStack) -> Output:
-    """Tries again where another process may have moved files between two steps: until an error comes twice in a row."""
     last = None
     while True:
-        try:
-            with ExitStack() as attempt:
-                output = _open(places, attempt)
-                stack.enter_context(attempt.pop_all())
-                return output
-        except InputError as exc:
-            if str(exc) == last:
-                raise
-            last = str(exc)
+        with ExitStack() as stack:
+            try:
+                output = _open(places, stack)
+            except InputError as exc:
+                # Another process may have moved files between two steps, but not twice with the same error.
+                if str(exc) == last:
+                    raise
+                last = str(exc)
+                continue
+            yield output
+            return
 
 
 def _open(places: Places, stack: ExitStack) -> Output:

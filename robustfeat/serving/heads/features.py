@@ -101,14 +101,14 @@ def open_features(place: str) -> Features:
             paths.append(path_of_index(record))
             if record["error"] is not None:
                 errors[row] = str(record["error"])
-        if places.suffix == ".parquet":
+        if places.suffix == ".parquet" and "features_sha256" not in output.meta:
             _require_own_paths(output, paths)
         values = map_features(output.features, place, places.suffix, output.model.feature_size, output.rows)
     return Features(place, values, paths, errors, output.model)
 
 
 def _require_own_paths(output: Output, paths: Sequence[str]) -> None:
-    """A Parquet file of features names its rows itself: someone may have sorted one whose hash is not known."""
+    """A Parquet file of features names its rows itself: someone may have sorted one of version 0.1."""
     from pyarrow import parquet
 
     row, places = 0, output.places

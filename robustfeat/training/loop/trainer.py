@@ -46,7 +46,7 @@ from robustfeat.training.loop.saving import Saver, restore
 from robustfeat.training.loop.signals import stop_on_signal
 from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.recipe import RECIPE_NAME, Recipe
-from robustfeat.training.start import load_start, resolve_start
+from robustfeat.training.start import State, load_start, resolve_start
 from robustfeat.training.target import estimate_reference
 from robustfeat.training.teacher import resolve_teacher
 
@@ -117,7 +117,9 @@ def train(
             how: dict[str, Any] = {"resume": resume, "cache": cache, "stream": stream}
             check_arguments(data, recipe, folder, ranks, checkpoint_every_s=checkpoint_every_s, **how)
         with together():
-            recipe = _resolve_models(recipe, resume=resume)
+            # A run that resumes needs its start no more.
+            recipe, start = (recipe, {}) if resume and recipe.init_sha256 else resolve_start(recipe)
+            recipe = resolve_teacher(recipe)
         if target is not None:
             recipe = recipe.replace(reference=_agree_on_reference(target, target_model, recipe, ranks, quiet))
         with _explaining(), together():
@@ -130,7 +132,7 @@ def train(
             require_cache_room(run)
             require_feature_room(run)
         with _explaining(), claim_folder(run, resume=resume):
-            return _train_in_folder(run, step, data, resume, checkpoint_every_s)
+            return _train_in_folder(run, step, start, data, resume, checkpoint_every_s)
 
 
 @contextmanager
@@ -148,7 +150,7 @@ def _explaining() -> Iterator[None]:
 
 
 def _train_in_folder(
-    run: Run, step: TrainingStep | None, data: str | Path, resume: bool, checkpoint_every_s: float
+    run: Run, step: TrainingStep | None, start: State, data: str | Path, resume: bool, checkpoint_every_s: float
 ) -> TrainingResult:
     """Trains in the run's folder, which this process holds; without a `step`, clusters are its concepts."""
     with together():
@@ -160,19 +162,12 @@ def _train_in_folder(
     with together():
         if saved is not None:
             require_same_concepts(saved, run.folder, run.concepts)
-        elif run.recipe.init:
-            _start(step, run.recipe, run.quiet)
+        elif start:
+            _start(step, start, run)
         introduce(run, data)
     with together():
         run = fill_cache(run)
     return _train(keep_features(run), step, saved, checkpoint_every_s)
-
-
-def _resolve_models(recipe: Recipe, *, resume: bool) -> Recipe:
-    """The recipe with what follows from the models that it names."""
-    if not (resume and recipe.init_sha256):  # a run that resumes needs its start no more
-        recipe = resolve_start(recipe)
-    return resolve_teacher(recipe)
 
 
 def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, quiet: bool) -> dict[str, float]:
@@ -191,10 +186,12 @@ def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, q
     return first
 
 
-def _start(step: TrainingStep, recipe: Recipe, quiet: bool) -> None:
+def _start(step: TrainingStep, start: State, run: Run) -> None:
     """Gives the network its first weights."""
-    new = load_start(step.network, recipe)
-    remark(f"starts from {recipe.init}" + (f"; {', '.join(new)} are new" if new else ""), quiet=quiet)
+    init = run.recipe.init
+    new = load_start(step.network, start, init)
+    start.clear()  # the memory is needed elsewhere
+    remark(f"starts from {init}" + (f"; {', '.join(new)} are new" if new else ""), quiet=run.quiet)
 
 
 def _find_checkpoint(run: Run) -> Checkpoint:

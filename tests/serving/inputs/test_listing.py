@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -584,13 +585,19 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert paths(files_from=tmp_path / "list") == [f"{root}/{path}" for path in expected]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_folders_that_may_not_be_read_are_never_left_out(tmp_path: Path) -> None:
-    touch(tmp_path, "a.jpg", "secret/b.jpg")
-    (tmp_path / "secret").chmod(0)
-    try:
-        for argument in (tmp_path, tmp_path / "**" / "*.jpg", tmp_path / "*"):
-            with pytest.raises(InputError, match="secret: cannot be listed"):
-                list_inputs([argument])
-    finally:
-        (tmp_path / "secret").chmod(0o700)
+def test_folders_that_may_not_be_read_are_never_left_out() -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as place:  # which another user may enter
+        root = Path(place)
+        root.chmod(0o755)
+        touch(root, "a.jpg", "secret/b.jpg")
+        (root / "secret").chmod(0)
+        try:
+            if user == 0:  # who may read everything
+                os.seteuid(65534)
+            for argument in (root, root / "**" / "*.jpg", root / "*"):
+                with pytest.raises(InputError, match="secret: cannot be listed"):
+                    list_inputs([argument])
+        finally:
+            os.seteuid(user)
+            (root / "secret").chmod(0o700)

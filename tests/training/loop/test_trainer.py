@@ -215,15 +215,18 @@ def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(
 def test_a_run_killed_before_its_first_epoch_ended_resumes(
     dataset: Path, tmp_path: Path, robustfeat: Run, start: Start
 ) -> None:
-    arguments = [*train_arguments(dataset, tmp_path / "run", epochs=1), "--quiet"]
+    # Epochs of 15 larger steps: the first checkpoint of one comes well after the run's first.
+    options = {"epochs": 1, "batch-size": 2, "image-size": 96}
+    arguments = [*train_arguments(dataset, tmp_path / "run", **options), "--quiet"]
     process = start(arguments)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "run").global_step == 0
     assert robustfeat(*arguments, "--resume").returncode == 0
-    assert load_checkpoint(tmp_path / "run").global_step == 5
+    assert load_checkpoint(tmp_path / "run").global_step == 15
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
