@@ -318,8 +318,10 @@ def _say(text: str, quiet: bool) -> None:
 
 
 def _show(report: Report, title: str, quiet: bool) -> None:
-    text = report.to_text(title)
-    _say(text if len(report.classes) <= _SHOWN_CLASSES else text.splitlines()[0], quiet)
+    lines = report.to_text(title).split("\n")
+    if not quiet:
+        for line in lines if len(report.classes) <= _SHOWN_CLASSES else lines[:1]:
+            say(line, err=True)  # it keeps a name from breaking its line
 
 
 def _left_out(failed: int) -> int:

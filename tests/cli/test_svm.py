@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.cli.test_cli import only_line
-from tests.conftest import ROOT, Run
+from tests.conftest import EXAMPLES, ROOT, Run
 from tests.serving.http.conftest import wait_until
 
 
@@ -70,6 +70,8 @@ def test_score_prints_a_fraction(robustfeat: Run, head: Path, features: Path, tm
     assert result.returncode == 0, result.stderr
     accuracy = float(only_line(result.stdout))
     assert 0.9 < accuracy <= 1
+    rows = [line for line in result.stderr.splitlines() if line.startswith("| ")]
+    assert [row.split()[1] for row in rows] == ["class", *sorted(folder.name for folder in EXAMPLES.iterdir())]
     assert f"accuracy {accuracy:.4f}" in (tmp_path / "report" / "report.md").read_text()
     result = robustfeat("svm", "score", head, features, "--labels", "folder", "--json", "--quiet")
     summary = json.loads(only_line(result.stdout))
