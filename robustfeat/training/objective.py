@@ -61,6 +61,7 @@ class Objective:
         self.replays = self.example_level.replays
         self.tau_at_224px = recipe.tau if direction else 0.0
         self._labels, self._teacher_weight = recipe.labels, recipe.teacher_weight
+        self._label_smoothing = recipe.label_smoothing
         self._teacher_size = recipe.teacher_size if recipe.teacher else None
 
     @property
@@ -126,8 +127,10 @@ class Objective:
         return self.label_losses(output, batch) + distances if self._labels else distances
 
     def label_losses(self, output: StepOutput, batch: StepBatch) -> Tensor:
-        """The part of `losses` that comes from labels: (m,) float32, the cross-entropy."""
-        return functional.cross_entropy(output.logits.float(), batch.targets, reduction="none")
+        """The part of `losses` that comes from labels: (m,) float32, the cross-entropy with the smoothed targets."""
+        return functional.cross_entropy(
+            output.logits.float(), batch.targets, reduction="none", label_smoothing=self._label_smoothing
+        )
 
     def training_loss(self, losses: Tensor, batch: StepBatch) -> Tensor:
         """Third hook: weighs the losses of this step and learns from them for the next.

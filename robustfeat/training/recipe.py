@@ -35,6 +35,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("weight_decay", 0, 1e6),
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
+    ("label_smoothing", 0, 0.999999),
+    ("mixup", 0, 1000),
+    ("cutmix", 0, 1000),
     ("teacher_weight", 1e-12, 1e6),
     ("teacher_crops", 0, 10_000),
     ("teacher_gb", 1e-9, 1e6),
@@ -94,6 +97,9 @@ class Recipe:
         interpolation: of the validation images: bilinear or bicubic (None: `init`'s, or bilinear).
         mean, std: of the network's input, per channel in [0, 1] (None: `init`'s, or ImageNet's).
         min_crop_area: training crops cover between this share and all of an image's area.
+        label_smoothing: share of each target that all classes divide evenly (0, the paper: none).
+        mixup, cutmix: alpha of MixUp and CutMix, which make one image of two (0, the paper: off). With both, either
+            mixes half of the batches.
         tau: length of the example-level step at 224 px; at side S it is tau * S / 224.
         tau_unit: `normalised` (the length is measured in the network's input) or `pixel` (in pixels from 0 to 1).
         inner: where the example level's gradient comes from: `full` (the paper: a pass of its own), `half` (that pass
@@ -144,6 +150,9 @@ class Recipe:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     min_crop_area: float = 0.08
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     tau: float = 1.0
     tau_unit: str = "normalised"
     inner: str = "full"
@@ -179,6 +188,7 @@ class Recipe:
                 raise _invalid(name, f"must be {whole}from {least:g} to {most:g}", value)
         self._check_choices()
         self._check_teacher()
+        self._check_targets()
         if self.parts is not None and (not _is_whole(self.parts) or self.parts < 1):
             raise _invalid("parts", "must be a whole number >= 1", self.parts)
         starts = [first for first, _ in self.image_sizes]
@@ -251,6 +261,22 @@ class Recipe:
             )
         if not self.teacher and not self.labels:
             raise InputError("leaves nothing to learn from", argument="labels", value="False", fix="pass a `teacher`")
+
+    def _check_targets(self) -> None:
+        if self.label_smoothing and not self.labels:
+            raise InputError(
+                "needs labels, which are not learned",
+                argument="label_smoothing",
+                value=self.label_smoothing,
+                fix="leave it out",
+            )
+        if self.teacher_crops and (self.mixup or self.cutmix):
+            raise InputError(
+                "are features of unmixed crops, kept for all epochs",
+                argument="teacher_crops",
+                value=self.teacher_crops,
+                fix="pass 0, or leave `mixup` and `cutmix` out",
+            )
 
     def image_size(self, epoch: int) -> int:
         """S of the training crops in this epoch, counted from 0."""

@@ -8,10 +8,10 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from robustfeat.errors import DivergedError
 from robustfeat.training.data.batches import Batch
+from robustfeat.training.data.mixing import Examples
 from robustfeat.training.loop.bad_images import BadImages
 from robustfeat.training.loop.checkpoint import Position
 from robustfeat.training.loop.distributed import fail_together, gather_objects, gather_tensors
@@ -99,16 +99,17 @@ class EpochLoop:
         saved_at = time.monotonic()
         window = Window(run.device)
         self._step.train()
-        for batch in run.load(batches, range(self._position.step // replays, len(batches))):
+        first = self._position.step // replays
+        for number, batch in enumerate(run.load(batches, range(first, len(batches))), first):
             due = time.monotonic() - saved_at > self._checkpoint_every_s
             agreed = self._agree(batch, due, window)
             times = min(replays, steps - self._position.step)
-            pixels = batch.pixels(run.device, side)
-            guidance = run.guide(batch, pixels, epoch)
+            examples = run.show(batch, side, epoch, number)
+            guidance = run.guide(examples, epoch)
             for replay in range(times):
                 at = epoch + self._position.step / steps
                 if agreed.least > 1:  # BatchNorm needs two
-                    self._make_step(batch, pixels, at, replay, agreed.total, window, guidance)
+                    self._make_step(examples, at, replay, agreed.total, window, guidance)
                 self._position = self._position.after_step()
                 last = self._position.step == steps
                 saving = replay + 1 == times and (agreed.due or agreed.stopping)
@@ -144,8 +145,7 @@ class EpochLoop:
 
     def _make_step(
         self,
-        batch: Batch,
-        pixels: Tensor,
+        examples: Examples,
         epoch: float,
         replay: int,
         total: int,
@@ -154,7 +154,9 @@ class EpochLoop:
     ) -> None:
         number = self._position.global_step
         try:
-            result = self._step(pixels, batch.labels, epoch, number, replay=replay, total=total, guidance=guidance)
+            result = self._step(
+                examples.pixels, examples.labels, epoch, number, replay=replay, total=total, guidance=guidance
+            )
         except DivergedError as exc:
             self._diverge(number, str(exc))
         window.add(result, number)

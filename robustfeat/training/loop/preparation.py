@@ -23,6 +23,7 @@ from robustfeat.training.data.cache import CachedSet, build_cache, cached_batche
 from robustfeat.training.data.folders import UNLABELLED
 from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.mixing import Examples, mix
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.loop.device import torch_device
 from robustfeat.training.loop.distributed import together
@@ -35,6 +36,8 @@ from robustfeat.training.teacher import Teacher, open_teacher
 __all__ = ["Run", "choose_device", "claim_folder", "fill_cache", "introduce", "prepare_run", "require_cache_room"]
 
 _MOST_DECODERS = 16
+_MIXING = 0x313C
+"""Tells the draws of mixtures from those of crops."""
 
 
 class Kept(Protocol):
@@ -81,16 +84,29 @@ class Run:
     clusters: Clusters | None = None
     kept: Kept | None = None
 
-    def guide(self, batch: Batch, pixels: Tensor, epoch: int) -> Guidance:
-        """What the teacher and the clusters say of a batch, whose crops are `pixels`."""
-        of_image, taught = self.concepts.of_image, None
-        if self.kept is not None and batch.rows is not None:
-            taught = self.kept.features(batch.rows, epoch).to(pixels.device, non_blocking=True)
+    def show(self, batch: Batch, side: int, epoch: int, number: int) -> Examples:
+        """What a step and the teacher see of batch `number` of an epoch: its crops, mixed where the recipe says so.
+
+        Mixtures are of this rank's part of the batch.
+        """
+        recipe, examples = self.recipe, Examples(batch.pixels(self.device, side), batch.labels, batch.rows)
+        if not (recipe.mixup or recipe.cutmix):
+            return examples
+        rng = np.random.default_rng([recipe.seed, _MIXING, epoch, number, self.ranks.rank])
+        return mix(examples, len(self.train_set.classes), mixup=recipe.mixup, cutmix=recipe.cutmix, rng=rng)
+
+    def guide(self, examples: Examples, epoch: int) -> Guidance:
+        """What the teacher and the clusters say of a step's images."""
+        of_image, pixels, rows = self.concepts.of_image, examples.pixels, examples.rows
+        taught = None
+        if self.kept is not None and rows is not None:
+            taught = self.kept.features(rows, epoch).to(pixels.device, non_blocking=True)
         elif self.teacher is not None:
             taught = self.teacher.features(pixels)
         return Guidance(
             teacher=taught,
-            concepts=None if of_image is None else torch.from_numpy(of_image)[batch.rows],
+            concepts=None if of_image is None else torch.from_numpy(of_image)[rows],
+            shares=examples.shares,
         )
 
     def epoch_batches(self, epoch: int, side: int, replays: int = 1) -> TrainingBatches:

@@ -31,10 +31,12 @@ class Guidance:
     Attributes:
         teacher: (m, D), see `StepBatch`.
         concepts: (m,) int64, where the labels do not decide.
+        shares: (m, C), see `StepBatch`.
     """
 
     teacher: Tensor | None = None
     concepts: Tensor | None = None
+    shares: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class TrainingStep:
 
         Args:
             pixels: (m, 3, S, S) float from 0 to 255, on the device.
-            labels: (m,) int64.
+            labels: (m,) int64; of a mixture the larger part's.
             epoch: epochs done so far, as a fraction; decides the learning rate.
             number: of the step since training began; random numbers follow from it and the seed.
             replay: see `StepBatch`.
@@ -162,6 +164,7 @@ class TrainingStep:
             epoch,
             total or len(labels),
             replay,
+            shares=guidance.shares,
             teacher=guidance.teacher,
         )
         with self.autocast():
