@@ -33,6 +33,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("lr", 1e-12, 1e30),
     ("momentum", 0, 0.999999),
     ("weight_decay", 0, 1e6),
+    ("ema", 0, 0.9999999),
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
     ("label_smoothing", 0, 0.999999),
@@ -89,6 +90,8 @@ class Recipe:
             another teacher afterwards.
         labels: learn the labels; without them, the teacher's features are all that is learned.
         epochs, batch_size, lr, momentum, weight_decay: of SGD.
+        ema: decay of an exponential moving average of the weights; the averaged network is what is validated and
+            exported (0: no average, the paper).
         schedule: `step` (lr / 10 at each of `milestones`, in epochs), `linear` or `cosine` (to zero at the end).
         warmup_epochs: lr rises linearly from zero for so long.
         image_sizes: (first epoch, S in pixels) pairs; the training crops grow with the epochs.
@@ -140,6 +143,7 @@ class Recipe:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    ema: float = 0.0
     schedule: str = "step"
     milestones: tuple[int, ...] = (30, 60)
     warmup_epochs: float = 0.0

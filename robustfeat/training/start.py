@@ -179,4 +179,4 @@ def _start_of_run(path: Path) -> _Start:
         recipe = Recipe.from_dict(checkpoint.recipe)
     except (CheckpointError, InputError) as exc:
         raise InputError(f"cannot be read ({first_line(exc)})", argument="init", value=path) from exc
-    return _Start(checkpoint.model, recipe.network, recipe.width, recipe.preprocessing())
+    return _Start(checkpoint.result, recipe.network, recipe.width, recipe.preprocessing())

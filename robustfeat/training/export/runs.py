@@ -103,7 +103,7 @@ def export_run(
     images = None
     if int8:
         images = folder_images(calibration) if calibration else training_images(checkpoint.data, recipe)
-    backbone = Backbone(feature_network(network), checkpoint.model, config, training)
+    backbone = Backbone(feature_network(network), checkpoint.result, config, training)
     return write_model_folder(backbone, out, calibration=images, compact=compact)
 
 

@@ -69,6 +69,7 @@ class Checkpoint:
         concept_of_class: C numbers.
         epoch, step, global_step: see `Position`.
         model, optimizer, objective, scaler: their state dicts (the scaler's is empty but for fp16).
+        average: of `MovingAverage`, where the recipe has `ema`.
         heads: the state dict of the objective's own modules; most objectives have none.
         bad_images: for `training` and `validation`, those that could not be decoded so far.
         clusters: `centres` and `of_image` of `Clusters`, where they are the concepts.
@@ -89,6 +90,12 @@ class Checkpoint:
     heads: dict[str, Any] = field(default_factory=dict)
     bad_images: dict[str, list[str]] = field(default_factory=dict)
     clusters: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The state dict of the network that the run gives away: the averaged weights, where there are some."""
+        return self.average["model"] if self.average else self.model
 
     @property
     def position(self) -> Position:
@@ -146,7 +153,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def network_of(checkpoint: Checkpoint) -> nn.Module:
-    """The trained network with its classifier, in evaluation mode.
+    """The trained network with its classifier, averaged where the recipe has `ema`, in evaluation mode.
 
     Raises:
         CheckpointError: the weights are not those of such a network.
@@ -156,7 +163,7 @@ def network_of(checkpoint: Checkpoint) -> nn.Module:
         network = build_network(
             len(checkpoint.classes), recipe.network, width=recipe.width, image_size=recipe.validation_size
         )
-        network.load_state_dict(checkpoint.model)
+        network.load_state_dict(checkpoint.result)
     return network.eval()
 
 
@@ -197,6 +204,8 @@ def _require_fields(state: Mapping[str, Any]) -> None:
         raise ValueError("classes, concepts and the recipe's keys must be text")
     if len(numbers) != len(classes) or not all(type(at) is int and 0 <= at < len(concepts) for at in numbers):
         raise ValueError("concept_of_class must give each class the number of a concept")
+    if state.get("average") and not isinstance(state["average"].get("model"), dict):
+        raise ValueError("average must hold a model")
     for name, kind in _DATA_KINDS.items():
         if type(state["data"].get(name)) is not kind:
             raise ValueError(f"data must hold {', '.join(_DATA_KINDS)}; got {name} = {state['data'].get(name)!r:.60}")

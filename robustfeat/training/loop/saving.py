@@ -15,6 +15,8 @@ from robustfeat.training.loop.step import TrainingStep
 
 __all__ = ["Saver", "restore"]
 
+_STATES = ("model", "heads", "optimizer", "objective", "scaler", "average")
+
 
 class Saver:
     """Writes a run's checkpoints.
@@ -69,9 +71,7 @@ class Saver:
 def restore(saved: Checkpoint, run: Run, step: TrainingStep) -> Position:
     """Gives the network, the optimiser and the objective their saved state; returns where the run stands."""
     with fitting():
-        step.load_state_dict(
-            {name: getattr(saved, name) for name in ("model", "heads", "optimizer", "objective", "scaler")}
-        )
+        step.load_state_dict({name: getattr(saved, name) for name in _STATES})
     before = saved.data.get("ranks", 1)
     if before != run.ranks.world:
         remark(

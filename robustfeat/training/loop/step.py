@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.loop.averaging import MovingAverage
 from robustfeat.training.loop.descent import Descent
 from robustfeat.training.loop.distributed import sum_over_ranks
 from robustfeat.training.loop.ranks import Ranks
@@ -64,7 +65,7 @@ class TrainingStep:
         ranks: this process among those that train together; where there are several, call `distribute`.
 
     Attributes:
-        network: as it is saved, neither wrapped nor compiled.
+        network: the one that is trained, neither wrapped nor compiled.
         objective: with the adversary's state.
     """
 
@@ -93,11 +94,22 @@ class TrainingStep:
             weight_decay=recipe.weight_decay,
             precision=recipe.precision,
         )
+        self._average = MovingAverage(self._outputs, recipe.ema) if recipe.ema else None
         self._inner = self._trained = _compiled(self._outputs) if recipe.compile else self._outputs
         self._concept_of_class = torch.from_numpy(concepts.of_class).to(device)
         contract = recipe.preprocessing()
         self._mean = torch.tensor(contract.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(contract.std, device=device).view(1, 3, 1, 1)
+
+    @property
+    def result(self) -> Outputs:
+        """The network that is validated, recalibrated and exported, and its heads: the average where there is one."""
+        return self._outputs if self._average is None else self._average.outputs
+
+    def restart_average(self) -> None:
+        """The average of the weights, where there is one, begins at the network's present weights."""
+        if self._average is not None:
+            self._average.restart(self._outputs)
 
     def distribute(self) -> None:
         """From here on steps are made together with the other ranks; a collective call."""
@@ -116,9 +128,9 @@ class TrainingStep:
         )
         self._trained = _compiled(trained) if self.recipe.compile else trained
 
-    def _share_statistics(self) -> None:
+    def _share_statistics(self, outputs: Outputs) -> None:
         """Running statistics become the mean over the ranks, so that all evaluate and save one network."""
-        buffers = [buffer for buffer in self._outputs.buffers() if buffer.is_floating_point()]
+        buffers = [buffer for buffer in outputs.buffers() if buffer.is_floating_point()]
         mean = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / self._ranks.world
         parts = torch.split(mean, [buffer.numel() for buffer in buffers])
         for buffer, part in zip(buffers, parts, strict=True):
@@ -176,7 +188,9 @@ class TrainingStep:
         self._require_shape("training_loss", objective, (), "a scalar, as batch.mean makes it")
         self._descent.update(objective, self.recipe.learning_rate(epoch))
         if self._ranks.world > 1:
-            self._share_statistics()
+            self._share_statistics(self._outputs)
+        if self._average is not None:
+            self._average.update(self._outputs)
         correct = self._count_correct(output.logits.detach()[: len(labels)], labels)
         return StepResult(losses.detach(), objective.detach(), correct)
 
@@ -202,7 +216,7 @@ class TrainingStep:
         return (logits.argmax(1) == labels).sum()
 
     def evaluate(self, pixels: Tensor, labels: Tensor, teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The sum of the losses, float64, and the number of images classified correctly.
+        """The sum of the losses of `result`, float64, and the number of images that it classifies correctly.
 
         Args:
             pixels, labels: see `__call__`.
@@ -211,42 +225,44 @@ class TrainingStep:
         labels = labels.to(self.device, non_blocking=True)
         if teacher is not None:
             with torch.no_grad(), self.autocast():
-                output = self._outputs(self.to_input(pixels))
+                output = self.result(self.to_input(pixels))
             distances = teacher_losses(output.heads[TEACHER_HEAD], teacher)
             return distances.double().sum(), self._count_correct(output.logits, labels)
         with torch.no_grad(), self.autocast():
-            logits = self.network(self.to_input(pixels)).float()
+            logits = self.result.network(self.to_input(pixels)).float()
         losses = functional.cross_entropy(logits, labels, reduction="none")
         return losses.double().sum(), (logits.argmax(1) == labels).sum()
 
     def recalibrate(self, batches: Iterable[Tensor]) -> None:
-        """Measures BatchNorm's running statistics anew, as plain means over these batches of all ranks.
+        """Measures the running statistics of `result` anew, as plain means over these batches of all ranks.
 
         Training leaves those of x~ behind; at test time images are not perturbed.
 
         Args:
             batches: (m, 3, S, S) float from 0 to 255, on the device.
         """
-        layers = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        network = self.result.network
+        layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [layer.momentum for layer in layers]
-        self.network.train()
+        network.train()
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # cumulative
         with torch.no_grad(), self.autocast():
             for pixels in batches:
-                self.network(self.to_input(pixels).contiguous(memory_format=torch.channels_last))
+                network(self.to_input(pixels).contiguous(memory_format=torch.channels_last))
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         if self._ranks.world > 1:
-            self._share_statistics()
+            self._share_statistics(self.result)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: model, heads, optimizer, objective, scaler."""
+        """What a checkpoint keeps: model, heads, optimizer, objective, scaler, average."""
         return {
             "model": self.network.state_dict(),
             "heads": self._heads.state_dict(),
             "objective": self.objective.state_dict(),
+            "average": {} if self._average is None else self._average.state_dict(),
             **self._descent.state_dict(),
         }
 
@@ -256,6 +272,8 @@ class TrainingStep:
         self._heads.load_state_dict(state["heads"])
         self._descent.load_state_dict(state)
         self.objective.load_state_dict(state["objective"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
 
 
 def _compiled(network: nn.Module) -> nn.Module:

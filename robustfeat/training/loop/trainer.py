@@ -59,8 +59,8 @@ class TrainingResult:
 
     Attributes:
         run: its folder.
-        validation_accuracy: share of validation images classified correctly by the last epoch's parameters; NaN where
-            labels were not learned.
+        validation_accuracy: share of validation images classified correctly by the last epoch's network (its averaged
+            weights where the recipe has `ema`); NaN where labels were not learned.
         bad_images: the images that could not be decoded and were left out.
         stopped: a signal came when nothing was left to train.
     """
@@ -190,6 +190,7 @@ def _start(step: TrainingStep, start: State, run: Run) -> None:
     """Gives the network its first weights."""
     init = run.recipe.init
     new = load_start(step.network, start, init)
+    step.restart_average()
     start.clear()  # the memory is needed elsewhere
     remark(f"starts from {init}" + (f"; {', '.join(new)} are new" if new else ""), quiet=run.quiet)
 

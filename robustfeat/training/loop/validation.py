@@ -24,7 +24,7 @@ def validate(run: Run, step: TrainingStep, report_failures: Callable[[tuple[str,
 
     Args:
         run: with the images.
-        step: with the network, which is left in evaluation mode.
+        step: with the network, `TrainingStep.result`, which is left in evaluation mode.
         report_failures: gets a line for each image of this rank that cannot be decoded, once all are counted.
 
     Raises:
@@ -35,7 +35,7 @@ def validate(run: Run, step: TrainingStep, report_failures: Callable[[tuple[str,
     numbers = range(run.ranks.rank, len(batches), run.ranks.world)
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)
     failures: list[str] = []
-    step.network.eval()
+    step.result.eval()
     for batch in load_batches(batches, run.decoders, numbers, pin=run.device.type == "cuda"):
         failures.extend(batch.failures)
         if len(batch.labels):

@@ -102,7 +102,10 @@ def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory, commands:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         # A small rate: the network without batch statistics is chaotic in float32. In float64 the two agree to
         # 1e-15 at any rate; in float32 a last bit decides a ReLU now and then, and that turns the directions z.
-        options = {"epochs": 1, "method": "tests.training.recording:Frozen", "lambda": 1, "lr": 2e-5, "tau": 0.05}
+        options = {
+            "epochs": 1, "method": "tests.training.recording:Frozen", "lambda": 1, "lr": 2e-5, "tau": 0.05,
+            "set": "ema=0.9",
+        }  # fmt: skip
         arguments = train_arguments(noise, folder / "run", **options)
         run_ranks(commands, [*arguments, "--json"], folder, ranks)
         folders.append(folder)
@@ -127,9 +130,11 @@ def assert_two_ranks_make_the_steps_that_one_makes(one_and_two: tuple[Path, Path
         assert len(parts[0][1][step]) == len(parts[1][1][step]) == 3
         joined = parts[0][1][step] + parts[1][1][step]
         assert np.mean(joined) == pytest.approx(np.mean(alone_losses[step]), abs=1e-5)
-    alone, shared = load_checkpoint(one / "run").model, load_checkpoint(two / "run").model
-    for name, value in alone.items():
-        torch.testing.assert_close(value, shared[name], rtol=1e-3, atol=1e-4)
+    alone, shared = load_checkpoint(one / "run"), load_checkpoint(two / "run")
+    assert alone.average["updates"] == shared.average["updates"] == 50
+    for name, value in alone.model.items():
+        torch.testing.assert_close(value, shared.model[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(alone.result[name], shared.result[name], rtol=1e-3, atol=1e-4)
 
 
 def assert_one_rank_writes_and_evaluation_is_summed_exactly(one_and_two: tuple[Path, Path]) -> None:
