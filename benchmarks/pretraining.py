@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +106,19 @@ def run_cells(options: argparse.Namespace) -> None:
     tasks = dict(task.split("=", 1) for task in options.task)
     for seed in options.seeds:
         taught: list[Path] = []
-        for signal in SIGNALS:
-            for method in METHODS:
-                run = options.out / f"{signal} {method} seed {seed}".replace(" + ", "-").replace(" ", "-").lower()
-                result = run / "cell.json"
-                if not result.exists():
-                    if "teacher" in signal:
-                        borrow_features(run, taught)
-                    finish(options.data, cell_recipe(signal, method, seed, options.teacher), run)
-                    values = {"signal": signal, "method": method, "seed": seed, "svm": score(run, tasks)}
-                    with new_file(result) as partial:
-                        partial.write_text(json.dumps({**values, "machine": hardware()}, indent=1) + "\n")
-                    print(json.dumps(values), flush=True)
+        for method, signal in product(METHODS, SIGNALS):
+            run = options.out / f"{signal} {method} seed {seed}".replace(" + ", "-").replace(" ", "-").lower()
+            result = run / "cell.json"
+            if not result.exists():
                 if "teacher" in signal:
-                    taught.append(run)
+                    borrow_features(run, taught)
+                finish(options.data, cell_recipe(signal, method, seed, options.teacher), run)
+                values = {"signal": signal, "method": method, "seed": seed, "svm": score(run, tasks)}
+                with new_file(result) as partial:
+                    partial.write_text(json.dumps({**values, "machine": hardware()}, indent=1) + "\n")
+                print(json.dumps(values), flush=True)
+            if "teacher" in signal:
+                taught.append(run)
 
 
 def run_long(options: argparse.Namespace) -> None:
