@@ -52,14 +52,16 @@ def _spell_key(name: str, value: str | None) -> str | None:
 )
 @click.option(
     "--method",
-    help="erm, el, cl or hrrl; random, balanced or groupdro to compare with; or module:Class.  [default: hrrl]",
+    help="erm, el, cl, hrrl or stable; random, balanced or groupdro to compare with; or module:Class.  [default: hrrl]",
 )
 @click.option("--network", metavar="NAME", help="resnet18, or timm:NAME for a classifier of timm.  [default: resnet18]")
 @click.option(
     "--init", metavar="MODEL|FILE", help="Start from the weights of a run, a model or a file.  [default: random]"
 )
 @click.option("--teacher", metavar="MODEL", help="Learn this model's features of the same crop, too.  [default: none]")
-@click.option("--labels/--no-labels", default=None, help="Learn the labels, or the teacher's features alone.")
+@click.option(
+    "--labels/--no-labels", default=None, help="Learn the labels, or features alone: the teacher's or the start's."
+)
 @click.option(
     "--concepts",
     metavar="NAME|CSV",

@@ -24,6 +24,7 @@ __all__ = [
     "ConceptAdversary",
     "Losses",
     "concept_totals",
+    "inner_output",
     "input_gradient",
     "perturb",
     "project_simplex",
@@ -105,6 +106,20 @@ Losses = Callable[[Any], Tensor]
 """From what a network gives to one loss per image, (m,)."""
 
 
+def inner_output(model: nn.Module, images: Tensor, *, half: bool = False, batch_norm: str = "batch") -> Any:
+    """What the model gives for images in an inner pass, without any gradient; see `input_gradient`."""
+    with torch.no_grad(), _inner_pass(model, batch_norm):
+        return model(_seen(images, half))
+
+
+def _seen(images: Tensor, half: bool) -> Tensor:
+    """What an inner pass sees of images."""
+    if not half:
+        return images
+    size = ((images.shape[2] + 1) // 2, (images.shape[3] + 1) // 2)
+    return functional.adaptive_avg_pool2d(images, size).contiguous(memory_format=torch.channels_last)
+
+
 def input_gradient(
     model: nn.Module,
     images: Tensor,
@@ -129,12 +144,8 @@ def input_gradient(
     """
     x = images.detach().requires_grad_()
     with torch.enable_grad(), _inner_pass(model, batch_norm):
-        seen = x
-        if half:
-            size = ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
-            seen = functional.adaptive_avg_pool2d(x, size).contiguous(memory_format=torch.channels_last)
         # The sum, not the mean: a mean divides each image's gradient by m, and fp16 then underflows.
-        output = model(seen)
+        output = model(_seen(x, half))
         if losses is None:
             loss = functional.cross_entropy(output.float(), labels, reduction="sum")
         else:

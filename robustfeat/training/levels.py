@@ -13,8 +13,10 @@ from torch import Tensor, distributed, nn
 
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.groupdro import GroupAdversary
-from robustfeat.training.hrrl import ConceptAdversary, Losses, perturb, step_along
+from robustfeat.training.hrrl import ConceptAdversary, Losses, inner_output, input_gradient, perturb, step_along
+from robustfeat.training.network import StepOutput
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.stable import feature_distances
 
 __all__ = ["Adversary", "ConceptLevel", "ExampleLevel", "StepBatch", "create_concept_level", "create_example_level"]
 
@@ -32,6 +34,7 @@ class StepBatch:
         total: the examples of all ranks together.
         shares: (m, C) float, each example's shares of classes, where it is a mixture.
         teacher: (m, D) float32 of length 1, the teacher's features of the images as they were before any move.
+        anchors: (m, D) float32, what the network gave for the same images before training, where that is learned.
     """
 
     images: Tensor
@@ -42,6 +45,7 @@ class StepBatch:
     replay: int = 0
     shares: Tensor | None = None
     teacher: Tensor | None = None
+    anchors: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -77,9 +81,16 @@ class ExampleLevel:
             losses: from what the model gives for the batch's images, moved or not, to their losses.
 
         Returns:
-            (m, 3, S, S), without a graph.
+            (n, 3, S, S), without a graph; the first m are the batch's, moved or not.
         """
         return batch.images
+
+    def penalties(self, output: StepOutput, batch: StepBatch) -> Tensor | None:
+        """What the level adds to each image's loss, (m,) float32 with their graph, from the output for `move`'s images.
+
+        None where it adds nothing.
+        """
+        return None
 
 
 class _Moving(ExampleLevel):
@@ -97,6 +108,12 @@ class _Moving(ExampleLevel):
         if self._std is not None and self._std.device != images.device:
             self._std = self._std.to(images.device)
         return self._std
+
+    def random_step(self, images: Tensor, tau: float) -> Tensor:
+        """The images, moved by tau in a random direction each."""
+        noise, std = torch.randn_like(images), self.std(images)
+        # With `std`, `step_along` takes a gradient, and divides by it.
+        return step_along(images, noise if std is None else noise * std, tau, std)
 
 
 class _Gradient(_Moving):
@@ -153,10 +170,47 @@ class _RandomDirection(_Moving):
     """Along a random direction: the control of the example level."""
 
     def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
-        images, std = batch.images, self.std(batch.images)
-        noise = torch.randn_like(images)
-        # With `std`, `step_along` takes a gradient, and divides by it.
-        return step_along(images, noise if std is None else noise * std, tau, std)
+        return self.random_step(batch.images, tau)
+
+
+class _FeatureDirection(_Moving):
+    """Along the direction that moves an image's features most, which the loss then keeps small: see `stable`.
+
+    Args:
+        std, half, batch_norm: see `_Gradient`.
+        steps: of the search for that direction.
+        weight: beta.
+        still: train on the images as they are, too.
+    """
+
+    def __init__(
+        self, std: Tensor | None, *, half: bool, batch_norm: str, steps: int, weight: float, still: bool
+    ) -> None:
+        super().__init__(std)
+        self._inner: dict[str, Any] = {"half": half, "batch_norm": batch_norm}
+        self._steps, self._weight, self._still = steps, weight, still
+
+    def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
+        images = batch.images
+        if batch.anchors is None or self._inner["half"]:  # features at half the resolution have other anchors
+            anchors: Tensor = inner_output(model, images, **self._inner).features
+        else:
+            anchors = batch.anchors
+
+        def distances(output: StepOutput) -> Tensor:
+            return feature_distances(output.features, anchors)
+
+        # At the image itself the gradient is zero.
+        moved = self.random_step(images, tau)
+        for _ in range(self._steps):
+            gradient = input_gradient(model, moved, batch.targets, losses=distances, **self._inner)
+            moved = step_along(images, gradient, tau, self.std(images))
+        return torch.cat([images, moved]) if self._still else moved
+
+    def penalties(self, output: StepOutput, batch: StepBatch) -> Tensor | None:
+        size = len(batch.images)
+        anchors = output.features[:size] if batch.anchors is None else batch.anchors
+        return self._weight * feature_distances(output.features[-size:], anchors)
 
 
 def create_example_level(direction: str | None, recipe: Recipe) -> ExampleLevel:
@@ -166,9 +220,18 @@ def create_example_level(direction: str | None, recipe: Recipe) -> ExampleLevel:
     std = torch.tensor(recipe.preprocessing().std).view(1, 3, 1, 1) if recipe.tau_unit == "pixel" else None
     if direction == "random":
         return _RandomDirection(std)
+    inner: dict[str, Any] = {"half": recipe.inner == "half", "batch_norm": recipe.inner_batch_norm}
+    if direction == "features":
+        return _FeatureDirection(
+            std,
+            steps=recipe.stable_steps,
+            weight=recipe.stable_weight,
+            still=recipe.labels or bool(recipe.teacher) or recipe.stable_anchor == "self",
+            **inner,
+        )
     if recipe.inner == "free":
         return _FreeGradient(std, recipe.replays)
-    return _Gradient(std, half=recipe.inner == "half", batch_norm=recipe.inner_batch_norm)
+    return _Gradient(std, **inner)
 
 
 class Adversary(Protocol):

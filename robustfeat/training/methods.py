@@ -19,7 +19,7 @@ class Method:
     """What a method does at each level; None switches a level off.
 
     Attributes:
-        direction: of the example level: `gradient`, or `random` (a control).
+        direction: of the example level: `gradient`, `features` (stable) or `random` (a control).
         weighting: of the concept level: `adversary` (Eqs. 4 to 6), `groups` (GroupDRO) or `classes` (each class weighs
             the same).
     """
@@ -33,6 +33,7 @@ METHODS = {
     "el": Method(direction="gradient"),
     "cl": Method(weighting="adversary"),
     "hrrl": Method("gradient", "adversary"),
+    "stable": Method(direction="features"),
     # Controls and a relative, for comparisons.
     "random": Method(direction="random"),
     "balanced": Method(weighting="classes"),

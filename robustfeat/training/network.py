@@ -19,6 +19,7 @@ __all__ = [
     "classifier_of",
     "feature_network",
     "feature_size",
+    "pooled_features",
     "timm_settings",
 ]
 
@@ -91,7 +92,7 @@ class Outputs(nn.Module):
 
     def forward(self, images: Tensor) -> StepOutput:
         """(n, 3, H, W) to the three."""
-        features = _pooled(self.network, images)
+        features = pooled_features(self.network, images)
         logits = classifier_of(self.network)(features)
         return StepOutput(logits, features, {name: head(features) for name, head in self.heads.items()})
 
@@ -141,7 +142,7 @@ def _require_classifier(network: nn.Module, name: str, image_size: int) -> None:
     try:
         with torch.no_grad():
             network.eval()
-            features = _pooled(network, images)
+            features = pooled_features(network, images)
             classifier = classifier_of(network)
             if not isinstance(classifier, nn.Linear):
                 reason = f"its classifier is no linear layer, but {type(classifier).__name__}"
@@ -157,7 +158,8 @@ def _require_classifier(network: nn.Module, name: str, image_size: int) -> None:
         raise InputError(f"cannot be trained: {reason}", argument="network", value=name)
 
 
-def _pooled(network: nn.Module, images: Tensor) -> Tensor:
+def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
+    """(n, 3, H, W) to (n, D), what the classifier sees."""
     if isinstance(network, ResNet18):
         return network.pooled(images)
     timm_network: Any = network

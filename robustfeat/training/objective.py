@@ -6,9 +6,10 @@ To try an idea of your own, subclass `Objective`, override a hook and pass `--me
 from __future__ import annotations
 
 import importlib
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,7 +39,7 @@ class Objective:
     Args:
         recipe: where tau, lambda, s, c and the like come from.
         concepts: each class's concept, and the training examples of each class.
-        direction: of the example level: `gradient`, `random` (the control) or None (off).
+        direction: of the example level: `gradient`, `features` (see `stable`), `random` (the control) or None (off).
         weighting: of the concept level: `adversary` (Eqs. 4 to 6), `groups` (GroupDRO), `classes` (each class
             weighs the same) or None (off).
 
@@ -104,7 +105,7 @@ class Objective:
         return self.example_level.move(model, batch, tau, partial(self.losses, batch=batch))
 
     def losses(self, output: StepOutput, batch: StepBatch) -> Tensor:
-        """Second hook: the loss of each image; here the cross-entropy, and what a teacher adds.
+        """Second hook: the loss of each image; here the cross-entropy, and what a teacher and the example level add.
 
         The example level's inner pass asks it, too, about images of its own: it must not learn from them.
 
@@ -115,22 +116,34 @@ class Objective:
         Returns:
             (m,) float32, with their graph.
         """
-        if batch.teacher is None:
-            return self.label_losses(output, batch)
+        parts = []
+        if self._labels:
+            parts.append(self.label_losses(output, batch))
+        if batch.teacher is not None:
+            parts.append(self._teacher_losses(output, batch.teacher))
+        if (penalties := self.example_level.penalties(output, batch)) is not None:
+            parts.append(penalties)
+        if not parts:
+            raise InputError(
+                "leaves nothing to learn from",
+                argument="labels",
+                value="False",
+                fix="pass a `teacher`, or give the objective direction='features'",
+            )
+        return reduce(torch.add, parts)
+
+    def label_losses(self, output: StepOutput, batch: StepBatch) -> Tensor:
+        """The part of `losses` that comes from labels: (m,) float32, the cross-entropy with the smoothed targets."""
+        logits = output.logits[: len(batch.labels)].float()
+        return functional.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self._label_smoothing)
+
+    def _teacher_losses(self, output: StepOutput, features: Tensor) -> Tensor:
         if TEACHER_HEAD not in output.heads:
             raise InputError(
                 f"create_heads leaves out {TEACHER_HEAD!r}, which learns from the teacher",
                 fix="add your heads to what super().create_heads returns",
             )
-        projected = output.heads[TEACHER_HEAD][: len(batch.teacher)]
-        distances = self._teacher_weight * teacher_losses(projected, batch.teacher)
-        return self.label_losses(output, batch) + distances if self._labels else distances
-
-    def label_losses(self, output: StepOutput, batch: StepBatch) -> Tensor:
-        """The part of `losses` that comes from labels: (m,) float32, the cross-entropy with the smoothed targets."""
-        return functional.cross_entropy(
-            output.logits.float(), batch.targets, reduction="none", label_smoothing=self._label_smoothing
-        )
+        return self._teacher_weight * teacher_losses(output.heads[TEACHER_HEAD][: len(features)], features)
 
     def training_loss(self, losses: Tensor, batch: StepBatch) -> Tensor:
         """Third hook: weighs the losses of this step and learns from them for the next.

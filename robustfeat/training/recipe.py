@@ -24,7 +24,7 @@ RECIPE_NAME = "recipe.toml"
 
 _INTEGERS = frozenset({
     "width", "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
-    "teacher_crops",
+    "teacher_crops", "stable_steps",
 })  # fmt: skip
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("width", 1, 512),
@@ -43,6 +43,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("teacher_crops", 0, 10_000),
     ("teacher_gb", 1e-9, 1e6),
     ("tau", 0, 1e6),
+    ("stable_weight", 0, 1e6),
+    ("stable_steps", 1, 100),
     ("lam", 1e-12, 1e30),
     ("q_warmup_steps", 0, 1e12),
     ("q_warmup_divisor", 1, 1e12),
@@ -61,6 +63,7 @@ _CHOICES = {
     "tau_unit": ("normalised", "pixel"),
     "inner": ("full", "half", "free"),
     "inner_batch_norm": ("batch", "eval"),
+    "stable_anchor": ("self", "start"),
 }
 _SWITCHES = ("q_baseline", "compile", "labels")
 _REMOVED = {
@@ -74,7 +77,7 @@ class Recipe:
     """Everything that decides a run's result besides its data. The defaults are the paper's, for ImageNet.
 
     Attributes:
-        method: erm, el, cl, hrrl; random, balanced, groupdro; or module:Class.
+        method: erm, el, cl, hrrl; stable; random, balanced, groupdro; or module:Class.
         concepts: imagenet11, classes, a CSV file `class,concept`, or clusters:K (of the teacher's features).
         network: resnet18, timm:NAME for a classifier of timm, or auto (the network of `init`; ResNet-18 without).
         width: of ResNet-18, channels of its first stage (64, the paper).
@@ -88,7 +91,7 @@ class Recipe:
         teacher_gb: the most that those features may take on the disk, in GB.
         teacher_sha256, teacher_size: of its config.json, and D of its features; training fills them in, and refuses
             another teacher afterwards.
-        labels: learn the labels; without them, the teacher's features are all that is learned.
+        labels: learn the labels; without them, only features are learned, of the teacher or of the start.
         epochs, batch_size, lr, momentum, weight_decay: of SGD.
         ema: decay of an exponential moving average of the weights; the averaged network is what is validated and
             exported (0: no average, the paper).
@@ -110,6 +113,10 @@ class Recipe:
         replays: with `free`, the steps in a row that use one batch; an epoch stays as many steps. An image that
             weighs nothing leaves no gradient and is not moved in the next step.
         inner_batch_norm: in the inner pass, `batch` statistics or running ones (`eval`).
+        stable_weight: beta of `method = "stable"`: an image's loss has beta ||f(x + d) - a||^2 in it.
+        stable_steps: gradient steps to d, the move of length tau that changes the features most.
+        stable_anchor: a: `self` (f(x), the network's own features) or `start` (those that the network gave to x
+            before training, which needs `init`).
         lam: lambda of the concept level.
         q_warmup_steps, q_warmup_divisor: s and c of Algorithm 1; c may be `auto` (Theorem 3).
         q_baseline: see `ConceptAdversary`, `baseline`.
@@ -162,6 +169,9 @@ class Recipe:
     inner: str = "full"
     replays: int = 4
     inner_batch_norm: str = "batch"
+    stable_weight: float = 1.0
+    stable_steps: int = 1
+    stable_anchor: str = "self"
     lam: float = 10.0
     q_warmup_steps: int = 1000
     q_warmup_divisor: float | str = 10.0
@@ -193,6 +203,7 @@ class Recipe:
         self._check_choices()
         self._check_teacher()
         self._check_targets()
+        self._check_stable()
         if self.parts is not None and (not _is_whole(self.parts) or self.parts < 1):
             raise _invalid("parts", "must be a whole number >= 1", self.parts)
         starts = [first for first, _ in self.image_sizes]
@@ -263,8 +274,28 @@ class Recipe:
             raise InputError(
                 "cannot be named beforehand", argument="concepts", value=self.concepts, fix="leave `reference` out"
             )
-        if not self.teacher and not self.labels:
-            raise InputError("leaves nothing to learn from", argument="labels", value="False", fix="pass a `teacher`")
+        if not self.teacher and not self.labels and self.stable_anchor == "self":
+            raise InputError(
+                "leaves nothing to learn from",
+                argument="labels",
+                value="False",
+                fix="pass a `teacher`, or `init`, `method=stable` and `stable_anchor=start`",
+            )
+
+    def _check_stable(self) -> None:
+        if self.method == "stable" and self.inner == "free":
+            raise InputError(
+                "takes the direction from the gradient of the step before, and stable from one of the features",
+                argument="inner",
+                value=self.inner,
+                fix="pass `inner=full` or `inner=half`",
+            )
+        if self.stable_anchor == "start" and not self.init:
+            raise InputError("are the features of a start", argument="stable_anchor", value="start", fix="pass `init`")
+        if self.stable_anchor == "start" and self.method != "stable" and ":" not in self.method:
+            raise InputError(
+                f"does nothing in {self.method}", argument="stable_anchor", value="start", fix="pass `method=stable`"
+            )
 
     def _check_targets(self) -> None:
         if self.label_smoothing and not self.labels:

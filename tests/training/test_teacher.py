@@ -400,7 +400,13 @@ def test_images_without_labels_need_other_concepts(photos: Path, small_model: Pa
 def test_two_ranks_learn_from_a_teacher_without_labels(
     dataset: Path, small_model: Path, tmp_path: Path, commands: CommandServer
 ) -> None:
-    options = {"epochs": 1, "teacher": small_model, "concepts": "clusters:2", "set": "teacher_crops=1"}
+    options = {
+        "epochs": 1,
+        "method": "stable",
+        "teacher": small_model,
+        "concepts": "clusters:2",
+        "set": "teacher_crops=1",
+    }
     run_ranks(commands, [*train_arguments(dataset, tmp_path / "run", **options), "--no-labels"], tmp_path, 2)
     saved = load_checkpoint(tmp_path / "run")
     assert saved.global_step == 5

@@ -71,6 +71,7 @@ class Checkpoint:
         model, optimizer, objective, scaler: their state dicts (the scaler's is empty but for fp16).
         average: of `MovingAverage`, where the recipe has `ema`.
         heads: the state dict of the objective's own modules; most objectives have none.
+        start: the state dict of the network before training, where its features are learned (`stable_anchor`).
         bad_images: for `training` and `validation`, those that could not be decoded so far.
         clusters: `centres` and `of_image` of `Clusters`, where they are the concepts.
     """
@@ -90,6 +91,7 @@ class Checkpoint:
     heads: dict[str, Any] = field(default_factory=dict)
     bad_images: dict[str, list[str]] = field(default_factory=dict)
     clusters: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
     average: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -244,9 +244,10 @@ def introduce(run: Run, data: str | Path) -> None:
     recipe = run.recipe
     ranks = f" on {run.ranks.world} ranks" if run.ranks.world > 1 else ""
     inner = f", inner pass {recipe.inner}" if recipe.inner != "full" else ""
-    lines = [f"learns the features of {recipe.teacher}" + ("" if recipe.labels else ", without labels")]
+    taught = recipe.teacher or (recipe.init if recipe.stable_anchor == "start" else "")
+    lines = [f"learns the features of {taught}" + ("" if recipe.labels else ", without labels")]
     lines = [
-        *(lines if recipe.teacher else ()),
+        *(lines if taught else ()),
         f"{len(run.train_set):,} training and {len(run.validation_set):,} validation images, "
         f"{len(run.train_set.classes)} classes, {len(run.concepts.names)} concepts; "
         f"{recipe.method} on {run.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs",

@@ -15,7 +15,7 @@ from robustfeat.training.loop.step import TrainingStep
 
 __all__ = ["Saver", "restore"]
 
-_STATES = ("model", "heads", "optimizer", "objective", "scaler", "average")
+_STATES = ("model", "heads", "start", "optimizer", "objective", "scaler", "average")
 
 
 class Saver:

@@ -20,6 +20,7 @@ from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.network import Outputs, build_network, classifier_of, feature_size
 from robustfeat.training.objective import TEACHER_HEAD, Objective, StepBatch, create_objective
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.stable import FrozenStart, feature_distances
 from robustfeat.training.teacher import teacher_losses
 
 __all__ = ["Guidance", "StepResult", "TrainingStep"]
@@ -95,6 +96,7 @@ class TrainingStep:
             precision=recipe.precision,
         )
         self._average = MovingAverage(self._outputs, recipe.ema) if recipe.ema else None
+        self._start = FrozenStart(network) if recipe.stable_anchor == "start" else None
         self._inner = self._trained = _compiled(self._outputs) if recipe.compile else self._outputs
         self._concept_of_class = torch.from_numpy(concepts.of_class).to(device)
         contract = recipe.preprocessing()
@@ -106,10 +108,12 @@ class TrainingStep:
         """The network that is validated, recalibrated and exported, and its heads: the average where there is one."""
         return self._outputs if self._average is None else self._average.outputs
 
-    def restart_average(self) -> None:
-        """The average of the weights, where there is one, begins at the network's present weights."""
+    def take_start(self) -> None:
+        """The network's weights of now are those that training starts from."""
         if self._average is not None:
             self._average.restart(self._outputs)
+        if self._start is not None:
+            self._start.load_state_dict(self.network.state_dict())
 
     def distribute(self) -> None:
         """From here on steps are made together with the other ranks; a collective call."""
@@ -168,9 +172,9 @@ class TrainingStep:
         # Methods that draw random numbers draw the same ones after a resume, and each rank its own.
         torch.manual_seed(((self.recipe.seed * 1_000_003 + number) * 4099 + self._ranks.rank) % 2**63)
         labels = labels.to(self.device, non_blocking=True)
-        concepts = guidance.concepts
+        concepts, images = guidance.concepts, self.to_input(pixels)
         batch = StepBatch(
-            self.to_input(pixels),
+            images,
             labels,
             self._concept_of_class[labels] if concepts is None else concepts.to(self.device, non_blocking=True),
             epoch,
@@ -178,6 +182,7 @@ class TrainingStep:
             replay,
             shares=guidance.shares,
             teacher=guidance.teacher,
+            anchors=self._anchors(images),
         )
         with self.autocast():
             x = self.objective.training_images(self._inner, batch)
@@ -193,6 +198,12 @@ class TrainingStep:
             self._average.update(self._outputs)
         correct = self._count_correct(output.logits.detach()[: len(labels)], labels)
         return StepResult(losses.detach(), objective.detach(), correct)
+
+    def _anchors(self, images: Tensor) -> Tensor | None:
+        if self._start is None:
+            return None
+        with self.autocast():
+            return self._start.features(images)
 
     def _require_shape(self, hook: str, value: Tensor, shape: tuple[int, ...], expected: str) -> None:
         if tuple(value.shape) != shape:
@@ -221,12 +232,20 @@ class TrainingStep:
         Args:
             pixels, labels: see `__call__`.
             teacher: the teacher's features, where the loss is the distance to them: where labels are not learned.
+
+        Without labels and without a teacher, the loss is the squared distance to the start's features.
         """
         labels = labels.to(self.device, non_blocking=True)
-        if teacher is not None:
+        if not self.recipe.labels:
+            images = self.to_input(pixels)
             with torch.no_grad(), self.autocast():
-                output = self.result(self.to_input(pixels))
-            distances = teacher_losses(output.heads[TEACHER_HEAD], teacher)
+                output = self.result(images)
+            if teacher is not None:
+                distances = teacher_losses(output.heads[TEACHER_HEAD], teacher)
+            else:
+                anchors = self._anchors(images)
+                assert anchors is not None
+                distances = feature_distances(output.features, anchors)
             return distances.double().sum(), self._count_correct(output.logits, labels)
         with torch.no_grad(), self.autocast():
             logits = self.result.network(self.to_input(pixels)).float()
@@ -257,10 +276,11 @@ class TrainingStep:
             self._share_statistics(self.result)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: model, heads, optimizer, objective, scaler, average."""
+        """What a checkpoint keeps: model, heads, start, optimizer, objective, scaler, average."""
         return {
             "model": self.network.state_dict(),
             "heads": self._heads.state_dict(),
+            "start": self._start.state_dict() if self._start else {},
             "objective": self.objective.state_dict(),
             "average": {} if self._average is None else self._average.state_dict(),
             **self._descent.state_dict(),
@@ -270,6 +290,8 @@ class TrainingStep:
         """Resumes from a checkpoint."""
         self.network.load_state_dict(state["model"])
         self._heads.load_state_dict(state["heads"])
+        if self._start is not None:
+            self._start.load_state_dict(state["start"])
         self._descent.load_state_dict(state)
         self.objective.load_state_dict(state["objective"])
         if self._average is not None:

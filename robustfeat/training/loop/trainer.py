@@ -190,7 +190,7 @@ def _start(step: TrainingStep, start: State, run: Run) -> None:
     """Gives the network its first weights."""
     init = run.recipe.init
     new = load_start(step.network, start, init)
-    step.restart_average()
+    step.take_start()
     start.clear()  # the memory is needed elsewhere
     remark(f"starts from {init}" + (f"; {', '.join(new)} are new" if new else ""), quiet=run.quiet)
 
