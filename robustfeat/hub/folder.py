@@ -171,9 +171,9 @@ class ModelFolder:
         content = self.read(GOLDEN_FEATURES)
         try:
             features: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as exc:
+        except Exception as exc:  # NumPy reads the header as Python's text: what is raised has no common base
             raise ModelFolderError(f"{self.path / GOLDEN_FEATURES}: not an array ({first_line(exc)})") from exc
-        if not names or features.shape != (len(names), self.config.feature_size):
+        if not names or getattr(features, "shape", None) != (len(names), self.config.feature_size):
             raise ModelFolderError(
                 f"{self.path / GOLDEN_FEATURES}: must be {(len(names), self.config.feature_size)}; "
                 f"got {features.shape}; export the model again"

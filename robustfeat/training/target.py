@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from robustfeat.errors import DataError, ModelFolderError, first_line
@@ -60,7 +61,9 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
         state = load(folder.read(WEIGHTS))
         parts = (state[f"{folder.config.classifier}.{part}"] for part in ("weight", "bias"))
         weight, bias = (part.astype(np.float64) for part in parts)
-    except (ModelFolderError, OSError, ValueError, KeyError) as exc:
+        if not all(isinstance(name, str) for name in classes) or weight.shape[:1] != (len(classes),):
+            raise ValueError("its classes do not fit its classifier")
+    except (ModelFolderError, OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as exc:
         raise DataError(
             f"has no named classes ({first_line(exc)})",
             argument="target_model",

@@ -73,7 +73,10 @@ def _read_npy(handle: Any, feature_size: int, rows: int) -> Iterator[NDArray[np.
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"version {version} of the format; expected (1, 0)")
-    shape, fortran_order, dtype = readers[version](handle)
+    try:
+        shape, fortran_order, dtype = readers[version](handle)
+    except Exception as exc:  # NumPy reads the header as Python's text: what is raised has no common base
+        raise ValueError(f"its header cannot be read ({first_line(exc)})") from exc
     if dtype != np.dtype("<f4") or (fortran_order and min(shape) > 1):
         order = ", in Fortran's order" if fortran_order else ""
         raise ValueError(f"it holds {dtype.str}{order}; expected <f4, row by row")

@@ -187,12 +187,13 @@ def _checked(label: str, place: str) -> str:
 
 
 def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
+    reader: Any = None
     try:
         with _open_text(file) as handle:
             separator = _separator(handle.readline())
             handle.seek(0)
             reader = csv.reader(handle, delimiter=separator, strict=True)
-            first = next(reader, [])
+            first: list[str] = next(reader, [])
             names = [name.strip().lower() for name in first]
             path_at = next((names.index(name) for name in _PATH_COLUMNS if name in names), None)
             if column is not None:
@@ -214,8 +215,10 @@ def _read_csv(file: str, column: str | None) -> Iterator[tuple[str, str, Any]]:
                 yield place, unquote_cell(row[path_at]).removeprefix("./"), None if label in _MISSING else label
     except OSError as exc:
         raise InputError(f"cannot be read ({exc.strerror})", argument="labels", value=file) from exc
+    except UnicodeDecodeError as exc:
+        raise InputError("not text in UTF-8 or UTF-16", argument="labels", value=file) from exc
     except csv.Error as exc:
-        what = f"not a CSV file (line {reader.line_num}: {exc})"
+        what = f"not a CSV file (line {reader.line_num if reader else 1}: {exc})"
         raise InputError(what, argument="labels", value=file) from exc
 
 

@@ -69,9 +69,10 @@ def class_names(schema: Any, column: str) -> tuple[str, ...] | None:
     try:
         kind = json.loads(raw or b"{}")["info"]["features"][column]
         names = kind.get("feature", kind).get("names")  # a list of classes, or one
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
-    return tuple(names) if names else None
+    is_text = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if names and is_text else None
 
 
 def find_images(file: str, column: str | None) -> tuple[str, int]:

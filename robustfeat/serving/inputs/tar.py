@@ -21,6 +21,8 @@ _REGULAR = b"0\0" + b"7"
 _WITHOUT_CONTENT = b"123456"
 _OCTAL = re.compile(rb"[0-7]*")
 _SIZE = re.compile(r"[0-9]{1,18}")
+_NAMED_BY = {b"path", b"size", b"GNU.sparse.name"}
+_SPARSE = "GNU.sparse"
 
 
 class TarMember(NamedTuple):
@@ -96,7 +98,7 @@ class TarReader:
                 if self._records(self.read(at, size), offset):
                     self._damaged(offset, "an extended header there gives all members one name or size")
             elif kind != b"K":
-                sparse = kind == b"S" or any(key.startswith("GNU.sparse") for key in extra)
+                sparse = kind == b"S" or _SPARSE in extra or "GNU.sparse.name" in extra
                 if sparse and self._complete:
                     self._damaged(offset, "a sparse member begins there, which cannot be read")
                 name = extra.get("GNU.sparse.name") or extra.get("path") or self._name(header)
@@ -156,15 +158,19 @@ class TarReader:
 
     def _records(self, data: bytes, offset: int) -> dict[str, str]:
         """PAX: lines of `LENGTH KEY=VALUE`, the length counting all of a line. Those about a member's name and size."""
-        records = {}
-        while data:
-            digits, _, rest = data.partition(b" ")
-            if not digits.isdigit() or len(digits) > 18 or not len(digits) + 1 < int(digits) <= len(data):
+        records, at = {}, 0
+        while at < len(data):
+            # A header may hold millions of records: each costs its own bytes, not those behind it.
+            space = data.find(b" ", at, at + 19)
+            digits = data[at:space] if space > 0 else b""
+            if not digits.isdigit() or not len(digits) + 1 < int(digits) <= len(data) - at:
                 self._damaged(offset, "its extended header is unreadable")
-            key, _, value = rest[: int(digits) - len(digits) - 2].partition(b"=")
-            if key in {b"path", b"size"} or key.startswith(b"GNU.sparse"):
-                records[key.decode("utf-8", "replace")] = os.fsdecode(value)
-            data = data[int(digits) :]
+            key, _, value = data[space + 1 : at + int(digits) - 1].partition(b"=")
+            if key in _NAMED_BY:
+                records[key.decode()] = os.fsdecode(value)
+            elif key.startswith(b"GNU.sparse"):
+                records[_SPARSE] = ""
+            at += int(digits)
         return records
 
     def _check_end(self, offset: int, *, extended: bool) -> None:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from robustfeat.errors import DataError
 from robustfeat.serving.inputs.choice import IMAGE_SUFFIXES, say_left_out, suffix_kind
 from robustfeat.serving.inputs.sources import ImageSource
-from robustfeat.serving.inputs.tar import open_tar
+from robustfeat.serving.inputs.tar import TarReader, open_tar
 from robustfeat.training.data.image_set import ImageSet, sort_classes
 
 __all__ = ["CLASSES_NAME", "TarSplit", "read_class_names", "read_shards"]
 
 CLASSES_NAME = "classes.txt"
 
+_LABEL_BYTES = 2**24
 _NUMBER = re.compile(r"[0-9]+")
 _NONE = re.compile(r"-[0-9]+")
 
@@ -186,7 +187,7 @@ def _samples(shard: Path, left_out: Counter[str]) -> Iterator[_Sample]:
                         f"{shard}: sample {key!r} has two images, {sample.name} and {name}", fix="remove one"
                     )
                 sample.name, sample.offset, sample.size = name, offset, size
-            elif sample.label_kind != ".cls" and (label := _label(kind, archive.read(offset, size), shard, name)):
+            elif sample.label_kind != ".cls" and (label := _read_label(archive, offset, size, kind, shard, name)):
                 sample.label, sample.label_kind = label, kind
     for key, sample in found.items():
         if not sample.name:
@@ -201,6 +202,12 @@ def _samples(shard: Path, left_out: Counter[str]) -> Iterator[_Sample]:
         yield sample
 
 
+def _read_label(archive: TarReader, offset: int, size: int, kind: str, shard: Path, name: str) -> str:
+    if size > _LABEL_BYTES:
+        raise DataError(f"{shard}: {name} has {size:,} bytes; a label may have {_LABEL_BYTES:,}", fix="pack it again")
+    return _label(kind, archive.read(offset, size), shard, name)
+
+
 def _label(kind: str, data: bytes, shard: Path, name: str) -> str:
     """A label as text, a number without leading zeros; empty where there is none, for which -1 stands as well."""
     try:
@@ -209,7 +216,7 @@ def _label(kind: str, data: bytes, shard: Path, name: str) -> str:
             about = json.loads(text)
             value = about.get("label", about.get("cls")) if isinstance(about, dict) else None
             text = str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         expected = "text in UTF-8" if kind == ".cls" else "JSON"
         raise DataError(f"{shard}: {name} is not {expected} ({exc})", fix="pack it again") from exc
     if _NONE.fullmatch(text):

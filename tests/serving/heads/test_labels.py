@@ -199,6 +199,7 @@ def test_a_missing_label_is_no_class(tmp_path: Path, missing: str) -> None:
         ),
         ("path,label\ncat/1.jpg\n", "line 2: has 1 columns; expected 2"),
         ("", "is empty"),
+        ("path," + "l" * 200_000 + "\ncat/1.jpg,x\n", r"not a CSV file \(line 1: "),
         ("path,label\n", "holds no labels"),
         ("path,label\nphotos/cat/1.jpg,x\n", "none of its 1 paths .*there 'photos/cat/1.jpg', here 'cat/1.jpg'"),
         ("path,label\ndog/bad.jpg,x\n", "all 1 labelled images failed"),
@@ -223,6 +224,20 @@ def test_sources_that_are_none_are_refused(source: str, reason: str, tmp_path: P
     with pytest.raises(InputError, match=reason) as caught:
         read_labels([str(tmp_path / source)])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [b"\0", b"\0\xd8", b"\0\xdc\0\xd8"])
+def test_damaged_utf_16_is_no_text(end: bytes, tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_bytes("path,label\ncat/1.jpg,x".encode("utf-16") + end)
+    with pytest.raises(InputError, match=r"l\.csv: not text in UTF-8 or UTF-16"):
+        read_labels([str(tmp_path / "l.csv")])
+
+
+def test_class_names_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    for about in (b"[" * 100_000, b'{"info": {"features": {"label": {"names": [1, [2]]}}}}'):
+        table = pyarrow.table({"path": ["a.jpg"], "label": [1]}).replace_schema_metadata({"huggingface": about})
+        parquet.write_table(table, tmp_path / "t.parquet")
+        assert read_labels([f"{tmp_path}/t.parquet:label"]).of("a.jpg") == ("1",)
 
 
 def test_a_missing_column_is_said(tmp_path: Path) -> None:

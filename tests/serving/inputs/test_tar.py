@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,32 @@ def test_extended_headers_of_any_size_are_not_read(tmp_path: Path) -> None:
         handle.truncate(2**29)
     with pytest.raises(InputError, match="damaged at byte 0: an extended header of 268,435,456 bytes"):
         read(place)
+
+
+def extended(place: Path, records: bytes) -> None:
+    """An archive of one member, with these PAX records before it."""
+    data = pack(place, [("x.jpg", records), ("b.jpg", b"x")])
+    data[156:157] = b"x"
+    data[:512] = sign(data[:512])
+    place.write_bytes(data)
+
+
+def test_millions_of_records_cost_their_own_bytes(tmp_path: Path) -> None:
+    """Read by cutting off one after the other, these took hours."""
+    place = tmp_path / "a.tar"
+    extended(place, b"5 a=\n" * 400_000)
+    began = time.process_time()
+    assert [member.name for member in read(place)] == ["b.jpg"]
+    assert time.process_time() - began < 5
+
+
+def test_records_that_are_not_needed_are_not_kept(tmp_path: Path) -> None:
+    place = tmp_path / "a.tar"
+    records = b"".join(b"26 GNU.sparse.%010d=\n" % number for number in range(1000))
+    extended(place, records)
+    with open_tar(str(place)) as archive:
+        assert [member.regular for member in archive.members()] == [False]
+        assert len(archive._records(records, 0)) == 1
 
 
 def test_an_extended_header_without_its_member_is_damage(tmp_path: Path) -> None:
