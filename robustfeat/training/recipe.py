@@ -33,6 +33,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("lr", 1e-12, 1e30),
     ("momentum", 0, 0.999999),
     ("weight_decay", 0, 1e6),
+    ("clip_norm", 0, 1e30),
     ("ema", 0, 0.9999999),
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
@@ -57,6 +58,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("crop_pct", 0.01, 1),
 )
 _CHOICES = {
+    "optimizer": ("sgd", "adamw"),
     "schedule": ("step", "linear", "cosine"),
     "teacher_precision": ("fp32", "bf16", "int8"),
     "precision": ("fp32", "bf16", "fp16"),
@@ -65,7 +67,7 @@ _CHOICES = {
     "inner_batch_norm": ("batch", "eval"),
     "stable_anchor": ("self", "start"),
 }
-_SWITCHES = ("q_baseline", "compile", "labels")
+_SWITCHES = ("q_baseline", "compile", "labels", "decay_norms")
 _REMOVED = {
     "nesterov": False, "tau_ramp_epochs": 0, "q_steps": "decaying", "group_rate": 0.01, "batch_norm": "batch",
 }  # fmt: skip
@@ -92,7 +94,10 @@ class Recipe:
         teacher_sha256, teacher_size: of its config.json, and D of its features; training fills them in, and refuses
             another teacher afterwards.
         labels: learn the labels; without them, only features are learned, of the teacher or of the start.
-        epochs, batch_size, lr, momentum, weight_decay: of SGD.
+        optimizer: sgd (the paper) or adamw, with PyTorch's betas, which has no `momentum`.
+        epochs, batch_size, lr, momentum, weight_decay: of the optimiser.
+        decay_norms: decay the weights of normalisation layers and biases, too (the paper says nothing of them).
+        clip_norm: scale gradients down to this L2 norm, over all parameters; 0: never.
         ema: decay of an exponential moving average of the weights; the averaged network is what is validated and
             exported (0: no average, the paper).
         schedule: `step` (lr / 10 at each of `milestones`, in epochs), `linear` or `cosine` (to zero at the end).
@@ -150,6 +155,9 @@ class Recipe:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    optimizer: str = "sgd"
+    decay_norms: bool = True
+    clip_norm: float = 0.0
     ema: float = 0.0
     schedule: str = "step"
     milestones: tuple[int, ...] = (30, 60)

@@ -94,6 +94,8 @@ class Window:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, device=device, dtype=torch.float64)
+        # Of gradients, the same on each rank: the sum of the finite norms, and how many they are.
+        self._norms: Tensor | None = None
         self._first_bad = torch.full((), torch.inf, device=device, dtype=torch.float64)
         self._steps = 0
         self._began = time.monotonic()
@@ -104,6 +106,10 @@ class Window:
         self._sums += torch.stack([
             loss, result.objective.double(), result.correct.double(), torch.ones_like(loss) * len(result.losses)
         ])  # fmt: skip
+        if result.gradient_norm is not None:
+            norm = result.gradient_norm.double()
+            counted = torch.stack([torch.where(norm.isfinite(), norm, 0), norm.isfinite().double()])
+            self._norms = counted if self._norms is None else self._norms + counted
         bad = ~(torch.isfinite(loss) & torch.isfinite(result.objective))
         self._first_bad = torch.where(bad, self._first_bad.clamp_max(step), self._first_bad)
         self._steps += 1
@@ -114,14 +120,19 @@ class Window:
         return None if step == torch.inf else int(step)
 
     def numbers(self, world: int) -> dict[str, float] | None:
-        """Means over the window and all ranks: unweighted loss, what was descended, speed; accuracy if it is known."""
+        """Means over the window and all ranks: unweighted loss, what was descended, speed.
+
+        The accuracy and the gradients' norm are there where they are known.
+        """
         if not self._steps:
             return None
         sums: Tensor = sum_over_ranks(self._sums)
         loss, objective, correct, images = sums.tolist()
+        norm, norms = (0.0, 0.0) if self._norms is None else self._norms.tolist()
         return {
             "loss": round(loss / images, 5),
             "objective": round(objective / self._steps / world, 5),
             **({} if math.isnan(correct) else {"accuracy": round(correct / images, 5)}),
+            **({"gradient_norm": round(norm / norms, 5)} if norms else {}),
             "images_per_s": round(images / max(time.monotonic() - self._began, 1e-9), 1),
         }

@@ -49,11 +49,13 @@ class StepResult:
         losses: (m,) float32 at the images that were trained on.
         objective: the scalar that was descended.
         correct: how many of the m were classified correctly; NaN where labels are not learned.
+        gradient_norm: before clipping, where the recipe has `clip_norm`.
     """
 
     losses: Tensor
     objective: Tensor
     correct: Tensor
+    gradient_norm: Tensor | None = None
 
 
 class TrainingStep:
@@ -94,6 +96,9 @@ class TrainingStep:
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             precision=recipe.precision,
+            optimizer=recipe.optimizer,
+            decay_norms=recipe.decay_norms,
+            clip_norm=recipe.clip_norm,
         )
         self._average = MovingAverage(self._outputs, recipe.ema) if recipe.ema else None
         self._start = FrozenStart(network) if recipe.stable_anchor == "start" else None
@@ -135,6 +140,8 @@ class TrainingStep:
     def _share_statistics(self, outputs: Outputs) -> None:
         """Running statistics become the mean over the ranks, so that all evaluate and save one network."""
         buffers = [buffer for buffer in outputs.buffers() if buffer.is_floating_point()]
+        if not buffers:  # as in networks with LayerNorm
+            return
         mean = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / self._ranks.world
         parts = torch.split(mean, [buffer.numel() for buffer in buffers])
         for buffer, part in zip(buffers, parts, strict=True):
@@ -191,13 +198,13 @@ class TrainingStep:
         self._require_shape("losses", losses, (len(labels),), "(m,), one per image")
         objective = self.objective.training_loss(losses, batch)
         self._require_shape("training_loss", objective, (), "a scalar, as batch.mean makes it")
-        self._descent.update(objective, self.recipe.learning_rate(epoch))
+        norm = self._descent.update(objective, self.recipe.learning_rate(epoch))
         if self._ranks.world > 1:
             self._share_statistics(self._outputs)
         if self._average is not None:
             self._average.update(self._outputs)
         correct = self._count_correct(output.logits.detach()[: len(labels)], labels)
-        return StepResult(losses.detach(), objective.detach(), correct)
+        return StepResult(losses.detach(), objective.detach(), correct, norm)
 
     def _anchors(self, images: Tensor) -> Tensor | None:
         if self._start is None:

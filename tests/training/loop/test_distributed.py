@@ -106,7 +106,7 @@ def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory, commands:
             "epochs": 1, "method": "tests.training.recording:Frozen", "lambda": 1, "lr": 2e-5, "tau": 0.05,
             "set": "ema=0.9",
         }  # fmt: skip
-        arguments = train_arguments(noise, folder / "run", **options)
+        arguments = [*train_arguments(noise, folder / "run", **options), "--set=clip_norm=1"]
         run_ranks(commands, [*arguments, "--json"], folder, ranks)
         folders.append(folder)
     return folders[0], folders[1]
@@ -143,8 +143,12 @@ def assert_one_rank_writes_and_evaluation_is_summed_exactly(one_and_two: tuple[P
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if line["event"] == "epoch"] == [50]
         assert len(list((folder / "run" / "tensorboard").iterdir())) == 1
-        epochs.append([line for line in lines if line["event"] == "epoch"])
+        epochs.append([line for line in lines if line["event"] in {"train", "epoch"}])
     for alone, shared in zip(*epochs, strict=True):
+        if alone["event"] == "train":
+            assert shared["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-3)
+            assert alone["gradient_norm"] > 1  # and was clipped
+            continue
         assert shared["validation_loss"] == pytest.approx(alone["validation_loss"], abs=2e-5)
         assert shared["validation_accuracy"] == alone["validation_accuracy"]
 
