@@ -68,12 +68,11 @@ def long_recipe(method: str, teacher: str) -> Recipe:
     return Recipe(**settings, teacher=teacher, teacher_precision="bf16")
 
 
-def finish(data: str, recipe: Recipe, run: Path) -> None:
+def finish(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
     """Trains a run, or what is left of it."""
-    if (run / CHECKPOINT_NAME).exists():
-        train(data, load_recipe(str(run / RECIPE_NAME)), run, resume=True)
-    else:
-        train(data, recipe, run)
+    resume = (run / CHECKPOINT_NAME).exists()
+    recipe = load_recipe(str(run / RECIPE_NAME)) if resume else recipe
+    train(options.data, recipe, run, resume=resume, threads=options.threads)
 
 
 def borrow_features(run: Path, others: Sequence[Path]) -> None:
@@ -112,7 +111,7 @@ def run_cells(options: argparse.Namespace) -> None:
             if not result.exists():
                 if "teacher" in signal:
                     borrow_features(run, taught)
-                finish(options.data, cell_recipe(signal, method, seed, options.teacher), run)
+                finish(cell_recipe(signal, method, seed, options.teacher), run, options)
                 values = {"signal": signal, "method": method, "seed": seed, "svm": score(run, tasks)}
                 with new_file(result) as partial:
                     partial.write_text(json.dumps({**values, "machine": hardware()}, indent=1) + "\n")
@@ -122,7 +121,7 @@ def run_cells(options: argparse.Namespace) -> None:
 
 
 def run_long(options: argparse.Namespace) -> None:
-    finish(options.data, long_recipe(options.method, options.teacher), options.out / f"long-{options.method}")
+    finish(long_recipe(options.method, options.teacher), options.out / f"long-{options.method}", options)
 
 
 def tell_status(options: argparse.Namespace) -> None:
@@ -167,6 +166,7 @@ def main() -> None:
         if name != "status":
             command.add_argument("data", metavar="DATA")
             command.add_argument("--teacher", required=True, metavar="MODEL")
+            command.add_argument("--threads", type=int, help="1 beside other work: two wait for each other")
         if name == "cells":
             command.add_argument("--task", action="append", required=True, metavar="NAME=DATA")
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
