@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustfeat.errors import DivergedError
+from robustfeat.training.divergences import DIVERGENCES, project_simplex
 from robustfeat.training.loop.distributed import sum_over_ranks
 
 __all__ = [
@@ -32,42 +33,6 @@ __all__ = [
 ]
 
 _BATCHES_FOR_MU = 10
-
-
-def project_simplex(v: Tensor) -> Tensor:
-    """Euclidean projection of `v` onto the probability simplex.
-
-    Args:
-        v: (K,) float, finite.
-
-    Returns:
-        (K,) of the same dtype: non-negative, summing to 1.
-
-    Raises:
-        ValueError: `v` is not 1-D, is empty or is not finite.
-
-    Source: Duchi et al., ICML 2008, sort-based, O(K log K); Eq. 6 of HRRL.
-
-    >>> project_simplex(torch.tensor([2.0, 0.0, -1.0]))
-    tensor([1., 0., 0.])
-    """
-    if v.ndim != 1 or v.numel() == 0:
-        raise ValueError(f"v must be 1-D and not empty; got shape {tuple(v.shape)}")
-    if not bool(torch.isfinite(v).all()):
-        raise ValueError("v must be finite; got NaN or infinity")
-    return _project(v.double()).to(v.dtype)
-
-
-def _project(values: Tensor) -> Tensor:
-    """(K,) float64 to its projection, without a look at the numbers: on a GPU nothing waits for them."""
-    # Shifting by a constant leaves the projection unchanged and keeps the sums exact for large values.
-    values = values - values.max()
-    descending, _ = torch.sort(values, descending=True)
-    excess = torch.cumsum(descending, 0) - 1
-    ranks = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
-    rho = (descending - excess / ranks > 0).sum().clamp_min(1)
-    theta = excess.gather(0, (rho - 1).view(1)) / rho
-    return (values - theta).clamp_min(0)
 
 
 @contextmanager
@@ -235,6 +200,7 @@ class ConceptAdversary:
         c: the divisor during those steps, at least 1; `auto`: Theorem 3's (mu / lambda) sqrt(ln s / 2 s), with mu
             the mean norm of the gradient at q0 over the first 10 batches, which leave q where it is.
         reference: (K,) q0, on the simplex; N_k / N by default.
+        divergence: what keeps q near q0: `l2` (Eq. 4), `kl` or `chi2`; see `divergences`.
         baseline: take the last batch's mean loss from each loss. In expectation that adds one constant to all
             components of the gradient, which the projection takes out again, and its noise shrinks.
 
@@ -255,6 +221,7 @@ class ConceptAdversary:
         c: float | str = 10.0,
         reference: Tensor | None = None,
         *,
+        divergence: str = "l2",
         baseline: bool = False,
     ) -> None:
         counts = torch.as_tensor(counts).double()
@@ -267,6 +234,7 @@ class ConceptAdversary:
         if c == "auto" and warmup_steps < 2:
             raise ValueError(f"c = auto must have warmup_steps >= 2, since ln s is in it; got {warmup_steps}")
         self.lam, self.warmup_steps, self.baseline = float(lam), int(warmup_steps), baseline
+        self._divergence = DIVERGENCES[divergence]
         self._c: float | Tensor | None = None if isinstance(c, str) else float(c)
         self._n_over_nk = counts.sum() / counts
         if reference is None:
@@ -305,6 +273,8 @@ class ConceptAdversary:
     def update(self, losses: Tensor, concepts: Tensor) -> None:
         """One step of Eq. 6 from this batch's losses; under data parallelism, from those of all ranks.
 
+        Another divergence than L2 makes a step of its own ascent.
+
         Args:
             losses: (m,) the unweighted losses at x~.
             concepts: (m,) int64.
@@ -321,13 +291,13 @@ class ConceptAdversary:
         if self.baseline:
             sums = sums - (mean if self._lagged_mean is None else self._lagged_mean) * counts
             self._lagged_mean = mean
-        gradient = self._n_over_nk * sums / total - self.lam * (self.q - self.reference)
+        gradient = self._n_over_nk * sums / total - self.lam * self._divergence.gradient(self.q, self.reference)
         if self._c is None:
             self._measure(gradient)
             return
         t = self.step + 1
         rate = 1 / (self.lam * t * (self._c if t <= self.warmup_steps else 1.0))
-        self.q = _project(self.q + rate * gradient)
+        self.q = self._divergence.ascend(self.q, self.reference, rate * gradient)
         self.step = t
 
     def _measure(self, gradient: Tensor) -> None:

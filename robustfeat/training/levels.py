@@ -336,6 +336,7 @@ def create_concept_level(weighting: str | None, recipe: Recipe, concepts: Concep
         recipe.q_warmup_steps,
         recipe.q_warmup_divisor,
         None if reference is None else torch.from_numpy(concepts.distribution(reference)),
+        divergence=recipe.q_divergence,
         baseline=recipe.q_baseline,
     )
     return _AdversaryLevel(adversary, concepts)

@@ -66,6 +66,7 @@ _CHOICES = {
     "inner": ("full", "half", "free"),
     "inner_batch_norm": ("batch", "eval"),
     "stable_anchor": ("self", "start"),
+    "q_divergence": ("l2", "kl", "chi2"),
 }
 _SWITCHES = ("q_baseline", "compile", "labels", "decay_norms")
 _REMOVED = {
@@ -123,6 +124,7 @@ class Recipe:
         stable_anchor: a: `self` (f(x), the network's own features) or `start` (those that the network gave to x
             before training, which needs `init`).
         lam: lambda of the concept level.
+        q_divergence: what keeps q near q0: `l2` (the paper), `kl` or `chi2`.
         q_warmup_steps, q_warmup_divisor: s and c of Algorithm 1; c may be `auto` (Theorem 3).
         q_baseline: see `ConceptAdversary`, `baseline`.
         reference: q0 as shares by concept, normalised to sum to 1 (None, the paper: N_k / N).
@@ -181,6 +183,7 @@ class Recipe:
     stable_steps: int = 1
     stable_anchor: str = "self"
     lam: float = 10.0
+    q_divergence: str = "l2"
     q_warmup_steps: int = 1000
     q_warmup_divisor: float | str = 10.0
     q_baseline: bool = False
@@ -261,6 +264,8 @@ class Recipe:
                 raise _invalid(name, "must be true or false", getattr(self, name))
         if self.q_warmup_divisor == "auto" and self.q_warmup_steps < 2:
             raise _invalid("q_warmup_divisor", f"needs q_warmup_steps >= 2, not {self.q_warmup_steps}", "auto")
+        if self.q_warmup_divisor == "auto" and self.q_divergence != "l2":
+            raise _invalid("q_warmup_divisor", "is Theorem 3's, of `q_divergence=l2`", "auto")
 
     def _check_teacher(self) -> None:
         size = self.teacher_size
