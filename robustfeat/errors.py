@@ -18,13 +18,14 @@
 
 Each message is one line: the subject, what was expected, what arrived, and how to fix it. The parts are data:
 messages name parameters as Python does, and the command line renders them as its options before it prints the line
-and exits with 1. Wrong arguments to a function raise `ValueError` or `TypeError`.
+and exits with the error's `exit_code`. Wrong arguments to a function raise `ValueError` or `TypeError`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import ClassVar
 
 __all__ = [
     "CheckpointError",
@@ -65,9 +66,14 @@ class RobustFeatError(Exception):
         fix: what to do about it. Parameters of the caller stand in backticks there, as a name or as Python passes
             them: "pass `resume=True` to resume it, or choose another `out`".
 
+    Attributes:
+        exit_code: of the command that the error ends.
+
     >>> str(InputError("expected 1 or more", argument="batch_size", value=0, fix="leave `batch_size` out"))
     'batch_size=0: expected 1 or more; leave `batch_size` out'
     """
+
+    exit_code: ClassVar[int] = 1
 
     def __init__(
         self, what: str = "", *, argument: str | None = None, value: object = None, fix: str | None = None
@@ -153,7 +159,12 @@ class DivergedError(TrainingError):
 
 
 class StoppedError(TrainingError):
-    """A signal stopped it, and what it had is saved."""
+    """A signal stopped it, and what it had is saved.
+
+    The exit code is EX_TEMPFAIL of sysexits.h: nothing is wrong, and the command can be repeated to resume.
+    """
+
+    exit_code = 75
 
 
 class CheckpointError(RobustFeatError):

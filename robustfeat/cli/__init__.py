@@ -59,7 +59,8 @@ class _LazyGroup(click.Group):
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 done but some inputs failed or a check fell short.",
+    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 done but some inputs failed or a check fell short, "
+    "75 training stopped by a signal and saved.",
 )
 @click.version_option(__version__, prog_name="robustfeat")
 def cli() -> None:
@@ -91,7 +92,7 @@ def main() -> None:
         code = exc.exit_code
     except RobustFeatError as exc:  # of a command that does not render its own
         Failure(str(exc)).show()
-        code = 1
+        code = exc.exit_code
     except click.Abort:
         click.echo("robustfeat: interrupted", err=True)
         # Not `sys.exit`: that waits for threads, and a solver may compute for minutes. All that cleans up has done so.

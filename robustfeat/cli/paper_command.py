@@ -57,7 +57,8 @@ def command(
     classifiers) and corruptions (of test images).
 
     Trains what is missing in REPORT/runs, measures it, keeps each result in REPORT/cells, and writes CSV, Markdown, PNG
-    and SVG files and REPORT/index.html. A run that is stopped goes on when the command is given again. table1 and fig2
+    and SVG files and REPORT/index.html. A run that is stopped goes on when the command is given again. SIGINT and
+    SIGTERM in a training save it first and make the exit code 75. table1 and fig2
     need no data. docs/protocol.md says what is compared, and how.
     """
     from robustfeat.errors import InputError

@@ -14,7 +14,11 @@ __all__ = ["Command", "Failure", "say"]
 
 
 class Failure(click.ClickException):
-    """An error of ours, as one line on stderr; exit code 1."""
+    """An error of ours, as one line on stderr, and its exit code."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Prints it, also where it names a file whose name has two lines."""
@@ -48,7 +52,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except RobustFeatError as exc:
-            raise Failure(exc.render(self._spell)) from exc
+            raise Failure(exc.render(self._spell), exc.exit_code) from exc
 
     def respell(self, text: str) -> str:
         """The text with options where it names parameters in backticks."""

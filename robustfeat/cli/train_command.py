@@ -134,8 +134,8 @@ def command(
     DATA is a folder of class folders, or with train/ and val/ (or validation/, test/) of them, with train-*.parquet and
     validation-*.parquet files that have the columns image and label, or with train-*.tar and validation-*.tar shards;
     or hf://datasets/ORG/NAME, a dataset of the Hub. Without --config the recipe is the paper's for ImageNet: 90
-    epochs of batches of 256 at 224 px, lr 0.1, tau 1, lambda 10, fp32. SIGINT and SIGTERM save a checkpoint first;
-    --resume then goes on exactly. Several GPUs, or processes on a CPU, train together by
+    epochs of batches of 256 at 224 px, lr 0.1, tau 1, lambda 10, fp32. SIGINT and SIGTERM save a checkpoint first
+    and make the exit code 75; --resume then goes on exactly. Several GPUs, or processes on a CPU, train together by
     `torchrun --nproc-per-node N -m robustfeat train ...`.
     """
     from robustfeat.errors import InputError

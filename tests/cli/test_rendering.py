@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from robustfeat.cli import cli, main
 from robustfeat.cli.rendering import Command
-from robustfeat.errors import InputError
+from robustfeat.errors import DivergedError, InputError, StoppedError, TrainingError
 
 LEAVE_OUT = InputError(
     "is not written", fix="pass `int8=False`, `compact=True` or `weights=FILE`, or leave `weights` out"
@@ -42,6 +42,22 @@ def test_the_command_line_renders_parameters_as_its_options(error: InputError, p
     assert str(error) == python
     result = CliRunner().invoke(command, ["x"])
     assert (result.exit_code, result.stderr) == (1, f"robustfeat: {command_line}\n")
+
+
+@pytest.mark.parametrize("kind", [Command, click.Command])
+@pytest.mark.parametrize("error", [StoppedError("stopped"), DivergedError("diverged")])
+def test_a_stop_has_an_exit_code_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, kind: type[click.Command], error: TrainingError
+) -> None:
+    @click.command(cls=kind)
+    def command() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "get_command", lambda ctx, name: command)
+    monkeypatch.setattr(sys, "argv", ["robustfeat", "command"])
+    with pytest.raises(SystemExit) as info:
+        main()
+    assert info.value.code == (75 if isinstance(error, StoppedError) else 1)
 
 
 def test_a_command_that_does_not_render_prints_one_line_too(

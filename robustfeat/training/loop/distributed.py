@@ -71,13 +71,14 @@ def raise_together(error: RobustFeatError | None) -> None:
     """Ends all ranks when one of them has an error; a collective call, so that none waits for one that is gone.
 
     Raises:
-        RobustFeatError: `error`, on the first rank that has one. The others end with exit code 1 and say nothing.
+        RobustFeatError: `error`, on the first rank that has one. The others end with its exit code and say nothing.
     """
-    failed = [rank for rank, message in enumerate(gather_objects(error and str(error))) if message is not None]
+    codes = gather_objects(error and error.exit_code)
+    failed = [rank for rank, code in enumerate(codes) if code is not None]
     if failed:
         if error is not None and (not distributed.is_initialized() or failed[0] == distributed.get_rank()):
             raise error
-        sys.exit(1)
+        sys.exit(codes[failed[0]])
 
 
 def fail_together(error: RobustFeatError) -> NoReturn:

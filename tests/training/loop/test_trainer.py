@@ -240,7 +240,7 @@ def test_a_signal_saves_a_checkpoint_first(
     wait_for_step(process, broken, 6)  # within an epoch
     os.killpg(process.pid, number)  # as a terminal or a job scheduler does: the workers get it, too
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 75
     assert "pass --resume to resume it" in stderr
     assert len(stderr.splitlines()) == 1
     saved = load_checkpoint(broken).global_step

@@ -14,7 +14,15 @@ import pytest
 from PIL import Image
 
 from robustfeat.cli.paper_command import command as paper_command
-from robustfeat.errors import CheckpointError, DataError, DecodeError, DivergedError, InputError, TrainingError
+from robustfeat.errors import (
+    CheckpointError,
+    DataError,
+    DecodeError,
+    DivergedError,
+    InputError,
+    StoppedError,
+    TrainingError,
+)
 from robustfeat.training.concepts import ConceptMap, assign_concepts, load_concepts
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.evaluation.probes import svm
@@ -309,6 +317,19 @@ def test_fixes_name_nothing_that_a_report_lacks(
     with pytest.raises(TrainingError) as info:
         study._train("data", Recipe(), tmp_path, resume=False)
     assert str(info.value) == f"precision=fp16: a process ended; {said}"
+
+
+def test_a_signal_in_a_training_ends_the_report_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> TrainingResult:
+        raise StoppedError("stopped", fix="pass `resume=True` to resume it")
+
+    monkeypatch.setattr("robustfeat.training.paper.study.train", stop)
+    monkeypatch.setattr(Study, "data", lambda *_: "data")
+    with pytest.raises(StoppedError, match="main-erm-s0 is saved as far as it is; give the same command") as caught:
+        Study(tmp_path, SCALES["quick"](), None, {}, Machine()).run("main-erm-s0", Recipe())
+    assert caught.value.exit_code == 75
 
 
 def test_what_is_left_out_is_said_before_a_part_is_drawn(
