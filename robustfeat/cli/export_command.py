@@ -19,6 +19,7 @@ from robustfeat.cli.rendering import Command, say
 @click.option("--image-size", type=int, help="Side of the network's input in pixels.  [default: the recipe's]")
 @click.option("--crop-pct", type=float, help="Share of the resized image that the crop keeps.  [default: the recipe's]")
 @click.option("--calibration", metavar="FOLDER", help="Images for int8.  [default: 256 of the run's training images]")
+@click.option("--best", is_flag=True, help="Take the run's best.pt instead of its last epoch.")
 @click.option("--no-int8", is_flag=True, help="Leave the int8 model out.")
 @click.option("--compact", is_flag=True, help="Store the weights once, in fp16; half the size.")
 @click.option("--results", metavar="FILE.json", help="Measured results for the card; docs/hub.md describes the file.")
@@ -33,6 +34,7 @@ def command(
     image_size: int | None,
     crop_pct: float | None,
     calibration: str | None,
+    best: bool,
     no_int8: bool,
     compact: bool,
     results: str | None,
@@ -45,9 +47,9 @@ def command(
     from robustfeat.errors import InputError
     from robustfeat.files import require_new
     from robustfeat.hub.config import Evaluation
-    from robustfeat.training.loop.run_folder import checkpoint_file
+    from robustfeat.training.loop.run_folder import BEST_NAME, CHECKPOINT_NAME, checkpoint_file
 
-    checkpoint_file(Path(run))
+    checkpoint_file(Path(run), BEST_NAME if best else CHECKPOINT_NAME)
     require_new(out)
     measured: dict[str, Any] = {}
     evaluations: list[Evaluation] = []
@@ -74,6 +76,7 @@ def command(
         calibration=calibration,
         int8=not no_int8,
         compact=compact,
+        best=best,
         results=measured,
         evaluations=evaluations,
         terms=terms,

@@ -59,6 +59,7 @@ def _spell_key(name: str, value: str | None) -> str | None:
     "--init", metavar="MODEL|FILE", help="Start from the weights of a run, a model or a file.  [default: random]"
 )
 @click.option("--teacher", metavar="MODEL", help="Learn this model's features of the same crop, too.  [default: none]")
+@click.option("--probe", metavar="DATA", help="Labelled images to score the features with, epoch by epoch.")
 @click.option(
     "--labels/--no-labels", default=None, help="Learn the labels, or features alone: the teacher's or the start's."
 )
@@ -153,8 +154,10 @@ def command(
     recipe = base.override(changes)
     if recipe.concepts not in {"imagenet11", "classes"} and Path(recipe.concepts).is_file():
         recipe = recipe.replace(concepts=str(Path(recipe.concepts).resolve()))  # the run resumes from any folder
-    if recipe.teacher and Path(recipe.teacher).is_dir():
-        recipe = recipe.replace(teacher=str(Path(recipe.teacher).resolve()))
+    places = {name: getattr(recipe, name) for name in ("teacher", "probe")}
+    recipe = recipe.replace(
+        **{name: str(Path(place).resolve()) for name, place in places.items() if place and Path(place).is_dir()}
+    )
     cache = cache.lower() if cache.lower() in {"auto", "ram", "device"} else cache
     ranks = Ranks.from_environment()
     if ranks.world == 1:  # of several processes each would print it; `train` checks again, in all of them together

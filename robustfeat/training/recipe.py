@@ -24,7 +24,7 @@ RECIPE_NAME = "recipe.toml"
 
 _INTEGERS = frozenset({
     "width", "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
-    "teacher_crops", "stable_steps",
+    "teacher_crops", "stable_steps", "probe_every",
 })  # fmt: skip
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("width", 1, 512),
@@ -54,6 +54,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("cache_px", 0, 4096),
     ("seed", 0, 2**40),
     ("val_fraction", 0, 1),
+    ("probe_every", 1, 100_000),
     ("validation_size", 8, 4096),
     ("crop_pct", 0.01, 1),
 )
@@ -67,6 +68,8 @@ _CHOICES = {
     "inner_batch_norm": ("batch", "eval"),
     "stable_anchor": ("self", "start"),
     "q_divergence": ("l2", "kl", "chi2"),
+    "probe_classifier": ("knn", "svm"),
+    "best": ("none", "validation", "probe"),
 }
 _SWITCHES = ("q_baseline", "compile", "labels", "decay_norms")
 _REMOVED = {
@@ -135,6 +138,12 @@ class Recipe:
         cache_px: decode each training image once, to a square of this side that a cache keeps (0: decode each time).
         seed: of the initial weights, the order and the crops.
         val_fraction: share of the training images held out where the data has no validation split.
+        probe: labelled images, as DATA may be, on which a classifier of the features is scored (empty: none).
+        probe_every: epochs between its scores; the last epoch has one in any case.
+        probe_classifier: knn (10 nearest neighbours by cosine) or svm (linear, C and scaling chosen on its training
+            images).
+        best: also keep the checkpoint of the epoch that is best by `validation` (accuracy, or the loss where labels
+            are not learned) or `probe`, or `none`.
         parts: use only the first so many Parquet files or tar shards of the training split (None: all).
     """
 
@@ -194,6 +203,10 @@ class Recipe:
     cache_px: int = 0
     seed: int = 0
     val_fraction: float = 0.02
+    probe: str = ""
+    probe_every: int = 1
+    probe_classifier: str = "knn"
+    best: str = "none"
     parts: int | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -233,7 +246,7 @@ class Recipe:
                 raise _invalid(name, "must be text", getattr(self, name))
         if self.network not in {"auto", "resnet18"} and self.network.removeprefix("timm:") in {"", self.network}:
             raise _invalid("network", "must be resnet18, timm:NAME or auto", self.network)
-        for name in ("init", "teacher"):
+        for name in ("init", "teacher", "probe"):
             if not isinstance(getattr(self, name), str):
                 raise _invalid(name, "must be text", getattr(self, name))
         if self.network == "auto" and not self.init:
@@ -262,6 +275,8 @@ class Recipe:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, "must be true or false", getattr(self, name))
+        if self.best == "probe" and not self.probe:
+            raise InputError("needs a probe", argument="best", value="probe", fix="pass `probe`, or `best=validation`")
         if self.q_warmup_divisor == "auto" and self.q_warmup_steps < 2:
             raise _invalid("q_warmup_divisor", f"needs q_warmup_steps >= 2, not {self.q_warmup_steps}", "auto")
         if self.q_warmup_divisor == "auto" and self.q_divergence != "l2":

@@ -16,7 +16,7 @@ from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import WEIGHTS
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.loop.checkpoint import load_checkpoint
-from robustfeat.training.loop.run_folder import CHECKPOINT_NAME
+from robustfeat.training.loop.run_folder import BEST_NAME, CHECKPOINT_NAME
 from robustfeat.training.network import timm_settings
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.tensors import load_tensors
@@ -152,7 +152,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
 def _open_start(init: str) -> _Start:
     """The weights of a run, a file, a model folder, or ORG/NAME on the Hub."""
     path = Path(init)
-    if path.name == CHECKPOINT_NAME or (path / CHECKPOINT_NAME).is_file():
+    if path.name in {CHECKPOINT_NAME, BEST_NAME} or (path / CHECKPOINT_NAME).is_file():
         return _start_of_run(path)
     if path.is_file():
         try:

@@ -154,9 +154,9 @@ def open_subject(
     """What `robustfeat evaluate` calls MODEL.
 
     Args:
-        model: a run of `robustfeat train` (its folder or checkpoint.pt), `package.module:build` (called without
-            arguments; returns a torch module from (n, 3, S, S) to (n, D)), or what `FeatureExtractor.from_pretrained`
-            takes.
+        model: a run of `robustfeat train` (its folder, checkpoint.pt or best.pt), `package.module:build` (called
+            without arguments; returns a torch module from (n, 3, S, S) to (n, D)), or what
+            `FeatureExtractor.from_pretrained` takes.
         image_size, crop_pct: of the preprocessing, for runs and networks of one's own; by default the recipe's, and
             224 px and 0.875. A model folder has its own.
         device: auto, cpu or cuda.

@@ -19,6 +19,7 @@ from robustfeat.training.export.calibration import folder_images, training_image
 from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
 from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint, network_of
 from robustfeat.training.loop.journal import read_metrics
+from robustfeat.training.loop.run_folder import BEST_NAME, CHECKPOINT_NAME, checkpoint_file
 from robustfeat.training.network import feature_network, feature_size, timm_settings
 from robustfeat.training.recipe import Recipe
 
@@ -35,6 +36,7 @@ def export_run(
     calibration: str | Path | None = None,
     int8: bool = True,
     compact: bool = False,
+    best: bool = False,
     results: Mapping[str, Any] | None = None,
     evaluations: Sequence[Evaluation] = (),
     terms: str | None = None,
@@ -44,13 +46,14 @@ def export_run(
     """The model folder of a run of `robustfeat train`.
 
     Args:
-        run: the run's folder or a checkpoint file.
+        run: the run's folder, or its checkpoint.pt or best.pt.
         out: the folder to make.
         name: the model's name, with its version; by default the run folder's name.
         image_size, crop_pct: of the preprocessing contract; by default the recipe's validation size and crop.
         calibration: a folder of images for int8; by default the run's own training images.
         int8: also write onnx/model_int8.onnx.
         compact: weights once, in fp16, shared by model.safetensors and model.onnx.
+        best: of a folder, take best.pt in place of checkpoint.pt; the run may still be going on.
         results: measured results for the card.
         evaluations: measured numbers for the Hub's lists.
         terms: under which terms the weights may be used, for the card.
@@ -63,9 +66,11 @@ def export_run(
     """
     run = Path(run)
     folder = run if run.is_dir() else run.parent
-    checkpoint = load_checkpoint(run)
+    file = checkpoint_file(run, BEST_NAME if best else CHECKPOINT_NAME)
+    checkpoint = load_checkpoint(file)
     recipe = Recipe.from_dict(checkpoint.recipe)
-    if checkpoint.epoch < recipe.epochs:
+    best = file.name == BEST_NAME
+    if checkpoint.epoch < recipe.epochs and not best:
         raise ExportError(
             f"{run}: training stands at epoch {checkpoint.epoch} of {recipe.epochs}",
             fix="finish it with `robustfeat train --resume`",
@@ -76,7 +81,6 @@ def export_run(
         raise InputError(f"{run}: {exc}") from exc
     network = network_of(checkpoint)
     size, about = feature_size(network), timm_settings(network)
-    told = _published(checkpoint.recipe)
     config = ModelConfig(
         name=name or folder.resolve().name,
         architecture=about["architecture"],
@@ -86,20 +90,12 @@ def export_run(
         first_conv=about["first_conv"],
         classifier=about["classifier"],
         concepts=tuple(checkpoint.concepts),
-        recipe=told,
-        provenance=_provenance(checkpoint, terms, license_id, datasets),
+        recipe=_published(checkpoint.recipe),
+        provenance=_provenance(checkpoint, terms, license_id, datasets, best=best),
         results=dict(results or {}),
         evaluations=tuple(evaluations),
     )
-    training = {
-        "recipe": told,
-        "classes": checkpoint.classes,
-        "concepts": checkpoint.concepts,
-        "concept_of_class": checkpoint.concept_of_class,
-        "data": config.provenance["data"],
-        "versions": _versions(),
-        "metrics": read_metrics(folder),
-    }
+    training = _history(checkpoint, config, folder)
     images = None
     if int8:
         images = folder_images(calibration) if calibration else training_images(checkpoint.data, recipe)
@@ -110,16 +106,30 @@ def export_run(
 def _published(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe for a folder that others read: it must not tell of this machine's paths."""
     return {
-        key: Path(value).name if key in {"concepts", "init", "teacher"} and isinstance(value, str) else value
+        key: Path(value).name if key in {"concepts", "init", "teacher", "probe"} and isinstance(value, str) else value
         for key, value in recipe.items()
     }
 
 
+def _history(checkpoint: Checkpoint, config: ModelConfig, run: Path) -> dict[str, Any]:
+    """How the model came about, for training.json."""
+    return {
+        "recipe": config.recipe,
+        "classes": checkpoint.classes,
+        "concepts": checkpoint.concepts,
+        "concept_of_class": checkpoint.concept_of_class,
+        "data": config.provenance["data"],
+        "versions": _versions(),
+        "metrics": read_metrics(run),
+    }
+
+
 def _provenance(
-    checkpoint: Checkpoint, terms: str | None, license_id: str | None, datasets: Sequence[str]
+    checkpoint: Checkpoint, terms: str | None, license_id: str | None, datasets: Sequence[str], *, best: bool
 ) -> dict[str, Any]:
     return {
         "source": "robustfeat train",
+        **({"epoch": checkpoint.epoch} if best else {}),
         "data": {key: value for key, value in checkpoint.data.items() if key != "root"},
         "terms": terms or "those of the training images",
         **({"license": license_id} if license_id else {}),

@@ -9,6 +9,7 @@ from robustfeat.hub.catalog import resolve_model
 from robustfeat.training.concepts import cluster_count, load_concepts
 from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.opening import are_folders_of_images, require_place
+from robustfeat.training.evaluation.arguments import require_task
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.run_folder import checkpoint_file, require_unused
 from robustfeat.training.methods import require_method
@@ -48,6 +49,8 @@ def check_arguments(
         _require_model(recipe.init, "init")
     if recipe.teacher:
         _require_model(recipe.teacher, "teacher")
+    if recipe.probe:
+        require_task("probe", recipe.probe)
     _check_places(data, out, resume=resume, stream=stream, labels=recipe.labels)
 
 

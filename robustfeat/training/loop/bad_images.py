@@ -14,14 +14,14 @@ _ALWAYS_ALLOWED = 10
 
 
 class BadImages:
-    """The bad images of each split, `training` and `validation`, on all ranks.
+    """The bad images of each split, `training`, `validation` and `probe`, on all ranks.
 
     Args:
         known: from a checkpoint.
     """
 
     def __init__(self, known: Mapping[str, Iterable[str]] | None = None) -> None:
-        self._lines: dict[str, set[str]] = {"training": set(), "validation": set()}
+        self._lines: dict[str, set[str]] = {"training": set(), "validation": set(), "probe": set()}
         for split, lines in (known or {}).items():
             self._lines[split].update(lines)
 
@@ -53,5 +53,5 @@ class BadImages:
         return {split: sorted(lines) for split, lines in self._lines.items()}
 
     def all(self) -> tuple[str, ...]:
-        """The lines of both splits, sorted."""
+        """The lines of all splits, sorted."""
         return tuple(sorted(set().union(*self._lines.values())))

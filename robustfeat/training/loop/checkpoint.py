@@ -72,8 +72,9 @@ class Checkpoint:
         average: of `MovingAverage`, where the recipe has `ema`.
         heads: the state dict of the objective's own modules; most objectives have none.
         start: the state dict of the network before training, where its features are learned (`stable_anchor`).
-        bad_images: for `training` and `validation`, those that could not be decoded so far.
+        bad_images: for `training`, `validation` and `probe`, those that could not be decoded so far.
         clusters: `centres` and `of_image` of `Clusters`, where they are the concepts.
+        best: `epoch` and `score` of best.pt, where there is one.
     """
 
     recipe: dict[str, Any]
@@ -93,6 +94,7 @@ class Checkpoint:
     clusters: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     average: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -105,9 +107,9 @@ class Checkpoint:
         return Position(self.epoch, self.step, self.global_step)
 
 
-def save_checkpoint(checkpoint: Checkpoint, run: Path) -> None:
-    """Replaces the run's checkpoint; the old one stays intact until the new one is whole."""
-    file = run / CHECKPOINT_NAME
+def save_checkpoint(checkpoint: Checkpoint, run: Path, name: str = CHECKPOINT_NAME) -> None:
+    """Replaces the run's checkpoint of this name; the old one stays intact until the new one is whole."""
+    file = run / name
     try:
         with new_file(file) as partial:
             try:
@@ -208,6 +210,8 @@ def _require_fields(state: Mapping[str, Any]) -> None:
         raise ValueError("concept_of_class must give each class the number of a concept")
     if state.get("average") and not isinstance(state["average"].get("model"), dict):
         raise ValueError("average must hold a model")
+    if set(state.get("best", ())) not in (set(), {"epoch", "score"}):
+        raise ValueError(f"best must hold epoch and score; got {state['best']!r:.60}")
     for name, kind in _DATA_KINDS.items():
         if type(state["data"].get(name)) is not kind:
             raise ValueError(f"data must hold {', '.join(_DATA_KINDS)}; got {name} = {state['data'].get(name)!r:.60}")
@@ -237,6 +241,10 @@ def require_same_recipe(saved: Checkpoint, run: Path, recipe: Recipe, data: Mapp
         )
     if saved.data["fingerprint"] != data["fingerprint"]:
         raise _other_data(saved, run)
+    if saved.data.get("probe") != data.get("probe"):
+        raise CheckpointError(
+            f"{run}: was probed with other images", fix="resume with the same or choose another `out`"
+        )
 
 
 def require_same_concepts(saved: Checkpoint, run: Path, concepts: ConceptMap) -> None:

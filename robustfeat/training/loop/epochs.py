@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -18,6 +19,7 @@ from robustfeat.training.loop.distributed import fail_together, gather_objects, 
 from robustfeat.training.loop.divergence import explain_divergence
 from robustfeat.training.loop.journal import Window
 from robustfeat.training.loop.preparation import Run
+from robustfeat.training.loop.probing import probe
 from robustfeat.training.loop.report import Report
 from robustfeat.training.loop.saving import Saver
 from robustfeat.training.loop.signals import StopRequest
@@ -162,7 +164,7 @@ class EpochLoop:
         window.add(result, number)
 
     def _end_epoch(self) -> float:
-        """Validates, logs, recalibrates after the last epoch, and saves; the validation accuracy."""
+        """Validates, logs, recalibrates after the last epoch, probes, and saves; the validation accuracy."""
         recipe, position = self._run.recipe, self._position
         loss, accuracy = self._validate()
         self._report.write_validation("epoch", position, loss, accuracy)
@@ -173,9 +175,24 @@ class EpochLoop:
             self._report.write_validation("recalibrated", position, loss, accuracy)
             if recipe.labels:
                 self._report.say(f"BatchNorm recalibrated: validation accuracy {before:.2%} to {accuracy:.2%}")
-        self._report.finish_epoch(loss, accuracy)
+        probed = self._probe()
+        self._report.finish_epoch(loss, accuracy, probed)
+        known = accuracy if recipe.labels else -loss
+        score = {"none": None, "validation": known, "probe": probed}[recipe.best]
+        if score is not None:
+            self._saver.save_if_best(position, score)
         self._saver.save(position)
         return accuracy
+
+    def _probe(self) -> float | None:
+        """The accuracy of the recipe's probe, if it has one and it is due after this epoch."""
+        recipe, position = self._run.recipe, self._position
+        if not recipe.probe or (position.epoch % recipe.probe_every and position.epoch < recipe.epochs):
+            return None
+        score = probe(self._run, self._step, partial(self._report_failures, "probe"))
+        numbers = {"accuracy": round(score.accuracy, 5), "balanced_accuracy": round(score.balanced_accuracy, 5)}
+        self._report.write("probe", position, epoch=position.epoch, classifier=recipe.probe_classifier, **numbers)
+        return score.accuracy
 
     def _recalibrate(self) -> None:
         run, recipe = self._run, self._run.recipe

@@ -47,7 +47,7 @@ class Journal:
             ) from exc
 
     def write(self, event: str, step: int, numbers: dict[str, Any]) -> None:
-        """One event (`train`, `epoch` or `recalibrated`) at this step.
+        """One event (`train`, `epoch`, `recalibrated` or `probe`) at this step.
 
         Raises:
             InputError: the file cannot be written.

@@ -25,6 +25,7 @@ from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.mixing import Examples, mix
 from robustfeat.training.data.opening import open_training_data
+from robustfeat.training.evaluation.tasks import Task, open_task
 from robustfeat.training.loop.device import torch_device
 from robustfeat.training.loop.distributed import together
 from robustfeat.training.loop.ranks import Ranks
@@ -66,6 +67,7 @@ class Run:
         teacher: of the recipe, where it has one.
         clusters: where they are the concepts.
         kept: the teacher's features, where they are computed once.
+        probe: the recipe's, where it has one.
     """
 
     recipe: Recipe
@@ -83,6 +85,7 @@ class Run:
     teacher: Teacher | None = None
     clusters: Clusters | None = None
     kept: Kept | None = None
+    probe: Task | None = None
 
     def show(self, batch: Batch, side: int, epoch: int, number: int) -> Examples:
         """What a step and the teacher see of batch `number` of an epoch: its crops, mixed where the recipe says so.
@@ -178,6 +181,7 @@ def prepare_run(
             f"{data}: {len(train_set)} training images, fewer than one batch of {recipe.batch_size}",
             fix="pass a smaller `batch_size`",
         )
+    probe = open_task("probe", recipe.probe) if recipe.probe else None
     class_counts = np.bincount(train_set.labels, minlength=len(train_set.classes))
     decoders = max(1, min(_MOST_DECODERS, available_cpus() // ranks.local_world)) if workers is None else workers
     automatic = "device" if device.type == "cuda" else "ram"
@@ -196,12 +200,14 @@ def prepare_run(
             "images": len(train_set),
             "validation_images": len(validation_set),
             "ranks": ranks.world,
+            **({"probe": f"{probe.train.fingerprint} {probe.test.fingerprint}"} if probe else {}),
         },
         decoders=decoders,
         loaders=1 if recipe.cache_px and workers is None else decoders,
         cache=automatic if cache == "auto" else cache,
         quiet=quiet,
         teacher=open_teacher(recipe, device.type) if recipe.teacher else None,
+        probe=probe,
     )
 
 
@@ -253,6 +259,12 @@ def introduce(run: Run, data: str | Path) -> None:
         f"{recipe.method} on {run.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs",
         *dict.fromkeys(run.train_set.remarks + run.validation_set.remarks),
     ]
+    if run.probe:
+        lines.append(
+            f"probe: {recipe.probe_classifier} on {len(run.probe.train):,} training and {len(run.probe.test):,} test "
+            f"images in {len(run.probe.train.classes)} classes"
+        )
+        lines += run.probe.remarks
     if recipe.parts and not is_hub_dataset(data) and not any(Path(data).glob("train-*")):
         lines.append(f"parts = {recipe.parts}: {data} is not in Parquet files or shards, all of its images are used")
     if run.concepts.empty:

@@ -49,11 +49,11 @@ class Report:
         assert self._progress is not None
         self._progress.advance(self._run.recipe.batch_size, self._note)
 
-    def finish_epoch(self, loss: float, accuracy: float) -> None:
-        """The epoch's closing line."""
+    def finish_epoch(self, loss: float, accuracy: float, probed: float | None = None) -> None:
+        """The epoch's closing line, with the accuracy of the probe where there was one."""
         assert self._progress is not None
         told = f"loss {loss:.4f}" if math.isnan(accuracy) else f"accuracy {accuracy:.2%}"
-        self._progress.finish(f"validation {told}")
+        self._progress.finish(f"validation {told}" + ("" if probed is None else f", probe {probed:.2%}"))
 
     def say(self, text: str) -> None:
         """A line on stderr, above the progress line of an epoch where there is one."""

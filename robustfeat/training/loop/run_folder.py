@@ -7,6 +7,7 @@ from pathlib import Path
 from robustfeat.errors import CheckpointError, InputError
 
 __all__ = [
+    "BEST_NAME",
     "CHECKPOINT_NAME",
     "CURVES_NAME",
     "METRICS_NAME",
@@ -16,24 +17,28 @@ __all__ = [
 ]
 
 CHECKPOINT_NAME = "checkpoint.pt"
+BEST_NAME = "best.pt"
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 CURVES_NAME = "curves.png"
 
 
-def checkpoint_file(path: Path) -> Path:
-    """The checkpoint in a run's folder, or the file itself.
+def checkpoint_file(path: Path, name: str = CHECKPOINT_NAME) -> Path:
+    """The checkpoint of this name in a run's folder, or the file itself.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
     try:
-        file = path / CHECKPOINT_NAME if path.is_dir() else path
+        file = path / name if path.is_dir() else path
         found = file.is_file()
     except OSError as exc:
         raise CheckpointError(f"{path}: cannot be read ({exc.strerror or exc})") from exc
     if not found:
-        raise CheckpointError(f"{path}: holds no {CHECKPOINT_NAME}; expected the folder of a run of robustfeat train")
+        raise CheckpointError(
+            f"{path}: holds no {name}; expected the folder of a run of robustfeat train",
+            fix="train with `best=validation` or `best=probe`" if name == BEST_NAME else None,
+        )
     return file
 
 

@@ -259,6 +259,12 @@ class TrainingStep:
         losses = functional.cross_entropy(logits, labels, reduction="none")
         return losses.double().sum(), (logits.argmax(1) == labels).sum()
 
+    def embed(self, pixels: Tensor) -> Tensor:
+        """(m, D) float32 features of `result`, in evaluation mode, of `pixels` as `__call__` takes them."""
+        with torch.no_grad(), self.autocast():
+            features: Tensor = self.result.eval()(self.to_input(pixels)).features
+        return features.float()
+
     def recalibrate(self, batches: Iterable[Tensor]) -> None:
         """Measures the running statistics of `result` anew, as plain means over these batches of all ranks.
 

@@ -41,7 +41,7 @@ from robustfeat.training.loop.preparation import (
 )
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.report import open_report
-from robustfeat.training.loop.run_folder import CURVES_NAME
+from robustfeat.training.loop.run_folder import BEST_NAME, CURVES_NAME
 from robustfeat.training.loop.saving import Saver, restore
 from robustfeat.training.loop.signals import stop_on_signal
 from robustfeat.training.loop.step import TrainingStep
@@ -91,7 +91,8 @@ def train(
 
     Args:
         data: see `open_training_data`.
-        out: gets `checkpoint.pt`, `metrics.jsonl`, `recipe.toml`, `curves.png` and `tensorboard/`.
+        out: gets `checkpoint.pt`, `metrics.jsonl`, `recipe.toml`, `curves.png` and `tensorboard/`; and `best.pt`, where
+            the recipe has `best`.
         resume: resume from the checkpoint in `out`; the recipe and the data must be the same.
         device: auto, cpu or cuda.
         workers: processes that decode images; by default one for each processor, at most 16, and 1 for images that a
@@ -207,7 +208,7 @@ def _train(run: Run, step: TrainingStep, saved: Checkpoint | None, checkpoint_ev
     step.distribute()
     bad_images = BadImages(saved.bad_images if saved else None)
     position = restore(saved, run, step) if saved else Position()
-    saver = Saver(run, step, bad_images, position.global_step)
+    saver = Saver(run, step, bad_images, saved)
     if saved is None:
         # At once: a run that is killed before its first epoch ends can then be resumed, too.
         saver.save(position)
@@ -219,5 +220,7 @@ def _train(run: Run, step: TrainingStep, saved: Checkpoint | None, checkpoint_ev
         accuracy = loop.train()
     if run.ranks.rank == 0:
         draw_curves(run.folder, run.concepts.names)
+        if saver.best:
+            remark(f"{run.folder / BEST_NAME} is of epoch {saver.best['epoch']}", quiet=run.quiet)
         remark(f"{run.folder / CURVES_NAME} shows loss, accuracy and the path of q", quiet=run.quiet)
     return TrainingResult(run.folder, accuracy, bad_images.all(), stop.requested)

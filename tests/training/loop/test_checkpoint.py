@@ -69,6 +69,7 @@ def test_one_flipped_bit_in_given_weights_is_found(tmp_path: Path) -> None:
         ("optimizer", []),
         ("objective", None),
         ("bad_images", 0),
+        ("best", {"x": 1}),
     ],
 )
 def test_a_field_of_another_kind_is_named(run: Path, field: str, value: Any) -> None:

@@ -104,9 +104,9 @@ def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory, commands:
         # 1e-15 at any rate; in float32 a last bit decides a ReLU now and then, and that turns the directions z.
         options = {
             "epochs": 1, "method": "tests.training.recording:Frozen", "lambda": 1, "lr": 2e-5, "tau": 0.05,
-            "set": "ema=0.9",
+            "set": "ema=0.9", "probe": noise,
         }  # fmt: skip
-        arguments = [*train_arguments(noise, folder / "run", **options), "--set=clip_norm=1"]
+        arguments = [*train_arguments(noise, folder / "run", **options), "--set=clip_norm=1", "--set=best=probe"]
         run_ranks(commands, [*arguments, "--json"], folder, ranks)
         folders.append(folder)
     return folders[0], folders[1]
@@ -138,12 +138,16 @@ def assert_two_ranks_make_the_steps_that_one_makes(one_and_two: tuple[Path, Path
 
 
 def assert_one_rank_writes_and_evaluation_is_summed_exactly(one_and_two: tuple[Path, Path]) -> None:
-    epochs = []
+    epochs, probed = [], []
     for folder in one_and_two:
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if line["event"] == "epoch"] == [50]
         assert len(list((folder / "run" / "tensorboard").iterdir())) == 1
         epochs.append([line for line in lines if line["event"] in {"train", "epoch"}])
+        probed.append([line["accuracy"] for line in lines if line["event"] == "probe"])
+        best = load_checkpoint(folder / "run" / "best.pt").best
+        assert (best["epoch"], round(best["score"], 5)) == (1, probed[-1][0])
+    assert probed[0] == pytest.approx(probed[1], abs=0.02)  # of 100 images
     for alone, shared in zip(*epochs, strict=True):
         if alone["event"] == "train":
             assert shared["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-3)
