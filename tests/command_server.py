@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -17,6 +18,7 @@ import pkgutil
 import resource
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +28,7 @@ import threading
 import traceback
 import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -129,11 +131,15 @@ class ForkedCommand:
 
 
 class CommandServer:
-    """Runs `python -m robustfeat ARGUMENTS` in forks of one prepared process, which starts at first use."""
+    """Runs `python -m robustfeat ARGUMENTS` in forks of one prepared process, which starts at first use.
 
-    def __init__(self, root: Path) -> None:
+    All servers of one `folder`, one for each worker of pytest, share the process. It ends with the last of them.
+    """
+
+    def __init__(self, root: Path, folder: Path) -> None:
         self._root = root
-        self._folder = tempfile.TemporaryDirectory(prefix="robustfeat-commands-")
+        self._folder = folder
+        self._alive: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -198,27 +204,60 @@ class CommandServer:
         return ForkedCommand(connection, *kept)
 
     def close(self) -> None:
-        """Ends it."""
+        """Lets the process end; who started it waits for the others."""
+        if self._alive is not None:
+            os.close(self._alive)
         if self._process is not None:
-            self._process.communicate()
-        self._folder.cleanup()
+            self._process.wait()
 
     def _address(self) -> str:
-        address = str(Path(self._folder.name) / "socket")
+        pipe, address = self._folder / "alive", self._folder / "address"
         with self._lock:
-            if self._process is None:
-                with socket.socket(socket.AF_UNIX) as listener:
-                    listener.bind(address)
-                    listener.listen()
-                    command = [sys.executable, __file__, str(listener.fileno())]
-                    self._process = subprocess.Popen(
-                        command,
-                        cwd=self._root,
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.DEVNULL,
-                        pass_fds=[listener.fileno()],
-                    )
-        return address
+            if self._alive is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with locked(self._folder):
+                    if not address.exists():
+                        self._process = self._start(pipe, address)
+                    self._alive = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        return address.read_text()
+
+    def _start(self, pipe: Path, address: Path) -> subprocess.Popen[bytes]:
+        """The process. It runs until nobody has the pipe open for writing."""
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        name = str(Path(tempfile.mkdtemp(prefix="robustfeat-commands-")) / "socket")  # 107 bytes at most
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(name)
+            listener.listen()
+            process = subprocess.Popen(
+                [sys.executable, __file__, str(listener.fileno()), str(self._folder)],
+                cwd=self._root,
+                stdin=reader,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+            )
+        os.close(reader)
+        address.write_text(name)
+        return process
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of `folder`, which one process has at a time."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _end_if_unused(folder: Path) -> None:
+    """Ends this process if nobody has opened the pipe since."""
+    with locked(folder):
+        if select.select([0], [], [], 0)[0]:
+            address = folder / "address"
+            shutil.rmtree(Path(address.read_text()).parent)
+            address.unlink()
+            os._exit(0)
 
 
 def _preload() -> None:
@@ -239,7 +278,7 @@ def _preload() -> None:
     gc.freeze()  # a collection would copy every page that a fork shares
 
 
-def _serve(listener: socket.socket) -> dict[str, Any]:
+def _serve(listener: socket.socket, folder: Path) -> dict[str, Any]:
     """Returns the request in each process that is to run a command, never in the server."""
     listener.settimeout(None)
     ended, wake = os.pipe()
@@ -250,8 +289,8 @@ def _serve(listener: socket.socket) -> dict[str, Any]:
     watched: list[socket.socket | int] = [listener, ended, 0]
     while True:
         ready, _, _ = select.select(watched, [], [])
-        if 0 in ready:  # the tests are over
-            os._exit(0)
+        if 0 in ready:  # all tests are over
+            _end_if_unused(folder)
         if ended in ready:
             os.read(ended, 1 << 10)
             _report(running)
@@ -336,7 +375,7 @@ def _leave(code: int) -> None:
 if __name__ == "__main__":
     sys.path[0] = str(Path.cwd())  # as `python -m` does
     _preload()
-    wanted = _serve(socket.socket(fileno=int(sys.argv[1])))
+    wanted = _serve(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))
     try:
         _execute(wanted)
     except SystemExit as exc:

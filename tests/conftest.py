@@ -85,10 +85,13 @@ Share = Callable[[str, Build], Path]
 @pytest.fixture(scope="session")
 def share(tmp_path_factory: pytest.TempPathFactory) -> Share:
     """`share(name, build)` gives a path that `build` fills, once for all workers of a run."""
+    return partial(build_once, shared_folder(tmp_path_factory))
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all workers of a run."""
     root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    return partial(build_once, root / "shared")
+    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
 
 
 def build_once(root: Path, name: str, build: Build) -> Path:
@@ -115,8 +118,8 @@ def example_files() -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def commands() -> Iterator[CommandServer]:
-    server = CommandServer(ROOT)
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
+    server = CommandServer(ROOT, shared_folder(tmp_path_factory) / "commands")
     yield server
     server.close()
 
