@@ -82,6 +82,11 @@ _EARLY = (
 )
 
 
+# What nobody looks at, where these commands would take their time for it.
+UNSEEN = {"robustfeat.training.loop.run_folder.DRAWS_CURVES": False}
+TRAINING = {"train", "paper"}
+
+
 class ForkedCommand:
     """A command that runs, in a session of its own; the part of `subprocess.Popen` that the tests need."""
 
@@ -181,7 +186,8 @@ class CommandServer:
             arguments, env: of the command.
             file_bytes: the most that it can write to a file.
             stderr: a descriptor to write errors to, in place of a file that `texts` reads.
-            constants: values of constants of modules by their full names, in this command and its forks.
+            constants: values of constants of modules by their full names, in this command and its forks. A command
+                that trains has those of `UNSEEN`, too.
             code: runs this, as `python -c` does, in place of the command line.
             cwd: the working directory, by default the root.
         """
@@ -189,7 +195,7 @@ class CommandServer:
             "arguments": list(arguments),
             "env": dict(os.environ if env is None else env),
             "file_bytes": file_bytes,
-            "constants": dict(constants or {}),
+            "constants": {**(UNSEEN if TRAINING.intersection(arguments[:1]) else {}), **(constants or {})},
             "code": code,
             "cwd": str(cwd or self._root),
         }

@@ -19,6 +19,14 @@ def one_thread() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws none at the end of a run in this process; tests/training/loop/test_curves.py is about them."""
+    from robustfeat.training.loop import run_folder
+
+    monkeypatch.setattr(run_folder, "DRAWS_CURVES", False)
+
+
 @pytest.fixture
 def narrow_run(dataset: Path, share: Share) -> Path:
     """As `finished_run`, of a narrow network."""
