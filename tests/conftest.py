@@ -29,7 +29,7 @@ EXAMPLES = ROOT / "examples" / "images"
 
 # No test may reach for the Hub: what would download must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Two workers share the cores: PyTorch's idle OpenMP threads must sleep. Spinning, they took eight times as long.
+# Workers share the cores: PyTorch's idle OpenMP threads must sleep. Spinning, they took eight times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # What is measured once and kept is kept for this session.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="robustfeat-tests-")
