@@ -10,15 +10,27 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional
 
 from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.divergences import DIVERGENCES
 from robustfeat.training.groupdro import GroupAdversary
 from robustfeat.training.hrrl import ConceptAdversary, Losses, inner_output, input_gradient, perturb, step_along
+from robustfeat.training.loop.distributed import gather_tensors
 from robustfeat.training.network import StepOutput
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.stable import feature_distances
 
-__all__ = ["Adversary", "ConceptLevel", "ExampleLevel", "StepBatch", "create_concept_level", "create_example_level"]
+__all__ = [
+    "Adversary",
+    "ConceptLevel",
+    "ExampleLevel",
+    "StepBatch",
+    "Weighting",
+    "create_concept_level",
+    "create_example_level",
+    "create_example_weighting",
+]
 
 
 @dataclass(frozen=True)
@@ -253,18 +265,54 @@ class Adversary(Protocol):
         """Resumes from a saved state."""
 
 
-class ConceptLevel:
-    """The concept level, switched off: all losses weigh the same.
+class Weighting:
+    """What weighs losses, switched off: all weigh the same."""
+
+    def weigh(self, losses: Tensor, batch: StepBatch) -> Tensor:
+        """(m,) losses, with their graph, to (m,) weighted ones; learns from them for the next step."""
+        return losses
+
+
+class _ExampleDistribution(Weighting):
+    """Eq. 2 on the batch: weights m p_i, with the p that maximises sum_i p_i l_i - lam D(p || 1 / m).
+
+    m are the examples of all ranks, and each rank weighs its own.
+
+    Args:
+        lam: lambda of this level.
+        divergence: D; see `divergences`.
+        batch_size: most examples of all ranks.
+    """
+
+    def __init__(self, lam: float, divergence: str, batch_size: int) -> None:
+        self._lam, self._divergence, self._batch_size = lam, DIVERGENCES[divergence], batch_size
+
+    def weigh(self, losses: Tensor, batch: StepBatch) -> Tensor:
+        missing = rank = 0
+        if distributed.is_initialized():
+            missing, rank = self._batch_size // distributed.get_world_size() - len(losses), distributed.get_rank()
+        # Bad images make the ranks' parts unequal: -inf in the place of a missing loss gets no weight.
+        all_losses = gather_tensors(functional.pad(losses.detach().double(), (0, missing), value=-torch.inf))
+        uniform = torch.where(all_losses > -torch.inf, 1 / batch.total, 0.0).flatten()
+        shares = self._divergence.ascend(uniform, uniform, all_losses.flatten() / self._lam)
+        return (batch.total * shares).view_as(all_losses)[rank, : len(losses)].float() * losses
+
+
+def create_example_weighting(recipe: Recipe) -> Weighting:
+    """What weighs the examples of a batch by their losses."""
+    if not recipe.p_lam:
+        return Weighting()
+    return _ExampleDistribution(recipe.p_lam, recipe.p_divergence, recipe.batch_size)
+
+
+class ConceptLevel(Weighting):
+    """The concept level, switched off.
 
     Attributes:
         adversary: what the level learns with, if it learns.
     """
 
     adversary: Adversary | None = None
-
-    def weigh(self, losses: Tensor, batch: StepBatch) -> Tensor:
-        """(m,) losses, with their graph, to (m,) weighted ones; learns from them for the next step."""
-        return losses
 
     def metrics(self) -> dict[str, Any]:
         """Numbers for the log."""

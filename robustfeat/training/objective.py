@@ -15,7 +15,13 @@ from torch.nn import functional
 
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import ConceptMap
-from robustfeat.training.levels import Adversary, StepBatch, create_concept_level, create_example_level
+from robustfeat.training.levels import (
+    Adversary,
+    StepBatch,
+    create_concept_level,
+    create_example_level,
+    create_example_weighting,
+)
 from robustfeat.training.methods import METHODS, import_failed, local_modules, require_method
 from robustfeat.training.network import StepOutput
 from robustfeat.training.recipe import Recipe
@@ -45,6 +51,7 @@ class Objective:
 
     Attributes:
         example_level, concept_level: what moves the images, and what weighs the losses.
+        example_weighting: what weighs the losses of a batch before that (`Recipe.p_lam`).
         replays: how many steps in a row are made with one batch.
         tau_at_224px: length of the example-level step; 0 where that level is off.
     """
@@ -58,6 +65,7 @@ class Objective:
         weighting: str | None = "adversary",
     ) -> None:
         self.example_level = create_example_level(direction, recipe)
+        self.example_weighting = create_example_weighting(recipe)
         self.concept_level = create_concept_level(weighting, recipe, concepts)
         self.replays = self.example_level.replays
         self.tau_at_224px = recipe.tau if direction else 0.0
@@ -155,7 +163,7 @@ class Objective:
         Returns:
             The scalar to descend; `batch.mean` makes it of (m,) values.
         """
-        return batch.mean(self.concept_level.weigh(losses, batch))
+        return batch.mean(self.concept_level.weigh(self.example_weighting.weigh(losses, batch), batch))
 
     def metrics(self) -> dict[str, Any]:
         """For the log: q, the range of the weights (N / N_k) q_k, and the concepts at its ends."""

@@ -46,6 +46,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("tau", 0, 1e6),
     ("stable_weight", 0, 1e6),
     ("stable_steps", 1, 100),
+    ("p_lam", 0, 1e30),
     ("lam", 1e-12, 1e30),
     ("q_warmup_steps", 0, 1e12),
     ("q_warmup_divisor", 1, 1e12),
@@ -67,6 +68,7 @@ _CHOICES = {
     "inner": ("full", "half", "free"),
     "inner_batch_norm": ("batch", "eval"),
     "stable_anchor": ("self", "start"),
+    "p_divergence": ("l2", "kl", "chi2"),
     "q_divergence": ("l2", "kl", "chi2"),
     "probe_classifier": ("knn", "svm"),
     "best": ("none", "validation", "probe"),
@@ -126,6 +128,8 @@ class Recipe:
         stable_steps: gradient steps to d, the move of length tau that changes the features most.
         stable_anchor: a: `self` (f(x), the network's own features) or `start` (those that the network gave to x
             before training, which needs `init`).
+        p_lam: lambda of Eq. 2, which weighs the examples of each batch by their losses (0: off, as in Algorithm 1).
+        p_divergence: what keeps those weights equal: `l2` (the paper), `kl` or `chi2`.
         lam: lambda of the concept level.
         q_divergence: what keeps q near q0: `l2` (the paper), `kl` or `chi2`.
         q_warmup_steps, q_warmup_divisor: s and c of Algorithm 1; c may be `auto` (Theorem 3).
@@ -191,6 +195,8 @@ class Recipe:
     stable_weight: float = 1.0
     stable_steps: int = 1
     stable_anchor: str = "self"
+    p_lam: float = 0.0
+    p_divergence: str = "l2"
     lam: float = 10.0
     q_divergence: str = "l2"
     q_warmup_steps: int = 1000

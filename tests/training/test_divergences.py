@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize
 
 from robustfeat.errors import InputError
+from robustfeat.training import levels
 from robustfeat.training.divergences import DIVERGENCES
 from robustfeat.training.hrrl import ConceptAdversary
-from robustfeat.training.objective import create_objective
+from robustfeat.training.objective import StepBatch, create_objective
 from robustfeat.training.recipe import Recipe
 from tests.training.test_objective import CONCEPTS
 
@@ -28,7 +29,8 @@ def closed_form(name: str, values: Vector, reference: Vector) -> Vector:
     """The q on the simplex that maximises q values - D(q || reference)."""
     if name == "kl":
         weights: Vector = reference * np.exp(values - values.max())
-        return weights / weights.sum()
+        normalised: Vector = weights / weights.sum()
+        return normalised
 
     def shares(nu: float) -> Vector:
         scale = reference if name == "chi2" else 1.0
@@ -170,8 +172,59 @@ def test_a_recipe_chooses_it(name: str) -> None:
     np.testing.assert_allclose(adversary.q.numpy(), closed_form(name, np.array([0.5, 1.5]) / q0 / 2, q0), atol=1e-6)
 
 
+def step_batch(labels: NDArray[np.int64], total: int) -> StepBatch:
+    return StepBatch(torch.empty(len(labels), 0), torch.from_numpy(labels), torch.from_numpy(labels), 0.0, total)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["erm", "cl"])
+def test_examples_of_a_batch_weigh_by_eq_2(name: str, method: str) -> None:
+    """The scalar is sum_i p_i (N / N_k) q_k l_i; its gradient by the losses are these weights (Danskin)."""
+    recipe = Recipe(method=method, p_lam=0.9, p_divergence=name, reference={"bird": 1, "dog": 1})
+    values, labels = np.array([2.0, 0.3, 1.1, 0.7, 5.0]), np.array([0, 0, 1, 0, 1])
+    losses = torch.tensor(values, dtype=torch.float32, requires_grad=True)
+    objective = create_objective(recipe, CONCEPTS)
+    scalar = objective.training_loss(losses, step_batch(labels, 5))
+    p = closed_form(name, values / 0.9, np.full(5, 0.2))
+    weights = p * (np.array([500 / 400, 500 / 100])[labels] / 2 if method == "cl" else 1)
+    assert float(scalar.detach()) == pytest.approx(float(weights @ values), rel=1e-6)
+    scalar.backward()
+    assert losses.grad is not None
+    np.testing.assert_allclose(losses.grad.numpy(), weights, rtol=1e-6, atol=1e-9)
+    if method == "cl":  # q learns from the weighed losses
+        plain = create_objective(recipe.replace(p_lam=0.0), CONCEPTS)
+        plain.training_loss(torch.from_numpy(5 * p * values).float(), step_batch(labels, 5))
+        np.testing.assert_allclose(objective.metrics()["q"], plain.metrics()["q"], atol=2e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_share_one_distribution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks with 2, 3 and 1 of at most 3 examples each, one after the other."""
+    values = np.array([2.0, 0.3, 1.1, 0.7, 5.0, 0.1])
+    expected = 6 * closed_form(name, values, np.full(6, 1 / 6))
+    parts = np.split(values, [2, 5])
+    padded = np.full((3, 3), -np.inf)
+    for row, part in zip(padded, parts, strict=True):
+        row[: len(part)] = part
+    level = levels.create_example_weighting(Recipe(p_lam=1.0, p_divergence=name, batch_size=9))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    for rank, part in enumerate(parts):
+
+        def gather(own: torch.Tensor, rank: int = rank) -> torch.Tensor:
+            np.testing.assert_array_equal(own.numpy(), padded[rank])
+            return torch.from_numpy(padded)
+
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(levels, "gather_tensors", gather)
+        weighed = level.weigh(torch.from_numpy(part), step_batch(np.zeros(len(part), np.int64), 6))
+        np.testing.assert_allclose(weighed.numpy() / part, np.split(expected, [2, 5])[rank], rtol=1e-6, atol=1e-7)
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(InputError, match="q_divergence='l1': must be one of l2, kl, chi2"):
         Recipe(q_divergence="l1")
+    with pytest.raises(InputError, match="p_lam=-1: must be from 0"):
+        Recipe(p_lam=-1)
     with pytest.raises(InputError, match="q_warmup_divisor='auto': is Theorem 3's, of `q_divergence=l2`"):
         dataclasses.replace(Recipe(), q_divergence="kl", q_warmup_divisor="auto")

@@ -106,7 +106,8 @@ def one_and_two(noise: Path, tmp_path_factory: pytest.TempPathFactory, commands:
             "epochs": 1, "method": "tests.training.recording:Frozen", "lambda": 1, "lr": 2e-5, "tau": 0.05,
             "set": "ema=0.9", "probe": noise,
         }  # fmt: skip
-        arguments = [*train_arguments(noise, folder / "run", **options), "--set=clip_norm=1", "--set=best=probe"]
+        keys = ["--set=clip_norm=1", "--set=best=probe", "--set=p_lam=20"]
+        arguments = [*train_arguments(noise, folder / "run", **options), *keys]
         run_ranks(commands, [*arguments, "--json"], folder, ranks)
         folders.append(folder)
     return folders[0], folders[1]
