@@ -37,6 +37,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("ema", 0, 0.9999999),
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
+    ("erasing", 0, 1),
     ("label_smoothing", 0, 0.999999),
     ("mixup", 0, 1000),
     ("cutmix", 0, 1000),
@@ -73,7 +74,7 @@ _CHOICES = {
     "probe_classifier": ("knn", "svm"),
     "best": ("none", "validation", "probe"),
 }
-_SWITCHES = ("q_baseline", "compile", "labels", "decay_norms")
+_SWITCHES = ("trivial_augment", "q_baseline", "compile", "labels", "decay_norms")
 _REMOVED = {
     "nesterov": False, "tau_ramp_epochs": 0, "q_steps": "decaying", "group_rate": 0.01, "batch_norm": "batch",
 }  # fmt: skip
@@ -114,6 +115,8 @@ class Recipe:
         interpolation: of the validation images: bilinear or bicubic (None: `init`'s, or bilinear).
         mean, std: of the network's input, per channel in [0, 1] (None: `init`'s, or ImageNet's).
         min_crop_area: training crops cover between this share and all of an image's area.
+        trivial_augment: change each crop by a random operation of TrivialAugment (wide).
+        erasing: probability that a rectangle of a crop becomes the mean colour (0, the paper: none).
         label_smoothing: share of each target that all classes divide evenly (0, the paper: none).
         mixup, cutmix: alpha of MixUp and CutMix, which make one image of two (0, the paper: off). With both, either
             mixes half of the batches.
@@ -184,6 +187,8 @@ class Recipe:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     min_crop_area: float = 0.08
+    trivial_augment: bool = False
+    erasing: float = 0.0
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -339,13 +344,18 @@ class Recipe:
                 value=self.label_smoothing,
                 fix="leave it out",
             )
-        if self.teacher_crops and (self.mixup or self.cutmix):
+        if self.teacher_crops and (self.mixup or self.cutmix or self.augments):
             raise InputError(
-                "are features of unmixed crops, kept for all epochs",
+                "are features of plain crops, kept for all epochs",
                 argument="teacher_crops",
                 value=self.teacher_crops,
-                fix="pass 0, or leave `mixup` and `cutmix` out",
+                fix="pass 0, or leave out `mixup`, `cutmix`, `trivial_augment` and `erasing`",
             )
+
+    @property
+    def augments(self) -> bool:
+        """Whether crops are changed after they are cut."""
+        return self.trivial_augment or self.erasing > 0
 
     def image_size(self, epoch: int) -> int:
         """S of the training crops in this epoch, counted from 0."""

@@ -162,7 +162,7 @@ def test_a_mixed_and_smoothed_run_resumes_exactly(dataset: Path, tmp_path: Path)
             {"teacher": "t", "labels": False, "label_smoothing": 0.1},
             "needs labels, which are not learned; leave it out",
         ),
-        ({"teacher": "t", "teacher_crops": 2, "cutmix": 1.0}, "teacher_crops=2: are features of unmixed crops"),
+        ({"teacher": "t", "teacher_crops": 2, "cutmix": 1.0}, "teacher_crops=2: are features of plain crops"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from robustfeat.errors import DecodeError, RobustFeatError, TrainingError
 from robustfeat.hub.preprocessing import Preprocessing, resize_and_crop
+from robustfeat.training.data.augmentation import Augmentation
 from robustfeat.training.data.crops import crop_boxes, crop_squares
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.order import epoch_order
@@ -119,6 +120,11 @@ class EpochPlan:
         rng = np.random.default_rng([self._seed, self._epoch, number])
         return self._part(rng.random((self._batch_size, 5)))
 
+    def seeds(self, number: int) -> NDArray[np.int64]:
+        """(m,) seeds for the augmentations of the same rows."""
+        rng = np.random.default_rng([self._seed, _AUGMENTED, self._epoch, number])
+        return self._part(rng.integers(2**63, size=self._batch_size))
+
     def crops(
         self, draws: NDArray[np.float64], sizes: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -150,6 +156,9 @@ class OrderedPlan(EpochPlan):
         """See `EpochPlan.draws`."""
         return _fixed_draws(self._length, self._seed, number // self.steps)[self.rows(number)]
 
+
+_AUGMENTED = 0xA06
+"""Tells the seeds of augmentations from the draws of crops."""
 
 _FIXED = 0xC407
 """Tells the draws of fixed crops from those of an epoch's."""
@@ -192,10 +201,11 @@ class TrainingBatches(Dataset[Batch]):
     Args:
         side: S, the side of the square crops in pixels.
         plan: of the epoch, for the same data.
+        augmentation: changes the crops.
     """
 
-    def __init__(self, data: ImageSet, side: int, plan: EpochPlan) -> None:
-        self._data, self._side, self.plan = data, side, plan
+    def __init__(self, data: ImageSet, side: int, plan: EpochPlan, augmentation: Augmentation | None = None) -> None:
+        self._data, self._side, self.plan, self._augmentation = data, side, plan, augmentation
 
     def __len__(self) -> int:
         return self.plan.batches
@@ -213,7 +223,13 @@ class TrainingBatches(Dataset[Batch]):
             left, top, w, h = boxes[place].tolist()
             return self._crop(image, (left * x, top * y, w * x, h * y), bool(flips[place]))
 
-        return _collect(self._data, rows, crop, self._side)
+        augmentation = self._augmentation
+        if augmentation is None:
+            return _collect(self._data, rows, crop, self._side)
+        seeds = self.plan.seeds(number).tolist()
+        return _collect(
+            self._data, rows, lambda image, place: augmentation(crop(image, place), seeds[place]), self._side
+        )
 
     def _crop(self, image: Image.Image, box: Sequence[float], flip: bool) -> NDArray[np.uint8]:
         left, top, w, h = box

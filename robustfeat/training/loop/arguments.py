@@ -42,6 +42,13 @@ def check_arguments(
         raise InputError(
             "caches squares of `cache_px`, which is 0", argument="cache", value=cache, fix="pass both or neither"
         )
+    if cache == "device" and recipe.augments:
+        raise InputError(
+            "keeps images where nothing augments them",
+            argument="cache",
+            value=cache,
+            fix="pass `cache=ram` or a folder",
+        )
     require_method(recipe.method)
     if recipe.concepts != "classes" and not cluster_count(recipe.concepts):
         load_concepts(recipe.concepts)

@@ -197,7 +197,7 @@ class EpochLoop:
     def _recalibrate(self) -> None:
         run, recipe = self._run, self._run.recipe
         side = recipe.image_size(recipe.epochs - 1)
-        batches = run.epoch_batches(recipe.epochs, side)
+        batches = run.epoch_batches(recipe.epochs, side, augmented=False)
         loaded = run.load(batches, range(min(recipe.recalibrate, len(batches))))
         self._step.recalibrate(batch.pixels(run.device, side) for batch in loaded if len(batch.labels))
 

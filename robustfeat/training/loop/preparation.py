@@ -18,6 +18,7 @@ from robustfeat.progress import remark
 from robustfeat.system import available_cpus
 from robustfeat.training.clusters import Clusters
 from robustfeat.training.concepts import ConceptMap, assign_concepts, cluster_count
+from robustfeat.training.data.augmentation import Augmentation
 from robustfeat.training.data.batches import Batch, EpochPlan, TrainingBatches, load_batches
 from robustfeat.training.data.cache import CachedSet, build_cache, cached_batches, require_room
 from robustfeat.training.data.folders import UNLABELLED
@@ -112,8 +113,8 @@ class Run:
             shares=examples.shares,
         )
 
-    def epoch_batches(self, epoch: int, side: int, replays: int = 1) -> TrainingBatches:
-        """This rank's part of an epoch's batches, of crops with this side."""
+    def epoch_batches(self, epoch: int, side: int, replays: int = 1, *, augmented: bool = True) -> TrainingBatches:
+        """This rank's part of an epoch's batches, of crops with this side, `augmented` where the recipe says so."""
         recipe = self.recipe
         plan = EpochPlan(
             self.train_set,
@@ -126,12 +127,20 @@ class Run:
             rank=self.ranks.rank,
             world=self.ranks.world,
         )
-        return TrainingBatches(self.train_set, side, plan)
+        augmentation = None
+        if augmented and recipe.augments:
+            augmentation = Augmentation(
+                trivial_augment=recipe.trivial_augment, erasing=recipe.erasing, fill=recipe.preprocessing().mean
+            )
+        return TrainingBatches(self.train_set, side, plan, augmentation)
 
     def load(self, batches: TrainingBatches, numbers: range) -> Iterator[Batch]:
-        """Batches from decoding processes; on a GPU with a cache, whole squares that it crops itself."""
+        """Batches from decoding processes; on a GPU with a cache, whole squares that it crops itself.
+
+        It does not augment them.
+        """
         on_gpu = self.device.type == "cuda"
-        if isinstance(self.train_set, CachedSet) and on_gpu:
+        if isinstance(self.train_set, CachedSet) and on_gpu and not self.recipe.augments:
             return cached_batches(self.train_set, batches.plan, numbers, self.device)
         return load_batches(batches, self.loaders, numbers, pin=on_gpu)
 
@@ -184,7 +193,7 @@ def prepare_run(
     probe = open_task("probe", recipe.probe) if recipe.probe else None
     class_counts = np.bincount(train_set.labels, minlength=len(train_set.classes))
     decoders = max(1, min(_MOST_DECODERS, available_cpus() // ranks.local_world)) if workers is None else workers
-    automatic = "device" if device.type == "cuda" else "ram"
+    automatic = "device" if device.type == "cuda" and not recipe.augments else "ram"
     return Run(
         recipe=recipe,
         folder=folder,
@@ -203,7 +212,7 @@ def prepare_run(
             **({"probe": f"{probe.train.fingerprint} {probe.test.fingerprint}"} if probe else {}),
         },
         decoders=decoders,
-        loaders=1 if recipe.cache_px and workers is None else decoders,
+        loaders=1 if recipe.cache_px and workers is None and not recipe.augments else decoders,
         cache=automatic if cache == "auto" else cache,
         quiet=quiet,
         teacher=open_teacher(recipe, device.type) if recipe.teacher else None,
