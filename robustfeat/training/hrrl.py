@@ -30,6 +30,7 @@ __all__ = [
     "perturb",
     "project_simplex",
     "step_along",
+    "step_by",
 ]
 
 _BATCHES_FOR_MU = 10
@@ -64,7 +65,7 @@ def _inner_pass(model: nn.Module, batch_norm: str) -> Iterator[None]:
 
 
 _LOSS_SCALE = 64.0
-"""Keeps the gradients of well classified images above fp16's smallest numbers; the normalisation takes it out again."""
+"""Keeps the gradients of well classified images above fp16's smallest numbers; the step takes it out again."""
 
 
 Losses = Callable[[Any], Tensor]
@@ -94,7 +95,7 @@ def input_gradient(
     half: bool = False,
     batch_norm: str = "batch",
 ) -> Tensor:
-    """The gradient of each image's loss with regard to the image, up to a common factor.
+    """The gradient of each image's loss with regard to the image, times `_LOSS_SCALE`.
 
     Args:
         model: maps images to logits (m, C); used in the mode that it is in. Under data parallelism the wrapped module.
@@ -141,6 +142,25 @@ def step_along(images: Tensor, direction: Tensor, tau: float, std: Tensor | None
     return torch.where((norm > 0) & torch.isfinite(norm), moved, images.detach()).to(images.dtype)
 
 
+def step_by(images: Tensor, gradient: Tensor, tau: float, std: Tensor | None = None) -> Tensor:
+    """Moves each image by tau times its gradient, which is not normalised: x~ = x + tau g.
+
+    Args:
+        images: (m, 3, H, W) float, in the network's normalised input space.
+        gradient: (m, 3, H, W) float32, in the same space; an image whose gradient is not finite stays.
+        tau: factor of the gradient.
+        std: (1, 3, 1, 1); where it is given, the step is one of pixels of range [0, 1], by the gradient by pixels.
+
+    Returns:
+        (m, 3, H, W), detached, of the dtype of `images`.
+    """
+    if std is not None:
+        gradient = gradient / std.square()  # once for the chain rule, once from pixels back to the input space
+    finite = torch.isfinite(gradient).all(dim=(1, 2, 3), keepdim=True)
+    moved = torch.add(images.detach().float(), gradient, alpha=tau)
+    return torch.where(finite, moved, images.detach()).to(images.dtype)
+
+
 def perturb(
     model: nn.Module,
     images: Tensor,
@@ -151,6 +171,7 @@ def perturb(
     half: bool = False,
     batch_norm: str = "batch",
     std: Tensor | None = None,
+    unit: bool = True,
 ) -> Tensor:
     """The augmentation of Theorem 2: x~ = x + tau * grad / ||grad||, per image; x~ = x where the gradient is 0.
 
@@ -161,6 +182,7 @@ def perturb(
         model, images, labels, losses, half, batch_norm: see `input_gradient`.
         tau: L2 length of the step, in the normalised input space, or, with `std`, in pixels of range [0, 1].
         std: see `step_along`.
+        unit: otherwise x~ = x + tau * grad, which is the theorem's own step where tau is 1 / (3 L_x).
 
     Returns:
         (m, 3, H, W), detached, of the dtype of `images`.
@@ -170,7 +192,9 @@ def perturb(
     if tau == 0:
         return images.detach()
     gradient = input_gradient(model, images, labels, losses=losses, half=half, batch_norm=batch_norm)
-    return step_along(images, gradient, tau, std)
+    if unit:
+        return step_along(images, gradient, tau, std)
+    return step_by(images, gradient / _LOSS_SCALE, tau, std)
 
 
 def concept_totals(losses: Tensor, concepts: Tensor, size: int) -> tuple[Tensor, Tensor]:

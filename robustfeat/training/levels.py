@@ -135,11 +135,12 @@ class _Gradient(_Moving):
         std: see `_Moving`.
         half: run the inner pass at half the resolution.
         batch_norm: see `input_gradient`.
+        unit: see `perturb`.
     """
 
-    def __init__(self, std: Tensor | None, *, half: bool, batch_norm: str) -> None:
+    def __init__(self, std: Tensor | None, *, half: bool, batch_norm: str, unit: bool) -> None:
         super().__init__(std)
-        self._half, self._batch_norm = half, batch_norm
+        self._half, self._batch_norm, self._unit = half, batch_norm, unit
 
     def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
         return perturb(
@@ -151,6 +152,7 @@ class _Gradient(_Moving):
             half=self._half,
             batch_norm=self._batch_norm,
             std=self.std(batch.images),
+            unit=self._unit,
         )
 
 
@@ -243,7 +245,7 @@ def create_example_level(direction: str | None, recipe: Recipe) -> ExampleLevel:
         )
     if recipe.inner == "free":
         return _FreeGradient(std, recipe.replays)
-    return _Gradient(std, **inner)
+    return _Gradient(std, **inner, unit=recipe.tau_step == "unit")
 
 
 class Adversary(Protocol):

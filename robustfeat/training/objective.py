@@ -69,6 +69,7 @@ class Objective:
         self.concept_level = create_concept_level(weighting, recipe, concepts)
         self.replays = self.example_level.replays
         self.tau_at_224px = recipe.tau if direction else 0.0
+        self._unit_step = recipe.tau_step == "unit"
         self._labels, self._teacher_weight = recipe.labels, recipe.teacher_weight
         self._label_smoothing = recipe.label_smoothing
         self._teacher_size = recipe.teacher_size if recipe.teacher else None
@@ -79,8 +80,14 @@ class Objective:
         return self.concept_level.adversary
 
     def tau(self, side_px: int, epoch: float) -> float:
-        """The length added at this image side; a subclass may let it depend on `epoch`, the epochs done so far."""
-        return self.tau_at_224px * side_px / TAU_REFERENCE_PX
+        """The length added at this image side; a subclass may let it depend on `epoch`, the epochs done so far.
+
+        With `tau_step = "gradient"` it is the factor of the gradient.
+        """
+        if self._unit_step:
+            return self.tau_at_224px * side_px / TAU_REFERENCE_PX
+        # At twice the side, four pixels share the effect of one, and each has a quarter of its gradient.
+        return self.tau_at_224px * (side_px / TAU_REFERENCE_PX) ** 2
 
     def create_heads(self, feature_size: int, classes: int) -> nn.ModuleDict:
         """Modules of the objective's own that are trained with the network and thrown away with the run.

@@ -16,6 +16,7 @@ from typing import Any
 from robustfeat.errors import InputError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.concepts import cluster_count
+from robustfeat.training.methods import METHODS
 
 __all__ = ["RECIPE_NAME", "Recipe", "load_recipe", "shipped_recipes"]
 
@@ -66,6 +67,7 @@ _CHOICES = {
     "teacher_precision": ("fp32", "bf16", "int8"),
     "precision": ("fp32", "bf16", "fp16"),
     "tau_unit": ("normalised", "pixel"),
+    "tau_step": ("unit", "gradient"),
     "inner": ("full", "half", "free"),
     "inner_batch_norm": ("batch", "eval"),
     "stable_anchor": ("self", "start"),
@@ -122,6 +124,8 @@ class Recipe:
             mixes half of the batches.
         tau: length of the example-level step at 224 px; at side S it is tau * S / 224.
         tau_unit: `normalised` (the length is measured in the network's input) or `pixel` (in pixels from 0 to 1).
+        tau_step: `unit` (each image moves by tau) or `gradient` (by tau times its gradient, with tau * (S / 224)^2 at
+            side S): Theorem 2's own step.
         inner: where the example level's gradient comes from: `full` (the paper: a pass of its own), `half` (that pass
             at half the resolution) or `free` (the step before, on the same batch).
         replays: with `free`, the steps in a row that use one batch; an epoch stays as many steps. An image that
@@ -194,6 +198,7 @@ class Recipe:
     cutmix: float = 0.0
     tau: float = 1.0
     tau_unit: str = "normalised"
+    tau_step: str = "unit"
     inner: str = "full"
     replays: int = 4
     inner_batch_norm: str = "batch"
@@ -239,6 +244,7 @@ class Recipe:
         self._check_teacher()
         self._check_targets()
         self._check_stable()
+        self._check_step()
         if self.parts is not None and (not _is_whole(self.parts) or self.parts < 1):
             raise _invalid("parts", "must be a whole number >= 1", self.parts)
         starts = [first for first, _ in self.image_sizes]
@@ -319,6 +325,21 @@ class Recipe:
                 argument="labels",
                 value="False",
                 fix="pass a `teacher`, or `init`, `method=stable` and `stable_anchor=start`",
+            )
+
+    def _check_step(self) -> None:
+        if self.tau_step == "unit":
+            return
+        if self.method in METHODS and METHODS[self.method].direction != "gradient":
+            raise InputError(
+                f"does nothing in {self.method}", argument="tau_step", value=self.tau_step, fix="leave it out"
+            )
+        if self.inner == "free":
+            raise InputError(
+                "needs the gradient of an image's own loss, and the step before leaves that of a weighted mean",
+                argument="tau_step",
+                value=self.tau_step,
+                fix="pass `inner=full` or `inner=half`",
             )
 
     def _check_stable(self) -> None:

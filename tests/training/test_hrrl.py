@@ -22,6 +22,7 @@ from robustfeat.training.hrrl import (
     perturb,
     project_simplex,
     step_along,
+    step_by,
 )
 from robustfeat.training.network import FirstConv, build_network
 from robustfeat.training.objective import Objective, StepBatch
@@ -203,6 +204,32 @@ def test_perturb_in_pixels_adds_that_length_to_the_pixels(network: nn.Module, ba
     expected = pixels + 0.3 * x.grad / x.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     moved = perturb(network, (pixels - mean) / std, labels, 0.3, std=std) * std + mean
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixel", [False, True])
+def test_perturb_without_normalisation_adds_tau_times_each_images_gradient(
+    network: nn.Module, batch: Batch, pixel: bool
+) -> None:
+    """Theorem 2's own step; in pixels, with u = std x, of the gradient by u."""
+    images, labels = batch
+    std = torch.tensor([0.2, 0.25, 0.3]).view(1, 3, 1, 1)
+    scale = std if pixel else torch.ones(1, 3, 1, 1)
+    u = (images * scale).requires_grad_()
+    functional.cross_entropy(network(u / scale), labels, reduction="sum").backward()
+    assert u.grad is not None
+    found = perturb(network, images, labels, 0.7, unit=False, std=std if pixel else None)
+    torch.testing.assert_close(found, ((u + 0.7 * u.grad) / scale).detach(), rtol=1e-4, atol=1e-3)
+    assert (found - images).abs().max() > 0.05
+    assert (found - images).flatten(1).norm(dim=1).std() > 0, "images move by lengths of their own"
+
+
+def test_a_step_by_a_gradient_leaves_an_image_alone_whose_gradient_is_not_finite(batch: Batch) -> None:
+    images, _ = batch
+    gradient = torch.ones_like(images)
+    gradient[0, 0, 0, 0] = torch.inf
+    moved = step_by(images, gradient, 2.0)
+    assert torch.equal(moved[0], images[0])
+    assert torch.equal(moved[1:], images[1:] + 2)
 
 
 def test_a_step_leaves_an_image_alone_whose_direction_is_not_finite(batch: Batch) -> None:

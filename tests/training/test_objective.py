@@ -86,6 +86,34 @@ def test_a_length_in_pixels_is_measured_in_pixels(name: str) -> None:
     np.testing.assert_allclose(moved.norm(dim=1), 1, rtol=1e-4)
 
 
+@pytest.mark.parametrize("inner", ["full", "half"])
+def test_a_recipe_asks_for_the_step_of_theorem_2(inner: str) -> None:
+    step = make(method=f"{__name__}:Seen", tau_step="gradient", inner=inner, lr=1e-12)
+    step.network.eval()
+    images, labels = pixels()
+    x = step.to_input(images).requires_grad_()
+    small = functional.avg_pool2d(x, 2) if inner == "half" else x
+    functional.cross_entropy(step.network(small), labels, reduction="sum").backward()
+    step(images, labels, 0.0, 0)
+    assert x.grad is not None
+    expected = (x + 7 * (32 / 224) ** 2 * x.grad).detach()
+    torch.testing.assert_close(seen(step).after.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(seen(step).after, seen(step).before)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"tau_step": "g"}, "tau_step='g': must be one of unit, gradient"),
+        ({"tau_step": "gradient", "method": "cl"}, "tau_step=gradient: does nothing in cl; leave it out"),
+        ({"tau_step": "gradient", "inner": "free"}, "tau_step=gradient: needs the gradient of an image's own loss"),
+    ],
+)
+def test_a_step_that_makes_no_sense_is_refused(keys: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        dataclasses.replace(SMALL, **keys)
+
+
 def test_balanced_weighs_every_class_the_same() -> None:
     objective = create_objective(Recipe(method="balanced"), CONCEPTS)
     labels = torch.tensor([0, 0, 1, 2, 3, 3])
