@@ -18,7 +18,7 @@ class Failure(click.ClickException):
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]  # click's is the class's, and it reads the exception's
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Prints it, also where it names a file whose name has two lines."""

@@ -25,7 +25,7 @@ RECIPE_NAME = "recipe.toml"
 
 _INTEGERS = frozenset({
     "width", "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
-    "teacher_crops", "stable_steps", "probe_every",
+    "teacher_crops", "stable_steps", "probe_every", "accumulate",
 })  # fmt: skip
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("width", 1, 512),
@@ -35,6 +35,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("momentum", 0, 0.999999),
     ("weight_decay", 0, 1e6),
     ("clip_norm", 0, 1e30),
+    ("accumulate", 1, 100_000),
     ("ema", 0, 0.9999999),
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
@@ -107,6 +108,7 @@ class Recipe:
         epochs, batch_size, lr, momentum, weight_decay: of the optimiser.
         decay_norms: decay the weights of normalisation layers and biases, too (the paper says nothing of them).
         clip_norm: scale gradients down to this L2 norm, over all parameters; 0: never.
+        accumulate: batches whose mean gradient makes one update; the last ones of an epoch may be fewer.
         ema: decay of an exponential moving average of the weights; the averaged network is what is validated and
             exported (0: no average, the paper).
         schedule: `step` (lr / 10 at each of `milestones`, in epochs), `linear` or `cosine` (to zero at the end).
@@ -180,6 +182,7 @@ class Recipe:
     optimizer: str = "sgd"
     decay_norms: bool = True
     clip_norm: float = 0.0
+    accumulate: int = 1
     ema: float = 0.0
     schedule: str = "step"
     milestones: tuple[int, ...] = (30, 60)
@@ -294,6 +297,13 @@ class Recipe:
                 raise _invalid(name, "must be true or false", getattr(self, name))
         if self.best == "probe" and not self.probe:
             raise InputError("needs a probe", argument="best", value="probe", fix="pass `probe`, or `best=validation`")
+        if self.accumulate > 1 and self.inner == "free":
+            raise InputError(
+                "must be 1 with `inner=free`, each of whose replays makes an update",
+                argument="accumulate",
+                value=self.accumulate,
+                fix="pass `inner=half`, or leave `accumulate` out",
+            )
         if self.q_warmup_divisor == "auto" and self.q_warmup_steps < 2:
             raise _invalid("q_warmup_divisor", f"needs q_warmup_steps >= 2, not {self.q_warmup_steps}", "auto")
         if self.q_warmup_divisor == "auto" and self.q_divergence != "l2":

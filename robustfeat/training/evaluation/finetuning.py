@@ -76,7 +76,8 @@ def finetune(
                 raise TrainingError(
                     f"fine-tuning on {task.name} diverged in epoch {epoch + 1}", fix="try a smaller `lr`"
                 )
-            descent.update(loss, lr if epoch < milestone else lr / 10)
+            descent.add(loss)
+            descent.update(lr if epoch < milestone else lr / 10)
             progress.advance(len(labels), note)
         model.eval()
         right, count = class_hits(model, contract, task.test, device)

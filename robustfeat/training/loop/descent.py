@@ -67,14 +67,32 @@ class Descent:
             for parameter in self._parameters:
                 self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self._pending = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether gradients were added since the last update."""
+        return self._pending
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """What was added so far, of the parameters that have some."""
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def autocast(self) -> torch.autocast:
         """The precision of forward passes."""
         dtype = torch.float16 if self._precision == "fp16" else torch.bfloat16
         return torch.autocast(self._device.type, dtype, enabled=self._precision != "fp32")
 
-    def update(self, loss: Tensor, lr: float) -> Tensor | None:
-        """One step along the gradient of a scalar, at this learning rate.
+    def add(self, loss: Tensor) -> None:
+        """Adds the gradient of a scalar to the next update's."""
+        if not self._pending:
+            self._optimizer.zero_grad()
+        self._scaler.scale(loss).backward()
+        self._pending = True
+
+    def update(self, lr: float) -> Tensor | None:
+        """One step along the gradients that were added, at this learning rate.
 
         Returns:
             With `clip_norm`, the gradient's norm before it was clipped; not finite where fp16 overflowed.
@@ -82,14 +100,13 @@ class Descent:
         norm = None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.zero_grad()
-        self._scaler.scale(loss).backward()
         if self._clip_norm:
             self._scaler.unscale_(self._optimizer)
             # Data parallelism has averaged the gradients in the backward pass, so each rank sees the same norm.
             norm = nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        self._pending = False
         return norm
 
     def state_dict(self) -> dict[str, Any]:

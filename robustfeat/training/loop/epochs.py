@@ -23,7 +23,7 @@ from robustfeat.training.loop.probing import probe
 from robustfeat.training.loop.report import Report
 from robustfeat.training.loop.saving import Saver
 from robustfeat.training.loop.signals import StopRequest
-from robustfeat.training.loop.step import Guidance, TrainingStep
+from robustfeat.training.loop.step import Group, Guidance, TrainingStep
 from robustfeat.training.loop.validation import validate
 
 __all__ = ["EpochLoop"]
@@ -110,11 +110,14 @@ class EpochLoop:
             guidance = run.guide(examples, epoch)
             for replay in range(times):
                 at = epoch + self._position.step / steps
+                group = self._group(steps)
                 if agreed.least > 1:  # BatchNorm needs two
-                    self._make_step(examples, at, replay, agreed.total, window, guidance)
+                    self._make_step(examples, at, replay, agreed.total, window, guidance, group)
+                elif group.ends:
+                    self._step.update(at)
                 self._position = self._position.after_step()
                 last = self._position.step == steps
-                saving = replay + 1 == times and (agreed.due or agreed.stopping)
+                saving = replay + 1 == times and group.ends and (agreed.due or agreed.stopping)
                 if last or saving or self._position.global_step % _LOG_EVERY_STEPS == 0:
                     self._log(window, side, at, steps)
                     window = Window(run.device)
@@ -125,6 +128,12 @@ class EpochLoop:
                     if agreed.stopping:
                         self._saver.stop()
         self._position = self._position.after_epoch()
+
+    def _group(self, steps: int) -> Group:
+        """The group of the batch at hand, of an epoch of so many steps: its last group may be smaller."""
+        at, most = self._position.step, self._run.recipe.accumulate
+        size = min(most, steps - at // most * most)
+        return Group(size, at % most + 1 == size)
 
     def _agree(self, batch: Batch, due: bool, window: Window) -> _Agreement:
         """A collective call before each batch.
@@ -153,12 +162,14 @@ class EpochLoop:
         total: int,
         window: Window,
         guidance: Guidance,
+        group: Group,
     ) -> None:
         number = self._position.global_step
         try:
             result = self._step(
-                examples.pixels, examples.labels, epoch, number, replay=replay, total=total, guidance=guidance
-            )
+                examples.pixels, examples.labels, epoch, number, replay=replay, total=total, guidance=guidance,
+                group=group,
+            )  # fmt: skip
         except DivergedError as exc:
             self._diverge(number, str(exc))
         window.add(result, number)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,20 @@ from robustfeat.training.recipe import Recipe
 from robustfeat.training.stable import FrozenStart, feature_distances
 from robustfeat.training.teacher import teacher_losses
 
-__all__ = ["Guidance", "StepResult", "TrainingStep"]
+__all__ = ["Group", "Guidance", "StepResult", "TrainingStep"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The batches whose mean gradient makes one update; see `Recipe.accumulate`.
+
+    Attributes:
+        size: how many they are.
+        ends: whether this batch is the last of them.
+    """
+
+    size: int = 1
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class StepResult:
         losses: (m,) float32 at the images that were trained on.
         objective: the scalar that was descended.
         correct: how many of the m were classified correctly; NaN where labels are not learned.
-        gradient_norm: before clipping, where the recipe has `clip_norm`.
+        gradient_norm: of an update before clipping, where the recipe has `clip_norm`.
     """
 
     losses: Tensor
@@ -102,6 +116,8 @@ class TrainingStep:
         )
         self._average = MovingAverage(self._outputs, recipe.ema) if recipe.ema else None
         self._start = FrozenStart(network) if recipe.stable_anchor == "start" else None
+        self._parallel: nn.parallel.DistributedDataParallel | None = None
+        self._apart = False  # whether the ranks have gradients that they have not exchanged
         self._inner = self._trained = _compiled(self._outputs) if recipe.compile else self._outputs
         self._concept_of_class = torch.from_numpy(concepts.of_class).to(device)
         contract = recipe.preprocessing()
@@ -129,13 +145,13 @@ class TrainingStep:
         sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         options: dict[str, Any] = {sync: False}
         # Its hooks do not work with autograd.grad: inner passes use the bare network. Buffers: `_share_statistics`.
-        trained = nn.parallel.DistributedDataParallel(
+        self._parallel = nn.parallel.DistributedDataParallel(
             self._outputs,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             **options,
         )
-        self._trained = _compiled(trained) if self.recipe.compile else trained
+        self._trained = _compiled(self._parallel) if self.recipe.compile else self._parallel
 
     def _share_statistics(self, outputs: Outputs) -> None:
         """Running statistics become the mean over the ranks, so that all evaluate and save one network."""
@@ -161,8 +177,9 @@ class TrainingStep:
         replay: int = 0,
         total: int | None = None,
         guidance: Guidance = Guidance(),
+        group: Group = Group(),
     ) -> StepResult:
-        """One step.
+        """One step: the gradient of a batch, and, where its group ends, the update.
 
         Args:
             pixels: (m, 3, S, S) float from 0 to 255, on the device.
@@ -172,6 +189,7 @@ class TrainingStep:
             replay: see `StepBatch`.
             total: examples of all ranks; m where there is one rank.
             guidance: of the same images.
+            group: of batches that make one update.
 
         Raises:
             DivergedError: a loss is not finite (on a CPU, and for methods with a concept level).
@@ -191,20 +209,45 @@ class TrainingStep:
             teacher=guidance.teacher,
             anchors=self._anchors(images),
         )
-        with self.autocast():
-            x = self.objective.training_images(self._inner, batch)
-            output = self._trained(x.contiguous(memory_format=torch.channels_last))
-        losses = self.objective.losses(output, batch)
-        self._require_shape("losses", losses, (len(labels),), "(m,), one per image")
-        objective = self.objective.training_loss(losses, batch)
-        self._require_shape("training_loss", objective, (), "a scalar, as batch.mean makes it")
-        norm = self._descent.update(objective, self.recipe.learning_rate(epoch))
-        if self._ranks.world > 1:
-            self._share_statistics(self._outputs)
-        if self._average is not None:
-            self._average.update(self._outputs)
+        with self._exchanging(group.ends):
+            with self.autocast():
+                x = self.objective.training_images(self._inner, batch)
+                output = self._trained(x.contiguous(memory_format=torch.channels_last))
+            losses = self.objective.losses(output, batch)
+            self._require_shape("losses", losses, (len(labels),), "(m,), one per image")
+            objective = self.objective.training_loss(losses, batch)
+            self._require_shape("training_loss", objective, (), "a scalar, as batch.mean makes it")
+            self._descent.add(objective if group.size == 1 else objective / group.size)
+        norm = self.update(epoch) if group.ends else None
         correct = self._count_correct(output.logits.detach()[: len(labels)], labels)
         return StepResult(losses.detach(), objective.detach(), correct, norm)
+
+    @contextmanager
+    def _exchanging(self, now: bool) -> Iterator[None]:
+        """Backward passes within the block average the gradients of all ranks, or leave that to a later one."""
+        with nullcontext() if now or self._parallel is None else self._parallel.no_sync():
+            yield
+        self._apart = not now
+
+    def update(self, epoch: float) -> Tensor | None:
+        """The update of a group of batches, at the learning rate of this moment; a collective call.
+
+        A step makes it where its group ends. It is there for a group whose last batch is left out.
+
+        Returns:
+            See `Descent.update`; None, too, where all of the group is left out.
+        """
+        if not self._descent.pending:
+            return None
+        if self._ranks.world > 1:
+            if self._apart:
+                for gradient in self._descent.gradients:
+                    gradient.copy_(sum_over_ranks(gradient) / self._ranks.world)
+            self._share_statistics(self._outputs)
+        norm = self._descent.update(self.recipe.learning_rate(epoch))
+        if self._average is not None:
+            self._average.update(self._outputs)
+        return norm
 
     def _anchors(self, images: Tensor) -> Tensor | None:
         if self._start is None:

@@ -21,8 +21,10 @@ from PIL import Image
 from torch._C._distributed_c10d import TCPStore
 
 from robustfeat.training.loop.checkpoint import load_checkpoint
+from robustfeat.training.loop.trainer import train
 from tests.command_server import CommandServer
 from tests.conftest import ROOT, train_arguments
+from tests.training import small
 from tests.training.loop.test_trainer import assert_same_parameters, wait_for_step
 from tests.training.recording import FOLDER, read, read_lines
 
@@ -224,3 +226,20 @@ def test_a_bad_image_of_either_rank_is_named_by_the_first(dataset: Path, tmp_pat
     assert all(stderr.count(f"left out: {victim.parent.name}/{victim.name}") == 1 for victim in victims)
     assert "3 images could not be decoded and were left out" in stderr
     assert code == 0, "torchrun would report a crash"
+
+
+def test_two_ranks_accumulate_as_one(
+    noise: Path, tmp_path: Path, commands: CommandServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five batches an epoch in groups of three and two; momentum holds the gradients, whatever the learning rate."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    options = {"epochs": 1, "method": "tests.training.recording:Frozen", "lr": 2e-5, "tau": 0.05}
+    arguments = train_arguments(noise, tmp_path / "two", **options, **{"batch-size": 60, "set": "accumulate=3"})
+    run_ranks(commands, arguments, tmp_path, 2)
+    one = small.recipe(noise, **options, batch_size=60, accumulate=3)
+    train(noise, one, tmp_path / "one", workers=0, threads=1, quiet=True, device="cpu")
+    alone, shared = (load_checkpoint(tmp_path / name).optimizer["state"] for name in ("one", "two"))
+    for key, state in alone.items():
+        momentum = state["momentum_buffer"]
+        scale = float(momentum.abs().max())
+        torch.testing.assert_close(momentum, shared[key]["momentum_buffer"], rtol=1e-2, atol=1e-3 * scale)
