@@ -15,69 +15,13 @@ from typing import Any
 
 from robustfeat.errors import InputError
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.concepts import cluster_count
-from robustfeat.training.methods import METHODS
+from robustfeat.training.recipe_checks import check_shapes, check_values, invalid
 
 __all__ = ["RECIPE_NAME", "Recipe", "load_recipe", "shipped_recipes"]
 
 RECIPE_NAME = "recipe.toml"
 
 
-_INTEGERS = frozenset({
-    "width", "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
-    "teacher_crops", "stable_steps", "probe_every", "accumulate",
-})  # fmt: skip
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("width", 1, 512),
-    ("epochs", 1, 100_000),
-    ("batch_size", 2, 1_000_000),
-    ("lr", 1e-12, 1e30),
-    ("momentum", 0, 0.999999),
-    ("weight_decay", 0, 1e6),
-    ("clip_norm", 0, 1e30),
-    ("accumulate", 1, 100_000),
-    ("ema", 0, 0.9999999),
-    ("warmup_epochs", 0, 100_000),
-    ("min_crop_area", 1e-6, 1),
-    ("erasing", 0, 1),
-    ("label_smoothing", 0, 0.999999),
-    ("mixup", 0, 1000),
-    ("cutmix", 0, 1000),
-    ("teacher_weight", 1e-12, 1e6),
-    ("teacher_crops", 0, 10_000),
-    ("teacher_gb", 1e-9, 1e6),
-    ("tau", 0, 1e6),
-    ("stable_weight", 0, 1e6),
-    ("stable_steps", 1, 100),
-    ("p_lam", 0, 1e30),
-    ("lam", 1e-12, 1e30),
-    ("q_warmup_steps", 0, 1e12),
-    ("q_warmup_divisor", 1, 1e12),
-    ("replays", 1, 1000),
-    ("recalibrate", 0, 1_000_000),
-    ("cache_px", 0, 4096),
-    ("seed", 0, 2**40),
-    ("val_fraction", 0, 1),
-    ("probe_every", 1, 100_000),
-    ("validation_size", 8, 4096),
-    ("crop_pct", 0.01, 1),
-)
-_CHOICES = {
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("step", "linear", "cosine"),
-    "teacher_precision": ("fp32", "bf16", "int8"),
-    "precision": ("fp32", "bf16", "fp16"),
-    "tau_unit": ("normalised", "pixel"),
-    "tau_step": ("unit", "gradient"),
-    "inner": ("full", "half", "free"),
-    "inner_batch_norm": ("batch", "eval"),
-    "stable_anchor": ("self", "start"),
-    "p_divergence": ("l2", "kl", "chi2"),
-    "q_divergence": ("l2", "kl", "chi2"),
-    "probe_classifier": ("knn", "svm"),
-    "best": ("none", "validation", "probe"),
-}
-_SWITCHES = ("trivial_augment", "q_baseline", "compile", "labels", "decay_norms")
 _REMOVED = {
     "nesterov": False, "tau_ramp_epochs": 0, "q_steps": "decaying", "group_rate": 0.01, "batch_norm": "batch",
 }  # fmt: skip
@@ -229,159 +173,19 @@ class Recipe:
     parts: int | None = field(default=None)
 
     def __post_init__(self) -> None:
-        self._check_shapes()
+        check_shapes(self)
+        if self.network == "auto" and not self.init:
+            object.__setattr__(self, "network", "resnet18")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for name in ("mean", "std"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "image_sizes", tuple((first, side) for first, side in self.image_sizes))
-        for name, least, most in _RANGES:
-            value = getattr(self, name)
-            if name == "q_warmup_divisor" and value == "auto":
-                continue
-            kind = int if name in _INTEGERS else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
-                whole = "a whole number " if name in _INTEGERS else ""
-                raise _invalid(name, f"must be {whole}from {least:g} to {most:g}", value)
-        self._check_choices()
-        self._check_teacher()
-        self._check_targets()
-        self._check_stable()
-        self._check_step()
-        if self.parts is not None and (not _is_whole(self.parts) or self.parts < 1):
-            raise _invalid("parts", "must be a whole number >= 1", self.parts)
-        starts = [first for first, _ in self.image_sizes]
-        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            raise _invalid("image_sizes", "must start at epoch 0 and ascend", self.image_sizes)
-        if 0 < self.cache_px < 16:
-            raise _invalid("cache_px", "must be 0 or at least 16", self.cache_px)
+        check_values(self)
         try:
             self.preprocessing()
         except (ValueError, TypeError) as exc:
             raise InputError(str(exc)) from exc
-
-    def _check_shapes(self) -> None:
-        for name in ("method", "concepts", "network"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise _invalid(name, "must be text", getattr(self, name))
-        if self.network not in {"auto", "resnet18"} and self.network.removeprefix("timm:") in {"", self.network}:
-            raise _invalid("network", "must be resnet18, timm:NAME or auto", self.network)
-        for name in ("init", "teacher", "probe"):
-            if not isinstance(getattr(self, name), str):
-                raise _invalid(name, "must be text", getattr(self, name))
-        if self.network == "auto" and not self.init:
-            object.__setattr__(self, "network", "resnet18")
-        if not isinstance(self.milestones, list | tuple) or not all(
-            _is_whole(epoch) and epoch >= 0 for epoch in self.milestones
-        ):
-            raise _invalid("milestones", "must be a list of epochs, as [30, 60]", self.milestones)
-        if not isinstance(self.image_sizes, list | tuple) or not all(
-            isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in self.image_sizes
-        ):
-            raise _invalid("image_sizes", "must be pairs of an epoch and a side, as [[0, 48]]", self.image_sizes)
-        if not all(16 <= side <= 4096 for _, side in self.image_sizes):
-            raise _invalid("image_sizes", "must be from 16 to 4096 px", self.image_sizes)
-        shares = self.reference
-        if shares is not None and not (
-            isinstance(shares, dict)
-            and all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares.values())
-        ):
-            raise _invalid("reference", "must give each concept a number, as {Bird = 0.2}", shares)
-
-    def _check_choices(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise _invalid(name, f"must be one of {', '.join(choices)}", getattr(self, name))
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise _invalid(name, "must be true or false", getattr(self, name))
-        if self.best == "probe" and not self.probe:
-            raise InputError("needs a probe", argument="best", value="probe", fix="pass `probe`, or `best=validation`")
-        if self.accumulate > 1 and self.inner == "free":
-            raise InputError(
-                "must be 1 with `inner=free`, each of whose replays makes an update",
-                argument="accumulate",
-                value=self.accumulate,
-                fix="pass `inner=half`, or leave `accumulate` out",
-            )
-        if self.q_warmup_divisor == "auto" and self.q_warmup_steps < 2:
-            raise _invalid("q_warmup_divisor", f"needs q_warmup_steps >= 2, not {self.q_warmup_steps}", "auto")
-        if self.q_warmup_divisor == "auto" and self.q_divergence != "l2":
-            raise _invalid("q_warmup_divisor", "is Theorem 3's, of `q_divergence=l2`", "auto")
-
-    def _check_teacher(self) -> None:
-        size = self.teacher_size
-        if size is not None and (not _is_whole(size) or size < 1):
-            raise _invalid("teacher_size", "must be a whole number >= 1", size)
-        if self.teacher_crops and not self.teacher:
-            raise InputError(
-                "are crops for a teacher", argument="teacher_crops", value=self.teacher_crops, fix="pass a `teacher`"
-            )
-        try:
-            clusters = cluster_count(self.concepts)
-        except ValueError as exc:
-            raise _invalid("concepts", str(exc), self.concepts) from exc
-        if clusters and not self.teacher:
-            raise InputError(
-                "are of a teacher's features", argument="concepts", value=self.concepts, fix="pass a `teacher`"
-            )
-        if clusters and self.reference:
-            raise InputError(
-                "cannot be named beforehand", argument="concepts", value=self.concepts, fix="leave `reference` out"
-            )
-        if not self.teacher and not self.labels and self.stable_anchor == "self":
-            raise InputError(
-                "leaves nothing to learn from",
-                argument="labels",
-                value="False",
-                fix="pass a `teacher`, or `init`, `method=stable` and `stable_anchor=start`",
-            )
-
-    def _check_step(self) -> None:
-        if self.tau_step == "unit":
-            return
-        if self.method in METHODS and METHODS[self.method].direction != "gradient":
-            raise InputError(
-                f"does nothing in {self.method}", argument="tau_step", value=self.tau_step, fix="leave it out"
-            )
-        if self.inner == "free":
-            raise InputError(
-                "needs the gradient of an image's own loss, and the step before leaves that of a weighted mean",
-                argument="tau_step",
-                value=self.tau_step,
-                fix="pass `inner=full` or `inner=half`",
-            )
-
-    def _check_stable(self) -> None:
-        if self.method == "stable" and self.inner == "free":
-            raise InputError(
-                "takes the direction from the gradient of the step before, and stable from one of the features",
-                argument="inner",
-                value=self.inner,
-                fix="pass `inner=full` or `inner=half`",
-            )
-        if self.stable_anchor == "start" and not self.init:
-            raise InputError("are the features of a start", argument="stable_anchor", value="start", fix="pass `init`")
-        if self.stable_anchor == "start" and self.method != "stable" and ":" not in self.method:
-            raise InputError(
-                f"does nothing in {self.method}", argument="stable_anchor", value="start", fix="pass `method=stable`"
-            )
-
-    def _check_targets(self) -> None:
-        if self.label_smoothing and not self.labels:
-            raise InputError(
-                "needs labels, which are not learned",
-                argument="label_smoothing",
-                value=self.label_smoothing,
-                fix="leave it out",
-            )
-        if self.teacher_crops and (self.mixup or self.cutmix or self.augments):
-            raise InputError(
-                "are features of plain crops, kept for all epochs",
-                argument="teacher_crops",
-                value=self.teacher_crops,
-                fix="pass 0, or leave out `mixup`, `cutmix`, `trivial_augment` and `erasing`",
-            )
 
     @property
     def augments(self) -> bool:
@@ -473,10 +277,6 @@ class Recipe:
             raise InputError(f"a value in a recipe has the wrong type ({exc})") from exc
 
 
-def _invalid(name: str, expected: str, value: object) -> InputError:
-    return InputError(expected, argument=name, value=repr(value))
-
-
 def _without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that a recipe has now.
 
@@ -485,12 +285,8 @@ def _without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name, default in _REMOVED.items():
         if name in data and data[name] != default:
-            raise _invalid(name, f"is no longer supported; expected {default!r}, or no {name}", data[name])
+            raise invalid(name, f"is no longer supported; expected {default!r}, or no {name}", data[name])
     return {name: value for name, value in data.items() if name not in _REMOVED}
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _toml(value: Any) -> str:
