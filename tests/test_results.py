@@ -13,6 +13,8 @@ from scipy import stats
 
 import results
 from results import fill
+from robustfeat.training.paper.scale import SCALES
+from robustfeat.training.recipe import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 CELLS = DOCS / "results" / "cells"
@@ -151,3 +153,14 @@ def test_runs_were_trained_with_their_seed_and_what_was_chosen(stage: str) -> No
         assert recipe["epochs"] == (17 if method == "erm-long" else 10), file
         assert method not in {"el", "hrrl", "random"} or recipe["tau"] == float(tau), file
         assert method not in {"cl", "hrrl"} or recipe["lam"] == float(lam), file
+
+
+def test_published_cells_are_of_todays_scale() -> None:
+    """So `robustfeat paper --scale tiny` finds them, whatever the recipe of that name says by then."""
+    scale = SCALES["tiny"]()
+    chosen = {"method", "seed", "tau", "lam", "parts"}
+    for file in sorted(CELLS.glob("*-s*.json")):
+        own = Recipe.from_dict(json.loads(file.read_text())["inputs"]["recipe"]).to_dict()
+        wanted = (scale.selection if "-selection-" in file.name else scale.recipe).to_dict()
+        differs = {key for key in own if own[key] != wanted[key]} - chosen
+        assert differs <= ({"epochs", "milestones", "warmup_epochs"} if "-erm-long-" in file.name else set()), file.name

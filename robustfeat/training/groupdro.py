@@ -45,7 +45,7 @@ class GroupAdversary:
             DivergedError: a loss is not finite (on a GPU the weights become NaN instead).
         """
         self.q = self.q.to(losses.device)
-        sums, counts = concept_totals(losses, concepts, len(self.q))
+        sums, counts, _ = concept_totals(losses, concepts, len(self.q))
         if losses.device.type == "cpu" and not bool(torch.isfinite(sums).all()):
             raise DivergedError("a loss is not finite")
         means = sums / counts.clamp_min(1)

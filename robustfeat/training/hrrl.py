@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustfeat.errors import DivergedError
+from robustfeat.training.concept_noise import ConceptNoise
 from robustfeat.training.divergences import DIVERGENCES, project_simplex
 from robustfeat.training.loop.distributed import sum_over_ranks
 
@@ -197,21 +198,21 @@ def perturb(
     return step_by(images, gradient / _LOSS_SCALE, tau, std)
 
 
-def concept_totals(losses: Tensor, concepts: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The losses' sum and the number of examples of each concept in this step's batch, on all ranks together.
+def concept_totals(losses: Tensor, concepts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each concept in this step's batch, on all ranks together: the losses' sum, the examples, the squares' sum.
 
     Args:
         losses: (m,) of this rank.
         concepts: (m,) int64 below `size`.
 
     Returns:
-        (K,) and (K,) float64: one exchange under data parallelism, and the same bits on each rank.
+        (K,) float64 each: one exchange under data parallelism, and the same bits on each rank.
     """
-    membership = functional.one_hot(concepts, size).double()
+    membership, values = functional.one_hot(concepts, size).double().T, losses.detach().double()
     # A product, not index_add_: that sums in no fixed order on a GPU.
-    totals = torch.stack([membership.T @ losses.detach().double(), membership.sum(0)])
-    sums, counts = sum_over_ranks(totals)
-    return sums, counts
+    totals = torch.stack([membership @ values, membership.sum(1), membership @ values.square()])
+    sums, counts, squares = sum_over_ranks(totals)
+    return sums, counts, squares
 
 
 class ConceptAdversary:
@@ -227,11 +228,13 @@ class ConceptAdversary:
         divergence: what keeps q near q0: `l2` (Eq. 4), `kl` or `chi2`; see `divergences`.
         baseline: take the last batch's mean loss from each loss. In expectation that adds one constant to all
             components of the gradient, which the projection takes out again, and its noise shrinks.
+        pass_steps, repeats: of `ConceptNoise`.
 
     Attributes:
         q: (K,) float64, the distribution that weighs the losses now.
         reference: (K,) float64, q0.
         step: how many updates were made.
+        noise: what sampling alone does to q.
 
     q, its gradient and the projection are float64: in float32 (N / N_k)(N_k / N) is not 1 for a quarter of counts.
     On a GPU nothing here waits for the device.
@@ -247,6 +250,8 @@ class ConceptAdversary:
         *,
         divergence: str = "l2",
         baseline: bool = False,
+        pass_steps: int | None = None,
+        repeats: int = 1,
     ) -> None:
         counts = torch.as_tensor(counts).double()
         if counts.ndim != 1 or counts.numel() == 0 or not bool((counts > 0).all()):
@@ -270,6 +275,9 @@ class ConceptAdversary:
             if abs(float(self.reference.sum()) - 1) > 1e-6:
                 raise ValueError(f"reference must sum to 1; got {float(self.reference.sum())}")
         self.q = self.reference.clone()
+        self.noise = ConceptNoise(
+            self.lam, self._n_over_nk, None if divergence == "l2" else self.reference, pass_steps, repeats
+        )
         self.step = 0
         self._norms: list[Tensor] = []
         self._lagged_mean: Tensor | None = None
@@ -287,6 +295,18 @@ class ConceptAdversary:
     def concept_weights(self) -> Tensor:
         """(K,) float64: (N / N_k) q_k, what an example of each concept weighs now; 1 for all at q = N_k / N."""
         return self._n_over_nk * self.q
+
+    def weight_noise(self) -> tuple[Tensor, Tensor]:
+        """How far the examples' weights are from q0's, without what sampling does, and what sampling does.
+
+        Returns:
+            Two scalars, root mean squares over the training examples: the signal, which is the distance less the
+            noise and at least 0, and the noise.
+        """
+        # An example's weight is (N / N_k) q_k, and N_k / N of the examples have it.
+        distance = (self._n_over_nk * (self.q - self.reference).square()).sum()
+        noise = (self._n_over_nk * self.noise.deviations().square()).sum()
+        return (distance - noise).clamp_min(0).sqrt(), noise.sqrt()
 
     def weigh(self, losses: Tensor, concepts: Tensor) -> Tensor:
         """The weights of this step's examples by q_t, as (m,) float32; then `update` gives q_{t+1} (Algorithm 1)."""
@@ -307,21 +327,25 @@ class ConceptAdversary:
             DivergedError: a loss is not finite. On a GPU q becomes NaN instead, since looking would wait for it.
         """
         self._move_to(losses.device)
-        sums, counts = concept_totals(losses, concepts, len(self.q))
+        sums, counts, squares = concept_totals(losses, concepts, len(self.q))
         if losses.device.type == "cpu" and not bool(torch.isfinite(sums).all()):
             raise DivergedError("a loss is not finite")
         total = counts.sum()
         mean = sums.sum() / total
         if self.baseline:
-            sums = sums - (mean if self._lagged_mean is None else self._lagged_mean) * counts
+            lagged = mean if self._lagged_mean is None else self._lagged_mean
+            squares = squares - 2 * lagged * sums + lagged.square() * counts
+            sums = sums - lagged * counts
             self._lagged_mean = mean
         gradient = self._n_over_nk * sums / total - self.lam * self._divergence.gradient(self.q, self.reference)
         if self._c is None:
             self._measure(gradient)
+            self.noise.learn(sums, squares, counts, 0.0)
             return
         t = self.step + 1
         rate = 1 / (self.lam * t * (self._c if t <= self.warmup_steps else 1.0))
         self.q = self._divergence.ascend(self.q, self.reference, rate * gradient)
+        self.noise.learn(sums, squares, counts, self.lam * rate)
         self.step = t
 
     def _measure(self, gradient: Tensor) -> None:
@@ -345,6 +369,7 @@ class ConceptAdversary:
             "c": self.c,
             "norms": [kept(norm) for norm in self._norms],
             "lagged_mean": kept(self._lagged_mean),
+            "noise": self.noise.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -362,10 +387,13 @@ class ConceptAdversary:
         self._c = state.get("c", self._c)
         self._norms = [norm.to(device) for norm in state.get("norms", [])]
         self._lagged_mean = None if mean is None else mean.to(device)
+        if "noise" in state:  # not in those of earlier versions
+            self.noise.load_state_dict(state["noise"])
 
     def _move_to(self, device: torch.device) -> None:
         if self.q.device != device:
             self.q, self.reference = self.q.to(device), self.reference.to(device)
             self._n_over_nk = self._n_over_nk.to(device)
+            self.noise.move_to(device)
             self._norms = [norm.to(device) for norm in self._norms]
             self._lagged_mean = None if self._lagged_mean is None else self._lagged_mean.to(device)

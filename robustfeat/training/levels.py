@@ -352,16 +352,21 @@ class _AdversaryLevel(ConceptLevel):
         return self.adversary.weigh(losses, batch.concepts) * losses
 
     def metrics(self) -> dict[str, Any]:
-        """q, the range of the weights (N / N_k) q_k, and the concepts at its ends."""
+        """q, the range of the weights (N / N_k) q_k, the concepts at its ends, and the weights' signal and noise."""
         q = self.adversary.q.cpu()
         weights = self._counts.sum() / self._counts * q
         lightest, heaviest = int(weights.argmin()), int(weights.argmax())
+        told: dict[str, Any] = {}
+        if isinstance(self.adversary, ConceptAdversary):
+            signal, noise = self.adversary.weight_noise()
+            told = {"weight_signal": round(float(signal), 6), "weight_noise": round(float(noise), 6)}
         return {
             "q": [round(value, 6) for value in q.tolist()],
             "weight_min": round(float(weights[lightest]), 6),
             "weight_max": round(float(weights[heaviest]), 6),
             "lightest": self._names[lightest],
             "heaviest": self._names[heaviest],
+            **told,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -379,7 +384,7 @@ def create_concept_level(weighting: str | None, recipe: Recipe, concepts: Concep
         return _ClassWeights(concepts)
     if weighting == "groups":
         return _AdversaryLevel(GroupAdversary(len(concepts.counts)), concepts)
-    reference = recipe.reference
+    reference, repeats = recipe.reference, recipe.replays if recipe.inner == "free" else 1
     adversary = ConceptAdversary(
         torch.from_numpy(concepts.counts).double(),
         recipe.lam,
@@ -388,5 +393,7 @@ def create_concept_level(weighting: str | None, recipe: Recipe, concepts: Concep
         None if reference is None else torch.from_numpy(concepts.distribution(reference)),
         divergence=recipe.q_divergence,
         baseline=recipe.q_baseline,
+        pass_steps=max(1, int(concepts.counts.sum()) // recipe.batch_size) * repeats,
+        repeats=repeats,
     )
     return _AdversaryLevel(adversary, concepts)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from robustfeat.files import new_file
 from robustfeat.training.loop import run_folder
 from robustfeat.training.loop.journal import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["draw_curves"]
 
@@ -55,6 +60,7 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
                 axes.plot([e["epoch"] for e in with_q], shares, style, ms=2, label=name, lw=1)
             else:
                 axes.plot([e["epoch"] for e in with_q], shares, lw=0.5)
+        _shade_noise(axes, with_q)
         axes.set(xlabel="epoch", title="q, the weight of each concept's loss")
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
@@ -62,6 +68,15 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
             axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     with new_file(run / run_folder.CURVES_NAME) as partial:
         figure.savefig(partial, format="png")
+
+
+def _shade_noise(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
+    """Grey where sampling moves the weights more than the losses do."""
+    label = "noise above signal"
+    for before, event in pairwise([{"epoch": 0.0}, *events]):
+        if event.get("weight_noise", 0.0) > event.get("weight_signal", 0.0):
+            axes.axvspan(before["epoch"], event["epoch"], color="0.9", lw=0, zorder=0, label=label)
+            label = "_"  # one line in the legend
 
 
 _LABELLED_CONCEPTS = 30

@@ -15,6 +15,9 @@ from robustfeat.training.objective import Objective
 
 __all__ = ["Report", "open_report"]
 
+_NOTICEABLE_NOISE = 0.05
+"""Of an example's weight, which is 1 at the start; less is not worth a line."""
+
 
 class Report:
     """The progress of one run.
@@ -32,6 +35,7 @@ class Report:
         self._run, self._objective, self._journal = run, objective, journal
         self._progress: Progress | None = None
         self._note = ""
+        self._noise_told = False
         self.metrics: dict[str, Any] = {}
 
     def begin_epoch(self, position: Position, side: int, steps: int) -> None:
@@ -52,8 +56,21 @@ class Report:
     def finish_epoch(self, loss: float, accuracy: float, probed: float | None = None) -> None:
         """The epoch's closing line, with the accuracy of the probe where there was one."""
         assert self._progress is not None
+        self._tell_noise()
         told = f"loss {loss:.4f}" if math.isnan(accuracy) else f"accuracy {accuracy:.2%}"
         self._progress.finish(f"validation {told}" + ("" if probed is None else f", probe {probed:.2%}"))
+
+    def _tell_noise(self) -> None:
+        """Says once that sampling moves the concepts' weights more than their losses do."""
+        signal, noise = (self.metrics.get(f"weight_{name}", 0.0) for name in ("signal", "noise"))
+        if self._noise_told or not noise > max(signal, _NOTICEABLE_NOISE):
+            return
+        self._noise_told = True
+        baseline = "" if self._run.recipe.q_baseline else "`q_baseline=true`, "
+        self.say(
+            f"sampling noise moves the concepts' weights by {noise:.2f}, their losses by {signal:.2f}; less noise: "
+            f"{baseline}a larger `lam` or `batch_size`, or a longer run"
+        )
 
     def say(self, text: str) -> None:
         """A line on stderr, above the progress line of an epoch where there is one."""

@@ -19,14 +19,15 @@ def curves(no_curves: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "DRAWS_CURVES", True)
 
 
-def draw(folder: Path, concepts: int, loss: float = 2.0) -> NDArray[np.uint8]:
-    """(H, W, 3), the picture of 8 steps and 2 epochs, with so many shares of q."""
+def draw(folder: Path, concepts: int, loss: float = 2.0, noisy_steps: int = 0) -> NDArray[np.uint8]:
+    """(H, W, 3), the picture of 8 steps and 2 epochs, with so many shares of q, the first steps' mostly noise."""
     lines: list[dict[str, object]] = [
         {"event": "epoch", "step": 4 * epoch, "epoch": epoch, "validation_loss": 1.0, "validation_accuracy": 0.5}
         for epoch in (1, 2)
     ]
     for step in range(1, 9):
-        q = {"q": [(number + step) % concepts / concepts for number in range(concepts)]} if concepts else {}
+        q: dict[str, object] = {"weight_signal": 0.2, "weight_noise": 0.3 if step <= noisy_steps else 0.1}
+        q |= {"q": [(number + step) % concepts / concepts for number in range(concepts)]} if concepts else {}
         lines.append(
             {"event": "train", "step": step, "epoch": step / 4, "loss": loss / step, "accuracy": step / 10} | q
         )
@@ -59,6 +60,15 @@ def test_q_has_a_part_of_its_own(tmp_path: Path, concepts: int) -> None:
     picture = draw(tmp_path, concepts)
     assert picture.shape[1] == 1430
     assert green(picture) > 100
+
+
+def test_steps_with_more_noise_than_signal_are_grey(tmp_path: Path) -> None:
+    grey = []
+    for steps in (0, 3, 6):
+        distance = np.abs(draw(tmp_path, 31, noisy_steps=steps) - 0.9 * 255)
+        grey.append(int((distance < 1).all(2).sum()))
+    assert grey[1] - grey[0] > 10_000
+    assert grey[2] - grey[0] == pytest.approx(2 * (grey[1] - grey[0]), rel=0.1)
 
 
 def test_losses_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
