@@ -143,12 +143,12 @@ def changing(hub: FakeHub) -> list[str]:
     return [request for request in hub.requests if not request.startswith(reading)]
 
 
-def test_a_second_push_sends_nothing(hub: FakeHub, call: Call, small_model: Path) -> None:
-    first = call("push", small_model, "org/name")
+def test_a_second_push_sends_nothing(hub: FakeHub, call: Call, small_fp32: Path) -> None:
+    first = call("push", small_fp32, "org/name")
     assert first.returncode == 0, first.stderr
     assert changing(hub)
     hub.requests.clear()
-    second = call("push", small_model, "org/name")
+    second = call("push", small_fp32, "org/name")
     assert second.returncode == 0, second.stderr
     assert "nothing was sent" in second.stderr
     assert changing(hub) == []
@@ -171,11 +171,11 @@ def test_the_builtin_model_is_pushed_with_one_onnx_file(
     assert "ORG/NAME" not in card
 
 
-def test_a_dry_run_says_what_would_be_sent(hub: FakeHub, call: Call, small_model: Path) -> None:
-    result = call("push", small_model, "org/name", "--dry-run")
+def test_a_dry_run_says_what_would_be_sent(hub: FakeHub, call: Call, small_fp32: Path) -> None:
+    result = call("push", small_fp32, "org/name", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "add     onnx/model.onnx (" in result.stdout
-    assert len(result.stdout.splitlines()) == len(files_of(small_model))
+    assert len(result.stdout.splitlines()) == len(files_of(small_fp32))
     assert "does not exist" in result.stderr
     assert not hub.repos
     assert changing(hub) == []
@@ -213,21 +213,21 @@ def test_a_proposal_leaves_the_branch_alone(published: FakeHub, call: Call, smal
     assert "does not exist" in one_line(call("push", small_fp32, "org/none", "--create-pr"))
 
 
-def test_a_damaged_folder_is_not_pushed(hub: FakeHub, call: Call, small_model: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(small_model, tmp_path / "copy"))
+def test_a_damaged_folder_is_not_pushed(hub: FakeHub, call: Call, small_fp32: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_fp32, tmp_path / "copy"))
     with open(copy / "model.safetensors", "ab") as handle:
         handle.write(b"\0")
     assert "model.safetensors: altered or truncated" in one_line(call("push", copy, "org/name"))
     assert not hub.requests
 
 
-def test_a_push_that_is_cut_publishes_nothing(hub: FakeHub, call: Call, small_model: Path) -> None:
+def test_a_push_that_is_cut_publishes_nothing(hub: FakeHub, call: Call, small_fp32: Path) -> None:
     hub.faults = [Fault("/commit/", 500, times=99, method="POST")]
-    assert "fails" in one_line(call("push", small_model, "org/name"))
+    assert "fails" in one_line(call("push", small_fp32, "org/name"))
     assert hub.files("org/name") == [".gitattributes"]
     hub.faults.clear()
     hub.requests.clear()
-    assert call("push", small_model, "org/name").returncode == 0
+    assert call("push", small_fp32, "org/name").returncode == 0
     assert not [request for request in hub.requests if request.startswith("PUT")], "the large files were there"
 
 
@@ -260,9 +260,9 @@ def test_a_card_that_was_edited_on_the_hub_stays(
     ],
 )
 def test_a_card_that_is_refused_leaves_no_repository(
-    hub: FakeHub, call: Call, small_model: Path, tmp_path: Path, card: bytes, message: str
+    hub: FakeHub, call: Call, small_fp32: Path, tmp_path: Path, card: bytes, message: str
 ) -> None:
-    copy = Path(shutil.copytree(small_model, tmp_path / "copy"))
+    copy = Path(shutil.copytree(small_fp32, tmp_path / "copy"))
     (copy / "README.md").write_bytes(card)
     for more in ([], ["--dry-run"]):
         assert message in one_line(call("push", copy, "org/new", *more))
@@ -270,35 +270,35 @@ def test_a_card_that_is_refused_leaves_no_repository(
 
 
 def test_a_licence_is_sent_and_hidden_files_are_not(
-    published: FakeHub, call: Call, small_model: Path, tmp_path: Path
+    published: FakeHub, call: Call, small_fp32: Path, tmp_path: Path
 ) -> None:
-    copy = Path(shutil.copytree(small_model, tmp_path / "copy"))
+    copy = Path(shutil.copytree(small_fp32, tmp_path / "copy"))
     (copy / "LICENSE").write_text("MIT")
     (copy / ".env").write_text("secret")
     (copy / "notes.txt").symlink_to("/etc/hostname")
     assert call("push", copy, "org/name").returncode == 0
-    assert set(published.files("org/name")) == {*files_of(small_model), "LICENSE"}
+    assert set(published.files("org/name")) == {*files_of(small_fp32), "LICENSE"}
     assert call("verify", "org/name", "--quiet").returncode == 0
 
 
-def test_the_default_of_the_organisation_decides_what_is_private(hub: FakeHub, call: Call, small_model: Path) -> None:
+def test_the_default_of_the_organisation_decides_what_is_private(hub: FakeHub, call: Call, small_fp32: Path) -> None:
     hub.private_by_default = True
-    assert call("push", small_model, "org/name").returncode == 0
+    assert call("push", small_fp32, "org/name").returncode == 0
     assert hub.model("org/name").private
 
 
-def test_a_tag_that_fails_is_told_from_a_push_that_fails(hub: FakeHub, call: Call, small_model: Path) -> None:
+def test_a_tag_that_fails_is_told_from_a_push_that_fails(hub: FakeHub, call: Call, small_fp32: Path) -> None:
     hub.faults = [Fault("/tag/", 500, times=99, method="POST")]
-    line = one_line(call("push", small_model, "org/name", "--tag", "v1"))
+    line = one_line(call("push", small_fp32, "org/name", "--tag", "v1"))
     assert "the model itself was published, without the tag v1" in line
     assert "config.json" in hub.files("org/name")
 
 
 @pytest.mark.parametrize(("option", "name"), [("--tag", "x y"), ("--revision", "refs/pr/1"), ("--tag", "a" * 40)])
 def test_odd_names_of_branches_and_tags_are_refused_at_once(
-    hub: FakeHub, call: Call, small_model: Path, option: str, name: str
+    hub: FakeHub, call: Call, small_fp32: Path, option: str, name: str
 ) -> None:
-    assert "cannot be a" in one_line(call("push", small_model, "org/name", option, name))
+    assert "cannot be a" in one_line(call("push", small_fp32, "org/name", option, name))
     assert not hub.requests
 
 
@@ -354,12 +354,12 @@ def test_each_error_is_one_line_with_the_next_step(
     "loud", [pytest.param({}, marks=pytest.mark.slow), {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}]
 )
 def test_no_token_is_ever_printed(
-    published: FakeHub, call: Call, small_model: Path, tmp_path: Path, loud: dict[str, str]
+    published: FakeHub, call: Call, small_fp32: Path, tmp_path: Path, loud: dict[str, str]
 ) -> None:
     planted = "hf_PlantedTokenThatNobodyMaySee"
     published.users[planted] = ("alice", ["org"])
     commands: list[list[object]] = [
-        ["push", small_model, "org/new"],
+        ["push", small_fp32, "org/new"],
         ["pull", "org/name"],
         ["pull", "org/none"],
         ["models", "--remote"],

@@ -5,16 +5,18 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openai
 import pytest
 import tritonclient.http as triton
 
 from robustfeat import FeatureExtractor
 from robustfeat.hub.preprocessing import normalise
 from tests.serving.http.conftest import Answer, Server, assert_close
+
+if TYPE_CHECKING:
+    import openai  # a second of a core, which each worker would need
 
 
 def uri(photo: bytes) -> str:
@@ -23,6 +25,8 @@ def uri(photo: bytes) -> str:
 
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
+    import openai
+
     return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
 
 

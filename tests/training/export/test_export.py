@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import nn
+from torchvision.models import get_model
 
 import robustfeat.training.export.folder as export_module
 from robustfeat import FeatureExtractor
@@ -43,14 +45,20 @@ def timm_features(folder: Path, files: list[Path]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """torchvision's ResNet-50 with seeded weights from a file."""
-    from torchvision.models import resnet50
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return import_torchvision("resnet18", tmp_path_factory.mktemp("resnet18"))
 
-    root = tmp_path_factory.mktemp("resnet50")
+
+@pytest.fixture(scope="module")
+def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return import_torchvision("resnet50", tmp_path_factory.mktemp("resnet50"))
+
+
+def import_torchvision(name: str, root: Path) -> Path:
+    """torchvision's network with seeded weights from a file."""
     torch.manual_seed(0)
-    torch.save(resnet50().state_dict(), root / "weights.pt")
-    import_backbone("torchvision:resnet50", root / "model", weights=root / "weights.pt", image_size=64, int8=False)
+    torch.save(get_model(name).state_dict(), root / "weights.pt")
+    import_backbone(f"torchvision:{name}", root / "model", weights=root / "weights.pt", image_size=64, int8=False)
     return root / "model"
 
 
@@ -64,7 +72,16 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "model"
 
 
-@pytest.mark.parametrize(("name", "size"), [("builtin", 512), ("model", 512), ("resnet50", 2048), ("vit", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("builtin", 512),
+        ("model", 512),
+        ("resnet18", 512),
+        pytest.param("resnet50", 2048, marks=pytest.mark.slow),  # 25 million weights, and 160 layers to export
+        ("vit", 64),
+    ],
+)
 def test_timm_gives_the_features_of_embed(
     request: pytest.FixtureRequest, example_files: list[Path], name: str, size: int
 ) -> None:
@@ -188,12 +205,17 @@ def test_image_size_and_crop_can_be_chosen(narrow_run: Path, tmp_path: Path) -> 
 @pytest.fixture
 def exported(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ONNX file of `finished_run` is the one that its export to `model` made."""
+    monkeypatch.setattr(export_module, "export_onnx", reuse_onnx(model))
+
+
+def reuse_onnx(model: Path) -> Callable[[nn.Module, Preprocessing, Path], None]:
+    """In the place of `export_onnx`, for the network that `model` was made of. The folder checks that it is."""
 
     def reuse(network: nn.Module, contract: Preprocessing, file: Path) -> None:
         file.parent.mkdir()
         shutil.copyfile(model / "onnx" / "model.onnx", file)
 
-    monkeypatch.setattr(export_module, "export_onnx", reuse)
+    return reuse
 
 
 @pytest.mark.usefixtures("exported")
@@ -266,8 +288,12 @@ def foreign_state(network: nn.Module) -> dict[str, torch.Tensor]:
     return {f"_part{place}.{name.rpartition('.')[2]}": value for place, (name, value) in enumerate(state.items())}
 
 
-def test_weights_of_another_implementation_are_named_by_order_and_shape(tmp_path: Path) -> None:
-    torch.manual_seed(3)
+def test_weights_of_another_implementation_are_named_by_order_and_shape(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights as `small_model`'s, whose ONNX file is reused."""
+    monkeypatch.setattr(export_module, "export_onnx", reuse_onnx(small_model))
+    torch.manual_seed(0)
     network = timm.create_model("test_resnet")
     torch.save(foreign_state(network), tmp_path / "weights.pth")
     import_backbone("timm:test_resnet", tmp_path / "model", weights=tmp_path / "weights.pth", image_size=32, int8=False)
