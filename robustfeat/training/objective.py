@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.label_losses import create_label_loss
 from robustfeat.training.levels import (
     Adversary,
     StepBatch,
@@ -71,7 +71,7 @@ class Objective:
         self.tau_at_224px = recipe.tau if direction else 0.0
         self._unit_step = recipe.tau_step == "unit"
         self._labels, self._teacher_weight = recipe.labels, recipe.teacher_weight
-        self._label_smoothing = recipe.label_smoothing
+        self._label_loss = create_label_loss(recipe)
         self._teacher_size = recipe.teacher_size if recipe.teacher else None
 
     @property
@@ -120,7 +120,7 @@ class Objective:
         return self.example_level.move(model, batch, tau, partial(self.losses, batch=batch))
 
     def losses(self, output: StepOutput, batch: StepBatch) -> Tensor:
-        """Second hook: the loss of each image; here the cross-entropy, and what a teacher and the example level add.
+        """Second hook: the loss of each image; here the recipe's `loss`, and what a teacher and the example level add.
 
         The example level's inner pass asks it, too, about images of its own: it must not learn from them.
 
@@ -148,9 +148,8 @@ class Objective:
         return reduce(torch.add, parts)
 
     def label_losses(self, output: StepOutput, batch: StepBatch) -> Tensor:
-        """The part of `losses` that comes from labels: (m,) float32, the cross-entropy with the smoothed targets."""
-        logits = output.logits[: len(batch.labels)].float()
-        return functional.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self._label_smoothing)
+        """The part of `losses` that comes from labels, (m,) float32: the recipe's `loss`."""
+        return self._label_loss(output.logits[: len(batch.labels)].float(), batch.targets)
 
     def _teacher_losses(self, output: StepOutput, features: Tensor) -> Tensor:
         if TEACHER_HEAD not in output.heads:

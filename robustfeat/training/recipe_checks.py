@@ -30,6 +30,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
     ("erasing", 0, 1),
+    ("ldr_lam", 1e-6, 1e6),
+    ("ldr_margin", 0, 1e6),
     ("label_smoothing", 0, 0.999999),
     ("mixup", 0, 1000),
     ("cutmix", 0, 1000),
@@ -53,6 +55,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("crop_pct", 0.01, 1),
 )
 _CHOICES = {
+    "loss": ("cross_entropy", "ldr_kl"),
     "optimizer": ("sgd", "adamw"),
     "schedule": ("step", "linear", "cosine"),
     "teacher_precision": ("fp32", "bf16", "int8"),
@@ -214,6 +217,8 @@ def _check_stable(recipe: Recipe) -> None:
 
 
 def _check_targets(recipe: Recipe) -> None:
+    if recipe.loss != "cross_entropy" and not recipe.labels:
+        raise InputError("needs labels, which are not learned", argument="loss", value=recipe.loss, fix="leave it out")
     if recipe.label_smoothing and not recipe.labels:
         raise InputError(
             "needs labels, which are not learned",
