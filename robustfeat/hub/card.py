@@ -138,11 +138,12 @@ def _origin(config: ModelConfig) -> str:
     if not method:
         return f"Imported: {config.provenance.get('source', 'unknown')}."
     grouped = f"in {config.num_classes} classes and" if config.recipe.get("labels", True) else "without labels, in"
-    teacher = config.recipe.get("teacher")
+    teacher, epoch = config.recipe.get("teacher"), config.provenance.get("epoch")
     return (
         f"Pre-trained with {_method(str(method))} "
         f"on {config.provenance['data']['images']:,} images {grouped} {len(config.concepts)} concepts."
         + (f" It learned from the features of `{cell(str(teacher))}`." if teacher else "")
+        + (f" The weights are those after epoch {epoch} of {config.recipe.get('epochs')}, the best." if epoch else "")
     )
 
 

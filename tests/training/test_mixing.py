@@ -112,6 +112,15 @@ def test_images_move_along_the_gradient_of_the_smoothed_loss_of_the_mixture() ->
     torch.testing.assert_close(seen(step).after.detach(), step_along(x, gradient, 1.0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_mixture_is_learned_in_bf16() -> None:
+    step = make(label_smoothing=0.1, precision="bf16", lr=0.01)
+    images, labels = pixels()
+    shares = 0.7 * torch.eye(4)[labels] + 0.3 * torch.eye(4)[labels.flip(0)]
+    results = [step(images, labels, 0.0, number, guidance=Guidance(shares=shares)) for number in range(12)]
+    assert results[0].losses.dtype == torch.float32
+    assert float(results[-1].losses.mean()) < 0.9 * float(results[0].losses.mean())
+
+
 class Watching(Objective):
     """Keeps the batches of a run, and what the teacher says of their images."""
 

@@ -32,6 +32,7 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
     events = read_metrics(run)
     steps = [event for event in events if event["event"] == "train"]
     epochs = [event for event in events if event["event"] == "epoch"]
+    probes = [event for event in events if event["event"] == "probe"]
     with_q = [event for event in steps if len(event.get("q", ())) == len(concepts)]
     figure = Figure(figsize=(13 if with_q else 9, 4), dpi=110, layout="constrained")
     loss, accuracy, *rest = figure.subplots(1, 3 if with_q else 2)
@@ -48,6 +49,8 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
             ms=3,
             label="validation",
         )
+        if probes and key == "accuracy":
+            axes.plot([e["epoch"] for e in probes], [e["accuracy"] for e in probes], "o-", ms=3, label="probe")
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
         axes.legend()

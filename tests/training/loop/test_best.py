@@ -38,9 +38,9 @@ def run(dataset: Path, out: Path, made: Recipe, **options: Any) -> list[dict[str
 
 @pytest.fixture(scope="module")
 def probed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three epochs, probed after each, with best.pt."""
+    """Three epochs, probed after each, with best.pt; the averaged weights are far from the raw ones."""
     out = tmp_path_factory.mktemp("probed") / "run"
-    run(dataset, out, recipe(dataset, probe=str(dataset), best="probe", epochs=3))
+    run(dataset, out, recipe(dataset, probe=str(dataset), best="probe", epochs=3, ema=0.9))
     return out
 
 
@@ -79,7 +79,7 @@ def test_a_probe_changes_no_parameter_and_best_resumes(probed: Path, dataset: Pa
     made = recipe(dataset, epochs=3)
     run(dataset, tmp_path / "plain", made)
     assert_same_parameters(tmp_path / "plain", probed)
-    with_probe = made.replace(probe=str(dataset), best="probe")
+    with_probe = made.replace(probe=str(dataset), best="probe", ema=0.9)
     run(dataset, tmp_path / "parts", with_probe.replace(epochs=1))
     half = load_checkpoint(tmp_path / "parts")
     save_checkpoint(dataclasses.replace(half, recipe=with_probe.to_dict()), tmp_path / "parts")
@@ -87,7 +87,7 @@ def test_a_probe_changes_no_parameter_and_best_resumes(probed: Path, dataset: Pa
     assert_same_parameters(tmp_path / "parts", probed)
     whole, parts = (load_checkpoint(folder / "best.pt") for folder in (probed, tmp_path / "parts"))
     assert whole.best == parts.best
-    assert all(torch.equal(value, parts.model[name]) for name, value in whole.model.items())
+    assert all(torch.equal(value, parts.result[name]) for name, value in whole.result.items())
 
 
 def test_best_is_exported_evaluated_and_started_from(
@@ -106,6 +106,7 @@ def test_best_is_exported_evaluated_and_started_from(
     assert open_network(str(out / "best.pt"), device="cpu").name == "run at epoch 2 of 4"
     report = export_run(out, tmp_path / "model", best=True, int8=False)
     assert (report.folder.config.name, report.folder.config.provenance["epoch"]) == ("run", 2)
+    assert "The weights are those after epoch 2 of 4, the best." in (tmp_path / "model" / "README.md").read_text()
     exported = load_file(tmp_path / "model" / "model.safetensors")
     assert torch.equal(exported["conv1.weight"], best.model["conv1.weight"])
 

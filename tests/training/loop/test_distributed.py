@@ -172,20 +172,21 @@ def test_two_killed_ranks_go_on_to_the_result_of_an_unbroken_run(dataset: Path, 
     """Killed in the middle of an epoch, where each rank's batches have BatchNorm statistics of their own."""
     method = "tests.training.recording:Recording"
     options = {"epochs": 3, "method": method, "set": "inner_batch_norm=eval"}
+    mixed = ["--set=cutmix=1.0", "--set=mixup=0.2", "--set=trivial_augment=true", "--set=erasing=0.2"]
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    code, _, stderr = finish(start(train_arguments(dataset, unbroken, **options), tmp_path))
+    code, _, stderr = finish(start([*train_arguments(dataset, unbroken, **options), *mixed], tmp_path))
     assert code == 0, stderr
     running = [[line["running"] for line in read_lines(tmp_path / f"rank{rank}.jsonl")] for rank in (0, 1)]
     assert running[0] == running[1], "the running statistics are those of one network"
     assert len(set(running[0])) == 15
-    process = start(train_arguments(dataset, broken, **options, **{"checkpoint-every-s": 0}), tmp_path)
+    process = start([*train_arguments(dataset, broken, **options, **{"checkpoint-every-s": 0}), *mixed], tmp_path)
     wait_for_step(process, broken, 7)
     # torchrun gives each rank a session of its own.
     subprocess.run(["pkill", "-KILL", "-f", str(broken)], check=True)
     process.communicate()
     saved = load_checkpoint(broken)
     assert 6 <= saved.global_step < 15
-    code, _, stderr = finish(start([*train_arguments(dataset, broken, **options), "--resume"], tmp_path))
+    code, _, stderr = finish(start([*train_arguments(dataset, broken, **options), *mixed, "--resume"], tmp_path))
     assert code == 0, stderr
     assert_same_parameters(unbroken, broken)
 
