@@ -41,6 +41,8 @@ def command(
 
     check_import(source, weights)
     require_new(out)
+    import onnxruntime  # noqa: F401  # If it is missing, that is said before PyTorch loads.
+
     from robustfeat.training.export.backbones import import_backbone  # loads PyTorch, which takes seconds
 
     report = import_backbone(

@@ -133,7 +133,7 @@ def test_without_onnx_runtime_exporting_says_what_is_missing(tmp_path: Path, fin
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert result.returncode == 1
-        assert "pip install 'robustfeat[cpu]'" in result.stderr
+        assert "this needs onnxruntime: pip install 'robustfeat[cpu]'" in result.stderr  # said before PyTorch loads
         assert len(result.stderr.splitlines()) == 1
 
 
