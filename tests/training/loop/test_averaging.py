@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from robustfeat.errors import CheckpointError
 from robustfeat.training.data.batches import EvaluationBatches
 from robustfeat.training.data.opening import open_training_data
-from robustfeat.training.export.runs import export_run
+from robustfeat.training.export import runs
+from robustfeat.training.export.folder import Backbone
 from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint, network_of, save_checkpoint
 from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.loop.trainer import train
@@ -106,7 +106,9 @@ def test_the_network_that_is_trained_does_not_see_its_average(
     assert not torch.equal(with_average.result["fc.weight"], with_average.model["fc.weight"])
 
 
-def test_the_average_is_recalibrated_validated_and_exported(averaged_run: Path, dataset: Path, tmp_path: Path) -> None:
+def test_the_average_is_recalibrated_validated_and_exported(
+    averaged_run: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved = load_checkpoint(averaged_run)
     network = network_of(saved)
     assert all(torch.equal(value, saved.average["model"][name]) for name, value in network.state_dict().items())
@@ -120,9 +122,12 @@ def test_the_average_is_recalibrated_validated_and_exported(averaged_run: Path, 
     assert event["event"] == "recalibrated"
     expected = functional.cross_entropy(logits, batch.labels)
     assert event["validation_loss"] == pytest.approx(float(expected), abs=1e-4)
-    export_run(averaged_run, tmp_path / "model", int8=False)
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    assert all(torch.equal(value, saved.average["model"][name]) for name, value in weights.items())
+    written: list[Backbone] = []
+    monkeypatch.setattr(runs, "write_model_folder", lambda backbone, *_, **__: written.append(backbone))
+    runs.export_run(averaged_run, tmp_path / "model", int8=False)
+    (backbone,) = written
+    for state in (backbone.state, backbone.network.state_dict()):
+        assert all(torch.equal(value, saved.average["model"][name]) for name, value in state.items())
 
 
 def test_a_run_is_a_start_by_its_average(averaged_run: Path, dataset: Path, tmp_path: Path) -> None:
