@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,11 @@ from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.convert import scaler
-from robustfeat.serving.heads.fitting import C_GRID, select, select_and_fit
+from robustfeat.serving.heads.fitting import C_GRID, hold_out, select, select_and_fit
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, SCALINGS
 from robustfeat.serving.heads.report import Report
+from robustfeat.system import available_cpus
 from robustfeat.training.evaluation.tasks import TaskFeatures
 
 __all__ = [
@@ -156,29 +159,62 @@ def few_shot(features: TaskFeatures, shots: Sequence[int] = FEW_SHOTS, *, seed: 
     return curve
 
 
-def libsvm(features: TaskFeatures, c: float, scaling: str, *, seed: int = 0) -> dict[str, Score]:
+def libsvm(
+    features: TaskFeatures,
+    *,
+    cs: Sequence[float] = C_GRID,
+    scalings: Sequence[str] = tuple(SCALINGS),
+    seed: int = 0,
+    threads: int | None = None,
+) -> dict[str, Score]:
     """LIBSVM's linear SVM (one against one, hinge loss), the paper's, beside `LinearSVC` on the same rows.
+
+    Each chooses its own C and scaling, on the same held-out tenth of these rows.
 
     Args:
         features: of which at most 5,000 training rows are used, drawn with `seed`, and one of each class that these
             have not.
-        c, scaling: of both.
+        cs, scalings: the grid of both.
+        seed: of the draw.
+        threads: processors; by default what the cgroup grants.
     """
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import SVC
-
     drawn = np.random.default_rng(seed).permutation(len(features.x))[:_LIBSVM_ROWS]
     firsts = np.unique(features.y, return_index=True)[1]  # so that rare classes are there
     rows = np.unique(np.concatenate([drawn, firsts[~np.isin(features.y[firsts], features.y[drawn])]]))
-    scores = {}
-    one_vs_one, ours = SVC(kernel="linear", C=c, max_iter=_LIBSVM_STEPS), KINDS["svm"].classifier(C=c)
-    for name, classifier in (("LIBSVM", one_vs_one), ("LinearSVC", ours)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of iterations that ran out: both are scored as they are
-            fitted = make_pipeline(scaler(scaling), classifier).fit(
-                features.x[rows].astype(np.float64), features.y[rows]
-            )
-        converged = bool(np.max(classifier.n_iter_) < classifier.max_iter)
-        predicted = fitted.predict(features.x_test.astype(np.float64))
-        scores[name] = Score.of(predicted, features, rows=len(rows), converged=converged)
-    return scores
+    part = replace(features, x=features.x[rows], y=features.y[rows])
+    ours = svm(part, cs=cs, scalings=scalings, threads=threads)
+    return {
+        "LIBSVM": _one_against_one(part, cs, scalings, threads or available_cpus()),
+        "LinearSVC": replace(ours, details={**ours.details, "rows": len(rows)}),
+    }
+
+
+def _one_against_one(features: TaskFeatures, cs: Sequence[float], scalings: Sequence[str], threads: int) -> Score:
+    """LIBSVM's, with the choice of `select_and_fit`: the first of equals by scaling, then by C."""
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import SVC
+
+    x, y = features.x.astype(np.float64), features.y
+    fit, held = hold_out(y)
+
+    def train(setting: tuple[str, float], places: NDArray[np.int64]) -> Any:
+        scaling, c = setting
+        classifier = SVC(kernel="linear", C=c, max_iter=_LIBSVM_STEPS)
+        return make_pipeline(scaler(scaling), classifier).fit(x[places], y[places])
+
+    grid = list(itertools.product(scalings, cs)) if len(held) else [("none", 1.0)]
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.simplefilter("ignore")  # of iterations that ran out: it is scored as it is
+        tried = pool.map(lambda setting: train(setting, fit).score(x[held], y[held]) if len(held) else 0.0, grid)
+        scores = list(tried)
+        best = grid[int(np.argmax(scores))]
+        chosen = train(best, np.arange(len(y)))
+    return Score.of(
+        chosen.predict(features.x_test.astype(np.float64)),
+        features,
+        C=best[1],
+        scaling=best[0],
+        held_out=max(scores) if len(held) else None,
+        rows=len(y),
+        converged=bool(np.max(chosen[-1].n_iter_) < _LIBSVM_STEPS),
+    )

@@ -61,9 +61,7 @@ def evaluate_task(
         "train": len(features.x),
         "test": len(features.x_test),
         "svm": chosen.to_dict(),
-        **second_opinions(
-            features, chosen.details, with_few_shot=with_few_shot, with_libsvm=with_libsvm, threads=threads
-        ),
+        **second_opinions(features, with_few_shot=with_few_shot, with_libsvm=with_libsvm, threads=threads),
     }
     if with_corruptions:
         assert chosen.head is not None  # an SVM is one
@@ -80,7 +78,6 @@ def evaluate_task(
 
 def second_opinions(
     features: TaskFeatures,
-    svm_choice: Mapping[str, Any],
     *,
     with_few_shot: bool = True,
     with_libsvm: bool = False,
@@ -90,7 +87,6 @@ def second_opinions(
 
     Args:
         features: of one model and task.
-        svm_choice: `C` and `scaling` of the SVM, which LIBSVM takes over.
         with_few_shot, with_libsvm, threads: see `evaluate_task`.
     """
     from threadpoolctl import threadpool_limits
@@ -103,7 +99,7 @@ def second_opinions(
         if with_few_shot:
             blocks["few_shot"] = {str(count): scores for count, scores in few_shot(features).items()}
         if with_libsvm:
-            both = libsvm(features, svm_choice["C"], svm_choice["scaling"])
+            both = libsvm(features, threads=threads)
             blocks["libsvm"] = {name: score.to_dict() for name, score in both.items()}
     return blocks
 
@@ -137,8 +133,11 @@ def evaluation_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def libsvm_cell(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """Both accuracies in %; * marks a solver that was stopped before its end."""
-    return " / ".join(f"{100 * one['accuracy']:.2f}{'' if one['converged'] else '*'}" for one in scores.values())
+    """Both accuracies in %; * marks a solver that was stopped before its end, + LIBSVM's with LinearSVC's C."""
+    return " / ".join(
+        f"{100 * one['accuracy']:.2f}{'' if one['converged'] else '*'}{'' if 'C' in one or name != 'LIBSVM' else '+'}"
+        for name, one in scores.items()
+    )
 
 
 def _row(result: Mapping[str, Any], shots: Sequence[int]) -> dict[str, str]:

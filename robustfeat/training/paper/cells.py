@@ -18,8 +18,10 @@ from robustfeat.training.recipe import Recipe
 
 __all__ = ["Cells", "pack", "unpack"]
 
-_VERSIONS = {"held-out": 1, "svm": 1, "opinions": 1, "corruptions": 1, "finetune": 1, "steps": 1, "concepts": 1}
+_VERSIONS = {"held-out": 1, "svm": 1, "opinions": 2, "corruptions": 1, "finetune": 1, "steps": 1, "concepts": 1}
 """By kind of cell; one more whenever a change of code changes what such a cell would hold."""
+_EARLIER = {"opinions": (1,)}
+"""By kind, earlier versions that are shown as they are. In the first, LIBSVM had LinearSVC's C and scaling."""
 
 
 class Cells:
@@ -50,10 +52,11 @@ class Cells:
         """
         file = self._folder / f"{kind}-{name}.json"
         key = {"version": _VERSIONS[kind], "inputs": json.loads(json.dumps(inputs))}
-        if (known := _values(file, key)) is not None:
+        earlier = _EARLIER.get(kind, ())
+        if (known := _values(file, key, earlier)) is not None:
             return known
         with self._locks.held(file.stem):
-            if (known := _values(file, key)) is not None:  # by whom we waited for
+            if (known := _values(file, key, earlier)) is not None:  # by whom we waited for
                 return known
             values: dict[str, Any] = json.loads(json.dumps(dict(compute())))
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -63,13 +66,13 @@ class Cells:
         return values
 
 
-def _values(file: Path, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a cell's file holds; None where it is missing, damaged, or of older code."""
+def _values(file: Path, key: Mapping[str, Any], earlier: tuple[int, ...] = ()) -> Mapping[str, Any] | None:
+    """What a cell's file holds; None where it is missing, damaged, or of older code than `earlier` versions."""
     try:
         known = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(known, dict) or known.get("version") != key["version"]:
+    if not isinstance(known, dict) or known.get("version") not in {key["version"], *earlier}:
         return None
     values, inputs = known.get("values"), known.get("inputs")
     if not isinstance(values, dict) or not isinstance(inputs, dict) or known.get("sha256") != _digest(values):

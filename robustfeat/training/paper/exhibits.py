@@ -269,7 +269,8 @@ def _opinions(measures: Measures) -> Exhibit:
         rows,
         notes=[
             "LIBSVM is one against one with the hinge loss, on at most 5,000 training rows, first seed; * marks a "
-            "solver that was stopped before its end."
+            "solver that was stopped before its end, and + one with LinearSVC's C and scaling instead of its own "
+            "choice."
         ],
     )  # fmt: skip
 

@@ -202,11 +202,11 @@ class Measures:
 
     def opinions(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
         """Second opinions on the same features; LIBSVM's for the first seed alone."""
-        chosen, with_libsvm = self.score(method, seed, target), seed == self.scale.seeds[0]
+        with_libsvm = seed == self.scale.seeds[0]
 
         def measure(subject: NetworkSubject, task: Task) -> dict[str, Any]:
             features, threads = self._features(subject, task), self.study.machine.threads
-            return second_opinions(features, chosen, with_libsvm=with_libsvm, threads=threads)
+            return second_opinions(features, with_libsvm=with_libsvm, threads=threads)
 
         return self._of_main_run("opinions", method, seed, self.study.task(target), measure, libsvm=with_libsvm)
 

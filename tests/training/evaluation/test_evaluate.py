@@ -365,7 +365,7 @@ def test_rare_classes_are_among_libsvms_rows(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("robustfeat.training.evaluation.probes._LIBSVM_ROWS", 5)
     x = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
     y = np.array([0] * 198 + [1, 2])
-    scores = libsvm(TaskFeatures("t", "m", ("a", "b", "c"), x, y, x, y), 1.0, "none")
+    scores = libsvm(TaskFeatures("t", "m", ("a", "b", "c"), x, y, x, y), cs=[1.0], scalings=["none"])
     assert scores["LIBSVM"].details["rows"] == 7
 
 

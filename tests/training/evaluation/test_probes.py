@@ -1,6 +1,7 @@
 """Scores of frozen features: against scripts of plain scikit-learn and SciPy, and blind to test labels."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,23 @@ def test_more_images_a_class_help_and_draws_repeat(digits: TaskFeatures) -> None
     assert curve == few_shot(digits, (1, 5, 50, 1000))
 
 
-def test_libsvm_is_scored_beside_liblinear(digits: TaskFeatures) -> None:
-    both = libsvm(digits, 0.01, "standard")
-    x, x_test = digits.x.astype(np.float64), digits.x_test.astype(np.float64)
-    reference = make_pipeline(StandardScaler(), SVC(kernel="linear", C=0.01)).fit(x, digits.y)
-    assert both["LIBSVM"].accuracy == reference.score(x_test, digits.y_test)
-    assert both["LinearSVC"].accuracy != both["LIBSVM"].accuracy
+def test_libsvm_chooses_for_itself(digits: TaskFeatures) -> None:
+    cs, scalings = (1e-3, 1e-1), {"none": FunctionTransformer(), "standard": StandardScaler()}
+    both = libsvm(digits, cs=cs, scalings=tuple(scalings))
+    x, y = digits.x.astype(np.float64), digits.y
+    fit, held = train_test_split(np.arange(len(y)), test_size=0.1, stratify=y, random_state=0)
+    tried = []
+    for scaling, c in itertools.product(scalings, cs):
+        pipeline = make_pipeline(scalings[scaling], SVC(kernel="linear", C=c))
+        tried.append((pipeline.fit(x[fit], y[fit]).score(x[held], y[held]), scaling, c))
+    share, scaling, c = max(tried, key=lambda one: one[0])
+    assert len({one[0] for one in tried}) > 1
+    reference = make_pipeline(scalings[scaling], SVC(kernel="linear", C=c)).fit(x, y)
+    details = both["LIBSVM"].details
+    assert (details["held_out"], details["scaling"], details["C"]) == (share, scaling, c)
+    assert both["LIBSVM"].accuracy == reference.score(digits.x_test.astype(np.float64), digits.y_test)
+    ours = svm(digits, cs=cs, scalings=tuple(scalings))
+    assert both["LinearSVC"].accuracy == ours.accuracy != both["LIBSVM"].accuracy
 
 
 @pytest.mark.parametrize(("right", "count"), [(81, 100), (0, 7), (7, 7), (5000, 10_000)])

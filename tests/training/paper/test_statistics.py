@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from robustfeat.errors import InputError
+from robustfeat.training.evaluation.report import libsvm_cell
 from robustfeat.training.paper.cells import Cells, pack, unpack
 from robustfeat.training.paper.locks import BusyError, Locks
 from robustfeat.training.paper.statistics import compare
@@ -129,3 +130,16 @@ def test_what_another_process_does_is_left_to_it_or_waited_for(tmp_path: Path) -
             assert said == ["waiting for another process, which is at work on run"]
             assert not waiting.done()
         waiting.result(timeout=60)
+
+
+def test_opinions_of_before_libsvm_chose_are_kept_and_marked(tmp_path: Path) -> None:
+    cells = Cells(tmp_path / "cells", Locks(tmp_path / "locks", print))
+    before = {name: {"accuracy": 0.5, "converged": True} for name in ("LIBSVM", "LinearSVC")}
+    cells.get("opinions", "a", {"seed": 0}, lambda: {"libsvm": before})
+    file = tmp_path / "cells" / "opinions-a.json"
+    assert json.loads(file.read_text())["version"] == 2
+    for version, known in ((1, {"libsvm": before}), (0, {"new": 1})):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "version": version}))
+        assert cells.get("opinions", "a", {"seed": 0}, lambda: {"new": 1}) == known
+    assert libsvm_cell(before) == "50.00+ / 50.00"
+    assert libsvm_cell({name: {**scores, "C": 1.0} for name, scores in before.items()}) == "50.00 / 50.00"
