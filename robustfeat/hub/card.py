@@ -137,7 +137,9 @@ def _origin(config: ModelConfig) -> str:
     method = config.recipe.get("method")
     if not method:
         return f"Imported: {config.provenance.get('source', 'unknown')}."
-    grouped = f"in {config.num_classes} classes and" if config.recipe.get("labels", True) else "without labels, in"
+    grouped = f"in {config.num_classes} classes and" if config.num_classes else "in"
+    if not config.recipe.get("labels", True):
+        grouped = "without labels, in"
     teacher, epoch = config.recipe.get("teacher"), config.provenance.get("epoch")
     return (
         f"Pre-trained with {_method(str(method))} "

@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from robustfeat.errors import InputError, first_line
 
 __all__ = [
+    "PROJECTION",
     "FirstConv",
     "Outputs",
     "StepOutput",
@@ -20,6 +21,7 @@ __all__ = [
     "feature_network",
     "feature_size",
     "pooled_features",
+    "projection_head",
     "timm_settings",
 ]
 
@@ -29,8 +31,8 @@ class StepOutput(NamedTuple):
 
     Attributes:
         logits: (n, C).
-        features: (n, D), what the classifier sees and what an exported model gives.
-        heads: by name, what the heads of an objective make of the features.
+        features: (n, D), what an exported model gives. The classifier and the heads see them, or their projection.
+        heads: by name, what the heads of an objective make of that.
     """
 
     logits: Tensor
@@ -83,7 +85,7 @@ class Outputs(nn.Module):
 
     Args:
         network: of `build_network`.
-        heads: modules from (n, D) features; an objective's own.
+        heads: modules from (n, D) features; an objective's own, and `PROJECTION`, which comes before the others.
     """
 
     def __init__(self, network: nn.Module, heads: nn.ModuleDict) -> None:
@@ -93,8 +95,39 @@ class Outputs(nn.Module):
     def forward(self, images: Tensor) -> StepOutput:
         """(n, 3, H, W) to the three."""
         features = pooled_features(self.network, images)
-        logits = classifier_of(self.network)(features)
-        return StepOutput(logits, features, {name: head(features) for name, head in self.heads.items()})
+        seen = self.heads[PROJECTION](features) if PROJECTION in self.heads else features
+        logits = classifier_of(self.network)(seen)
+        own = {name: head(seen) for name, head in self.heads.items() if name != PROJECTION}
+        return StepOutput(logits, features, own)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) to (n, C), by `classifying` only."""
+        logits: Tensor
+        if PROJECTION not in self.heads:
+            logits = self.network(images)
+        else:
+            logits = classifier_of(self.network)(self.heads[PROJECTION](pooled_features(self.network, images)))
+        return logits
+
+    @property
+    def classifying(self) -> nn.ModuleList:
+        """What images pass on their way to logits: the network, and the projection where there is one."""
+        return nn.ModuleList([self.network, *(head for name, head in self.heads.items() if name == PROJECTION)])
+
+
+PROJECTION = "_projection"
+"""The head between the features and all that is learned from them: see `projection_head`."""
+
+
+def projection_head(size: int, hidden: int) -> nn.Module:
+    """An MLP from (n, size) features to (n, size) that training throws away, so that features stay more general.
+
+    Source: SL-MLP (Wang et al., CVPR 2022) puts one before the classifier of supervised training, as SimCLR (Chen et
+    al., ICML 2020) does before its loss; t-ReX (Sariyildiz et al., ICLR 2023) calls it expendable.
+    """
+    return nn.Sequential(
+        nn.Linear(size, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, size)
+    )
 
 
 def build_network(classes: int, name: str = "resnet18", *, width: int = 64, image_size: int = 224) -> nn.Module:

@@ -65,6 +65,8 @@ class Recipe:
         min_crop_area: training crops cover between this share and all of an image's area.
         trivial_augment: change each crop by a random operation of TrivialAugment (wide).
         erasing: probability that a rectangle of a crop becomes the mean colour (0, the paper: none).
+        projection: hidden units of an MLP between the features and all that is learned from them, which is thrown
+            away with the classifier (0, the paper: none).
         loss: of the labels, `cross_entropy` (the paper) or `ldr_kl`, which has lambda `ldr_lam` and the margin
             `ldr_margin`; see `label_losses`.
         label_smoothing: share of each target that all classes divide evenly (0, the paper: none).
@@ -142,6 +144,7 @@ class Recipe:
     min_crop_area: float = 0.08
     trivial_augment: bool = False
     erasing: float = 0.0
+    projection: int = 0
     loss: str = "cross_entropy"
     ldr_lam: float = 1.0
     ldr_margin: float = 0.0

@@ -15,7 +15,7 @@ __all__ = ["check_shapes", "check_values", "invalid"]
 
 _INTEGERS = frozenset({
     "width", "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
-    "teacher_crops", "stable_steps", "probe_every", "accumulate",
+    "teacher_crops", "stable_steps", "projection", "probe_every", "accumulate",
 })  # fmt: skip
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("width", 1, 512),
@@ -30,6 +30,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("warmup_epochs", 0, 100_000),
     ("min_crop_area", 1e-6, 1),
     ("erasing", 0, 1),
+    ("projection", 0, 1_000_000),
     ("ldr_lam", 1e-6, 1e6),
     ("ldr_margin", 0, 1e6),
     ("label_smoothing", 0, 0.999999),
@@ -207,6 +208,13 @@ def _check_stable(recipe: Recipe) -> None:
             argument="inner",
             value=recipe.inner,
             fix="pass `inner=full` or `inner=half`",
+        )
+    if recipe.projection and not recipe.labels and not recipe.teacher:
+        raise InputError(
+            "is what labels or a teacher see, and neither is learned",
+            argument="projection",
+            value=recipe.projection,
+            fix="leave it out",
         )
     if recipe.stable_anchor == "start" and not recipe.init:
         raise InputError("are the features of a start", argument="stable_anchor", value="start", fix="pass `init`")

@@ -15,7 +15,7 @@ from robustfeat.errors import CheckpointError, InputError, ModelFolderError, fir
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import WEIGHTS
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.loop.checkpoint import load_checkpoint
+from robustfeat.training.loop.checkpoint import features_of, load_checkpoint
 from robustfeat.training.loop.run_folder import BEST_NAME, CHECKPOINT_NAME
 from robustfeat.training.network import timm_settings
 from robustfeat.training.recipe import Recipe
@@ -179,4 +179,4 @@ def _start_of_run(path: Path) -> _Start:
         recipe = Recipe.from_dict(checkpoint.recipe)
     except (CheckpointError, InputError) as exc:
         raise InputError(f"cannot be read ({first_line(exc)})", argument="init", value=path) from exc
-    return _Start(checkpoint.result, recipe.network, recipe.width, recipe.preprocessing())
+    return _Start(features_of(checkpoint), recipe.network, recipe.width, recipe.preprocessing())

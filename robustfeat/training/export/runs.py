@@ -17,7 +17,7 @@ from robustfeat.errors import ExportError, InputError
 from robustfeat.hub.config import Evaluation, ModelConfig
 from robustfeat.training.export.calibration import folder_images, training_images
 from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
-from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint, network_of
+from robustfeat.training.loop.checkpoint import Checkpoint, features_of, load_checkpoint, network_of
 from robustfeat.training.loop.journal import read_metrics
 from robustfeat.training.loop.run_folder import BEST_NAME, CHECKPOINT_NAME, checkpoint_file
 from robustfeat.training.network import feature_network, feature_size, timm_settings
@@ -85,7 +85,7 @@ def export_run(
         name=name or folder.resolve().name,
         architecture=about["architecture"],
         feature_size=size,
-        num_classes=len(checkpoint.classes),
+        num_classes=0 if recipe.projection else len(checkpoint.classes),
         preprocessing=contract,
         first_conv=about["first_conv"],
         classifier=about["classifier"],
@@ -99,7 +99,7 @@ def export_run(
     images = None
     if int8:
         images = folder_images(calibration) if calibration else training_images(checkpoint.data, recipe)
-    backbone = Backbone(feature_network(network), checkpoint.result, config, training)
+    backbone = Backbone(feature_network(network), features_of(checkpoint), config, training)
     return write_model_folder(backbone, out, calibration=images, compact=compact)
 
 

@@ -16,7 +16,7 @@ from robustfeat.files import new_file
 from robustfeat.training.concepts import ConceptMap
 from robustfeat.training.data.batches import explain_worker
 from robustfeat.training.loop.run_folder import CHECKPOINT_NAME, checkpoint_file
-from robustfeat.training.network import build_network
+from robustfeat.training.network import build_network, timm_settings
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.tensors import load_tensors
 
@@ -24,6 +24,7 @@ __all__ = [
     "Checkpoint",
     "Position",
     "changed_key",
+    "features_of",
     "fitting",
     "load_checkpoint",
     "network_of",
@@ -156,6 +157,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(**state)
 
 
+def features_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The state dict that the run gives away: without the classifier where that sees a projection of the features."""
+    recipe = Recipe.from_dict(checkpoint.recipe)
+    if not recipe.projection:
+        return checkpoint.result
+    with fitting():
+        prefix = timm_settings(_build(checkpoint, recipe))["classifier"] + "."
+    return {name: value for name, value in checkpoint.result.items() if not name.startswith(prefix)}
+
+
+def _build(checkpoint: Checkpoint, recipe: Recipe) -> nn.Module:
+    return build_network(len(checkpoint.classes), recipe.network, width=recipe.width, image_size=recipe.validation_size)
+
+
 def network_of(checkpoint: Checkpoint) -> nn.Module:
     """The trained network with its classifier, averaged where the recipe has `ema`, in evaluation mode.
 
@@ -164,9 +179,7 @@ def network_of(checkpoint: Checkpoint) -> nn.Module:
     """
     recipe = Recipe.from_dict(checkpoint.recipe)
     with fitting():
-        network = build_network(
-            len(checkpoint.classes), recipe.network, width=recipe.width, image_size=recipe.validation_size
-        )
+        network = _build(checkpoint, recipe)
         network.load_state_dict(checkpoint.result)
     return network.eval()
 

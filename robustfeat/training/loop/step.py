@@ -18,7 +18,14 @@ from robustfeat.training.loop.averaging import MovingAverage
 from robustfeat.training.loop.descent import Descent
 from robustfeat.training.loop.distributed import sum_over_ranks
 from robustfeat.training.loop.ranks import Ranks
-from robustfeat.training.network import Outputs, build_network, classifier_of, feature_size
+from robustfeat.training.network import (
+    PROJECTION,
+    Outputs,
+    build_network,
+    classifier_of,
+    feature_size,
+    projection_head,
+)
 from robustfeat.training.objective import TEACHER_HEAD, Objective, StepBatch, create_objective
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.stable import FrozenStart, feature_distances
@@ -101,7 +108,10 @@ class TrainingStep:
         if not recipe.labels:
             classifier_of(network).requires_grad_(False)  # data parallelism waits for the gradients of all others
         self.objective: Objective = create_objective(recipe, concepts)
-        self._heads = self.objective.create_heads(feature_size(network), classes).to(device)
+        heads = self.objective.create_heads(feature_size(network), classes)
+        if recipe.projection:
+            heads[PROJECTION] = projection_head(feature_size(network), recipe.projection)
+        self._heads = heads.to(device)
         self._outputs = Outputs(self.network, self._heads)
         self._descent = Descent(
             self._outputs,
@@ -298,7 +308,7 @@ class TrainingStep:
                 distances = feature_distances(output.features, anchors)
             return distances.double().sum(), self._count_correct(output.logits, labels)
         with torch.no_grad(), self.autocast():
-            logits = self.result.network(self.to_input(pixels)).float()
+            logits = self.result.logits(self.to_input(pixels)).float()
         losses = functional.cross_entropy(logits, labels, reduction="none")
         return losses.double().sum(), (logits.argmax(1) == labels).sum()
 
@@ -316,20 +326,21 @@ class TrainingStep:
         Args:
             batches: (m, 3, S, S) float from 0 to 255, on the device.
         """
-        network = self.result.network
-        layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        result = self.result
+        classifying = result.classifying
+        layers = [m for m in classifying.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [layer.momentum for layer in layers]
-        network.train()
+        classifying.train()
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # cumulative
         with torch.no_grad(), self.autocast():
             for pixels in batches:
-                network(self.to_input(pixels).contiguous(memory_format=torch.channels_last))
+                result.logits(self.to_input(pixels).contiguous(memory_format=torch.channels_last))
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         if self._ranks.world > 1:
-            self._share_statistics(self.result)
+            self._share_statistics(result)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: model, heads, start, optimizer, objective, scaler, average."""
