@@ -234,12 +234,15 @@ def _report(result: TrainingResult, as_json: bool, quiet: bool) -> int:
         summary = {
             "run": str(result.run),
             "validation_accuracy": None if unknown else round(result.validation_accuracy, 5),
+            **({} if result.probe_accuracy is None else {"probe_accuracy": round(result.probe_accuracy, 5)}),
             "bad_images": len(result.bad_images),
         }
         click.echo(json.dumps(summary))
     elif not quiet:
-        told = "" if unknown else f": validation accuracy {result.validation_accuracy:.2%}"
-        say(f"{result.run}{told}", err=True)
+        told = [] if unknown else [f"validation accuracy {result.validation_accuracy:.2%}"]
+        if result.probe_accuracy is not None:
+            told.append(f"probe {result.probe_accuracy:.2%}")
+        say(f"{result.run}" + (": " + ", ".join(told) if told else ""), err=True)
     if not result.bad_images:
         return 0
     say(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)

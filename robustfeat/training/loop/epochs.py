@@ -13,6 +13,7 @@ import torch
 from robustfeat.errors import DivergedError
 from robustfeat.training.data.batches import Batch
 from robustfeat.training.data.mixing import Examples
+from robustfeat.training.evaluation.probes import Score
 from robustfeat.training.loop.bad_images import BadImages
 from robustfeat.training.loop.checkpoint import Position
 from robustfeat.training.loop.distributed import fail_together, gather_objects, gather_tensors
@@ -57,6 +58,9 @@ class EpochLoop:
         report, saver, bad_images: of this run.
         stop: asks for the end after a step.
         checkpoint_every_s: seconds between checkpoints within an epoch.
+
+    Attributes:
+        probe_accuracy: of the recipe's probe after the last epoch; None before, and where there is none.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class EpochLoop:
         self._run, self._step, self._position = run, step, position
         self._report, self._saver, self._bad_images = report, saver, bad_images
         self._stop, self._checkpoint_every_s = stop, checkpoint_every_s
+        self.probe_accuracy: float | None = None
 
     def train(self) -> float:
         """Trains to the end of the recipe; the last validation accuracy.
@@ -83,6 +88,7 @@ class EpochLoop:
             StoppedError: a signal stopped the run, which is saved.
         """
         if self._position.epoch >= self._run.recipe.epochs:  # resumed after the last epoch
+            self._probe()
             return self._validate()[1]
         accuracy = float("nan")
         while self._position.epoch < self._run.recipe.epochs:
@@ -187,23 +193,26 @@ class EpochLoop:
             if recipe.labels:
                 self._report.say(f"BatchNorm recalibrated: validation accuracy {before:.2%} to {accuracy:.2%}")
         probed = self._probe()
-        self._report.finish_epoch(loss, accuracy, probed)
+        if probed is not None:
+            numbers = {"accuracy": round(probed.accuracy, 5), "balanced_accuracy": round(probed.balanced_accuracy, 5)}
+            self._report.write("probe", position, epoch=position.epoch, classifier=recipe.probe_classifier, **numbers)
+        probe_accuracy = None if probed is None else probed.accuracy
+        self._report.finish_epoch(loss, accuracy, probe_accuracy)
         known = accuracy if recipe.labels else -loss
-        score = {"none": None, "validation": known, "probe": probed}[recipe.best]
+        score = {"none": None, "validation": known, "probe": probe_accuracy}[recipe.best]
         if score is not None:
             self._saver.save_if_best(position, score)
         self._saver.save(position)
         return accuracy
 
-    def _probe(self) -> float | None:
-        """The accuracy of the recipe's probe, if it has one and it is due after this epoch."""
+    def _probe(self) -> Score | None:
+        """The score of the recipe's probe, if it has one and it is due after this epoch."""
         recipe, position = self._run.recipe, self._position
         if not recipe.probe or (position.epoch % recipe.probe_every and position.epoch < recipe.epochs):
             return None
         score = probe(self._run, self._step, partial(self._report_failures, "probe"))
-        numbers = {"accuracy": round(score.accuracy, 5), "balanced_accuracy": round(score.balanced_accuracy, 5)}
-        self._report.write("probe", position, epoch=position.epoch, classifier=recipe.probe_classifier, **numbers)
-        return score.accuracy
+        self.probe_accuracy = score.accuracy if position.epoch >= recipe.epochs else None
+        return score
 
     def _recalibrate(self) -> None:
         run, recipe = self._run, self._run.recipe

@@ -72,8 +72,11 @@ def _embed(
     parts = {}
     for number, batch in zip(numbers, load_batches(batches, run.decoders, numbers), strict=True):
         failures.extend(batch.failures)
-        features = step.embed(batch.pixels(run.device, contract.image_size))
-        parts[number] = features.cpu().numpy(), batch.labels.numpy()
+        if len(batch.labels):
+            features = step.embed(batch.pixels(run.device, contract.image_size))
+            parts[number] = features.cpu().numpy(), batch.labels.numpy()
     joined = {number: part for rank in gather_objects(parts) for number, part in rank.items()}
     in_order = [joined[number] for number in sorted(joined)]
+    if not in_order:
+        return np.empty((0, 1), np.float32), np.empty(0, np.int64)
     return np.concatenate([part[0] for part in in_order]), np.concatenate([part[1] for part in in_order])

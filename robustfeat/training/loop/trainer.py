@@ -63,12 +63,14 @@ class TrainingResult:
             weights where the recipe has `ema`); NaN where labels were not learned.
         bad_images: the images that could not be decoded and were left out.
         stopped: a signal came when nothing was left to train.
+        probe_accuracy: of the recipe's probe after the last epoch; None where there is none.
     """
 
     run: Path
     validation_accuracy: float
     bad_images: tuple[str, ...]
     stopped: bool = False
+    probe_accuracy: float | None = None
 
 
 def train(
@@ -223,4 +225,4 @@ def _train(run: Run, step: TrainingStep, saved: Checkpoint | None, checkpoint_ev
         if saver.best:
             remark(f"{run.folder / BEST_NAME} is of epoch {saver.best['epoch']}", quiet=run.quiet)
         remark(f"{run.folder / CURVES_NAME} shows loss, accuracy and the path of q", quiet=run.quiet)
-    return TrainingResult(run.folder, accuracy, bad_images.all(), stop.requested)
+    return TrainingResult(run.folder, accuracy, bad_images.all(), stop.requested, loop.probe_accuracy)

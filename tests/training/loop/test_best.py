@@ -31,9 +31,11 @@ from tests.training.small import recipe
 
 
 def run(dataset: Path, out: Path, made: Recipe, **options: Any) -> list[dict[str, Any]]:
-    train(dataset, made, out, workers=0, threads=1, quiet=True, device="cpu", **options)
+    result = train(dataset, made, out, workers=0, threads=1, quiet=True, device="cpu", **options)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "probe"]
+    probes = [line for line in lines if line["event"] == "probe"]
+    assert result.probe_accuracy == (pytest.approx(probes[-1]["accuracy"], abs=1e-5) if probes else None)
+    return probes
 
 
 @pytest.fixture(scope="module")
@@ -87,26 +89,27 @@ def test_a_probe_changes_no_parameter_and_best_resumes(probed: Path, dataset: Pa
     assert_same_parameters(tmp_path / "parts", probed)
     whole, parts = (load_checkpoint(folder / "best.pt") for folder in (probed, tmp_path / "parts"))
     assert whole.best == parts.best
+    run(dataset, tmp_path / "parts", with_probe, resume=True)  # nothing is left but to tell the accuracies
     assert all(torch.equal(value, parts.result[name]) for name, value in whole.result.items())
 
 
 def test_best_is_exported_evaluated_and_started_from(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter((0.5, 0.7, 0.7, 0.6))
+    scores = iter((0.5, 0.7, 0.7))
     monkeypatch.setattr(epochs, "probe", lambda run, step, report: _Accuracy(next(scores)))
     out = tmp_path / "run"
-    lines = run(dataset, out, recipe(dataset, probe=str(dataset), best="probe", epochs=4))
-    assert [line["accuracy"] for line in lines] == [0.5, 0.7, 0.7, 0.6]
+    lines = run(dataset, out, recipe(dataset, probe=str(dataset), best="probe", epochs=3))
+    assert [line["accuracy"] for line in lines] == [0.5, 0.7, 0.7]
     best = load_checkpoint(out / "best.pt")
     assert (best.epoch, best.best) == (2, {"epoch": 2, "score": 0.7})
     assert not torch.equal(best.model["conv1.weight"], load_checkpoint(out).model["conv1.weight"])
     _, state = resolve_start(Recipe(init=str(out / "best.pt")))
     assert torch.equal(state["conv1.weight"], best.model["conv1.weight"])
-    assert open_network(str(out / "best.pt"), device="cpu").name == "run at epoch 2 of 4"
+    assert open_network(str(out / "best.pt"), device="cpu").name == "run at epoch 2 of 3"
     report = export_run(out, tmp_path / "model", best=True, int8=False)
     assert (report.folder.config.name, report.folder.config.provenance["epoch"]) == ("run", 2)
-    assert "The weights are those after epoch 2 of 4, the best." in (tmp_path / "model" / "README.md").read_text()
+    assert "The weights are those after epoch 2 of 3, the best." in (tmp_path / "model" / "README.md").read_text()
     exported = load_file(tmp_path / "model" / "model.safetensors")
     assert torch.equal(exported["conv1.weight"], best.model["conv1.weight"])
 
@@ -147,6 +150,15 @@ def test_the_svm_is_due_every_so_many_epochs_and_at_the_end_and_bad_images_are_l
         run(dataset, tmp_path / "run", made, resume=True)
     with pytest.raises(CheckpointError, match=r"holds no best\.pt; .*; train with `best=validation` or `best=probe`"):
         export_run(tmp_path / "run", tmp_path / "model", best=True)
+
+
+def test_a_probe_without_an_image_that_can_be_decoded_is_refused(dataset: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    for file in (data / "val").rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"probe=.*: too few of its 30 training and 10 test images can be decoded"):
+        run(dataset, tmp_path / "run", recipe(dataset, probe=str(data), epochs=1))
 
 
 def test_what_makes_no_sense_is_refused(dataset: Path, tmp_path: Path) -> None:
