@@ -105,7 +105,7 @@ def run_cells(options: argparse.Namespace) -> None:
     tasks = dict(task.split("=", 1) for task in options.task)
     for seed in options.seeds:
         taught: list[Path] = []
-        for method, signal in product(METHODS, SIGNALS):
+        for method, signal in product(options.methods, SIGNALS):
             run = options.out / f"{signal} {method} seed {seed}".replace(" + ", "-").replace(" ", "-").lower()
             result = run / "cell.json"
             if not result.exists():
@@ -170,6 +170,7 @@ def main() -> None:
         if name == "cells":
             command.add_argument("--task", action="append", required=True, metavar="NAME=DATA")
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+            command.add_argument("--methods", choices=list(METHODS), nargs="+", default=list(METHODS))
         if name == "long":
             command.add_argument("--method", choices=sorted(LONG_EPOCHS), default="hrrl")
     options = parser.parse_args()
