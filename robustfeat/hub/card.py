@@ -33,6 +33,7 @@ def render_card(config: ModelConfig) -> str:
     `PLACE` stands where the repository's name belongs; a push puts it there.
     """
     contract = config.preprocessing
+    colours = "RGB, transparent pixels on white" if contract.version > 1 else "RGB"
     card = f"""\
 ---
 {_metadata(config)}
@@ -77,7 +78,7 @@ float32 (N, 3, {contract.image_size}, {contract.image_size}) to `features` float
 
 ## Preprocessing
 
-Upright RGB; the shorter side to {contract.resize_size} px ({contract.interpolation}, antialiased); centre crop of
+Upright {colours}; the shorter side to {contract.resize_size} px ({contract.interpolation}, antialiased); centre crop of
 {contract.image_size} px; mean {list(contract.mean)}, std {list(contract.std)}.
 Hash `{contract.hash}`.
 """

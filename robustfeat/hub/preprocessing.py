@@ -3,7 +3,8 @@
 Training's evaluation, bulk embedding and serving all call these functions, so that a vector computed in one
 place equals a vector computed in another. The steps, in order:
 
-1. `decode`: the first frame, EXIF orientation applied, 16 bits scaled to 8, RGB, alpha dropped;
+1. `decode`: the first frame, EXIF orientation applied, 16 bits scaled to 8, RGB; what is transparent is seen on a
+   white page (version 1 of the contract dropped the alpha, so that hidden pixels counted);
 2. `resize_and_crop`: the shorter side to floor(image_size / crop_pct), antialiased, then the centre square;
 3. `normalise`: to [0, 1], minus the mean, over the standard deviation, channels first.
 
@@ -28,9 +29,11 @@ from PIL import Image, UnidentifiedImageError
 from robustfeat.errors import DecodeError, first_line
 from robustfeat.hub.image_files import name_contents, without_png_metadata
 from robustfeat.hub.tiff import refuse_misread
+from robustfeat.hub.transparency import key_bits, on_white, opacity
 
 __all__ = [
     "BYTES_PER_PIXEL",
+    "CONTRACT_VERSION",
     "FORMATS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
@@ -46,6 +49,9 @@ __all__ = [
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is read by default, told by content. EPS is never added: reading it starts an interpreter."""
+
+CONTRACT_VERSION = 2
+"""Of new models. Version 1 dropped the alpha of transparent images, and stays as it is for models that have it."""
 
 MAX_PIXELS = 100_000_000
 """Images of more pixels are refused from their header, before anything is decoded."""
@@ -68,7 +74,6 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_CONTRACT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Preprocessing:
         crop_pct: the shorter side is resized to floor(S / crop_pct) before the centre crop, as timm does.
         interpolation: `bilinear` or `bicubic`, antialiased.
         mean, std: per channel (RGB), for values in [0, 1].
+        version: of the contract, which decides how `decode` treats transparent images.
     """
 
     image_size: int
@@ -87,11 +93,14 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
+        if type(self.version) is not int or not 1 <= self.version <= CONTRACT_VERSION:
+            raise ValueError(f"version must be from 1 to {CONTRACT_VERSION}; got {self.version!r}: update robustfeat")
         if not 8 <= self.image_size <= 4096:
             raise ValueError(f"image_size must be between 8 and 4096; got {self.image_size}")
         if not 0.1 <= self.crop_pct <= 1.0:
@@ -114,12 +123,16 @@ class Preprocessing:
     @property
     def hash(self) -> str:
         """sha256 of the contract, 64 hex digits; equal hashes mean equal inputs for equal files."""
-        canonical = {"contract": _CONTRACT_VERSION, **asdict(self)}
+        canonical = asdict(self)
+        canonical["contract"] = canonical.pop("version")
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        """Plain data for JSON; version 1 is not named, as it was written before there was another."""
+        data = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        if self.version == 1:
+            del data["version"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Preprocessing:
@@ -128,6 +141,7 @@ class Preprocessing:
         Raises:
             ValueError: a key is unknown or missing, or a value is out of range.
         """
+        data = {"version": 1, **data}
         known = {field.name for field in fields(cls)}
         if set(data) != known:
             odd = sorted(set(data) ^ known)
@@ -140,12 +154,18 @@ class TooLargeError(DecodeError):
 
 
 def decode(
-    data: bytes, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS, at_least: int | None = None
+    data: bytes,
+    *,
+    version: int = CONTRACT_VERSION,
+    formats: Sequence[str] = FORMATS,
+    max_pixels: int = MAX_PIXELS,
+    at_least: int | None = None,
 ) -> Image.Image:
     """The picture in an image file.
 
     Args:
         data: the file's bytes.
+        version: of the contract.
         formats: Pillow's names of the formats that may be read.
         max_pixels: larger images are refused before they are decoded.
         at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its shorter side
@@ -165,7 +185,7 @@ def decode(
         with Image.open(io.BytesIO(without_png_metadata(data)), formats=list(formats)) as image:
             if at_least is not None and image.width * image.height <= max_pixels:
                 image.draft(None, (at_least, at_least))  # other formats ignore it
-            return to_rgb(image, max_pixels=max_pixels)
+            return to_rgb(image, version=version, max_pixels=max_pixels)
     except DecodeError:
         raise
     except UnidentifiedImageError:
@@ -184,24 +204,31 @@ def _unidentified(data: bytes, formats: Sequence[str]) -> DecodeError:
     return DecodeError(f"{wanted}; it is {what}" if what else wanted, fix=fix)
 
 
-def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An open Pillow image as the network sees it: first frame, upright, 8 bits, RGB, alpha dropped.
+def to_rgb(image: Image.Image, *, version: int = CONTRACT_VERSION, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An open Pillow image as the network sees it: first frame, upright, 8 bits, RGB, on white where transparent.
+
+    In version 1 of the contract, the alpha is dropped.
 
     Raises:
         DecodeError: too many pixels, a pixel type without a defined range (32-bit integers or floats), or a TIFF that
             Pillow misreads.
     """
+    sees_alpha = version > 1
     width, height = image.size
     if width * height > max_pixels:
         raise TooLargeError(f"{width} x {height} is over the limit of {max_pixels:,} pixels")
     if image.format == "TIFF":
-        refuse_misread(image.tag_v2)  # type: ignore[attr-defined]
+        refuse_misread(image.tag_v2, sees_alpha=sees_alpha)  # type: ignore[attr-defined]
+    bits = key_bits(image)
     image.load()  # first: a TIFF is turned by Pillow as it loads, and its orientation is then gone
     orientation = _orientation(image)
+    alpha = opacity(image, bits) if sees_alpha else None
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     if image.mode != "RGB":
         image = image.convert("RGB")
+    if alpha is not None:
+        image = on_white(image, alpha)
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
@@ -267,7 +294,8 @@ def prepare_square(
         DecodeError: with the reason, in one line.
     """
     at_least = 2 * contract.resize_size if scaled else None
-    return resize_and_crop(decode(data, max_pixels=max_pixels, at_least=at_least), contract)
+    image = decode(data, version=contract.version, max_pixels=max_pixels, at_least=at_least)
+    return resize_and_crop(image, contract)
 
 
 def normalise(squares: NDArray[np.uint8], contract: Preprocessing) -> NDArray[np.float32]:

@@ -22,11 +22,12 @@ _UNSIGNED, _PREMULTIPLIED = {1}, 1
 _PLAIN_PLANES = {1: (_BLACK_IS_ZERO,), 8: (_BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK)}
 
 
-def refuse_misread(tags: Any) -> None:
+def refuse_misread(tags: Any, *, sees_alpha: bool) -> None:
     """Refuses a file that Pillow would turn into another picture, or whose values have no defined range.
 
     Args:
         tags: of its first page, `tag_v2` of Pillow's image.
+        sees_alpha: whether the alpha is used, so that it must be right, too.
 
     Raises:
         DecodeError: it is such a file.
@@ -45,7 +46,11 @@ def refuse_misread(tags: Any) -> None:
     uncompressed = compression == _UNCOMPRESSED
     if uncompressed and photometric == _YCBCR and len(bits) > 1 and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1):
         raise DecodeError("uncompressed TIFF: subsampled colours are not read", fix="save it as RGB")
-    if tags.get(_PLANAR, 1) == 2 and not _are_planes_read(tags, bits, photometric, uncompressed=uncompressed):
+    if tags.get(_PLANAR, 1) == 2 and (
+        not _are_planes_read(tags, bits, photometric, uncompressed=uncompressed)
+        # The plane of an alpha beside one of grey or of a palette is read wrong.
+        or (sees_alpha and _CHANNELS.get(photometric, 1) == 1 and any(tags.get(_EXTRA_SAMPLES, ())))
+    ):
         raise DecodeError(
             f"{'uncompressed' if uncompressed else 'compressed'} TIFF: separate planes of this kind are not read",
             fix="save it with interleaved channels (planar configuration 1)",

@@ -260,7 +260,7 @@ class FeatureExtractor:
             return prepare_square(bytes(image), contract, scaled=scaled, max_pixels=most)
         if isinstance(image, Image.Image):
             try:
-                return resize_and_crop(to_rgb(image, max_pixels=most), contract)
+                return resize_and_crop(to_rgb(image, version=contract.version, max_pixels=most), contract)
             except (OSError, SyntaxError, ValueError) as exc:  # an open image is read from its file only now
                 raise DecodeError(f"damaged: {exc}") from exc
         if isinstance(image, np.ndarray):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from robustfeat.errors import InputError
-from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.hub.preprocessing import CONTRACT_VERSION, Preprocessing
 from robustfeat.training.recipe_checks import check_shapes, check_values, invalid
 
 __all__ = ["RECIPE_NAME", "Recipe", "load_recipe", "shipped_recipes"]
@@ -62,6 +62,7 @@ class Recipe:
         crop_pct: share of the resized validation image that its centre crop keeps.
         interpolation: of the validation images: bilinear or bicubic (None: `init`'s, or bilinear).
         mean, std: of the network's input, per channel in [0, 1] (None: `init`'s, or ImageNet's).
+        preprocessing_version: of the contract by which images are decoded: 2, or 1 as before there was another.
         min_crop_area: training crops cover between this share and all of an image's area.
         trivial_augment: change each crop by a random operation of TrivialAugment (wide).
         erasing: probability that a rectangle of a crop becomes the mean colour (0, the paper: none).
@@ -141,6 +142,7 @@ class Recipe:
     interpolation: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    preprocessing_version: int = CONTRACT_VERSION
     min_crop_area: float = 0.08
     trivial_augment: bool = False
     erasing: float = 0.0
@@ -222,6 +224,7 @@ class Recipe:
             self.validation_size if image_size is None else image_size,
             self.crop_pct if crop_pct is None else crop_pct,
             **{key: value for key, value in chosen.items() if value is not None},
+            version=self.preprocessing_version,
         )
 
     def replace(self, **changes: Any) -> Recipe:
@@ -255,7 +258,7 @@ class Recipe:
         """The inverse of `to_dict`; keys left out take their defaults, `validation_size` the last of `image_sizes`.
 
         Args:
-            data: of this version or an earlier one.
+            data: of this version or an earlier one, whose images were decoded by version 1 of the contract.
             config: the file that it comes from, for messages.
 
         Raises:
@@ -271,7 +274,7 @@ class Recipe:
 
     @classmethod
     def _from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        data = _without_removed(data)
+        data = {"preprocessing_version": 1, **_without_removed(data)}
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -329,4 +332,4 @@ def load_recipe(config: str) -> Recipe:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as exc:  # a number of thousands of digits is a ValueError of another kind
         raise InputError(f"not valid TOML ({exc})", argument="config", value=config) from exc
-    return Recipe.from_dict(data, config)
+    return Recipe.from_dict({"preprocessing_version": CONTRACT_VERSION, **data}, config)

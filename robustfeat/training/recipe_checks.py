@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from robustfeat.errors import InputError
+from robustfeat.hub.preprocessing import CONTRACT_VERSION
 from robustfeat.training.concepts import cluster_count
 from robustfeat.training.methods import METHODS
 
@@ -16,6 +17,7 @@ __all__ = ["check_shapes", "check_values", "invalid"]
 _INTEGERS = frozenset({
     "width", "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
     "teacher_crops", "stable_steps", "projection", "probe_every", "accumulate",
+    "preprocessing_version",
 })  # fmt: skip
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("width", 1, 512),
@@ -28,6 +30,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("accumulate", 1, 100_000),
     ("ema", 0, 0.9999999),
     ("warmup_epochs", 0, 100_000),
+    ("preprocessing_version", 1, CONTRACT_VERSION),
     ("min_crop_area", 1e-6, 1),
     ("erasing", 0, 1),
     ("projection", 0, 1_000_000),

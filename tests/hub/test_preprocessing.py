@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import subprocess
 import sys
 import zlib
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -122,14 +124,99 @@ def test_every_form_decodes_to_what_pillow_shows(photo: Image.Image, mode: str, 
     else:
         image = photo.convert(mode)
     data = encode(image, file_format)
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    np.testing.assert_array_equal(decode(data), expected)
+    opened = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(decode(data, version=1), np.asarray(opened.convert("RGB")))
+    np.testing.assert_allclose(levels(decode(data)), on_white(opened), atol=1 if "A" in mode else 0)
 
 
-def test_palette_with_transparency_drops_it(photo: Image.Image) -> None:
+def levels(image: Image.Image) -> NDArray[np.int64]:
+    return np.asarray(image).astype(np.int64)
+
+
+def on_white(image: Image.Image) -> NDArray[np.int64]:
+    """By the formula of alpha compositing."""
+    rgba = levels(image.convert("RGBA"))
+    colours, alpha = rgba[..., :3], rgba[..., 3:]
+    return np.rint((colours * alpha + 255 * (255 - alpha)) / 255).astype(np.int64)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_a_transparent_palette_is_seen_on_white_in_version_2(photo: Image.Image) -> None:
     palette = photo.quantize(32)
     data = encode(palette, "PNG", transparency=bytes([0, 128] * 16))
-    np.testing.assert_array_equal(decode(data), np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(decode(data, version=1), np.asarray(palette.convert("RGB")))
+    expected = on_white(Image.open(io.BytesIO(data)))
+    assert (expected == 255).all(2).mean() > 0.2
+    np.testing.assert_allclose(levels(decode(data)), expected, atol=1)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF"])
+def test_what_cannot_be_seen_makes_no_difference_in_version_2(photo: Image.Image, file_format: str) -> None:
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (40, 40, 150, 200))
+    files = []
+    for hidden in (Image.new("RGB", photo.size), Image.effect_noise(photo.size, 90).convert("RGB")):
+        cut = Image.composite(photo, hidden, mask)
+        cut.putalpha(mask)
+        options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
+        files.append(encode(cut, file_format, **options))
+    first, second = map(decode, files)
+    np.testing.assert_array_equal(first, second)
+    assert (levels(first)[:40] == 255).all()
+    np.testing.assert_array_equal(levels(first)[40:200, 40:150], levels(photo)[40:200, 40:150])
+    assert (levels(decode(files[0], version=1)) != levels(decode(files[1], version=1))).mean() > 0.5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_alpha_of_zeros_is_none(photo: Image.Image, mode: str) -> None:
+    """Many programs write it so."""
+    image = photo.convert(mode)
+    image.putalpha(0)
+    expected = photo.convert(mode[:-1]).convert("RGB")
+    np.testing.assert_array_equal(decode(encode(image, "PNG")), np.asarray(expected))
+
+
+def png_of(samples: NDArray[Any], bits: int, colour: int, key: bytes) -> bytes:
+    """A PNG file, written by hand, whose pixels of the colour `key` are transparent."""
+    height, width = samples.shape[:2]
+    if bits == 16:
+        rows = samples.astype(">u2").reshape(height, -1).view(np.uint8)
+    else:
+        unpacked = (samples.reshape(height, -1, 1) >> np.arange(bits - 1, -1, -1)) & 1
+        rows = np.packbits(unpacked.reshape(height, -1).astype(np.uint8), axis=1)
+    body = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"tRNS", key), (b"IDAT", body), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in chunks)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_is_seen_on_white_in_version_2(bits: int) -> None:
+    most = 2**bits - 1
+    samples = np.random.default_rng(0).integers(0, most + 1, (9, 16))
+    key = int(samples[4, 4])
+    grey = samples >> 8 if bits == 16 else samples * (255 // most)
+    data = png_of(samples, bits, 0, struct.pack(">H", key))
+    np.testing.assert_array_equal(levels(decode(data, version=1)), np.repeat(grey[..., None], 3, 2))
+    seen = np.where(samples == key, 255, grey)
+    np.testing.assert_array_equal(levels(decode(data)), np.repeat(seen[..., None], 3, 2))
+
+
+def test_a_transparent_colour_is_seen_on_white_in_version_2() -> None:
+    samples = np.random.default_rng(0).integers(0, 2, (9, 16, 3)) * 200
+    data = png_of(samples, 8, 2, struct.pack(">HHH", 200, 0, 200))
+    seen = np.where((samples == (200, 0, 200)).all(2)[..., None], 255, samples)
+    assert (seen != samples).any()
+    np.testing.assert_array_equal(levels(decode(data, version=1)), samples)
+    np.testing.assert_array_equal(levels(decode(data)), seen)
+
+
+def test_a_transparent_colour_of_16_bits_is_refused_in_version_2() -> None:
+    samples = np.random.default_rng(0).integers(0, 2**16, (9, 16, 3))
+    data = png_of(samples, 16, 2, struct.pack(">HHH", 3, 4, 5))
+    np.testing.assert_array_equal(levels(decode(data, version=1)), samples >> 8)
+    with pytest.raises(DecodeError, match="a transparent colour of 16 bits a channel is not read; save it with an"):
+        decode(data)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
@@ -348,16 +435,20 @@ def test_eps_is_never_a_default() -> None:
 def test_hash_changes_with_every_field() -> None:
     base = Preprocessing(64)
     others = [
+        Preprocessing(64, version=1),
         Preprocessing(65),
         Preprocessing(64, 0.9),
         Preprocessing(64, interpolation="bicubic"),
         Preprocessing(64, mean=(0.5, 0.5, 0.5)),
         Preprocessing(64, std=(0.5, 0.5, 0.5)),
     ]
-    assert len({contract.hash for contract in (base, *others)}) == 6
+    assert len({contract.hash for contract in (base, *others)}) == 7
     # Pinned: a folder that was published keeps its hash for ever.
-    assert base.hash == "2ca6862ae3504bb5c4b9217f772eda8f26c22332d33cdb0cdbb20bd6dce64477"
-    assert Preprocessing.from_dict(base.to_dict()) == base
+    assert others[0].hash == "2ca6862ae3504bb5c4b9217f772eda8f26c22332d33cdb0cdbb20bd6dce64477"
+    assert base.hash == "e3c3b6236e36c25f4e190dc1b04a7457b96df5bbeae660bd98df9da7af05ba8c"
+    for contract in (base, others[0]):
+        assert Preprocessing.from_dict(contract.to_dict()) == contract
+    assert "version" not in others[0].to_dict()  # as published folders have it
 
 
 @pytest.mark.parametrize(
@@ -368,6 +459,9 @@ def test_hash_changes_with_every_field() -> None:
         {"crop_pct": 1.1},
         {"interpolation": "nearest"},
         {"std": (1.0, 0.0, 1.0)},
+        {"version": 0},
+        {"version": 3},
+        {"version": True},
     ],
 )
 def test_bad_contracts_are_refused(change: dict[str, object]) -> None:

@@ -46,15 +46,16 @@ class Kind:
     extra_samples: tuple[int, ...] = ()
     palette: tuple[int, ...] = ()
 
-    def shown(self, samples: Samples) -> Samples:
-        """The picture, (H, W, 3), 8 bits a channel."""
+    def shown(self, samples: Samples, *, on_white: bool) -> Samples:
+        """The picture, (H, W, 3), 8 bits a channel, with its alpha dropped or on a white page."""
 
         def to_8(values: Samples) -> Samples:
             full = (1 << self.bits) - 1
             return values >> self.bits - 8 if self.bits >= 8 else (values * 255 * 2 + full) // (2 * full)
 
         if self.photometric == 3:
-            return np.array(self.palette).reshape(3, -1)[:, samples[..., 0]].transpose(1, 2, 0) // 256
+            colours = np.array(self.palette).reshape(3, -1)[:, samples[..., 0]].transpose(1, 2, 0) // 256
+            return _on_white(colours, to_8(samples[..., 1:2])) if on_white and 2 in self.extra_samples else colours
         if self.photometric == 0:
             samples = (1 << self.bits) - 1 - samples
         values = to_8(samples)
@@ -69,7 +70,13 @@ class Kind:
         colours = values[..., :channels]
         if 1 in self.extra_samples:  # premultiplied
             colours = np.minimum(255, colours * 255 // np.maximum(1, values[..., channels : channels + 1]))
+        if on_white and {1, 2} & set(self.extra_samples):
+            colours = _on_white(colours, values[..., channels : channels + 1])
         return np.broadcast_to(colours, (*samples.shape[:2], 3))
+
+
+def _on_white(colours: Samples, alpha: Samples) -> Samples:
+    return (colours * alpha + 255 * (255 - alpha) + 127) // 255
 
 
 def lab_to_rgb(values: Samples) -> Samples:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import robustfeat
 from robustfeat import FeatureExtractor
 from robustfeat.errors import DecodeError, EngineError, ModelFolderError
 from robustfeat.hub.config import ModelConfig
@@ -38,6 +39,48 @@ def test_all_kinds_of_images_give_the_same_row(extractor: FeatureExtractor, exam
     assert features.shape == (5, 512)
     assert features.dtype == np.float32
     assert (features == features[0]).all()
+
+
+@pytest.fixture
+def cut_outs(example_files: list[Path], tmp_path: Path) -> list[Path]:
+    """Two that look the same and differ where they are transparent."""
+    files = []
+    photo = np.asarray(Image.open(example_files[0]).convert("RGB").resize((200, 260)))
+    hidden = np.zeros(photo.shape[:2], bool)
+    hidden[60:200, 50:150] = True
+    for name, below in (
+        ("black", np.zeros_like(photo)),
+        ("noise", np.random.default_rng(0).integers(0, 256, photo.shape)),
+    ):
+        pixels = np.where(hidden[..., None], below, photo).astype(np.uint8)
+        files.append(tmp_path / "cut-outs" / f"{name}.png")
+        files[-1].parent.mkdir(exist_ok=True)
+        Image.fromarray(np.dstack([pixels, np.where(hidden, 0, 255).astype(np.uint8)])).save(files[-1])
+    return files
+
+
+def test_cut_outs_that_look_the_same_have_the_same_features(
+    small_model: Path, cut_outs: list[Path], tmp_path: Path
+) -> None:
+    extractor = FeatureExtractor.from_pretrained(small_model, threads=1)
+    assert extractor.config.preprocessing.version == 2
+    kinds = [image for file in cut_outs for image in (file, file.read_bytes(), Image.open(file))]
+    features = extractor.embed(kinds)
+    assert (features == features[0]).all()
+    robustfeat.embed([cut_outs[0].parent], tmp_path / "f.npy", model=small_model, quiet=True)
+    assert cosine(np.load(tmp_path / "f.npy"), features[:2]).min() > 0.999999
+
+
+def test_models_of_version_1_see_what_they_saw(cut_outs: list[Path], tmp_path: Path) -> None:
+    """The built-in model's golden images hold it."""
+    extractor = FeatureExtractor.from_pretrained(threads=1)
+    assert extractor.config.preprocessing.version == 1
+    opaque = [Image.open(file).convert("RGB") for file in cut_outs]
+    seen = extractor.embed(opaque)
+    assert cosine(seen[:1], seen[1:])[0] < 0.9
+    assert (extractor.embed(cut_outs) == seen).all()
+    robustfeat.embed([cut_outs[0].parent], tmp_path / "f.npy", quiet=True)
+    assert cosine(np.load(tmp_path / "f.npy"), seen).min() > 0.999999
 
 
 def test_golden_images_give_pytorchs_features(extractor: FeatureExtractor) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from robustfeat.errors import InputError
+from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.recipe import Recipe, load_recipe, shipped_recipes
 
 
@@ -154,6 +155,17 @@ REMOVED = {"nesterov": False, "tau_ramp_epochs": 0, "q_steps": "decaying", "grou
 def test_a_recipe_of_an_earlier_version_is_read_where_its_removed_keys_have_their_defaults() -> None:
     assert Recipe.from_dict({**Recipe(lr=0.3).to_dict(), **REMOVED, "tau_ramp_epochs": 0.0}) == Recipe(lr=0.3)
     assert not set(REMOVED) & set(Recipe().to_dict())
+
+
+def test_images_of_earlier_recipes_are_decoded_as_they_were(tmp_path: Path) -> None:
+    """Version 1 of the preprocessing contract drops the alpha."""
+    made, before = Recipe(lr=0.3), Recipe(lr=0.3).to_dict()
+    assert made.preprocessing().version == before.pop("preprocessing_version") == 2
+    earlier = Recipe.from_dict(before)
+    assert earlier == made.replace(preprocessing_version=1)
+    assert earlier.preprocessing() == Preprocessing(224, 0.875, version=1)
+    (tmp_path / "new.toml").write_text("lr = 0.3\n")
+    assert load_recipe(str(tmp_path / "new.toml")) == made
 
 
 @pytest.mark.parametrize(

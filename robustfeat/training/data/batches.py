@@ -242,7 +242,7 @@ class EvaluationBatches(Dataset[Batch]):
     """All images once, in order, through the preprocessing contract's resize and centre crop."""
 
     def __init__(self, data: ImageSet, batch_size: int, contract: Preprocessing) -> None:
-        self._data, self._batch_size, self._contract = data, batch_size, contract
+        self._data, self._batch_size, self._contract = data.decoded_by(contract.version), batch_size, contract
 
     def __len__(self) -> int:
         return math.ceil(len(self._data) / self._batch_size)

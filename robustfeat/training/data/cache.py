@@ -64,6 +64,10 @@ class CachedSet(ImageSet):
             raise DecodeError(self.bad[index])
         return Image.fromarray(self.squares[index].numpy())
 
+    def decoded_by(self, preprocessing_version: int) -> CachedSet:
+        """These images: they were decoded when the cache was filled."""
+        return self
+
     def original_sizes(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """(m, 2) widths and heights of the images themselves, which `image` returns as squares."""
         return self.sizes[indices].astype(np.int64)
@@ -159,7 +163,16 @@ def require_room(data: ImageSet, side: int, place: str, *, device: torch.device,
 
 
 def _cached(data: ImageSet, squares: Tensor, sizes: NDArray[np.int32], bad: dict[int, str]) -> CachedSet:
-    return CachedSet(data.classes, data.labels, data.source, data.fingerprint, squares=squares, sizes=sizes, bad=bad)
+    return CachedSet(
+        data.classes,
+        data.labels,
+        data.source,
+        data.fingerprint,
+        preprocessing_version=data.preprocessing_version,
+        squares=squares,
+        sizes=sizes,
+        bad=bad,
+    )
 
 
 def _decode(data: ImageSet, side: int, workers: int, done: int, quiet: bool) -> Iterator[tuple[int, _Block]]:
@@ -186,6 +199,8 @@ def _require(need: int, free: int | None, what: str, images: int, side: int) -> 
 def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bool) -> CachedSet:
     """The cache as files in `folder`: NAME.u8 (squares, then sizes) and NAME.json (how far it is, and what is bad)."""
     key = {"format_version": _FORMAT_VERSION, "fingerprint": data.fingerprint, "side": side, "images": len(data)}
+    if data.preprocessing_version > 1:  # version 1 has the caches of before there was another
+        key["preprocessing_version"] = data.preprocessing_version
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file, state_file = folder / f"{name}.u8", folder / f"{name}.json"
     pixels = side * side * 3

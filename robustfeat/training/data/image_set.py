@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robustfeat.errors import DecodeError
-from robustfeat.hub.preprocessing import decode
+from robustfeat.hub.preprocessing import CONTRACT_VERSION, decode
 
 __all__ = ["ImageSet", "Source", "sort_classes"]
 
@@ -47,6 +47,7 @@ class ImageSet:
         blocks: (B + 1,) int64, where each block of rows that are read together begins, and last N; None where any row
             is as quick as any other.
         remarks: what whoever uses them should be told: what was left out, or where they come from.
+        preprocessing_version: of the contract by which `image` decodes.
     """
 
     classes: tuple[str, ...]
@@ -55,6 +56,7 @@ class ImageSet:
     fingerprint: str
     blocks: NDArray[np.int64] | None = None
     remarks: tuple[str, ...] = ()
+    preprocessing_version: int = CONTRACT_VERSION
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,13 +81,17 @@ class ImageSet:
         """
         data = self.read(index)
         try:
-            return decode(data)
+            return decode(data, version=self.preprocessing_version)
         except DecodeError as exc:
             raise DecodeError(f"{self.source.name(index)}: {exc}") from exc
 
     def original_sizes(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """(m, 2) widths and heights of these images themselves; None where `image` returns them as they are."""
         return None
+
+    def decoded_by(self, preprocessing_version: int) -> ImageSet:
+        """The same images, decoded by this version of the preprocessing contract."""
+        return replace(self, preprocessing_version=preprocessing_version)
 
     def subset(self, indices: NDArray[np.int64]) -> ImageSet:
         """These rows, in this order; in blocks where those of the whole are, and the order is ascending."""
@@ -94,7 +100,8 @@ class ImageSet:
         if self.blocks is not None and (np.diff(indices) > 0).all():
             blocks = np.unique(np.searchsorted(indices, self.blocks))  # without those that are empty now
         source = self.source.subset(indices) if isinstance(self.source, _Divisible) else _Subset(self.source, indices)
-        return ImageSet(self.classes, self.labels[indices], source, digest, blocks, self.remarks)
+        version = self.preprocessing_version
+        return ImageSet(self.classes, self.labels[indices], source, digest, blocks, self.remarks, version)
 
 
 class _Subset:

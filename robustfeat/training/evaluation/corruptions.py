@@ -154,6 +154,7 @@ def classify_corrupted(
     Raises:
         DecodeError: naming an image that cannot be read.
     """
+    images = images.decoded_by(subject.contract.version)
     kinds = tuple((name, severity) for name in names for severity in severities)
     clean = np.empty(len(images), np.bool_)
     right = np.empty((len(kinds), len(images)), np.bool_)

@@ -97,7 +97,7 @@ def import_backbone(
     )
     images = None
     if int8:
-        images = folder_images(calibration) if calibration else []
+        images = folder_images(calibration, contract) if calibration else []
     return write_model_folder(Backbone(features.eval(), state, config), out, calibration=images)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from robustfeat.errors import DataError, DecodeError, HubError
-from robustfeat.hub.preprocessing import decode
+from robustfeat.hub.preprocessing import Preprocessing, decode
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.recipe import Recipe
@@ -21,7 +21,7 @@ _IMAGES = 256
 _FIX = "pass a folder of images as `calibration`, or `int8=False`"
 
 
-def folder_images(folder: str | Path) -> list[Image.Image]:
+def folder_images(folder: str | Path, contract: Preprocessing) -> list[Image.Image]:
     """The first images of a folder that can be decoded.
 
     Raises:
@@ -31,7 +31,7 @@ def folder_images(folder: str | Path) -> list[Image.Image]:
     with list_inputs([folder]) as listed:
         for image in listed:
             try:
-                images.append(decode(image.read()))
+                images.append(decode(image.read(), version=contract.version))
             except (DecodeError, OSError):
                 continue
             if len(images) == _IMAGES:
@@ -63,6 +63,7 @@ def training_images(data: Mapping[str, Any], recipe: Recipe) -> list[Image.Image
         raise DataError(f"int8 needs real images: {exc}", fix=_FIX) from exc
     if train.fingerprint != data["fingerprint"]:
         raise DataError(f"{data['root']}: has changed since training", fix=_FIX)
+    train = train.decoded_by(recipe.preprocessing_version)
     order = np.random.default_rng(0).permutation(len(train))
     images: list[Image.Image] = []
     for index in order[: 2 * _IMAGES]:

@@ -84,7 +84,7 @@ def write_model_folder(
             state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
         # Not save_file: it makes the file readable by its owner alone.
         (path / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
-        golden = _write_golden(path)
+        golden = _write_golden(path, contract)
         inputs = preprocess(golden, contract)
         before = _torch_features(network, inputs)
         # PyTorch's answers come from the written weights, the classifier left aside.
@@ -154,12 +154,12 @@ def golden_images() -> list[tuple[str, bytes]]:
     return [(entry.name, entry.read_bytes()) for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)]
 
 
-def _write_golden(path: Path) -> list[Image.Image]:
+def _write_golden(path: Path, contract: Preprocessing) -> list[Image.Image]:
     (path / "golden").mkdir()
     images = golden_images()
     for name, data in images:
         (path / "golden" / name).write_bytes(data)
-    return [decode(data) for _, data in images]
+    return [decode(data, version=contract.version) for _, data in images]
 
 
 def _preprocessor_config(contract: Preprocessing) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def verify_with_torch(folder: ModelFolder) -> Check:
             f"{folder.path / WEIGHTS}: does not fit timm's {config.architecture} ({first_line(exc)})"
         ) from exc
     network.reset_classifier(0)  # type: ignore[operator]
-    inputs = torch.from_numpy(preprocess([decode(image) for image in images], config.preprocessing))
+    contract = config.preprocessing
+    inputs = torch.from_numpy(preprocess([decode(image, version=contract.version) for image in images], contract))
     with torch.no_grad():
         features = network.eval()(inputs).numpy()
     return compare(features, expected, engine="pytorch")

@@ -63,6 +63,8 @@ def _find(run: Run) -> Clusters:
         "concepts": recipe.concepts,
         "seed": recipe.seed,
     }
+    if recipe.preprocessing_version > 1:
+        key["preprocessing_version"] = recipe.preprocessing_version
     if (kept := load_clusters(run.folder, key)) is not None:
         return kept
     count = cluster_count(recipe.concepts)

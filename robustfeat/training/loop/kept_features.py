@@ -107,7 +107,8 @@ def _size(run: Run) -> int:
 def _key(run: Run) -> dict[str, Any]:
     """All that decides the features."""
     recipe = run.recipe
-    names = ("seed", "min_crop_area", "cache_px", "teacher_crops", "teacher_sha256", "teacher_precision")
+    names: tuple[str, ...] = ("preprocessing_version",) if recipe.preprocessing_version > 1 else ()
+    names += ("seed", "min_crop_area", "cache_px", "teacher_crops", "teacher_sha256", "teacher_precision")
     return {
         "format_version": _FORMAT_VERSION,
         "fingerprint": run.train_set.fingerprint,

@@ -170,6 +170,9 @@ def prepare_run(
         stream=stream,
         labels=recipe.labels,
     )
+    train_set, validation_set = (
+        images.decoded_by(recipe.preprocessing_version) for images in (train_set, validation_set)
+    )
     clustered = cluster_count(recipe.concepts) is not None
     if train_set.classes is UNLABELLED and recipe.concepts != "classes" and not clustered:
         raise InputError(

@@ -226,6 +226,19 @@ def test_a_file_is_not_taken_for_other_data_or_another_size(dataset: Path, tmp_p
     )
 
 
+def test_transparent_images_are_cached_as_the_contract_sees_them(dataset: Path, tmp_path: Path) -> None:
+    cache, root = tmp_path / "cache", Path(shutil.copytree(dataset, tmp_path / "data"))
+    file = next((root / "train" / "hat").iterdir())
+    Image.new("RGBA", (40, 40), (10, 20, 30, 1)).save(file)
+    train = open_training_data(root)[0]
+    row = int(np.flatnonzero([train.source.name(row).endswith(file.name) for row in range(len(train))])[0])
+    for place in ("ram", str(cache)):
+        kept = {v: build_cache(train.decoded_by(v), 40, place, device=CPU, quiet=True).squares[row] for v in (1, 2)}
+        assert kept[1].reshape(-1, 3).unique(dim=0).tolist() == [[10, 20, 30]]
+        assert kept[2].min() == 254
+    assert len(list(cache.glob("*.u8"))) == 2
+
+
 @pytest.mark.parametrize("place", ["ram", "folder"])
 def test_too_little_room_is_said_before_anything_is_decoded(
     train: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
