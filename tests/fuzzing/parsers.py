@@ -341,7 +341,7 @@ def ask_in_json(data: bytes) -> None:
     with suppress(ApiError):
         _parse(data, 64)
     with suppress(ApiError):
-        check_form(InferRequest, parse_json(data, 4096))
+        check_form(InferRequest, parse_json(data))
     with suppress(ValueError):
         data_of_uri(text)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+from collections.abc import Generator
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Path, Request
 from fastapi.responses import Response
@@ -14,7 +16,7 @@ from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import ServedModel, Service
 from robustfeat.serving.online.answers import JSON, RAW, json_bytes
 from robustfeat.serving.online.errors import ApiError
-from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
+from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images_in_turns, infer_reply, parse_infer
 from robustfeat.serving.online.schemas import (
     Health,
     InferRequest,
@@ -26,6 +28,7 @@ from robustfeat.serving.online.schemas import (
 
 __all__ = ["add_routes"]
 
+Result = TypeVar("Result")
 _Name = Annotated[str, Path(description="Of those served.")]
 _TAGS: list[Any] = ["Open Inference Protocol"]
 
@@ -136,12 +139,23 @@ def _add_infer(routes: Routes, service: Service) -> None:
         with service.buffered.body(key) as held:
             body = await read_body(request, held)
             asked, rest = parse_infer(body, request.headers.get(HEADER_LENGTH), chosen, service.limits.max_items)
-            images = infer_images(asked.inputs[0], rest, chosen, service.limits.max_items)
+            images = await _in_turns(infer_images_in_turns(asked.inputs[0], rest, chosen, service.limits.max_items))
             # What is not needed any more is let go before others are waited for.
             body, rest, asked.inputs[0].data = b"", b"", None
             answers = await service.embed(chosen, images, key)
         reply = infer_reply(asked, chosen, answers)
         return Response(reply.body, media_type=reply.media_type, headers=reply.headers)
+
+
+async def _in_turns(steps: Generator[None, None, Result]) -> Result:
+    """What a generator returns; other requests have a turn at each of its stops."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+        await asyncio.sleep(0)
 
 
 def _find(service: Service, name: str, version: str | None) -> ServedModel:

@@ -22,12 +22,8 @@ _ESCAPES = 1_000_000
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
-def parse_json(body: bytes, numbers: int = 0) -> Any:
+def parse_json(body: bytes) -> Any:
     """What a JSON body says.
-
-    Args:
-        body: the JSON.
-        numbers: how many numbers the largest request of ours has.
 
     Raises:
         ApiError: 400 if it is none, or 422 if it has more parts than any request of ours.
@@ -35,8 +31,8 @@ def parse_json(body: bytes, numbers: int = 0) -> Any:
     if body.count(b"[") + body.count(b"{") > _JSON_PARTS:
         raise ApiError(422, "bad_request", f"the request has more than {_JSON_PARTS:,} lists and objects; send less")
     # Millions of small values take seconds, in which nobody else is answered.
-    if body.count(b",") > _JSON_VALUES + numbers:
-        raise ApiError(422, "bad_request", f"the request has more than {_JSON_VALUES + numbers:,} values; send less")
+    if body.count(b",") > _JSON_VALUES:
+        raise ApiError(422, "bad_request", f"the request has more than {_JSON_VALUES:,} values; send less")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as exc:

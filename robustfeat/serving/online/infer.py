@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from robustfeat.serving.online.answers import JSON, RAW, Answer, NamedModel, Reply, Vector, json_bytes
 from robustfeat.serving.online.content import base64_bytes, check_form, parse_json
 from robustfeat.serving.online.errors import ApiError
+from robustfeat.serving.online.numbers import LongArray, set_aside
 from robustfeat.serving.online.schemas import InferInput, InferRequest
 
-__all__ = ["HEADER_LENGTH", "infer_images", "infer_reply", "parse_infer"]
+__all__ = ["HEADER_LENGTH", "infer_images", "infer_images_in_turns", "infer_reply", "parse_infer"]
 
 HEADER_LENGTH = "inference-header-content-length"
 _TYPES = {"images": "BYTES", "pixel_values": "FP32"}
@@ -42,12 +43,33 @@ def parse_infer(body: bytes, header_length: str | None, model: NamedModel, most:
                 f"Inference-Header-Content-Length must be at most {len(body)}, the body's; got {header_length[:20]}",
             )
         length = int(header_length)
-    numbers = most * 3 * model.extractor.config.preprocessing.image_size**2
-    return check_form(InferRequest, parse_json(body[:length], numbers)), body[length:]
+    asked_of, rest = body[:length], body[length:]
+    aside = set_aside(asked_of)
+    if aside is None:
+        return check_form(InferRequest, parse_json(asked_of)), rest
+    shortened, token, array = aside
+    asked = check_form(InferRequest, parse_json(shortened))
+    if asked.inputs[0].data != [token]:
+        raise ApiError(422, "bad_request", "a long list of numbers must be the data of inputs[0]")
+    asked.inputs[0].data = [array]
+    return asked, rest
 
 
 def infer_images(given: InferInput, rest: bytes, model: NamedModel, most: int) -> list[bytes | Vector]:
-    """The images of a request's input, as `Batcher.embed` takes them.
+    """What `infer_images_in_turns` returns, without stops."""
+    steps = infer_images_in_turns(given, rest, model, most)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            images: list[bytes | Vector] = done.value
+            return images
+
+
+def infer_images_in_turns(
+    given: InferInput, rest: bytes, model: NamedModel, most: int
+) -> Generator[None, None, list[bytes | Vector]]:
+    """The images of a request's input, as `Batcher.embed` takes them; stops where others should have a turn.
 
     Args:
         given: the input.
@@ -72,7 +94,7 @@ def infer_images(given: InferInput, rest: bytes, model: NamedModel, most: int) -
     if size is None:
         if given.data is None:
             raise ApiError(422, "bad_request", f"{given.name}: neither data nor binary_data_size is given")
-        values: Any = _encoded(given, given.data) if given.name == "images" else _numbers(given, given.data)
+        values: Any = _encoded(given, given.data) if given.name == "images" else (yield from _numbers(given))
     else:
         if given.data is not None or size != len(rest):
             raise ApiError(
@@ -111,9 +133,11 @@ def _encoded(given: InferInput, data: Any) -> list[bytes]:
     return images
 
 
-def _numbers(given: InferInput, data: Any) -> NDArray[np.float32]:
+def _numbers(given: InferInput) -> Generator[None, None, NDArray[np.float32]]:
     try:
-        values = np.asarray(data)
+        if given.data is not None and len(given.data) == 1 and isinstance(given.data[0], LongArray):
+            return (yield from given.data[0].read(given.shape))
+        values = np.asarray(given.data)
         flat = values.ndim == 1 and values.size == math.prod(given.shape)
         if values.dtype.kind not in "iuf" or not (flat or list(values.shape) == given.shape):
             raise ValueError

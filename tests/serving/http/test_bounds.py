@@ -120,14 +120,19 @@ BINARY = json.dumps(
         (given("images", "BYTES", "[1]", b'""'), None, "values"),
         (given("images", "BYTES", "[1]", b'"%s"' % (b"A" * 40)), None, "the shape promises 1, there are"),
         (given("pixel_values", "FP32", "[1,3,64,64]", b'""'), None, "values"),
-        (given("pixel_values", "FP32", "[1,3,64,64]", b"0"), None, "values"),
-        (given("pixel_values", "FP32", "[1,3,64,64]", b"1e9"), None, "values"),
-        (given("pixel_values", "FP32", "[1,3,64,64]", b"[]"), None, "lists and objects"),
+        (given("pixel_values", "FP32", "[1,3,64,64]", b"0"), None, "12,288 numbers"),
+        (given("pixel_values", "FP32", "[1,3,64,64]", b"1e9"), None, "12,288 numbers"),
+        (given("pixel_values", "FP32", "[1,3,64,64]", b"[]"), None, "12,288 numbers"),
+        (given("pixel_values", "FP32", "[1,3,64,64]", b" "), None, "12,288 numbers"),
+        (given("images", "BYTES", "[1]", b"0"), None, "images[0]: expected base64 text"),
+        (lambda: filled(b'{"data":[0', b',"data":[0', b"]}"), None, "lists and objects"),
+        (lambda: filled(b'{"data":', b" ", b"[0]}"), None, "inputs: Field required"),
+        (lambda: filled(b'{"parameters":{"data":[0', b",0", b"]}}"), None, "inputs: Field required"),
         (lambda: filled(b'{"inputs":[],', b'"":0,', b'"a":0}'), None, "values"),
         (lambda: filled(b'{"inputs":[{"shape":[1', b",1", b"]}]}"), None, "values"),
         (lambda: BINARY + bytes(SIZE - 2**10), len(BINARY), "images has more than 64 images"),
     ],
-    ids=range(9),
+    ids=range(14),
 )
 def test_requests_of_the_inference_protocol_are_taken_apart_in_bounded_time(
     extractor: FeatureExtractor, body: Build, head: int | None, said: str

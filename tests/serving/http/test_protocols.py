@@ -204,7 +204,7 @@ def test_what_infer_refuses_in_the_form_of_the_protocol(
 def test_infer_refuses_lengths_and_outputs_that_cannot_be(server: Server, photos: list[bytes]) -> None:
     given = {**IMAGES, "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}
     assert "outputs.0.name" in infer(server, given, outputs=[{"name": "logits"}]).json["error"]
-    assert "outputs.0" in infer(server, given, outputs=[1] * 1_000_000).json["error"]
+    assert "outputs.0" in infer(server, given, outputs=[1] * 900_000).json["error"]
     for length in ("-1", "a", "9999999", "9" * 5000):
         answer = server.post("/v2/models/robustfeat/infer", b"{}", inference_header_content_length=length)
         assert (answer.status, "Content-Length" in answer.json["error"]) == (400, True)
