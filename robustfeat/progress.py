@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
-__all__ = ["Progress", "clock", "remark", "visible"]
+__all__ = ["Progress", "clock", "json_line", "remark", "visible"]
 
 _REDRAW_S = 0.1
 _PLAIN_LINE_S = 10.0
+_CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""DEL and the C1 controls, other ends of lines, and what turns the direction of text."""
 
 
 class Progress:
@@ -100,6 +104,18 @@ def visible(text: str) -> str:
     'a\\x1b[2Jb\\nc'
     """
     return text if text.isprintable() else "".join(part if part.isprintable() else repr(part)[1:-1] for part in text)
+
+
+def json_line(content: Any) -> str:
+    r"""JSON in one line that names of strangers cannot make a terminal obey: control characters are escapes.
+
+    JSON itself writes those below 32 so, and leaves DEL, the C1 ones and marks of direction as they are.
+
+    >>> json_line({"é": "\x1b\x9b2J"})
+    '{"é": "\\u001b\\u009b2J"}'
+    """
+    text = json.dumps(content, ensure_ascii=False)
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def clock(seconds: float) -> str:

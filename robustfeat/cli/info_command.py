@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from robustfeat.cli.extraction import pin_options
 from robustfeat.cli.rendering import Command, say
+from robustfeat.progress import json_line
 
 
 @click.command("info", cls=Command, short_help="Show what a model is, how it fares and its terms.")
@@ -27,7 +27,7 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
     config = folder.config
     if as_json:
         about = {"path": str(folder.path), "revision": folder.revision, "config_hash": folder.config_hash}
-        click.echo(json.dumps({**config.to_dict(), **about}, ensure_ascii=False))
+        click.echo(json_line({**config.to_dict(), **about}))
         return
     files = f"{len(config.files)}"
     if len(folder.present) < len(config.files):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import click
 
 from robustfeat.cli.rendering import Command, say
+from robustfeat.progress import json_line
 
 
 @click.command("models", cls=Command, short_help="List the models that are here, or on the Hub.")
@@ -31,7 +31,7 @@ def command(remote: str | None, as_json: bool) -> None:
         found = list(search_models(remote))
     for model in found:
         if as_json:
-            click.echo(json.dumps(dataclasses.asdict(model), ensure_ascii=False))
+            click.echo(json_line(dataclasses.asdict(model)))
             continue
         refs = f" ({', '.join(model.refs)})" if model.refs else ""
         size = "" if model.size_bytes is None else f"{model.size_bytes / 1e6:.1f} MB"

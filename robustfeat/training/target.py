@@ -12,7 +12,9 @@ from safetensors.numpy import load
 from robustfeat.errors import DataError, ModelFolderError, first_line
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import TRAINING, WEIGHTS
+from robustfeat.progress import remark
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.inputs.choice import say_left_out
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.training.concepts import assign_concepts
@@ -36,7 +38,7 @@ def _batches(listed: InputList) -> Iterator[list[bytes]]:
         yield batch
 
 
-def estimate_reference(images: str, concepts: str, model: str = "builtin") -> dict[str, float]:
+def estimate_reference(images: str, concepts: str, model: str = "builtin", *, quiet: bool = True) -> dict[str, float]:
     """The share of each concept among a target's images, as a classifier sees them.
 
     The mean over the images of the model's softmax, summed within concepts. A class that the model does not know
@@ -46,6 +48,7 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
         images: a folder of the target's images, or one image.
         concepts: see `load_concepts`; must have every class of the model.
         model: a model folder, builtin, or ORG/NAME, trained by robustfeat (its classifier is used).
+        quiet: print no line about images that are left out.
 
     Returns:
         Share by concept; they sum to 1. Concepts without classes of the model have 0.
@@ -89,6 +92,11 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin") -> di
             shares = np.exp(logits - logits.max(1, keepdims=True))
             np.add.at(totals, of_class.of_class, (shares / shares.sum(1, keepdims=True)).sum(0))
             count += len(features)
+        said = say_left_out(listed.left_out)
+        if failed:
+            said += ("; " if said else "") + f"images that cannot be decoded: {failed:,}"
+        if said:
+            remark(f"{images}: {said}", quiet=quiet)
     if not count:
         raise DataError(f"none of its {failed} images can be decoded", argument="target", value=images)
     shares = {name: round(float(total / count), 6) for name, total in zip(of_class.names, totals, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -31,6 +32,9 @@ def test_info_of_a_model_with_forged_names(model: Path, tmp_path: Path, robustfe
     assert all(line.isprintable() for line in printed.splitlines())
     assert sum(line.startswith("config hash:") for line in printed.split("\n")) == 1
     assert r"a\x1b[2J\rhashes verified\nconfig hash: 0\x9b1m\u202eb" in printed
+    printed = robustfeat("info", folder, "--json").stdout
+    assert printed.removesuffix("\n").isprintable()
+    assert json.loads(printed)["architecture"] == FORGED
 
 
 def test_all_that_prints_lines_keeps_them(capsys: pytest.CaptureFixture[str]) -> None:

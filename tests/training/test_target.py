@@ -44,14 +44,20 @@ def test_the_estimate_is_the_mean_softmax_by_concept(model: Path, dataset: Path,
     assert sum(estimate.values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_images_that_cannot_be_read_do_not_count(model: Path, dataset: Path, examples: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_do_not_count(
+    model: Path, dataset: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     concepts = str(dataset / "concepts.csv")
     folder = tmp_path / "target"
     shutil.copytree(examples / "hat", folder)
     whole = estimate_reference(str(folder), concepts, str(model))
     (folder / "bad.jpg").write_bytes(b"junk")
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (folder / "b.heic").write_bytes(b"")
     assert estimate_reference(str(folder), concepts, str(model)) == whole
+    assert capsys.readouterr().err == ""
+    estimate_reference(str(folder), concepts, str(model), quiet=False)
+    assert "target: files left out: 1 (.heic 1); images that cannot be decoded: 2\n" in capsys.readouterr().err
     for file in folder.glob("*.jpg"):
         file.unlink()
     (folder / "bad.jpg").write_bytes(b"junk")

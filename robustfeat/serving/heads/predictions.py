@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import heapq
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.progress import json_line
 from robustfeat.serving.heads.cells import quote_cell
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.head import Head
@@ -102,7 +102,7 @@ def _named(classes: Sequence[str | int], values: Array | None) -> dict[str, floa
 def to_jsonl(head: Head, predictions: Iterator[Prediction]) -> Iterator[str]:
     """One JSON object a line: path, prediction, margins, probabilities if asked for, error or null."""
     for prediction in predictions:
-        yield json.dumps(answer_of(head, prediction), ensure_ascii=False) + "\n"
+        yield json_line(answer_of(head, prediction)) + "\n"
 
 
 def to_csv(head: Head, predictions: Iterator[Prediction], *, probabilities: bool = False) -> Iterator[str]:

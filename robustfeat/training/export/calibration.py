@@ -11,6 +11,8 @@ from PIL import Image
 
 from robustfeat.errors import DataError, DecodeError, HubError
 from robustfeat.hub.preprocessing import Preprocessing, decode
+from robustfeat.progress import remark
+from robustfeat.serving.inputs.choice import say_left_out
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.recipe import Recipe
@@ -22,20 +24,27 @@ _FIX = "pass a folder of images as `calibration`, or `int8=False`"
 
 
 def folder_images(folder: str | Path, contract: Preprocessing) -> list[Image.Image]:
-    """The first images of a folder that can be decoded.
+    """The first images of a folder that can be decoded. A line on stderr says what was left out.
 
     Raises:
         DataError: there is none.
     """
-    images = []
+    images: list[Image.Image] = []
+    failed = 0
     with list_inputs([folder]) as listed:
         for image in listed:
             try:
                 images.append(decode(image.read(), version=contract.version))
             except (DecodeError, OSError):
+                failed += 1
                 continue
             if len(images) == _IMAGES:
                 break
+        said = say_left_out(listed.left_out)
+    if failed:
+        said += ("; " if said else "") + f"images that cannot be decoded: {failed:,}"
+    if said and images:
+        remark(f"{folder}: {said}", quiet=False)
     if not images:
         raise DataError("none of its images can be decoded", argument="calibration", value=folder)
     return images

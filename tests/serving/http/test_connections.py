@@ -156,6 +156,20 @@ def test_too_many_connections_are_refused_but_idle_ones_make_room(photos: list[b
             client.close()
 
 
+def test_slow_bodies_make_room_for_new_connections(photos: list[bytes]) -> None:
+    with serving("--max-connections", 3, constants={f"{connection.__name__}.SLOW_S": 0.5}) as server:
+        slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(3)]
+        for client in slow:
+            client.sendall(head_of(photos[0]) + photos[0][:1000])
+        wait_until(lambda: server.get("/health/live").status == 200)
+        assert slow[0].recv(4096) == b""
+        for client in slow[1:]:  # the oldest went, and its place is free
+            client.sendall(photos[0][1000:])
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        for client in slow:
+            client.close()
+
+
 def test_requests_that_nobody_answered_yet_are_bounded(server: Server) -> None:
     (worker,) = server.workers()
     request, count = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n", 10_000

@@ -27,6 +27,9 @@ __all__ = ["Connection", "Server", "connection_class"]
 PATIENCE_S = 10.0
 """How long a request's head or the rest of a refused body may take to arrive, and how long a client may not read."""
 
+SLOW_S = 5.0
+"""A body that takes longer makes room for a new connection where all are taken."""
+
 _HEAD_BYTES = 2**16
 _REFUSED_BYTES = 2**26
 _PARSED_AT_ONCE = 2**12
@@ -51,14 +54,17 @@ class Connection(HttpToolsProtocol):
     """One connection; `connection_class` makes a class with its own bounds.
 
     Attributes:
-        max_connections: open at once. One more takes the place of the one that has been idle longest, or gets 503.
+        max_connections: open at once. One more takes the place of the one that has been idle longest,
+            or else of the longest upload beyond `SLOW_S`, or gets 503.
         count_error: counts an error by its code.
         idle: connections without a request to answer, the one that has been idle longest first.
+        uploading: those whose body is not complete, and since when, the first to begin first.
     """
 
     max_connections: int
     count_error: Callable[[str], None]
     idle: dict[Connection, None]
+    uploading: dict[Connection, float]
 
     _timer: asyncio.TimerHandle | None = None
     """Runs while no request is being answered: before a head is complete, or in the rest of a refused body."""
@@ -80,7 +86,7 @@ class Connection(HttpToolsProtocol):
         self._cycles: deque[Any] = deque()  # requests that are not answered yet; clients may send several
         super().connection_made(transport)
         self.flow = _Flow(transport, self._full)
-        if len(self.connections) > self.max_connections and not self._close_idle():
+        if len(self.connections) > self.max_connections and not (self._close_idle() or self._close_slow()):
             message = "too many connections are open; try again soon"
             self._end(ApiError(503, "too_many_connections", message, retry_after_s=1))
         else:
@@ -163,6 +169,7 @@ class Connection(HttpToolsProtocol):
             raise ValueError("the head is too large")  # which ends the parser, too
         super().on_headers_complete()
         self._cycles.append(self.cycle)
+        self.uploading[self] = self.loop.time()
 
     def on_body(self, body: bytes) -> None:
         """Counts the body's bytes."""
@@ -174,6 +181,7 @@ class Connection(HttpToolsProtocol):
         if self._offered:
             return
         self._between, self._received, self._body = True, 0, 0
+        self.uploading.pop(self, None)
         super().on_message_complete()
         if self.cycle.response_complete:  # it was refused, and uvicorn's own timer has ended since
             self._wait(self.timeout_keep_alive)
@@ -211,6 +219,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Reports the loss to every request that is not answered yet."""
         self.idle.pop(self, None)
+        self.uploading.pop(self, None)
         for timer in (self._timer, self._writing):
             if timer is not None:
                 timer.cancel()
@@ -253,6 +262,16 @@ class Connection(HttpToolsProtocol):
         other.transport.abort()
         return True
 
+    def _close_slow(self) -> bool:
+        """Closes the connection whose body began to come longest ago, if that is long; whether there was one."""
+        other = next(iter(self.uploading), None)
+        if other is None or self.loop.time() - self.uploading[other] < SLOW_S:
+            return False
+        self.count_error("too_many_connections")
+        del self.uploading[other]
+        other.transport.abort()
+        return True
+
     def _wait(self, seconds: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -269,7 +288,7 @@ def connection_class(max_connections: int, count_error: Callable[[str], None]) -
     Args:
         max_connections, count_error: see `Connection`.
     """
-    bounds = {"max_connections": max_connections, "count_error": staticmethod(count_error), "idle": {}}
+    bounds = {"max_connections": max_connections, "count_error": staticmethod(count_error), "idle": {}, "uploading": {}}
     return type("BoundedConnection", (Connection,), bounds)
 
 
