@@ -12,8 +12,8 @@ __all__ = ["Progress", "clock", "json_line", "remark", "visible"]
 
 _REDRAW_S = 0.1
 _PLAIN_LINE_S = 10.0
-_CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""DEL and the C1 controls, other ends of lines, and what turns the direction of text."""
+_CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""DEL and the C1 controls, other ends of lines, what turns the direction of text, and halves of characters."""
 
 
 class Progress:
@@ -114,7 +114,7 @@ def json_line(content: Any) -> str:
     >>> json_line({"é": "\x1b\x9b2J"})
     '{"é": "\\u001b\\u009b2J"}'
     """
-    text = json.dumps(content, ensure_ascii=False)
+    text = json.dumps(content, ensure_ascii=False, default=str)
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

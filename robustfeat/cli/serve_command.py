@@ -223,7 +223,7 @@ def _named(option: str, entries: tuple[str, ...]) -> dict[str, str]:
         name, equals, place = ("", "", entry) if Path(entry).is_dir() else entry.partition("=")
         if not equals:
             name, place = "robustfeat" if entry == "builtin" else Path(entry).absolute().name, entry
-        if name in found or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}", name):
+        if name in found or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII):
             raise InputError(
                 f"{option} {entry}: expected NAME=PLACE, each name once, of letters, digits, '.', '_' and '-'"
             )

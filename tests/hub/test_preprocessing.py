@@ -362,6 +362,8 @@ def test_no_image_takes_more_memory_than_is_promised_for_its_pixels(tmp_path: Pa
     turned = Image.Exif()
     turned[0x0112] = 6
     grey16 = Image.fromarray(np.full((2000, 2000), 300, np.uint16))
+    seen_through = picture.copy()
+    seen_through.putalpha(picture.getchannel("R"))
     kinds: dict[str, tuple[Image.Image, float, dict[str, Any]]] = {
         "a.jpeg": (picture, 5, {}),
         "b.jpeg": (picture, 9, {"exif": turned}),
@@ -370,6 +372,12 @@ def test_no_image_takes_more_memory_than_is_promised_for_its_pixels(tmp_path: Pa
         "e.png": (grey16, 12, {"exif": turned}),
         "f.webp": (picture, BYTES_PER_PIXEL, {"exif": turned}),
         "g.tiff": (grey16, 9, {"tiffinfo": {262: 0}}),
+        "h.png": (seen_through, 14, {"exif": turned, "compress_level": 1}),
+        "i.png": (seen_through.convert("LA"), 14, {"exif": turned}),
+        "j.png": (picture.quantize(64), 15, {"exif": turned, "transparency": bytes(range(64))}),
+        "k.png": (picture, 14, {"exif": turned, "transparency": (3, 3, 3)}),
+        "l.png": (grey16, 12, {"exif": turned, "transparency": 3}),
+        "m.webp": (seen_through, BYTES_PER_PIXEL, {"exif": turned}),
     }
     for name, (image, _, options) in kinds.items():
         image.save(tmp_path / name, **options)

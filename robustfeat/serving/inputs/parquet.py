@@ -155,7 +155,7 @@ class ParquetImages:
             for _ in range(self._next, row):
                 next(self._rows)
             self._next = row + 1
-            return _image_of(next(self._rows)[0].as_py())
+            return _image_of(next(self._rows)[0])
         except InputError:
             raise
         except Exception as exc:  # each filesystem has its own
@@ -176,14 +176,20 @@ class ParquetImages:
             yield from (batch.column(0) for batch in itertools.islice(batches, row - first, None))
 
 
-def _image_of(value: Any) -> bytes | str:
-    """The image in a value of an image column; the reason where there is none."""
-    path = None
-    if isinstance(value, dict):
-        value, path = value["bytes"], value.get("path")
-    if value is None:
+def _image_of(cell: Any) -> bytes | str:
+    """The image in an Arrow value of an image column; the reason where there is none."""
+    from pyarrow import types
+
+    value, path = cell, None
+    if types.is_struct(cell.type):
+        value = cell["bytes"] if cell.is_valid else None
+        path = cell["path"].as_py() if cell.is_valid and cell.type.get_field_index("path") >= 0 else None
+    if value is not None and types.is_dictionary(value.type):
+        value = value.value
+    if value is None or not value.is_valid:
         where = f"the path {path!r} and no bytes; write the images into the file" if path else "no image"
         return f"the row holds {where}"
-    if len(value) > MAX_FILE_BYTES:
+    content = value.as_buffer()  # of Arrow's memory, which is copied only if it is not too large
+    if len(content) > MAX_FILE_BYTES:
         return f"over the limit of {MAX_FILE_BYTES:,} bytes"
-    return bytes(value)
+    return bytes(content)

@@ -303,6 +303,24 @@ def test_a_null_struct_holds_no_image_whatever_lies_below_it(tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "dictionary"])
+def test_a_cell_over_the_limit_is_not_copied(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustfeat.serving.inputs import parquet as reading
+
+    cells = pa.array([b"abc", b"x" * 11, None], pa.large_binary() if kind == "large_binary" else pa.binary())
+    if kind == "struct":
+        paths = pa.array(["a", "b", "c"])
+        cells = pa.StructArray.from_arrays([cells, paths], ["bytes", "path"])
+    elif kind == "dictionary":
+        cells = cells.dictionary_encode()
+    parquet.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 10)
+    images = reading.ParquetImages(str(tmp_path / "a.parquet"), "image")
+    missing = "the row holds the path 'c' and no bytes; write the images into the file"
+    none = missing if kind == "struct" else "the row holds no image"
+    assert [images.read(row) for row in range(3)] == [b"abc", "over the limit of 10 bytes", none]
+
+
 def test_rows_that_few_bytes_blow_up_are_read_one_at_a_time(
     tmp_path: Path, extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,38 @@ def test_one_flipped_bit_in_given_weights_is_found(tmp_path: Path) -> None:
         import_backbone("timm:resnet18", tmp_path / "out", weights=file)
 
 
+def repacked(file: Path, compression: int, times: int = 1) -> None:
+    """The same entries in another archive: compressed, or listed several times."""
+    with zipfile.ZipFile(file) as archive:
+        contents = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+        archive.filelist *= times
+
+
+@pytest.mark.parametrize(("compression", "times"), [(zipfile.ZIP_DEFLATED, 1), (zipfile.ZIP_STORED, 3)])
+def test_entries_that_claim_more_than_the_file_has_are_refused(tmp_path: Path, compression: int, times: int) -> None:
+    file = tmp_path / "weights.pt"
+    torch.save({"a": torch.zeros(100_000)}, file)
+    repacked(file, zipfile.ZIP_STORED)
+    assert len(load_tensors(file)["a"]) == 100_000
+    repacked(file, compression, times)
+    with pytest.raises(ValueError, match="its entries claim more bytes than it has"):
+        load_tensors(file)
+
+
+def test_tensors_larger_than_what_is_stored_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    for held in ({"a": torch.zeros(1).expand(10**9)}, {"a": [(torch.zeros(9).as_strided((5, 5), (1, 1)),)]}):
+        torch.save(held, file)
+        assert file.stat().st_size < 10_000
+        with pytest.raises(ValueError, match="larger than what is stored of it"):
+            load_tensors(file)
+    torch.save({"a": torch.zeros(9)[2:5], "b": torch.zeros(2, 3).T}, file)
+    assert set(load_tensors(file)) == {"a", "b"}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-import orjson
+from robustfeat.progress import json_line
 
 __all__ = ["Log"]
 
@@ -38,4 +38,4 @@ class Log:
         line = {"time": stamp, "level": level, "worker": self._worker, "event": event, **more}
         # One write a line: lines of several processes do not mix.
         with contextlib.suppress(OSError):  # nobody reads: no reason to stop serving
-            os.write(sys.stderr.fileno(), orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE, default=str))
+            os.write(sys.stderr.fileno(), f"{json_line(line)}\n".encode())
