@@ -106,7 +106,7 @@ def visible(text: str) -> str:
     return text if text.isprintable() else "".join(part if part.isprintable() else repr(part)[1:-1] for part in text)
 
 
-def json_line(content: Any) -> str:
+def json_line(content: Any, *, compact: bool = False) -> str:
     r"""JSON in one line that names of strangers cannot make a terminal obey: control characters are escapes.
 
     JSON itself writes those below 32 so, and leaves DEL, the C1 ones and marks of direction as they are.
@@ -114,7 +114,7 @@ def json_line(content: Any) -> str:
     >>> json_line({"é": "\x1b\x9b2J"})
     '{"é": "\\u001b\\u009b2J"}'
     """
-    text = json.dumps(content, ensure_ascii=False, default=str)
+    text = json.dumps(content, ensure_ascii=False, default=str, separators=(",", ":") if compact else None)
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

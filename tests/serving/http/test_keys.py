@@ -312,7 +312,7 @@ def test_logs_name_the_request_and_never_the_key(guarded: tuple[Server, Path], p
     (line,) = [line for line in server.logged() if line.get("request_id") == "seen-1"]
     assert (line["event"], line["status"], line["key"], line["path"]) == ("request", 200, "env", "/embed")
     assert "key-1" not in "".join(server.said)
-    server.get("/%C2%9B2J%E2%80%AE%7F%1B", authorization="Bearer env-key-1", x_request_id="seen-2")
+    server.get("/%C2%9B2J%E2%80%AE%7F%1B", authorization="Bearer env-key-1", **{"x-request-id": "seen-2"})
     wait_until(lambda: any(line.get("request_id") == "seen-2" for line in server.logged()))
     (line,) = [line for line in server.logged() if line.get("request_id") == "seen-2"]
     assert line["path"] == "/\x9b2J\u202e\x7f\x1b"

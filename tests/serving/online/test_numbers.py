@@ -50,7 +50,6 @@ def test_numbers_are_those_of_the_json_module(nested: bool, indent: int | None) 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (b"[[[[", b"[[[["),
         (b"]", b" ]"),
         (b"],[", b",["),
         (b"],[", b"][,"),

@@ -38,4 +38,4 @@ class Log:
         line = {"time": stamp, "level": level, "worker": self._worker, "event": event, **more}
         # One write a line: lines of several processes do not mix.
         with contextlib.suppress(OSError):  # nobody reads: no reason to stop serving
-            os.write(sys.stderr.fileno(), f"{json_line(line)}\n".encode())
+            os.write(sys.stderr.fileno(), f"{json_line(line, compact=True)}\n".encode())
