@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import mmap
@@ -22,6 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from robustfeat.errors import DecodeError, InputError
 from robustfeat.hub.preprocessing import BYTES_PER_PIXEL, Preprocessing, TooLargeError, prepare_square
@@ -151,6 +153,7 @@ def serve(
     with suppress(OSError, ValueError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
     connection = Connection(pipe)
+    _load_formats()
     decoder = _Decoder(shared, number, preprocessing, scaled, max_pixels)
     try:
         quiet = False
@@ -165,6 +168,13 @@ def serve(
             connection.send(decoder.run(task) if isinstance(task, Task) else decoder.decode(task))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _load_formats() -> None:
+    """Loads Pillow's readers, which the first image of each format would wait for (some 40 ms)."""
+    Image.preinit()
+    for name in ("TiffImagePlugin", "WebPImagePlugin"):
+        importlib.import_module(f"PIL.{name}")
 
 
 class _Decoder:
