@@ -39,7 +39,8 @@ def checkpoint_file(path: Path, name: str = CHECKPOINT_NAME) -> Path:
     if not found:
         raise CheckpointError(
             f"{path}: holds no {name}; expected the folder of a run of robustfeat train",
-            fix="train with `best=validation` or `best=probe`" if name == BEST_NAME else None,
+            # Not in backticks: `best` of an export is a switch.
+            fix="train with best = validation or best = probe in the recipe" if name == BEST_NAME else None,
         )
     return file
 

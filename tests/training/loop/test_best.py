@@ -148,7 +148,7 @@ def test_the_svm_is_due_every_so_many_epochs_and_at_the_end_and_bad_images_are_l
     bad.unlink()
     with pytest.raises(CheckpointError, match="was probed with other images"):
         run(dataset, tmp_path / "run", made, resume=True)
-    with pytest.raises(CheckpointError, match=r"holds no best\.pt; .*; train with `best=validation` or `best=probe`"):
+    with pytest.raises(CheckpointError, match=r"holds no best\.pt; .*; train with best = validation or best = probe"):
         export_run(tmp_path / "run", tmp_path / "model", best=True)
 
 
