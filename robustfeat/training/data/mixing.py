@@ -52,7 +52,7 @@ def mix(examples: Examples, classes: int, *, mixup: float, cutmix: float, rng: n
     alpha = mixup if use_mixup else cutmix
     share = rng.beta(alpha, alpha)
     partners = torch.from_numpy(rng.permutation(len(labels)))
-    others = pixels[partners.to(pixels.device)]
+    others = pixels[partners.to(pixels.device, non_blocking=True)]
     if use_mixup:
         mixed = torch.lerp(others, pixels, share)
     else:
@@ -60,7 +60,9 @@ def mix(examples: Examples, classes: int, *, mixup: float, cutmix: float, rng: n
         mixed = pixels.clone()
         mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
         share = 1 - (bottom - top) * (right - left) / pixels.shape[-1] ** 2
-    own, other = (functional.one_hot(part.to(pixels.device), classes) for part in (labels, labels[partners]))
+    own, other = (
+        functional.one_hot(part.to(pixels.device, non_blocking=True), classes) for part in (labels, labels[partners])
+    )
     larger = torch.arange(len(labels)) if share >= 0.5 else partners
     return Examples(
         mixed,
