@@ -156,10 +156,16 @@ def test_a_reference_by_names_is_where_q_starts() -> None:
         create_objective(Recipe(reference={"cat": 1.0}), CONCEPTS)
 
 
-@pytest.mark.parametrize("method", ["hrrl", "groupdro"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "hrrl"}, {"method": "groupdro"}, {"method": "stable", "stable_anchor": "start", "init": "any"},
+        {"q_divergence": "kl", "p_lam": 50.0, "tau_step": "gradient", "loss": "ldr_kl", "projection": 16},
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_goes_on_from_its_state(method: str, precision: str) -> None:
-    whole, first, second = (make(method=method, precision=precision) for _ in range(3))
+def test_a_step_goes_on_from_its_state(keys: dict[str, Any], precision: str) -> None:
+    whole, first, second = (make(precision=precision, lr=0.001, **keys) for _ in range(3))
     for number in range(6):
         whole(*pixels(number), 0.0, number)
     for number in range(3):
@@ -167,8 +173,9 @@ def test_a_step_goes_on_from_its_state(method: str, precision: str) -> None:
     second.load_state_dict(first.state_dict())
     for number in range(3, 6):
         second(*pixels(number), 0.0, number)
-    for key, value in whole.network.state_dict().items():
-        assert torch.equal(value, second.network.state_dict()[key]), key
+    for part in ("model", "heads", "start"):
+        for key, value in whole.state_dict()[part].items():
+            assert torch.equal(value, second.state_dict()[part][key]), f"{part} {key}"
 
 
 def test_recalibration_gives_the_statistics_of_clean_batches() -> None:
@@ -205,12 +212,19 @@ def test_what_a_device_cannot_do_is_said() -> None:
         make(precision="fp16")
 
 
+STEPS: list[dict[str, Any]] = [
+    *({"method": method, "inner": inner} for method in METHODS for inner in ("full", "half", "free")),
+    {"method": "stable", "stable_anchor": "start", "init": "any"}, {"q_divergence": "kl"}, {"q_divergence": "chi2"},
+    {"p_lam": 50.0}, {"tau_step": "gradient"}, {"loss": "ldr_kl"}, {"projection": 16},
+]  # fmt: skip
+STEPS.remove({"method": "stable", "inner": "free"})
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("inner", ["full", "half", "free"])
-def test_no_step_waits_for_the_gpu(method: str, inner: str) -> None:
+@pytest.mark.parametrize("keys", STEPS, ids=lambda keys: " ".join(f"{key}={value}" for key, value in keys.items()))
+def test_no_step_waits_for_the_gpu(keys: dict[str, Any]) -> None:
     device = torch.device("cuda", 0)
-    recipe = dataclasses.replace(SMALL, method=method, inner=inner, precision="bf16")
+    recipe = dataclasses.replace(SMALL, precision="bf16", **keys)
     step = TrainingStep(recipe, CONCEPTS, device, Ranks())
     images, labels = (part.to(device) for part in pixels())
     for number in range(3):

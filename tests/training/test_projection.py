@@ -73,6 +73,7 @@ def test_recalibration_also_measures_the_projection() -> None:
     layer: Any = step._heads[PROJECTION][1]  # type: ignore[index]
     inputs: list[torch.Tensor] = []
     handle = layer.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    step.result.eval()  # as validation leaves it
     step.recalibrate([pixels(seed)[0] for seed in (7, 8)])
     handle.remove()
     torch.testing.assert_close(layer.running_mean, torch.stack([x.mean(0) for x in inputs]).mean(0))

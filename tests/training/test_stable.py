@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import nn
 from robustfeat import FeatureExtractor
 from robustfeat.errors import CheckpointError, InputError
 from robustfeat.serving.verify import check_golden
-from robustfeat.training.export.backbones import import_backbone
 from robustfeat.training.export.runs import export_run
 from robustfeat.training.levels import StepBatch, create_example_level
 from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
@@ -191,23 +189,23 @@ def run(data: Path, out: Path, made: Recipe, **options: Any) -> dict[str, torch.
 def test_an_imported_network_is_hardened_without_labels_resumed_without_its_source_and_exported(
     photos: Path, tmp_path: Path
 ) -> None:
-    source, weights = tmp_path / "imported", tmp_path / "weights.safetensors"
+    source = tmp_path / "weights.safetensors"
     torch.manual_seed(1)
-    save_file(timm.create_model("test_convnext").state_dict(), weights)
-    import_backbone("timm:test_convnext", source, weights=weights, image_size=32, int8=False)
+    save_file(timm.create_model("test_convnext").state_dict(), source)
+    given = load_file(source)
     made = small.recipe(
-        photos, init=str(source), method="stable", stable_anchor="start", labels=False, concepts="classes", lr=0.01,
-        tau=70, val_fraction=0.2,
+        photos, init=str(source), network="timm:test_convnext", method="stable", stable_anchor="start", labels=False,
+        concepts="classes", lr=0.01, tau=70, val_fraction=0.2,
     )  # fmt: skip
     whole = run(photos, tmp_path / "whole", made)
     run(photos, tmp_path / "parts", made.replace(epochs=1))
     half = load_checkpoint(tmp_path / "parts")
     object.__setattr__(half, "recipe", load_checkpoint(tmp_path / "whole").recipe)
     save_checkpoint(half, tmp_path / "parts")
-    shutil.rmtree(source)
+    source.unlink()
     parts = run(photos, tmp_path / "parts", Recipe.from_dict(half.recipe), resume=True)
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
-    given, kept = load_file(weights), load_checkpoint(tmp_path / "parts").start
+    kept = load_checkpoint(tmp_path / "parts").start
     for name, value in kept.items():
         if not name.startswith("head.fc."):
             torch.testing.assert_close(value, given[name])
