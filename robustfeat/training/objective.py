@@ -14,18 +14,14 @@ from torch import Tensor, nn
 
 from robustfeat.errors import InputError
 from robustfeat.training.concepts import ConceptMap
+from robustfeat.training.example_level import create_example_level
 from robustfeat.training.label_losses import create_label_loss
-from robustfeat.training.levels import (
-    Adversary,
-    StepBatch,
-    create_concept_level,
-    create_example_level,
-    create_example_weighting,
-)
 from robustfeat.training.methods import METHODS, import_failed, local_modules, require_method
 from robustfeat.training.network import StepOutput
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.step_batch import StepBatch
 from robustfeat.training.teacher import teacher_losses
+from robustfeat.training.weighting import Adversary, create_concept_level, create_example_weighting
 
 __all__ = ["Objective", "StepBatch", "StepOutput", "create_objective"]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize
 
 from robustfeat.errors import InputError
-from robustfeat.training import levels
+from robustfeat.training import weighting
 from robustfeat.training.divergences import DIVERGENCES
 from robustfeat.training.hrrl import ConceptAdversary
 from robustfeat.training.objective import StepBatch, create_objective
@@ -206,7 +206,7 @@ def test_ranks_share_one_distribution(name: str, monkeypatch: pytest.MonkeyPatch
     padded = np.full((3, 3), -np.inf)
     for row, part in zip(padded, parts, strict=True):
         row[: len(part)] = part
-    level = levels.create_example_weighting(Recipe(p_lam=1.0, p_divergence=name, batch_size=9))
+    level = weighting.create_example_weighting(Recipe(p_lam=1.0, p_divergence=name, batch_size=9))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     for rank, part in enumerate(parts):
@@ -216,7 +216,7 @@ def test_ranks_share_one_distribution(name: str, monkeypatch: pytest.MonkeyPatch
             return torch.from_numpy(padded)
 
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(levels, "gather_tensors", gather)
+        monkeypatch.setattr(weighting, "gather_tensors", gather)
         weighed = level.weigh(torch.from_numpy(part), step_batch(np.zeros(len(part), np.int64), 6))
         np.testing.assert_allclose(weighed.numpy() / part, np.split(expected, [2, 5])[rank], rtol=1e-6, atol=1e-7)
 

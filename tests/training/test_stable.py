@@ -18,8 +18,8 @@ from torch import nn
 from robustfeat import FeatureExtractor
 from robustfeat.errors import CheckpointError, InputError
 from robustfeat.serving.verify import check_golden
+from robustfeat.training.example_level import create_example_level
 from robustfeat.training.export.runs import export_run
-from robustfeat.training.levels import StepBatch, create_example_level
 from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.step import Guidance, TrainingStep
@@ -27,6 +27,7 @@ from robustfeat.training.loop.trainer import train
 from robustfeat.training.network import StepOutput
 from robustfeat.training.objective import create_objective
 from robustfeat.training.recipe import Recipe
+from robustfeat.training.step_batch import StepBatch
 from tests.training import small
 from tests.training.test_objective import CONCEPTS, CPU, SMALL, pixels
 
