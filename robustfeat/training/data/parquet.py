@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from robustfeat.errors import DataError
 from robustfeat.serving.inputs.parquet import class_names, encoded_images
 from robustfeat.training.data.image_set import ImageSet, Source, sort_classes
-from robustfeat.training.data.row_groups import OpenedParquet, ParquetPart, RowGroups, open_part
+from robustfeat.training.data.row_groups import OpenedParquet, ParquetPart, RowGroups, open_part, read_images
 
 __all__ = ["LARGE_BYTES", "ParquetSplit", "read_parquet"]
 
 LARGE_BYTES = 4 * 2**30
-"""A split whose files have more bytes stays where it is; a smaller one is held in memory."""
+"""A split whose files have more bytes, or whose images take half as much again, stays where it is; a smaller one is
+held in memory."""
 
 _FOOTERS_AT_ONCE = 16
 
@@ -101,32 +102,30 @@ def read_parquet(files: Sequence[ParquetPart], *, stream: bool = False) -> Parqu
     """
     on_demand = stream or sum(file.size for file in files) > LARGE_BYTES
 
-    def read(part: ParquetPart) -> tuple[OpenedParquet, list[Any], list[Any]]:
+    def read(part: ParquetPart) -> tuple[OpenedParquet, list[Any]]:
         with part.explaining(), part.open() as handle:
             opened, reader = open_part(part, handle)
-            labels = reader.read(columns=["label"]).column(0).to_pylist()
-            images = [] if on_demand else reader.read(columns=[opened.column]).column(0).chunks
-        return opened, labels, images
+            return opened, reader.read(columns=["label"]).column(0).to_pylist()
 
     if on_demand:  # a network takes its time to answer for each
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
             parts = list(pool.map(read, files))
     else:
         parts = [read(file) for file in files]
+    chunks = None if on_demand else _read_all([opened for opened, _ in parts])
     labels: list[Any] = []
     places: list[tuple[str, int]] = []
-    for opened, own, _ in parts:
+    for opened, own in parts:
         places.append((opened.part.name, len(labels)))
         labels += own
     if not labels:
         raise DataError(f"{files[0].place}: holds no rows; expected images and their labels")
-    names = _class_names([opened for opened, *_ in parts])
+    names = _class_names([opened for opened, _ in parts])
     source: Source
-    if on_demand:
-        source = groups = RowGroups([opened for opened, *_ in parts])
+    if chunks is None:
+        source = groups = RowGroups([opened for opened, _ in parts])
         blocks = groups.blocks
     else:
-        chunks = [encoded_images(chunk) for *_, own in parts for chunk in own]
         source, blocks = _Rows(chunks, places), None
     for row, label in enumerate(labels):
         if not _names_a_class(label):
@@ -134,6 +133,22 @@ def read_parquet(files: Sequence[ParquetPart], *, stream: bool = False) -> Parqu
                 f"{source.name(row)} has no label ({label!r})", fix="every row needs one, text or a number from 0"
             )
     return ParquetSplit(files, source, labels, names, blocks)
+
+
+def _read_all(parts: Sequence[OpenedParquet]) -> list[Any] | None:
+    """The images of all rows, as Arrow arrays; None where they take more memory than a split may."""
+    from pyarrow import parquet
+
+    left, chunks = LARGE_BYTES + LARGE_BYTES // 2, []
+    for opened in parts:
+        with opened.part.explaining(), opened.part.open() as handle:
+            reader = parquet.ParquetFile(handle, metadata=opened.metadata, pre_buffer=False)
+            arrays = read_images(reader, opened.column, range(reader.num_row_groups), left, threads=True)
+        if arrays is None:
+            return None
+        left -= sum(array.nbytes for array in arrays)
+        chunks += [encoded_images(array) for array in arrays]
+    return chunks
 
 
 def _names_a_class(label: Any) -> bool:

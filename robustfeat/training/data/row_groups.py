@@ -17,7 +17,13 @@ from robustfeat.errors import DataError, first_line
 from robustfeat.serving.inputs.parquet import encoded_images, image_columns, open_parquet, other_contents
 from robustfeat.training.data.order import blocks_at_once
 
-__all__ = ["LocalParquet", "OpenedParquet", "ParquetPart", "RowGroups", "open_part"]
+__all__ = ["LocalParquet", "OpenedParquet", "ParquetPart", "RowGroups", "open_part", "read_images"]
+
+MOST_BYTES = 4 * 2**30
+"""Of images in a row group."""
+
+_ROWS_AT_ONCE = 16
+"""Each may be an image of hundreds of megabytes."""
 
 
 class ParquetPart(Protocol):
@@ -108,7 +114,11 @@ def open_part(part: ParquetPart, handle: Any) -> tuple[OpenedParquet, Any]:
     from pyarrow import parquet
 
     reader = parquet.ParquetFile(handle, pre_buffer=False)
-    schema = reader.schema_arrow
+    schema, rows = reader.schema_arrow, reader.metadata.num_rows
+    if rows > part.size:  # their labels alone would fill the memory
+        raise DataError(
+            f"{part.place}: claims {rows:,} rows in {part.size:,} bytes", fix="write it again, each image once"
+        )
     if not {"image", "label"} <= set(schema.names):
         got = ", ".join(schema.names) or "none"
         raise DataError(f"{part.place}: needs the columns image and label; got {got}")
@@ -117,6 +127,24 @@ def open_part(part: ParquetPart, handle: Any) -> tuple[OpenedParquet, Any]:
         kind = schema.field("image").type
         raise DataError(f"{part.place}: the column image must hold encoded images (bytes); got {kind}")
     return OpenedParquet(part, reader.metadata, schema, columns["image"]), reader
+
+
+def read_images(
+    reader: Any, column: str, groups: Sequence[int], most: int, *, threads: bool = False
+) -> list[Any] | None:
+    """The images of some row groups, as Arrow arrays, some rows each; None where they are more than `most` bytes.
+
+    Few bytes of Parquet may hold many times as many, whatever the file says of itself.
+    """
+    held, arrays = 0, []
+    # Arrow's threads would compete with the processes that decode.
+    for batch in reader.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=[column], use_threads=threads):
+        array = batch.column(0)
+        held += array.nbytes
+        if held > most:
+            return None
+        arrays.append(array)
+    return arrays
 
 
 class RowGroups:
@@ -189,15 +217,20 @@ class RowGroups:
         return self._held[block]
 
     def _load(self, block: int) -> Any:
+        import pyarrow
         from pyarrow import parquet
 
         file, group = self._groups[block]
         opened = self._files[file]
         with opened.part.explaining(), opened.part.open() as handle:
             reader = parquet.ParquetFile(handle, metadata=opened.metadata, pre_buffer=False)
-            # Arrow's threads would compete with the other workers.
-            column = reader.read_row_group(group, columns=[opened.column], use_threads=False).column(0)
-        return encoded_images(column)
+            arrays = read_images(reader, opened.column, [group], MOST_BYTES)
+        if arrays is None:
+            raise DataError(
+                f"{opened.part.place}: row group {group} holds more than {MOST_BYTES:,} bytes of images",
+                fix="write it with fewer rows a group",
+            )
+        return encoded_images(pyarrow.chunked_array(arrays))
 
 
 @dataclass

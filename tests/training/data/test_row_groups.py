@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from robustfeat.errors import DataError
-from robustfeat.training.data import parquet
+from robustfeat.training.data import parquet, row_groups
 from robustfeat.training.data.batches import EpochPlan, TrainingBatches, load_batches
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
@@ -78,6 +78,31 @@ def test_large_files_give_what_small_ones_give(root: Path, monkeypatch: pytest.M
         assert [a.source.name(row) for row in rows] == [b.source.name(row) for row in rows]
     assert large[0].blocks is not None
     assert large[0].blocks.tolist() == list(range(0, ROWS + 1, GROUP))
+
+
+def test_images_that_few_bytes_blow_up_are_not_held(
+    tmp_path: Path, example_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = example_files[0].read_bytes()
+    table = pa.table({"image": [image + bytes(2**20)] * 60, "label": ["a", "b"] * 30})
+    pq.write_table(table, tmp_path / "train-0.parquet", row_group_size=20)
+    whole, _ = open_training_data(tmp_path, val_fraction=0.1)
+    assert whole.blocks is None
+    monkeypatch.setattr(parquet, "LARGE_BYTES", 2 * (tmp_path / "train-0.parquet").stat().st_size)
+    train, _ = open_training_data(tmp_path, val_fraction=0.1)
+    assert train.blocks is not None
+    assert train.source.read(0) == whole.source.read(0)
+    monkeypatch.setattr(row_groups, "MOST_BYTES", 2**24)
+    train, _ = open_training_data(tmp_path, val_fraction=0.1)
+    with pytest.raises(DataError, match=r"row group 0 holds more than 16,777,216 bytes of images; write it with fewer"):
+        train.image(0)
+
+
+def test_more_rows_than_bytes_are_refused(tmp_path: Path) -> None:
+    table = pa.table({"image": pa.nulls(100_000, pa.binary()), "label": pa.array([1] * 100_000)})
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=r"train-0\.parquet: claims 100,000 rows in [0-9,]+ bytes; write it again"):
+        open_training_data(tmp_path)
 
 
 @pytest.mark.usefixtures("large")
