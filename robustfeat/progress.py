@@ -12,6 +12,7 @@ __all__ = ["Progress", "clock", "json_line", "remark", "visible"]
 
 _REDRAW_S = 0.1
 _PLAIN_LINE_S = 10.0
+_PASSWORD = re.compile(r"(://[^\s/@:]{1,200}):[^\s/@]{1,500}@")
 _CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """DEL and the C1 controls, other ends of lines, what turns the direction of text, and halves of characters."""
 
@@ -98,11 +99,12 @@ def remark(text: str, *, quiet: bool = False) -> None:
 def visible(text: str) -> str:
     r"""The text as one line: characters that would move a terminal's cursor, or hide, are written as escapes.
 
-    Names of models, files and classes come from strangers.
+    Names of models, files and classes come from strangers. Passwords in URLs are left out: such lines are kept in logs.
 
     >>> visible("a\x1b[2Jb\nc")
     'a\\x1b[2Jb\\nc'
     """
+    text = _PASSWORD.sub(r"\1:***@", text)
     return text if text.isprintable() else "".join(part if part.isprintable() else repr(part)[1:-1] for part in text)
 
 

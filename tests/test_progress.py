@@ -28,3 +28,8 @@ def test_a_remark_of_a_bar_takes_its_place_on_a_terminal() -> None:
     drawn = stream.getvalue()
     bar.say("short")
     assert stream.getvalue() == drawn + "\r" + "short".ljust(len(drawn) - 1) + "\n"
+
+
+def test_a_password_in_a_url_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    remark("s3://anna:secret@bucket/a:b@c.jpg and http://anna@host:80/ are read")
+    assert capsys.readouterr().err == "s3://anna:***@bucket/a:b@c.jpg and http://anna@host:80/ are read\n"
