@@ -92,6 +92,7 @@ class Recipe:
         q_divergence: what keeps q near q0: `l2` (the paper), `kl` or `chi2`.
         q_warmup_steps, q_warmup_divisor: s and c of Algorithm 1; c may be `auto` (Theorem 3).
         q_baseline: see `ConceptAdversary`, `baseline`.
+        target_rule: how q0 is estimated from a target's images: `mean` or `em` (see `estimate_reference`).
         reference: q0 as shares by concept, normalised to sum to 1 (None, the paper: N_k / N).
         recalibrate: after the last epoch, measure BatchNorm's running statistics anew on so many batches of
             unperturbed images (0, the paper: they stay as training left them, on x~).
@@ -169,6 +170,7 @@ class Recipe:
     q_warmup_steps: int = 1000
     q_warmup_divisor: float | str = 10.0
     q_baseline: bool = False
+    target_rule: str = "mean"
     reference: dict[str, float] | None = None
     recalibrate: int = 0
     precision: str = "fp32"

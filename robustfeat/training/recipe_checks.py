@@ -70,6 +70,7 @@ _CHOICES = {
     "inner_batch_norm": ("batch", "eval"),
     "stable_anchor": ("self", "start"),
     "p_divergence": ("l2", "kl", "chi2"),
+    "target_rule": ("mean", "em"),
     "q_divergence": ("l2", "kl", "chi2"),
     "probe_classifier": ("knn", "svm"),
     "best": ("none", "validation", "probe"),

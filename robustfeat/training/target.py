@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
@@ -19,9 +20,12 @@ from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.training.concepts import assign_concepts
 
-__all__ = ["estimate_reference"]
+__all__ = ["estimate_reference", "fit_shares"]
 
 _BATCH = 64
+_FLOOR = 0.1
+"""Of an equal share: what EM leaves a concept at least. At a share of 0 the concept level would drop it."""
+_TOLERANCE, _MOST_ROUNDS = 1e-6, 1000
 
 
 def _batches(listed: InputList) -> Iterator[list[bytes]]:
@@ -38,16 +42,44 @@ def _batches(listed: InputList) -> Iterator[list[bytes]]:
         yield batch
 
 
-def estimate_reference(images: str, concepts: str, model: str = "builtin", *, quiet: bool = True) -> dict[str, float]:
+def fit_shares(posteriors: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The shares under which unlabelled examples are most likely, if only the shares differ from those of training.
+
+    Args:
+        posteriors: (n, K), each example's probabilities of the concepts, by a classifier whose training examples had
+            the shares `prior`.
+        prior: (K,), positive.
+
+    Returns:
+        (K,), summing to 1. Every concept gets at least a tenth of an equal share, before that makes the sum 1.
+
+    Source: Saerens, Latinne and Decaestecker, Neural Computation 2002, Eq. 2.9 (EM).
+    """
+    ratios, shares = posteriors / prior, prior
+    for _ in range(_MOST_ROUNDS):
+        weighted = ratios * shares
+        new = (weighted / weighted.sum(1, keepdims=True)).mean(0)
+        change, shares = np.abs(new - shares).max(), new
+        if change < _TOLERANCE:
+            break
+    shares = np.maximum(shares, _FLOOR / len(prior))
+    result: NDArray[np.float64] = shares / shares.sum()
+    return result
+
+
+def estimate_reference(
+    images: str, concepts: str, model: str = "builtin", *, rule: str = "mean", quiet: bool = True
+) -> dict[str, float]:
     """The share of each concept among a target's images, as a classifier sees them.
 
-    The mean over the images of the model's softmax, summed within concepts. A class that the model does not know
-    counts for those that it takes it for.
+    An image's probabilities of the concepts are the model's softmax, summed within concepts. A class that the model
+    does not know counts for those that it takes it for.
 
     Args:
         images: a folder of the target's images, or one image.
         concepts: see `load_concepts`; must have every class of the model.
         model: a model folder, builtin, or ORG/NAME, trained by robustfeat (its classifier is used).
+        rule: `mean` over the images, or `em`: `fit_shares`, with classes of one size in the model's training.
         quiet: print no line about images that are left out.
 
     Returns:
@@ -82,7 +114,8 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin", *, qu
             value=images,
             fix=exc.fix,
         ) from exc
-    totals, count, failed = np.zeros(len(of_class.names)), 0, 0
+    membership = np.eye(len(of_class.names))[of_class.of_class]
+    found, failed = [np.empty((0, len(of_class.names)))], 0
     with list_inputs([images]) as listed:
         for batch in _batches(listed):
             features = extractor.embed(batch, on_error="nan").astype(np.float64)
@@ -90,14 +123,15 @@ def estimate_reference(images: str, concepts: str, model: str = "builtin", *, qu
             failed += len(batch) - len(features)
             logits = features @ weight.T + bias
             shares = np.exp(logits - logits.max(1, keepdims=True))
-            np.add.at(totals, of_class.of_class, (shares / shares.sum(1, keepdims=True)).sum(0))
-            count += len(features)
+            found.append(shares / shares.sum(1, keepdims=True) @ membership)
         said = say_left_out(listed.left_out)
         if failed:
             said += ("; " if said else "") + f"images that cannot be decoded: {failed:,}"
         if said:
             remark(f"{images}: {said}", quiet=quiet)
-    if not count:
+    posteriors = np.concatenate(found)
+    if not len(posteriors):
         raise DataError(f"none of its {failed} images can be decoded", argument="target", value=images)
-    shares = {name: round(float(total / count), 6) for name, total in zip(of_class.names, totals, strict=True)}
-    return shares | dict.fromkeys(of_class.empty, 0.0)  # which this model cannot tell
+    estimate = posteriors.mean(0) if rule == "mean" else fit_shares(posteriors, membership.mean(0))
+    told = {name: round(float(share), 6) for name, share in zip(of_class.names, estimate, strict=True)}
+    return told | dict.fromkeys(of_class.empty, 0.0)  # which this model cannot tell

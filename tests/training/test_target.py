@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from scipy.optimize import minimize
 from torch import nn
 
 from robustfeat.errors import DataError
 from robustfeat.hub.preprocessing import decode, preprocess
 from robustfeat.training.concepts import ConceptMap, load_reference
 from robustfeat.training.network import build_network
-from robustfeat.training.target import estimate_reference
+from robustfeat.training.target import estimate_reference, fit_shares
 from tests.conftest import Run, train_arguments
 
+Array = NDArray[np.float64]
 
-def test_the_estimate_is_the_mean_softmax_by_concept(model: Path, dataset: Path, examples: Path) -> None:
-    """The reference runs the whole network in PyTorch."""
+
+def probabilities(model: Path, examples: Path) -> tuple[Array, list[str], Array]:
+    """(n, K) of the examples, by the whole network in PyTorch; the K concepts' names and shares of classes."""
     from safetensors.torch import load_file
 
     from robustfeat.hub.folder import ModelFolder
@@ -34,14 +39,61 @@ def test_the_estimate_is_the_mean_softmax_by_concept(model: Path, dataset: Path,
     images = [decode(file.read_bytes()) for file in sorted((examples / "hat").glob("*.jpg"))]
     with torch.no_grad():
         logits = network(torch.from_numpy(preprocess(images, contract)))
-    shares = nn.functional.softmax(logits.double(), 1).mean(0)
-    expected: dict[str, float] = {}
-    for share, concept in zip(shares.tolist(), training["concept_of_class"], strict=True):
-        name = training["concepts"][concept]
-        expected[name] = expected.get(name, 0.0) + share
+    softmax = nn.functional.softmax(logits.double(), 1).numpy()
+    of_class = np.array(training["concept_of_class"])
+    concepts = range(len(training["concepts"]))
+    found = np.stack([softmax[:, of_class == concept].sum(1) for concept in concepts], 1)
+    return found, training["concepts"], np.array([(of_class == concept).mean() for concept in concepts])
+
+
+def test_the_estimate_is_the_mean_softmax_by_concept(model: Path, dataset: Path, examples: Path) -> None:
+    shares, names, _ = probabilities(model, examples)
     estimate = estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"), str(model))
-    assert estimate == pytest.approx(expected, abs=1e-5)
+    assert estimate == pytest.approx(dict(zip(names, shares.mean(0), strict=True)), abs=1e-5)
     assert sum(estimate.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_by_em_the_estimate_is_fitted_to_the_images(model: Path, dataset: Path, examples: Path) -> None:
+    shares, names, prior = probabilities(model, examples)
+    estimate = estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"), str(model), rule="em")
+    assert estimate == pytest.approx(dict(zip(names, fit_shares(shares, prior), strict=True)), abs=1e-3)
+    assert estimate != pytest.approx(dict(zip(names, shares.mean(0), strict=True)), abs=0.01)
+
+
+def simulate(shares: Sequence[float], examples: int) -> tuple[Array, Array]:
+    """(n, K) true posteriors of examples with these shares, by a classifier that knew others, and those (K,)."""
+    prior, rng = np.array([0.2, 0.5, 0.3]), np.random.default_rng(0)
+    x = rng.normal(np.array([-1.0, 0.5, 1.0])[rng.choice(3, examples, p=shares)], 1.0)
+    likelihoods = np.exp(-0.5 * (x[:, None] - np.array([-1.0, 0.5, 1.0])) ** 2)
+    return likelihoods * prior / (likelihoods * prior).sum(1, keepdims=True), prior
+
+
+def test_em_finds_simulated_shares_where_the_mean_does_not() -> None:
+    shares = np.array([0.7, 0.05, 0.25])
+    posteriors, prior = simulate(shares.tolist(), 4000)
+    assert np.abs(fit_shares(posteriors, prior) - shares).max() < 0.05
+    assert np.abs(posteriors.mean(0) - shares).max() > 0.15
+
+
+def test_em_ends_at_the_largest_likelihood() -> None:
+    """By SciPy's constrained optimiser."""
+    posteriors, prior = simulate([0.4, 0.4, 0.2], 300)
+    best = minimize(
+        lambda shares: -np.log((posteriors / prior) @ shares).mean(),
+        prior,
+        bounds=[(1e-9, 1)] * 3,
+        constraints={"type": "eq", "fun": lambda shares: shares.sum() - 1},
+        options={"ftol": 1e-12},
+    )
+    assert best.x.min() > 0.05  # above the floor
+    np.testing.assert_allclose(fit_shares(posteriors, prior), best.x, atol=1e-3)
+
+
+def test_em_leaves_no_concept_without_a_share() -> None:
+    posteriors = np.tile([0.9999, 0.00005, 0.00005], (50, 1))
+    floor = 0.1 / 3
+    expected = np.array([1, floor, floor]) / (1 + 2 * floor)
+    np.testing.assert_allclose(fit_shares(posteriors, np.full(3, 1 / 3)), expected, atol=1e-6)
 
 
 def test_images_that_cannot_be_read_do_not_count(
@@ -96,9 +148,10 @@ def test_a_run_starts_at_the_reference_of_its_target(
     dataset: Path, model: Path, examples: Path, tmp_path: Path, robustfeat: Run
 ) -> None:
     arguments = train_arguments(dataset, tmp_path / "run", epochs=1, **{"lambda": 1e9})
+    arguments += ["--set", "target_rule=em"]
     result = robustfeat(*arguments, "--target", examples / "hat", "--target-model", model)
     assert result.returncode == 0, result.stderr
-    estimate = estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"), str(model))
+    estimate = estimate_reference(str(examples / "hat"), str(dataset / "concepts.csv"), str(model), rule="em")
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert dict(zip(sorted(estimate), line["q"], strict=True)) == pytest.approx(estimate, abs=1e-4)
     assert "q0 of" in result.stderr

@@ -182,7 +182,7 @@ def _agree_on_reference(target: str, model: str, recipe: Recipe, ranks: Ranks, q
                 "needs concepts of classes", argument="target", value=target, fix="leave out clusters or the target"
             )
         if ranks.rank == 0:
-            shares = estimate_reference(target, recipe.concepts, model, quiet=quiet)
+            shares = estimate_reference(target, recipe.concepts, model, rule=recipe.target_rule, quiet=quiet)
             told = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
             remark(f"q0 of {target}: {told}", quiet=quiet)
     first: dict[str, float] = gather_objects(shares)[0]
