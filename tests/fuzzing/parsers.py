@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -28,7 +30,7 @@ from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.external_data import inline_external_data
 from robustfeat.hub.folder import CONFIG, ModelFolder
 from robustfeat.hub.image_files import name_contents, without_png_metadata
-from robustfeat.hub.preprocessing import decode
+from robustfeat.hub.preprocessing import Preprocessing, decode
 from robustfeat.serving.bulk.formats import map_features
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.head import JSON, TENSORS, Head
@@ -38,8 +40,10 @@ from robustfeat.serving.http.keys import parse_keys
 from robustfeat.serving.http.openai import _parse
 from robustfeat.serving.inputs.parquet import ParquetImages, class_names, find_images
 from robustfeat.serving.inputs.tar import TarReader
+from robustfeat.serving.online import numbers
 from robustfeat.serving.online.content import check_form, data_of_uri, parse_json
 from robustfeat.serving.online.errors import ApiError
+from robustfeat.serving.online.infer import infer_images, parse_infer
 from robustfeat.serving.online.schemas import InferRequest
 from robustfeat.training.data.tar_shards import read_shards
 from tests.conftest import FEATURES_META
@@ -371,6 +375,13 @@ HTTP_TOKENS = [
 ]  # fmt: skip
 KEY_TOKENS = [b"rate=", b"concurrency=", b"nan", b"inf", b"1e999", b"\x85", b"\n", b"=", b"9" * 5000, b"_", b"\xb2"]
 KEYS = [b"# who\nanna 12345678 rate=2.5 concurrency=3\nbert abcdefghij\n"]
+VALUE = np.arange(192, dtype=np.float32).reshape(1, 3, 8, 8) / 4
+PIXELS = [
+    json.dumps(
+        {"inputs": [{"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 8, 8], "data": data.tolist()}]}
+    ).encode()
+    for data in (VALUE, VALUE.ravel())
+]
 ASKED = [{"model": "m", "input": [URI], "encoding_format": "base64"}, INFER, {"inputs": [NUMBERS]}]
 
 
@@ -384,6 +395,22 @@ def read_config(data: bytes) -> object:
     except (ValueError, RecursionError):  # which `ModelFolder` catches
         return None
     return ModelConfig.from_dict(content, "config.json")
+
+
+def infer_both_ways(data: bytes) -> None:
+    """An array of numbers that is read in slices gives what it gives within the rest of the request."""
+    model: Any = SimpleNamespace(extractor=SimpleNamespace(config=SimpleNamespace(preprocessing=Preprocessing(8))))
+    found: list[Any] = []
+    for long_bytes in (16, 2**30):
+        with mock.patch.object(numbers, "_LONG_BYTES", long_bytes):
+            try:
+                asked, rest = parse_infer(data, None, model, 4)
+                found.append(infer_images(asked.inputs[0], rest, model, 4))
+            except ApiError:
+                found.append(None)
+    assert (found[0] is None) == (found[1] is None), found
+    if found[0] is not None:
+        assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
 
 
 PARSERS: dict[str, Callable[[], Parser]] = {
@@ -464,6 +491,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "json": lambda: Parser(
         ask_in_json, [URI.encode(), *(json.dumps(asked).encode() for asked in ASKED)], (), ASKED_TOKENS
     ),
+    "infer": lambda: Parser(infer_both_ways, PIXELS, (), [*ASKED_TOKENS, b"],[", b"]]", b"[[", b"0.5", b'"data":[']),
     "http": lambda: Parser(
         converse, [b"\xff" + GET, b"\x01" + CHUNKED, b"\x02" + UPGRADE + GET, b"\x80" + GET * 3], (), HTTP_TOKENS
     ),
