@@ -5,8 +5,10 @@ Locks keep two processes from writing the same output.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +25,7 @@ __all__ = [
     "new_file",
     "new_folder",
     "require_new",
+    "resolve_link",
 ]
 
 START_OVER = "nothing was left behind: free space or choose another place, then run again"
@@ -68,7 +71,10 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         InputError: the file system refuses (full, read-only, missing folder), or `target` is no regular file.
     """
-    target = Path(os.path.realpath(target))  # what a link points to, not the link
+    try:
+        target = resolve_link(target)
+    except OSError as exc:
+        raise InputError(f"{target}: {exc.strerror}", fix="choose another place") from exc
     if target.exists() and not target.is_file():
         raise InputError(f"{target}: exists and is not a regular file", fix="choose another place")
     partial = _beside(target)
@@ -83,6 +89,22 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise InputError(what, fix="free space or choose another place, then run again") from exc
     finally:
         partial.unlink(missing_ok=True)
+
+
+def resolve_link(target: str | os.PathLike[str]) -> Path:
+    """What a link points to, not the link, is what a new file replaces.
+
+    Raises:
+        OSError: it lies where everybody may write, and is another user's: it may point to a file of ours. Linux itself
+            follows no such link (`fs.protected_symlinks`).
+    """
+    path = Path(target)
+    if path.is_symlink():
+        link, folder = path.lstat(), path.parent.stat()
+        is_shared = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
+        if is_shared and link.st_uid not in {os.geteuid(), folder.st_uid}:
+            raise OSError(errno.EACCES, "a link that another user has put there")
+    return Path(os.path.realpath(path))
 
 
 def require_new(target: str | os.PathLike[str]) -> None:

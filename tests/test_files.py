@@ -260,3 +260,28 @@ def test_a_forked_child_does_not_keep_a_lock(tmp_path: Path) -> None:
     finally:
         ours.close()
         os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the superuser alone can make another user's link")
+def test_a_link_of_another_user_in_a_shared_folder_is_not_followed(tmp_path: Path) -> None:
+    """Linux protects opening so (`fs.protected_symlinks`), and not what a program does with a link's target itself."""
+    shared, own = tmp_path / "shared", tmp_path / "own.txt"
+    shared.mkdir()
+    own.write_text("ours")
+    link = shared / "out"
+    link.symlink_to(own)
+    os.lchown(link, 12345, 12345)
+    with new_file(link) as partial:  # the folder is ours alone
+        partial.write_text("new")
+    assert own.read_text() == "new"
+    shared.chmod(0o1777)
+    refused = pytest.raises(
+        InputError, match=r"shared/out: a link that another user has put there; choose another place"
+    )
+    with refused, new_file(link) as partial:
+        partial.write_text("newer")
+    assert own.read_text() == "new"
+    os.lchown(link, 0, 0)
+    with new_file(link) as partial:
+        partial.write_text("newer")
+    assert own.read_text() == "newer"

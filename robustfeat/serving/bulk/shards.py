@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from robustfeat.serving.inputs.input_list import InputList
 __all__ = ["claim_folder", "discard_folder", "finished_shards", "join_shards", "write_shards"]
 
 _JOB_FILE = "job.json"
+_SHARD = re.compile("([0-9]{6,12})[.]jsonl")
 
 
 def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *, restart: bool) -> set[int]:
@@ -35,10 +38,10 @@ def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *
     try:
         folder.create()
         names = folder.names()
-        found = json.loads(folder.read(_JOB_FILE)) if _JOB_FILE in names else None
+        found = _read_job(folder, places, restart=restart) if _JOB_FILE in names else None
         # The hashes of the files tell models apart; the commit also changes with the card.
         mine = job.identity | {"shard_rows": job.shard_rows, "revision": None}
-        if found is not None and mine["appended_to"] and found["appended_to"] not in {None, mine["appended_to"]}:
+        if found is not None and mine["appended_to"] and found.get("appended_to") not in {None, mine["appended_to"]}:
             found = None  # it was appending to a file that has been replaced since
         if found is not None and found != mine and not restart:
             changes = [
@@ -65,9 +68,24 @@ def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *
         raise
 
 
+def _read_job(folder: LocalFolder | RemoteFolder, places: Places, *, restart: bool) -> dict[str, Any]:
+    try:
+        found = json.loads(folder.read(_JOB_FILE))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as exc:
+        if restart:
+            return {}
+        raise InputError(
+            f"{places.features}: an unfinished run is there, and its {_JOB_FILE} is damaged",
+            fix="pass `restart=True` to discard it",
+        ) from exc
+    return found
+
+
 def finished_shards(folder: LocalFolder | RemoteFolder) -> set[int]:
     """Numbers of the shards that are complete."""
-    return {int(name.removesuffix(".jsonl")) for name in folder.names() if name.endswith(".jsonl")}
+    return {int(match[1]) for name in folder.names() if (match := _SHARD.fullmatch(name))}
 
 
 def discard_folder(folder: LocalFolder | RemoteFolder) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from robustfeat.errors import InputError, first_line
-from robustfeat.files import FileLock, create_file, create_folder, new_file
+from robustfeat.files import FileLock, create_file, create_folder, new_file, resolve_link
 from robustfeat.serving.inputs.remote import is_remote, open_remote
 
 __all__ = ["LocalFolder", "RemoteFolder", "file_exists", "open_folder", "open_input", "open_output"]
@@ -69,7 +69,7 @@ class LocalFolder:
 
     def move(self, name: str, target: str) -> None:
         """Makes a file of the folder the file `target`, which may lie in another file system by way of a link."""
-        source, real = self.place / name, Path(os.path.realpath(target))
+        source, real = self.place / name, resolve_link(target)
         try:
             os.replace(source, real)
         except OSError as exc:

@@ -359,3 +359,17 @@ def test_append_refuses_what_it_cannot_add_to(
             embed(many, out, append=True)
     out.with_suffix(".index.jsonl").write_bytes(index)
     assert embed(many, out, append=True).known == 250
+
+
+@pytest.mark.parametrize("job", [b"", b"junk", b"[]", b"[" * 100_000, b"\xff"])
+def test_a_damaged_folder_of_an_unfinished_run_is_said(
+    job: bytes, embed: Embed, example_files: list[Path], tmp_path: Path
+) -> None:
+    out, shards = tmp_path / "f.npy", tmp_path / ".f.npy.shards"
+    shards.mkdir()
+    (shards / "job.json").write_bytes(job)
+    (shards / "odd.jsonl").write_bytes(b"")
+    with pytest.raises(InputError, match=r"f\.npy: an unfinished run is there, and its job\.json is damaged; pass"):
+        embed(example_files[0], out)
+    assert embed(example_files[0], out, restart=True).images == 1
+    assert not shards.exists()
