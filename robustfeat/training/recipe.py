@@ -160,7 +160,7 @@ class Recipe:
     inner: str = "full"
     replays: int = 4
     inner_batch_norm: str = "batch"
-    stable_weight: float = 1.0
+    stable_weight: float = 0.01
     stable_steps: int = 1
     stable_anchor: str = "self"
     p_lam: float = 0.0

@@ -174,8 +174,12 @@ class TrainingStep:
             buffer.copy_(part.view_as(buffer))
 
     def train(self) -> None:
-        """To training mode."""
+        """To training mode. Beside a start's features, BatchNorm keeps the start's statistics, which those have."""
         self._outputs.train()
+        if self._start is not None:
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def __call__(
         self,
