@@ -6,11 +6,15 @@ The features of `--model` are computed once, to `--features`. Then one linear la
 SGD with HRRL's concept level, for each lambda and each way to lessen the noise: none, `q_baseline` (the last batch's
 mean loss) and a running mean of each concept's losses. Prints a table of docs/concept-noise.md: mean and deviation
 over the seeds of the validation accuracy, of the accuracy on the worst concept, and of the heaviest weight ever.
+
+With `--estimate` it prints the other table there: how far weights differ between the seeds, and how far
+`weight_noise` says that they do, both times lambda, which is so large that the model learns as by ERM.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,8 @@ from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.hrrl import ConceptAdversary, concept_totals, project_simplex
 
 BATCH = 256
+OBSERVER = 1e4
+"""A lambda with which all weights stay near 1."""
 CHUNK = 512
 
 
@@ -62,7 +68,8 @@ def create_adversary(kind: str, concepts: ConceptMap, lam: float, options: argpa
     settings: dict[str, Any] = {"warmup_steps": options.s, "c": c}
     if kind.startswith("running"):
         return RunningMeans(counts, lam, decay=float(kind.split()[1]), **settings)
-    return ConceptAdversary(counts, lam, baseline=kind == "q_baseline", **settings)
+    passes = int(counts.sum()) // BATCH
+    return ConceptAdversary(counts, lam, baseline=kind == "q_baseline", pass_steps=passes, **settings)
 
 
 def features_of(extractor: FeatureExtractor, data: ImageSet, rows: int) -> NDArray[np.float32]:
@@ -105,8 +112,13 @@ class Trial:
         self.concepts = assign_concepts(options.concepts, list(found["classes"]), counts)
         self._of = torch.from_numpy(self.concepts.of_class)
 
-    def run(self, kind: str, lam: float, seed: int) -> tuple[float, float, float]:
-        """Accuracy, accuracy on the worst concept, both in %, and the heaviest weight at any time."""
+    def run(
+        self, kind: str, lam: float, seed: int, watch: Callable[[int, ConceptAdversary], None] | None = None
+    ) -> tuple[float, float, float]:
+        """Accuracy, accuracy on the worst concept, both in %, and the heaviest weight at any time.
+
+        `watch` gets the number of steps so far and the adversary, after each step.
+        """
         options, order = self._options, torch.Generator().manual_seed(seed)
         layer = torch.nn.Linear(self._x.shape[1], self._classes)
         torch.nn.init.zeros_(layer.weight)
@@ -129,11 +141,34 @@ class Trial:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if watch and adversary is not None:
+                watch(step + 1, adversary)
         with torch.no_grad():
             right = (layer(self._x_test).argmax(1) == self._y_test).double()
         own = self._of[self._y_test]
         worst = min(float(right[own == concept].mean()) for concept in torch.unique(own))
         return 100 * float(right.mean()), 100 * worst, heaviest
+
+
+def print_estimates(trial: Trial, options: argparse.Namespace) -> None:
+    """Root mean squares over the training images, as `weight_noise` is one."""
+    shares = trial.concepts.counts / trial.concepts.counts.sum()
+    print("| baseline | steps | measured noise | estimated noise | signal |\n|---|---|---|---|---|")
+    for kind in ("none", "q_baseline"):
+        seen: dict[int, list[tuple[NDArray[np.float64], float, float]]] = {}
+
+        def watch(step: int, adversary: ConceptAdversary, seen: dict[int, Any] = seen) -> None:
+            if step in options.estimate:
+                signal, noise = (float(value) for value in adversary.weight_noise())
+                seen.setdefault(step, []).append((adversary.concept_weights().numpy(), signal, noise))
+
+        for seed in range(options.seeds):
+            trial.run(kind, OBSERVER, seed, watch)
+        for step, told in seen.items():
+            weights, signals, noises = (np.array(values) for values in zip(*told, strict=True))
+            measured = np.sqrt((shares * weights.var(0, ddof=1)).sum())
+            numbers = measured, np.sqrt(np.mean(noises**2)), np.sqrt(np.mean(signals**2))
+            print(f"| {kind} | {step} | {' | '.join(f'{OBSERVER * number:.2f}' for number in numbers)} |", flush=True)
 
 
 def main() -> None:
@@ -151,8 +186,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lambdas", type=float, nargs="+", default=[1, 3, 10])
     parser.add_argument("--kinds", nargs="+", default=["none", "q_baseline", "running 0.9", "running 0.99"])
+    parser.add_argument("--estimate", type=int, nargs="+", metavar="STEPS", help="after so many, then end")
     options = parser.parse_args()
     trial = Trial(load_features(options), options)
+    if options.estimate:
+        print_estimates(trial, options)
+        return
     print("| lambda | baseline | accuracy | worst concept | heaviest weight |\n|---|---|---|---|---|")
     for lam, kind in [(0.0, "ERM"), *((lam, kind) for lam in options.lambdas for kind in options.kinds)]:
         values = np.array([trial.run(kind, lam, seed) for seed in range(options.seeds)])
