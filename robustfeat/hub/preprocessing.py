@@ -64,6 +64,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ORIENTATION_TAG = 0x0112
+_TURNING = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
+"""Where Pillow finds an orientation in an image's `info`."""
 _BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -229,7 +231,12 @@ def to_rgb(image: Image.Image, *, version: int = CONTRACT_VERSION, max_pixels: i
         image = image.convert("RGB")
     if alpha is not None:
         image = on_white(image, alpha)
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+    if orientation not in _TRANSPOSE:
+        return image
+    image = image.transpose(_TRANSPOSE[orientation])
+    for name in _TURNING:  # it is upright now, whoever looks at it next
+        image.info.pop(name, None)
+    return image
 
 
 def _orientation(image: Image.Image) -> int:

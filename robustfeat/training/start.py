@@ -139,8 +139,9 @@ def read_state(file: Path) -> dict[str, Tensor]:
         state = load_file(file) if file.suffix == ".safetensors" else load_tensors(file)
     except Exception as exc:  # what the readers raise on damaged files has no common base
         raise ValueError("damaged, or not a file of tensors alone") from exc
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for key in ("state_dict", "model"):  # of Lightning and timm, and of torchvision's references
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"holds a {type(state).__name__}, not tensors by name")
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def load_tensors(file: Path) -> Any:
                 raise ValueError("its entries claim more bytes than it has")
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} in it is damaged")
-    held = torch.load(file, map_location="cpu", weights_only=True)
+    # What many programs save beside weights: their arguments. It is a plain record, of which nothing is run.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        held = torch.load(file, map_location="cpu", weights_only=True)
     _require_own_bytes(held)
     return held
 

@@ -246,6 +246,7 @@ def test_an_open_image_decodes_as_its_bytes_do(photo: Image.Image) -> None:
     exif[0x0112] = 6
     data = encode(photo, "JPEG", exif=exif)
     np.testing.assert_array_equal(to_rgb(Image.open(io.BytesIO(data))), decode(data))
+    np.testing.assert_array_equal(to_rgb(decode(data)), decode(data))  # it is not turned again
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -272,6 +273,7 @@ def test_metadata_that_turn_a_png_are_kept(photo: Image.Image, kind: bytes, body
     large = chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(2**21)))
     data = plain[:33] + chunk(kind, body) + large + plain[33:]
     np.testing.assert_array_equal(decode(data), np.asarray(photo.transpose(Image.Transpose.ROTATE_270)))
+    np.testing.assert_array_equal(to_rgb(decode(data)), decode(data))
 
 
 def test_a_png_cut_anywhere_is_told_as_damage(photo: Image.Image) -> None:

@@ -43,8 +43,9 @@ def import_backbone(
     Args:
         source: `timm:NAME` or `torchvision:NAME`.
         out: the folder to make.
-        weights: a state dict (.safetensors, or a file of `torch.save` that holds tensors alone); by default the
-            library's own pretrained weights, which it downloads. A file of `torch.save` keeps the order of its tensors:
+        weights: a state dict (.safetensors, or a file of `torch.save` that holds tensors alone, by name or under
+            `state_dict` or `model`); by default the library's own pretrained weights, which it downloads. Its
+            classifier may be for other classes, or missing. A file of `torch.save` keeps the order of its tensors:
             where it has none of the network's names, but as many tensors of the same kinds and shapes in the same
             order, they get those names.
         name: the model's name; by default made from the source.
@@ -171,6 +172,7 @@ def _load_weights(network: nn.Module, file: Path, source: str) -> bool:
         state = read_state(file)
     except ValueError as exc:
         raise weights_error(file, str(exc)) from exc
+    _fit_classifier(network, state)
     renamed = None if file.suffix == ".safetensors" else _name_by_order(network, state)
     try:
         network.load_state_dict(state if renamed is None else renamed)
@@ -178,6 +180,19 @@ def _load_weights(network: nn.Module, file: Path, source: str) -> bool:
         reason = " ".join(line.strip() for line in str(exc).splitlines()[1:2]) or str(exc)
         raise InputError(f"does not fit {source} ({reason[:160]})", argument="weights", value=file) from exc
     return renamed is not None
+
+
+def _fit_classifier(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives the network the classifier of these weights: for other classes, or none."""
+    config: Mapping[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    name = config.get("classifier")
+    if not isinstance(name, str) or not network.state_dict().keys() & state.keys():
+        return
+    own = [key for key in state if key.startswith(f"{name}.")]
+    weight = state.get(f"{name}.weight")
+    classes = 0 if not own else len(weight) if weight is not None and weight.ndim else network.num_classes
+    if classes != network.num_classes:
+        network.reset_classifier(classes)  # type: ignore[operator]
 
 
 def _name_by_order(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from robustfeat.serving.verify import MIN_COSINE, cosine
 from robustfeat.training.export.backbones import import_backbone
 from robustfeat.training.export.compact import expand_folder
 from robustfeat.training.export.folder import ExportReport
+from robustfeat.training.export.golden import verify_with_torch
 from robustfeat.training.export.runs import export_run
 from robustfeat.training.loop.checkpoint import load_checkpoint
 from robustfeat.training.network import build_network
@@ -321,3 +323,21 @@ def test_weights_in_doubt_are_not_named_by_order(tmp_path: Path, change: str) ->
     save_file(state, file) if change == "format" else torch.save(state, file)
     with pytest.raises(InputError, match="does not fit timm:test_resnet"):
         import_backbone("timm:test_resnet", tmp_path / "model", weights=file, int8=False)
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_weights_for_other_classes_or_none_are_imported(classes: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=classes).eval()
+    saved = {"model": network.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    torch.save(saved, tmp_path / "weights.pth")
+    folder = import_backbone(
+        "timm:test_resnet", tmp_path / "model", weights=tmp_path / "weights.pth", image_size=32, int8=False
+    ).folder
+    assert folder.config.num_classes == classes
+    assert not verify_with_torch(folder).short
+    network.reset_classifier(0)  # type: ignore[operator]
+    images = [decode(data) for data in folder.golden()[0]]
+    with torch.no_grad():
+        expected = network(torch.from_numpy(preprocess(images, folder.config.preprocessing))).numpy()
+    np.testing.assert_allclose(FeatureExtractor.from_pretrained(folder.path).embed(images), expected, atol=1e-4)
