@@ -2,9 +2,10 @@
 
     python benchmarks/target_shares.py tiny-imagenet/ --cifar10 cifar10/ --man-made caltech-artifacts/
 
-Prints the tables of docs/training-options.md. First: 2,000 validation images of DATA, drawn with other shares of concepts, three
-times each; half the sum of the absolute errors of the shares, for each rule and for the shares of training. Then other
-datasets, whose concepts follow from their classes: CIFAR-10's, and the share of living things in a set without any.
+Prints the tables of docs/training-options.md. First: 2,000 validation images of DATA, drawn with other shares of
+concepts, three times each; half the sum of the absolute errors of the shares, for each rule and for the shares of
+training. Then other datasets, whose concepts follow from their classes: CIFAR-10's, and the share of living things in
+a set without any.
 """
 
 from __future__ import annotations
