@@ -66,6 +66,8 @@ class LongArray:
                 values[filled : filled + len(part)] = part
             filled, marked, at = filled + len(part), marked + len(marks), stop + 1
             yield
+        if all(len(known) != marked for known in structures):
+            raise ValueError("an array among them has no end")
         return values.reshape(shape)
 
 

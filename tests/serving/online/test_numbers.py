@@ -78,6 +78,14 @@ def test_what_is_no_array_of_that_shape_is_refused(before: bytes, after: bytes) 
                 read(found[2])
 
 
+def test_an_array_without_an_end_is_refused() -> None:
+    text = json.dumps(drawn().tolist(), separators=(",", ":"))
+    found = set_aside(f'{{"data": {text[:-2]}}}'.encode())
+    assert found is not None
+    with pytest.raises(ValueError, match="an array among them has no end"):
+        read(found[2])
+
+
 def test_other_shapes_of_as_many_numbers_are_refused() -> None:
     _, _, array = taken(json.dumps({"data": drawn().tolist()}).encode())
     with pytest.raises(ValueError, match="nested in another way"):
