@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustfeat.training.hrrl import ConceptAdversary
 from robustfeat.training.loop.trainer import train
@@ -117,14 +118,35 @@ def test_weights_are_told_apart_from_what_sampling_does_to_them() -> None:
     assert told == pytest.approx([math.sqrt(distance - noise), math.sqrt(noise)])
 
 
-def test_the_noise_goes_on_from_its_state() -> None:
-    options: dict[str, Any] = {"pass_steps": 4, "baseline": True}
+def test_a_step_launches_one_kernel_for_the_noise() -> None:
+    """The arithmetic is for readers: at each step, a GPU would be told of sixty kernels on a few numbers."""
+
+    class Count(TorchDispatchMode):
+        operators = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operators += 1
+            return function(*args, **(kwargs or {}))
+
+    noise = ConceptAdversary(torch.tensor([30, 10, 60]), 2.0).noise
+    sums, squares, counts = torch.rand(3, 3).double()
+    with Count() as count:  # type: ignore[no-untyped-call]
+        noise.learn(sums, squares, counts, 0.1)
+    assert count.operators == 1
+
+
+@pytest.mark.parametrize("c", [10.0, "auto"])
+def test_the_noise_goes_on_from_its_state(c: float | str) -> None:
+    """And it is the same bits whoever looked at it on the way, also after more steps than wait for that."""
+    options: dict[str, Any] = {"pass_steps": 4, "baseline": True, "c": c}
     whole, first, second = (ConceptAdversary(torch.tensor([30, 10, 60]), 2.0, **options) for _ in range(3))
     rng = np.random.default_rng(2)
-    batches = [(torch.from_numpy(rng.gamma(2.0, 1.0, 8)), torch.from_numpy(rng.choice(3, 8))) for _ in range(11)]
-    for adversary, part in ((whole, batches), (first, batches[:6])):
-        for batch in part:
-            adversary.update(*batch)
+    batches = [(torch.from_numpy(rng.gamma(2.0, 1.0, 8)), torch.from_numpy(rng.choice(3, 8))) for _ in range(270)]
+    for batch in batches:
+        whole.update(*batch)
+    for batch in batches[:6]:
+        first.update(*batch)
+        first.weight_noise()
     second.load_state_dict(first.state_dict())
     for batch in batches[6:]:
         second.update(*batch)
