@@ -62,7 +62,7 @@ class Objective:
     ) -> None:
         self.example_level = create_example_level(direction, recipe)
         self.example_weighting = create_example_weighting(recipe)
-        self.concept_level = create_concept_level(weighting, recipe, concepts)
+        self.concept_level = create_concept_level(weighting, recipe, concepts, self.example_level.replays)
         self.replays = self.example_level.replays
         self.tau_at_224px = recipe.tau if direction else 0.0
         self._unit_step = recipe.tau_step == "unit"

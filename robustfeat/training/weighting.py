@@ -150,15 +150,15 @@ class _AdversaryLevel(ConceptLevel):
         self.adversary.load_state_dict(state["adversary"])
 
 
-def create_concept_level(weighting: str | None, recipe: Recipe, concepts: ConceptMap) -> ConceptLevel:
-    """The concept level by its weighting: see `methods.Method`."""
+def create_concept_level(weighting: str | None, recipe: Recipe, concepts: ConceptMap, replays: int = 1) -> ConceptLevel:
+    """The concept level by its weighting: see `methods.Method`; `replays` are the steps in a row of one batch."""
     if weighting is None:
         return ConceptLevel()
     if weighting == "classes":
         return _ClassWeights(concepts)
     if weighting == "groups":
         return _AdversaryLevel(GroupAdversary(len(concepts.counts)), concepts)
-    reference, repeats = recipe.reference, recipe.replays if recipe.inner == "free" else 1
+    reference = recipe.reference
     adversary = ConceptAdversary(
         torch.from_numpy(concepts.counts).double(),
         recipe.lam,
@@ -167,7 +167,7 @@ def create_concept_level(weighting: str | None, recipe: Recipe, concepts: Concep
         None if reference is None else torch.from_numpy(concepts.distribution(reference)),
         divergence=recipe.q_divergence,
         baseline=recipe.q_baseline,
-        pass_steps=max(1, int(concepts.counts.sum()) // recipe.batch_size) * repeats,
-        repeats=repeats,
+        pass_steps=max(1, int(concepts.counts.sum()) // recipe.batch_size) * replays,
+        repeats=replays,
     )
     return _AdversaryLevel(adversary, concepts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,18 @@ def test_free_replays_only_where_there_is_a_direction() -> None:
     assert [make(method=m, inner="free").objective.replays for m in ("erm", "cl", "random", "el", "hrrl")] == [
         1, 1, 1, 4, 4,
     ]  # fmt: skip
+
+
+def test_the_noise_of_the_concept_level_knows_whether_batches_repeat() -> None:
+    """CL makes one step a batch, whatever `inner`; HRRL's four correlated ones have noise of more variance."""
+    batch = StepBatch(torch.empty(6, 0), torch.arange(6) % 4, torch.tensor([0, 0, 0, 1, 1, 1]), 0.0, 6)
+    noise: dict[tuple[str, str], float] = {}
+    for method, inner in itertools.product(("cl", "hrrl"), ("half", "free")):
+        level = create_objective(Recipe(method=method, inner=inner, batch_size=6), CONCEPTS).concept_level
+        level.weigh(torch.arange(6.0), batch)
+        noise[method, inner] = level.metrics()["weight_noise"]
+    assert noise["cl", "free"] == noise["cl", "half"] == noise["hrrl", "half"] > 0
+    assert noise["hrrl", "free"] > 1.5 * noise["hrrl", "half"]
 
 
 def test_a_reference_by_names_is_where_q_starts() -> None:
