@@ -21,7 +21,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.command_server import UNSEEN, CommandServer, ForkedCommand
+from tests.command_server import CommandServer, ForkedCommand
 from tests.hub_server import FakeHub, serve_hub
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +203,7 @@ def finished_run(dataset: Path, share: Share, start: Start) -> Path:
     """A run as users have it, with its curves."""
 
     def build(out: Path) -> None:
-        process = start(train_arguments(dataset, out, width=64), constants=dict.fromkeys(UNSEEN, True))
+        process = start(train_arguments(dataset, out, width=64), curves=True)
         _, stderr = process.communicate()
         assert process.returncode == 0, stderr
 

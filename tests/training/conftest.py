@@ -21,10 +21,8 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws none at the end of a run in this process; tests/training/loop/test_curves.py is about them."""
-    from robustfeat.training.loop import run_folder
-
-    monkeypatch.setattr(run_folder, "DRAWS_CURVES", False)
+    """Draws none at the end of a run in this process: they take half a second of a core, and few tests look at them."""
+    monkeypatch.setattr("robustfeat.training.loop.trainer.draw_curves", lambda folder, concepts: None)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustfeat.files import new_file
-from robustfeat.training.loop import run_folder
 from robustfeat.training.loop.journal import read_metrics
+from robustfeat.training.loop.run_folder import CURVES_NAME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +25,6 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
         run: the run's folder, with metrics.jsonl.
         concepts: the K names, in the order of q.
     """
-    if not run_folder.DRAWS_CURVES:
-        return
     from matplotlib.figure import Figure
 
     events = read_metrics(run)
@@ -69,7 +67,7 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
         axes.grid(alpha=0.3)
         if len(concepts) <= _LABELLED_CONCEPTS:
             axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    with new_file(run / run_folder.CURVES_NAME) as partial:
+    with new_file(run / CURVES_NAME) as partial:
         figure.savefig(partial, format="png")
 
 

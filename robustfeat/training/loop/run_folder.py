@@ -21,8 +21,6 @@ BEST_NAME = "best.pt"
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 CURVES_NAME = "curves.png"
-# They take half a second of a core at the end of a run. Tests train hundreds of runs and look at the curves of a few.
-DRAWS_CURVES = True
 
 
 def checkpoint_file(path: Path, name: str = CHECKPOINT_NAME) -> Path:

@@ -10,13 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from robustfeat.training.loop import run_folder
 from robustfeat.training.loop.curves import draw_curves
-
-
-@pytest.fixture(autouse=True)
-def curves(no_curves: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "DRAWS_CURVES", True)
 
 
 def draw(folder: Path, concepts: int, loss: float = 2.0, noisy_steps: int = 0) -> NDArray[np.uint8]:
@@ -75,9 +69,3 @@ def test_losses_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
     picture = draw(tmp_path, 0, float("nan"))
     loss, accuracy = picture[:, :495], picture[:, 495:]
     assert blue(loss) < 0.5 * blue(accuracy)  # the legend alone
-
-
-def test_none_is_drawn_where_nobody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "DRAWS_CURVES", False)
-    draw_curves(tmp_path, [])
-    assert not list(tmp_path.iterdir())
