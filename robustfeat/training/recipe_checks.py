@@ -213,11 +213,11 @@ def _check_stable(recipe: Recipe) -> None:
             value=recipe.inner,
             fix="pass `inner=full` or `inner=half`",
         )
-    if recipe.projection and not recipe.labels and not recipe.teacher:
+    if recipe.stable_anchor == "start" and recipe.recalibrate:
         raise InputError(
-            "is what labels or a teacher see, and neither is learned",
-            argument="projection",
-            value=recipe.projection,
+            "would replace the start's statistics, which BatchNorm keeps with `stable_anchor=start`",
+            argument="recalibrate",
+            value=recipe.recalibrate,
             fix="leave it out",
         )
     if recipe.stable_anchor == "start" and not recipe.init:
@@ -229,13 +229,15 @@ def _check_stable(recipe: Recipe) -> None:
 
 
 def _check_targets(recipe: Recipe) -> None:
-    if recipe.loss != "cross_entropy" and not recipe.labels:
-        raise InputError("needs labels, which are not learned", argument="loss", value=recipe.loss, fix="leave it out")
-    if recipe.label_smoothing and not recipe.labels:
+    for name, off in (("loss", "cross_entropy"), ("label_smoothing", 0)):
+        value = getattr(recipe, name)
+        if value != off and not recipe.labels:
+            raise InputError("needs labels, which are not learned", argument=name, value=value, fix="leave it out")
+    if recipe.projection and not recipe.labels and not recipe.teacher:
         raise InputError(
-            "needs labels, which are not learned",
-            argument="label_smoothing",
-            value=recipe.label_smoothing,
+            "is what labels or a teacher see, and neither is learned",
+            argument="projection",
+            value=recipe.projection,
             fix="leave it out",
         )
     if recipe.teacher_crops and (recipe.mixup or recipe.cutmix or recipe.augments):

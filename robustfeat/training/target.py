@@ -86,10 +86,18 @@ def estimate_reference(
         Share by concept; they sum to 1. Concepts without classes of the model have 0.
 
     Raises:
-        DataError: the model has no class names, a class of it has no concept, or no image can be decoded.
+        DataError: the model has no classifier or no class names, a class has no concept, or no image can be decoded.
         ModelFolderError, HubError, InputError: the model or the images cannot be read.
     """
     folder = resolve_model(model)
+    recipe = folder.config.recipe
+    if recipe.get("projection") or not recipe.get("labels", True):
+        raise DataError(
+            "was trained with `projection` or without labels, so no classifier of its features was trained",
+            argument="target_model",
+            value=model,
+            fix="pass a model that was trained with labels and without `projection`",
+        )
     extractor = FeatureExtractor.open(folder)
     try:
         classes = json.loads(folder.read(TRAINING))["classes"]

@@ -114,7 +114,7 @@ def test_a_run_resumes_and_its_model_has_features_and_no_classifier(dataset: Pat
     assert not any(name.startswith(("fc.", "_")) for name in load_file(model / "model.safetensors"))
     assert "on 30 images in 2 concepts" in (model / "README.md").read_text()
     assert FeatureExtractor.from_pretrained(model).feature_size == 64
-    with pytest.raises(DataError, match="has no named classes"):
+    with pytest.raises(DataError, match="was trained with `projection` or without labels"):
         estimate_reference(str(dataset), str(dataset / "concepts.csv"), str(model))
     torch.manual_seed(made.seed)
     again = run(dataset, tmp_path / "next", made.replace(init=str(tmp_path / "whole"), lr=1e-12, epochs=1))

@@ -21,6 +21,7 @@ from robustfeat.serving.verify import check_golden
 from robustfeat.training.example_level import create_example_level
 from robustfeat.training.export.runs import export_run
 from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
+from robustfeat.training.loop.divergence import explain_divergence
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.step import Guidance, TrainingStep
 from robustfeat.training.loop.trainer import train
@@ -225,6 +226,10 @@ def test_an_imported_network_is_hardened_without_labels_resumed_without_its_sour
         ({"labels": False}, "labels=False: leaves nothing to learn from; pass a `teacher`, or `init`, `method=stable`"),
         ({"stable_anchor": "start"}, "stable_anchor=start: are the features of a start; pass `init`"),
         ({"stable_anchor": "start", "init": "a", "method": "hrrl"}, "stable_anchor=start: does nothing in hrrl"),
+        (
+            {"stable_anchor": "start", "init": "a", "recalibrate": 10},
+            "recalibrate=10: would replace the start's statistics",
+        ),
         ({"inner": "free"}, "inner=free: takes the direction from the gradient of the step before"),
         ({"stable_steps": 0}, "stable_steps='?0'?: must be a whole number from 1 to 100"),
         ({"stable_weight": -1}, "stable_weight=-1: must be from 0"),
@@ -234,3 +239,9 @@ def test_an_imported_network_is_hardened_without_labels_resumed_without_its_sour
 def test_what_makes_no_sense_is_refused(keys: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         dataclasses.replace(STABLE, **keys)
+
+
+def test_a_run_that_diverges_names_the_weight_of_the_distance(tmp_path: Path) -> None:
+    error = explain_divergence(STABLE, 3, "a", metrics={}, tau_at_224px=1.0, folder=tmp_path, saved_step=0)
+    assert "a learning rate of 0.1 is too high, or a `stable_weight` of 0.5" in str(error)
+    assert "try a smaller `lr` or `stable_weight`" in str(error)

@@ -124,6 +124,11 @@ def test_a_model_without_classes_is_refused(model: Path, examples: Path, tmp_pat
     (copy / "training.json").write_text("{}")
     with pytest.raises(DataError, match=r"has no named classes .* pass a model that robustfeat trained"):
         estimate_reference(str(examples / "hat"), "imagenet11", str(copy))
+    config = json.loads((copy / "config.json").read_text())
+    config["robustfeat"]["recipe"]["labels"] = False
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="was trained with `projection` or without labels, so no classifier"):
+        estimate_reference(str(examples / "hat"), "imagenet11", str(copy))
 
 
 @pytest.mark.parametrize(

@@ -55,5 +55,11 @@ def _likely_cause(recipe: Recipe, metrics: Mapping[str, Any], tau_at_224px: floa
         )
     if recipe.precision == "fp16":
         return "numbers beyond fp16's range", "`precision=bf16`"
+    if recipe.method == "stable":
+        return (
+            f"a learning rate of {recipe.lr:g} is too high, or a `stable_weight` of {recipe.stable_weight:g} for "
+            "features of this scale",
+            "a smaller `lr` or `stable_weight`",
+        )
     strong = f", or a smaller `tau` than {tau_at_224px:g}" if tau_at_224px > _STRONG_TAU else ""
     return f"a learning rate of {recipe.lr:g} is too high", f"a smaller `lr`{strong}"
