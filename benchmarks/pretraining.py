@@ -26,6 +26,7 @@ from robustfeat.files import new_file
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.evaluation.subject import open_subject
 from robustfeat.training.evaluation.tasks import embed_images
+from robustfeat.training.loop.checkpoint import load_checkpoint
 from robustfeat.training.loop.journal import read_metrics
 from robustfeat.training.loop.run_folder import CHECKPOINT_NAME
 from robustfeat.training.loop.trainer import train
@@ -71,7 +72,7 @@ def long_recipe(method: str, teacher: str) -> Recipe:
 def finish(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
     """Trains a run, or what is left of it."""
     resume = (run / CHECKPOINT_NAME).exists()
-    recipe = load_recipe(str(run / RECIPE_NAME)) if resume else recipe
+    recipe = Recipe.from_dict(load_checkpoint(run).recipe) if resume else recipe
     train(options.data, recipe, run, resume=resume, threads=options.threads)
 
 
