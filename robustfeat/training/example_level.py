@@ -24,9 +24,11 @@ class ExampleLevel:
 
     Attributes:
         replays: how many steps in a row are made with one batch.
+        half: whether the model sees the images at half their side, too.
     """
 
     replays = 1
+    half = False
 
     def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
         """The images to train on.
@@ -85,7 +87,7 @@ class _Gradient(_Moving):
 
     def __init__(self, std: Tensor | None, *, half: bool, batch_norm: str, unit: bool) -> None:
         super().__init__(std)
-        self._half, self._batch_norm, self._unit = half, batch_norm, unit
+        self.half, self._batch_norm, self._unit = half, batch_norm, unit
 
     def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
         return perturb(
@@ -94,7 +96,7 @@ class _Gradient(_Moving):
             batch.targets,
             tau,
             losses=losses,
-            half=self._half,
+            half=self.half,
             batch_norm=self._batch_norm,
             std=self.std(batch.images),
             unit=self._unit,
@@ -146,12 +148,13 @@ class _FeatureDirection(_Moving):
         self, std: Tensor | None, *, half: bool, batch_norm: str, steps: int, weight: float, still: bool
     ) -> None:
         super().__init__(std)
+        self.half = half
         self._inner: dict[str, Any] = {"half": half, "batch_norm": batch_norm}
         self._steps, self._weight, self._still = steps, weight, still
 
     def move(self, model: nn.Module, batch: StepBatch, tau: float, losses: Losses) -> Tensor:
         images = batch.images
-        if batch.anchors is None or self._inner["half"]:  # features at half the resolution have other anchors
+        if batch.anchors is None or self.half:  # features at half the resolution have other anchors
             anchors: Tensor = inner_output(model, images, **self._inner).features
         else:
             anchors = batch.anchors

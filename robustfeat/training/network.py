@@ -22,6 +22,7 @@ __all__ = [
     "feature_size",
     "pooled_features",
     "projection_head",
+    "require_side",
     "timm_settings",
 ]
 
@@ -189,6 +190,35 @@ def _require_classifier(network: nn.Module, name: str, image_size: int) -> None:
         network.train(was_training)
     if reason:
         raise InputError(f"cannot be trained: {reason}", argument="network", value=name)
+
+
+def require_side(network: nn.Module, name: str, side: int) -> None:
+    """Images of this side can be trained on: some networks have a size of their own, or a least one.
+
+    Args:
+        network: of `build_network`, on its device.
+        name: as there.
+        side: S.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if isinstance(network, ResNet18):  # takes all sides
+        return
+    was_training = network.training
+    device = next(network.parameters()).device
+    try:
+        with torch.no_grad():
+            pooled_features(network.eval(), torch.zeros(2, 3, side, side, device=device))
+    except Exception as exc:  # networks fail in ways of their own
+        raise InputError(
+            f"fails on images of {side} px ({first_line(exc)})",
+            argument="network",
+            value=name,
+            fix="pass other `image_sizes`; with `inner=half` it sees half of each side, too",
+        ) from exc
+    finally:
+        network.train(was_training)
 
 
 def pooled_features(network: nn.Module, images: Tensor) -> Tensor:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import timm
 import torch
 import torchvision
 
 from robustfeat.errors import InputError
+from robustfeat.training.loop.ranks import Ranks
+from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.network import Outputs, build_network, feature_network, feature_size, timm_settings
+from tests.training.test_objective import CONCEPTS, CPU, SMALL
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -58,3 +64,27 @@ def test_networks_that_cannot_be_trained_are_refused(name: str, reason: str) -> 
     with pytest.raises(InputError, match=reason) as caught:
         build_network(5, name, image_size=32)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("test_convnext", {"inner": "half"}, "fails on images of 16 px .* with `inner=half` it sees half of each side"),
+        ("vit_tiny_patch16_224", {"image_sizes": ((0, 32), (1, 48))}, "fails on images of 48 px"),
+        # These passes see no halves.
+        ("test_convnext", {"inner": "half", "method": "cl"}, ""),
+        ("test_convnext", {"inner": "half", "method": "random"}, ""),
+        ("test_convnext", {"inner": "half", "tau": 0}, ""),
+        ("test_resnet", {"inner": "half"}, ""),
+    ],
+)
+def test_sides_that_a_network_does_not_take_are_said_before_training(
+    name: str, changes: dict[str, Any], reason: str
+) -> None:
+    sides: dict[str, Any] = {"image_sizes": ((0, 32),), "validation_size": 32}
+    made = dataclasses.replace(SMALL, network=f"timm:{name}", **sides | changes)
+    if not reason:
+        assert TrainingStep(made, CONCEPTS, CPU, Ranks()).network.training
+        return
+    with pytest.raises(InputError, match=f"network=timm:{name}: {reason}"):
+        TrainingStep(made, CONCEPTS, CPU, Ranks())

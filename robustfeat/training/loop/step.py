@@ -25,6 +25,7 @@ from robustfeat.training.network import (
     classifier_of,
     feature_size,
     projection_head,
+    require_side,
 )
 from robustfeat.training.objective import TEACHER_HEAD, Objective, StepBatch, create_objective
 from robustfeat.training.recipe import Recipe
@@ -133,6 +134,10 @@ class TrainingStep:
         contract = recipe.preprocessing()
         self._mean = torch.tensor(contract.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(contract.std, device=device).view(1, 3, 1, 1)
+        for _, side in recipe.image_sizes:
+            require_side(network, recipe.network, side)
+            if self.objective.example_level.half and self.objective.tau_at_224px:
+                require_side(network, recipe.network, (side + 1) // 2)
 
     @property
     def result(self) -> Outputs:
