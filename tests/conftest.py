@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.command_server import CommandServer, ForkedCommand
 from tests.hub_server import FakeHub, serve_hub
@@ -66,16 +68,27 @@ Run = Callable[..., Completed]
 Start = Callable[..., ForkedCommand]
 
 
+def place(nodeid: str) -> str:
+    """The longest prefix in `ORDER` of a test's name."""
+    return max(filter(nodeid.startswith, ORDER), key=len)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders the tests and says which of them go to the same worker."""
+    """Orders the tests."""
+    items.sort(key=lambda item: ORDER.index(place(item.nodeid)))
 
-    def folder(item: pytest.Item) -> str:
-        return max(filter(item.nodeid.startswith, ORDER), key=len)
 
-    items.sort(key=lambda item: ORDER.index(folder(item)))
-    for item in items:
-        group = folder(item) if folder(item) in SHARING else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+class Groups(LoadScopeScheduling):  # type: ignore[misc]  # xdist is not typed
+    """Says which tests go to the same worker. Marks of xdist_group say it no more since pytest 9.2 (xdist's #1386)."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return place(nodeid) if place(nodeid) in SHARING else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups:
+    """For `-n`."""
+    return Groups(config, log)
 
 
 Build = Callable[[Path], object]

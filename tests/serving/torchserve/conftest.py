@@ -14,6 +14,7 @@ import pytest
 
 from robustfeat.errors import EngineError
 from robustfeat.serving.torchserve.java import find_java
+from tests.conftest import shared_folder
 from tests.serving.http.conftest import Answer, Server, alive, children
 
 
@@ -92,6 +93,8 @@ def torchserving(store: Path, *options: object) -> Iterator[TorchServer]:
 @pytest.fixture(scope="session")
 def torchserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServer]:
     """Requests wait a moment for others, so that what is sent together makes one batch."""
+    # Its tests go to one worker: a second server could take the same ports.
+    (shared_folder(tmp_path_factory) / "torchserver").mkdir(parents=True)
     store = tmp_path_factory.mktemp("torchserve") / "store"
     with torchserving(store, "--batch-size", 8, "--batch-delay", 150, "--max-items", 4, "--token-life", 90) as server:
         yield server
