@@ -173,10 +173,11 @@ class ModelFolder:
             features: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
         except Exception as exc:  # NumPy reads the header as Python's text: what is raised has no common base
             raise ModelFolderError(f"{self.path / GOLDEN_FEATURES}: not an array ({first_line(exc)})") from exc
-        if not names or getattr(features, "shape", None) != (len(names), self.config.feature_size):
+        shape = getattr(features, "shape", "an archive of arrays")
+        if not names or shape != (len(names), self.config.feature_size):
             raise ModelFolderError(
                 f"{self.path / GOLDEN_FEATURES}: must be {(len(names), self.config.feature_size)}; "
-                f"got {features.shape}; export the model again"
+                f"got {shape}; export the model again"
             )
         return [self.read(name) for name in names], features
 

@@ -132,10 +132,7 @@ def estimate_reference(
             logits = features @ weight.T + bias
             shares = np.exp(logits - logits.max(1, keepdims=True))
             found.append(shares / shares.sum(1, keepdims=True) @ membership)
-        said = say_left_out(listed.left_out)
-        if failed:
-            said += ("; " if said else "") + f"images that cannot be decoded: {failed:,}"
-        if said:
+        if said := say_left_out(listed.left_out, failed):
             remark(f"{images}: {said}", quiet=quiet)
     posteriors = np.concatenate(found)
     if not len(posteriors):

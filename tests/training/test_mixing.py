@@ -18,8 +18,9 @@ from robustfeat.training.objective import Objective, StepBatch, StepOutput, crea
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.teacher import Teacher, open_teacher
 from tests.training import small
+from tests.training.small import run
 from tests.training.test_objective import CONCEPTS, SMALL, make, pixels, seen
-from tests.training.test_teacher import assert_resumes, run
+from tests.training.test_teacher import assert_resumes
 
 SIDE, COUNT = 10, 7
 

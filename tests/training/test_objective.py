@@ -37,6 +37,19 @@ def pixels(seed: int = 0, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.arange(size) % 4
 
 
+def make_in_parts(**options: Any) -> tuple[TrainingStep, TrainingStep]:
+    """After six steps, and after three of them that go on from the state of three others."""
+    whole, first, second = (make(**options) for _ in range(3))
+    for number in range(6):
+        whole(*pixels(number), 0.0, number)
+    for number in range(3):
+        first(*pixels(number), 0.0, number)
+    second.load_state_dict(first.state_dict())
+    for number in range(3, 6):
+        second(*pixels(number), 0.0, number)
+    return whole, second
+
+
 class Seen(Objective):
     """Keeps what the network was trained on."""
 
@@ -178,14 +191,7 @@ def test_a_reference_by_names_is_where_q_starts() -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_goes_on_from_its_state(keys: dict[str, Any], precision: str) -> None:
-    whole, first, second = (make(precision=precision, lr=0.001, **keys) for _ in range(3))
-    for number in range(6):
-        whole(*pixels(number), 0.0, number)
-    for number in range(3):
-        first(*pixels(number), 0.0, number)
-    second.load_state_dict(first.state_dict())
-    for number in range(3, 6):
-        second(*pixels(number), 0.0, number)
+    whole, second = make_in_parts(precision=precision, lr=0.001, **keys)
     for part in ("model", "heads", "start"):
         for key, value in whole.state_dict()[part].items():
             assert torch.equal(value, second.state_dict()[part][key]), f"{part} {key}"

@@ -16,12 +16,9 @@ from torch.nn import functional
 from robustfeat import FeatureExtractor
 from robustfeat.errors import DataError, InputError
 from robustfeat.training.export.runs import export_run
-from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.step import Guidance, TrainingStep
-from robustfeat.training.loop.trainer import train
 from robustfeat.training.network import PROJECTION
-from robustfeat.training.recipe import Recipe
 from robustfeat.training.target import estimate_reference
 from tests.training import small
 from tests.training.test_objective import CONCEPTS, CPU, SMALL, pixels
@@ -93,20 +90,11 @@ def test_without_one_the_step_is_what_it_was() -> None:
         assert torch.equal(value, other.network.state_dict()[name]), "the same numbers are drawn for the network"
 
 
-def run(dataset: Path, out: Path, made: Recipe, **options: Any) -> dict[str, torch.Tensor]:
-    train(dataset, made, out, workers=0, threads=1, quiet=True, device="cpu", **options)
-    saved = load_checkpoint(out)
-    return {**saved.model, **{f"head {name}": value for name, value in saved.heads.items()}}
-
-
 def test_a_run_resumes_and_its_model_has_features_and_no_classifier(dataset: Path, tmp_path: Path) -> None:
     made = small.recipe(dataset, projection=16)
-    whole = run(dataset, tmp_path / "whole", made)
-    run(dataset, tmp_path / "parts", made.replace(epochs=1))
-    half = load_checkpoint(tmp_path / "parts")
-    object.__setattr__(half, "recipe", load_checkpoint(tmp_path / "whole").recipe)
-    save_checkpoint(half, tmp_path / "parts")
-    parts = run(dataset, tmp_path / "parts", Recipe.from_dict(half.recipe), resume=True)
+    whole = small.run(dataset, tmp_path / "whole", made)
+    resumed = small.run_one_epoch(dataset, tmp_path / "parts", tmp_path / "whole", made)
+    parts = small.run(dataset, tmp_path / "parts", resumed, resume=True)
     assert any(name.startswith(f"head {PROJECTION}") for name in whole)
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     model = export_run(tmp_path / "whole", tmp_path / "model", int8=False).folder.path
@@ -117,7 +105,7 @@ def test_a_run_resumes_and_its_model_has_features_and_no_classifier(dataset: Pat
     with pytest.raises(DataError, match="was trained with `projection` or without labels"):
         estimate_reference(str(dataset), str(dataset / "concepts.csv"), str(model))
     torch.manual_seed(made.seed)
-    again = run(dataset, tmp_path / "next", made.replace(init=str(tmp_path / "whole"), lr=1e-12, epochs=1))
+    again = small.run(dataset, tmp_path / "next", made.replace(init=str(tmp_path / "whole"), lr=1e-12, epochs=1))
     torch.testing.assert_close(again["conv1.weight"], whole["conv1.weight"])
     assert not torch.allclose(again["fc.weight"], whole["fc.weight"])
 

@@ -24,12 +24,11 @@ from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
 from robustfeat.training.loop.divergence import explain_divergence
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.step import Guidance, TrainingStep
-from robustfeat.training.loop.trainer import train
 from robustfeat.training.network import StepOutput
 from robustfeat.training.objective import create_objective
-from robustfeat.training.recipe import Recipe
 from robustfeat.training.step_batch import StepBatch
 from tests.training import small
+from tests.training.small import run, run_one_epoch
 from tests.training.test_objective import CONCEPTS, CPU, SMALL, pixels
 
 STABLE = dataclasses.replace(SMALL, method="stable", stable_weight=0.5)
@@ -180,12 +179,6 @@ def photos(example_files: list[Path], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def run(data: Path, out: Path, made: Recipe, **options: Any) -> dict[str, torch.Tensor]:
-    train(data, made, out, workers=0, threads=1, quiet=True, device="cpu", **options)
-    state: dict[str, torch.Tensor] = load_checkpoint(out).model
-    return state
-
-
 def test_an_imported_network_is_hardened_without_labels_resumed_without_its_source_and_exported(
     photos: Path, tmp_path: Path
 ) -> None:
@@ -198,12 +191,10 @@ def test_an_imported_network_is_hardened_without_labels_resumed_without_its_sour
         concepts="classes", lr=0.01, tau=70, val_fraction=0.2,
     )  # fmt: skip
     whole = run(photos, tmp_path / "whole", made)
-    run(photos, tmp_path / "parts", made.replace(epochs=1))
+    resumed = run_one_epoch(photos, tmp_path / "parts", tmp_path / "whole", made)
     half = load_checkpoint(tmp_path / "parts")
-    object.__setattr__(half, "recipe", load_checkpoint(tmp_path / "whole").recipe)
-    save_checkpoint(half, tmp_path / "parts")
     source.unlink()
-    parts = run(photos, tmp_path / "parts", Recipe.from_dict(half.recipe), resume=True)
+    parts = run(photos, tmp_path / "parts", resumed, resume=True)
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     kept = load_checkpoint(tmp_path / "parts").start
     for name, value in kept.items():
@@ -217,7 +208,7 @@ def test_an_imported_network_is_hardened_without_labels_resumed_without_its_sour
     object.__setattr__(half, "start", {})
     save_checkpoint(half, tmp_path / "parts")
     with pytest.raises(CheckpointError, match="does not fit its network"):
-        run(photos, tmp_path / "parts", Recipe.from_dict(half.recipe), resume=True)
+        run(photos, tmp_path / "parts", resumed, resume=True)
 
 
 @pytest.mark.parametrize(

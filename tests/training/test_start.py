@@ -17,10 +17,10 @@ from robustfeat.serving.verify import check_golden
 from robustfeat.training.export.backbones import import_backbone
 from robustfeat.training.export.runs import export_run
 from robustfeat.training.loop.checkpoint import load_checkpoint
-from robustfeat.training.loop.trainer import train
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.start import resolve_start
+from tests.training.small import run, run_one_epoch
 
 
 def recipe(dataset: Path, **changes: Any) -> Recipe:
@@ -29,12 +29,6 @@ def recipe(dataset: Path, **changes: Any) -> Recipe:
         "image_sizes": ((0, 32),), "validation_size": 32, **changes,
     }  # fmt: skip
     return Recipe(**values)
-
-
-def run(dataset: Path, out: Path, made: Recipe, **options: Any) -> dict[str, torch.Tensor]:
-    train(dataset, made, out, workers=0, threads=1, quiet=True, device="cpu", **options)
-    state: dict[str, torch.Tensor] = load_checkpoint(out).model
-    return state
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +48,8 @@ def test_an_imported_network_is_trained_resumed_exported_and_embeds(
     import_backbone("timm:test_convnext", folder, weights=file, image_size=32, int8=False)
     made = recipe(dataset, init=str(folder), epochs=2, lr=0.001)
     whole = run(dataset, tmp_path / "whole", made)
-    # The same run in two parts: a checkpoint after its first epoch is what a signal leaves.
-    run(dataset, tmp_path / "parts", made.replace(epochs=1))
-    half = load_checkpoint(tmp_path / "parts")
-    object.__setattr__(half, "recipe", load_checkpoint(tmp_path / "whole").recipe)
-    from robustfeat.training.loop.checkpoint import save_checkpoint
-
-    save_checkpoint(half, tmp_path / "parts")
-    parts = run(dataset, tmp_path / "parts", Recipe.from_dict(half.recipe), resume=True)
+    resumed = run_one_epoch(dataset, tmp_path / "parts", tmp_path / "whole", made)
+    parts = run(dataset, tmp_path / "parts", resumed, resume=True)
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     saved = Recipe.from_dict(load_checkpoint(tmp_path / "whole").recipe)
     assert (saved.network, saved.interpolation) == ("timm:test_convnext", "bicubic")

@@ -25,7 +25,7 @@ from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.export.runs import export_run
 from robustfeat.training.hrrl import step_along
 from robustfeat.training.loop import kept_features
-from robustfeat.training.loop.checkpoint import load_checkpoint, save_checkpoint
+from robustfeat.training.loop.checkpoint import load_checkpoint
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.step import Guidance, TrainingStep
 from robustfeat.training.loop.trainer import train
@@ -37,6 +37,7 @@ from tests.command_server import CommandServer
 from tests.conftest import train_arguments
 from tests.training import small
 from tests.training.loop.test_distributed import run_ranks
+from tests.training.small import run, run_one_epoch
 from tests.training.test_objective import CONCEPTS, CPU, SMALL, pixels, seen
 
 SIZE = 6
@@ -127,25 +128,11 @@ def recipe(dataset: Path, model: Path, **changes: Any) -> Recipe:
     return small.recipe(dataset, teacher=str(model), **changes)
 
 
-def run(dataset: Path, out: Path, made: Recipe) -> dict[str, torch.Tensor]:
-    train(dataset, made, out, workers=0, threads=1, quiet=True, device="cpu")
-    saved = load_checkpoint(out)
-    return {**saved.model, **{f"head {name}": value for name, value in saved.heads.items()}}
-
-
 def assert_resumes(dataset: Path, folder: Path, made: Recipe) -> None:
-    """A run in two parts ends as the whole one; a checkpoint after its first epoch is what a signal leaves."""
+    """A run in two parts ends as the whole one."""
     whole = run(dataset, folder / "whole", made)
-    run(dataset, folder / "parts", made.replace(epochs=1))
-    half = load_checkpoint(folder / "parts")
-    object.__setattr__(half, "recipe", load_checkpoint(folder / "whole").recipe)
-    save_checkpoint(half, folder / "parts")
-    train(
-        dataset, Recipe.from_dict(half.recipe), folder / "parts", resume=True, workers=0, threads=1, quiet=True,
-        device="cpu",
-    )  # fmt: skip
-    saved = load_checkpoint(folder / "parts")
-    for name, value in {**saved.model, **{f"head {name}": value for name, value in saved.heads.items()}}.items():
+    resumed = run_one_epoch(dataset, folder / "parts", folder / "whole", made)
+    for name, value in run(dataset, folder / "parts", resumed, resume=True).items():
         assert torch.equal(value, whole[name]), name
 
 

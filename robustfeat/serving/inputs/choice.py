@@ -69,11 +69,21 @@ def suffix_kind(name: str) -> str:
     return suffix if _PLAIN_SUFFIX.fullmatch(suffix) else "others" if suffix else "without suffix"
 
 
-def say_left_out(left_out: Mapping[str, int]) -> str:
-    """The numbers as text, the largest first: `files left out: 3 (.heic 2, without suffix 1)`; empty without any."""
+def say_left_out(left_out: Mapping[str, int], undecodable: int = 0) -> str:
+    """The numbers as text, the largest first: `files left out: 3 (.heic 2, without suffix 1)`; empty without any.
+
+    Args:
+        left_out: files by kind.
+        undecodable: images that were listed and then could not be decoded.
+    """
+    said = [_say_kinds(left_out)] if any(left_out.values()) else []
+    if undecodable:
+        said.append(f"images that cannot be decoded: {undecodable:,}")
+    return "; ".join(said)
+
+
+def _say_kinds(left_out: Mapping[str, int]) -> str:
     total = sum(left_out.values())
-    if not total:
-        return ""
     ranked = sorted(left_out.items(), key=lambda entry: (-entry[1], entry[0]))
     parts = [f"{kind} {count:,}" for kind, count in ranked[:_KINDS_SAID]]
     if rest := sum(count for _, count in ranked[_KINDS_SAID:]):

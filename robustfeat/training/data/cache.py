@@ -31,7 +31,7 @@ from robustfeat.files import FileLock, new_file
 from robustfeat.progress import Progress, remark
 from robustfeat.system import available_memory
 from robustfeat.training.data.batches import Batch, EpochPlan, load_batches
-from robustfeat.training.data.image_set import ImageSet
+from robustfeat.training.data.image_set import ImageSet, decoding_key
 
 __all__ = ["CachedSet", "build_cache", "cached_batches", "require_room"]
 
@@ -199,8 +199,7 @@ def _require(need: int, free: int | None, what: str, images: int, side: int) -> 
 def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bool) -> CachedSet:
     """The cache as files in `folder`: NAME.u8 (squares, then sizes) and NAME.json (how far it is, and what is bad)."""
     key = {"format_version": _FORMAT_VERSION, "fingerprint": data.fingerprint, "side": side, "images": len(data)}
-    if data.preprocessing_version > 1:  # version 1 has the caches of before there was another
-        key["preprocessing_version"] = data.preprocessing_version
+    key |= decoding_key(data.preprocessing_version)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file, state_file = folder / f"{name}.u8", folder / f"{name}.json"
     pixels = side * side * 3

@@ -15,7 +15,7 @@ from PIL import Image
 from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import CONTRACT_VERSION, decode
 
-__all__ = ["ImageSet", "Source", "sort_classes"]
+__all__ = ["ImageSet", "Source", "decoding_key", "sort_classes"]
 
 
 class Source(Protocol):
@@ -26,6 +26,11 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What messages call it."""
+
+
+def decoding_key(preprocessing_version: int) -> dict[str, int]:
+    """What the key of a file of decoded images says of it; version 1 has the keys of before there was another."""
+    return {"preprocessing_version": preprocessing_version} if preprocessing_version > 1 else {}
 
 
 @runtime_checkable

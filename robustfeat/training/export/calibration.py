@@ -40,9 +40,7 @@ def folder_images(folder: str | Path, contract: Preprocessing) -> list[Image.Ima
                 continue
             if len(images) == _IMAGES:
                 break
-        said = say_left_out(listed.left_out)
-    if failed:
-        said += ("; " if said else "") + f"images that cannot be decoded: {failed:,}"
+        said = say_left_out(listed.left_out, failed)
     if said and images:
         remark(f"{folder}: {said}", quiet=False)
     if not images:

@@ -13,6 +13,7 @@ from robustfeat.progress import Progress
 from robustfeat.training.clusters import Clusters, find_clusters, load_clusters, save_clusters
 from robustfeat.training.concepts import cluster_count
 from robustfeat.training.data.batches import EvaluationBatches, load_batches
+from robustfeat.training.data.image_set import decoding_key
 from robustfeat.training.loop.checkpoint import fitting
 from robustfeat.training.loop.distributed import gather_objects, together
 from robustfeat.training.loop.preparation import Run
@@ -62,9 +63,8 @@ def _find(run: Run) -> Clusters:
         "precision": recipe.teacher_precision,
         "concepts": recipe.concepts,
         "seed": recipe.seed,
+        **decoding_key(recipe.preprocessing_version),
     }
-    if recipe.preprocessing_version > 1:
-        key["preprocessing_version"] = recipe.preprocessing_version
     if (kept := load_clusters(run.folder, key)) is not None:
         return kept
     count = cluster_count(recipe.concepts)

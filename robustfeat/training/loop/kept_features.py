@@ -19,6 +19,7 @@ from robustfeat.errors import InputError
 from robustfeat.files import new_file
 from robustfeat.progress import Progress
 from robustfeat.training.data.batches import OrderedPlan, TrainingBatches, load_batches
+from robustfeat.training.data.image_set import decoding_key
 from robustfeat.training.loop.distributed import together
 from robustfeat.training.loop.preparation import Run
 
@@ -107,12 +108,12 @@ def _size(run: Run) -> int:
 def _key(run: Run) -> dict[str, Any]:
     """All that decides the features."""
     recipe = run.recipe
-    names: tuple[str, ...] = ("preprocessing_version",) if recipe.preprocessing_version > 1 else ()
-    names += ("seed", "min_crop_area", "cache_px", "teacher_crops", "teacher_sha256", "teacher_precision")
+    names = ("seed", "min_crop_area", "cache_px", "teacher_crops", "teacher_sha256", "teacher_precision")
     return {
         "format_version": _FORMAT_VERSION,
         "fingerprint": run.train_set.fingerprint,
         "side": _side(run),
+        **decoding_key(recipe.preprocessing_version),
         **{name: getattr(recipe, name) for name in names},
     }
 

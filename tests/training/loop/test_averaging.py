@@ -26,7 +26,7 @@ from robustfeat.training.recipe import Recipe
 from robustfeat.training.start import resolve_start
 from tests.conftest import Share
 from tests.training.small import recipe
-from tests.training.test_objective import make, pixels
+from tests.training.test_objective import make, make_in_parts, pixels
 
 
 class Headed(Objective):
@@ -72,14 +72,7 @@ def test_the_average_is_numpys(ema: float) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_average_goes_on_from_its_state(precision: str) -> None:
     options = {"method": f"{__name__}:Headed", "ema": 0.99, "lr": 0.01, "precision": precision}
-    whole, first, second = (make(**options) for _ in range(3))
-    for number in range(6):
-        whole(*pixels(number), 0.0, number)
-    for number in range(3):
-        first(*pixels(number), 0.0, number)
-    second.load_state_dict(first.state_dict())
-    for number in range(3, 6):
-        second(*pixels(number), 0.0, number)
+    whole, second = make_in_parts(**options)
     expected, state = whole.state_dict()["average"], second.state_dict()["average"]
     assert expected["updates"] == state["updates"] == 6
     assert all(torch.equal(value, tensors(state)[name]) for name, value in tensors(expected).items())

@@ -20,7 +20,7 @@ from robustfeat.training.loop.step import TrainingStep
 from robustfeat.training.loop.trainer import train
 from robustfeat.training.recipe import Recipe
 from tests.training.small import recipe
-from tests.training.test_objective import CONCEPTS, CPU, SMALL, make, pixels
+from tests.training.test_objective import CONCEPTS, CPU, SMALL, make_in_parts, pixels
 
 Arrays = dict[str, NDArray[np.float64]]
 
@@ -85,14 +85,7 @@ def test_updates_are_numpys(optimizer: str, decay_norms: bool, clip_norm: float)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_with_every_option_goes_on_from_its_state(precision: str) -> None:
     options = {"optimizer": "adamw", "decay_norms": False, "clip_norm": 0.5, "lr": 0.01, "precision": precision}
-    whole, first, second = (make(**options) for _ in range(3))
-    for number in range(6):
-        whole(*pixels(number), 0.0, number)
-    for number in range(3):
-        first(*pixels(number), 0.0, number)
-    second.load_state_dict(first.state_dict())
-    for number in range(3, 6):
-        second(*pixels(number), 0.0, number)
+    whole, second = make_in_parts(**options)
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, second.network.state_dict()[key]), key
 
