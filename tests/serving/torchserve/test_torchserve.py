@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -211,7 +212,10 @@ def test_all_listens_on_this_machine_alone(torchserver: TorchServer) -> None:
 
 def listening(pid: int) -> list[str]:
     """Addresses of the TCP sockets that a process listens at."""
-    sockets = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    sockets = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the process has closed it since
+            sockets.add(str(link.readlink()))
     found = []
     for line in (
         Path("/proc/net/tcp6").read_text().splitlines()[1:] + Path("/proc/net/tcp").read_text().splitlines()[1:]
