@@ -8,6 +8,7 @@ from typing import Any
 
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.markdown import cell, table
+from robustfeat.hub.preprocessing import Preprocessing
 
 __all__ = ["PLACE", "render_card"]
 
@@ -78,7 +79,7 @@ float32 (N, 3, {contract.image_size}, {contract.image_size}) to `features` float
 
 ## Preprocessing
 
-Upright {colours}; the shorter side to {contract.resize_size} px ({contract.interpolation}, antialiased); centre crop of
+Upright {colours}; {_sides(contract)} ({_filter(contract)}); centre crop of
 {contract.image_size} px; mean {list(contract.mean)}, std {list(contract.std)}.
 Hash `{contract.hash}`.
 """
@@ -100,6 +101,19 @@ Hash `{contract.hash}`.
 The features are meant for a linear classifier on top. Robust here means trained against shifts of examples and
 concepts; nothing is claimed against adaptive attacks.
 """
+
+
+def _sides(contract: Preprocessing) -> str:
+    side = f"{contract.resize_size} px"
+    return {
+        "center": f"the shorter side to {side}",
+        "squash": f"both sides to {side}, whatever the aspect ratio",
+        "border": f"the longer side to {side}, padded to a square with the mean colour",
+    }[contract.crop_mode]
+
+
+def _filter(contract: Preprocessing) -> str:
+    return contract.interpolation + ("" if contract.interpolation == "nearest" else ", antialiased")
 
 
 def _metadata(config: ModelConfig) -> str:

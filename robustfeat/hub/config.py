@@ -106,7 +106,7 @@ class ModelConfig:
                 "input_size": [3, contract.image_size, contract.image_size],
                 "interpolation": contract.interpolation,
                 "crop_pct": contract.crop_pct,
-                "crop_mode": "center",
+                "crop_mode": contract.crop_mode,
                 "mean": list(contract.mean),
                 "std": list(contract.std),
                 "first_conv": self.first_conv,

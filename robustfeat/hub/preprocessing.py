@@ -5,7 +5,8 @@ place equals a vector computed in another. The steps, in order:
 
 1. `decode`: the first frame, EXIF orientation applied, 16 bits scaled to 8, RGB; what is transparent is seen on a
    white page (version 1 of the contract dropped the alpha, so that hidden pixels counted);
-2. `resize_and_crop`: the shorter side to floor(image_size / crop_pct), antialiased, then the centre square;
+2. `resize_and_crop`: the shorter side to floor(image_size / crop_pct), antialiased, then the centre square (other
+   crop modes squash the image or pad it);
 3. `normalise`: to [0, 1], minus the mean, over the standard deviation, channels first.
 
 Steps 2 and 3 give what torchvision's `Resize`, `CenterCrop` and `Normalize` give for a Pillow image, to within one
@@ -34,9 +35,11 @@ from robustfeat.hub.transparency import key_bits, on_white, opacity
 __all__ = [
     "BYTES_PER_PIXEL",
     "CONTRACT_VERSION",
+    "CROP_MODES",
     "FORMATS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "INTERPOLATIONS",
     "MAX_PIXELS",
     "Preprocessing",
     "decode",
@@ -62,7 +65,14 @@ BYTES_PER_PIXEL = 16
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+INTERPOLATIONS = {
+    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+}
+"""Filters by timm's names. All but nearest are antialiased."""
+
+CROP_MODES = ("center", "squash", "border")
+"""By timm's names."""
+
 _ORIENTATION_TAG = 0x0112
 _TURNING = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 """Where Pillow finds an orientation in an image's `info`."""
@@ -85,9 +95,12 @@ class Preprocessing:
     Attributes:
         image_size: side S of the network's square input, in pixels.
         crop_pct: the shorter side is resized to floor(S / crop_pct) before the centre crop, as timm does.
-        interpolation: `bilinear` or `bicubic`, antialiased.
+        interpolation: one of `INTERPOLATIONS`.
         mean, std: per channel (RGB), for values in [0, 1].
         version: of the contract, which decides how `decode` treats transparent images.
+        crop_mode: how an image becomes a square. With R = floor(S / crop_pct): `center` resizes the shorter side to R,
+            `squash` resizes both sides to R and changes the aspect ratio, and `border` resizes the longer side to R and
+            pads the shorter one with the mean colour. Each then takes the centre S x S.
     """
 
     image_size: int
@@ -96,6 +109,7 @@ class Preprocessing:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     version: int = CONTRACT_VERSION
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
@@ -107,9 +121,9 @@ class Preprocessing:
             raise ValueError(f"image_size must be between 8 and 4096; got {self.image_size}")
         if not 0.1 <= self.crop_pct <= 1.0:
             raise ValueError(f"crop_pct must be between 0.1 and 1; got {self.crop_pct}")
-        if self.interpolation not in _RESAMPLING:
-            options = " or ".join(_RESAMPLING)
-            raise ValueError(f"interpolation must be {options}; got {self.interpolation!r}")
+        for name, options in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
         in_range = all(-1e6 <= value <= 1e6 for value in self.mean) and all(1e-6 <= value <= 1e6 for value in self.std)
         if len(self.mean) != 3 or len(self.std) != 3 or not in_range:
             raise ValueError(
@@ -119,21 +133,28 @@ class Preprocessing:
 
     @property
     def resize_size(self) -> int:
-        """What the shorter side is resized to, in pixels."""
+        """R, what the shorter side (or the side that `crop_mode` says) is resized to, in pixels."""
         return math.floor(self.image_size / self.crop_pct)
 
     @property
     def hash(self) -> str:
         """sha256 of the contract, 64 hex digits; equal hashes mean equal inputs for equal files."""
-        canonical = asdict(self)
+        canonical = self._fields()
         canonical["contract"] = canonical.pop("version")
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; version 1 is not named, as it was written before there was another."""
-        data = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        data = {**self._fields(), "mean": list(self.mean), "std": list(self.std)}
         if self.version == 1:
             del data["version"]
+        return data
+
+    def _fields(self) -> dict[str, Any]:
+        """Fields that came after version 2 are not named at their defaults: older hashes stay."""
+        data = asdict(self)
+        if self.crop_mode == "center":
+            del data["crop_mode"]
         return data
 
     @classmethod
@@ -143,7 +164,7 @@ class Preprocessing:
         Raises:
             ValueError: a key is unknown or missing, or a value is out of range.
         """
-        data = {"version": 1, **data}
+        data = {"version": 1, "crop_mode": "center", **data}
         known = {field.name for field in fields(cls)}
         if set(data) != known:
             odd = sorted(set(data) ^ known)
@@ -268,19 +289,55 @@ def resize_and_crop(image: Image.Image, contract: Preprocessing) -> NDArray[np.u
         (S, S, 3) uint8.
     """
     width, height = image.size
-    short, size = contract.resize_size, contract.image_size
-    if width <= height:
-        new_width, new_height = short, int(short * height / width)
-    else:
-        new_width, new_height = int(short * width / height), short
+    size = contract.image_size
+    new_width, new_height = _resized(width, height, contract)
+    if new_width < size or new_height < size:
+        return _padded(image, (new_width, new_height), contract)
     # round() halves to even, as torchvision's centre crop does.
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     if (new_width, new_height) == (width, height):
         return np.asarray(image.crop((left, top, left + size, top + size)))
-    # The crop in the coordinates of the original, so that nothing outside it is resized.
+    if contract.crop_mode != "center" or contract.interpolation not in {"bilinear", "bicubic"}:
+        whole = image.resize((new_width, new_height), INTERPOLATIONS[contract.interpolation])
+        return np.asarray(whole.crop((left, top, left + size, top + size)))
+    # The crop in the coordinates of the original, so that nothing outside it is resized. Pillow keeps it in single
+    # precision, which these two filters show by a level here and there, and the others by more.
     x, y = width / new_width, height / new_height
     box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-    return np.asarray(image.resize((size, size), _RESAMPLING[contract.interpolation], box))
+    return np.asarray(image.resize((size, size), INTERPOLATIONS[contract.interpolation], box))
+
+
+def _resized(width: int, height: int, contract: Preprocessing) -> tuple[int, int]:
+    """Width and height of the whole image after it is resized."""
+    side = contract.resize_size
+    if contract.crop_mode == "squash":
+        return side, side
+    if contract.crop_mode == "border":
+        ratio = max(width, height) / side
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
+    if width <= height:
+        return side, int(side * height / width)
+    return int(side * width / height), side
+
+
+def _padded(image: Image.Image, resized: tuple[int, int], contract: Preprocessing) -> NDArray[np.uint8]:
+    """The whole image at its new size in the middle of a square of the mean colour; what protrudes is cut off."""
+    size = contract.image_size
+    pixels = np.asarray(image.resize(resized, INTERPOLATIONS[contract.interpolation]))
+    square = np.empty((size, size, 3), np.uint8)
+    square[:] = [min(255, max(0, round(255 * value))) for value in contract.mean]
+    source, target = zip(*(_overlap(side, size) for side in pixels.shape[:2]), strict=True)
+    square[target] = pixels[source]
+    return square
+
+
+def _overlap(side: int, size: int) -> tuple[slice, slice]:
+    """Where a centred line of pixels and a square meet, in the coordinates of the line and of the square."""
+    if side < size:
+        start = (size - side) // 2
+        return slice(0, side), slice(start, start + side)
+    start = round((side - size) / 2)
+    return slice(start, start + size), slice(0, size)
 
 
 def prepare_square(

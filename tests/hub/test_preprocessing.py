@@ -16,11 +16,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from timm.data import create_transform
 from torchvision.transforms import v2
 
 from robustfeat.errors import DecodeError
 from robustfeat.hub.preprocessing import (
     BYTES_PER_PIXEL,
+    CROP_MODES,
     FORMATS,
     Preprocessing,
     decode,
@@ -467,7 +469,7 @@ def test_hash_changes_with_every_field() -> None:
         {"image_size": 4},
         {"crop_pct": 0.0},
         {"crop_pct": 1.1},
-        {"interpolation": "nearest"},
+        {"interpolation": "cubic"},
         {"std": (1.0, 0.0, 1.0)},
         {"version": 0},
         {"version": 3},
@@ -504,3 +506,46 @@ def test_a_mean_or_std_that_gives_no_finite_input_is_refused(value: float) -> No
     if not abs(value) <= 1:
         with pytest.raises(ValueError, match="mean and std must hold three numbers"):
             Preprocessing(32, mean=(0.2, value, 0.2))
+
+
+def timm_square(image: Image.Image, contract: Preprocessing) -> np.ndarray:
+    transform = create_transform(
+        (3, contract.image_size, contract.image_size),
+        interpolation=contract.interpolation,
+        crop_pct=contract.crop_pct,
+        crop_mode=contract.crop_mode,
+        mean=contract.mean,
+        std=contract.std,
+        use_prefetcher=True,  # it leaves 8 bits
+    )
+    square: np.ndarray = np.asarray(transform(image))
+    return square.transpose(1, 2, 0) if square.shape[0] == 3 else square
+
+
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.3])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])
+def test_crop_modes_and_filters_are_timms(
+    photo: Image.Image, crop_mode: str, crop_pct: float, interpolation: str
+) -> None:
+    contract = Preprocessing(64, crop_pct, interpolation, crop_mode=crop_mode)
+    for size in [(201, 267), (267, 201), (64, 64), (33, 33), (40, 300), (301, 7), (1, 1), (64, 65)]:
+        image = photo.resize(size)
+        difference = resize_and_crop(image, contract).astype(int) - timm_square(image, contract)
+        shortened = crop_mode == "center" and interpolation in {"bilinear", "bicubic"}
+        assert np.abs(difference).max() <= (2 if shortened else 0), size
+
+
+def test_crop_modes_have_hashes_of_their_own_and_center_keeps_the_old_one() -> None:
+    contracts = [Preprocessing(64, crop_mode=mode) for mode in CROP_MODES]
+    assert len({contract.hash for contract in contracts}) == 3
+    assert all(Preprocessing.from_dict(contract.to_dict()) == contract for contract in contracts)
+    assert "crop_mode" not in contracts[0].to_dict()
+    # Written down before there were crop modes.
+    assert contracts[0].hash.startswith("e3c3b6236e36c25f")
+
+
+@pytest.mark.parametrize(("name", "value"), [("crop_mode", "pad"), ("interpolation", "cubic"), ("crop_mode", None)])
+def test_unknown_modes_and_filters_are_named_with_the_known_ones(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be one of .*; got {value!r}"):
+        Preprocessing(64, **{name: value})

@@ -21,7 +21,7 @@ from robustfeat.files import new_folder
 from robustfeat.hub.card import render_card
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import COMPACT_ONNX, GOLDEN_FEATURES, ONNX, TRAINING, WEIGHTS, ModelFolder, seal_folder
-from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
+from robustfeat.hub.preprocessing import INTERPOLATIONS, Preprocessing, decode, preprocess
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.options import RunOptions
 from robustfeat.serving.verify import check_golden, compare
@@ -162,13 +162,16 @@ def _write_golden(path: Path, contract: Preprocessing) -> list[Image.Image]:
     return [decode(data, version=contract.version) for _, data in images]
 
 
+_SIZE_KEYS = {"center": ("shortest_edge",), "squash": ("height", "width"), "border": ("longest_edge",)}
+
+
 def _preprocessor_config(contract: Preprocessing) -> dict[str, Any]:
     side = contract.image_size
     return {
         "image_processor_type": "TimmWrapperImageProcessor",
         "crop_size": {"height": side, "width": side},
-        "size": {"shortest_edge": contract.resize_size},
-        "resample": {"bilinear": 2, "bicubic": 3}[contract.interpolation],
+        "size": dict.fromkeys(_SIZE_KEYS[contract.crop_mode], contract.resize_size),
+        "resample": INTERPOLATIONS[contract.interpolation].value,
         "image_mean": list(contract.mean),
         "image_std": list(contract.std),
     }
