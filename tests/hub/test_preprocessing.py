@@ -546,6 +546,6 @@ def test_crop_modes_have_hashes_of_their_own_and_center_keeps_the_old_one() -> N
 
 
 @pytest.mark.parametrize(("name", "value"), [("crop_mode", "pad"), ("interpolation", "cubic"), ("crop_mode", None)])
-def test_unknown_modes_and_filters_are_named_with_the_known_ones(name: str, value: object) -> None:
+def test_unknown_modes_and_filters_are_named_with_the_known_ones(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be one of .*; got {value!r}"):
         Preprocessing(64, **{name: value})
