@@ -9,7 +9,8 @@ import pytest
 from torch import nn
 
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.export.onnx_files import export_onnx, quantize_onnx
+from robustfeat.training.export.onnx_files import export_onnx
+from robustfeat.training.export.quantisation import quantize_onnx
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -21,7 +22,7 @@ def test_a_full_disk_at_export_is_told_as_such(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("the exporter failed") from full
 
     monkeypatch.setattr("torch.onnx.export", fail)
-    monkeypatch.setattr("robustfeat.training.export.onnx_files.quant_pre_process", fail)
+    monkeypatch.setattr("robustfeat.training.export.quantisation.quant_pre_process", fail)
     with pytest.raises(OSError, match="No space left"):
         export_onnx(nn.Identity(), Preprocessing(32), tmp_path / "m.onnx")
     with pytest.raises(OSError, match="No space left"):

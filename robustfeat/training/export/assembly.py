@@ -1,0 +1,164 @@
+"""Model folders around a network's files: golden images, int8 and config, each file checked. Loads no PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from robustfeat.errors import ExportError
+from robustfeat.files import new_folder
+from robustfeat.hub.card import render_card
+from robustfeat.hub.config import ModelConfig
+from robustfeat.hub.folder import (
+    COMPACT_ONNX,
+    GOLDEN_FEATURES,
+    ONNX,
+    PREPROCESSOR,
+    TRAINING,
+    WEIGHTS,
+    ModelFolder,
+    seal_folder,
+)
+from robustfeat.hub.preprocessing import INTERPOLATIONS, Preprocessing, decode, preprocess
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.options import RunOptions
+from robustfeat.serving.verify import check_golden
+from robustfeat.training.export.compact import compact_onnx
+from robustfeat.training.export.quantisation import quantize_onnx
+
+__all__ = ["ExportReport", "FolderParts", "assemble_folder", "golden_images"]
+
+_CALIBRATION_BATCH = 16
+
+
+@dataclass(frozen=True)
+class FolderParts:
+    """What a model folder is made of.
+
+    Attributes:
+        config: without `files`.
+        write: writes the weights (if there are any) and onnx/model.onnx into a folder, and gives the features of the
+            golden images, (n, 3, S, S) float32 to (n, D) float32, that the folder must give.
+        reference: what computed these features, for messages.
+        training: the content of training.json.
+        preprocessor: the content of preprocessor_config.json; by default made from the contract.
+    """
+
+    config: ModelConfig
+    write: Callable[[Path, NDArray[np.float32]], NDArray[np.float32]]
+    reference: str = "PyTorch"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    preprocessor: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """A folder that was accepted.
+
+    Attributes:
+        folder: the result.
+        cosines: precision to the smallest cosine against the reference's features of the golden images.
+    """
+
+    folder: ModelFolder
+    cosines: dict[str, float]
+
+
+def assemble_folder(
+    parts: FolderParts, out: str | Path, *, calibration: Sequence[Image.Image] | None, compact: bool = False
+) -> ExportReport:
+    """Writes the folder, checks it and only then gives it its name.
+
+    Args:
+        parts: the network.
+        out: the folder to make.
+        calibration: decoded images for int8, besides the golden ones; None leaves int8 out.
+        compact: model.onnx keeps its weights in model.safetensors.
+
+    Raises:
+        ExportError: a file disagrees with the reference; nothing is left behind.
+    """
+    config, contract = parts.config, parts.config.preprocessing
+    with new_folder(out) as path:
+        golden = _write_golden(path, contract)
+        expected = parts.write(path, preprocess(golden, contract))
+        if expected.shape != (len(golden), config.feature_size) or not np.isfinite(expected).all():
+            raise ExportError(
+                f"{config.name}: {parts.reference} gives {expected.shape} features or values that are not finite"
+            )
+        np.save(path / GOLDEN_FEATURES, expected)
+        single = path / ONNX["fp32"]
+        if calibration is not None:
+            # The golden images join in: some lie on plain ground, where activations reach furthest.
+            images = [*calibration, *golden]
+            batches = [
+                preprocess(images[first : first + _CALIBRATION_BATCH], contract)
+                for first in range(0, len(images), _CALIBRATION_BATCH)
+            ]
+            quantize_onnx(single, batches, contract, path / ONNX["int8"])
+        if compact:
+            compact_onnx(single, path / WEIGHTS, path / COMPACT_ONNX)
+            single.unlink()
+            if not any(single.parent.iterdir()):
+                single.parent.rmdir()
+
+        about = _preprocessor_config(contract) if parts.preprocessor is None else dict(parts.preprocessor)
+        (path / PREPROCESSOR).write_text(json.dumps(about, indent=2) + "\n")
+        training = json.dumps(dict(parts.training), ensure_ascii=False)
+        (path / TRAINING).write_text(training + "\n", "utf-8")
+        folder = seal_folder(path, config, render_card(config))
+        cosines = _check(folder, parts.reference)
+    return ExportReport(ModelFolder(out), cosines)
+
+
+def _check(folder: ModelFolder, reference: str) -> dict[str, float]:
+    cosines: dict[str, float] = {}
+    for precision in folder.precisions:
+        check = check_golden(FeatureExtractor.open(folder, RunOptions(precision, device="cpu")))
+        assert check.cosine is not None
+        cosines[precision] = check.cosine
+        if check.short:
+            fix = "pass `int8=False` or more images as `calibration`" if precision == "int8" else "report this network"
+            raise ExportError(
+                f"{folder.config.name}: {precision} ONNX disagrees with {reference} (cosine {check.cosine:.5f} on a "
+                f"golden image, {check.needed} needed); nothing was written",
+                fix=fix,
+            )
+    return cosines
+
+
+def golden_images() -> list[tuple[str, bytes]]:
+    """Name and bytes of the golden images: small CC0 photographs in the formats and modes that users have."""
+    folder = resources.files("robustfeat.training.export").joinpath("golden")
+    return [(entry.name, entry.read_bytes()) for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)]
+
+
+def _write_golden(path: Path, contract: Preprocessing) -> list[Image.Image]:
+    (path / "golden").mkdir()
+    images = golden_images()
+    for name, data in images:
+        (path / "golden" / name).write_bytes(data)
+    return [decode(data, version=contract.version) for _, data in images]
+
+
+_SIZE_KEYS = {"center": ("shortest_edge",), "squash": ("height", "width"), "border": ("longest_edge",)}
+
+
+def _preprocessor_config(contract: Preprocessing) -> dict[str, Any]:
+    side = contract.image_size
+    return {
+        "image_processor_type": "TimmWrapperImageProcessor",
+        "crop_size": {"height": side, "width": side},
+        "size": dict.fromkeys(_SIZE_KEYS[contract.crop_mode], contract.resize_size),
+        "resample": INTERPOLATIONS[contract.interpolation].value,
+        "image_mean": list(contract.mean),
+        "image_std": list(contract.std),
+    }
