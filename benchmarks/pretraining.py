@@ -6,6 +6,7 @@
 
 Each command goes on where it was stopped; run it under `nice -n 19` beside other work. A cell is one method with one
 seed: it trains and gets a linear SVM per target, fitted and tested on disjoint *training* images of the target.
+Its result is a file in docs/results/pretraining (`--results`), and a cell that has one is not trained again.
 `status` tells how far the runs are, and prints the table of the finished cells.
 """
 
@@ -51,6 +52,7 @@ LONG: dict[str, Any] = {
 }  # fmt: skip
 LONG_EPOCHS = {"hrrl": 30, "erm": 36}
 MOST_TRAIN, MOST_TEST = 4000, 2000
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "pretraining"
 KEPT_FEATURES = ("teacher-features.f16", "teacher-features.json")
 
 
@@ -107,13 +109,14 @@ def run_cells(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         taught: list[Path] = []
         for method, signal in product(options.methods, SIGNALS):
-            run = options.out / f"{signal} {method} seed {seed}".replace(" + ", "-").replace(" ", "-").lower()
-            result = run / "cell.json"
+            name = f"{signal} {method} seed {seed}".replace(" + ", "-").replace(" ", "-").lower()
+            run, result = options.out / name, options.results / f"{name}.json"
             if not result.exists():
                 if "teacher" in signal:
                     borrow_features(run, taught)
                 finish(cell_recipe(signal, method, seed, options.teacher), run, options)
                 values = {"signal": signal, "method": method, "seed": seed, "svm": score(run, tasks)}
+                options.results.mkdir(parents=True, exist_ok=True)
                 with new_file(result) as partial:
                     partial.write_text(json.dumps({**values, "machine": hardware()}, indent=1) + "\n")
                 print(json.dumps(values), flush=True)
@@ -126,7 +129,7 @@ def run_long(options: argparse.Namespace) -> None:
 
 
 def tell_status(options: argparse.Namespace) -> None:
-    cells = []
+    cells = [json.loads(file.read_text()) for file in sorted(options.results.glob("*.json"))]
     for run in sorted(path.parent for path in options.out.glob(f"*/{RECIPE_NAME}")):
         recipe, events = load_recipe(str(run / RECIPE_NAME)), read_metrics(run)
         epochs = [event for event in events if event["event"] == "epoch"]
@@ -134,8 +137,6 @@ def tell_status(options: argparse.Namespace) -> None:
         print(
             f"{run.name}: {len(epochs)} of {recipe.epochs} epochs" + (f", accuracy {accuracy:.2%}" if accuracy else "")
         )
-        if (run / "cell.json").exists():
-            cells.append(json.loads((run / "cell.json").read_text()))
     if cells:
         print("\n" + table(cells))
 
@@ -164,6 +165,8 @@ def main() -> None:
         command = commands.add_parser(name)
         command.set_defaults(work=work)
         command.add_argument("--out", required=True, type=Path)
+        if name != "long":
+            command.add_argument("--results", type=Path, default=RESULTS)
         if name != "status":
             command.add_argument("data", metavar="DATA")
             command.add_argument("--teacher", required=True, metavar="MODEL")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from torchvision.transforms import v2
 
 from robustfeat.errors import DecodeError
