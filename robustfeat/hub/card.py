@@ -34,7 +34,7 @@ def render_card(config: ModelConfig) -> str:
     `PLACE` stands where the repository's name belongs; a push puts it there.
     """
     contract = config.preprocessing
-    colours = "RGB, transparent pixels on white" if contract.version > 1 else "RGB"
+    colours = contract.channel_order.upper() + (", transparent pixels on white" if contract.version > 1 else "")
     card = f"""\
 ---
 {_metadata(config)}

@@ -73,6 +73,15 @@ INTERPOLATIONS = {
 CROP_MODES = ("center", "squash", "border")
 """By timm's names."""
 
+_CHOICES = {
+    "interpolation": tuple(INTERPOLATIONS),
+    "crop_mode": CROP_MODES,
+    "crop_rounding": ("even", "down"),
+    "channel_order": ("rgb", "bgr"),
+}
+_LATER = {"crop_mode": "center", "crop_rounding": "even", "channel_order": "rgb"}
+"""Fields that came after version 2, which are not named at these values: older hashes stay."""
+
 _ORIENTATION_TAG = 0x0112
 _TURNING = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 """Where Pillow finds an orientation in an image's `info`."""
@@ -96,11 +105,14 @@ class Preprocessing:
         image_size: side S of the network's square input, in pixels.
         crop_pct: the shorter side is resized to floor(S / crop_pct) before the centre crop, as timm does.
         interpolation: one of `INTERPOLATIONS`.
-        mean, std: per channel (RGB), for values in [0, 1].
+        mean, std: per channel, in the order of `channel_order`, for values in [0, 1].
         version: of the contract, which decides how `decode` treats transparent images.
         crop_mode: how an image becomes a square. With R = floor(S / crop_pct): `center` resizes the shorter side to R,
             `squash` resizes both sides to R and changes the aspect ratio, and `border` resizes the longer side to R and
             pads the shorter one with the mean colour. Each then takes the centre S x S.
+        crop_rounding: where the margins of that centre are no whole pixels, `even` rounds to the even one, as
+            torchvision and timm do, and `down` takes the smaller one, as transformers does.
+        channel_order: `rgb` or `bgr`.
     """
 
     image_size: int
@@ -110,6 +122,8 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
     version: int = CONTRACT_VERSION
     crop_mode: str = "center"
+    crop_rounding: str = "even"
+    channel_order: str = "rgb"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
@@ -121,7 +135,7 @@ class Preprocessing:
             raise ValueError(f"image_size must be between 8 and 4096; got {self.image_size}")
         if not 0.1 <= self.crop_pct <= 1.0:
             raise ValueError(f"crop_pct must be between 0.1 and 1; got {self.crop_pct}")
-        for name, options in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        for name, options in _CHOICES.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
         in_range = all(-1e6 <= value <= 1e6 for value in self.mean) and all(1e-6 <= value <= 1e6 for value in self.std)
@@ -151,11 +165,8 @@ class Preprocessing:
         return data
 
     def _fields(self) -> dict[str, Any]:
-        """Fields that came after version 2 are not named at their defaults: older hashes stay."""
-        data = asdict(self)
-        if self.crop_mode == "center":
-            del data["crop_mode"]
-        return data
+        """Without those of `_LATER` that have their defaults."""
+        return {name: value for name, value in asdict(self).items() if _LATER.get(name) != value}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Preprocessing:
@@ -164,7 +175,7 @@ class Preprocessing:
         Raises:
             ValueError: a key is unknown or missing, or a value is out of range.
         """
-        data = {"version": 1, "crop_mode": "center", **data}
+        data = {"version": 1, **_LATER, **data}
         known = {field.name for field in fields(cls)}
         if set(data) != known:
             odd = sorted(set(data) ^ known)
@@ -293,8 +304,7 @@ def resize_and_crop(image: Image.Image, contract: Preprocessing) -> NDArray[np.u
     new_width, new_height = _resized(width, height, contract)
     if new_width < size or new_height < size:
         return _padded(image, (new_width, new_height), contract)
-    # round() halves to even, as torchvision's centre crop does.
-    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    left, top = _margin(new_width, contract), _margin(new_height, contract)
     if (new_width, new_height) == (width, height):
         return np.asarray(image.crop((left, top, left + size, top + size)))
     if contract.crop_mode != "center" or contract.interpolation not in {"bilinear", "bicubic"}:
@@ -305,6 +315,13 @@ def resize_and_crop(image: Image.Image, contract: Preprocessing) -> NDArray[np.u
     x, y = width / new_width, height / new_height
     box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
     return np.asarray(image.resize((size, size), INTERPOLATIONS[contract.interpolation], box))
+
+
+def _margin(side: int, contract: Preprocessing) -> int:
+    """Pixels of a side that lie before the centre crop."""
+    extra = side - contract.image_size
+    # round() halves to even, as torchvision's centre crop does.
+    return extra // 2 if contract.crop_rounding == "down" else round(extra / 2)
 
 
 def _resized(width: int, height: int, contract: Preprocessing) -> tuple[int, int]:
@@ -325,18 +342,20 @@ def _padded(image: Image.Image, resized: tuple[int, int], contract: Preprocessin
     size = contract.image_size
     pixels = np.asarray(image.resize(resized, INTERPOLATIONS[contract.interpolation]))
     square = np.empty((size, size, 3), np.uint8)
-    square[:] = [min(255, max(0, round(255 * value))) for value in contract.mean]
-    source, target = zip(*(_overlap(side, size) for side in pixels.shape[:2]), strict=True)
+    colour = [min(255, max(0, round(255 * value))) for value in contract.mean]
+    square[:] = colour if contract.channel_order == "rgb" else colour[::-1]
+    source, target = zip(*(_overlap(side, contract) for side in pixels.shape[:2]), strict=True)
     square[target] = pixels[source]
     return square
 
 
-def _overlap(side: int, size: int) -> tuple[slice, slice]:
+def _overlap(side: int, contract: Preprocessing) -> tuple[slice, slice]:
     """Where a centred line of pixels and a square meet, in the coordinates of the line and of the square."""
+    size = contract.image_size
     if side < size:
         start = (size - side) // 2
         return slice(0, side), slice(start, start + side)
-    start = round((side - size) / 2)
+    start = _margin(side, contract)
     return slice(start, start + size), slice(0, size)
 
 
@@ -363,7 +382,12 @@ def prepare_square(
 
 
 def normalise(squares: NDArray[np.uint8], contract: Preprocessing) -> NDArray[np.float32]:
-    """(N, S, S, 3) uint8 to (N, 3, S, S) float32, contiguous: ((v / 255) - mean) / std."""
+    """(N, S, S, 3) uint8 to (N, 3, S, S) float32, contiguous: ((v / 255) - mean) / std.
+
+    The squares are RGB, the result has the contract's `channel_order`.
+    """
+    if contract.channel_order == "bgr":
+        squares = squares[..., ::-1]
     mean = np.asarray(contract.mean, np.float32)[:, None, None]
     std = np.asarray(contract.std, np.float32)[:, None, None]
     # Transposed while it is small, then in place: six times as fast as the formula written in one line.

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -549,3 +550,38 @@ def test_crop_modes_have_hashes_of_their_own_and_center_keeps_the_old_one() -> N
 def test_unknown_modes_and_filters_are_named_with_the_known_ones(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be one of .*; got {value!r}"):
         Preprocessing(64, **{name: value})
+
+
+@pytest.mark.parametrize("size", [(64, 67), (501, 40), (33, 36), (40, 41)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+def test_margins_are_rounded_as_the_contract_says(size: tuple[int, int], interpolation: str) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    contract = Preprocessing(32, crop_pct=32 / 35, interpolation=interpolation, crop_rounding="down")
+    whole = v2.functional.resize(image, [35], v2.InterpolationMode(interpolation), antialias=True)
+    left, top = (whole.width - 32) // 2, (whole.height - 32) // 2
+    expected = np.asarray(whole.crop((left, top, left + 32, top + 32)), np.int64)
+    assert np.abs(resize_and_crop(image, contract) - expected).max() <= 1
+    # 1.5 pixels become 1 or 2.
+    assert not np.array_equal(
+        resize_and_crop(image, contract), resize_and_crop(image, replace(contract, crop_rounding="even"))
+    )
+
+
+def test_bgr_is_the_same_input_in_the_other_order(photo: Image.Image) -> None:
+    rgb = Preprocessing(32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    bgr = replace(rgb, mean=rgb.mean[::-1], std=rgb.std[::-1], channel_order="bgr")
+    np.testing.assert_array_equal(preprocess([photo], bgr), preprocess([photo], rgb)[:, ::-1])
+    padded = replace(bgr, crop_mode="border")
+    np.testing.assert_array_equal(
+        resize_and_crop(photo, padded), resize_and_crop(photo, replace(rgb, crop_mode="border"))
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), [("crop_rounding", "down"), ("channel_order", "bgr")])
+def test_later_fields_are_named_where_they_differ(name: str, value: Any) -> None:
+    plain, changed = Preprocessing(64), replace(Preprocessing(64), **{name: value})
+    assert name not in plain.to_dict()
+    assert changed.hash != plain.hash
+    assert Preprocessing.from_dict(changed.to_dict()) == changed
+    with pytest.raises(ValueError, match=f"{name} must be one of .*; got 'x'"):
+        Preprocessing.from_dict(plain.to_dict() | {name: "x"})
