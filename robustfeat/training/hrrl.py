@@ -21,6 +21,7 @@ from robustfeat.errors import DivergedError
 from robustfeat.training.concept_noise import ConceptNoise
 from robustfeat.training.divergences import DIVERGENCES, project_simplex
 from robustfeat.training.loop.distributed import sum_over_ranks
+from robustfeat.training.network import batch_norms
 
 __all__ = [
     "ConceptAdversary",
@@ -44,11 +45,7 @@ def _inner_pass(model: nn.Module, batch_norm: str) -> Iterator[None]:
     Autograd would skip the parameters' gradients by itself; a compiled graph would not, unless they ask for none.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
-    ]
+    layers = [layer for layer in batch_norms(model) if layer.training and layer.track_running_stats]
     for parameter in parameters:
         parameter.requires_grad_(False)
     for layer in layers:

@@ -221,6 +221,11 @@ def require_side(network: nn.Module, name: str, side: int) -> None:
         network.train(was_training)
 
 
+def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The layers with statistics of batches."""
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
     """(n, 3, H, W) to (n, D), what the classifier sees."""
     if isinstance(network, ResNet18):

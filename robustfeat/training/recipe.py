@@ -204,6 +204,11 @@ class Recipe:
         """Whether crops are changed after they are cut."""
         return self.trivial_augment or self.erasing > 0
 
+    @property
+    def classifies(self) -> bool:
+        """Whether a classifier of the features themselves is trained, so that it belongs to the model."""
+        return self.labels and not self.projection
+
     def image_size(self, epoch: int) -> int:
         """S of the training crops in this epoch, counted from 0."""
         return [side for first, side in self.image_sizes if first <= epoch][-1]

@@ -66,6 +66,12 @@ def test_networks_that_cannot_be_trained_are_refused(name: str, reason: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_recalibration_needs_batch_norm() -> None:
+    made = dataclasses.replace(SMALL, network="timm:test_vit", recalibrate=1)
+    with pytest.raises(InputError, match="recalibrate=1: timm:test_vit has no BatchNorm"):
+        TrainingStep(made, CONCEPTS, CPU, Ranks())
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [

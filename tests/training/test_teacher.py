@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from robustfeat import FeatureExtractor
@@ -347,6 +348,8 @@ def test_a_folder_of_images_is_learned_from_exported_and_embeds(
     saved = load_checkpoint(tmp_path / "run")
     assert (saved.data["images"], saved.data["validation_images"]) == (19, 5)
     report = export_run(tmp_path / "run", tmp_path / "model")
+    assert report.folder.config.num_classes == 0
+    assert not any(name.startswith("fc.") for name in load_file(report.folder.path / "model.safetensors"))
     check = check_golden(FeatureExtractor.from_pretrained(report.folder.path))
     assert check.cosine is not None
     assert check.cosine > 0.9999

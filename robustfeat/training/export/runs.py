@@ -85,7 +85,7 @@ def export_run(
         name=name or folder.resolve().name,
         architecture=about["architecture"],
         feature_size=size,
-        num_classes=0 if recipe.projection else len(checkpoint.classes),
+        num_classes=len(checkpoint.classes) if recipe.classifies else 0,
         preprocessing=contract,
         first_conv=about["first_conv"],
         classifier=about["classifier"],

@@ -158,9 +158,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def features_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The state dict that the run gives away: without the classifier where that sees a projection of the features."""
+    """The state dict that the run gives away: without a classifier where the features themselves have none."""
     recipe = Recipe.from_dict(checkpoint.recipe)
-    if not recipe.projection:
+    if recipe.classifies:
         return checkpoint.result
     with fitting():
         prefix = timm_settings(_build(checkpoint, recipe))["classifier"] + "."

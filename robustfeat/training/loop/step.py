@@ -21,6 +21,7 @@ from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.network import (
     PROJECTION,
     Outputs,
+    batch_norms,
     build_network,
     classifier_of,
     feature_size,
@@ -138,6 +139,13 @@ class TrainingStep:
             require_side(network, recipe.network, side)
             if self.objective.example_level.half and self.objective.tau_at_224px:
                 require_side(network, recipe.network, (side + 1) // 2)
+        if recipe.recalibrate and not batch_norms(self._outputs.classifying):
+            raise InputError(
+                f"{recipe.network} has no BatchNorm, whose statistics are measured anew",
+                argument="recalibrate",
+                value=recipe.recalibrate,
+                fix="leave it out",
+            )
 
     @property
     def result(self) -> Outputs:
@@ -182,9 +190,8 @@ class TrainingStep:
         """To training mode. Beside a start's features, BatchNorm keeps the start's statistics, which those have."""
         self._outputs.train()
         if self._start is not None:
-            for module in self.network.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            for layer in batch_norms(self.network):
+                layer.eval()
 
     def __call__(
         self,
@@ -337,7 +344,7 @@ class TrainingStep:
         """
         result = self.result
         classifying = result.classifying
-        layers = [m for m in classifying.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        layers = batch_norms(classifying)
         momenta = [layer.momentum for layer in layers]
         classifying.train()
         for layer in layers:
