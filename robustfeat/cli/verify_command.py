@@ -49,10 +49,13 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
 
 
 def _checks(folder: ModelFolder) -> Iterator[Check]:
+    from robustfeat.hub.folder import WEIGHTS
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.verify import MIN_COSINE, Check, check_ways, ways_to_run
 
     yield from check_ways(partial(FeatureExtractor.open, folder), ways_to_run(folder.precisions), timed=True)
+    if WEIGHTS not in folder.config.files:
+        return  # PyTorch has nothing to run
     if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):
         from robustfeat.training.export.golden import verify_with_torch
 

@@ -4,6 +4,7 @@
     golden/  preprocessor_config.json  training.json  README.md
 
 In a compact folder (such as the built-in one) `model.onnx` lies beside `model.safetensors` and keeps its weights in it.
+A folder without `model.safetensors` has its weights in `onnx/model.onnx` alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -25,7 +26,7 @@ from robustfeat.hub.config import CODE_ENTRIES, ModelConfig
 from robustfeat.hub.external_data import inline_external_data
 from robustfeat.hub.remote import HubAccess
 
-__all__ = ["ModelFolder", "file_sha256", "holds_code", "seal_folder"]
+__all__ = ["ModelFolder", "file_sha256", "holds_code", "seal_folder", "weights_sha256"]
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -38,6 +39,14 @@ GOLDEN_FEATURES = "golden/features.npy"
 
 _PICKLES = {".bin", ".ckpt", ".dill", ".h5", ".joblib", ".keras", ".mar", ".pickle", ".pkl", ".pt", ".pt2", ".pth"}
 _PROGRAMS = {".bat", ".dll", ".dylib", ".exe", ".ipynb", ".jar", ".js", ".ps1", ".py", ".pyc", ".pyd", ".sh", ".so"}
+
+
+def weights_sha256(files: Mapping[str, str]) -> str:
+    """The hash that stands for a model's weights, from the hashes of its files.
+
+    It is that of model.safetensors, or else of the fp32 ONNX file; empty where neither is listed.
+    """
+    return next((files[name] for name in (WEIGHTS, ONNX["fp32"]) if name in files), "")
 
 
 def holds_code(name: str) -> bool:
@@ -115,7 +124,7 @@ class ModelFolder:
     @property
     def version(self) -> str:
         """Its commit on the Hub, or else the start of its weights' hash."""
-        return self.revision or self.config.files[WEIGHTS][:12]
+        return self.revision or weights_sha256(self.config.files)[:12]
 
     @property
     def precisions(self) -> list[str]:
@@ -214,6 +223,11 @@ class ModelFolder:
             self._check_preprocessor()
 
     def _require_listed(self, name: str) -> None:
+        if name == WEIGHTS and name not in self.config.files:
+            raise ModelFolderError(
+                f"{self.path}: has no weights for PyTorch ({WEIGHTS}), only the ONNX network",
+                fix="use a model that has both",
+            )
         if name not in self.config.files:
             raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}", fix=self._remedy)
 

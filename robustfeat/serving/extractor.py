@@ -18,7 +18,7 @@ from PIL import Image
 import robustfeat
 from robustfeat.errors import DecodeError, EngineError, ModelFolderError
 from robustfeat.hub.catalog import resolve_model
-from robustfeat.hub.folder import WEIGHTS, ModelFolder
+from robustfeat.hub.folder import ModelFolder, weights_sha256
 from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_crop, to_rgb
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.engine import Engine, open_engine
@@ -182,7 +182,7 @@ class FeatureExtractor:
         return ModelIdentity(
             name=config.name,
             revision=self.folder.revision,
-            weights_sha256=config.files.get(WEIGHTS, ""),
+            weights_sha256=weights_sha256(config.files),
             preprocessing_hash=config.preprocessing.hash,
             feature_size=self.feature_size,
             precision=self.precision,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustfeat.errors import InputError
-from robustfeat.hub.folder import WEIGHTS
+from robustfeat.hub.folder import weights_sha256
 
 __all__ = ["BYTE_KEYS", "FEATURE_KEYS", "MODEL_KEYS", "ModelIdentity"]
 
@@ -37,7 +37,7 @@ class ModelIdentity:
     Attributes:
         name: of the model.
         revision: its commit on the Hub, if it is known.
-        weights_sha256: of its model.safetensors.
+        weights_sha256: see `hub.folder.weights_sha256`.
         preprocessing_hash: of its preprocessing contract.
         feature_size: D.
         precision, engine, decoding: as in `RunOptions`, without auto.
@@ -74,7 +74,7 @@ class ModelIdentity:
         return cls(
             name=str(meta["model"]),
             revision=meta["revision"],
-            weights_sha256=str(meta["files"].get(WEIGHTS, "")),
+            weights_sha256=weights_sha256(meta["files"]),
             preprocessing_hash=str(meta["preprocessing_hash"]),
             feature_size=int(meta["feature_size"]),
             precision=str(meta["precision"]),

@@ -15,8 +15,11 @@ import pytest
 from robustfeat.errors import ModelFolderError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.config import Evaluation, ModelConfig
-from robustfeat.hub.folder import ModelFolder, seal_folder
+from robustfeat.hub.folder import WEIGHTS, ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.identity import ModelIdentity
+from robustfeat.serving.verify import check_golden
 
 
 @pytest.fixture
@@ -206,3 +209,19 @@ def test_the_builtin_model_is_complete_and_small() -> None:
     assert features.shape == (8, 512)
     assert np.isfinite(features).all()
     assert "Tiny ImageNet" in folder.config.provenance["terms"]
+
+
+def test_a_folder_without_weights_for_pytorch_is_known_by_its_onnx(small_fp32: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_fp32, tmp_path / "model"))
+    with_weights = FeatureExtractor.from_pretrained(folder).identity
+    (folder / WEIGHTS).unlink()
+    sealed = seal_folder(folder, ModelFolder(small_fp32).config, "")
+    digest = sealed.config.files["onnx/model.onnx"]
+    extractor = FeatureExtractor.from_pretrained(folder)
+    identity = extractor.identity
+    assert (identity.weights_sha256, sealed.version) == (digest, digest[:12])
+    assert not identity.same_features(with_weights)
+    assert ModelIdentity.of_meta(identity.to_meta(8)) == identity
+    assert not check_golden(extractor).short
+    with pytest.raises(ModelFolderError, match=r"no weights for PyTorch \(model.safetensors\), only the ONNX network"):
+        sealed.read(WEIGHTS)
