@@ -295,7 +295,7 @@ def _try_engine(model: str, options: RunOptions, status: str) -> tuple[Finding, 
 
 def _torch(trial: Trial | None) -> Iterator[Finding]:
     if trial is None:
-        fix = "pip install 'robustfeat[train]' for robustfeat train, evaluate, paper, export and import"
+        fix = "pip install 'robustfeat[train]' for robustfeat train, evaluate, paper, export and import timm:NAME"
         yield Finding("torch", OK, "not installed, and not needed to embed or serve", fix)
         return
     try:

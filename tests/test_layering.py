@@ -195,6 +195,16 @@ def test_torch_stays_unloaded_when_hub_and_serving_are_imported() -> None:
     assert not {"torch", "torchvision"} & loaded_after("import " + ", ".join(names))
 
 
+WITHOUT_TORCH = (
+    "arguments assembly calibration compact graph_adapting graph_batch graph_reading onnx_import quantisation stamp"
+)
+
+
+def test_onnx_files_are_imported_without_torch() -> None:
+    names = [f"robustfeat.training.export.{name}" for name in WITHOUT_TORCH.split()]
+    assert not {"torch", "torchvision", "timm", "transformers"} & loaded_after("import " + ", ".join(names))
+
+
 def test_help_loads_no_heavy_module() -> None:
     loaded = loaded_after("from robustfeat.cli import cli; cli.main(['--help'], standalone_mode=False)")
     assert not {"torch", "onnxruntime", "sklearn", "numpy", "PIL"} & loaded
@@ -218,6 +228,8 @@ MISTAKES = [
     ["import", "nosuch", "--out", "new"],
     ["import", "timm:resnet18", "--out", "examples"],
     ["import", "timm:resnet18", "--out", "new", "--weights", "nosuch.pt"],
+    ["import", "timm:resnet18", "--out", "new", "--mean", "0.5"],
+    ["import", "nosuch.onnx", "--out", "new"],
     ["paper", "table2", "--out", "new", "--target", "nosuch=examples/images"],
     ["paper", "table2", "--out", "new", "--target", "cifar10=nosuch"],
 ]

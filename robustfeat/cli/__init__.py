@@ -41,7 +41,8 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "ray": "ray",
     "pyarrow": "parquet",
-    **dict.fromkeys(("onnx", "onnxscript", "safetensors", "timm", "torch", "torchvision"), "train"),
+    "onnx": "onnx",
+    **dict.fromkeys(("onnxscript", "safetensors", "timm", "torch", "torchvision"), "train"),
 }
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from robustfeat.cli.rendering import Command, say
+
+if TYPE_CHECKING:
+    from robustfeat.training.export.assembly import ExportReport
 
 
 @click.command("export", cls=Command, short_help="Make a model folder of a training run.")
@@ -83,13 +86,14 @@ def command(
         license_id=license_id,
         datasets=datasets,
     )
-    print_report(out, report.folder.config.name, report.cosines, as_json)
+    print_report(out, report, as_json)
 
 
-def print_report(out: str, name: str, cosines: dict[str, float], as_json: bool) -> None:
-    """What was made, and how close each ONNX file is to PyTorch."""
+def print_report(out: str, report: ExportReport, as_json: bool) -> None:
+    """What was made, and how close each ONNX file is to what computed the golden features."""
+    name = report.folder.config.name
     if as_json:
-        click.echo(json.dumps({"out": out, "name": name, "golden_cosine": cosines}))
+        click.echo(json.dumps({"out": out, "name": name, "golden_cosine": report.cosines}))
     else:
-        checks = ", ".join(f"{precision} cosine {value:.6f}" for precision, value in cosines.items())
-        say(f"{out}: {name}; against PyTorch: {checks}", err=True)
+        checks = ", ".join(f"{precision} cosine {value:.6f}" for precision, value in report.cosines.items())
+        say(f"{out}: {name}; against {report.reference}: {checks}", err=True)

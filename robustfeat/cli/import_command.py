@@ -2,59 +2,67 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from robustfeat.cli.export_command import print_report
 from robustfeat.cli.rendering import Command
 
+if TYPE_CHECKING:
+    from robustfeat.training.export.arguments import Source
+    from robustfeat.training.export.assembly import ExportReport
 
-@click.command("import", cls=Command, short_help="Make a model folder of a timm or torchvision backbone.")
-@click.argument("source", metavar="timm:NAME|torchvision:NAME")
+
+@click.command("import", cls=Command, short_help="Make a model folder of a network that exists elsewhere.")
+@click.argument("source", metavar="SOURCE")
 @click.option("--out", required=True, metavar="MODEL", help="The folder to make.")
 @click.option("--weights", metavar="FILE", help="A state dict.  [default: the library's weights, downloaded]")
 @click.option("--name", help="The model's name, with its version.")
 @click.option("--image-size", type=int, help="Side of the network's input in pixels.  [default: the library's]")
 @click.option(
-    "--crop-pct", type=float, help="Share of the resized image that the crop keeps.  [default: the library's]"
+    "--crop-pct",
+    type=float,
+    help="Share of the resized image that the crop keeps.  [default: the library's; 1 of ONNX]",
 )
+@click.option("--mean", metavar="M[,M,M]", help="Mean of RGB in [0, 1]; of ONNX files.")
+@click.option("--std", metavar="S[,S,S]", help="Standard deviation of RGB in [0, 1]; of ONNX files.")
+@click.option("--interpolation", metavar="FILTER", help="bilinear, bicubic, ...; of ONNX files.  [default: bilinear]")
+@click.option("--crop-mode", metavar="MODE", help="center, squash or border; of ONNX files.  [default: center]")
+@click.option("--output", metavar="TENSOR", help="The tensor that becomes the features, where a network has several.")
+@click.option("--pooling", type=click.Choice(["cls", "mean"]), help="How tokens or a map become one vector.")
 @click.option("--calibration", metavar="FOLDER", help="Images for int8, besides the 8 golden ones.")
 @click.option("--no-int8", is_flag=True, help="Leave the int8 model out.")
 @click.option("--terms", help="Terms of use, for the card.")
 @click.option("--license", "license_id", metavar="ID", help="The Hub's name of a license, such as apache-2.0.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-def command(
-    source: str,
-    out: str,
-    weights: str | None,
-    name: str | None,
-    image_size: int | None,
-    crop_pct: float | None,
-    calibration: str | None,
-    no_int8: bool,
-    terms: str | None,
-    license_id: str | None,
-    as_json: bool,
-) -> None:
-    """Makes the folder that `robustfeat export` makes, of any backbone that timm or torchvision knows."""
-    from robustfeat.files import require_new
-    from robustfeat.training.export.arguments import check_import
+def command(source: str, out: str, no_int8: bool, as_json: bool, **options: Any) -> None:
+    """Makes the folder that `robustfeat export` makes, of a network that exists elsewhere.
 
-    check_import(source, weights)
+    SOURCE is timm:NAME or torchvision:NAME, or FILE.onnx, the ONNX file of any vision network (which needs no PyTorch).
+    """
+    from robustfeat.files import require_new
+    from robustfeat.training.export.arguments import check_import, parse_channels, read_source
+
+    for name in ("mean", "std"):
+        if options[name] is not None:
+            options[name] = parse_channels(name, options[name])
+    found = read_source(source, options)
+    if found.kind in {"timm", "torchvision"}:
+        check_import(source, options["weights"])
     require_new(out)
     import onnxruntime  # noqa: F401  # If it is missing, that is said before PyTorch loads.
 
+    given = {name: value for name, value in options.items() if value is not None}
+    report = _import(found, source, out, given | {"int8": not no_int8})
+    print_report(out, report, as_json)
+
+
+def _import(found: Source, source: str, out: str, options: dict[str, Any]) -> ExportReport:
+    if found.kind == "onnx":
+        from robustfeat.training.export.onnx_import import import_onnx
+
+        return import_onnx(source, out, **options)
     from robustfeat.training.export.backbones import import_backbone  # loads PyTorch, which takes seconds
 
-    report = import_backbone(
-        source,
-        out,
-        weights=weights,
-        name=name,
-        image_size=image_size,
-        crop_pct=crop_pct,
-        calibration=calibration,
-        int8=not no_int8,
-        terms=terms,
-        license_id=license_id,
-    )
-    print_report(out, report.folder.config.name, report.cosines, as_json)
+    return import_backbone(source, out, **options)

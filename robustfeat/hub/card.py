@@ -60,21 +60,7 @@ features = fx.embed(["photo.jpg"])
 print(features.shape)  # (1, {config.feature_size})
 ```
 
-With timm, which gives the same features:
-
-```python
-import timm
-import torch
-from PIL import Image
-
-model = timm.create_model("hf-hub:{PLACE}", pretrained=True, num_classes=0).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-with torch.no_grad():
-    features = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
-print(tuple(features.shape))  # (1, {config.feature_size})
-```
-
-(For a folder: `local-dir:` instead of `hf-hub:`.) `onnx/model.onnx` runs in ONNX Runtime and OpenVINO: `pixel_values`
+{_elsewhere(config)}`onnx/model.onnx` runs in ONNX Runtime and OpenVINO: `pixel_values`
 float32 (N, 3, {contract.image_size}, {contract.image_size}) to `features` float32 (N, {config.feature_size}).
 
 ## Preprocessing
@@ -103,6 +89,28 @@ concepts; nothing is claimed against adaptive attacks.
 """
 
 
+def _elsewhere(config: ModelConfig) -> str:
+    """How another library loads the model."""
+    if config.library == "onnx":
+        return "The weights are in the ONNX file only: PyTorch cannot load this model.\n"
+    return f"""\
+With timm, which gives the same features:
+
+```python
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("hf-hub:{PLACE}", pretrained=True, num_classes=0).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    features = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
+print(tuple(features.shape))  # (1, {config.feature_size})
+```
+
+(For a folder: `local-dir:` instead of `hf-hub:`.) """
+
+
 def _sides(contract: Preprocessing) -> str:
     side = f"{contract.resize_size} px"
     return {
@@ -122,7 +130,7 @@ def _metadata(config: ModelConfig) -> str:
     license_id = str(config.provenance.get("license") or "see-terms")
     known = license_id in _LICENSES
     data = ModelCardData(
-        library_name="timm",  # so that the Hub shows how to load it
+        library_name=config.library,  # so that the Hub shows how to load it
         pipeline_tag="image-feature-extraction",
         license=license_id if known else "other",
         license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", license_id.lower()),

@@ -17,6 +17,7 @@ FORMAT_VERSION = 1
 """Folders of a newer version are refused; older ones are read as long as this number has not changed."""
 
 _KEYS = {"architecture", "num_classes", "num_features", "dtype", "pretrained_cfg", "robustfeat"}
+_LIBRARIES = {"onnx"}
 CODE_ENTRIES = {"auto_map", "custom_pipelines", "custom_generate"}
 """By which other libraries find code in a repository, to run it."""
 
@@ -58,7 +59,7 @@ class ModelConfig:
 
     Attributes:
         name: with its version, such as `robustfeat-resnet18-tiny-v1`; a changed model gets a new name.
-        architecture: timm's name of the network.
+        architecture: timm's name of the network, or `onnx:NAME` where the ONNX file is all that there is of it.
         feature_size: D, the length of a feature vector.
         num_classes: outputs of the classifier in model.safetensors; 0 for none.
         preprocessing: the contract between image files and the network's input.
@@ -87,6 +88,12 @@ class ModelConfig:
     evaluations: tuple[Evaluation, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     card_sha256: str = ""
+
+    @property
+    def library(self) -> str:
+        """The library that builds the network: timm, or onnx where only engines run it."""
+        prefix, colon, _ = self.architecture.partition(":")
+        return prefix if colon and prefix in _LIBRARIES else "timm"
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""

@@ -1,4 +1,7 @@
-"""Makes models and measures them: concepts, data, network, HRRL, trainer, export. Needs the extra `train`."""
+"""Makes models and measures them: concepts, data, network, HRRL, trainer, export. Needs the extra `train`.
+
+Of export/, only what handles PyTorch networks does: ONNX files are imported without it (`tests/test_layering.py`).
+"""
 
 import os
 

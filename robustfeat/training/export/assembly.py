@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from robustfeat.errors import ExportError
+from robustfeat.errors import EngineError, ExportError, ModelFolderError
 from robustfeat.files import new_folder
 from robustfeat.hub.card import render_card
 from robustfeat.hub.config import ModelConfig
@@ -28,9 +28,10 @@ from robustfeat.hub.folder import (
     seal_folder,
 )
 from robustfeat.hub.preprocessing import INTERPOLATIONS, Preprocessing, decode, preprocess
+from robustfeat.progress import remark
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.options import RunOptions
-from robustfeat.serving.verify import check_golden
+from robustfeat.serving.options import AUTO, ENGINES, RunOptions
+from robustfeat.serving.verify import Check, check_golden
 from robustfeat.training.export.compact import compact_onnx
 from robustfeat.training.export.quantisation import quantize_onnx
 
@@ -50,6 +51,7 @@ class FolderParts:
         reference: what computed these features, for messages.
         training: the content of training.json.
         preprocessor: the content of preprocessor_config.json; by default made from the contract.
+        engines: those that must agree with the reference where they are installed.
     """
 
     config: ModelConfig
@@ -57,6 +59,7 @@ class FolderParts:
     reference: str = "PyTorch"
     training: Mapping[str, Any] = field(default_factory=dict)
     preprocessor: Mapping[str, Any] | None = None
+    engines: tuple[str, ...] = (AUTO,)
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,12 @@ class ExportReport:
     Attributes:
         folder: the result.
         cosines: precision to the smallest cosine against the reference's features of the golden images.
+        reference: what computed them.
     """
 
     folder: ModelFolder
     cosines: dict[str, float]
+    reference: str = "PyTorch"
 
 
 def assemble_folder(
@@ -115,24 +120,45 @@ def assemble_folder(
         training = json.dumps(dict(parts.training), ensure_ascii=False)
         (path / TRAINING).write_text(training + "\n", "utf-8")
         folder = seal_folder(path, config, render_card(config))
-        cosines = _check(folder, parts.reference)
-    return ExportReport(ModelFolder(out), cosines)
+        cosines = _check(folder, parts)
+    return ExportReport(ModelFolder(out), cosines, parts.reference)
 
 
-def _check(folder: ModelFolder, reference: str) -> dict[str, float]:
+def _check(folder: ModelFolder, parts: FolderParts) -> dict[str, float]:
+    """The smallest cosine of each precision over the engines that can run it."""
     cosines: dict[str, float] = {}
-    for precision in folder.precisions:
-        check = check_golden(FeatureExtractor.open(folder, RunOptions(precision, device="cpu")))
-        assert check.cosine is not None
-        cosines[precision] = check.cosine
-        if check.short:
-            fix = "pass `int8=False` or more images as `calibration`" if precision == "int8" else "report this network"
-            raise ExportError(
-                f"{folder.config.name}: {precision} ONNX disagrees with {reference} (cosine {check.cosine:.5f} on a "
-                f"golden image, {check.needed} needed); nothing was written",
-                fix=fix,
-            )
+    for engine in parts.engines:
+        for precision in folder.precisions:
+            check = _check_way(folder, RunOptions(precision, engine, "cpu"))
+            if check is None or check.cosine is None:
+                continue
+            cosines[precision] = min(check.cosine, cosines.get(precision, 1.0))
+            if check.short:
+                raise _disagreement(folder.config.name, check, parts.reference)
     return cosines
+
+
+def _check_way(folder: ModelFolder, options: RunOptions) -> Check | None:
+    """None where a further engine is not installed, or cannot load the network, which is said."""
+    try:
+        return check_golden(FeatureExtractor.open(folder, options))
+    except (EngineError, ModelFolderError) as exc:
+        if options.engine in {AUTO, ENGINES[0]}:
+            raise
+        if isinstance(exc, ModelFolderError):
+            remark(f"{folder.config.name}: {options.engine} cannot run its {options.precision} file ({exc.what})")
+        return None
+
+
+def _disagreement(name: str, check: Check, reference: str) -> ExportError:
+    fix = "report this network"
+    if check.precision == "int8":
+        fix = "pass `int8=False` or more images as `calibration`"
+    return ExportError(
+        f"{name}: {check.precision} ONNX disagrees with {reference} in {check.engine} (cosine {check.cosine:.5f} on a "
+        f"golden image, {check.needed} needed); nothing was written",
+        fix=fix,
+    )
 
 
 def golden_images() -> list[tuple[str, bytes]]:

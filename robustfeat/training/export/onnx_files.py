@@ -11,7 +11,7 @@ from torch import nn
 
 from robustfeat.errors import ExportError, first_line
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.export.stamp import quiet, raise_of_the_system, stamp_onnx
+from robustfeat.training.export.stamp import INPUT, OUTPUT, quiet, raise_of_the_system, stamp_onnx
 
 __all__ = ["export_onnx"]
 
@@ -37,8 +37,8 @@ def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None
                 external_data=False,
                 optimize=False,
                 verbose=False,
-                input_names=["pixel_values"],
-                output_names=["features"],
+                input_names=[INPUT],
+                output_names=[OUTPUT],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except Exception as exc:  # the exporter's errors share no base class

@@ -14,7 +14,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from robustfeat.errors import ExportError, first_line
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.export.stamp import quiet, raise_of_the_system, stamp_onnx
+from robustfeat.training.export.stamp import INPUT, quiet, raise_of_the_system, stamp_onnx
 
 __all__ = ["quantize_onnx"]
 
@@ -61,4 +61,4 @@ class _Batches(CalibrationDataReader):  # type: ignore[misc]
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         batch = next(self._batches, None)
-        return None if batch is None else {"pixel_values": batch}
+        return None if batch is None else {INPUT: batch}

@@ -12,7 +12,10 @@ import onnx
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.serving.engine import HASH_KEY
 
-__all__ = ["quiet", "raise_of_the_system", "stamp_onnx"]
+__all__ = ["INPUT", "OUTPUT", "quiet", "raise_of_the_system", "stamp_onnx"]
+
+INPUT, OUTPUT = "pixel_values", "features"
+"""What a model folder's ONNX files take, (N, 3, S, S) float32, and give, (N, D) float32."""
 
 
 def stamp_onnx(model: onnx.ModelProto, contract: Preprocessing) -> None:

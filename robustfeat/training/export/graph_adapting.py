@@ -1,0 +1,329 @@
+"""Any vision network's ONNX graph, changed to take `pixel_values` and give `features`. Loads no PyTorch.
+
+The network keeps its nodes and weights. New nodes turn our input into its own (channels last, 8 bits, half precision),
+and its output into vectors (pooling). The sides of the input become numbers, and its batch becomes free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from robustfeat.errors import InputError
+from robustfeat.training.export.graph_batch import free_batch
+from robustfeat.training.export.graph_reading import describe, dimensions, inner_graphs, noise, read_by, run_graph
+from robustfeat.training.export.stamp import INPUT, OUTPUT
+
+__all__ = ["POOLINGS", "AdaptedGraph", "adapt_graph"]
+
+POOLINGS = ("cls", "mean")
+"""How (N, T, D) tokens or an (N, D, H, W) map become a vector: the first token, or the mean over all."""
+
+_BATCH = "batch"
+_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.UINT8}
+_NORMALISING = {"Sub", "Div", "Mul", "Add"}
+_LAYERS = {"Gemm", "MatMul"}
+
+
+@dataclass(frozen=True)
+class AdaptedGraph:
+    """A graph that takes `pixel_values`, (N, 3, S, S) float32, and gives `features`, (N, D) float32.
+
+    Attributes:
+        model: the graph, with any batch size.
+        image_size: S.
+        feature_size: D.
+        output: the tensor of the file that became the features.
+        pooling: how it became a vector; None where it was one.
+        takes_bytes: whether the network takes values from 0 to 255.
+        normalises: the operators at its start that seem to normalise pixels.
+        classifier_input: what the last layer sees, where that layer may be a classifier; a choice for `output`.
+    """
+
+    model: onnx.ModelProto
+    image_size: int
+    feature_size: int
+    output: str
+    pooling: str | None
+    takes_bytes: bool
+    normalises: tuple[str, ...]
+    classifier_input: str | None
+
+
+def adapt_graph(
+    model: onnx.ModelProto,
+    source: str,
+    *,
+    image_size: int | None = None,
+    output: str | None = None,
+    pooling: str | None = None,
+) -> AdaptedGraph:
+    """Makes the graph one of a model folder's. `model` is changed.
+
+    Args:
+        model: of `load_graph`.
+        source: names the file in messages.
+        image_size: S; needed where the graph takes images of any size.
+        output: the tensor that becomes the features, an output or any other one; needed where there are several.
+        pooling: one of `POOLINGS`, for an output that is no vector.
+
+    Raises:
+        InputError: naming what was found, and what to pass.
+    """
+    graph = model.graph
+    chosen = named = _choose_output(graph, output, source)
+    classifier_input = _classifier_input(graph, chosen) if output is None else None
+    _prune(graph, chosen)
+    given = _image_input(graph, source)
+    nchw, side = _layout(given, image_size, source)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    batch = dimensions(given)[0]
+    kind = given.type.tensor_type.elem_type
+    normalises = tuple(_normalising(graph, given.name))
+    names = _rename(graph, {name: f"{name}.inner" for name in (INPUT, OUTPUT)})
+    taken, chosen = names.get(given.name, given.name), names.get(chosen, chosen)
+    _put_input(graph, taken, kind, nchw=nchw, side=side, batch=batch)
+    graph.output[0].name = chosen
+    most = 255.0 if kind == TensorProto.UINT8 else 1.0
+    (found,) = run_graph(model, [noise(batch or 1, side, most)], source)
+    pooled = _put_output(graph, chosen, found, pooling, opset, source, channels_last=not nchw)
+    feature_size = found.shape[-1] if found.ndim in (2, 3) or not nchw else found.shape[1]
+    graph.output[0].CopyFrom(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch or _BATCH, feature_size]))
+    free_batch(model, batch, side, most, source)
+    return AdaptedGraph(
+        model,
+        side,
+        feature_size,
+        named,
+        pooled,
+        kind == TensorProto.UINT8,
+        normalises,
+        classifier_input,
+    )
+
+
+def _choose_output(graph: onnx.GraphProto, output: str | None, source: str) -> str:
+    if output is None:
+        if len(graph.output) == 1:
+            return str(graph.output[0].name)
+        raise InputError(
+            f"{source}: has {len(graph.output)} outputs: {'; '.join(map(describe, graph.output))[:400]}",
+            fix="pass the name of one as `output`",
+        )
+    made = {name for node in graph.node for name in node.output if name}
+    if output not in made:
+        raise InputError(
+            f"{source} has no tensor of that name; its outputs are "
+            f"{', '.join(value.name for value in graph.output)[:400]}",
+            argument="output",
+            value=output,
+            fix="pass one of these, or any other tensor that a node of the graph gives",
+        )
+    return output
+
+
+def _classifier_input(graph: onnx.GraphProto, output: str) -> str | None:
+    """What the last layer sees, where the output comes from a linear layer, as that of a classifier does."""
+    makers = {name: node for node in graph.node for name in node.output}
+    weights = {tensor.name for tensor in graph.initializer}
+    node = makers.get(output)
+    while node is not None and node.op_type in {"Softmax", "LogSoftmax", "Sigmoid", "Add", "Identity", "Flatten"}:
+        node = next(
+            (makers[name] for name in node.input if name in makers and makers[name].op_type != "Constant"), None
+        )
+    if node is None or node.op_type not in _LAYERS or not any(name in weights for name in node.input[1:]):
+        return None
+    return str(node.input[0])
+
+
+def _prune(graph: onnx.GraphProto, output: str) -> None:
+    """Leaves what `output` needs, and makes it the only output."""
+    needed = {output}
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            needed |= read_by(node)
+    weights = {tensor.name for tensor in graph.initializer}
+    # Old files list the weights among the inputs, too.
+    _keep(graph.input, lambda value: value.name in needed - weights)
+    _keep(graph.initializer, lambda tensor: tensor.name in needed)
+    _keep(graph.node, lambda node: bool(needed & set(node.output)))
+    # What was inferred of inner tensors holds for the old batch and the old sides.
+    del graph.value_info[:], graph.output[:]
+    graph.output.append(onnx.ValueInfoProto(name=output))
+
+
+def _keep(field: Any, wanted: Callable[[Any], bool]) -> None:
+    """Deletes the other entries of a repeated field, in place: weights are large."""
+    for place in reversed(range(len(field))):
+        if not wanted(field[place]):
+            del field[place]
+
+
+def _image_input(graph: onnx.GraphProto, source: str) -> onnx.ValueInfoProto:
+    """The only input, an image.
+
+    Raises:
+        InputError: there are others, or none, or it is something else.
+    """
+    found = "; ".join(map(describe, graph.input))
+    if len(graph.input) != 1:
+        if not graph.input:
+            raise InputError(f"{source}: {graph.output[0].name} depends on no input", fix="pass another `output`")
+        raise InputError(
+            f"{source}: {graph.output[0].name} needs {len(graph.input)} inputs: {found[:400]}; expected one, the image",
+            fix="pass an `output` that depends on the image only, or export the image tower by itself",
+        )
+    value: onnx.ValueInfoProto = graph.input[0]
+    if value.type.tensor_type.elem_type not in _TYPES:
+        raise InputError(f"{source}: takes {found}; expected an image in float32, float16 or uint8")
+    return value
+
+
+def _layout(value: onnx.ValueInfoProto, image_size: int | None, source: str) -> tuple[bool, int]:
+    """Whether channels come before the sides, and S.
+
+    Raises:
+        InputError: it is not (N, 3, S, S) or (N, S, S, 3), or S is not known or another one.
+    """
+    shape = dimensions(value)
+    if len(shape) != 4 or (3 not in (shape[1], shape[3]) and None not in (shape[1], shape[3])):
+        raise InputError(f"{source}: takes {describe(value)}; expected images in colour, (N, 3, S, S) or (N, S, S, 3)")
+    nchw = shape[1] == 3 or (shape[1] is None and shape[3] != 3)
+    height, width = shape[2:] if nchw else shape[1:3]
+    if None not in (height, width) and height != width:
+        raise InputError(f"{source}: takes {describe(value)}; only square images are supported")
+    side = height or width
+    if side is None and image_size is None:
+        raise InputError(
+            f"{source}: takes images of any size", fix="pass the side that it was trained for as `image_size`"
+        )
+    if side is not None and image_size not in (None, side):
+        raise InputError(
+            f"{source} takes {describe(value)}, and no other size",
+            argument="image_size",
+            value=image_size,
+            fix="leave `image_size` out, or export the network with free sides",
+        )
+    return nchw, side or image_size or 0
+
+
+def _normalising(graph: onnx.GraphProto, name: str) -> Iterator[str]:
+    """The operators that the image passes before anything else, which may normalise it."""
+    constants = {tensor.name for tensor in graph.initializer}
+    constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+    while True:
+        readers = [node for node in graph.node if name in node.input]
+        if len(readers) != 1 or readers[0].op_type not in {*_NORMALISING, "Cast", "Transpose"}:
+            return
+        if readers[0].op_type in _NORMALISING:
+            if not constants & set(readers[0].input):
+                return
+            yield readers[0].op_type
+        name = readers[0].output[0]
+
+
+def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> dict[str, str]:
+    """Renames tensors, also within graphs of nodes; `names` itself."""
+    for node in graph.node:
+        for field in (node.input, node.output):
+            for place, name in enumerate(field):
+                field[place] = names.get(name, name)
+        for inner in inner_graphs(node):
+            _rename(inner, names)
+    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        value.name = names.get(value.name, value.name)
+    return names
+
+
+def _put_input(graph: onnx.GraphProto, name: str, kind: int, *, nchw: bool, side: int, batch: int | None) -> None:
+    """Replaces the input by `pixel_values`, and turns it into what the network takes."""
+    steps: list[tuple[str, dict[str, Any]]] = []
+    if not nchw:
+        steps.append(("Transpose", {"perm": [0, 2, 3, 1]}))
+    if kind == TensorProto.UINT8:
+        steps.append(("Round", {}))  # pixel / 255 * 255 is off by a millionth
+    if kind != TensorProto.FLOAT:
+        steps.append(("Cast", {"to": kind}))
+    nodes, last = [], INPUT
+    for number, (operator, attributes) in enumerate(steps, 1):
+        made = name if number == len(steps) else f"{INPUT}.{operator.lower()}"
+        nodes.append(helper.make_node(operator, [last], [made], **attributes))
+        last = made
+    if not steps:
+        _rename(graph, {name: INPUT})
+    del graph.input[:]
+    graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch or _BATCH, 3, side, side]))
+    _prepend(graph, nodes)
+
+
+def _prepend(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
+    del graph.node[:]
+    graph.node.extend([*nodes, *rest])
+
+
+def _put_output(
+    graph: onnx.GraphProto,
+    name: str,
+    found: NDArray[Any],
+    pooling: str | None,
+    opset: int,
+    source: str,
+    *,
+    channels_last: bool,
+) -> str | None:
+    """Appends what turns the tensor `name` into float32 vectors called `features`; the pooling that was needed."""
+    if found.dtype not in (np.float32, np.float16, np.float64):
+        raise InputError(
+            f"{source}: {name} is {found.dtype}; expected floating-point numbers", fix="pass another `output`"
+        )
+    nodes: list[onnx.NodeProto] = []
+
+    def then(operator: str, inputs: Sequence[str] = (), **attributes: Any) -> None:
+        last = nodes[-1].output[0] if nodes else name
+        nodes.append(helper.make_node(operator, [last, *inputs], [f"{OUTPUT}.{len(nodes)}"], **attributes))
+
+    single = found.ndim == 4 and (found.shape[1:3] == (1, 1) if channels_last else found.shape[2:] == (1, 1))
+    if found.ndim not in (2, 3, 4):
+        raise InputError(
+            f"{source}: {name} is of shape {found.shape}, which is no vector per image", fix="pass another `output`"
+        )
+    if found.ndim == 2 or single:
+        if pooling is not None:
+            raise InputError(
+                f"{source}: {name} is of shape {found.shape}, a vector per image already",
+                argument="pooling",
+                value=pooling,
+                fix="leave `pooling` out, or pass another `output`",
+            )
+        if single:
+            then("Flatten", axis=1)
+    elif pooling is None or (pooling == "cls" and found.ndim == 4):
+        kinds, fit = ("a map", "`pooling=mean`") if found.ndim == 4 else ("tokens", "`pooling=cls` or `pooling=mean`")
+        raise InputError(
+            f"{source}: {name} is of shape {found.shape}, {kinds} and no vector per image",
+            fix=f"pass {fit}, or another `output`",
+        )
+    elif pooling == "cls":
+        graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), f"{OUTPUT}.first"))
+        then("Gather", [f"{OUTPUT}.first"], axis=1)
+    else:
+        axes = [1] if found.ndim == 3 else [1, 2] if channels_last else [2, 3]
+        if opset >= 18:
+            graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), f"{OUTPUT}.axes"))
+            then("ReduceMean", [f"{OUTPUT}.axes"], keepdims=0)
+        else:
+            then("ReduceMean", axes=axes, keepdims=0)
+    if found.dtype != np.float32:
+        then("Cast", to=TensorProto.FLOAT)
+    if not nodes:
+        then("Identity")
+    nodes[-1].output[0] = OUTPUT
+    graph.node.extend(nodes)
+    return pooling

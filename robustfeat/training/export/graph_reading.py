@@ -1,0 +1,149 @@
+"""A network's ONNX file, read, described and run as it is. Loads no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from robustfeat.errors import InputError, first_line
+from robustfeat.training.export.stamp import quiet
+
+__all__ = ["RunError", "describe", "dimensions", "inner_graphs", "load_graph", "noise", "read_by", "run_graph"]
+
+_MAX_BYTES = 2**31 - 1
+
+
+class RunError(InputError):
+    """The network was loaded, and fails on images."""
+
+
+def load_graph(file: Path) -> onnx.ModelProto:
+    """The network in an ONNX file, with the weights that it keeps in other files beside it.
+
+    Raises:
+        InputError: it cannot be read, is no ONNX file, or is larger than engines can read from memory.
+    """
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise _too_large(file)
+        model = onnx.load(file, load_external_data=False)
+    except OSError as exc:
+        raise InputError(f"{file}: cannot be read ({exc.strerror or first_line(exc)})") from exc
+    except Exception as exc:  # protobuf's errors have no base of their own
+        raise InputError(f"{file}: not an ONNX file, or a damaged one", fix="download or export it again") from exc
+    if not model.graph.node:
+        raise InputError(f"{file}: not an ONNX file of a network (its graph is empty)")
+    external = [tensor for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
+    if sum(_external_bytes(tensor) for tensor in external) + file.stat().st_size > _MAX_BYTES:
+        raise _too_large(file)
+    try:
+        onnx.load_external_data_for_model(model, str(file.parent))
+    except Exception as exc:  # onnx checks the places with errors of several kinds
+        places = sorted(
+            {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+        )
+        raise InputError(
+            f"{file}: its weights lie in {', '.join(places)[:200]}, which cannot be read ({first_line(exc)[:200]})",
+            fix="put that file beside the ONNX file",
+        ) from exc
+    return model
+
+
+def run_graph(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], source: str) -> list[NDArray[Any]]:
+    """ONNX Runtime's first output for each batch of the only input.
+
+    Raises:
+        RunError: the network fails on them.
+        InputError: it cannot be loaded.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    try:
+        with quiet():
+            content = model.SerializeToString()
+            session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # ONNX Runtime's exceptions share no base class of their own
+        versions = ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in model.opset_import)
+        raise InputError(
+            f"{source}: ONNX Runtime {onnxruntime.__version__} cannot load it ({_reason(exc)}); the file has IR "
+            f"version {model.ir_version} and opset {versions}",
+            fix="upgrade onnxruntime, or export the network for an earlier opset",
+        ) from exc
+    try:
+        return [session.run(None, {session.get_inputs()[0].name: batch})[0] for batch in batches]
+    except Exception as exc:
+        raise RunError(f"{source}: ONNX Runtime cannot run it ({_reason(exc)})") from exc
+
+
+def describe(value: onnx.ValueInfoProto) -> str:
+    """Its name, shape and type, for messages."""
+    kind = value.type.tensor_type.elem_type
+    name = TensorProto.DataType.Name(kind).lower() if kind else "no tensor"
+    shape = ", ".join("?" if side is None else str(side) for side in dimensions(value))
+    return f"{value.name} ({shape}) {name}"
+
+
+def dimensions(value: onnx.ValueInfoProto) -> list[int | None]:
+    """Its shape; None for what is free. A side of 0 or less is free, too, as some exporters write it so."""
+    return [
+        dimension.dim_value if dimension.HasField("dim_value") and dimension.dim_value > 0 else None
+        for dimension in value.type.tensor_type.shape.dim
+    ]
+
+
+def inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs that a node runs, such as the branches of an If."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def read_by(node: onnx.NodeProto) -> set[str]:
+    """The names that a node reads, also within its graphs."""
+    names = set(node.input)
+    for inner in inner_graphs(node):
+        names |= {value.name for value in inner.output}
+        for one in inner.node:
+            names |= read_by(one)
+    return names - {""}
+
+
+def noise(count: int, side: int, most: float = 1.0) -> NDArray[np.float32]:
+    """(count, 3, S, S) float32 from 0 to `most`; the last image has the largest range."""
+    images = np.random.default_rng(0).random((count, 3, side, side), np.float32)
+    images *= most * np.linspace(1 / count, 1, count, dtype=np.float32)[:, None, None, None]
+    return images
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
+        for inner in inner_graphs(node):
+            yield from _tensors(inner)
+
+
+def _external_bytes(tensor: TensorProto) -> int:
+    length = {entry.key: entry.value for entry in tensor.external_data}.get("length", "0")
+    return int(length) if length.isdecimal() else 0
+
+
+def _reason(exc: BaseException) -> str:
+    """Of an exception of ONNX Runtime, without the name and number that it begins with."""
+    return first_line(exc).rpartition("[ONNXRuntimeError] : ")[2][:200]
+
+
+def _too_large(file: Path) -> InputError:
+    return InputError(
+        f"{file}: with its weights it is larger than 2 GB, which engines cannot read from one ONNX file",
+        fix="use a smaller network",
+    )

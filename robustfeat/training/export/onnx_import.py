@@ -1,0 +1,213 @@
+"""Model folders from ONNX files of any vision network. Loads no PyTorch."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+import robustfeat
+from robustfeat.errors import InputError
+from robustfeat.hub.config import ModelConfig
+from robustfeat.hub.folder import ONNX, file_sha256
+from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.progress import remark
+from robustfeat.serving.options import ENGINES
+from robustfeat.training.export.assembly import ExportReport, FolderParts, assemble_folder
+from robustfeat.training.export.calibration import folder_images
+from robustfeat.training.export.graph_adapting import AdaptedGraph, adapt_graph
+from robustfeat.training.export.graph_reading import load_graph, run_graph
+from robustfeat.training.export.stamp import stamp_onnx
+
+__all__ = ["About", "import_onnx", "write_onnx_folder"]
+
+_QUANTISED = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "MatMulInteger", "ConvInteger", "MatMulNBits"}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a folder says of a network that comes from elsewhere.
+
+    Attributes:
+        name: of the model.
+        source: where the network comes from.
+        terms: under which the weights may be used.
+        license_id: the Hub's name of a license.
+        origin: further facts, such as hashes, for the provenance.
+    """
+
+    name: str
+    source: str
+    terms: str | None = None
+    license_id: str | None = None
+    origin: tuple[tuple[str, Any], ...] = ()
+
+    def provenance(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return {
+            "source": self.source,
+            **dict(self.origin),
+            "terms": self.terms or self.license_id or "those of the imported weights",
+            **({"license": self.license_id} if self.license_id else {}),
+            "versions": {
+                "robustfeat": robustfeat.__version__,
+                "onnx": onnx.__version__,
+                "onnxruntime": onnxruntime.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+def import_onnx(
+    source: str | Path,
+    out: str | Path,
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    crop_mode: str | None = None,
+    output: str | None = None,
+    pooling: str | None = None,
+    name: str | None = None,
+    calibration: str | Path | None = None,
+    int8: bool = True,
+    terms: str | None = None,
+    license_id: str | None = None,
+) -> ExportReport:
+    """Makes a model folder of a vision network's ONNX file. The golden features are ONNX Runtime's, in fp32.
+
+    Args:
+        source: the file; what it keeps in other files must lie beside it.
+        out: the folder to make.
+        image_size: S; needed where the network takes images of any size.
+        mean, std: one number, or one per channel, for values in [0, 1]. Needed unless the network takes uint8.
+        crop_pct, interpolation, crop_mode: of the preprocessing contract; by default 1, bilinear and center.
+        output: the tensor that becomes the features; needed where the network has several outputs.
+        pooling: cls or mean, for an output of tokens or a map.
+        name: the model's name; by default the file's.
+        calibration: a folder of images for int8; besides the golden images.
+        int8: also write onnx/model_int8.onnx.
+        terms: under which terms the weights may be used, for the card.
+        license_id: the Hub's name of a license.
+
+    Raises:
+        InputError: the file cannot be used so; the message names what was found and what to pass.
+        ExportError: an engine disagrees with ONNX Runtime; nothing is left behind.
+    """
+    file = Path(source)
+    adapted = adapt_graph(load_graph(file), str(file), image_size=image_size, output=output, pooling=pooling)
+    settings = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": crop_mode}
+    mean, std = _normalisation(adapted, file, mean, std)
+    try:
+        contract = Preprocessing(
+            adapted.image_size,
+            mean=_three(mean),
+            std=_three(std),
+            **{key: value for key, value in settings.items() if value is not None},  # type: ignore[arg-type]
+        )
+    except ValueError as exc:
+        raise InputError(f"{file}: {exc}") from exc
+    _say_doubts(adapted, file, output)
+    said = f"{file.name}, output {adapted.output}" + (f", pooling {adapted.pooling}" if adapted.pooling else "")
+    about = About(name or file.stem, said, terms, license_id, (("sha256", file_sha256(file)),))
+    images = None
+    if int8 and _is_quantised(adapted.model):
+        remark(f"{file}: is quantised, so the folder gets no int8 file of its own")
+    elif int8:
+        images = folder_images(calibration, contract) if calibration else []
+    return write_onnx_folder(adapted, contract, about, f"onnx:{file.stem}", out, calibration=images)
+
+
+def write_onnx_folder(
+    adapted: AdaptedGraph,
+    contract: Preprocessing,
+    about: About,
+    architecture: str,
+    out: str | Path,
+    *,
+    calibration: Sequence[Any] | None,
+) -> ExportReport:
+    """The folder of a graph, with the features that ONNX Runtime gives for the golden images.
+
+    Args:
+        architecture: what config.json calls the network.
+        calibration: decoded images for int8; None leaves it out.
+
+    Raises:
+        ExportError: an engine disagrees with ONNX Runtime; nothing is left behind.
+    """
+    config = ModelConfig(
+        name=about.name,
+        architecture=architecture,
+        feature_size=adapted.feature_size,
+        num_classes=0,
+        preprocessing=contract,
+        first_conv="",
+        classifier="",
+        provenance=about.provenance(),
+    )
+
+    def write(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        stamp_onnx(adapted.model, contract)
+        (path / ONNX["fp32"]).parent.mkdir()
+        (path / ONNX["fp32"]).write_bytes(adapted.model.SerializeToString())
+        (features,) = run_graph(adapted.model, [inputs], about.name)
+        return features
+
+    parts = FolderParts(config, write, reference="ONNX Runtime", engines=ENGINES)
+    return assemble_folder(parts, out, calibration=calibration)
+
+
+def _normalisation(
+    adapted: AdaptedGraph, file: Path, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation as they were passed, or those that leave the pixels of a uint8 input alone."""
+    if adapted.takes_bytes:
+        for name, value in (("mean", mean), ("std", std)):
+            if value is not None:
+                raise InputError(
+                    f"{file} takes uint8, so that it normalises pixels itself",
+                    argument=name,
+                    fix="leave `mean` and `std` out",
+                )
+        return (0.0,), (1 / 255,)
+    if mean is None or std is None:
+        inside = f" (it begins with {', '.join(adapted.normalises)}, which may do so)" if adapted.normalises else ""
+        raise InputError(
+            f"{file}: does not say how pixels are normalised{inside}",
+            fix="pass `mean` and `std` for values from 0 to 1: ImageNet's are 0.485,0.456,0.406 and 0.229,0.224,0.225; "
+            "a mean of 0 gives values from 0 to 1 with a std of 1, and from 0 to 255 with a std of 1/255",
+        )
+    return mean, std
+
+
+def _three(values: Sequence[float]) -> Any:
+    return tuple(values) * 3 if len(values) == 1 else tuple(values)
+
+
+def _say_doubts(adapted: AdaptedGraph, file: Path, output: str | None) -> None:
+    """Lines on stderr about what only a user can know."""
+    if adapted.classifier_input is not None and output is None:
+        remark(
+            f"{file}: the features are {adapted.output}, which a linear layer gives; if that is the classifier, name "
+            f"its input {adapted.classifier_input} as the output"
+        )
+    if adapted.normalises and not adapted.takes_bytes:
+        remark(
+            f"{file}: the network begins with {', '.join(adapted.normalises)}, which may normalise pixels, too, beside "
+            "mean and std"
+        )
+
+
+def _is_quantised(model: onnx.ModelProto) -> bool:
+    return any(node.op_type in _QUANTISED for node in model.graph.node)
