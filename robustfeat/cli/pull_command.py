@@ -14,7 +14,11 @@ from robustfeat.cli.rendering import Command, say
 @click.argument("model", metavar="ORG/NAME")
 @pin_options
 @click.option(
-    "--precision", "precisions", type=click.Choice(["fp32", "int8"]), multiple=True, help="Which ONNX.  [default: all]"
+    "--precision",
+    "precisions",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    multiple=True,
+    help="Which ONNX.  [default: all]",
 )
 @click.option(
     "--all", "everything", is_flag=True, help="Also the weights for PyTorch, the card and the training's record."

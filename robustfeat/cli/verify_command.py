@@ -53,7 +53,7 @@ def _checks(folder: ModelFolder) -> Iterator[Check]:
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.verify import MIN_COSINE, Check, check_ways, ways_to_run
 
-    yield from check_ways(partial(FeatureExtractor.open, folder), ways_to_run(folder.precisions), timed=True)
+    yield from check_ways(partial(FeatureExtractor.open, folder), ways_to_run(["fp16", *folder.precisions]), timed=True)
     if WEIGHTS not in folder.config.files:
         return  # PyTorch has nothing to run
     if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):

@@ -3,13 +3,15 @@
 Engines read such files on their own, by whatever name the ONNX file gives. With the weights inside, an engine
 gets one piece of memory, every byte of which was verified, and opens no file.
 
-An ONNX file is a protobuf message: fields of a tag (number and wire type) and a value, and messages within messages.
-Reference: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto and https://protobuf.dev/programming-guides/encoding.
+An ONNX file is a protobuf message, with messages within messages (see `protobuf`).
+Reference: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+
+from robustfeat.hub.protobuf import BYTES, VARINT, iterate_fields, read_varint, varint
 
 __all__ = ["MESSAGES", "inline_external_data"]
 
@@ -32,7 +34,6 @@ MESSAGES: dict[str, dict[int, str]] = {
 }
 """The fields through which a message of ONNX leads to tensors, by the message's name."""
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14
 _EXTERNAL = 1
 _MAX_BYTES = 2**31 - 1
@@ -61,7 +62,7 @@ class _Inliner:
         self._inlined = 0
 
     def convert(self, content: bytes) -> bytes:
-        if not any(number == 7 and wire == _BYTES for number, wire, *_ in _fields(memoryview(content))):
+        if not any(number == 7 and wire == BYTES for number, wire, *_ in iterate_fields(memoryview(content))):
             raise ValueError("not an ONNX file: it has no graph")
         try:
             pieces = self._message(memoryview(content), "ModelProto")
@@ -75,11 +76,11 @@ class _Inliner:
             return self._tensor(message)
         pieces: _Pieces = []
         done = 0
-        for number, wire, start, value, end in _fields(message):
-            inner = MESSAGES[kind].get(number) if wire == _BYTES else None
+        for number, wire, start, value, end in iterate_fields(message):
+            inner = MESSAGES[kind].get(number) if wire == BYTES else None
             if inner and (changed := self._message(message[value:end], inner)) is not None:
                 size = sum(map(len, changed))
-                pieces += [message[done:start], _varint(number << 3 | _BYTES), _varint(size), *changed]
+                pieces += [message[done:start], varint(number << 3 | BYTES), varint(size), *changed]
                 done = end
         return [*pieces, message[done:]] if done else None
 
@@ -87,14 +88,14 @@ class _Inliner:
         kept: _Pieces = []
         place: dict[str, str] = {}
         external = False
-        for number, wire, start, value, end in _fields(message):
-            if number == _DATA_LOCATION and wire == _VARINT:
-                external |= _read_varint(message, value)[0] == _EXTERNAL
-            elif number == _EXTERNAL_DATA and wire == _BYTES:
+        for number, wire, start, value, end in iterate_fields(message):
+            if number == _DATA_LOCATION and wire == VARINT:
+                external |= read_varint(message, value)[0] == _EXTERNAL
+            elif number == _EXTERNAL_DATA and wire == BYTES:
                 # A StringStringEntryProto: 1 is the key, 2 the value.
                 entry = {
                     part: bytes(message[value:end][first:last])
-                    for part, _, _, first, last in _fields(message[value:end])
+                    for part, _, _, first, last in iterate_fields(message[value:end])
                 }
                 place[entry.get(1, b"").decode()] = entry.get(2, b"").decode()
             else:
@@ -104,7 +105,7 @@ class _Inliner:
         if not external or "location" not in place:
             raise ValueError("a tensor says in part that its data lie in another file")
         data = self._find(place)
-        return [*kept, _varint(_RAW_DATA << 3 | _BYTES), _varint(len(data)), data]
+        return [*kept, varint(_RAW_DATA << 3 | BYTES), varint(len(data)), data]
 
     def _find(self, place: dict[str, str]) -> memoryview:
         location = place["location"]
@@ -119,43 +120,3 @@ class _Inliner:
         if self._inlined > _MAX_BYTES:
             raise ValueError("with its weights it is larger than 2 GB, which engines cannot read")
         return data[first : first + size]
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int, int, int, int]]:
-    """Number, wire type, and where tag, value and rest begin."""
-    at = 0
-    while at < len(message):
-        start = at
-        tag, at = _read_varint(message, at)
-        number, wire = tag >> 3, tag & 7
-        size = {_FIXED64: 8, _FIXED32: 4}.get(wire)
-        if wire == _BYTES:
-            size, at = _read_varint(message, at)
-        elif wire == _VARINT:
-            size = _read_varint(message, at)[1] - at
-        if not number or size is None or at + size > len(message):
-            raise ValueError(f"not an ONNX file, or a damaged one (at byte {start} of a message)")
-        yield number, wire, start, at, at + size
-        at += size
-
-
-def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(message):
-            break
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("not an ONNX file, or a damaged one (a number has no end)")
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)

@@ -3,6 +3,7 @@
     config.json  model.safetensors  onnx/model.onnx  onnx/model_int8.onnx
     golden/  preprocessor_config.json  training.json  README.md
 
+`onnx/model_fp16.onnx` may lie there, too. Without it, fp16 is converted from fp32 when it is loaded.
 In a compact folder (such as the built-in one) `model.onnx` lies beside `model.safetensors` and keeps its weights in it.
 A folder without `model.safetensors` has its weights in `onnx/model.onnx` alone.
 """
@@ -21,9 +22,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import ModelFolderError, first_line
+from robustfeat.errors import EngineError, ModelFolderError, first_line
 from robustfeat.hub.config import CODE_ENTRIES, ModelConfig
 from robustfeat.hub.external_data import inline_external_data
+from robustfeat.hub.float16 import convert_to_float16, with_float32_ends
 from robustfeat.hub.remote import HubAccess
 
 __all__ = ["ModelFolder", "file_sha256", "holds_code", "seal_folder", "weights_sha256"]
@@ -33,7 +35,7 @@ CARD = "README.md"
 WEIGHTS = "model.safetensors"
 TRAINING = "training.json"
 PREPROCESSOR = "preprocessor_config.json"
-ONNX = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
+ONNX = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_int8.onnx"}
 COMPACT_ONNX = "model.onnx"
 GOLDEN_FEATURES = "golden/features.npy"
 
@@ -128,7 +130,7 @@ class ModelFolder:
 
     @property
     def precisions(self) -> list[str]:
-        """What the folder holds ONNX files for: fp32, int8 or both."""
+        """What the folder holds ONNX files for; fp16 is also made from fp32."""
         return [precision for precision in ONNX if self._find_onnx(precision)]
 
     @property
@@ -159,18 +161,27 @@ class ModelFolder:
     def read_onnx(self, precision: str) -> bytes:
         """The network of that precision as one ONNX file, all of it verified, weights that lie in other files included.
 
-        Engines get these bytes and open no file, so that whatever is replaced meanwhile is not run.
+        Engines get these bytes and open no file, so that whatever is replaced meanwhile is not run. fp16 is converted
+        from fp32 where the folder has no file for it; its inputs and outputs are float32 in both cases.
 
         Raises:
             ModelFolderError: there is none, it was altered, or it keeps weights in a file that config.json does not
                 list.
+            EngineError: the network cannot be converted to fp16.
         """
+        if precision == "fp16" and self._find_onnx(precision) is None:
+            content = self.read_onnx("fp32")
+            try:
+                return convert_to_float16(content)
+            except ValueError as exc:
+                raise EngineError(f"{self.path}: cannot run in fp16 ({exc})", fix="pass `precision=fp32`") from exc
         name = self._onnx_name(precision)
         try:
-            return inline_external_data(
+            content = inline_external_data(
                 self.read(name),
                 lambda place: self.read(posixpath.normpath(posixpath.join(posixpath.dirname(name), place))),
             )
+            return with_float32_ends(content) if precision == "fp16" else content
         except ValueError as exc:
             raise ModelFolderError(f"{self.path / name}: cannot be used ({exc})", fix=self._remedy) from exc
 

@@ -94,6 +94,8 @@ class HubFolder(ModelFolder):
         names = list(self.config.files)
         if not everything:
             wanted = {self._find_onnx(precision) for precision in precisions}
+            if "fp16" in precisions and self._find_onnx("fp16") is None:
+                wanted.add(self._find_onnx("fp32"))  # from which it is made
             names = [name for name in names if name in wanted or name == PREPROCESSOR or name.startswith("golden/")]
         self.verify(names)
         if everything and self._listing is None and not (self.path / CARD).is_file() and not self.access.offline:

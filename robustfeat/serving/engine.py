@@ -35,6 +35,7 @@ class Engine(Protocol):
 
     Attributes:
         name: as in `options.ENGINES`.
+        precision: as in `options.PRECISIONS`.
         version: of the library.
         device: cpu or cuda, what it runs on.
         streams: batches that it runs side by side, each on `threads // streams` processors.
@@ -44,6 +45,7 @@ class Engine(Protocol):
     """
 
     name: str
+    precision: str
     version: str
     device: str
     threads: int
@@ -99,6 +101,7 @@ class OnnxRuntimeEngine:
                 "ONNX Runtime is installed in part, as when one of two of its wheels was removed", fix=_REINSTALL
             )
         self.version: str = onnxruntime.__version__
+        self.precision = options.precision
         self.threads, self.streams = options.thread_count, options.stream_count
         settings = onnxruntime.SessionOptions()
         # With one thread a stream, run() computes on the thread that calls it, and none waits for another.
@@ -106,7 +109,7 @@ class OnnxRuntimeEngine:
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.load_model_format", "ONNX")
         providers = ["CPUExecutionProvider"]
-        if options.device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        if options.may_use_gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             onnxruntime.preload_dlls()
             providers.insert(0, "CUDAExecutionProvider")
         try:
@@ -142,7 +145,7 @@ class OnnxRuntimeEngine:
         with _explaining(self.name):
             self._session.run_with_iobinding(binding)
             features = binding.copy_outputs_to_cpu()[0]
-        return _checked(features, pixel_values, self.output_shape)
+        return _checked(features, pixel_values, self.output_shape, self.precision)
 
 
 class OpenVINOEngine:
@@ -160,15 +163,17 @@ class OpenVINOEngine:
             found = "is not installed" if exc.name == "openvino" else f"cannot be imported ({first_line(exc)})"
             raise EngineError(f"OpenVINO {found}", fix="pip install --upgrade 'robustfeat[openvino]'") from exc
         self.version: str = openvino.__version__
+        self.precision = options.precision
         self.threads, self.streams = options.thread_count, options.stream_count
         core = openvino.Core()
-        if options.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        half = options.precision if options.precision in {"bf16", "fp16"} else None
+        if half and half.upper() not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise EngineError(
-                "this processor has no bf16 instructions", fix="pass `precision=fp32` or `precision=int8`"
+                f"this processor has no {half} instructions", fix="pass `precision=fp32` or `precision=int8`"
             )
         settings = {
             # Without it OpenVINO takes bf16 by itself where the processor has it.
-            "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32",
+            "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp16": "f16"}.get(options.precision, "f32"),
             "NUM_STREAMS": self.streams,
             "INFERENCE_NUM_THREADS": self.threads,
             # The decoders run on the same processors.
@@ -199,7 +204,7 @@ class OpenVINOEngine:
             # The output is copied: the request keeps its own for the next batch.
             features = request.infer({"pixel_values": pixel_values}, share_inputs=True)["features"]
         self._requests.append(request)
-        return _checked(features, pixel_values, self.output_shape)
+        return _checked(features, pixel_values, self.output_shape, self.precision)
 
 
 _CLASSES: dict[str, type[OnnxRuntimeEngine] | type[OpenVINOEngine]] = {
@@ -224,7 +229,7 @@ def _explaining(engine: str) -> Iterator[None]:
 
 
 def _checked(
-    features: NDArray[Any], pixel_values: NDArray[np.float32], shape: list[int | str | None]
+    features: NDArray[Any], pixel_values: NDArray[np.float32], shape: list[int | str | None], precision: str
 ) -> NDArray[np.float32]:
     expected = (len(pixel_values), shape[-1])
     if features.dtype != np.float32 or features.shape != expected:
@@ -236,7 +241,9 @@ def _checked(
     if not finite.all():
         raise NotFiniteError(
             f"the model gives features that are not finite for {np.count_nonzero(~finite)} of {len(features)} images",
-            fix="check the model with robustfeat verify; its weights may be damaged, or too large for this `precision`",
+            fix="numbers in it exceed the range of fp16: pass `precision=fp32`"
+            if precision == "fp16"
+            else "check the model with robustfeat verify; its weights may be damaged",
         )
     return features
 

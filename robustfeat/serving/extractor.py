@@ -76,7 +76,8 @@ class FeatureExtractor:
             cache_dir: of downloads; by default that of the Hub's libraries.
             local_files_only: answer from the cache alone, without a network call; so does HF_HUB_OFFLINE=1.
             endpoint: of a mirror or a private Hub; by default HF_ENDPOINT, or huggingface.co.
-            precision: fp32; int8 where the folder holds it; bf16 with OpenVINO on processors that have it.
+            precision: fp32; fp16, meant for GPUs; int8 where the folder holds it; bf16 with OpenVINO on processors
+                that have it.
             engine: auto (ONNX Runtime, OpenVINO for bf16), onnxruntime or openvino.
             device: auto, cpu or cuda.
             threads: processors for the model; by default what the cgroup grants.
@@ -162,7 +163,7 @@ class FeatureExtractor:
 
     @property
     def precision(self) -> str:
-        """fp32, bf16 or int8."""
+        """fp32, fp16, bf16 or int8."""
         return self.options.precision
 
     @property

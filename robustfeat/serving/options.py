@@ -12,7 +12,7 @@ __all__ = ["AUTO", "DECODINGS", "DEVICES", "ENGINES", "MAX_PIXELS", "PRECISIONS"
 
 # The command line shows these choices, so importing them must not import NumPy.
 AUTO = "auto"
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 ENGINES = ("onnxruntime", "openvino")
 DEVICES = ("cpu", "cuda")
 DECODINGS = ("exact", "scaled")
@@ -31,7 +31,8 @@ class RunOptions:
     """How a model is run, and which version of it.
 
     Attributes:
-        precision: fp32; int8 where the folder holds it; bf16 with OpenVINO on processors that have it.
+        precision: fp32; fp16, meant for GPUs; int8 where the folder holds it; bf16 with OpenVINO on processors that
+            have it.
         engine: auto (see `choose_engine`), onnxruntime or openvino.
         device: auto, cpu or cuda. Auto takes the GPU where the session really runs on it.
         decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size.
@@ -81,6 +82,11 @@ class RunOptions:
         """The precision of the ONNX file: bf16 is computed from the fp32 file."""
         return "fp32" if self.precision == "bf16" else self.precision
 
+    @property
+    def may_use_gpu(self) -> bool:
+        """Whether a GPU is to run the model where there is one: int8 and bf16 are for processors."""
+        return self.device != "cpu" and self.precision in {"fp32", "fp16"}
+
     def for_throughput(self) -> RunOptions:
         """The same with one stream per processor: the most images per second, and the latest answer to one image."""
         return replace(self, threads=self.thread_count, streams=self.thread_count)
@@ -95,6 +101,11 @@ class RunOptions:
         if name == AUTO:
             alone = importlib.util.find_spec("openvino") and not importlib.util.find_spec("onnxruntime")
             name = "openvino" if self.precision == "bf16" or (alone and self.device != "cuda") else "onnxruntime"
+        if self.device == "cuda" and self.precision in {"bf16", "int8"}:
+            raise EngineError(
+                f"{self.precision} runs on processors, not on cuda",
+                fix="pass `precision=fp16` or `precision=fp32`, or `device=cpu`",
+            )
         if name == "onnxruntime" and self.precision == "bf16":
             raise EngineError(
                 "ONNX Runtime has no bf16 on processors",

@@ -16,7 +16,7 @@ from robustfeat.serving.options import ENGINES, PRECISIONS, RunOptions
 
 __all__ = ["MIN_COSINE", "Check", "check_golden", "check_ways", "compare", "cosine", "ways_to_run"]
 
-MIN_COSINE = {"fp32": 0.9999, "bf16": 0.99, "int8": 0.99}
+MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.99}
 """What a precision must reach against PyTorch's features on every golden image; int8 saturates on some processors."""
 
 _MIN_COSINE_SCALED = 0.99
@@ -120,7 +120,7 @@ def check_golden(subject: GoldenSubject, *, timed: bool = False) -> Check:
 
 
 def ways_to_run(precisions: Iterable[str]) -> Iterator[RunOptions]:
-    """Every engine and precision on the processor, for a folder that holds ONNX files of these precisions.
+    """Every engine and precision on the processor, for a folder that has these precisions.
 
     A folder without an fp32 file is no model; opening it says so.
     """

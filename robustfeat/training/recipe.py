@@ -41,7 +41,7 @@ class Recipe:
         init_sha256: of those weights; training fills it in, and refuses others afterwards.
         teacher: a model folder or ORG/NAME on the Hub: the network learns its features of the same crop (empty: none).
         teacher_weight: of that loss, beside the labels'.
-        teacher_precision: of the teacher: fp32, bf16 or int8.
+        teacher_precision: of the teacher: fp32, fp16, bf16 or int8.
         teacher_crops: compute its features once, of so many crops an image, which the epochs show in turn (0: at each
             step, of crops that are always new).
         teacher_gb: the most that those features may take on the disk, in GB.

@@ -62,7 +62,7 @@ _CHOICES = {
     "loss": ("cross_entropy", "ldr_kl"),
     "optimizer": ("sgd", "adamw"),
     "schedule": ("step", "linear", "cosine"),
-    "teacher_precision": ("fp32", "bf16", "int8"),
+    "teacher_precision": ("fp32", "fp16", "bf16", "int8"),
     "precision": ("fp32", "bf16", "fp16"),
     "tau_unit": ("normalised", "pixel"),
     "tau_step": ("unit", "gradient"),

@@ -540,6 +540,8 @@ def test_pull_takes_what_is_needed_and_a_folder_of_its_own_takes_everything(
     assert "onnx/model_int8.onnx" in names
     assert "golden/features.npy" in names
     assert not names & {"onnx/model.onnx", "model.safetensors", "training.json"}
+    assert call("pull", "org/name", "--precision", "fp16").returncode == 0
+    assert (cached / "onnx/model.onnx").is_file()  # from which it is made
     result = call("pull", "org/name", "--out", tmp_path / "mine")
     assert result.returncode == 0, result.stderr
     assert files_of(tmp_path / "mine") == files_of(small_model)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from robustfeat.errors import ModelFolderError
+from robustfeat.errors import EngineError, ModelFolderError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.config import Evaluation, ModelConfig
-from robustfeat.hub.folder import WEIGHTS, ModelFolder, seal_folder
+from robustfeat.hub.float16 import convert_to_float16
+from robustfeat.hub.folder import ONNX, WEIGHTS, ModelFolder, seal_folder
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.identity import ModelIdentity
@@ -225,3 +227,32 @@ def test_a_folder_without_weights_for_pytorch_is_known_by_its_onnx(small_fp32: P
     assert not check_golden(extractor).short
     with pytest.raises(ModelFolderError, match=r"no weights for PyTorch \(model.safetensors\), only the ONNX network"):
         sealed.read(WEIGHTS)
+
+
+def test_fp16_is_made_from_fp32_or_read_from_its_file(small_fp32: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_fp32, tmp_path / "copy"))
+    folder = ModelFolder(copy)
+    made = folder.read_onnx("fp16")
+    assert made == convert_to_float16(folder.read_onnx("fp32"))
+    assert folder.precisions == ["fp32"]
+    with pytest.raises(ModelFolderError, match="has no fp16 model"):
+        folder.onnx("fp16")
+    (copy / ONNX["fp16"]).write_bytes(made + b"\x32\x01x")  # a doc_string tells it from a conversion
+    sealed = seal_folder(copy, folder.config, "card")
+    assert sealed.precisions == ["fp32", "fp16"]
+    assert sealed.read_onnx("fp16") == made + b"\x32\x01x"
+    assert sealed.onnx("fp16") == copy / ONNX["fp16"]
+
+
+def test_what_has_no_fp16_is_refused_by_name(small_fp32: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_fp32, tmp_path / "copy"))
+    file = copy / ONNX["fp32"]
+    model = onnx.load(file)
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1e8, weight.name))
+    onnx.save(model, file)
+    sealed = seal_folder(copy, ModelFolder(copy).config, "card")
+    with pytest.raises(
+        EngineError, match=f"cannot run in fp16 .{weight.name} has the number .*; pass `precision=fp32`"
+    ):
+        sealed.read_onnx("fp16")

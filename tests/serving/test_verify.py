@@ -18,11 +18,15 @@ from robustfeat.serving.verify import Check, check_golden, check_ways, compare, 
 def test_every_way_of_this_machine_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_MEASURE_S", 0.01)
     folder = builtin_model()
-    checks = list(check_ways(partial(FeatureExtractor.open, folder), ways_to_run(folder.precisions), timed=True))
+    checks = list(
+        check_ways(partial(FeatureExtractor.open, folder), ways_to_run(["fp16", *folder.precisions]), timed=True)
+    )
     assert [(check.engine, check.precision) for check in checks] == [
         ("onnxruntime", "fp32"),
+        ("onnxruntime", "fp16"),
         ("onnxruntime", "int8"),
         ("openvino", "fp32"),
+        ("openvino", "fp16"),
         ("openvino", "bf16"),
         ("openvino", "int8"),
     ]
@@ -34,7 +38,7 @@ def test_every_way_of_this_machine_is_checked_and_timed(monkeypatch: pytest.Monk
             assert check.images_per_s > 0
             assert str(check).endswith(" images/s")
         else:
-            assert check.precision == "bf16"
+            assert check.precision in {"fp16", "bf16"}
 
 
 def test_a_folder_without_int8_is_not_asked_for_it() -> None:

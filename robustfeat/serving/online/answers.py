@@ -44,7 +44,7 @@ _ACCEPT_CHARACTERS = 4096
 BINARY_HEADERS = {
     "Model": "The name of the model.",
     "Revision": "Its commit on the Hub, if there is one.",
-    "Precision": "fp32, bf16 or int8.",
+    "Precision": "fp32, fp16, bf16 or int8.",
     "Shape": "Rows and columns, as 3,512.",
     "Failed": "Numbers of the rows without an image that could be read, as 0,2; their values are NaN.",
 }

@@ -64,7 +64,7 @@ class About(BaseModel):
 
     model: str
     revision: str | None = Field(description="The commit on the Hub; null where none is known.")
-    precision: Literal["fp32", "bf16", "int8"]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class Embeddings(About):
