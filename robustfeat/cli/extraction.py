@@ -84,7 +84,7 @@ _BULK_OPTIONS = (
         type=click.IntRange(min=1),
         default=MAX_PIXELS,
         show_default=True,
-        help="Largest accepted image, in pixels; decoding takes up to 16 bytes for each.",
+        help="Largest accepted image, in pixels; decoding takes up to 24 bytes for each.",
     ),
     click.option(
         "--workers", type=click.IntRange(min=1), help="Processes that decode.  [default: all processors granted]"

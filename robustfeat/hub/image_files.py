@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import zlib
 
-__all__ = ["name_contents", "without_png_metadata"]
+__all__ = ["AVIF", "HEIC", "name_contents", "without_png_metadata"]
+
+AVIF, HEIC = "an AVIF image", "a HEIC image"
+"""What `name_contents` says of these."""
 
 _CONVERT = "convert it to JPEG or PNG"
 _UNPACK = "unpack it, or pack its files as an uncompressed .tar"
 _CONTENTS: tuple[tuple[str, str, str], ...] = (
-    (r".{4}ftyp(avif|avis)", "an AVIF image", _CONVERT),
-    (r".{4}ftyp(mif1|msf1).{4}.{0,64}?avi[fs]", "an AVIF image", _CONVERT),
-    (r".{4}ftyp(hei|hev|mif1|msf1)", "a HEIC image", _CONVERT),
+    (r".{4}ftyp(avif|avis)", AVIF, _CONVERT),
+    (r".{4}ftyp(mif1|msf1).{4}.{0,64}?avi[fs]", AVIF, _CONVERT),
+    (r".{4}ftyp(hei|hev|mif1|msf1)", HEIC, _CONVERT),
     (r".{4}ftypcrx ", "a Canon raw image", _CONVERT),
     (r".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", "a video", "extract its frames first"),
     (r"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL image", _CONVERT),
@@ -52,7 +55,9 @@ _MOST_TEXT = 2**20
 
 
 def name_contents(data: bytes) -> tuple[str, str] | None:
-    r"""What a file is that is no image of ours, and what to do about it; None where its beginning does not tell.
+    r"""What a file is, and what to do where that is not read; None where its beginning does not tell.
+
+    JPEG, PNG, WebP, GIF, BMP and TIFF are not told.
 
     >>> name_contents(b"PK\x03\x04...")[0]
     'a zip archive'

@@ -26,8 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from robustfeat.errors import DecodeError, first_line
+from robustfeat.hub.heif import HEIF_FORMATS, format_of, is_readable, open_heif
 from robustfeat.hub.image_files import name_contents, without_png_metadata
 from robustfeat.hub.tiff import refuse_misread
 from robustfeat.hub.transparency import key_bits, on_white, opacity
@@ -46,12 +48,14 @@ __all__ = [
     "normalise",
     "prepare_square",
     "preprocess",
+    "readable_formats",
     "resize_and_crop",
     "to_rgb",
 ]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is read by default, told by content. EPS is never added: reading it starts an interpreter."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+"""What is read by default, told by content; HEIF (HEIC) by the extra `heic`. EPS is never added: reading it starts an
+interpreter."""
 
 CONTRACT_VERSION = 2
 """Of new models. Version 1 dropped the alpha of transparent images, and stays as it is for models that have it."""
@@ -59,8 +63,9 @@ CONTRACT_VERSION = 2
 MAX_PIXELS = 100_000_000
 """Images of more pixels are refused from their header, before anything is decoded."""
 
-BYTES_PER_PIXEL = 16
-"""What decoding takes at most, beside the file: 4 for RGB, 8 where it is turned, 16 for WebP and progressive CMYK."""
+BYTES_PER_PIXEL = 24
+"""What decoding takes at most, beside the file: 4 for RGB, 8 where it is turned, 16 for WebP, 22
+for AVIF and HEIC with alpha and more than 8 bits, 23 for WebP with alpha."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -216,8 +221,9 @@ def decode(
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice its own limit
     try:
-        with Image.open(io.BytesIO(without_png_metadata(data)), formats=list(formats)) as image:
-            if at_least is not None and image.width * image.height <= max_pixels:
+        with _open(data, formats) as image:
+            is_heif = image.format == "HEIF"  # whose thumbnail may show anything
+            if at_least is not None and image.width * image.height <= max_pixels and not is_heif:
                 image.draft(None, (at_least, at_least))  # other formats ignore it
             return to_rgb(image, version=version, max_pixels=max_pixels)
     except DecodeError:
@@ -232,8 +238,22 @@ def decode(
         raise DecodeError(f"damaged: {first_line(exc)}") from exc
 
 
+def readable_formats(formats: Sequence[str] = FORMATS) -> tuple[str, ...]:
+    """Those of the formats that this installation reads."""
+    return tuple(name for name in formats if name not in HEIF_FORMATS.values() or is_readable(name))
+
+
+def _open(data: bytes, formats: Sequence[str]) -> ImageFile:
+    """An image whose header is read; of an animation or a collection, the image that is shown first."""
+    name = format_of(data)
+    if name is not None and name in formats:
+        return open_heif(data, name)
+    others = [name for name in formats if name not in HEIF_FORMATS.values()]
+    return Image.open(io.BytesIO(without_png_metadata(data)), formats=others)
+
+
 def _unidentified(data: bytes, formats: Sequence[str]) -> DecodeError:
-    wanted = f"not an image of these formats: {', '.join(formats)}"
+    wanted = f"not an image of these formats: {', '.join(readable_formats(formats))}"
     what, fix = name_contents(data) or ("", None)
     return DecodeError(f"{wanted}; it is {what}" if what else wanted, fix=fix)
 
@@ -256,6 +276,8 @@ def to_rgb(image: Image.Image, *, version: int = CONTRACT_VERSION, max_pixels: i
     bits = key_bits(image)
     image.load()  # first: a TIFF is turned by Pillow as it loads, and its orientation is then gone
     orientation = _orientation(image)
+    if image.mode in {"RGBa", "La"}:  # HEIC whose colours are multiplied with their alpha
+        image = image.convert(image.mode.upper())
     alpha = opacity(image, bits) if sees_alpha else None
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)

@@ -19,6 +19,7 @@ import robustfeat
 from robustfeat.errors import DecodeError, EngineError, ModelFolderError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import ModelFolder, weights_sha256
+from robustfeat.hub.heif import decoder_versions
 from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_crop, to_rgb
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.engine import Engine, open_engine
@@ -197,6 +198,7 @@ class FeatureExtractor:
                 engine.name: engine.version,
                 "numpy": np.__version__,
                 "pillow": PIL.__version__,
+                **decoder_versions(),
             },
         )
 

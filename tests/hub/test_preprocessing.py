@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data.transforms_factory import create_transform
 from torchvision.transforms import v2
 
 from robustfeat.errors import DecodeError
+from robustfeat.hub.heif import format_of
 from robustfeat.hub.preprocessing import (
     BYTES_PER_PIXEL,
     CROP_MODES,
@@ -29,6 +31,7 @@ from robustfeat.hub.preprocessing import (
     decode,
     prepare_square,
     preprocess,
+    readable_formats,
     resize_and_crop,
     to_rgb,
 )
@@ -290,10 +293,6 @@ def test_a_png_cut_anywhere_is_told_as_damage(photo: Image.Image) -> None:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (b"\0\0\0\x18ftypheic", "a HEIC image; convert it to JPEG or PNG"),
-        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "a HEIC image"),
-        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "an AVIF image"),
-        (b"\0\0\0\x1cftypavif\0\0\0\0", "an AVIF image"),
         (b"\0\0\0\x1cftypisom\0\0\0\0", "a video"),
         (b"\xff\x0a\xfa\x1f", "a JPEG XL image"),
         (b"\0\0\0\x0cJXL \x0d\x0a\x87\x0a", "a JPEG XL image"),
@@ -310,6 +309,92 @@ def test_a_png_cut_anywhere_is_told_as_damage(photo: Image.Image) -> None:
 def test_other_formats_are_called_by_their_names(data: bytes, what: str) -> None:
     with pytest.raises(DecodeError, match=f"not an image of these formats: JPEG, PNG, .*; it is {what}"):
         decode(data + bytes(range(1, 60)) if any(data) else data)
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "name"),
+    [
+        (b"\0\0\0\x18ftypheic", "a HEIC image", "HEIF"),
+        (b"\0\0\0\x18ftyphevc", "a HEIC image", "HEIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "a HEIC image", "HEIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "an AVIF image", "AVIF"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "an AVIF image", "AVIF"),
+        (b"\0\0\0\x1cftypavis\0\0\0\0", "an AVIF image", "AVIF"),
+    ],
+)
+def test_heic_and_avif_are_told_apart_and_called_by_their_names(data: bytes, what: str, name: str) -> None:
+    assert format_of(data + bytes(50)) == name
+    with pytest.raises(DecodeError, match=r"^damaged: "):
+        decode(data + bytes(50))
+    with pytest.raises(DecodeError, match=f"these formats: JPEG; it is {what}; convert it to JPEG or PNG"):
+        decode(data + bytes(50), formats=["JPEG"])
+
+
+def heic(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(image).save(buffer, quality=-1, chroma=444, **options)
+    return buffer.getvalue()
+
+
+def test_the_extra_is_named_where_heic_is_not_read(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = heic(photo)
+    assert decode(data).size == photo.size
+    assert readable_formats() == FORMATS
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(DecodeError) as caught:
+        decode(data)
+    assert caught.value.what == "a HEIC image, which this installation does not read"
+    assert caught.value.fix == "pip install 'robustfeat[heic]', or convert it to JPEG or PNG"
+    assert readable_formats() == FORMATS[:-1]
+    with pytest.raises(DecodeError, match=r"GIF, BMP, TIFF, AVIF$"):
+        decode(b"hello")
+
+
+def test_pillow_of_the_whole_process_is_left_without_heic(photo: Image.Image) -> None:
+    data = heic(photo)
+    assert decode(data).size == photo.size
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(io.BytesIO(data))
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_avif_and_heic_are_turned_as_their_container_says(photo: Image.Image, kind: str, orientation: int) -> None:
+    exif = exif_of(orientation).tobytes()
+    written = heic(photo, exif=exif) if kind == "HEIF" else encode(photo, "AVIF", quality=100, exif=exif)
+    # Pillow's own idea of it, from the same pixels as JPEG.
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(photo, "JPEG", quality=100, exif=exif))))
+    found = decode(written)
+    assert found.size == expected.size
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).mean() < 2
+    np.testing.assert_array_equal(to_rgb(found), found)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_metadata_do_not_turn_avif_and_heic(photo: Image.Image, kind: str) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    image = photo.resize((64, 80))
+    if kind == "AVIF":
+        assert Image.open(io.BytesIO(encode(image, "AVIF", xmp=xmp))).getexif()[0x0112] == 6
+        data = encode(image, "AVIF", xmp=xmp)
+    else:
+        data = heic(image, exif=exif_of(6).tobytes()).replace(b"irot", b"free")
+    assert decode(data).size == image.size
+
+
+def test_a_thumbnail_is_not_taken_for_its_image(photo: Image.Image) -> None:
+    data = heic(photo.resize((800, 1000)), thumbnails=[100])
+    plugin: Any = pillow_heif.HeifImageFile
+    with plugin(io.BytesIO(data)) as image:
+        image.draft(None, (20, 20))
+        assert image.size == (80, 100)
+    assert decode(data, at_least=20).size == (800, 1000)
 
 
 def signed_tiff() -> bytes:
@@ -342,7 +427,7 @@ def test_damaged_files_give_one_line(case: str) -> None:
 
 MEASURE = """
 import io, os, resource, sys
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from robustfeat.hub.preprocessing import Preprocessing, prepare_square
 def peak(data):
     child = os.fork()
@@ -354,11 +439,18 @@ def peak(data):
     return used.ru_maxrss * 1024
 for file in sys.argv[1:]:
     data = open(file, "rb").read()
-    image = Image.open(file)
-    small = io.BytesIO()
-    image.resize((8, 8)).save(small, image.format)
-    print((peak(data) - peak(small.getvalue())) / (image.width * image.height))
+    print((peak(data) - peak(open(file.replace(".", "-small."), "rb").read())) / 2000**2)
 """
+
+
+def save(image: Image.Image, file: Path, bits: int = 8, **options: Any) -> None:
+    if file.suffix != ".heic":
+        image.save(file, **options)
+    elif bits == 8:
+        pillow_heif.from_pillow(image).save(file, **options)
+    else:
+        values = np.asarray(image).astype("<u2") * 257
+        pillow_heif.from_bytes(f"{image.mode};16", image.size, values.tobytes()).save(file, **options)
 
 
 @pytest.mark.skipif(not hasattr(os, "wait4") or sys.platform == "darwin", reason="macOS counts in other units")
@@ -372,20 +464,27 @@ def test_no_image_takes_more_memory_than_is_promised_for_its_pixels(tmp_path: Pa
     kinds: dict[str, tuple[Image.Image, float, dict[str, Any]]] = {
         "a.jpeg": (picture, 5, {}),
         "b.jpeg": (picture, 9, {"exif": turned}),
-        "c.jpeg": (picture.convert("CMYK"), BYTES_PER_PIXEL, {"progressive": True, "exif": turned}),
+        "c.jpeg": (picture.convert("CMYK"), 16, {"progressive": True, "exif": turned}),
         "d.png": (picture.convert("RGBA"), 13, {"exif": turned, "compress_level": 1}),
         "e.png": (grey16, 12, {"exif": turned}),
-        "f.webp": (picture, BYTES_PER_PIXEL, {"exif": turned}),
-        "g.tiff": (grey16, 9, {"tiffinfo": {262: 0}}),
+        "f.webp": (picture, 16, {"exif": turned}),
+        "g.tiff": (grey16, 10, {"tiffinfo": {262: 0}}),
         "h.png": (seen_through, 14, {"exif": turned, "compress_level": 1}),
         "i.png": (seen_through.convert("LA"), 14, {"exif": turned}),
         "j.png": (picture.quantize(64), 15, {"exif": turned, "transparency": bytes(range(64))}),
         "k.png": (picture, 14, {"exif": turned, "transparency": (3, 3, 3)}),
         "l.png": (grey16, 12, {"exif": turned, "transparency": 3}),
         "m.webp": (seen_through, BYTES_PER_PIXEL, {"exif": turned}),
+        "n.avif": (picture, 12, {"exif": turned.tobytes(), "speed": 10}),
+        "o.avif": (seen_through, BYTES_PER_PIXEL, {"exif": turned.tobytes(), "speed": 10, "subsampling": "4:4:4"}),
+        "p.heic": (picture, 12, {"exif": turned.tobytes()}),
+        "q.heic": (seen_through, 16, {"exif": turned.tobytes(), "chroma": 444}),
+        "r.heic": (seen_through, BYTES_PER_PIXEL, {"chroma": 444, "bits": 10}),
     }
     for name, (image, _, options) in kinds.items():
-        image.save(tmp_path / name, **options)
+        stem, suffix = name.split(".")
+        save(image, tmp_path / name, **options)
+        save(image.resize((64, 64)), tmp_path / f"{stem}-small.{suffix}", **options)
     command = python_command(MEASURE, *(str(tmp_path / name) for name in kinds))
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     over = {

@@ -29,7 +29,7 @@ def test_a_meta_file_holds_all_that_is_compared(extractor: FeatureExtractor) -> 
         *("model", "revision", "files", "precision", "engine", "device", "decoding", "preprocessing_hash"),
         *("feature_size", "batch_size", "threads", "versions"),
     ]
-    assert list(meta["versions"]) == ["robustfeat", "onnxruntime", "numpy", "pillow"]
+    assert list(meta["versions"]) == ["robustfeat", "onnxruntime", "numpy", "pillow", "pillow-heif"]
     assert ModelIdentity.of_meta(meta) == extractor.identity
 
 

@@ -105,11 +105,11 @@ def test_images_that_cannot_be_read_do_not_count(
     whole = estimate_reference(str(folder), concepts, str(model))
     (folder / "bad.jpg").write_bytes(b"junk")
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    (folder / "b.heic").write_bytes(b"")
+    (folder / "b.psd").write_bytes(b"")
     assert estimate_reference(str(folder), concepts, str(model)) == whole
     assert capsys.readouterr().err == ""
     estimate_reference(str(folder), concepts, str(model), quiet=False)
-    assert "target: files left out: 1 (.heic 1); images that cannot be decoded: 2\n" in capsys.readouterr().err
+    assert "target: files left out: 1 (.psd 1); images that cannot be decoded: 2\n" in capsys.readouterr().err
     for file in folder.glob("*.jpg"):
         file.unlink()
     (folder / "bad.jpg").write_bytes(b"junk")

@@ -57,7 +57,7 @@ def embed(
         device: auto, cpu or cuda.
         decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size, which is faster and changes
             the features slightly.
-        max_pixels: larger images fail; decoding takes up to 16 bytes for each pixel.
+        max_pixels: larger images fail; decoding takes up to 24 bytes for each pixel.
         threads: processors for the model; by default all that the cgroup grants.
         workers: decoder processes; by default as many as processors.
         batch_size: images per batch; by default what suits the model's input.

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from robustfeat.errors import DecodeError, InputError
+from robustfeat.hub.heif import use_one_thread
 from robustfeat.hub.preprocessing import BYTES_PER_PIXEL, Preprocessing, TooLargeError, prepare_square
 from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource
@@ -171,10 +172,14 @@ def serve(
 
 
 def _load_formats() -> None:
-    """Loads Pillow's readers, which the first image of each format would wait for (some 40 ms)."""
+    """Loads Pillow's readers, which the first image of each format would wait for (some 40 ms).
+
+    pillow-heif waits for the first HEIC image (30 ms): most folders have none.
+    """
     Image.preinit()
     for name in ("TiffImagePlugin", "WebPImagePlugin"):
         importlib.import_module(f"PIL.{name}")
+    use_one_thread()
 
 
 class _Decoder:

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 import robustfeat
-from robustfeat.hub.preprocessing import FORMATS
+from robustfeat.hub.preprocessing import readable_formats
 from robustfeat.serving.http import kserve, openai
 from robustfeat.serving.http.bodies import images_of, read_body
 from robustfeat.serving.http.documents import ACCEPT, IMAGE_BODY, MODEL, describe, refusals
@@ -217,6 +217,6 @@ def _info(service: Service) -> dict[str, Any]:
             "decode_timeout_s": limits.decode_timeout_s,
             "connections": limits.max_connections,
         },
-        "formats": list(FORMATS),
+        "formats": list(readable_formats()),
         "workers": service.workers,
     }

@@ -16,7 +16,8 @@ _BINARY = {"type": "string", "format": "binary"}
 IMAGE_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "One image file (JPEG, PNG, WebP, GIF, BMP or TIFF, told by its content), or several as a form.",
+        "description": "One image file (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC, told by its content), or "
+        "several as a form.",
         "content": {
             "application/octet-stream": {"schema": _BINARY},
             "image/*": {"schema": _BINARY},

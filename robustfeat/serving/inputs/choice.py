@@ -12,6 +12,7 @@ __all__ = ["IMAGE_SUFFIXES", "Choice", "is_hidden", "say_left_out", "suffix_kind
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
+    | {".avif", ".heic", ".heif", ".hif"}  # also where nothing reads them: a folder has the same rows everywhere
 )
 
 _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
@@ -70,7 +71,7 @@ def suffix_kind(name: str) -> str:
 
 
 def say_left_out(left_out: Mapping[str, int], undecodable: int = 0) -> str:
-    """The numbers as text, the largest first: `files left out: 3 (.heic 2, without suffix 1)`; empty without any.
+    """The numbers as text, the largest first: `files left out: 3 (.psd 2, without suffix 1)`; empty without any.
 
     Args:
         left_out: files by kind.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robustfeat.errors import DecodeError
+from robustfeat.hub.heif import is_readable
 from robustfeat.hub.preprocessing import CONTRACT_VERSION, decode
 
 __all__ = ["ImageSet", "Source", "decoding_key", "sort_classes"]
@@ -29,8 +30,12 @@ class Source(Protocol):
 
 
 def decoding_key(preprocessing_version: int) -> dict[str, int]:
-    """What the key of a file of decoded images says of it; version 1 has the keys of before there was another."""
-    return {"preprocessing_version": preprocessing_version} if preprocessing_version > 1 else {}
+    """What the key of a file of decoded images says of it; version 1 has the keys of before there was another.
+
+    Where HEIC is read is said, too: a file of where it is not has such images as bad.
+    """
+    key = {"preprocessing_version": preprocessing_version} if preprocessing_version > 1 else {}
+    return key | ({"heic": 1} if is_readable("HEIF") else {})
 
 
 @runtime_checkable

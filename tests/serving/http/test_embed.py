@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import io
@@ -10,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -111,6 +113,22 @@ def test_binary_answers_hold_all_rows_and_say_which_failed(
 )
 def test_the_accept_header_chooses(server: Server, photos: list[bytes], accept: str, kind: str) -> None:
     assert server.post("/embed", photos[0], accept=accept).headers["content-type"] == kind
+
+
+@pytest.mark.parametrize("path", ["/embed", "/v1/embeddings"])
+def test_avif_and_heic_are_answered(server: Server, extractor: FeatureExtractor, photos: list[bytes], path: str) -> None:
+    image = Image.open(io.BytesIO(photos[0]))
+    bodies = [io.BytesIO(), io.BytesIO()]
+    image.save(bodies[0], "AVIF")
+    pillow_heif.from_pillow(image).save(bodies[1])
+    for body in bodies:
+        data = body.getvalue()
+        if path == "/embed":
+            answer = server.post(path, data)
+        else:
+            uri = f"data:image/heic;base64,{base64.b64encode(data).decode()}"
+            answer = server.post(path, {"input": uri, "model": "robustfeat", "encoding_format": "float"})
+        assert_close(answer.json["data"][0]["embedding"], extractor.embed([data])[0])
 
 
 def test_several_models_answer_under_their_names(server: Server, photos: list[bytes], model: Path) -> None:

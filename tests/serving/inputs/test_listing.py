@@ -129,7 +129,7 @@ def test_hidden_members_of_a_tar_are_ignored_and_links_fail(
     assert [(row["path"].removeprefix("shard.tar/"), row["error"]) for row in index] == [
         ("../outside.jpg", None),
         ("good.jpg", None),
-        ("good.jpg", "not an image of these formats: JPEG, PNG, WEBP, GIF, BMP, TIFF"),
+        ("good.jpg", "not an image of these formats: JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIF"),
         ("hard.jpg", link),
         ("pipe.jpg", link),
         ("soft.jpg", link),
@@ -204,8 +204,8 @@ def test_files_that_are_left_out_are_counted_by_kind(tmp_path: Path) -> None:
         "a.jpg",
         "b.JFIF",
         "c.jpe",
-        "deep/d.HEIC",
-        "e.heic",
+        "deep/d.PSD",
+        "e.psd",
         "IMG_0001",
         "f.\x1b[31m",
         ".git/a.jpg",
@@ -218,7 +218,7 @@ def test_files_that_are_left_out_are_counted_by_kind(tmp_path: Path) -> None:
     with list_inputs([tmp_path]) as found:
         assert [image.path for image in found] == ["a.jpg", "b.JFIF", "c.jpe"]
         said = say_left_out(found.left_out)
-    assert said == "files left out: 7 (.heic 2, hidden 2, folders in themselves 1, others 1, without suffix 1)"
+    assert said == "files left out: 7 (.psd 2, hidden 2, folders in themselves 1, others 1, without suffix 1)"
 
 
 def test_what_is_left_out_is_said_in_one_line_of_any_number_of_kinds() -> None:
@@ -235,13 +235,13 @@ def test_what_is_left_out_is_said_in_one_line_of_any_number_of_kinds() -> None:
     ("patterns", "taken"),
     [
         (["*.jpg"], ["a.JPG", "deep/b.jpg"]),
-        (["img_*", "*.heic"], ["IMG_1", "deep/c.heic"]),
+        (["img_*", "*.psd"], ["IMG_1", "deep/c.psd"]),
         (["deep/*.jpg"], ["deep/b.jpg"]),
-        (["*"], ["IMG_1", "a.JPG", "a.seg.png", "deep/b.jpg", "deep/c.heic"]),
+        (["*"], ["IMG_1", "a.JPG", "a.seg.png", "deep/b.jpg", "deep/c.psd"]),
     ],
 )
 def test_patterns_choose_files_of_folders_and_archives(tmp_path: Path, patterns: list[str], taken: list[str]) -> None:
-    names = ["a.JPG", "a.seg.png", "deep/b.jpg", "deep/c.heic", "IMG_1", ".hidden.jpg"]
+    names = ["a.JPG", "a.seg.png", "deep/b.jpg", "deep/c.psd", "IMG_1", ".hidden.jpg"]
     folder = touch(tmp_path / "in", *names)
     place = pack(tmp_path / "shard.tar", *((name, b"x") for name in names))
     assert paths(folder, match=patterns) == taken
@@ -370,7 +370,7 @@ def test_rows_of_parquet_that_hold_no_image_are_failed_rows(
     assert [row["error"] for row in index] == [
         None,
         "the row holds no image",
-        "not an image of these formats: JPEG, PNG, WEBP, GIF, BMP, TIFF",
+        "not an image of these formats: JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIF",
         None,
         "the file is empty",
         None,

@@ -122,7 +122,7 @@ def test_what_is_left_out_is_remarked(dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset / "train", tmp_path / "train")
     assert open_training_data(tmp_path)[0].remarks == ()
     for number, file in enumerate(sorted((tmp_path / "train").glob("*/*"))[:4]):
-        file.rename(file.with_suffix(".avif") if number % 2 else tmp_path / "train" / f"{number}.jpg")
+        file.rename(file.with_suffix(".psd") if number % 2 else tmp_path / "train" / f"{number}.jpg")
     (tmp_path / "train" / "._hidden.png").touch()
     (tmp_path / "train" / "hat" / "._hidden.png").touch()
     train, held_out = open_training_data(tmp_path, val_fraction=0.1)

@@ -181,7 +181,7 @@ def test_what_bears_on_a_score_is_said(
     folder = tmp_path / "clothes"
     shutil.copytree(dataset, folder)
     for file in (folder / "train" / "hat").iterdir():
-        file.rename(file.with_suffix(".avif"))
+        file.rename(file.with_suffix(".psd"))
     arguments = [f"{network}:build", "--image-size", "32", "--task", f"clothes={folder}", "--no-few-shot"]
     assert evaluate_command([*arguments, "--quiet"], standalone_mode=False) == 0
     assert capsys.readouterr().err == ""

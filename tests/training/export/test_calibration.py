@@ -16,10 +16,10 @@ def test_what_is_left_out_is_said(examples: Path, tmp_path: Path, capsys: pytest
     folder = Path(shutil.copytree(examples / "hat", tmp_path / "images"))
     count = len(folder_images(folder, Preprocessing(32)))
     assert capsys.readouterr().err == ""
-    (folder / "b.heic").write_bytes(b"")
+    (folder / "b.psd").write_bytes(b"")
     (folder / "bad.jpg").write_bytes(b"junk")
     assert len(folder_images(folder, Preprocessing(32))) == count
-    said = f"{folder}: files left out: 1 (.heic 1); images that cannot be decoded: 1\n"
+    said = f"{folder}: files left out: 1 (.psd 1); images that cannot be decoded: 1\n"
     assert capsys.readouterr().err == said
     for file in folder.glob("hat-*"):
         file.unlink()

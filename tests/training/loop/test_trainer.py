@@ -426,7 +426,7 @@ def test_a_run_says_what_was_left_out_its_concepts_weights_and_the_time_left(
     monkeypatch.setattr("robustfeat.training.loop.epochs._LOG_EVERY_STEPS", 2)
     monkeypatch.setattr("robustfeat.progress._PLAIN_LINE_S", 0)
     folder = Path(shutil.copytree(dataset, tmp_path / "data"))
-    (folder / "train" / "hat" / "photo.avif").touch()
+    (folder / "train" / "hat" / "photo.psd").touch()
     train(folder, recipe(dataset), tmp_path / "run", workers=0, threads=1)
     _, remark, *_, line = capsys.readouterr().err.splitlines()[:5]
     assert remark.startswith(f"{folder / 'train'}: files left out: 1 (")

@@ -337,7 +337,7 @@ def test_what_is_left_out_is_said_before_a_part_is_drawn(
 ) -> None:
     places = [Path(shutil.copytree(one, tmp_path / one.name)) for one in (benchmark, target)]
     for place in places:
-        (next((place / "train").iterdir()) / "photo.avif").touch()
+        (next((place / "train").iterdir()) / "photo.psd").touch()
     study = Study(tmp_path / "report", SCALES["quick"](), str(places[0]), {"sop": str(places[1])}, Machine())
     study.images("main")
     study.task("sop")
