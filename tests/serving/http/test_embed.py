@@ -116,7 +116,7 @@ def test_the_accept_header_chooses(server: Server, photos: list[bytes], accept: 
 
 
 @pytest.mark.parametrize("path", ["/embed", "/v1/embeddings"])
-def test_avif_and_heic_are_answered(server: Server, extractor: FeatureExtractor, photos: list[bytes], path: str) -> None:
+def test_avif_and_heic_get_answers(server: Server, extractor: FeatureExtractor, photos: list[bytes], path: str) -> None:
     image = Image.open(io.BytesIO(photos[0]))
     bodies = [io.BytesIO(), io.BytesIO()]
     image.save(bodies[0], "AVIF")
