@@ -2,9 +2,11 @@
 
     python benchmarks/embed.py --photos FOLDER --model builtin --model resnet18-224=FOLDER --out embed.json
     python benchmarks/embed.py --photos FOLDER --only memory
+    python benchmarks/embed.py --photos FOLDER --only speed --device cuda
 
 - speed: M is the model alone and D decoding alone (file to square, one process a core), both on all cores, so that
-  1 / (1/M + 1/D) = B is what both can reach together. The steady rate of the real command leaves start-up apart:
+  1 / (1/M + 1/D) = B is what both can reach together. With `--device cuda` B is the smaller of M and D: the GPU leaves
+  the cores to the decoders. The steady rate of the real command leaves start-up apart:
   (long - short run's images) / (long - short run's seconds).
 - peers: the same photographs and network through other programs (peers/loops.py), at their steady rate.
 - drift: cosine of the features to those behind timm's own preprocessing; photographs rotated by EXIF, which timm
@@ -55,8 +57,16 @@ from robustfeat.serving.verify import cosine
 from robustfeat.system import available_cpus
 
 SECTIONS = ("speed", "peers", "drift", "corrupt", "memory")
-ENGINES = [("onnxruntime", "fp32"), ("onnxruntime", "int8")]
-ENGINES += [("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8")]
+ENGINES = {
+    "cpu": [
+        ("onnxruntime", "fp32"),
+        ("onnxruntime", "int8"),
+        ("openvino", "fp32"),
+        ("openvino", "bf16"),
+        ("openvino", "int8"),
+    ],
+    "cuda": [("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("tensorrt", "fp32"), ("tensorrt", "fp16")],
+}
 LOOPS = Path(__file__).parent / "peers" / "loops.py"
 PEERS = {
     "torchvision": "torch + torchvision, DataLoader",
@@ -71,7 +81,18 @@ RESIZINGS = {
     "OpenCV": "OpenCV, INTER_LINEAR",
     "squashed": "Pillow, whole image to a square",
 }
-VERSIONS = ("robustfeat", "numpy", "pillow", "onnxruntime", "openvino", "torch", "torchvision", "timm")
+VERSIONS = (
+    "robustfeat",
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-cu13-libs",
+    "openvino",
+    "torch",
+    "torchvision",
+    "timm",
+)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
 CORES = available_cpus()
 MIN_SECONDS = 3
@@ -83,9 +104,16 @@ class Way(NamedTuple):
     engine: str
     precision: str
     decoding: str = "exact"
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        return f"{self.engine} {self.precision}" + (", scaled" if self.decoding == "scaled" else "")
+        place = " on cuda" if self.device == "cuda" else ""
+        return f"{self.engine} {self.precision}{place}" + (", scaled" if self.decoding == "scaled" else "")
+
+    @property
+    def run_options(self) -> RunOptions:
+        """For the most images per second."""
+        return RunOptions(self.precision, self.engine, self.device, self.decoding, threads=CORES, streams=CORES)
 
 
 @dataclass
@@ -98,6 +126,7 @@ class Bench:
     scratch: Path
     images: int
     peers_python: str
+    device: str = "cpu"
     ways: list[Way] = field(default_factory=list)
     fastest: Way = field(init=False)
     missing: dict[str, str] = field(default_factory=dict)
@@ -113,13 +142,16 @@ class Bench:
         short = whole * math.ceil(long / 8 / whole)
         self.counts = {"short": short, "long": max(long, short + whole)}
         rates = {}
-        for engine, precision in ENGINES:
+        for engine, precision in ENGINES[self.device]:
+            way = Way(engine, precision, device=self.device)
             try:
-                FeatureExtractor.from_pretrained(self.folder.path, engine=engine, precision=precision)
-                self.ways.append(Way(engine, precision))
-                rates[self.ways[-1]] = self.model_rate(self.ways[-1], 0.5)
+                FeatureExtractor.load(self.folder.path, way.run_options)
+                self.ways.append(way)
+                rates[way] = self.model_rate(way, 0.5)
             except RobustFeatError as exc:
-                self.missing[f"{self.name}: {engine} {precision}"] = str(exc)
+                self.missing[f"{self.name}: {way}"] = str(exc)
+        if not rates:
+            raise SystemExit(f"{self.name}: nothing runs on {self.device} here: {'; '.join(self.missing.values())}")
         self.fastest = max(rates, key=lambda way: rates[way])
 
     @property
@@ -144,16 +176,17 @@ class Bench:
 
     def model_rate(self, way: Way, seconds: float) -> float:
         """M: images a second of the engine alone, one thread a stream."""
-        options = RunOptions(way.precision, way.engine, decoding=way.decoding, threads=CORES, streams=CORES)
-        extractor = FeatureExtractor.open(self.folder, options)
+        extractor = FeatureExtractor.open(self.folder, way.run_options)
         files = itertools.islice(itertools.cycle(self.photos), extractor.batch_size)
         batch = normalise(np.stack([extractor.prepare(file) for file in files]), self.contract)
 
         def loop(_: int) -> float:
-            extractor.engine.run(batch)
+            own = extractor.engine.new_input(batch.shape)
+            own[:] = batch
+            extractor.engine.run(own)
             began, count = time.perf_counter(), 0
             while time.perf_counter() - began < seconds:
-                extractor.engine.run(batch)
+                extractor.engine.run(own)
                 count += len(batch)
             return count / (time.perf_counter() - began)
 
@@ -289,7 +322,8 @@ def speed_rows(bench: Bench, rates: Rates) -> Rows:
     for way in [*bench.ways, bench.fastest._replace(decoding="scaled")]:
         model = rates[bench.name, "M", str(way._replace(decoding="exact"))]
         decode, steady = rates[bench.name, "D", way.decoding], rates[bench.name, "clean", str(way)]
-        limit = [1 / (1 / m + 1 / d) for m, d in zip(model, decode, strict=True)]
+        both = zip(model, decode, strict=True)
+        limit = [min(m, d) if way.device == "cuda" else 1 / (1 / m + 1 / d) for m, d in both]
         values = {"M": model, "D": decode, "B": limit, "embed": steady}
         medians = {name: round(statistics.median(value)) for name, value in values.items()}
         rows.append({"way": str(way), **medians, "embed / B": ratio(steady, limit)})
@@ -365,6 +399,7 @@ def main() -> None:
         default=4800,
         help="in a long run at 64 px; fewer at larger sizes, in proportion to the side; a short run has an eighth",
     )
+    parser.add_argument("--device", choices=list(ENGINES), default="cpu", help="of the sections speed, drift, corrupt")
     parser.add_argument("--peers-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
@@ -398,7 +433,15 @@ def main() -> None:
     spawn = get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(CORES, mp_context=spawn) as pool:
         benches = [
-            Bench(name, resolve_model(place or name), photos, Path(scratch, name), options.images, options.peers_python)
+            Bench(
+                name,
+                resolve_model(place or name),
+                photos,
+                Path(scratch, name),
+                options.images,
+                options.peers_python,
+                options.device,
+            )
             for name, _, place in models
         ]
         for bench in benches:

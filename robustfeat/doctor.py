@@ -25,7 +25,7 @@ import robustfeat
 from robustfeat.errors import RobustFeatError, UnreachableError, first_line
 from robustfeat.serving.options import RunOptions
 from robustfeat.system import CGROUP, available_cpus, cpu_quota, visible_cpus
-from robustfeat.trial import Trial, try_engine, try_torch
+from robustfeat.trial import TRIAL_S, Trial, try_engine, try_torch
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -38,6 +38,7 @@ _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntim
 _ENGINES = {"onnxruntime": "cpu", "openvino": "openvino"}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _LITTLE_SPACE = 2**30
+_BUILD_S = 1200.0  # TensorRT builds its engine in minutes
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _engines(model: str, options: RunOptions) -> Iterator[Finding]:
     """What is asked for, then the other engine; each makes a session and asks it. `robustfeat verify` runs all ways."""
     first, way, device = _try_engine(model, options, PROBLEM)
     yield first
-    if device == "cpu" and options.device == "auto" and _gpus():
+    if device == "cpu" and options.device == "auto" and options.may_use_gpu and _gpus():
         fix = "`device=cuda` tells why; docs/embedding.md says what it needs"
         yield Finding("engine", NOTE, "it runs on the processor, and there is a GPU", fix)
     for engine, extra in _ENGINES.items():
@@ -279,7 +280,8 @@ def _try_engine(model: str, options: RunOptions, status: str) -> tuple[Finding, 
     """The finding, with `status` if it does not run, and which engine ran where."""
     label = f"{options.engine} {options.precision}"
     try:
-        ran = Trial(try_engine, model, json.dumps(asdict(options))).result()
+        limit_s = _BUILD_S if options.engine == "tensorrt" else TRIAL_S
+        ran = Trial(try_engine, model, json.dumps(asdict(options)), limit_s=limit_s).result()
     except RobustFeatError as exc:
         fix = exc.fix or "pip install --force-reinstall the engine's package"
         return replace(_failed("engine", status, exc, f"{label}: "), fix=fix), None, None

@@ -15,9 +15,9 @@ from robustfeat.errors import EngineError, RobustFeatError, first_line
 from robustfeat.serving.options import RunOptions
 from robustfeat.system import python_command
 
-__all__ = ["Trial", "report", "try_engine", "try_torch"]
+__all__ = ["TRIAL_S", "Trial", "report", "try_engine", "try_torch"]
 
-_TRIAL_S = 120.0
+TRIAL_S = 120.0
 
 
 def try_engine(model: str, options: str) -> dict[str, Any]:
@@ -73,9 +73,11 @@ class Trial:
     Args:
         function: `try_engine` or `try_torch`.
         arguments: of the function.
+        limit_s: how long it may take.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Any]], *arguments: str) -> None:
+    def __init__(self, function: Callable[..., dict[str, Any]], *arguments: str, limit_s: float = TRIAL_S) -> None:
+        self._limit_s = limit_s
         name = function.__name__
         self._process = subprocess.Popen(
             python_command(f"from robustfeat.trial import {name}, report; report({name})", *arguments),
@@ -94,11 +96,11 @@ class Trial:
             EngineError: it raised an error, crashed, or did not end in time.
         """
         try:
-            said, errors = self._process.communicate(timeout=_TRIAL_S)
+            said, errors = self._process.communicate(timeout=self._limit_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
-            raise EngineError(f"did not answer within {_TRIAL_S:g} s") from None
+            raise EngineError(f"did not answer within {self._limit_s:g} s") from None
         code = self._process.returncode
         if code < 0:
             raise EngineError(f"crashed (signal {-code})")

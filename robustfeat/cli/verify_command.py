@@ -51,9 +51,10 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
 def _checks(folder: ModelFolder) -> Iterator[Check]:
     from robustfeat.hub.folder import WEIGHTS
     from robustfeat.serving.extractor import FeatureExtractor
-    from robustfeat.serving.verify import MIN_COSINE, Check, check_ways, ways_to_run
+    from robustfeat.serving.verify import MIN_COSINE, Check, check_ways, ways_on_gpu, ways_to_run
 
-    yield from check_ways(partial(FeatureExtractor.open, folder), ways_to_run(["fp16", *folder.precisions]), timed=True)
+    ways = [*ways_to_run(["fp16", *folder.precisions]), *ways_on_gpu()]
+    yield from check_ways(partial(FeatureExtractor.open, folder), ways, timed=True)
     if WEIGHTS not in folder.config.files:
         return  # PyTorch has nothing to run
     if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):

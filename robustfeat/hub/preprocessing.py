@@ -403,21 +403,25 @@ def prepare_square(
     return resize_and_crop(image, contract)
 
 
-def normalise(squares: NDArray[np.uint8], contract: Preprocessing) -> NDArray[np.float32]:
+def normalise(
+    squares: NDArray[np.uint8], contract: Preprocessing, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """(N, S, S, 3) uint8 to (N, 3, S, S) float32, contiguous: ((v / 255) - mean) / std.
 
-    The squares are RGB, the result has the contract's `channel_order`.
+    The squares are RGB, the result has the contract's `channel_order`. It is `out`, where that is given.
     """
     if contract.channel_order == "bgr":
         squares = squares[..., ::-1]
     mean = np.asarray(contract.mean, np.float32)[:, None, None]
     std = np.asarray(contract.std, np.float32)[:, None, None]
     # Transposed while it is small, then in place: six times as fast as the formula written in one line.
-    values = np.ascontiguousarray(squares.transpose(0, 3, 1, 2), np.float32)
-    values /= np.float32(255)
-    values -= mean
-    values /= std
-    return values
+    if out is None:
+        out = np.empty((len(squares), 3, *squares.shape[1:3]), np.float32)
+    np.copyto(out, squares.transpose(0, 3, 1, 2))
+    out /= np.float32(255)
+    out -= mean
+    out /= std
+    return out
 
 
 def preprocess(images: Sequence[Image.Image], contract: Preprocessing) -> NDArray[np.float32]:

@@ -1,12 +1,13 @@
-"""The inference engines, ONNX Runtime and OpenVINO: prepared input in, features out."""
+"""The inference engines, ONNX Runtime, OpenVINO and TensorRT: prepared input in, features out."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,19 +15,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError, ModelFolderError, NotFiniteError, first_line
+from robustfeat.progress import remark
+from robustfeat.serving.nvidia import CUDA, CUDA_OPTIONS, PROCESSOR, TENSORRT, InputBuffers, find_gpu, load_cuda_runtime
 from robustfeat.serving.options import RunOptions
+from robustfeat.serving.tensorrt import (
+    MAX_BATCH,
+    cache_place,
+    engine_key,
+    kept_engines,
+    load_tensorrt,
+    read_image_side,
+    tensorrt_options,
+)
 
 __all__ = [
     "HASH_KEY",
     "Engine",
     "OnnxRuntimeEngine",
     "OpenVINOEngine",
+    "TensorRTEngine",
     "open_engine",
 ]
 
 HASH_KEY = "robustfeat.preprocessing_hash"
 """Where an ONNX file's metadata keeps the hash of the preprocessing that it was exported for."""
 
+_WARNINGS, _ERRORS, _FATAL = 2, 3, 4  # ONNX Runtime's severities
+_LINE = 250
 _REINSTALL = "uninstall all that are named onnxruntime, and pip install 'robustfeat[cpu]' or 'robustfeat[gpu]' again"
 
 
@@ -54,6 +69,10 @@ class Engine(Protocol):
     output_shape: list[int | str | None]
     preprocessing_hash: str | None
 
+    def new_input(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A float32 array for `run`, with any content. The next call of the same thread may give the same memory."""
+        ...
+
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, 3, S, S) float32 to (N, D) float32, all finite.
 
@@ -80,53 +99,34 @@ def open_engine(file: Path, content: bytes, options: RunOptions) -> Engine:
 
 
 class OnnxRuntimeEngine:
-    """An `Engine` that is a session of ONNX Runtime."""
+    """An `Engine` that is a session of ONNX Runtime, on the processor or on a GPU."""
 
     name = "onnxruntime"
 
     def __init__(self, file: Path, content: bytes, options: RunOptions) -> None:
-        # Official builds send telemetry unless this is set before the library starts.
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        try:
-            import onnxruntime
-        except ImportError as exc:
-            if exc.name != "onnxruntime":
-                raise EngineError(f"ONNX Runtime cannot be imported ({first_line(exc)})", fix=_REINSTALL) from exc
-            raise EngineError(
-                "ONNX Runtime is not installed",
-                fix="pip install 'robustfeat[cpu]', or 'robustfeat[gpu]' on a machine with an NVIDIA GPU",
-            ) from exc
-        if not hasattr(onnxruntime, "InferenceSession"):
-            raise EngineError(
-                "ONNX Runtime is installed in part, as when one of two of its wheels was removed", fix=_REINSTALL
-            )
+        onnxruntime = _import_onnxruntime()
         self.version: str = onnxruntime.__version__
         self.precision = options.precision
         self.threads, self.streams = options.thread_count, options.stream_count
         settings = onnxruntime.SessionOptions()
         # With one thread a stream, run() computes on the thread that calls it, and none waits for another.
         settings.intra_op_num_threads = max(1, self.threads // self.streams)
-        settings.log_severity_level = 3
+        settings.log_severity_level = _ERRORS
         settings.add_session_config_entry("session.load_model_format", "ONNX")
-        providers = ["CPUExecutionProvider"]
-        if options.may_use_gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            onnxruntime.preload_dlls()
-            providers.insert(0, "CUDAExecutionProvider")
-        try:
-            self._session: Any = onnxruntime.InferenceSession(content, settings, providers=providers)
-        except Exception as exc:  # ONNX Runtime's exceptions share no base class of their own
-            raise ModelFolderError(f"{file}: ONNX Runtime cannot load it ({first_line(exc)})") from exc
+        self._session: Any = self._open(onnxruntime, file, content, settings, options)
         # The GPU build falls back to the CPU silently; only the session knows.
-        self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+        used = self._session.get_providers()
+        self.device = "cuda" if CUDA in used else "cpu"
         if options.device == "cuda" and self.device != "cuda":
             raise EngineError(
-                "ONNX Runtime runs on the CPU here",
+                f"ONNX Runtime runs on the CPU here{'' if find_gpu() else ', and no NVIDIA GPU answers'}",
                 argument="device",
                 value="cuda",
                 fix="install 'robustfeat[gpu]' without onnxruntime and check the NVIDIA driver, or pass `device=cpu`",
             )
         if self.device == "cuda":
             self.streams = min(self.streams, 2)  # one computes while the other's batch is prepared
+        self._buffers = InputBuffers(load_cuda_runtime() if self.device == "cuda" else None)
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
         _check_names(file, inputs, outputs)
@@ -135,6 +135,26 @@ class OnnxRuntimeEngine:
         self.input_shape: list[int | str | None] = list(taken.shape)
         self.output_shape: list[int | str | None] = list(given.shape)
         self.preprocessing_hash: str | None = self._session.get_modelmeta().custom_metadata_map.get(HASH_KEY)
+
+    def _open(self, onnxruntime: Any, file: Path, content: bytes, settings: Any, options: RunOptions) -> Any:
+        if options.may_use_gpu and CUDA in onnxruntime.get_available_providers():
+            try:
+                return _open_session(onnxruntime, content, settings, [(CUDA, CUDA_OPTIONS)])
+            except Exception as exc:  # ONNX Runtime's exceptions share no base class of their own
+                if options.device == "cuda":
+                    fix = "check the GPU and its driver (nvidia-smi), or pass `device=cpu`"
+                    raise EngineError(f"{file}: CUDA cannot load it ({_end_of_line(exc)})", fix=fix) from exc
+        try:
+            return _open_session(onnxruntime, content, settings, [])
+        except Exception as exc:
+            problem = f"{file}: ONNX Runtime cannot load it ({first_line(exc)})"
+            if options.precision == "fp16":
+                raise EngineError(problem, fix="pass `precision=fp32`: perhaps not all of it has fp16") from exc
+            raise ModelFolderError(problem) from exc
+
+    def new_input(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A float32 array for `run`; for a GPU, in memory that it reads at full speed."""
+        return self._buffers.array(shape) if self.device == "cuda" else np.empty(shape, np.float32)
 
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, 3, S, S) float32 to (N, D) float32."""
@@ -146,6 +166,93 @@ class OnnxRuntimeEngine:
             self._session.run_with_iobinding(binding)
             features = binding.copy_outputs_to_cpu()[0]
         return _checked(features, pixel_values, self.output_shape, self.precision)
+
+
+class TensorRTEngine(OnnxRuntimeEngine):
+    """An `Engine` that TensorRT built for this GPU, or had built before. Nodes that it does not know run in CUDA."""
+
+    name = "tensorrt"
+
+    def _open(self, onnxruntime: Any, file: Path, content: bytes, settings: Any, options: RunOptions) -> Any:
+        version = load_tensorrt(Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so")
+        gpu = find_gpu()
+        if gpu is None:
+            raise EngineError(
+                "TensorRT needs an NVIDIA GPU, and none answers",
+                argument="engine",
+                value="tensorrt",
+                fix="check the NVIDIA driver (nvidia-smi), or pass `engine=onnxruntime`",
+            )
+        self.version = f"{version} (ONNX Runtime {onnxruntime.__version__})"
+        try:
+            side = read_image_side(content)
+        except ValueError as exc:
+            raise ModelFolderError(f"{file}: TensorRT cannot load it ({exc})") from exc
+        key = engine_key(content, gpu, (version, onnxruntime.__version__), options.precision, side)
+        with kept_engines(cache_place(), key) as folder:
+            is_new, began = not any(folder.glob("*.engine")), time.monotonic()
+            if is_new:
+                remark(f"TensorRT builds an engine for {file.name} on {gpu.name}: minutes, once")
+            chosen = [(TENSORRT, tensorrt_options(folder, options.precision, side)), (CUDA, CUDA_OPTIONS)]
+            fix = "pip install --upgrade 'robustfeat[tensorrt]', or pass `engine=onnxruntime`"
+            try:
+                session = _open_session(onnxruntime, content, settings, chosen)
+            except Exception as exc:
+                raise EngineError(f"{file}: TensorRT {version} cannot load it ({_end_of_line(exc)})", fix=fix) from exc
+            if TENSORRT not in session.get_providers():
+                raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot start TensorRT {version}", fix=fix)
+            with _explaining(self.name):  # the engine is built now at the latest
+                session.run(["features"], {"pixel_values": np.zeros((1, 3, side, side), np.float32)})
+            if is_new:
+                remark(f"TensorRT built it in {time.monotonic() - began:.0f} s; it is kept in {folder}")
+        return session
+
+    def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, 3, S, S) float32 to (N, D) float32, in batches of at most `MAX_BATCH`, which the engine was built for."""
+        starts = range(0, max(1, len(pixel_values)), MAX_BATCH)
+        return np.concatenate([super(TensorRTEngine, self).run(pixel_values[at : at + MAX_BATCH]) for at in starts])
+
+
+def _import_onnxruntime() -> Any:
+    # Official builds send telemetry unless this is set before the library starts.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        if exc.name != "onnxruntime":
+            raise EngineError(f"ONNX Runtime cannot be imported ({first_line(exc)})", fix=_REINSTALL) from exc
+        raise EngineError(
+            "ONNX Runtime is not installed",
+            fix="pip install 'robustfeat[cpu]', or 'robustfeat[gpu]' on a machine with an NVIDIA GPU",
+        ) from exc
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise EngineError(
+            "ONNX Runtime is installed in part, as when one of two of its wheels was removed", fix=_REINSTALL
+        )
+    return onnxruntime
+
+
+def _end_of_line(exc: BaseException) -> str:
+    """What a GPU's provider raises begins with places in its source, and ends with the reason."""
+    line = first_line(exc)
+    return line if len(line) <= _LINE else f"...{line[-_LINE:]}"
+
+
+def _open_session(
+    onnxruntime: Any, content: bytes, settings: Any, gpu_providers: Sequence[tuple[str, dict[str, str]]]
+) -> Any:
+    """A session on these providers and the processor; the session knows which of them it really has."""
+    if gpu_providers:
+        # What is missing is printed to stdout, and logged for every library; our errors say it in one line.
+        with redirect_stdout(None):
+            onnxruntime.preload_dlls()
+        onnxruntime.set_default_logger_severity(_FATAL)
+    try:
+        # Without `enable_fallback=0` a failing provider is reported on stdout, and replaced.
+        return onnxruntime.InferenceSession(content, settings, providers=[*gpu_providers, PROCESSOR], enable_fallback=0)
+    finally:
+        if gpu_providers:
+            onnxruntime.set_default_logger_severity(_WARNINGS)
 
 
 class OpenVINOEngine:
@@ -194,6 +301,10 @@ class OpenVINOEngine:
         self.preprocessing_hash = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None
         self._requests: deque[Any] = deque()
 
+    def new_input(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A float32 array for `run`."""
+        return np.empty(shape, np.float32)
+
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, 3, S, S) float32 to (N, D) float32."""
         try:
@@ -208,7 +319,7 @@ class OpenVINOEngine:
 
 
 _CLASSES: dict[str, type[OnnxRuntimeEngine] | type[OpenVINOEngine]] = {
-    engine.name: engine for engine in (OnnxRuntimeEngine, OpenVINOEngine)
+    engine.name: engine for engine in (OnnxRuntimeEngine, OpenVINOEngine, TensorRTEngine)
 }
 
 

@@ -13,7 +13,7 @@ __all__ = ["AUTO", "DECODINGS", "DEVICES", "ENGINES", "MAX_PIXELS", "PRECISIONS"
 # The command line shows these choices, so importing them must not import NumPy.
 AUTO = "auto"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-ENGINES = ("onnxruntime", "openvino")
+ENGINES = ("onnxruntime", "openvino", "tensorrt")
 DEVICES = ("cpu", "cuda")
 DECODINGS = ("exact", "scaled")
 MAX_PIXELS = 100_000_000
@@ -33,7 +33,7 @@ class RunOptions:
     Attributes:
         precision: fp32; fp16, meant for GPUs; int8 where the folder holds it; bf16 with OpenVINO on processors that
             have it.
-        engine: auto (see `choose_engine`), onnxruntime or openvino.
+        engine: auto (see `choose_engine`), onnxruntime, openvino or tensorrt.
         device: auto, cpu or cuda. Auto takes the GPU where the session really runs on it.
         decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size.
         threads: processors for the model; None for all that the cgroup grants.
@@ -83,6 +83,11 @@ class RunOptions:
         return "fp32" if self.precision == "bf16" else self.precision
 
     @property
+    def requires_gpu(self) -> bool:
+        """Whether the model must run on a GPU."""
+        return self.device == "cuda" or self.engine == "tensorrt"
+
+    @property
     def may_use_gpu(self) -> bool:
         """Whether a GPU is to run the model where there is one: int8 and bf16 are for processors."""
         return self.device != "cpu" and self.precision in {"fp32", "fp16"}
@@ -101,10 +106,14 @@ class RunOptions:
         if name == AUTO:
             alone = importlib.util.find_spec("openvino") and not importlib.util.find_spec("onnxruntime")
             name = "openvino" if self.precision == "bf16" or (alone and self.device != "cuda") else "onnxruntime"
-        if self.device == "cuda" and self.precision in {"bf16", "int8"}:
+        if name == "tensorrt" and self.device == "cpu":
+            raise EngineError(
+                "TensorRT does not run on the processor", fix="pass `engine=onnxruntime`, or `device=cuda`"
+            )
+        if self.requires_gpu and self.precision in {"bf16", "int8"}:
             raise EngineError(
                 f"{self.precision} runs on processors, not on cuda",
-                fix="pass `precision=fp16` or `precision=fp32`, or `device=cpu`",
+                fix="pass `precision=fp16` or `precision=fp32`, or `engine=auto` and `device=cpu`",
             )
         if name == "onnxruntime" and self.precision == "bf16":
             raise EngineError(

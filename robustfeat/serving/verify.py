@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError
 from robustfeat.hub.folder import ModelFolder
+from robustfeat.serving.nvidia import find_gpu
 from robustfeat.serving.options import ENGINES, PRECISIONS, RunOptions
 
-__all__ = ["MIN_COSINE", "Check", "check_golden", "check_ways", "compare", "cosine", "ways_to_run"]
+__all__ = ["MIN_COSINE", "Check", "check_golden", "check_ways", "compare", "cosine", "ways_on_gpu", "ways_to_run"]
 
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.99}
 """What a precision must reach against PyTorch's features on every golden image; int8 saturates on some processors."""
@@ -45,7 +46,7 @@ class Check:
     """The result for one way to run a model.
 
     Attributes:
-        engine, precision: the way.
+        engine, precision, device: the way.
         cosine: the smallest one over the golden images; None where it was not run.
         needed: what it must reach.
         reason: why it was not run.
@@ -58,6 +59,7 @@ class Check:
     needed: float
     reason: str | None = None
     images_per_s: float | None = None
+    device: str = "cpu"
 
     @property
     def short(self) -> bool:
@@ -65,7 +67,7 @@ class Check:
         return self.cosine is not None and not self.cosine >= self.needed
 
     def __str__(self) -> str:
-        way = f"{self.engine:12}{self.precision:6}"
+        way = f"{self.engine:12}{self.precision:6}" + ("cuda  " if self.device == "cuda" else "")
         if self.cosine is None:
             return f"{way}not run: {self.reason}"
         speed = "" if self.images_per_s is None else f"  {self.images_per_s:9,.1f} images/s"
@@ -88,12 +90,13 @@ def compare(
     precision: str = "fp32",
     decoding: str = "exact",
     images_per_s: float | None = None,
+    device: str = "cpu",
 ) -> Check:
     """The check of features that were computed, (n, D), against PyTorch's, (n, D)."""
     needed = MIN_COSINE[precision]
     if decoding == "scaled":
         needed = min(needed, _MIN_COSINE_SCALED)
-    return Check(engine, precision, float(cosine(features, expected).min()), needed, images_per_s=images_per_s)
+    return Check(engine, precision, float(cosine(features, expected).min()), needed, None, images_per_s, device)
 
 
 def check_golden(subject: GoldenSubject, *, timed: bool = False) -> Check:
@@ -116,6 +119,7 @@ def check_golden(subject: GoldenSubject, *, timed: bool = False) -> Check:
         precision=options.precision,
         decoding=options.decoding,
         images_per_s=speed,
+        device=options.device,
     )
 
 
@@ -125,12 +129,20 @@ def ways_to_run(precisions: Iterable[str]) -> Iterator[RunOptions]:
     A folder without an fp32 file is no model; opening it says so.
     """
     stored = {"fp32", *precisions}
-    for engine in ENGINES:
+    for engine in (name for name in ENGINES if name != "tensorrt"):
         for precision in PRECISIONS:
             options = RunOptions(precision, engine, "cpu")
             if (precision == "bf16" and engine != "openvino") or options.stored_precision not in stored:
                 continue
             yield options
+
+
+def ways_on_gpu() -> Iterator[RunOptions]:
+    """Every engine and precision for the GPU, where one answers."""
+    if find_gpu() is not None:
+        for engine in ("onnxruntime", "tensorrt"):
+            for precision in ("fp32", "fp16"):
+                yield RunOptions(precision, engine, "cuda")
 
 
 def check_ways(
@@ -152,4 +164,5 @@ def check_ways(
         except EngineError as exc:
             # The check chooses the parameters itself, so a fix that names some does not help its reader.
             reason = exc.problem.replace("`", "") if exc.fix_parameters else str(exc)
-            yield Check(options.engine, options.precision, None, MIN_COSINE[options.precision], reason)
+            needed = MIN_COSINE[options.precision]
+            yield Check(options.engine, options.precision, None, needed, reason, device=options.device)

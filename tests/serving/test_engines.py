@@ -93,7 +93,7 @@ def test_scaled_decoding_stays_near(example_files: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "tensorrt"}, "engine=tensorrt: expected auto, onnxruntime or openvino"),
+        ({"engine": "tflite"}, "engine=tflite: expected auto, onnxruntime, openvino or tensorrt"),
         ({"precision": "fp8"}, "precision=fp8: expected fp32, fp16, bf16 or int8"),
         ({"device": "tpu"}, "device=tpu: expected auto, cpu or cuda"),
         ({"decoding": "fast"}, "decoding=fast: expected exact or scaled"),

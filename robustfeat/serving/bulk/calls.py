@@ -53,7 +53,7 @@ def embed(
         config_hash: the sha256 that the model's config.json must have, which pins all its files.
         precision: fp32; fp16, meant for GPUs; int8 where the model has it; bf16 with OpenVINO on processors that
             have it.
-        engine: auto, onnxruntime or openvino.
+        engine: auto, onnxruntime, openvino or tensorrt.
         device: auto, cpu or cuda.
         decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size, which is faster and changes
             the features slightly.

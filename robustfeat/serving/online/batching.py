@@ -17,8 +17,6 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-
 from robustfeat.errors import NotFiniteError
 from robustfeat.hub.preprocessing import normalise
 from robustfeat.serving.decoding.loop_pool import LoopDecoderPool
@@ -165,7 +163,7 @@ class Batcher:
         decoders: int,
         batch_size: int,
     ) -> None:
-        self._contract, self._run_engine = extractor.config.preprocessing, extractor.engine.run
+        self._contract, self._engine = extractor.config.preprocessing, extractor.engine
         self._metrics = metrics
         self._batch_size = batch_size
         # Squares wait there for the model; when none is free, the decoders wait.
@@ -339,7 +337,7 @@ class Batcher:
 
     def _infer(self, batch: Sequence[_Item]) -> Sequence[Answer]:
         try:
-            return [Answer(features=row) for row in self._run_engine(self._input(batch))]
+            return [Answer(features=row) for row in self._engine.run(self._input(batch))]
         except Exception as exc:
             if len(batch) == 1:
                 if isinstance(exc, NotFiniteError) and not isinstance(batch[0].image, bytes):
@@ -353,9 +351,9 @@ class Batcher:
         side = self._contract.image_size
         decoded = [at for at, item in enumerate(batch) if item.place >= 0]
         squares = self._decoders.squares[[batch[at].place for at in decoded]]
+        values = self._engine.new_input((len(batch), 3, side, side))
         if len(decoded) == len(batch):
-            return normalise(squares, self._contract)
-        values = np.empty((len(batch), 3, side, side), np.float32)
+            return normalise(squares, self._contract, out=values)
         values[decoded] = normalise(squares, self._contract)
         for at, item in enumerate(batch):
             if item.place < 0:

@@ -128,12 +128,12 @@ def write_archive(
     config = {
         "minWorkers": settings.workers,
         "maxWorkers": settings.workers,
-        "batchSize": batch_size or default_batch_size(side, settings.options.device),
+        "batchSize": batch_size or default_batch_size(side, "cuda" if settings.options.requires_gpu else "cpu"),
         "maxBatchDelay": delay_ms,
         # A worker answers by itself that a request takes too long; one that does not even do that is replaced.
         "responseTimeout": round(settings.timeout_s) + _GRACE_S,
         "maxRetryTimeoutInSec": _RETRY_S,
-        "deviceType": "gpu" if settings.options.device == "cuda" else "cpu",
+        "deviceType": "gpu" if settings.options.requires_gpu else "cpu",
         SETTINGS: dataclasses.asdict(settings),
     }
     archive = out / f"{name}.mar"
@@ -155,12 +155,15 @@ def write_archive(
 
 def requirements(settings: Settings) -> list[str]:
     """The libraries that a worker's Python must have, as this package's own requirements name them."""
-    engine = "onnxruntime-gpu" if settings.options.device == "cuda" else settings.options.engine
+    options = settings.options
+    engines = ["onnxruntime-gpu"] if options.requires_gpu else [options.engine]
+    if options.engine == "tensorrt":
+        engines.append("tensorrt-cu13-libs")
     own: list[str] = []
     with suppress(importlib.metadata.PackageNotFoundError):  # it may run without being installed
         own = importlib.metadata.requires("robustfeat") or []
     lines = {re.match(r"[\w.-]+", line)[0].lower(): line.partition(";")[0].strip() for line in own}  # type: ignore[index]
-    return [lines.get(name, name) for name in (*_NEEDED, engine)]
+    return [lines.get(name, name) for name in (*_NEEDED, *engines)]
 
 
 def _sources() -> Iterator[tuple[Path, str]]:

@@ -1,0 +1,198 @@
+"""TensorRT, which ONNX Runtime calls: its options, its library, and the engines that it built.
+
+TensorRT compiles a network for one GPU, which takes minutes. The result, an engine, is kept in a folder beside the
+Hub's cache. An engine is code: the folder must belong to this user, and nobody else may write to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from robustfeat.errors import EngineError
+from robustfeat.files import FileLock
+from robustfeat.hub.protobuf import Message
+from robustfeat.progress import remark
+from robustfeat.serving.nvidia import Gpu
+
+__all__ = [
+    "MAX_BATCH",
+    "cache_place",
+    "engine_key",
+    "kept_engines",
+    "load_tensorrt",
+    "read_image_side",
+    "tensorrt_options",
+]
+
+MAX_BATCH = 128
+"""Images in the largest batch of an engine, and in the one that it is tuned for."""
+
+MAX_CACHE_BYTES = 4 * 2**30
+
+_INSTALL = "pip install 'robustfeat[tensorrt]' on a machine with an NVIDIA GPU, or pass `engine=onnxruntime`"
+
+
+def tensorrt_options(folder: Path, precision: str, side: int) -> dict[str, str]:
+    """Of ONNX Runtime's TensorRT provider.
+
+    Args:
+        folder: for engines.
+        precision: fp32 or fp16.
+        side: S; batches are (1 to `MAX_BATCH`, 3, S, S).
+
+    Source: https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html#configurations
+    """
+    least, most = (f"pixel_values:{count}x3x{side}x{side}" for count in (1, MAX_BATCH))
+    return {
+        "trt_fp16_enable": str(precision == "fp16"),
+        "trt_layer_norm_fp32_fallback": "True",
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(folder),
+        # With shapes given, one engine is built when the network is loaded; without, one for each new batch size.
+        "trt_profile_min_shapes": least,
+        "trt_profile_opt_shapes": most,
+        "trt_profile_max_shapes": most,
+    }
+
+
+def load_tensorrt(provider: Path) -> str:
+    """Loads the TensorRT that ONNX Runtime was built for, and gives its version.
+
+    Args:
+        provider: ONNX Runtime's `libonnxruntime_providers_tensorrt.so`.
+
+    Raises:
+        EngineError: ONNX Runtime has no such provider, or TensorRT is not installed.
+    """
+    try:
+        found = re.search(rb"libnvinfer\.so\.(\d+)", provider.read_bytes())
+    except OSError as exc:
+        raise EngineError("the installed ONNX Runtime has no TensorRT", fix=_INSTALL) from exc
+    if found is None:
+        raise EngineError(f"{provider}: needs no TensorRT that is known", fix=_INSTALL)
+    major = found[1].decode()
+    library = _load_library(f"libnvinfer.so.{major}")
+    if library is None or _load_library(f"libnvonnxparser.so.{major}") is None:
+        raise EngineError(f"TensorRT {major} is not installed", fix=_INSTALL)
+    number = int(library.getInferLibVersion())
+    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
+
+
+def _load_library(name: str) -> Any:
+    """A library of TensorRT: the system's, or that of the wheel `tensorrt_libs`. ONNX Runtime then finds it loaded."""
+    wheel = importlib.util.find_spec("tensorrt_libs")
+    places = (wheel and wheel.submodule_search_locations) or []
+    for file in (name, *(str(Path(place, name)) for place in places)):
+        with suppress(OSError):
+            return ctypes.CDLL(file, ctypes.RTLD_GLOBAL)
+    return None
+
+
+def read_image_side(content: bytes) -> int:
+    """S of a network whose input `pixel_values` is (N, 3, S, S).
+
+    Raises:
+        ValueError: it is no ONNX file, or has no such input.
+    """
+    # The fields are those of onnx.proto: graph 7, input 11, its name 1, type 2, tensor 1, shape 2, sizes 1.
+    for graph in Message.parse(content).values(7):
+        for value in map(Message.parse, Message.parse(graph).values(11)):
+            inner = [value]
+            for number in (2, 1, 2, 1):
+                inner = [Message.parse(part) for message in inner for part in message.values(number)]
+            sizes = [size.integers(1) for size in inner]
+            if value.text(1) == "pixel_values" and len(sizes) == 4 and sizes[2] == sizes[3] != []:
+                return sizes[3][0]
+    raise ValueError("it has no input pixel_values for images of one size")
+
+
+def engine_key(content: bytes, gpu: Gpu, versions: tuple[str, ...], precision: str, side: int) -> str:
+    """A name for the engine of a network: 32 hex digits of all that it depends on.
+
+    Args:
+        content: the network.
+        gpu: where it runs.
+        versions: of the libraries that build it.
+    """
+    parts = [hashlib.sha256(content).hexdigest(), gpu.name, gpu.capability, *versions, precision, side, MAX_BATCH]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def cache_place() -> Path:
+    """The folder of all engines, beside the Hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).absolute().with_name("robustfeat-tensorrt")
+
+
+@contextmanager
+def kept_engines(place: Path, key: str, *, max_bytes: int = MAX_CACHE_BYTES) -> Iterator[Path]:
+    """The folder for the engines of one network; one process at a time has it, and others wait.
+
+    When the block ends, the engines that were used longest ago are removed until all together take at most
+    `max_bytes`.
+
+    Raises:
+        EngineError: it cannot be made, or others may write to it.
+    """
+    folder = place / key
+    lock = FileLock(folder)
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_private(place)
+        _take(lock, folder)
+        os.utime(folder)
+    except OSError as exc:
+        raise EngineError(
+            f"{folder}: cannot keep engines of TensorRT ({exc.strerror or exc})",
+            fix="set HF_HOME to a folder that can be written, or pass `engine=onnxruntime`",
+        ) from exc
+    try:
+        yield folder
+    finally:
+        lock.release()
+        _prune(place, folder, max_bytes)
+
+
+def _take(lock: FileLock, folder: Path) -> None:
+    while True:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError):  # removed meanwhile
+            lock.take(on_wait=lambda: remark(f"waiting for another process, which builds an engine in {folder}"))
+            return
+
+
+def _require_private(place: Path) -> None:
+    status = place.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise EngineError(
+            f"{place}: others may write to it, and an engine is code", fix=f"remove it, or chmod go-w {place}"
+        )
+
+
+def _prune(place: Path, used: Path, max_bytes: int) -> None:
+    with suppress(OSError):
+        folders = sorted((entry for entry in place.iterdir() if entry.is_dir()), key=lambda one: one.stat().st_mtime)
+        sizes = {one: sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in folders}
+        total = sum(sizes.values())
+        for folder in folders:
+            if total <= max_bytes:
+                return
+            lock = FileLock(folder)
+            if folder != used and lock.take():
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.release()
+                total -= sizes[folder]
