@@ -30,6 +30,9 @@ class Model:
         self.fail: Callable[[NDArray[np.float32]], bool] = lambda values: False
         self.config, self.decoding, self.batch_size, self.engine = extractor.config, "exact", 8, self
 
+    def new_input(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        return np.empty(shape, np.float32)
+
     def run(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         self.gate.wait(30)
         if self.fail(values):
