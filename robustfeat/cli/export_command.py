@@ -91,9 +91,12 @@ def command(
 
 def print_report(out: str, report: ExportReport, as_json: bool) -> None:
     """What was made, and how close each ONNX file is to what computed the golden features."""
-    name = report.folder.config.name
+    config = report.folder.config
+    name = config.name
     if as_json:
-        click.echo(json.dumps({"out": out, "name": name, "golden_cosine": report.cosines}))
+        about = {"out": out, "name": name, "golden_cosine": report.cosines, "int8": dict(config.int8) or None}
+        click.echo(json.dumps(about))
     else:
         checks = ", ".join(f"{precision} cosine {value:.6f}" for precision, value in report.cosines.items())
-        say(f"{out}: {name}; against {report.reference}: {checks}", err=True)
+        share = f" ({config.int8_share} in int8)" if config.int8_share else ""
+        say(f"{out}: {name}; against {report.reference}: {checks}{share}", err=True)

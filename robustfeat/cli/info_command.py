@@ -40,6 +40,7 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
         "input": f"{contract.image_size} px, {contract.interpolation}, crop {contract.crop_pct:g}",
         "preprocessing": contract.hash[:16],
         "precisions": ", ".join(folder.precisions),
+        **({"int8": config.int8_share} if config.int8_share else {}),
         "files": f"{files}, {folder.size_bytes() / 1e6:.1f} MB{', hashes verified' if folder.present else ''}",
         **({"revision": folder.revision} if folder.revision else {}),
         "config hash": folder.config_hash,

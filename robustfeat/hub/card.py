@@ -62,7 +62,7 @@ print(features.shape)  # (1, {config.feature_size})
 
 {_elsewhere(config)}`onnx/model.onnx` runs in ONNX Runtime and OpenVINO: `pixel_values`
 float32 (N, 3, {contract.image_size}, {contract.image_size}) to `features` float32 (N, {config.feature_size}).
-
+{_int8(config)}
 ## Preprocessing
 
 Upright {colours}; {_sides(contract)} ({_filter(contract)}); centre crop of
@@ -109,6 +109,14 @@ print(tuple(features.shape))  # (1, {config.feature_size})
 ```
 
 (For a folder: `local-dir:` instead of `hf-hub:`.) """
+
+
+def _int8(config: ModelConfig) -> str:
+    """How much of the int8 file is int8."""
+    if not config.int8_share:
+        return ""
+    kept = "; the others stay in fp32" if config.int8["kept"] else ""
+    return f"`onnx/model_int8.onnx` is the same with {config.int8_share} in int8{kept}.\n"
 
 
 def _sides(contract: Preprocessing) -> str:

@@ -66,6 +66,8 @@ class ModelConfig:
         first_conv, classifier: names of the first and the last layer, for libraries that adapt them.
         concepts: names of the K concepts that training knew; empty for imported models.
         recipe: how it was trained, as `training.json` says in full; empty for imported models.
+        int8: of the int8 file, how many layers it computes in int8 (`layers`, `of`), their share of the
+            `multiply_adds`, and the weights of those `kept` in floating point; empty without it, and in older folders.
         provenance: where it comes from and under which terms: `source`, `data`, `terms`, `versions`;
             `license` and `datasets`, where they are known, as the Hub names them.
         results: measured results, by title: text, or a table as a list of rows.
@@ -83,6 +85,7 @@ class ModelConfig:
     classifier: str = "fc"
     concepts: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    int8: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
     evaluations: tuple[Evaluation, ...] = ()
@@ -94,6 +97,14 @@ class ModelConfig:
         """The library that builds the network: timm, or onnx where only engines run it."""
         prefix, colon, _ = self.architecture.partition(":")
         return prefix if colon and prefix in _LIBRARIES else "timm"
+
+    @property
+    def int8_share(self) -> str:
+        """How much of the int8 file is int8, in words; empty where that is not known."""
+        if not self.int8:
+            return ""
+        share = 100 * self.int8["multiply_adds"]
+        return f"{self.int8['layers']} of {self.int8['of']} layers, {share:.1f} % of the multiply-adds"
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""
@@ -127,6 +138,7 @@ class ModelConfig:
                 "preprocessing_hash": contract.hash,
                 "concepts": list(self.concepts),
                 "recipe": dict(self.recipe),
+                **({"int8": dict(self.int8)} if self.int8 else {}),
                 "provenance": dict(self.provenance),
                 "results": dict(self.results),
                 "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
@@ -169,6 +181,7 @@ class ModelConfig:
                 classifier=timm_block["classifier"],
                 concepts=tuple(block["concepts"]),
                 recipe=dict(block["recipe"]),
+                int8=_int8(block.get("int8", {})),
                 provenance=dict(block["provenance"]),
                 results=_results(block["results"]),
                 evaluations=tuple(Evaluation(**entry) for entry in block.get("evaluations", ())),
@@ -192,6 +205,15 @@ class ModelConfig:
                 fix="export the model again",
             )
         return config
+
+
+def _int8(data: Any) -> dict[str, Any]:
+    if not data:
+        return {}
+    layers, of, share = int(data["layers"]), int(data["of"]), float(data["multiply_adds"])
+    if not (0 < layers <= of and 0 <= share <= 1):
+        raise ValueError(f"int8 must name some of its layers and a share; got {layers} of {of}, and {share:g}")
+    return {"layers": layers, "of": of, "multiply_adds": share, "kept": [str(name) for name in data["kept"]]}
 
 
 def _results(data: Any) -> dict[str, Any]:

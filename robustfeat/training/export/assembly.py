@@ -33,11 +33,9 @@ from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.options import AUTO, ENGINES, RunOptions
 from robustfeat.serving.verify import Check, check_golden
 from robustfeat.training.export.compact import compact_onnx
-from robustfeat.training.export.quantisation import quantize_onnx
+from robustfeat.training.export.int8.quantise import Golden, Int8UnfitError, quantize_onnx
 
 __all__ = ["ExportReport", "FolderParts", "assemble_folder", "golden_images"]
-
-_CALIBRATION_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,15 @@ class ExportReport:
 
 
 def assemble_folder(
-    parts: FolderParts, out: str | Path, *, calibration: Sequence[Image.Image] | None, compact: bool = False
+    parts: FolderParts, out: str | Path, *, calibration: Sequence[NDArray[np.uint8]] | None, compact: bool = False
 ) -> ExportReport:
     """Writes the folder, checks it and only then gives it its name.
 
     Args:
         parts: the network.
         out: the folder to make.
-        calibration: decoded images for int8, besides the golden ones; None leaves int8 out.
+        calibration: squares (S, S, 3) for int8, besides the golden images; None leaves int8 out. A network whose
+            features int8 changes too much gets no int8 file, which a line on stderr says.
         compact: model.onnx keeps its weights in model.safetensors.
 
     Raises:
@@ -94,7 +93,8 @@ def assemble_folder(
     config, contract = parts.config, parts.config.preprocessing
     with new_folder(out) as path:
         golden = _write_golden(path, contract)
-        expected = parts.write(path, preprocess(golden, contract))
+        inputs = preprocess(golden, contract)
+        expected = parts.write(path, inputs)
         if expected.shape != (len(golden), config.feature_size) or not np.isfinite(expected).all():
             raise ExportError(
                 f"{config.name}: {parts.reference} gives {expected.shape} features or values that are not finite"
@@ -102,13 +102,7 @@ def assemble_folder(
         np.save(path / GOLDEN_FEATURES, expected)
         single = path / ONNX["fp32"]
         if calibration is not None:
-            # The golden images join in: some lie on plain ground, where activations reach furthest.
-            images = [*calibration, *golden]
-            batches = [
-                preprocess(images[first : first + _CALIBRATION_BATCH], contract)
-                for first in range(0, len(images), _CALIBRATION_BATCH)
-            ]
-            quantize_onnx(single, batches, contract, path / ONNX["int8"])
+            config = _write_int8(config, path, Golden(inputs, expected), calibration)
         if compact:
             compact_onnx(single, path / WEIGHTS, path / COMPACT_ONNX)
             single.unlink()
@@ -122,6 +116,18 @@ def assemble_folder(
         folder = seal_folder(path, config, render_card(config))
         cosines = _check(folder, parts)
     return ExportReport(ModelFolder(out), cosines, parts.reference)
+
+
+def _write_int8(
+    config: ModelConfig, path: Path, golden: Golden, calibration: Sequence[NDArray[np.uint8]]
+) -> ModelConfig:
+    """The config with what was done. Where the network gets no int8 file, that is said, and nothing changes."""
+    try:
+        shares = quantize_onnx(path / ONNX["fp32"], golden, calibration, config.preprocessing, path / ONNX["int8"])
+    except Int8UnfitError as exc:
+        remark(f"{config.name}: the folder gets no int8 file, {exc}")
+        return config
+    return config.replace(int8=shares.to_dict())
 
 
 def _check(folder: ModelFolder, parts: FolderParts) -> dict[str, float]:

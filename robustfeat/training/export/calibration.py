@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
 from robustfeat.errors import DataError, DecodeError, HubError
-from robustfeat.hub.preprocessing import Preprocessing, decode
+from robustfeat.hub.preprocessing import Preprocessing, decode, resize_and_crop
 from robustfeat.progress import remark
 from robustfeat.serving.inputs.choice import say_left_out
 from robustfeat.serving.inputs.listing import list_inputs
@@ -23,18 +23,18 @@ _IMAGES = 256
 _FIX = "pass a folder of images as `calibration`, or `int8=False`"
 
 
-def folder_images(folder: str | Path, contract: Preprocessing) -> list[Image.Image]:
-    """The first images of a folder that can be decoded. A line on stderr says what was left out.
+def folder_images(folder: str | Path, contract: Preprocessing) -> list[NDArray[np.uint8]]:
+    """The first images of a folder that can be decoded, as (S, S, 3). A line on stderr says what was left out.
 
     Raises:
         DataError: there is none.
     """
-    images: list[Image.Image] = []
+    images: list[NDArray[np.uint8]] = []
     failed = 0
     with list_inputs([folder]) as listed:
         for image in listed:
             try:
-                images.append(decode(image.read(), version=contract.version))
+                images.append(resize_and_crop(decode(image.read(), version=contract.version), contract))
             except (DecodeError, OSError):
                 failed += 1
                 continue
@@ -48,12 +48,13 @@ def folder_images(folder: str | Path, contract: Preprocessing) -> list[Image.Ima
     return images
 
 
-def training_images(data: Mapping[str, Any], recipe: Recipe) -> list[Image.Image]:
-    """Some of the images that a run was trained on.
+def training_images(data: Mapping[str, Any], recipe: Recipe, contract: Preprocessing) -> list[NDArray[np.uint8]]:
+    """Some of the images that a run was trained on, as (S, S, 3).
 
     Args:
         data: what its checkpoint says of them.
         recipe: the run's.
+        contract: how they become squares.
 
     Raises:
         DataError: they are not there any more, or have changed.
@@ -72,12 +73,12 @@ def training_images(data: Mapping[str, Any], recipe: Recipe) -> list[Image.Image
         raise DataError(f"{data['root']}: has changed since training", fix=_FIX)
     train = train.decoded_by(recipe.preprocessing_version)
     order = np.random.default_rng(0).permutation(len(train))
-    images: list[Image.Image] = []
+    images: list[NDArray[np.uint8]] = []
     for index in order[: 2 * _IMAGES]:
         if len(images) == _IMAGES:
             break
         try:
-            images.append(train.image(int(index)))
+            images.append(resize_and_crop(train.image(int(index)), contract))
         except DecodeError:
             continue
     return images

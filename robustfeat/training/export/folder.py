@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -42,12 +41,12 @@ class Backbone:
 
 
 def write_model_folder(
-    backbone: Backbone, out: str | Path, *, calibration: Sequence[Image.Image] | None, compact: bool = False
+    backbone: Backbone, out: str | Path, *, calibration: Sequence[NDArray[np.uint8]] | None, compact: bool = False
 ) -> ExportReport:
     """Writes the folder, checks it and only then gives it its name.
 
     Args:
-        calibration: decoded images for int8, besides the golden ones; None leaves int8 out.
+        calibration: squares (S, S, 3) for int8, besides the golden images; None leaves int8 out.
         compact: weights once, in fp16, shared by model.safetensors and model.onnx.
 
     Raises:

@@ -135,13 +135,13 @@ def write_onnx_folder(
     architecture: str,
     out: str | Path,
     *,
-    calibration: Sequence[Any] | None,
+    calibration: Sequence[NDArray[np.uint8]] | None,
 ) -> ExportReport:
     """The folder of a graph, with the features that ONNX Runtime gives for the golden images.
 
     Args:
         architecture: what config.json calls the network.
-        calibration: decoded images for int8; None leaves it out.
+        calibration: squares (S, S, 3) for int8, besides the golden images; None leaves it out.
 
     Raises:
         ExportError: an engine disagrees with ONNX Runtime; nothing is left behind.

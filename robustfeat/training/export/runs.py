@@ -98,7 +98,9 @@ def export_run(
     training = _history(checkpoint, config, folder)
     images = None
     if int8:
-        images = folder_images(calibration, contract) if calibration else training_images(checkpoint.data, recipe)
+        images = (
+            folder_images(calibration, contract) if calibration else training_images(checkpoint.data, recipe, contract)
+        )
     backbone = Backbone(feature_network(network), features_of(checkpoint), config, training)
     return write_model_folder(backbone, out, calibration=images, compact=compact)
 

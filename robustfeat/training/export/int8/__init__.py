@@ -1,0 +1,1 @@
+"""Static int8 of an ONNX network that keeps its features."""

@@ -1,0 +1,225 @@
+"""A feature network's ONNX file in int8: which layers, and how near its features stay. Loads no PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from robustfeat.errors import first_line
+from robustfeat.hub.preprocessing import Preprocessing, normalise
+from robustfeat.progress import Progress
+from robustfeat.serving.verify import MIN_COSINE, cosine
+from robustfeat.training.export.int8.graph import Int8Layer, write_graph
+from robustfeat.training.export.int8.layers import Layer, find_layers
+from robustfeat.training.export.int8.observation import observe_inputs, observe_ranges, open_session
+from robustfeat.training.export.int8.rounding import round_by_inputs, round_to_nearest
+from robustfeat.training.export.stamp import INPUT, OUTPUT, quiet, raise_of_the_system, stamp_onnx
+
+__all__ = ["Golden", "Int8Shares", "Int8UnfitError", "quantize_onnx"]
+
+_BATCH = 16
+_MOST_IMAGES = 32
+_MARGIN = 0.002
+"""Engines and processors round differently: an export asks for this much more than loading does."""
+
+_LEAST_SHARE = 0.5
+
+
+class Int8UnfitError(Exception):
+    """A network gets no int8 file; the message says why."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What a network must answer.
+
+    Attributes:
+        inputs: (n, 3, S, S) float32.
+        features: (n, D) float32.
+    """
+
+    inputs: NDArray[np.float32]
+    features: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Int8Shares:
+    """How much of an int8 file is int8.
+
+    Attributes:
+        layers: layers in int8.
+        of: convolutions and products with constant matrices in the network.
+        multiply_adds: the share of the multiply-adds of these layers that is int8, from 0 to 1.
+        kept: the weights of the layers that stay in floating point, the most sensitive first.
+    """
+
+    layers: int
+    of: int
+    multiply_adds: float
+    kept: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        return {**asdict(self), "multiply_adds": round(self.multiply_adds, 4), "kept": list(self.kept)}
+
+
+def quantize_onnx(
+    source: Path, golden: Golden, calibration: Sequence[NDArray[np.uint8]], contract: Preprocessing, target: Path
+) -> Int8Shares:
+    """Writes a static int8 (QDQ) copy of a network, whose features stay near those of the golden images.
+
+    Activations have 8 bits without a sign and one range per tensor. Weights have 8 bits with a sign and one scale per
+    output; they are rounded one after the other, so that each makes up for the errors of those before it, and biases
+    take what is left in the mean. Where the features still move too far, the layers that move them most stay in
+    floating point.
+
+    Args:
+        source: the fp32 file.
+        golden: the features that the file must give.
+        calibration: squares (S, S, 3) of further real images, which widen the ranges.
+        contract: how squares become the network's input.
+        target: the file to write.
+
+    Raises:
+        Int8UnfitError: this cannot be done, or would leave less than half of the network in int8.
+    """
+    try:
+        with quiet():
+            model = _prepared(source)
+            layers = find_layers(model)
+            if not layers:
+                raise Int8UnfitError("since it has no convolution or matrix product with constant weights")
+            ranges, multiply_adds = observe_ranges(model, layers, _batches(golden, calibration, contract))
+            some = normalise(np.stack(calibration[:_MOST_IMAGES]), contract) if calibration else golden.inputs[:0]
+            images = np.concatenate([golden.inputs, some])[:_MOST_IMAGES]
+            draft = _Draft(model, layers, _forms(model, layers, images), ranges, multiply_adds, golden)
+            kept = _choose_kept(draft)
+            result = draft.graph(kept)
+            stamp_onnx(result, contract)
+    except Int8UnfitError:
+        raise
+    except Exception as exc:  # neither onnx's nor ONNX Runtime's errors share a base class
+        raise_of_the_system(exc)
+        raise Int8UnfitError(f"since it cannot be quantised ({first_line(exc)})") from exc
+    onnx.save(result, target)
+    return Int8Shares(len(layers) - len(kept), len(layers), draft.share(kept), tuple(_title(layer) for layer in kept))
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A network with everything that its int8 form needs, but the choice of the layers."""
+
+    model: onnx.ModelProto
+    layers: Sequence[Layer]
+    forms: dict[str, Int8Layer]
+    ranges: dict[str, tuple[float, float]]
+    multiply_adds: dict[str, int]
+    golden: Golden
+
+    def graph(self, kept: Sequence[Layer]) -> onnx.ModelProto:
+        """The network with all layers but these in int8."""
+        names = {layer.name for layer in kept}
+        forms = [self.forms[layer.name] for layer in self.layers if layer.name not in names]
+        return write_graph(self.model, forms, kept, self.ranges)
+
+    def cosine(self, kept: Sequence[Layer]) -> float:
+        """The smallest one over the golden images; -1 for features that are not finite."""
+        (features,) = open_session(self.graph(kept)).run([OUTPUT], {INPUT: self.golden.inputs})
+        return float(np.nan_to_num(cosine(features, self.golden.features), nan=-1.0).min())
+
+    def share(self, kept: Sequence[Layer]) -> float:
+        """Of the multiply-adds, what is in int8."""
+        total = sum(self.multiply_adds.values())
+        return 1 - sum(self.multiply_adds[layer.name] for layer in kept) / total
+
+
+def _choose_kept(draft: _Draft) -> list[Layer]:
+    """The layers that stay in floating point: as few of the most sensitive ones as the golden images ask for."""
+    needed = MIN_COSINE["int8"] + _MARGIN
+    if (whole := draft.cosine([])) >= needed:
+        return []
+    order = _by_sensitivity(draft)
+    most = max(count for count in range(len(order) + 1) if draft.share(order[:count]) >= _LEAST_SHARE)
+    tried = {0: whole}
+
+    def suffices(count: int) -> bool:
+        if count not in tried:
+            tried[count] = draft.cosine(order[:count])
+        return tried[count] >= needed
+
+    below, enough = 0, 1
+    while enough < most and not suffices(enough):
+        below, enough = enough, 2 * enough
+    enough = min(enough, most)
+    if not suffices(enough):
+        raise Int8UnfitError(
+            f"which would change its features too much: cosine {whole:.4f} on a golden image, and {tried[enough]:.4f} "
+            f"with the {enough} most sensitive of {len(order)} layers in floating point, "
+            f"{1 - draft.share(order[:enough]):.0%} of the multiply-adds; {needed} needed"
+        )
+    while enough - below > 1:
+        middle = (below + enough) // 2
+        below, enough = (below, middle) if suffices(middle) else (middle, enough)
+    return order[:enough]
+
+
+def _by_sensitivity(draft: _Draft) -> list[Layer]:
+    """All layers, the one that moves the golden features furthest when only it is in int8 first."""
+    progress = Progress("int8: how far each layer moves the features", len(draft.layers), "layers")
+    cosines = {}
+    for layer in draft.layers:
+        cosines[layer.name] = draft.cosine([other for other in draft.layers if other is not layer])
+        progress.advance(1)
+    progress.finish()
+    return sorted(draft.layers, key=lambda layer: cosines[layer.name])
+
+
+def _forms(model: onnx.ModelProto, layers: Sequence[Layer], images: NDArray[np.float32]) -> dict[str, Int8Layer]:
+    """The int8 form of each layer, by its name."""
+    progress = Progress("int8: weights", len(layers), "layers")
+    forms = {}
+    for layer, inputs in observe_inputs(model, layers, images):
+        if inputs.moments is None:
+            rounded = round_to_nearest(layer.weights)
+        else:
+            rounded = round_by_inputs(layer.weights, inputs.moments)
+        taken = ((layer.weights - rounded.weights) * inputs.mean[:, None, :]).sum(2).reshape(-1)
+        forms[layer.name] = Int8Layer(layer, rounded, layer.biases + taken)
+        progress.advance(1)
+    progress.finish()
+    return forms
+
+
+def _prepared(source: Path) -> onnx.ModelProto:
+    """The network with its shapes, with BatchNorm folded into the convolutions, and with a name for each node."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "prepared.onnx")
+        quant_pre_process(str(source), str(file), skip_symbolic_shape=True)
+        model = onnx.load(file)
+    if any(entry.domain in {"", "ai.onnx"} and entry.version < 13 for entry in model.opset_import):
+        model = onnx.version_converter.convert_version(model, 13)  # whose integers have a scale per output
+    for place, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{place}"
+    return model
+
+
+def _batches(
+    golden: Golden, calibration: Sequence[NDArray[np.uint8]], contract: Preprocessing
+) -> Iterator[NDArray[np.float32]]:
+    """The golden images join in: some lie on plain ground, where activations reach furthest."""
+    yield golden.inputs
+    for first in range(0, len(calibration), _BATCH):
+        yield normalise(np.stack(calibration[first : first + _BATCH]), contract)
+
+
+def _title(layer: Layer) -> str:
+    """What the layer's weights are called in the network."""
+    return layer.weight.removeprefix("ConvBnFusion_W_").removesuffix(".weight")
