@@ -404,7 +404,7 @@ def infer_both_ways(data: bytes) -> None:
     for long_bytes in (16, 2**30):
         with mock.patch.object(numbers, "_LONG_BYTES", long_bytes):
             try:
-                asked, rest = parse_infer(data, None, model, 4)
+                asked, rest = parse_infer(data, None)
                 found.append(infer_images(asked.inputs[0], rest, model, 4))
             except ApiError:
                 found.append(None)

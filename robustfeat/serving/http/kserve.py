@@ -16,7 +16,7 @@ from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import ServedModel, Service
 from robustfeat.serving.online.answers import JSON, RAW, json_bytes
 from robustfeat.serving.online.errors import ApiError
-from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images_in_turns, infer_reply, parse_infer
+from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images_in_turns, infer_reply, parse_infer_in_turns
 from robustfeat.serving.online.schemas import (
     Health,
     InferRequest,
@@ -138,7 +138,7 @@ def _add_infer(routes: Routes, service: Service) -> None:
         key = request.scope["state"]["key"]
         with service.buffered.body(key) as held:
             body = await read_body(request, held)
-            asked, rest = parse_infer(body, request.headers.get(HEADER_LENGTH), chosen, service.limits.max_items)
+            asked, rest = await _in_turns(parse_infer_in_turns(body, request.headers.get(HEADER_LENGTH)))
             images = await _in_turns(infer_images_in_turns(asked.inputs[0], rest, chosen, service.limits.max_items))
             # What is not needed any more is let go before others are waited for.
             body, rest, asked.inputs[0].data = b"", b"", None

@@ -13,28 +13,38 @@ from numpy.typing import NDArray
 from robustfeat.serving.online.answers import JSON, RAW, Answer, NamedModel, Reply, Vector, json_bytes
 from robustfeat.serving.online.content import base64_bytes, check_form, parse_json
 from robustfeat.serving.online.errors import ApiError
-from robustfeat.serving.online.numbers import LongArray, set_aside
+from robustfeat.serving.online.numbers import LongArray, finish, set_aside_in_turns
 from robustfeat.serving.online.schemas import InferInput, InferRequest
 
-__all__ = ["HEADER_LENGTH", "infer_images", "infer_images_in_turns", "infer_reply", "parse_infer"]
+__all__ = [
+    "HEADER_LENGTH",
+    "infer_images",
+    "infer_images_in_turns",
+    "infer_reply",
+    "parse_infer",
+    "parse_infer_in_turns",
+]
 
 HEADER_LENGTH = "inference-header-content-length"
 _TYPES = {"images": "BYTES", "pixel_values": "FP32"}
 
 
-def parse_infer(body: bytes, header_length: str | None, model: NamedModel, most: int) -> tuple[InferRequest, bytes]:
-    """The request, and the bytes of the binary extension behind it.
+def parse_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]:
+    """What `parse_infer_in_turns` returns, without stops."""
+    return finish(parse_infer_in_turns(body, header_length))
+
+
+def parse_infer_in_turns(body: bytes, header_length: str | None) -> Generator[None, None, tuple[InferRequest, bytes]]:
+    """The request, and the bytes of the binary extension behind it; stops where others should have a turn.
 
     Args:
         body: all of it.
         header_length: where the binary extension is used, how many of its bytes are the request.
-        model: that is to embed the images.
-        most: how many images there may be.
 
     Raises:
         ApiError: 400 or 422.
     """
-    length = len(body)
+    asked_of, rest = body, b""
     if header_length is not None:
         if not header_length.isdecimal() or len(header_length) > 12 or int(header_length) > len(body):
             raise ApiError(
@@ -42,9 +52,8 @@ def parse_infer(body: bytes, header_length: str | None, model: NamedModel, most:
                 "bad_request",
                 f"Inference-Header-Content-Length must be at most {len(body)}, the body's; got {header_length[:20]}",
             )
-        length = int(header_length)
-    asked_of, rest = body[:length], body[length:]
-    aside = set_aside(asked_of)
+        asked_of, rest = body[: int(header_length)], body[int(header_length) :]
+    aside = yield from set_aside_in_turns(asked_of)
     if aside is None:
         return check_form(InferRequest, parse_json(asked_of)), rest
     shortened, token, array = aside
@@ -57,13 +66,7 @@ def parse_infer(body: bytes, header_length: str | None, model: NamedModel, most:
 
 def infer_images(given: InferInput, rest: bytes, model: NamedModel, most: int) -> list[bytes | Vector]:
     """What `infer_images_in_turns` returns, without stops."""
-    steps = infer_images_in_turns(given, rest, model, most)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            images: list[bytes | Vector] = done.value
-            return images
+    return finish(infer_images_in_turns(given, rest, model, most))
 
 
 def infer_images_in_turns(

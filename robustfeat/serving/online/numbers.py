@@ -9,12 +9,15 @@ import math
 import re
 import secrets
 from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-__all__ = ["LongArray", "set_aside"]
+__all__ = ["LongArray", "finish", "set_aside", "set_aside_in_turns"]
+
+Result = TypeVar("Result")
 
 _DATA = re.compile(rb'"data"\s*:\s*(?=\[)')
 _NUMBERS = b"0123456789+-.eE \t\r\n"
@@ -48,7 +51,11 @@ class LongArray:
         """
         body, at, filled, marked = self._body, self._start, 0, 0
         count = math.prod(shape)
-        if body.count(b",", at, self._end) != count - 1:
+        commas = 0
+        for first in range(at, self._end, _SCAN_BYTES):
+            commas += body.count(b",", first, min(first + _SCAN_BYTES, self._end))
+            yield
+        if commas != count - 1:
             raise ValueError(f"there are not {count:,} numbers")
         values = np.empty(count, np.float32)
         structures = [b"[" + b"," * (count - 1) + b"]", _nested(shape)]
@@ -79,8 +86,23 @@ def _nested(shape: Sequence[int]) -> bytes:
     return marks
 
 
+def finish(steps: Generator[None, None, Result]) -> Result:
+    """What a generator returns, without stops."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+
+
 def set_aside(body: bytes) -> tuple[bytes, str, LongArray] | None:
-    """Takes a long array of numbers under the key `data` out of a JSON body.
+    """What `set_aside_in_turns` returns, without stops."""
+    return finish(set_aside_in_turns(body))
+
+
+def set_aside_in_turns(body: bytes) -> Generator[None, None, tuple[bytes, str, LongArray] | None]:
+    """Takes a long array of numbers under the key `data` out of a JSON body; stops after each MiB.
 
     Returns:
         The body with an array of one unguessable text in its place, that text, and the array; None where the first
@@ -98,6 +120,7 @@ def set_aside(body: bytes) -> tuple[bytes, str, LongArray] | None:
             stop += other.start()
             break
         stop += len(chunk)
+        yield
     end = body.rfind(b"]", start, stop) + 1
     if end - start < _LONG_BYTES or body[end:stop].strip(b", \t\r\n"):
         return None

@@ -195,7 +195,7 @@ class Handler:
         kind = str(headers.get("content-type", "")).partition(";")[0].strip().lower()
         if body is not None and (HEADER_LENGTH in headers or kind == JSON):
             most = self._settings.max_items
-            asked, rest = parse_infer(_bytes(body), headers.get(HEADER_LENGTH), self.model, most)
+            asked, rest = parse_infer(_bytes(body), headers.get(HEADER_LENGTH))
             images = infer_images(asked.inputs[0], rest, self.model, most)
             return _ParsedRequest(images, lambda answers: infer_reply(asked, self.model, answers))
         form = choose_type(str(headers.get("accept", "")), VECTOR_TYPES)

@@ -140,7 +140,7 @@ def test_requests_of_the_inference_protocol_are_taken_apart_in_bounded_time(
     data, model = body(), NamedModel("robustfeat", extractor)
 
     def take() -> object:
-        asked, rest = parse_infer(data, None if head is None else str(head), model, MOST)
+        asked, rest = parse_infer(data, None if head is None else str(head))
         return infer_images(asked.inputs[0], rest, model, MOST)
 
     error = refusal(take)

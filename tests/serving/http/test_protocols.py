@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import tritonclient.http as triton
 
 from robustfeat import FeatureExtractor
 from robustfeat.hub.preprocessing import normalise
-from tests.serving.http.conftest import Answer, Server, assert_close
+from tests.serving.http.conftest import Answer, Server, assert_close, serving
 
 if TYPE_CHECKING:
     import openai  # a second of a core, which each worker would need
@@ -209,3 +212,23 @@ def test_infer_refuses_lengths_and_outputs_that_cannot_be(server: Server, photos
         answer = server.post("/v2/models/robustfeat/infer", b"{}", inference_header_content_length=length)
         assert (answer.status, "Content-Length" in answer.json["error"]) == (400, True)
     assert server.get("/v2/nothing").json.keys() == {"error"}
+
+
+def test_health_answers_while_millions_of_numbers_are_read(small_model: Path) -> None:
+    """The last number is too large for float32: the time is all reading."""
+    count = 900
+    numbers = (b"-0.1234567," * (count * 3 * 32 * 32))[: -len(b"-0.1234567,")] + b"1e39"
+    head = {"name": "pixel_values", "datatype": "FP32", "shape": [count, 3, 32, 32], "data": ["NUMBERS"]}
+    body = json.dumps({"inputs": [head]}).encode().replace(b'"NUMBERS"', numbers)
+    limits = ("--max-items", count, "--max-queue", count, "--workers", 1)
+    with serving("--model", f"small={small_model}", *limits) as server, ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        refused = pool.submit(server.post, "/v2/models/small/infer", body, content_type="application/json")
+        delays = []
+        while not refused.done():
+            asked = time.monotonic()
+            assert server.get("/health/live").status == 200
+            delays.append(time.monotonic() - asked)
+        seconds = time.monotonic() - began
+        assert refused.result().json == {"error": f"pixel_values[{count - 1}]: not finite"}
+    assert max(delays) < seconds / 3, (max(delays), seconds, len(delays))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from robustfeat.serving.online.numbers import LongArray, set_aside
+from robustfeat.serving.online.numbers import LongArray, set_aside, set_aside_in_turns
 
 SHAPE = (9, 3, 32, 32)
 
@@ -97,6 +97,12 @@ def test_other_shapes_of_as_many_numbers_are_refused() -> None:
 @pytest.mark.parametrize("text", ['["a"', "[1", "[" + "1," * 10, "[true", "[null", "[[1]]"])
 def test_short_arrays_and_others_stay(text: str) -> None:
     assert set_aside(b'{"data":' + text.encode() + b', "b": "' + b"x" * 2**19 + b'"}') is None
+
+
+def test_looking_for_a_long_array_stops_after_each_mebibyte() -> None:
+    body = json.dumps({"data": [0.25] * 800_000}).encode()
+    steps = set_aside_in_turns(body)
+    assert sum(1 for _ in steps) == len(body) // 2**20
 
 
 def test_each_slice_takes_milliseconds() -> None:
