@@ -47,7 +47,21 @@ def same(options: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             head = Path(scratch, "head")
             labels = [part for source in options.labels for part in ("--labels", source)]
-            fit_s, said = timed([*ROBUSTFEAT, "svm", "fit", options.train, *labels, "--out", head, "--quiet", "--json"])
+            fit_s, said = timed(
+                [
+                    *ROBUSTFEAT,
+                    "svm",
+                    "fit",
+                    options.train,
+                    *labels,
+                    "--out",
+                    head,
+                    "--selection",
+                    "holdout",
+                    "--quiet",
+                    "--json",
+                ]
+            )
             score_s, accuracy = timed([*ROBUSTFEAT, "svm", "score", head, options.test, *labels, "--quiet"])
             chosen = json.loads(said)
             answers["robustfeat"] = {"C": chosen["C"], "scaling": chosen["scaling"], "accuracy": float(accuracy)}

@@ -56,6 +56,13 @@ def command() -> None:
 )
 @click.option("--C", "c", type=click.FloatRange(1e-6, 1e6), help="Instead of choosing from 0.001 to 10.")
 @click.option("--scaling", type=click.Choice(["none", "l2", "standard"]), help="Instead of choosing one.")
+@click.option(
+    "--selection",
+    type=click.Choice(["auto", "folds", "holdout"]),
+    default="auto",
+    show_default=True,
+    help="Choose by repeated 5-fold cross-validation (auto: below 5,000 rows) or by a held-out 10 %.",
+)
 @click.option("--multi-label", is_flag=True, help="An image may have several labels: cat|dog, or a list.")
 @extraction_options
 @_json
@@ -67,6 +74,7 @@ def fit_command(
     kind: str,
     c: float | None,
     scaling: str | None,
+    selection: str,
     multi_label: bool,
     extraction: Extraction,
     as_json: bool,
@@ -75,15 +83,16 @@ def fit_command(
     """Learns a head from features or images and their labels, and writes it to a new folder.
 
     Rows are matched with labels by path. Images without a label are not embedded, failed rows are left out. C and
-    scaling are chosen on a stratified 10 % of the rows, held out with seed 0; then all rows are fitted. What the
-    choice reached on the held-out rows is in report.md, and the confusion matrix in confusion.png.
+    scaling are chosen by rows that were not fitted; then all rows are fitted. What the choice reached on those rows is
+    in report.md, and the confusion matrix in confusion.png.
 
     The exit code is 3 if labelled images failed.
     """
     from robustfeat.files import new_folder, require_new
-    from robustfeat.serving.heads.fitting import C_GRID, fit_head, require_two
+    from robustfeat.serving.heads.fitting import fit_head, require_two
     from robustfeat.serving.heads.kinds import SCALINGS
     from robustfeat.serving.heads.labels import match_labels, match_paths, read_labels
+    from robustfeat.serving.heads.selection import C_GRID
 
     if c is not None and math.isnan(c):
         raise click.UsageError("--C must be a number")
@@ -104,6 +113,7 @@ def fit_command(
         kind=kind,
         cs=C_GRID if c is None else (c,),
         scalings=tuple(SCALINGS) if scaling is None else (scaling,),
+        method=selection,
         threads=extraction.options.threads,
         quiet=quiet,
     )

@@ -163,7 +163,10 @@ class Head(convert.HeadParts):
             InputError: the features are another model's.
             ValueError: they have another shape, or are not finite.
         """
-        margins = self.raw_margins(features, rows)
+        return self.both(self.raw_margins(features, rows))
+
+    def both(self, margins: Array) -> Array:
+        """`margins` from `raw_margins`."""
         if margins.shape[1] == 1 and not self.multi_label:
             return np.concatenate([-margins, margins], 1)
         return margins

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.convert import scaler
-from robustfeat.serving.heads.fitting import C_GRID, hold_out, select, select_and_fit
+from robustfeat.serving.heads.fitting import select, select_and_fit
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, SCALINGS
 from robustfeat.serving.heads.report import Report
+from robustfeat.serving.heads.selection import C_GRID, hold_out
 from robustfeat.system import available_cpus
 from robustfeat.training.evaluation.tasks import TaskFeatures
 
@@ -95,7 +96,7 @@ def svm(
     """A linear SVM, C and scaling chosen on a held-out tenth of the training rows (see `select_and_fit`)."""
     progress = Progress(f"{features.model}: {features.task} svm", 0, "fits", quiet=quiet)
     selection, head, converged = select_and_fit(
-        features.x, features.y, cs=cs, scalings=scalings, threads=threads, progress=progress
+        features.x, features.y, cs=cs, scalings=scalings, method="holdout", threads=threads, progress=progress
     )
     progress.finish()
     best = selection.best
@@ -111,13 +112,15 @@ def held_out_score(x: NDArray[np.float32], y: NDArray[np.int64], *, threads: int
         x, y: training rows alone.
         threads: processors; by default what the cgroup grants.
     """
-    best = select(x, y, threads=threads).best
+    best = select(x, y, method="holdout", threads=threads).best
     return {"held_out": best.score, "C": best.c, "scaling": best.scaling}
 
 
 def naive_bayes(features: TaskFeatures, *, threads: int | None = None) -> Score:
     """Gaussian naive Bayes on plain features."""
-    _, head, _ = select_and_fit(features.x, features.y, kind="naive-bayes", scalings=["none"], threads=threads)
+    _, head, _ = select_and_fit(
+        features.x, features.y, kind="naive-bayes", scalings=["none"], method="holdout", threads=threads
+    )
     return Score.of(head.predict(features.x_test), features)
 
 

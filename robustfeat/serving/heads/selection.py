@@ -1,0 +1,266 @@
+"""The choice of C and scaling by rows that a classifier has not seen."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.progress import Progress
+from robustfeat.serving.heads.head import Head
+from robustfeat.serving.heads.kinds import KINDS, Array
+from robustfeat.serving.heads.training_set import TrainingSet
+
+__all__ = ["C_GRID", "HELD_OUT", "SELECTIONS", "Candidate", "Selection", "choose", "fold", "hold_out"]
+
+C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+HELD_OUT = 0.1
+
+SELECTIONS = ("auto", "folds", "holdout")
+"""How unseen rows come about. `auto` takes folds below `FEW` rows, and a held-out part above."""
+
+FEW = 5000
+FOLDS = 5
+_LEAST_SCORED = 1000
+"""Folds are drawn again until so many predictions are scored, at most `_MOST_DRAWS` times."""
+_MOST_DRAWS = 5
+
+_PATIENCE = 2
+"""C stops rising when the score has fallen so many times in a row."""
+
+Split = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Places to fit on, and places to score by."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was tried.
+
+    Attributes:
+        scaling: one of `SCALINGS`.
+        c: None for kinds that have no such thing.
+        score: on unseen rows: accuracy; with several labels a row, the mean over labels of F1. NaN without any.
+        error: the standard error of the score, from its spread over folds; NaN with a single part.
+        converged: whether the solver came to its end.
+    """
+
+    scaling: str
+    c: float | None
+    score: float
+    error: float
+    converged: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What was chosen, and what it answers for unseen rows.
+
+    Attributes:
+        best: the setting that was chosen.
+        candidates: all of them, in the order of the grid: by scaling, then by C.
+        method: folds or holdout.
+        splits: what was fitted and scored.
+        held: (m,) int64, the places of the rows that were scored, once each.
+        margins: (m, K), or (m, 1) for two classes: raw margins of `best` for these rows, fitted without them.
+    """
+
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    method: str
+    splits: tuple[Split, ...]
+    held: NDArray[np.int64]
+    margins: Array
+
+
+def choose(
+    data: TrainingSet,
+    *,
+    cs: Sequence[float] = C_GRID,
+    scalings: Sequence[str],
+    method: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Selection:
+    """Tries settings on unseen rows.
+
+    By folds, the choice is the smallest C whose score lies within one standard error of the best one of all, with that
+    one's scaling (Breiman et al., 1984): with few rows the best score is partly luck, and the smaller C is the simpler
+    model. By a held-out part it is the best score, the first one of equals.
+
+    Args:
+        data: labelled rows.
+        cs, scalings: the grid; kinds without C try the scalings alone. With `auto` and `folds`, larger C are left out
+            once the score has fallen twice in a row.
+        method: one of `SELECTIONS`.
+        seed: of the draw.
+        progress: gets its total, and is advanced by one a fit.
+
+    Raises:
+        ValueError: the features cannot be fitted.
+    """
+    folds = method == "folds" or (method == "auto" and len(data.targets) < FEW)
+    splits = fold(data.targets, seed) if folds else [hold_out(data.targets, seed)]
+    splits = [(fit, held) for fit, held in splits if len(held)]
+    grid: Sequence[float | None] = cs if KINDS[data.kind].linear else [None]
+    if not splits:  # nothing to choose by: plain features, and a C in the middle
+        c = (1.0 if 1.0 in cs else cs[0]) if grid[0] is not None else None
+        best = Candidate("none" if "none" in scalings else scalings[0], c, math.nan, math.nan, True)
+        return Selection(best, (best,), "holdout", (), np.empty(0, np.int64), np.empty((0, data.outputs)))
+    if progress:
+        progress.total += len(scalings) * len(grid) * len(splits)
+    patience = math.inf if method == "holdout" else _PATIENCE
+    tries = [one for scaling in scalings for one in _climb(data, scaling, grid, splits, patience, progress)]
+    chosen = max(tries, key=lambda one: one.candidate.score)  # the first one of equals
+    if folds:
+        chosen = _simplest(chosen, tries)
+    return Selection(
+        chosen.candidate,
+        tuple(one.candidate for one in tries),
+        "folds" if folds else "holdout",
+        tuple(splits),
+        np.concatenate([held for _, held in splits[:FOLDS]]),
+        np.concatenate(chosen.margins),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Try:
+    candidate: Candidate
+    margins: list[Array]  # of the rows that the first draw's parts score
+
+
+def _climb(
+    data: TrainingSet,
+    scaling: str,
+    cs: Sequence[float | None],
+    splits: Sequence[Split],
+    patience: float,
+    progress: Progress | None,
+) -> Iterator[_Try]:
+    """One C after another, each on all parts, until the score has fallen so many times in a row."""
+    paths = [data.fits(scaling, fit) for fit, _ in splits]
+    falls, before = 0, -math.inf
+    for number, c in enumerate(cs):
+        scores, margins, all_converged = [], [], True
+        for path, (_, held) in zip(paths, splits, strict=True):
+            head, converged = path.fit(c)
+            if len(splits) > 1:
+                path.rest()
+            margins.append(data.margins(head, held))
+            scores.append(_score(head, margins[-1], data.targets[held]))
+            all_converged &= converged
+            if progress:
+                progress.advance(1)
+        score, error = float(np.mean(scores)), _standard_error(scores)
+        yield _Try(Candidate(scaling, c, score, error, all_converged), margins[:FOLDS])
+        falls, before = falls + 1 if score < before else 0, score
+        if falls >= patience:
+            if progress:
+                progress.total -= (len(cs) - number - 1) * len(splits)
+            return
+
+
+def _standard_error(scores: Sequence[float]) -> float:
+    """Of the mean; draws of the same rows count once."""
+    return float(np.std(scores, ddof=1)) / math.sqrt(min(len(scores), FOLDS)) if len(scores) > 1 else math.nan
+
+
+def _simplest(best: _Try, tries: Sequence[_Try]) -> _Try:
+    """The smallest C of the same scaling that is hardly worse."""
+    enough = best.candidate.score - best.candidate.error
+    same = [one for one in tries if one.candidate.scaling == best.candidate.scaling]
+    return next(one for one in sorted(same, key=lambda one: one.candidate.c or 0.0) if one.candidate.score >= enough)
+
+
+def _score(head: Head, margins: Array, targets: NDArray[Any]) -> float:
+    predicted = head.decide(head.both(margins))
+    if targets.ndim == 2:
+        from sklearn.metrics import f1_score
+
+        return float(f1_score(targets, predicted, average="macro", zero_division=0))
+    return float(np.mean(predicted == targets))
+
+
+def fold(targets: NDArray[Any], seed: int = 0) -> list[Split]:
+    """Parts rows into five folds, stratified, and again with another draw while few rows are scored.
+
+    A row that is alone in its class is always fitted and never scored. With several labels a row there are no classes
+    to stratify by; a row without which all others would have a label, or none would, is not scored either.
+
+    Args:
+        targets: (m,) int64, or (m, K) bool.
+        seed: of the draws.
+
+    Returns:
+        A multiple of five pairs of places: to fit on, and to score by.
+    """
+    rng = np.random.default_rng(seed)
+    draws = min(_MOST_DRAWS, math.ceil(_LEAST_SCORED / len(targets)))
+    splits = []
+    for _ in range(draws):
+        order = rng.permutation(len(targets))
+        if targets.ndim == 1:
+            order = order[np.argsort(targets[order], kind="stable")]
+            order = order[np.bincount(targets)[targets[order]] > 1]
+        for first in range(FOLDS):
+            held = np.sort(order[first::FOLDS])
+            if targets.ndim == 2:
+                held = _keeping_labels(targets, held)
+            splits.append((np.setdiff1d(np.arange(len(targets)), held), held))
+    return splits
+
+
+def hold_out(targets: NDArray[Any], seed: int = 0) -> Split:
+    """Parts rows for a selection: 10 % of them, stratified.
+
+    What is alone in its class is never held out. Where 10 % are fewer rows than classes, one row of each class is.
+    With several labels a row there are no classes to stratify by: 10 % are drawn, and where the others would then
+    all have a label, or none would, a row goes back to them.
+
+    Args:
+        targets: (m,) int64, or (m, K) bool.
+        seed: of the draw.
+
+    Returns:
+        The places to fit on, and those held out; none of the latter where every class has one row.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if targets.ndim == 2:
+        return _hold_out_any(targets, seed)
+    ids = targets
+    counts = np.bincount(ids)
+    shared = np.flatnonzero(counts[ids] >= 2)
+    classes = int((counts >= 2).sum())
+    if not classes:
+        return np.arange(len(ids)), np.empty(0, np.int64)
+    if math.ceil(HELD_OUT * len(shared)) >= classes:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")  # few images a class
+            fit, held = train_test_split(shared, test_size=HELD_OUT, stratify=ids[shared], random_state=seed)
+        return np.concatenate([fit, np.flatnonzero(counts[ids] < 2)]), held
+    draw = np.random.default_rng(seed)
+    held = np.array([draw.choice(np.flatnonzero(ids == one)) for one in np.flatnonzero(counts >= 2)])
+    return np.setdiff1d(np.arange(len(ids)), held), held
+
+
+def _hold_out_any(targets: NDArray[np.bool_], seed: int) -> Split:
+    order = np.random.default_rng(seed).permutation(len(targets))
+    held = _keeping_labels(targets, np.sort(order[: math.ceil(HELD_OUT * len(targets))]))
+    return np.setdiff1d(np.arange(len(targets)), held), held
+
+
+def _keeping_labels(targets: NDArray[np.bool_], held: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Without the rows that the others need, so that some of them have each label and some have not."""
+    is_held = np.zeros(len(targets), bool)
+    is_held[held] = True
+    for label in targets.T:
+        for with_it in (label, ~label):
+            if with_it.any() and not (with_it & ~is_held).any():
+                is_held[np.flatnonzero(with_it)[0]] = False
+    return np.flatnonzero(is_held)

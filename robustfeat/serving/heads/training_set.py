@@ -1,0 +1,151 @@
+"""Labelled rows, and heads fitted on some of them: one C after another, in memory or by passes over a file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.progress import Progress
+from robustfeat.serving.heads.head import Head
+from robustfeat.serving.heads.kinds import KINDS, Array
+from robustfeat.serving.heads.newton import Newton, loss_of
+from robustfeat.serving.heads.rows import ScaledRows
+
+__all__ = ["Fits", "TrainingSet"]
+
+
+class TrainingSet:
+    """Labelled rows.
+
+    Args:
+        values: (n, D) features, possibly memory-mapped.
+        rows: (m,) int64, ascending: those with labels.
+        targets: (m,) int64, or (m, K) bool. Numbers that no row has are no classes.
+        kind: one of `KINDS`.
+        threads: processors.
+        progress: shows the passes.
+
+    Attributes:
+        targets, kind: as given.
+        multi_label: whether a row may have several labels.
+        numbers: of the K classes, ascending.
+        outputs: K, or 1 for two classes that a linear kind parts.
+    """
+
+    def __init__(
+        self,
+        values: NDArray[Any],
+        rows: NDArray[np.int64],
+        targets: NDArray[Any],
+        kind: str,
+        threads: int = 1,
+        progress: Progress | None = None,
+    ) -> None:
+        self._values, self._rows, self.targets, self.kind = values, rows, targets, kind
+        self._threads, self._progress = threads, progress
+        self.multi_label = targets.ndim == 2
+        if self.multi_label:
+            self.numbers, self._classes = tuple(range(targets.shape[1])), targets
+        else:
+            present, self._classes = np.unique(targets, return_inverse=True)
+            self.numbers = tuple(present.tolist())
+        parted = KINDS[kind].linear and len(self.numbers) == 2 and not self.multi_label
+        self.outputs = 1 if parted else len(self.numbers)
+
+    def fits(self, scaling: str, places: NDArray[np.int64]) -> Fits:
+        """Heads of these places, (m',) int64, with this scaling."""
+        places = np.sort(places)
+        rows = ScaledRows(self._values, self._rows[places], scaling, self._threads, spanned=KINDS[self.kind].linear)
+        return Fits(self, rows, self._classes[places], scaling, self._progress)
+
+    def margins(self, head: Head, places: NDArray[np.int64]) -> Array:
+        """Raw margins of these places, (n, outputs)."""
+        return head.raw_margins(self._values, self._rows[places])
+
+
+class Fits:
+    """Heads of the same scaled rows: each C starts at the minimum of the one before."""
+
+    def __init__(
+        self, data: TrainingSet, rows: ScaledRows, targets: NDArray[Any], scaling: str, progress: Progress | None
+    ) -> None:
+        self._data, self._rows, self._targets, self._scaling = data, rows, targets, scaling
+        self._progress, self._c = progress, 0.0
+        self._newton = self._create_newton() if KINDS[data.kind].linear else None
+
+    def fit(self, c: float | None) -> tuple[Head, bool]:
+        """A head, its classes numbered, and whether the solver came to its end.
+
+        Args:
+            c: None for kinds that have no such thing.
+
+        Raises:
+            ValueError: the features are too large for numbers.
+        """
+        if self._newton is None:
+            arrays, converged = _class_means(self._data, self._rows, self._targets), True
+        else:
+            self._c = float(c or 1.0)
+            minimum = self._newton.minimise(self._c)
+            weights, converged = self._rows.to_features(minimum.weights), minimum.converged
+            arrays = {
+                "coefficients": np.ascontiguousarray(weights[:, :-1]),
+                "intercepts": np.ascontiguousarray(weights[:, -1]),
+            }
+        data = self._data
+        arrays = self._rows.arrays | arrays
+        return Head(data.kind, data.numbers, self._scaling, arrays, multi_label=data.multi_label), converged
+
+    def rest(self) -> None:
+        """Frees what the next fit can do without."""
+        if self._newton is not None:
+            self._newton.forget()
+
+    def _create_newton(self) -> Newton:
+        data, size = self._data, self._rows.size
+        # liblinear's intercept is the weight of a feature that is always 1, and shrunk like the others.
+        shrunk = np.ones(size)
+        shrunk[-1] = float(data.kind == "svm")
+        loss = loss_of(data.kind, self._targets, data.outputs)
+        return Newton(self._rows, loss, shrunk, data.outputs, self._report)
+
+    def _report(self, number: int) -> None:
+        if self._progress:
+            self._progress.advance(0, f"C {self._c:g}, {self._scaling} scaling, pass {number}")
+
+
+def _class_means(data: TrainingSet, rows: ScaledRows, targets: NDArray[Any]) -> dict[str, Array]:
+    """Means, variances and shares, of the classes, or of the rows without and with each label."""
+    classes, size = len(data.numbers), rows.size - 1
+    groups = classes * (2 if data.multi_label else 1)
+    count, first, second = np.zeros(groups), np.zeros((groups, size)), np.zeros((groups, size))
+
+    def sums(part: slice, padded: Array) -> tuple[Array, Array, Array]:
+        x, member = padded[:, :-1], _members(targets[part], classes)
+        return member.sum(0), member.T @ x, member.T @ x**2
+
+    for more in rows.map(sums):
+        count, first, second = count + more[0], first + more[1], second + more[2]
+    means = first / count[:, None]
+    of_all = slice(0, 2 if data.multi_label else groups)
+    overall = first[of_all].sum(0) / rows.count
+    total = second[of_all].sum(0) / rows.count - overall**2
+    # As GaussianNB(var_smoothing=1e-9) has it.
+    variances = np.maximum(second / count[:, None] - means**2, 0) + 1e-9 * total.max()
+    shape = (classes, 2) if data.multi_label else (classes,)
+    found = {
+        "means": means.reshape(*shape, size),
+        "variances": variances.reshape(*shape, size),
+        "priors": (count / rows.count).reshape(shape),
+    }
+    return {name: found[name] for name in KINDS[data.kind].shapes}
+
+
+def _members(targets: NDArray[Any], classes: int) -> Array:
+    """(n, groups) 0 or 1: a class each, or the rows without and with each label."""
+    if targets.ndim == 2:
+        return np.stack([~targets, targets], 2).reshape(len(targets), -1).astype(np.float64)
+    members: Array = np.eye(classes)[targets]
+    return members

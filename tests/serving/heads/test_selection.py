@@ -1,0 +1,120 @@
+"""Which rows choose the settings, and which settings they choose."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from robustfeat.serving.heads import selection
+from robustfeat.serving.heads.fitting import select
+from robustfeat.serving.heads.selection import FOLDS, Selection, fold
+from tests.serving.heads.test_newton import blobs
+
+
+@pytest.mark.parametrize("counts", [[40, 40], [7, 20, 33], [5] * 10, [2, 3, 4, 50], [1, 1, 9, 9], [1000, 1000]])
+def test_folds_are_stratified_and_score_each_row_once_a_draw(counts: list[int]) -> None:
+    y = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    splits = fold(y)
+    assert len(splits) % FOLDS == 0
+    alone = np.flatnonzero(np.bincount(y)[y] == 1)
+    for first in range(0, len(splits), FOLDS):
+        draw = splits[first : first + FOLDS]
+        assert sorted(np.concatenate([held for _, held in draw])) == sorted(set(range(len(y))) - set(alone))
+        sizes = [len(held) for _, held in draw]
+        assert max(sizes) - min(sizes) <= 1
+        for fit, held in draw:
+            assert sorted([*fit, *held]) == list(range(len(y)))
+            assert set(y[fit]) == set(y), "each class is fitted"
+            shares = np.bincount(y[held], minlength=len(counts))
+            assert all(abs(share - count / FOLDS) < 1 for share, count in zip(shares, counts, strict=True) if count > 1)
+    assert len({tuple(held) for _, held in splits}) == len(splits), "draws differ"
+    assert len(splits) * len(y) / FOLDS >= min(1000, 5 * len(y)) or len(y) < 200
+
+
+def test_folds_of_several_labels_leave_rows_with_and_without_each() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.random((60, 4)) < 0.5
+    y[:, 2] = False
+    y[7, 2] = True
+    for fit, held in fold(y):
+        assert sorted([*fit, *held]) == list(range(60))
+        assert y[fit].any(0).all()
+        assert not y[fit].all(0).any()
+
+
+def test_scores_and_margins_are_those_of_scikit_learn_on_the_same_folds() -> None:
+    x, y = blobs([30, 25, 20, 5], 10, 3.0)
+    found = select(x, y, cs=(0.01, 1.0), scalings=("standard",), method="folds")
+    assert len(found.candidates) == 2
+    for candidate in found.candidates:
+        scores = []
+        for fit, held in found.splits:
+            classifier = make_pipeline(StandardScaler(), LinearSVC(C=candidate.c, dual=False, tol=1e-10)).fit(
+                x[fit], y[fit]
+            )
+            scores.append(accuracy_score(y[held], classifier.predict(x[held])))
+        assert candidate.score == pytest.approx(np.mean(scores))
+        assert candidate.error == pytest.approx(np.std(scores, ddof=1) / np.sqrt(FOLDS))
+    assert sorted(found.held) == list(range(80))
+    for (fit, held), margins in zip(found.splits, np.split(found.margins, np.arange(16, 80, 16)), strict=False):
+        classifier = make_pipeline(StandardScaler(), LinearSVC(C=found.best.c, dual=False, tol=1e-10))
+        wanted = classifier.fit(x[fit], y[fit]).decision_function(x[held])
+        np.testing.assert_allclose(margins, wanted, atol=1e-3)
+
+
+def chosen(scores: dict[float, float], error: float, monkeypatch: pytest.MonkeyPatch) -> Selection:
+    """What is chosen where the unseen rows give these scores for each C."""
+    by_c = iter(scores.values())
+    monkeypatch.setattr(selection, "_standard_error", lambda _: error)
+    monkeypatch.setattr(selection, "fold", lambda targets, seed: [(np.arange(20), np.arange(20, 40))])
+    monkeypatch.setattr(selection, "_score", lambda *_: next(by_c))
+    x, y = blobs([20, 20], 3, 1.0)
+    order = np.random.default_rng(0).permutation(40)
+    return select(x[order], y[order], cs=tuple(scores), scalings=("none",), method="folds")
+
+
+def test_the_smallest_c_within_a_standard_error_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {0.001: 0.5, 0.01: 0.79, 0.1: 0.81, 1.0: 0.84, 10.0: 0.83}
+    assert chosen(scores, 0.04, monkeypatch).best.c == 0.1
+    assert chosen(scores, 0.06, monkeypatch).best.c == 0.01
+    assert chosen(scores, 0.0, monkeypatch).best.c == 1.0
+
+
+def test_c_stops_rising_when_the_score_has_fallen_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tried(*scores: float) -> list[float | None]:
+        grid = dict(zip((0.001, 0.01, 0.1, 1.0, 10.0), scores, strict=True))
+        return [candidate.c for candidate in chosen(grid, 0.0, monkeypatch).candidates]
+
+    assert tried(0.9, 0.8, 0.7, 1.0, 1.0) == [0.001, 0.01, 0.1]
+    assert tried(0.9, 0.8, 0.85, 0.8, 0.85) == [0.001, 0.01, 0.1, 1.0, 10.0]
+    assert tried(0.5, 0.5, 0.5, 0.4, 0.3) == [0.001, 0.01, 0.1, 1.0, 10.0]
+
+
+def test_few_rows_are_folded_and_many_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs([60, 60], 4, 1.0)
+
+    def method(asked: str) -> tuple[str, int]:
+        found = select(x, y, cs=(0.1,), scalings=("none",), method=asked)
+        return found.method, len(found.splits)
+
+    assert method("auto") == method("folds") == ("folds", 25)
+    assert method("holdout") == ("holdout", 1)
+    monkeypatch.setattr(selection, "FEW", 120)
+    assert method("auto") == ("holdout", 1)
+
+
+def test_a_choice_by_folds_depends_less_on_luck() -> None:
+    """The scores of the same settings on 30 draws of 60 rows: a held-out tenth has four times the deviation."""
+    x, y = blobs([600, 600, 600], 20, 4.0)
+    deviations = {}
+    for method in ("holdout", "folds"):
+        scores = []
+        for draw in range(30):
+            rows = np.random.default_rng(draw).permutation(len(y))[:60]
+            scores.append(select(x[rows], y[rows], cs=(0.1,), scalings=("none",), method=method).best.score)
+        deviations[method] = float(np.std(scores))
+    assert deviations["folds"] < 0.5 * deviations["holdout"]
