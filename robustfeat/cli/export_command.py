@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--license", "license_id", metavar="ID", help="The Hub's name of a license, such as apache-2.0.")
 @click.option("--dataset", "datasets", multiple=True, metavar="ORG/NAME", help="A training set's name on the Hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress.")
 def command(
     run: str,
     out: str,
@@ -45,6 +46,7 @@ def command(
     license_id: str | None,
     datasets: tuple[str, ...],
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Exports the network of RUN to safetensors and ONNX (fp32 and int8), each checked against PyTorch."""
     from robustfeat.errors import InputError
@@ -85,6 +87,7 @@ def command(
         terms=terms,
         license_id=license_id,
         datasets=datasets,
+        quiet=quiet,
     )
     print_report(out, report, as_json)
 

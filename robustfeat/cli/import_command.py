@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @click.command("import", cls=Command, short_help="Make a model folder of a network that exists elsewhere.")
 @click.argument("source", metavar="SOURCE")
 @click.option("--out", required=True, metavar="MODEL", help="The folder to make.")
-@click.option("--weights", metavar="FILE", help="A state dict.  [default: the library's weights, downloaded]")
+@click.option(
+    "--weights", metavar="FILE", help="A file of weights, under whatever names.  [default: the library's, downloaded]"
+)
 @click.option("--name", help="The model's name, with its version.")
 @click.option("--image-size", type=int, help="Side of the network's input in pixels.  [default: the library's]")
 @click.option(
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 @click.option("--terms", help="Terms of use, for the card.")
 @click.option("--license", "license_id", metavar="ID", help="The Hub's name of a license, such as apache-2.0.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-def command(source: str, out: str, no_int8: bool, as_json: bool, **options: Any) -> None:
+@click.option("--quiet", is_flag=True, help="No progress.")
+def command(source: str, out: str, no_int8: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Makes the folder that `robustfeat export` makes, of a network that exists elsewhere.
 
     SOURCE is timm:NAME or torchvision:NAME, or FILE.onnx, the ONNX file of any vision network (which needs no PyTorch).
@@ -54,7 +57,7 @@ def command(source: str, out: str, no_int8: bool, as_json: bool, **options: Any)
     import onnxruntime  # noqa: F401  # If it is missing, that is said before PyTorch loads.
 
     given = {name: value for name, value in options.items() if value is not None}
-    report = _import(found, source, out, given | {"int8": not no_int8})
+    report = _import(found, source, out, given | {"int8": not no_int8, "quiet": quiet})
     print_report(out, report, as_json)
 
 

@@ -28,9 +28,9 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
     """Compares MODEL (default: builtin) with the answers that it must give, on this machine.
 
     Every file's hash is verified. Then the golden images go through every engine and precision that is installed, and
-    through PyTorch. Each prints its smallest cosine to the features in the folder. An engine also prints its speed, in
-    images per second of the model alone, one batch at a time. The exit code is 3 where one falls short, or where none
-    could be run.
+    through PyTorch. `timm` stands for the folder as timm loads it, with timm's preprocessing. Each prints its smallest
+    cosine to the features in the folder. An engine also prints its speed, in images per second of the model alone, one
+    batch at a time. The exit code is 3 where one falls short, or where none could be run.
     """
     from robustfeat.cli.extraction import quiet_downloads
     from robustfeat.hub.catalog import resolve_model
@@ -58,8 +58,10 @@ def _checks(folder: ModelFolder) -> Iterator[Check]:
     if WEIGHTS not in folder.config.files:
         return  # PyTorch has nothing to run
     if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):
-        from robustfeat.training.export.golden import verify_with_torch
+        from robustfeat.training.export.golden import verify_with_timm, verify_with_torch
 
         yield verify_with_torch(folder)
+        if folder.config.library == "timm":
+            yield verify_with_timm(folder)
     else:
         yield Check("pytorch", "fp32", None, MIN_COSINE["fp32"], "not installed: pip install 'robustfeat[train]'")

@@ -93,6 +93,8 @@ def _elsewhere(config: ModelConfig) -> str:
     """How another library loads the model."""
     if config.library == "onnx":
         return "The weights are in the ONNX file only: PyTorch cannot load this model.\n"
+    if config.library != "timm":
+        return f"timm has no such network and cannot load this folder. {_own_library(config)}\n"
     return f"""\
 With timm, which gives the same features:
 
@@ -117,6 +119,15 @@ def _int8(config: ModelConfig) -> str:
         return ""
     kept = "; the others stay in fp32" if config.int8["kept"] else ""
     return f"`onnx/model_int8.onnx` is the same with {config.int8_share} in int8{kept}.\n"
+
+
+def _own_library(config: ModelConfig) -> str:
+    if config.library != "torchvision":
+        return "`robustfeat train --init` reads `model.safetensors`."
+    made = f'torchvision.models.get_model("{config.architecture.partition(":")[2]}"'
+    if not config.num_classes:
+        return f"`model.safetensors` has the parameters of `{made})` without `{config.classifier}`."
+    return f"`model.safetensors` has the parameters of `{made}, num_classes={config.num_classes})`."
 
 
 def _sides(contract: Preprocessing) -> str:

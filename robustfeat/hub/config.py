@@ -16,8 +16,8 @@ __all__ = ["FORMAT_VERSION", "Evaluation", "ModelConfig"]
 FORMAT_VERSION = 1
 """Folders of a newer version are refused; older ones are read as long as this number has not changed."""
 
-_KEYS = {"architecture", "num_classes", "num_features", "dtype", "pretrained_cfg", "robustfeat"}
-_LIBRARIES = {"onnx"}
+_KEYS = {"architecture", "num_classes", "num_features", "dtype", "pretrained_cfg", "model_args", "robustfeat"}
+_LIBRARIES = {"onnx", "robustfeat", "torchvision"}
 CODE_ENTRIES = {"auto_map", "custom_pipelines", "custom_generate"}
 """By which other libraries find code in a repository, to run it."""
 
@@ -59,11 +59,13 @@ class ModelConfig:
 
     Attributes:
         name: with its version, such as `robustfeat-resnet18-tiny-v1`; a changed model gets a new name.
-        architecture: timm's name of the network, or `onnx:NAME` where the ONNX file is all that there is of it.
+        architecture: timm's name of the network; `torchvision:NAME` or `robustfeat:NAME` of one that timm lacks; or
+            `onnx:NAME` where the ONNX file is all that there is of it.
         feature_size: D, the length of a feature vector.
         num_classes: outputs of the classifier in model.safetensors; 0 for none.
         preprocessing: the contract between image files and the network's input.
         first_conv, classifier: names of the first and the last layer, for libraries that adapt them.
+        fixed_input_size: whether timm makes the network for the size of its input.
         concepts: names of the K concepts that training knew; empty for imported models.
         recipe: how it was trained, as `training.json` says in full; empty for imported models.
         int8: of the int8 file, how many layers it computes in int8 (`layers`, `of`), their share of the
@@ -83,6 +85,7 @@ class ModelConfig:
     preprocessing: Preprocessing
     first_conv: str = "conv1"
     classifier: str = "fc"
+    fixed_input_size: bool = False
     concepts: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     int8: Mapping[str, Any] = field(default_factory=dict)
@@ -94,7 +97,7 @@ class ModelConfig:
 
     @property
     def library(self) -> str:
-        """The library that builds the network: timm, or onnx where only engines run it."""
+        """What builds the network: timm, torchvision or robustfeat, or onnx where only engines run it."""
         prefix, colon, _ = self.architecture.partition(":")
         return prefix if colon and prefix in _LIBRARIES else "timm"
 
@@ -113,6 +116,7 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json."""
         contract = self.preprocessing
+        side = contract.image_size
         return {
             "architecture": self.architecture,
             "num_classes": self.num_classes,
@@ -121,7 +125,8 @@ class ModelConfig:
             "dtype": "float32",
             "pretrained_cfg": {
                 "num_classes": self.num_classes,
-                "input_size": [3, contract.image_size, contract.image_size],
+                "input_size": [3, side, side],
+                **({"fixed_input_size": True} if self.fixed_input_size else {}),
                 "interpolation": contract.interpolation,
                 "crop_pct": contract.crop_pct,
                 "crop_mode": contract.crop_mode,
@@ -130,6 +135,8 @@ class ModelConfig:
                 "first_conv": self.first_conv,
                 "classifier": self.classifier,
             },
+            # for transformers, which does not ask timm's settings
+            **({"model_args": {"img_size": [side, side]}} if self.fixed_input_size else {}),
             "robustfeat": {
                 "format_version": FORMAT_VERSION,
                 "name": self.name,
@@ -179,6 +186,7 @@ class ModelConfig:
                 preprocessing=Preprocessing.from_dict(block["preprocessing"]),
                 first_conv=timm_block["first_conv"],
                 classifier=timm_block["classifier"],
+                fixed_input_size=timm_block.get("fixed_input_size") is True,
                 concepts=tuple(block["concepts"]),
                 recipe=dict(block["recipe"]),
                 int8=_int8(block.get("int8", {})),
@@ -198,7 +206,8 @@ class ModelConfig:
                 f"got {str(block.get('preprocessing_hash'))[:12]}...: the settings were edited",
                 fix="export the model again",
             )
-        if timm_block != config.to_dict()["pretrained_cfg"]:
+        expected = config.to_dict()
+        if timm_block != expected["pretrained_cfg"] or data.get("model_args") != expected.get("model_args"):
             raise ModelFolderError(
                 f"{source}: pretrained_cfg and robustfeat.preprocessing disagree: other libraries would give other "
                 "features",

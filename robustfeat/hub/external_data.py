@@ -9,11 +9,13 @@ Reference: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
+from typing import BinaryIO
 
 from robustfeat.hub.protobuf import BYTES, VARINT, iterate_fields, read_varint, varint
 
-__all__ = ["MESSAGES", "inline_external_data"]
+__all__ = ["MAX_BYTES", "MESSAGES", "inline_external_data", "write_with_data_inside"]
 
 MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
@@ -36,7 +38,7 @@ MESSAGES: dict[str, dict[int, str]] = {
 
 _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14
 _EXTERNAL = 1
-_MAX_BYTES = 2**31 - 1
+MAX_BYTES = 2**31 - 1
 """Engines read no larger message."""
 
 _Pieces = list[bytes | memoryview]
@@ -52,23 +54,33 @@ def inline_external_data(content: bytes, read: Callable[[str], bytes]) -> bytes:
     Raises:
         ValueError: it is no ONNX file, a reference leads nowhere, or the result is too large for an engine.
     """
-    return _Inliner(read).convert(content)
+    pieces = _Inliner(read).convert(content)
+    return content if pieces is None else b"".join(pieces)
+
+
+def write_with_data_inside(content: bytes, read: Callable[[str], bytes | mmap.mmap], target: BinaryIO) -> None:
+    """Writes what `inline_external_data` gives, piece by piece: where `read` maps files, no copy of them is made.
+
+    Raises:
+        ValueError: as there.
+    """
+    target.writelines(_Inliner(read).convert(content) or [content])
 
 
 class _Inliner:
-    def __init__(self, read: Callable[[str], bytes]) -> None:
+    def __init__(self, read: Callable[[str], bytes | mmap.mmap]) -> None:
         self._read = read
-        self._files: dict[str, bytes] = {}
+        self._files: dict[str, bytes | mmap.mmap] = {}
         self._inlined = 0
 
-    def convert(self, content: bytes) -> bytes:
+    def convert(self, content: bytes) -> _Pieces | None:
+        """The file in pieces; None where it has no external data."""
         if not any(number == 7 and wire == BYTES for number, wire, *_ in iterate_fields(memoryview(content))):
             raise ValueError("not an ONNX file: it has no graph")
         try:
-            pieces = self._message(memoryview(content), "ModelProto")
+            return self._message(memoryview(content), "ModelProto")
         except RecursionError as exc:
             raise ValueError("its graphs lie too deep within each other") from exc
-        return content if pieces is None else b"".join(pieces)
 
     def _message(self, message: memoryview, kind: str) -> _Pieces | None:
         """The message with its tensors' data inside; None where nothing changes."""
@@ -117,6 +129,6 @@ class _Inliner:
         if not 0 <= first <= first + size <= len(data):
             raise ValueError(f"a tensor's data end outside {location}")
         self._inlined += size
-        if self._inlined > _MAX_BYTES:
+        if self._inlined > MAX_BYTES:
             raise ValueError("with its weights it is larger than 2 GB, which engines cannot read")
         return data[first : first + size]

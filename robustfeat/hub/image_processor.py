@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robustfeat.errors import ModelFolderError
-from robustfeat.hub.preprocessing import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Preprocessing
+from robustfeat.hub.preprocessing import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Preprocessing, crop_share
 
 __all__ = ["read_image_processor"]
 
@@ -123,7 +123,7 @@ def read_image_processor(
     try:
         return Preprocessing(
             image_size=side,
-            crop_pct=_crop_pct(side, resized),
+            crop_pct=crop_share(side, resized),
             interpolation=reader.interpolation(),
             mean=mean,
             std=std,
@@ -289,11 +289,3 @@ _HARMLESS = frozenset({"do_convert_rgb", "do_reduce_labels"})
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _crop_pct(side: int, resized: int) -> float:
-    """The fraction for which a contract resizes to R, whatever the last bits of S / R are."""
-    fraction = side / resized
-    while math.floor(side / fraction) < resized:
-        fraction = math.nextafter(fraction, 0)
-    return fraction

@@ -44,6 +44,7 @@ __all__ = [
     "INTERPOLATIONS",
     "MAX_PIXELS",
     "Preprocessing",
+    "crop_share",
     "decode",
     "normalise",
     "prepare_square",
@@ -436,3 +437,11 @@ def preprocess(images: Sequence[Image.Image], contract: Preprocessing) -> NDArra
     if not images:
         return np.empty((0, 3, contract.image_size, contract.image_size), np.float32)
     return normalise(np.stack([resize_and_crop(image, contract) for image in images]), contract)
+
+
+def crop_share(size: int, resized: int) -> float:
+    """The `crop_pct` for which a contract resizes to `resized`, whatever the last bits of size / resized are."""
+    share = size / resized
+    while math.floor(size / share) < resized:
+        share = math.nextafter(share, 0)
+    return share

@@ -20,6 +20,7 @@ __all__ = [
     "classifier_of",
     "feature_network",
     "feature_size",
+    "make_timm",
     "pooled_features",
     "projection_head",
     "require_side",
@@ -151,18 +152,33 @@ def build_network(classes: int, name: str = "resnet18", *, width: int = 64, imag
 
 
 def _create_timm(name: str, classes: int, image_size: int) -> nn.Module:
-    import timm
-
     if ":" in name or "/" in name:  # timm would follow it
         raise InputError("is an address, not a network that timm has itself", argument="network", value=f"timm:{name}")
     try:
-        try:
-            made: nn.Module = timm.create_model(name, num_classes=classes, img_size=image_size)
-        except TypeError:  # convolutions take any size, and no such argument
-            made = timm.create_model(name, num_classes=classes)
+        return make_timm(name, image_size, num_classes=classes)
     except Exception as exc:  # networks check their arguments in ways of their own
         raise InputError(f"timm cannot make it ({first_line(exc)})", argument="network", value=f"timm:{name}") from exc
-    return made
+
+
+def make_timm(name: str, image_size: int | None = None, **options: Any) -> nn.Module:
+    """A network of timm, for this side of its input where it takes no other; its settings then say so.
+
+    Raises:
+        Exception: of many kinds, where timm cannot make it.
+    """
+    import timm
+
+    made: Any = None
+    if image_size is not None:
+        try:
+            made = timm.create_model(name, img_size=(image_size, image_size), **options)
+            made.pretrained_cfg["fixed_input_size"] = True
+        except TypeError:  # convolutions take any size, and no such argument
+            made = None
+    if made is None:
+        made = timm.create_model(name, **options)
+    network: nn.Module = made
+    return network
 
 
 def _require_classifier(network: nn.Module, name: str, image_size: int) -> None:
@@ -249,13 +265,15 @@ def feature_size(network: nn.Module) -> int:
     return classifier.in_features
 
 
-def timm_settings(network: nn.Module) -> dict[str, str]:
-    """What timm calls the network: its `architecture`, and the names of its `first_conv` and `classifier`."""
+def timm_settings(network: nn.Module) -> dict[str, Any]:
+    """What timm says of a network, by the names of `ModelConfig`: architecture, first and last layers, and its size."""
     if isinstance(network, ResNet18):
         name = "resnet18" if network.bn1.num_features == 64 else f"robustfeat:resnet18-width{network.bn1.num_features}"
         return {"architecture": name, "first_conv": "conv1", "classifier": "fc"}
     about: Any = network.pretrained_cfg
-    return {name: about[name] for name in ("architecture", "first_conv", "classifier")}
+    layers = {name: about.get(name) for name in ("first_conv", "classifier")}
+    fixed = bool(about.get("fixed_input_size"))
+    return {"architecture": about["architecture"], **layers, "fixed_input_size": fixed}
 
 
 def feature_network(network: nn.Module) -> nn.Module:

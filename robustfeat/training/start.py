@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from robustfeat.errors import CheckpointError, InputError, ModelFolderError, first_line
@@ -19,9 +19,9 @@ from robustfeat.training.loop.checkpoint import features_of, load_checkpoint
 from robustfeat.training.loop.run_folder import BEST_NAME, CHECKPOINT_NAME
 from robustfeat.training.network import timm_settings
 from robustfeat.training.recipe import Recipe
-from robustfeat.training.tensors import load_tensors
+from robustfeat.training.weights import OPTIONAL, classifier_names, describe_tensors, find_weights, read_state
 
-__all__ = ["State", "load_start", "read_state", "resolve_start", "state_digest"]
+__all__ = ["State", "load_start", "resolve_start", "state_digest"]
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,19 @@ def load_start(network: nn.Module, state: State, init: str) -> list[str]:
         InputError: other parameters are missing, or have other shapes.
     """
     own = network.state_dict()
-    classifier = timm_settings(network)["classifier"]
+    classifiers = classifier_names(timm_settings(network)["classifier"])
+    try:
+        state = find_weights(own, state, classifiers)[0].tensors
+    except ValueError as exc:
+        raise InputError(f"cannot be used ({exc})", argument="init", value=init) from exc
+    state = {name: value for name, value in own.items() if name.endswith(OPTIONAL)} | state
     left_out = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    unfit = [name for name in left_out if not name.startswith(f"{classifier}.")]
+    unfit = [name for name in left_out if not name.startswith(tuple(f"{one}." for one in classifiers))]
     if unfit:
         found = tuple(state[unfit[0]].shape) if unfit[0] in state else "none"
         raise InputError(
             f"{len(unfit)} of the network's {len(own)} tensors do not fit, such as {unfit[0]}: "
-            f"expected {tuple(own[unfit[0]].shape)}, got {found}",
+            f"expected {tuple(own[unfit[0]].shape)}, got {found}; it holds {describe_tensors(state)}",
             argument="init",
             value=init,
             fix="check `network` and `image_sizes`",
@@ -126,28 +131,6 @@ def state_digest(state: dict[str, Tensor]) -> str:
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors file, or in a file of `torch.save` that holds tensors alone.
-
-    Raises:
-        ValueError: it cannot be read, or holds something else.
-    """
-    try:
-        state: Any
-        state = load_file(file) if file.suffix == ".safetensors" else load_tensors(file)
-    except Exception as exc:  # what the readers raise on damaged files has no common base
-        raise ValueError("damaged, or not a file of tensors alone") from exc
-    for key in ("state_dict", "model"):  # of Lightning and timm, and of torchvision's references
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise ValueError(f"holds a {type(state).__name__}, not tensors by name")
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError("holds no tensors by name")
-    return tensors
 
 
 def _open_start(init: str) -> _Start:
@@ -170,6 +153,13 @@ def _open_start(init: str) -> _Start:
     own, _, width = config.architecture.partition("resnet18-width")
     if own == "robustfeat:":
         return _Start(state, "resnet18", int(width), config.preprocessing)
+    if config.library != "timm":
+        raise InputError(
+            f"is {config.architecture}, which is not trained here",
+            argument="init",
+            value=init,
+            fix="start from a network of timm",
+        )
     network = config.architecture if config.architecture == "resnet18" else f"timm:{config.architecture}"
     return _Start(state, network, 64, config.preprocessing)
 

@@ -124,7 +124,7 @@ def test_train_export_embed_work_together(robustfeat: Run, finished_run: Path, e
         (["serve", "--max-body", "1e-9"], "--max-body 0: expected more than 0"),
         (["export", "{tmp}/none", "--out", "{tmp}/model"], "holds no checkpoint.pt"),
         (["export", "{tmp}/junk.pt", "--out", "{tmp}/model"], "damaged or not a checkpoint"),
-        (["import", "resnet18", "--out", "{tmp}/model"], "expected timm:NAME or torchvision:NAME"),
+        (["import", "resnet18", "--out", "{tmp}/model"], "expected timm:NAME, torchvision:NAME"),
         (
             ["import", "timm:no_such_net", "--weights", "{dataset}/concepts.csv", "--out", "{tmp}/model"],
             "timm:no_such_net",
@@ -176,7 +176,7 @@ def test_a_full_disk_during_training_gives_one_line(robustfeat: Run, dataset: Pa
 
 
 def test_a_full_disk_during_export_leaves_nothing(robustfeat: Run, finished_run: Path, tmp_path: Path) -> None:
-    result = robustfeat("export", finished_run, "--out", tmp_path / "model", "--no-int8", file_bytes=100_000)
+    result = robustfeat("export", finished_run, "--out", tmp_path / "model", "--no-int8", "--quiet", file_bytes=100_000)
     assert result.returncode == 1
     assert "cannot be written" in only_line(result.stderr)
     assert not list(tmp_path.iterdir())

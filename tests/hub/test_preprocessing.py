@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import subprocess
@@ -28,6 +29,7 @@ from robustfeat.hub.preprocessing import (
     CROP_MODES,
     FORMATS,
     Preprocessing,
+    crop_share,
     decode,
     prepare_square,
     preprocess,
@@ -684,3 +686,9 @@ def test_later_fields_are_named_where_they_differ(name: str, value: Any) -> None
     assert Preprocessing.from_dict(changed.to_dict()) == changed
     with pytest.raises(ValueError, match=f"{name} must be one of .*; got 'x'"):
         Preprocessing.from_dict(plain.to_dict() | {name: "x"})
+
+
+def test_crop_share_survives_the_floor() -> None:
+    for size in range(32, 400):
+        for resized in range(size, size + 80):
+            assert math.floor(size / crop_share(size, resized)) == resized

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from robustfeat.training.export.runs import export_run
 from robustfeat.training.loop.checkpoint import load_checkpoint
 from robustfeat.training.network import build_network
 from robustfeat.training.recipe import Recipe
-from robustfeat.training.start import resolve_start
+from robustfeat.training.start import load_start, resolve_start
 from tests.training.small import run, run_one_epoch
 
 
@@ -72,6 +75,36 @@ def test_the_first_weights_are_those_of_the_start(dataset: Path, weights: Path, 
             assert value.shape[0] == 10  # of this data's classes
         else:
             torch.testing.assert_close(value, given[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 1},
+        lambda state: {"model": {}, "model_ema": {name: value.half() for name, value in state.items()}},
+        lambda state: {"teacher": {f"backbone.{name}": value for name, value in state.items()}, "student": {}},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1)},
+        lambda state: {f"_orig_mod.{name}": v for name, v in state.items() if not name.startswith("head.fc.")},
+    ],
+)
+def test_a_start_is_found_under_any_names(weights: Path, tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
+    given = load_file(weights)
+    torch.save(wrap(given), tmp_path / "start.pth")
+    init = str(tmp_path / "start.pth")
+    _, state = resolve_start(Recipe(init=init, network="timm:test_convnext"))
+    network = build_network(10, "timm:test_convnext", image_size=32)
+    assert load_start(network, state, init) == ["head.fc.weight", "head.fc.bias"]
+    for name, value in network.state_dict().items():
+        if not name.startswith("head.fc."):
+            torch.testing.assert_close(value, given[name], rtol=0, atol=1e-3)
+
+
+def test_a_start_from_torchvision_is_refused(small_model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_model, tmp_path / "copy"))
+    data = json.loads((copy / "config.json").read_text()) | {"architecture": "torchvision:vit_b_16"}
+    (copy / "config.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="is torchvision:vit_b_16, which is not trained here; start from a network"):
+        resolve_start(Recipe(init=str(copy)))
 
 
 def test_a_run_is_a_start_with_its_classifier(dataset: Path, tmp_path: Path) -> None:

@@ -76,7 +76,12 @@ class ExportReport:
 
 
 def assemble_folder(
-    parts: FolderParts, out: str | Path, *, calibration: Sequence[NDArray[np.uint8]] | None, compact: bool = False
+    parts: FolderParts,
+    out: str | Path,
+    *,
+    calibration: Sequence[NDArray[np.uint8]] | None,
+    compact: bool = False,
+    quiet: bool = True,
 ) -> ExportReport:
     """Writes the folder, checks it and only then gives it its name.
 
@@ -86,6 +91,7 @@ def assemble_folder(
         calibration: squares (S, S, 3) for int8, besides the golden images; None leaves int8 out. A network whose
             features int8 changes too much gets no int8 file, which a line on stderr says.
         compact: model.onnx keeps its weights in model.safetensors.
+        quiet: say nothing of the steps on stderr.
 
     Raises:
         ExportError: a file disagrees with the reference; nothing is left behind.
@@ -102,6 +108,8 @@ def assemble_folder(
         np.save(path / GOLDEN_FEATURES, expected)
         single = path / ONNX["fp32"]
         if calibration is not None:
+            said = f"writes {ONNX['int8']}, with the ranges of {len(calibration) + len(golden)} images"
+            remark(f"{config.name}: {said}", quiet=quiet)
             config = _write_int8(config, path, Golden(inputs, expected), calibration)
         if compact:
             compact_onnx(single, path / WEIGHTS, path / COMPACT_ONNX)
@@ -114,6 +122,7 @@ def assemble_folder(
         training = json.dumps(dict(parts.training), ensure_ascii=False)
         (path / TRAINING).write_text(training + "\n", "utf-8")
         folder = seal_folder(path, config, render_card(config))
+        remark(f"{config.name}: the golden images go through {', '.join(folder.precisions)} ONNX", quiet=quiet)
         cosines = _check(folder, parts)
     return ExportReport(ModelFolder(out), cosines, parts.reference)
 

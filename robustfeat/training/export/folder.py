@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from robustfeat.errors import ExportError
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import ONNX, WEIGHTS
+from robustfeat.progress import remark
 from robustfeat.serving.verify import compare
 from robustfeat.training.export.assembly import ExportReport, FolderParts, assemble_folder
 from robustfeat.training.export.onnx_files import export_onnx
@@ -41,26 +45,34 @@ class Backbone:
 
 
 def write_model_folder(
-    backbone: Backbone, out: str | Path, *, calibration: Sequence[NDArray[np.uint8]] | None, compact: bool = False
+    backbone: Backbone,
+    out: str | Path,
+    *,
+    calibration: Sequence[NDArray[np.uint8]] | None,
+    compact: bool = False,
+    quiet: bool = True,
 ) -> ExportReport:
     """Writes the folder, checks it and only then gives it its name.
 
     Args:
         calibration: squares (S, S, 3) for int8, besides the golden images; None leaves int8 out.
         compact: weights once, in fp16, shared by model.safetensors and model.onnx.
+        quiet: say nothing of the steps on stderr.
 
     Raises:
         ExportError: a file disagrees with PyTorch; nothing is left behind.
     """
-    network = backbone.network.eval()
+    network, name = backbone.network.eval(), backbone.config.name
 
     def write(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        remark(f"{name}: writes {WEIGHTS}; the golden images go through PyTorch", quiet=quiet)
         expected = _write_weights(backbone, path / WEIGHTS, inputs, compact=compact)
+        remark(f"{name}: writes {ONNX['fp32']}", quiet=quiet)
         export_onnx(network, backbone.config.preprocessing, path / ONNX["fp32"])
         return expected
 
     parts = FolderParts(backbone.config, write, training=backbone.training)
-    return assemble_folder(parts, out, calibration=calibration, compact=compact)
+    return assemble_folder(parts, out, calibration=calibration, compact=compact, quiet=quiet)
 
 
 def _write_weights(
@@ -72,8 +84,7 @@ def _write_weights(
     if compact:
         # BatchNorm's vectors and the biases stay fp32: they are few, and running statistics need the range.
         state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
-    # Not save_file: it makes the file readable by its owner alone.
-    file.write_bytes(save(state, metadata={"format": "pt"}))
+    _save(state, file)
     before = _torch_features(network, inputs)
     # The classifier is left aside.
     missing = network.load_state_dict(load_file(file), strict=False).missing_keys
@@ -87,6 +98,16 @@ def _write_weights(
             fix="export without `compact=True`",
         )
     return expected
+
+
+def _save(state: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(state, file, metadata={"format": "pt"})
+    except SafetensorError as exc:
+        if number := re.search(r"os error (\d+)", str(exc)):  # such as a full disk
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from exc
+        raise
+    file.chmod(file.parent.stat().st_mode & 0o666)  # it may be readable by its owner only
 
 
 def _torch_features(network: nn.Module, inputs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import timm
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
 
 from robustfeat.errors import ModelFolderError, first_line
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import decode, preprocess
 from robustfeat.serving.verify import Check, compare
+from robustfeat.training.export.libraries import rebuild_features
 
-__all__ = ["verify_with_torch"]
+__all__ = ["verify_with_timm", "verify_with_torch"]
 
 
 def verify_with_torch(folder: ModelFolder) -> Check:
-    """The network of timm's namesake with the folder's weights.
+    """The folder's network, made by its library, with the folder's weights.
 
     Raises:
         ModelFolderError: a file was altered, or the weights do not fit the architecture.
@@ -23,20 +31,39 @@ def verify_with_torch(folder: ModelFolder) -> Check:
     config = folder.config
     images, expected = folder.golden()
     weights = folder.read(WEIGHTS)
-    if not timm.is_model(config.architecture):  # it may be an address, which timm would follow
-        raise ModelFolderError(
-            f"{folder.path}: timm has no network called {config.architecture!r}", fix="do not use this model"
-        )
     try:
-        network = timm.create_model(config.architecture, pretrained=False, num_classes=config.num_classes)
-        network.load_state_dict(load(weights))
-    except Exception as exc:  # timm's and PyTorch's errors share no base class
+        network = rebuild_features(config, load(weights))
+    except LookupError as exc:
+        raise ModelFolderError(f"{folder.path}: {exc.args[0]}", fix="do not use this model") from exc
+    except Exception as exc:  # the libraries' and PyTorch's errors share no base class
         raise ModelFolderError(
-            f"{folder.path / WEIGHTS}: does not fit timm's {config.architecture} ({first_line(exc)})"
+            f"{folder.path / WEIGHTS}: does not fit the network {config.architecture} ({first_line(exc)})"
         ) from exc
-    network.reset_classifier(0)  # type: ignore[operator]
     contract = config.preprocessing
     inputs = torch.from_numpy(preprocess([decode(image, version=contract.version) for image in images], contract))
+    return compare(_features(network, inputs), expected, engine="pytorch")
+
+
+def verify_with_timm(folder: ModelFolder) -> Check:
+    """What the card promises: timm loads the folder by itself, and resizes and normalises as we do.
+
+    The images are decoded by us, since timm drops their alpha. `verify_with_torch` comes first: it looks at the hashes.
+
+    Raises:
+        ModelFolderError: timm cannot load it.
+    """
+    images, expected = folder.golden()
+    try:
+        network = timm.create_model(f"local-dir:{folder.path}", pretrained=True, num_classes=0).eval()
+        transform = create_transform(**resolve_model_data_config(network))
+        decoded = [decode(image, version=folder.config.preprocessing.version) for image in images]
+        features = _features(network, torch.stack([transform(image) for image in decoded]))
+    except Exception as exc:  # timm's and PyTorch's errors share no base class
+        raise ModelFolderError(f"{folder.path}: timm cannot load it ({first_line(exc)})") from exc
+    return compare(features, expected, engine="timm")
+
+
+def _features(network: nn.Module, inputs: Tensor) -> NDArray[np.floating[Any]]:
     with torch.no_grad():
-        features = network.eval()(inputs).numpy()
-    return compare(features, expected, engine="pytorch")
+        features: NDArray[np.floating[Any]] = network.eval()(inputs).numpy()
+    return features

@@ -2,53 +2,85 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from pathlib import Path
 
 import onnx
 import onnxscript.optimizer
 import torch
+from onnxscript import ir
 from torch import nn
 
 from robustfeat.errors import ExportError, first_line
+from robustfeat.hub.external_data import MAX_BYTES, write_with_data_inside
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.export.stamp import INPUT, OUTPUT, quiet, raise_of_the_system, stamp_onnx
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "require_onnx_size"]
+
+_GRAPH_BYTES = 2**24
+"""Left for what is no weight in an ONNX file."""
+
+
+def require_onnx_size(network: nn.Module, name: str) -> None:
+    """An ONNX file can hold the network's weights in fp32, as engines read it.
+
+    Args:
+        network: may be without values.
+        name: what the message calls it.
+
+    Raises:
+        ExportError: they are too many.
+    """
+    count = sum(value.numel() for value in {*network.parameters(), *network.buffers()})
+    if 4 * count > MAX_BYTES - _GRAPH_BYTES:
+        raise ExportError(
+            f"{name}: has {count / 1e6:,.0f} million weights, {4 * count / 1e9:.1f} GB in fp32; engines read ONNX "
+            "files of at most 2 GB from memory",
+            fix="choose a smaller network",
+        )
 
 
 def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None:
     """Writes `network` ((N, 3, S, S) to (N, D), in eval mode) as one fp32 file with any batch size.
 
-    Weights keep their names, and BatchNorm its own nodes: engines fuse them when they load the file.
+    Weights keep their names, and BatchNorm its own nodes: engines fuse them when they load the file. They go from the
+    network to the file one by one.
 
     Raises:
         ExportError: the network cannot be exported.
     """
+    require_onnx_size(network, "this network")
     side = contract.image_size
-    example = torch.zeros(2, 3, side, side)
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with quiet():
-            torch.onnx.export(
-                network,
-                (example,),
-                str(file),
-                dynamo=True,
-                external_data=False,
-                optimize=False,
-                verbose=False,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )
-    except Exception as exc:  # the exporter's errors share no base class
-        raise_of_the_system(exc)
-        raise ExportError(
-            f"this network cannot be exported to ONNX ({first_line(exc)})", fix="choose another architecture"
-        ) from exc
-    model = onnx.load(file)
-    # Not the exporter's own optimiser: it folds BatchNorm into the weights, which then are not model.safetensors'.
-    onnxscript.optimizer.fold_constants(model)
-    onnxscript.optimizer.remove_unused_nodes(model)
-    stamp_onnx(model, contract)
-    onnx.save(model, file)
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        graph, weights = Path(scratch, "graph.onnx"), Path(scratch, "weights")
+        try:
+            with quiet():
+                program = torch.onnx.export(
+                    network,
+                    (torch.zeros(2, 3, side, side),),
+                    dynamo=True,
+                    optimize=False,
+                    verbose=False,
+                    input_names=[INPUT],
+                    output_names=[OUTPUT],
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                )
+                assert program is not None
+                # Not the exporter's own optimiser: it folds BatchNorm into the weights, which then are not
+                # model.safetensors'.
+                onnxscript.optimizer.fold_constants(program.model)
+                onnxscript.optimizer.remove_unused_nodes(program.model)
+                ir.save(program.model, graph, external_data=weights.name)
+        except Exception as exc:  # the exporter's errors share no base class
+            raise_of_the_system(exc)
+            raise ExportError(
+                f"this network cannot be exported to ONNX ({first_line(exc)})", fix="choose another architecture"
+            ) from exc
+        model = onnx.load(graph, load_external_data=False)
+        stamp_onnx(model, contract)
+        with open(weights, "rb") as handle, open(file, "wb") as target:
+            data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if weights.stat().st_size else b""
+            write_with_data_inside(model.SerializeToString(), lambda _: data, target)

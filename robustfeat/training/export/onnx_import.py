@@ -83,6 +83,7 @@ def import_onnx(
     int8: bool = True,
     terms: str | None = None,
     license_id: str | None = None,
+    quiet: bool = True,
 ) -> ExportReport:
     """Makes a model folder of a vision network's ONNX file. The golden features are ONNX Runtime's, in fp32.
 
@@ -99,6 +100,7 @@ def import_onnx(
         int8: also write onnx/model_int8.onnx.
         terms: under which terms the weights may be used, for the card.
         license_id: the Hub's name of a license.
+        quiet: say nothing of the steps on stderr.
 
     Raises:
         InputError: the file cannot be used so; the message names what was found and what to pass.
@@ -125,7 +127,7 @@ def import_onnx(
         remark(f"{file}: is quantised, so the folder gets no int8 file of its own")
     elif int8:
         images = folder_images(calibration, contract) if calibration else []
-    return write_onnx_folder(adapted, contract, about, f"onnx:{file.stem}", out, calibration=images)
+    return write_onnx_folder(adapted, contract, about, f"onnx:{file.stem}", out, calibration=images, quiet=quiet)
 
 
 def write_onnx_folder(
@@ -136,12 +138,14 @@ def write_onnx_folder(
     out: str | Path,
     *,
     calibration: Sequence[NDArray[np.uint8]] | None,
+    quiet: bool = True,
 ) -> ExportReport:
     """The folder of a graph, with the features that ONNX Runtime gives for the golden images.
 
     Args:
         architecture: what config.json calls the network.
         calibration: squares (S, S, 3) for int8, besides the golden images; None leaves it out.
+        quiet: say nothing of the steps on stderr.
 
     Raises:
         ExportError: an engine disagrees with ONNX Runtime; nothing is left behind.
@@ -159,13 +163,14 @@ def write_onnx_folder(
 
     def write(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         stamp_onnx(adapted.model, contract)
+        remark(f"{about.name}: writes {ONNX['fp32']}; the golden images go through ONNX Runtime", quiet=quiet)
         (path / ONNX["fp32"]).parent.mkdir()
         (path / ONNX["fp32"]).write_bytes(adapted.model.SerializeToString())
         (features,) = run_graph(adapted.model, [inputs], about.name)
         return features
 
     parts = FolderParts(config, write, reference="ONNX Runtime", engines=ENGINES)
-    return assemble_folder(parts, out, calibration=calibration)
+    return assemble_folder(parts, out, calibration=calibration, quiet=quiet)
 
 
 def _normalisation(

@@ -42,6 +42,7 @@ def export_run(
     terms: str | None = None,
     license_id: str | None = None,
     datasets: Sequence[str] = (),
+    quiet: bool = True,
 ) -> ExportReport:
     """The model folder of a run of `robustfeat train`.
 
@@ -59,6 +60,7 @@ def export_run(
         terms: under which terms the weights may be used, for the card.
         license_id: the Hub's name of a license; by default the card says `other` and refers to the terms.
         datasets: the Hub's names of the datasets that it was trained on.
+        quiet: say nothing of the steps on stderr.
 
     Raises:
         CheckpointError, DataError: the run or the calibration images cannot be used.
@@ -83,12 +85,10 @@ def export_run(
     size, about = feature_size(network), timm_settings(network)
     config = ModelConfig(
         name=name or folder.resolve().name,
-        architecture=about["architecture"],
         feature_size=size,
         num_classes=len(checkpoint.classes) if recipe.classifies else 0,
         preprocessing=contract,
-        first_conv=about["first_conv"],
-        classifier=about["classifier"],
+        **about,
         concepts=tuple(checkpoint.concepts),
         recipe=_published(checkpoint.recipe),
         provenance=_provenance(checkpoint, terms, license_id, datasets, best=best),
@@ -102,7 +102,7 @@ def export_run(
             folder_images(calibration, contract) if calibration else training_images(checkpoint.data, recipe, contract)
         )
     backbone = Backbone(feature_network(network), features_of(checkpoint), config, training)
-    return write_model_folder(backbone, out, calibration=images, compact=compact)
+    return write_model_folder(backbone, out, calibration=images, compact=compact, quiet=quiet)
 
 
 def _published(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,10 +198,18 @@ def test_results_licence_and_datasets_reach_the_card(robustfeat: Run, finished_r
     assert not (tmp_path / "other").exists()
 
 
-def test_image_size_and_crop_can_be_chosen(narrow_run: Path, tmp_path: Path) -> None:
-    report = export_run(narrow_run, tmp_path / "model", image_size=48, crop_pct=0.75, int8=False)
+def test_image_size_and_crop_can_be_chosen_and_steps_are_said(
+    narrow_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = export_run(narrow_run, tmp_path / "model", name="n", image_size=48, crop_pct=0.75, int8=False, quiet=False)
     contract = report.folder.config.preprocessing
     assert (contract.image_size, contract.resize_size) == (48, 64)
+    assert capsys.readouterr().err.splitlines() == [
+        "n: writes model.safetensors; the golden images go through PyTorch",
+        "n: writes onnx/model.onnx",
+        "n: the golden images go through fp32 ONNX",
+    ]
+    assert not verify_with_torch(report.folder).short
 
 
 @pytest.fixture
@@ -263,22 +271,6 @@ def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"w\.pt: does not fit timm:resnet18"):
         import_backbone("timm:resnet18", tmp_path / "model", weights=tmp_path / "w.pt")
     assert [entry.name for entry in tmp_path.iterdir()] == ["w.pt"]
-
-
-def test_a_torchvision_network_unknown_to_timm_is_explained(tmp_path: Path) -> None:
-    torch.save({}, tmp_path / "w.pt")
-    with pytest.raises(InputError, match="import it as timm:NAME"):
-        import_backbone("torchvision:vit_b_32", tmp_path / "model", weights=tmp_path / "w.pt")
-
-
-def test_crop_share_survives_the_floor() -> None:
-    import math
-
-    from robustfeat.training.export.backbones import _crop_pct
-
-    for crop in range(32, 400):
-        for resize in range(crop, crop + 80):
-            assert math.floor(crop / _crop_pct(crop, resize)) == resize
 
 
 def foreign_state(network: nn.Module) -> dict[str, torch.Tensor]:
