@@ -38,6 +38,7 @@ _MARK = "# Written by robustfeat torchserve, which replaces it as long as it beg
 _LEFT_OUT = ("cli/", "doctor.py", "hub/builtin/", "training/", "trial.py")
 _NEEDED = ("numpy", "orjson", "pillow", "pydantic", "pyyaml")
 _RETRY_S = 60
+_BUILD_S = 1200  # a worker's start: TensorRT builds an engine in minutes, and TorchServe gives two
 _SOCKETS = 1000
 _GRACE_S = 10
 _JSON_NUMBER = 16
@@ -133,6 +134,7 @@ def write_archive(
         # A worker answers by itself that a request takes too long; one that does not even do that is replaced.
         "responseTimeout": round(settings.timeout_s) + _GRACE_S,
         "maxRetryTimeoutInSec": _RETRY_S,
+        **({"startupTimeout": _BUILD_S} if settings.options.engine == "tensorrt" else {}),
         "deviceType": "gpu" if settings.options.requires_gpu else "cpu",
         SETTINGS: dataclasses.asdict(settings),
     }
@@ -158,7 +160,7 @@ def requirements(settings: Settings) -> list[str]:
     options = settings.options
     engines = ["onnxruntime-gpu"] if options.requires_gpu else [options.engine]
     if options.engine == "tensorrt":
-        engines.append("tensorrt-cu13-libs")
+        engines += ["tensorrt-cu13-libs", "huggingface_hub"]  # the latter knows where its cache is
     own: list[str] = []
     with suppress(importlib.metadata.PackageNotFoundError):  # it may run without being installed
         own = importlib.metadata.requires("robustfeat") or []

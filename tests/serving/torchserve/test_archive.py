@@ -149,6 +149,19 @@ def test_an_archive_is_built_for_machines_unlike_this_one(robustfeat: Run, tmp_p
         assert "onnxruntime-gpu" in mar.read("requirements.txt").decode()
 
 
+def test_an_archive_for_tensorrt_waits_for_its_engine(robustfeat: Run, tmp_path: Path) -> None:
+    options = ("--engine", "tensorrt", "--precision", "fp16")
+    done = robustfeat("torchserve", "--out", tmp_path, "--name", "gpu", *options)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / "gpu.mar") as mar:
+        config = json.loads(mar.read("model-config.yaml"))
+        assert (config["deviceType"], config["batchSize"], config["startupTimeout"]) == ("gpu", 128, 1200)
+        needed = mar.read("requirements.txt").decode()
+    assert "onnxruntime-gpu" in needed
+    assert "tensorrt-cu13-libs" in needed
+    assert "huggingface_hub" in needed
+
+
 def test_answers_may_be_larger_than_requests(robustfeat: Run, tmp_path: Path) -> None:
     done = robustfeat("torchserve", "--out", tmp_path, "--max-body", 1, "--max-items", 10_000)
     assert done.returncode == 0, done.stderr
