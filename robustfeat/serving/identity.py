@@ -120,8 +120,11 @@ class ModelIdentity:
 
     @property
     def fingerprint(self) -> list[Any]:
-        """What caches of features compare, as plain data: devices and threads may change the last bits there."""
-        return list(self.values(*_CACHE_KEYS).values())
+        """What caches of features compare, as plain data: devices and threads may change the last bits there.
+
+        In fp16 they also compare the device, because a processor computes fp16 networks in fp32.
+        """
+        return list(self.values(*_CACHE_KEYS, *(["device"] if self.precision == "fp16" else [])).values())
 
     def difference(self, other: ModelIdentity, keys: Sequence[str]) -> str | None:
         """The first of `keys` in which they differ: `MODEL_KEYS`, `FEATURE_KEYS` or `BYTE_KEYS`; None if in none."""

@@ -502,7 +502,7 @@ def test_a_download_that_never_ends_well_leaves_nothing_that_loads_wrongly(
     assert features.tobytes() == FeatureExtractor.from_pretrained(small_model).embed(example_files).tobytes()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_an_altered_download_is_refused_by_name_and_can_be_replaced(
     published: FakeHub, call: Call, examples: Path, tmp_path: Path, precision: str
 ) -> None:
@@ -701,7 +701,8 @@ def test_verify_runs_every_engine_and_says_what_falls_short(call: Call, publishe
     result = call("verify", "org/name", "--json")
     assert result.returncode == 0, result.stderr
     checks = {(check["engine"], check["precision"]): check for check in map(json.loads, result.stdout.splitlines())}
-    assert {("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("pytorch", "fp32")} <= set(checks)
+    ways = {("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("onnxruntime", "int8"), ("openvino", "fp32")}
+    assert ways | {("pytorch", "fp32")} <= set(checks)
     assert all(check["cosine"] >= 0.99 for check in checks.values() if check["cosine"] is not None)
 
 

@@ -90,3 +90,16 @@ def test_a_cache_of_earlier_releases_is_taken(extractor: FeatureExtractor, tmp_p
     assert cache.key(b"image") == expected
     cache.put({expected: np.arange(512, dtype=np.float32)})
     assert cache.get([expected])[expected].tolist() == list(range(512))
+
+
+def test_features_in_fp16_are_cached_by_device(extractor: FeatureExtractor) -> None:
+    """A processor computes fp16 networks in fp32; a GPU rounds after each layer."""
+    half = dataclasses.replace(extractor.identity, precision="fp16")
+    assert half.fingerprint != dataclasses.replace(half, device="cuda").fingerprint
+    assert extractor.fingerprint == dataclasses.replace(extractor.identity, device="cuda").fingerprint
+
+
+def test_a_head_takes_features_in_fp16(extractor: FeatureExtractor) -> None:
+    half = FeatureExtractor.from_pretrained(threads=1, precision="fp16").identity
+    assert half.same_features(extractor.identity)
+    assert half.difference(extractor.identity, FEATURE_KEYS) == "precision"  # so they do not stand in one file
