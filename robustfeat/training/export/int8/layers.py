@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ from onnx import helper, numpy_helper
 
 __all__ = ["Layer", "find_layers"]
 
+_RESHAPING = {"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """A node of the graph with constant weights.
 
@@ -33,6 +35,9 @@ class Layer:
         axis: of the stored weights, along which the outputs lie.
         shape: of the stored weights.
         settings: the node's attributes.
+        misread: OpenVINO 2026.4 would compute its int8 form wrongly. Either its output is joined with a constant, such
+            as a class token, which is then rounded as well; or its input is a mean without the averaged axes, on
+            whose way the scales of a product before it are lost.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Layer:
     axis: int
     shape: tuple[int, ...]
     settings: Mapping[str, Any]
+    misread: bool
 
     def stored(self, matrix: NDArray[Any]) -> NDArray[Any]:
         """(G, R, K) in the shape and order of the stored weights."""
@@ -91,6 +97,8 @@ def find_layers(model: onnx.ModelProto) -> list[Layer]:
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
+    makers = {name: node for node in graph.node for name in node.output}
+    fixed = _fixed(graph)
     layers = []
     for node in graph.node:
         settings = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
@@ -119,9 +127,36 @@ def find_layers(model: onnx.ModelProto) -> list[Layer]:
                 axis=axis,
                 shape=matrix.shape,
                 settings=settings,
+                misread=_is_joined(output, readers, fixed) or _is_mean(node.input[0], makers),
             )
         )
     return layers
+
+
+def _fixed(graph: onnx.GraphProto) -> set[str]:
+    """Tensors that are the same for all images, but for the size of the batch."""
+    fixed = {constant.name for constant in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Shape" or all(name in fixed for name in node.input if name):
+            fixed.update(node.output)
+    return fixed
+
+
+def _is_joined(name: str, readers: Mapping[str, Sequence[onnx.NodeProto]], fixed: set[str]) -> bool:
+    """Whether a tensor is joined with a constant, in whatever shape."""
+    return any(
+        (node.op_type == "Concat" and not fixed.isdisjoint(node.input))
+        or (node.op_type in _RESHAPING and _is_joined(node.output[0], readers, fixed))
+        for node in readers.get(name, ())
+    )
+
+
+def _is_mean(name: str, makers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a tensor is a mean whose averaged axes are gone."""
+    maker = makers.get(name)
+    if maker is None or maker.op_type != "ReduceMean":
+        return False
+    return any(entry.name == "keepdims" and entry.i == 0 for entry in maker.attribute)
 
 
 def _known(node: onnx.NodeProto, settings: Mapping[str, Any], constants: Mapping[str, onnx.TensorProto]) -> bool:

@@ -83,32 +83,55 @@ def observe_inputs(
     session = open_session(_extended(model, [], {name: TensorProto.FLOAT for name in sources if name != INPUT}))
     for group in _groups(layers):
         wanted = list(dict.fromkeys(layer.source for layer in group if layer.source != INPUT))
-        sums = [np.zeros(layer.weights.shape[::2], np.float64) for layer in group]
-        moments = [_no_moments(layer) for layer in group]
-        counts = [0] * len(group)
+        sums = [_Sums(layer) for layer in group]
         for image in images:
             # One image at a time, so that the inputs of all these layers fit in the memory.
             tensors = {INPUT: image[None]}
             if wanted:
                 tensors |= dict(zip(wanted, session.run(wanted, {INPUT: image[None]}), strict=True))
-            for place, layer in enumerate(group):
-                columns = layer.columns(tensors[layer.source], _places(layer) // len(images) + 1)
-                sums[place] += columns.sum(2)
-                counts[place] += columns.shape[2]
-                if (moment := moments[place]) is not None:
-                    moment += columns @ columns.transpose(0, 2, 1)
-        for place, layer in enumerate(group):
-            yield layer, Inputs((sums[place] / counts[place]).astype(np.float32), moments[place])
+            for layer, entry in zip(group, sums, strict=True):
+                entry.add(layer.columns(tensors[layer.source], _places(layer) // len(images) + 1))
+        for layer, entry in zip(group, sums, strict=True):
+            yield layer, entry.inputs()
 
 
-def _no_moments(layer: Layer) -> NDArray[np.float32] | None:
-    groups, _, inputs = layer.weights.shape
-    return np.zeros((groups, inputs, inputs), np.float32) if inputs <= _MOST_INPUTS else None
+class _Sums:
+    """Sums over a layer's inputs."""
+
+    def __init__(self, layer: Layer) -> None:
+        groups, _, inputs = layer.weights.shape
+        self._count = 0
+        self._sum = np.zeros((groups, inputs), np.float64)
+        self._moments = np.zeros((groups, inputs, inputs), np.float32) if inputs <= _MOST_INPUTS else None
+        self._waiting: list[NDArray[np.float32]] = []
+
+    def add(self, columns: NDArray[np.float32]) -> None:
+        """Adds (G, K, P)."""
+        self._count += columns.shape[2]
+        self._sum += columns.sum(2)
+        if self._moments is not None:
+            self._waiting.append(columns)
+            # Few columns against many inputs: adding up the matrix would take longer than the product.
+            if sum(part.shape[2] for part in self._waiting) >= columns.shape[1]:
+                self._flush()
+
+    def inputs(self) -> Inputs:
+        """What they amount to."""
+        self._flush()
+        return Inputs((self._sum / self._count).astype(np.float32), self._moments)
+
+    def _flush(self) -> None:
+        if self._moments is not None and self._waiting:
+            columns = np.concatenate(self._waiting, axis=2)
+            self._moments += columns @ columns.transpose(0, 2, 1)
+        self._waiting = []
 
 
 def _places(layer: Layer) -> int:
     """Outputs whose inputs are looked at, over all images: some four for each of its inputs."""
-    return int(np.clip(4 * layer.weights.shape[2], *_PLACES))
+    least, most = _PLACES
+    inputs: int = layer.weights.shape[2]
+    return min(max(4 * inputs, least), most)
 
 
 def _groups(layers: Sequence[Layer]) -> Iterator[list[Layer]]:

@@ -13,15 +13,17 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from robustfeat.errors import first_line
+from robustfeat.errors import EngineError, ModelFolderError, first_line
 from robustfeat.hub.preprocessing import Preprocessing, normalise
 from robustfeat.progress import Progress
+from robustfeat.serving.engine import open_engine
+from robustfeat.serving.options import RunOptions
 from robustfeat.serving.verify import MIN_COSINE, cosine
 from robustfeat.training.export.int8.graph import Int8Layer, write_graph
 from robustfeat.training.export.int8.layers import Layer, find_layers
-from robustfeat.training.export.int8.observation import observe_inputs, observe_ranges, open_session
+from robustfeat.training.export.int8.observation import observe_inputs, observe_ranges
 from robustfeat.training.export.int8.rounding import round_by_inputs, round_to_nearest
-from robustfeat.training.export.stamp import INPUT, OUTPUT, quiet, raise_of_the_system, stamp_onnx
+from robustfeat.training.export.stamp import quiet, raise_of_the_system, stamp_onnx
 
 __all__ = ["Golden", "Int8Shares", "Int8UnfitError", "quantize_onnx"]
 
@@ -31,6 +33,7 @@ _MARGIN = 0.002
 """Engines and processors round differently: an export asks for this much more than loading does."""
 
 _LEAST_SHARE = 0.5
+_MAIN, _OTHERS = "onnxruntime", ("openvino",)
 
 
 class Int8UnfitError(Exception):
@@ -101,7 +104,10 @@ def quantize_onnx(
             some = normalise(np.stack(calibration[:_MOST_IMAGES]), contract) if calibration else golden.inputs[:0]
             images = np.concatenate([golden.inputs, some])[:_MOST_IMAGES]
             draft = _Draft(model, layers, _forms(model, layers, images), ranges, multiply_adds, golden)
-            kept = _choose_kept(draft)
+            kept = _choose_kept(draft, [_MAIN])
+            others = _able(model, golden)
+            if draft.cosine(kept, others) < MIN_COSINE["int8"]:
+                kept = _choose_kept(draft, (_MAIN, *others))
             result = draft.graph(kept)
             stamp_onnx(result, contract)
     except Int8UnfitError:
@@ -130,10 +136,10 @@ class _Draft:
         forms = [self.forms[layer.name] for layer in self.layers if layer.name not in names]
         return write_graph(self.model, forms, kept, self.ranges)
 
-    def cosine(self, kept: Sequence[Layer]) -> float:
-        """The smallest one over the golden images; -1 for features that are not finite."""
-        (features,) = open_session(self.graph(kept)).run([OUTPUT], {INPUT: self.golden.inputs})
-        return float(np.nan_to_num(cosine(features, self.golden.features), nan=-1.0).min())
+    def cosine(self, kept: Sequence[Layer], engines: Sequence[str]) -> float:
+        """The smallest one over the golden images and these engines."""
+        content = self.graph(kept).SerializeToString()
+        return min((_least_cosine(content, self.golden, engine) for engine in engines), default=1.0)
 
     def share(self, kept: Sequence[Layer]) -> float:
         """Of the multiply-adds, what is in int8."""
@@ -141,21 +147,37 @@ class _Draft:
         return 1 - sum(self.multiply_adds[layer.name] for layer in kept) / total
 
 
-def _choose_kept(draft: _Draft) -> list[Layer]:
+def _able(model: onnx.ModelProto, golden: Golden) -> list[str]:
+    """The further engines that are installed and run the network in fp32: they must run its int8 file, too."""
+    content = model.SerializeToString()
+    return [name for name in _OTHERS if _least_cosine(content, golden, name) >= MIN_COSINE["fp32"]]
+
+
+def _least_cosine(content: bytes, golden: Golden, engine: str) -> float:
+    """Of an ONNX file over the golden images; -1 where an engine cannot run it, or its features are not finite."""
+    try:
+        features = open_engine(Path("model.onnx"), content, RunOptions(engine=engine, device="cpu")).run(golden.inputs)
+    except (EngineError, ModelFolderError):
+        return -1.0
+    return float(np.nan_to_num(cosine(features, golden.features), nan=-1.0).min())
+
+
+def _choose_kept(draft: _Draft, engines: Sequence[str]) -> list[Layer]:
     """The layers that stay in floating point: as few of the most sensitive ones as the golden images ask for."""
     needed = MIN_COSINE["int8"] + _MARGIN
-    if (whole := draft.cosine([])) >= needed:
-        return []
-    order = _by_sensitivity(draft)
+    fixed = [layer for layer in draft.layers if layer.misread]
+    if (whole := draft.cosine(fixed, engines)) >= needed:
+        return fixed
+    order = [*fixed, *_by_sensitivity(draft, fixed, engines)]
     most = max(count for count in range(len(order) + 1) if draft.share(order[:count]) >= _LEAST_SHARE)
-    tried = {0: whole}
+    tried = {len(fixed): whole}
 
     def suffices(count: int) -> bool:
         if count not in tried:
-            tried[count] = draft.cosine(order[:count])
+            tried[count] = draft.cosine(order[:count], engines)
         return tried[count] >= needed
 
-    below, enough = 0, 1
+    below, enough = len(fixed), len(fixed) + 1
     while enough < most and not suffices(enough):
         below, enough = enough, 2 * enough
     enough = min(enough, most)
@@ -171,15 +193,16 @@ def _choose_kept(draft: _Draft) -> list[Layer]:
     return order[:enough]
 
 
-def _by_sensitivity(draft: _Draft) -> list[Layer]:
-    """All layers, the one that moves the golden features furthest when only it is in int8 first."""
-    progress = Progress("int8: how far each layer moves the features", len(draft.layers), "layers")
+def _by_sensitivity(draft: _Draft, without: Sequence[Layer], engines: Sequence[str]) -> list[Layer]:
+    """The other layers; the one that moves the golden features furthest when only it is in int8 comes first."""
+    layers = [layer for layer in draft.layers if layer not in without]
+    progress = Progress("int8: how far each layer moves the features", len(layers), "layers")
     cosines = {}
-    for layer in draft.layers:
-        cosines[layer.name] = draft.cosine([other for other in draft.layers if other is not layer])
+    for layer in layers:
+        cosines[layer.name] = draft.cosine([other for other in draft.layers if other is not layer], engines)
         progress.advance(1)
     progress.finish()
-    return sorted(draft.layers, key=lambda layer: cosines[layer.name])
+    return sorted(layers, key=lambda layer: cosines[layer.name])
 
 
 def _forms(model: onnx.ModelProto, layers: Sequence[Layer], images: NDArray[np.float32]) -> dict[str, Int8Layer]:

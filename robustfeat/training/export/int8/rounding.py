@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 __all__ = ["Rounded", "round_by_inputs", "round_to_nearest"]
@@ -57,7 +58,8 @@ def round_by_inputs(weights: NDArray[np.float32], moments: NDArray[np.float32]) 
     lower = np.take_along_axis(np.take_along_axis(moments, order[:, :, None], 1), order[:, None, :], 2)
     places = np.arange(weights.shape[2])
     lower[:, places, places] += _DAMPING * np.maximum(power.mean(1, keepdims=True), 1e-12)
-    lower = np.linalg.cholesky(lower)
+    # SciPy's, a few times as fast as NumPy's on large matrices.
+    lower = np.stack([scipy.linalg.cholesky(moment, lower=True, check_finite=False) for moment in lower])
     lower /= np.einsum("gkk->gk", lower)[:, None, :]
     order = order[:, None, :]
     wanted, limits = np.take_along_axis(weights, order, 2), np.take_along_axis(limits, order, 2)
