@@ -75,6 +75,14 @@ class _Conversion:
     """Values that nodes read."""
 
     def model(self, content: bytes) -> bytes:
+        try:
+            return self._model(content)
+        except (IndexError, OverflowError) as exc:
+            raise ValueError("not an ONNX file, or a damaged one (a node or tensor is incomplete)") from exc
+        except RecursionError as exc:
+            raise ValueError("its graphs lie too deep within each other") from exc
+
+    def _model(self, content: bytes) -> bytes:
         model = Message.parse(content)
         if len(model.values(_GRAPH)) != 1:
             raise ValueError("not an ONNX file: it has no graph")
@@ -188,10 +196,12 @@ def _fold_batch_norm(node: Message, tensors: dict[str, Message]) -> Message:
     epsilon = 1e-5
     if "epsilon" in given:
         epsilon = float(np.frombuffer(given["epsilon"].data(_NUMBER), "<f4")[0])
-    factor = scale / np.sqrt(variance + epsilon)
+    with np.errstate(all="ignore"):  # of a damaged file; the features say it
+        factor = scale / np.sqrt(variance + epsilon)
+        offset = bias - mean * factor
     parts = {
         "factor": factor * np.sqrt(1 + epsilon),
-        "offset": bias - mean * factor,
+        "offset": offset,
         "mean": np.zeros_like(mean),
         "variance": np.ones_like(mean),
     }

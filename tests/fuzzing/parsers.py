@@ -28,6 +28,7 @@ from robustfeat.errors import DataError, DecodeError, HeadError, InputError, Mod
 from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.external_data import inline_external_data
+from robustfeat.hub.float16 import convert_to_float16, with_float32_ends
 from robustfeat.hub.folder import CONFIG, ModelFolder
 from robustfeat.hub.image_files import name_contents, without_png_metadata
 from robustfeat.hub.preprocessing import Preprocessing, decode
@@ -45,6 +46,7 @@ from robustfeat.serving.online.content import check_form, data_of_uri, parse_jso
 from robustfeat.serving.online.errors import ApiError
 from robustfeat.serving.online.infer import infer_images, parse_infer
 from robustfeat.serving.online.schemas import InferRequest
+from robustfeat.serving.tensorrt import read_image_side
 from robustfeat.training.data.tar_shards import read_shards
 from tests.conftest import FEATURES_META
 from tests.fuzzing.conversation import converse
@@ -270,6 +272,8 @@ def head_of_tensors(data: bytes) -> object:
 
 # --- ONNX
 
+ONNX_TOKENS = [b"\x3a", b"\x0a", b"\x80", b"\x70\x01"]
+
 
 def network() -> bytes:
     weights = TensorProto(name="w", data_type=1, dims=[2], data_location=TensorProto.EXTERNAL)
@@ -283,6 +287,40 @@ def network() -> bytes:
 
 
 # --- images
+
+
+def half_network() -> bytes:
+    """A network with every kind of node and value that the conversion to fp16 changes."""
+    tensor, node = helper.make_tensor, helper.make_node
+    inner = helper.make_graph(
+        [node("Constant", [], ["c"], value_floats=[0.5]), node("Mul", ["b", "c"], ["m"])],
+        "inner", [], [helper.make_tensor_value_info("m", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    nodes = [
+        node("BatchNormalization", ["pixel_values", "v", "v", "v", "v"], ["b"], epsilon=1e-3),
+        node("Resize", ["b", "", "s"], ["r"]),
+        node("If", ["y"], ["i"], then_branch=inner, else_branch=inner),
+        node("Cast", ["i"], ["features"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["n", 3, 4, 4])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT16, ["n", 3])],
+        [
+            tensor("v", TensorProto.FLOAT, [3], [1, 2, 3]),
+            tensor("s", TensorProto.FLOAT, [4], [1, 1, 2, 2]),
+            tensor("y", TensorProto.BOOL, [], [True]),
+        ],
+    )  # fmt: skip
+    return bytes(helper.make_model(graph).SerializeToString())
+
+
+def halve(data: bytes) -> None:
+    with suppress(ValueError):
+        with_float32_ends(data)
+    with suppress(ValueError):
+        read_image_side(data)
+    convert_to_float16(data)
 
 
 def png_file() -> bytes:
@@ -465,8 +503,9 @@ PARSERS: dict[str, Callable[[], Parser]] = {
         lambda data: inline_external_data(data, lambda _: bytes(16)),
         [network()],
         (ValueError,),
-        [b"location", b"\x3a", b"\x0a", b"\x80", b"\x70\x01"],
+        [b"location", *ONNX_TOKENS],
     ),
+    "fp16": lambda: Parser(halve, [half_network()], (ValueError,), ONNX_TOKENS),
     "png": lambda: Parser(see, [png_file()], (), PNG_TOKENS),
     "image": lambda: Parser(
         decode,

@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.float16 import convert_to_float16, with_float32_ends
+from robustfeat.hub.protobuf import Message
 from robustfeat.serving.verify import cosine
 
 FLOAT, HALF, BOOL = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BOOL
@@ -181,3 +182,15 @@ def test_weights_in_fields_of_numbers_are_read_too() -> None:
             tensor.CopyFrom(helper.make_tensor(tensor.name, FLOAT, values.shape, values.ravel()))
     assert not any(tensor.raw_data for tensor in model.graph.initializer if tensor.data_type == FLOAT)
     assert np.array_equal(run(convert_to_float16(model.SerializeToString())), run(convert_to_float16(network())))
+
+
+def test_graphs_that_lie_too_deep_and_nodes_without_outputs_are_refused() -> None:
+    graph = b""
+    for _ in range(400):  # the package onnx writes no more than 100
+        graph = Message.of({1: [Message.of({4: ["If"], 5: [Message.of({6: [graph]})]})]}).encode()
+    with pytest.raises(ValueError, match="too deep"):
+        convert_to_float16(Message.of({7: [graph]}).encode())
+    model = ModelProto.FromString(network())
+    del model.graph.node[1].output[:]
+    with pytest.raises(ValueError, match="a node or tensor is incomplete"):
+        convert_to_float16(model.SerializeToString())
