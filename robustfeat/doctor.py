@@ -287,8 +287,11 @@ def _try_engine(model: str, options: RunOptions, status: str) -> tuple[Finding, 
         return replace(_failed("engine", status, exc, f"{label}: "), fix=fix), None, None
     found = (
         f"{ran['engine']} {ran['version']} {options.precision} on {ran['device']}, {ran['threads']} threads: "
-        f"golden images of {ran['model']} at {ran['images_per_s']:,.0f} images/s, cosine {ran['cosine']:.5f}"
+        f"golden images {'through' if ran['is_reference'] else 'of'} {ran['model']} "
+        f"at {ran['images_per_s']:,.0f} images/s"
     )
+    if not ran["is_reference"]:  # whose folder has no features to compare with
+        found += f", cosine {ran['cosine']:.5f}"
     if not ran["short"]:
         return Finding("engine", OK, found), ran["engine"], ran["device"]
     fix = "use another precision or engine; this one is wrong here"

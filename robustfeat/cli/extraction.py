@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robustfeat.serving.options import AUTO, DECODINGS, DEVICES, ENGINES, MAX_PIXELS, PRECISIONS, RunOptions
+from robustfeat.serving.options import AUTO, DECODINGS, DEVICES, ENGINES, MAX_PIXELS, POOLINGS, PRECISIONS, RunOptions
 
 if TYPE_CHECKING:
     from robustfeat.serving.extractor import FeatureExtractor
 
-__all__ = ["ABOVE_ZERO", "Extraction", "extraction_options", "pin_options", "serving_options"]
+__all__ = ["ABOVE_ZERO", "Extraction", "extraction_options", "pin_options", "pooling_option", "serving_options"]
 
 
 class _Number(click.FloatRange):
@@ -33,7 +33,15 @@ ABOVE_ZERO = _Number(min=0, min_open=True)
 
 _PIN_OPTIONS = (
     click.option("--revision", metavar="REV", help="A branch, tag or commit on the Hub.  [default: main]"),
-    click.option("--config-hash", metavar="SHA256", help="That of the model's config.json, which pins all its files."),
+    click.option("--config-hash", metavar="SHA256", help="The hash that robustfeat info prints; it pins all files."),
+)
+
+pooling_option = click.option(
+    "--pooling",
+    type=click.Choice([AUTO, *POOLINGS]),
+    default=AUTO,
+    show_default=True,
+    help="Features of a model of transformers; auto goes by its type.",
 )
 
 
@@ -76,6 +84,7 @@ _RUN_OPTIONS = (
         show_default=True,
         help="scaled decodes large JPEGs at a fraction of their size: faster, slightly other features.",
     ),
+    pooling_option,
     click.option("--threads", type=click.IntRange(min=1), help="Processors for the model.  [default: all granted]"),
 )
 _BULK_OPTIONS = (

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from robustfeat.cli.extraction import pin_options
 from robustfeat.cli.rendering import Command, say
 from robustfeat.progress import json_line
+
+if TYPE_CHECKING:
+    from robustfeat.hub.folder import ModelFolder
+    from robustfeat.hub.preprocessing import Preprocessing
 
 
 @click.command("info", cls=Command, short_help="Show what a model is, how it fares and its terms.")
@@ -18,7 +22,8 @@ from robustfeat.progress import json_line
 def command(model: str, revision: str | None, config_hash: str | None, as_json: bool) -> None:
     """Shows MODEL (default: builtin) after verifying the hashes of its files.
 
-    Of a model on the Hub it downloads config.json alone, and verifies what the cache holds besides.
+    Of a model on the Hub it downloads config.json alone (and preprocessor_config.json of a model of transformers), and
+    verifies what the cache holds besides.
     """
     from robustfeat.hub.catalog import resolve_model
 
@@ -36,10 +41,11 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
     lines = {
         "name": config.name,
         "folder": str(folder.path),
-        "network": f"{config.architecture}, {config.feature_size} features",
-        "input": f"{contract.image_size} px, {contract.interpolation}, crop {contract.crop_pct:g}",
+        "network": f"{config.architecture}, {config.feature_size or 'an unknown number of'} features",
+        **({"pooling": ", else ".join(config.outputs.preferred)} if config.outputs else {}),
+        "input": _input(contract),
         "preprocessing": contract.hash[:16],
-        "precisions": ", ".join(folder.precisions),
+        "precisions": ", ".join(_networks(folder)),
         **({"int8": config.int8_share} if config.int8_share else {}),
         "files": f"{files}, {folder.size_bytes() / 1e6:.1f} MB{', hashes verified' if folder.present else ''}",
         **({"revision": folder.revision} if folder.revision else {}),
@@ -58,6 +64,21 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
         say()
         say(f"{title}:")
         _print_rows(content)
+
+
+def _input(contract: Preprocessing) -> str:
+    mode = "" if contract.crop_mode == "center" else f" {contract.crop_mode}"
+    order = "" if contract.channel_order == "rgb" else f", {contract.channel_order.upper()}"
+    return f"{contract.image_size} px, {contract.interpolation},{mode} crop {contract.crop_pct:g}{order}"
+
+
+def _networks(folder: ModelFolder) -> list[str]:
+    """The precisions, with the names of files where a folder may call them differently."""
+    from robustfeat.hub.onnx_layout import find_network
+
+    if folder.is_own:
+        return folder.precisions
+    return [f"{precision} ({find_network(folder.config.files, precision)})" for precision in folder.precisions]
 
 
 def _print_rows(content: Any) -> None:

@@ -56,7 +56,7 @@ def command(
             from robustfeat.training.export.compact import expand_folder
 
             folder = expand_folder(folder, Path(scratch, "model"))
-        checks = list(check_ways(partial(FeatureExtractor.open, folder), ways_to_run(folder.precisions)))
+        checks = list(check_ways(partial(FeatureExtractor.open, folder), ways_to_run(folder)))
         for check in checks:
             if check.short:
                 raise ModelFolderError(f"{model}: {check}; nothing was sent: export the model again")

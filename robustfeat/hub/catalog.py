@@ -15,6 +15,7 @@ from typing import Any
 from robustfeat.errors import ModelFolderError
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import CONFIG, ModelFolder
+from robustfeat.hub.onnx_layout import is_onnx_layout
 from robustfeat.hub.pull import HubFolder
 from robustfeat.hub.remote import HubAccess, is_hub_name
 
@@ -94,7 +95,7 @@ class Listing:
 
 
 def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
-    """Robustfeat's models in the cache of the Hub's libraries, in the order of their names.
+    """Models in the cache of the Hub's libraries, in the order of their names: ours, and ONNX models of transformers.
 
     Those libraries leave out a repository with a single damaged snapshot; here only that snapshot is missing, or has a
     problem.
@@ -112,12 +113,16 @@ def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
                 data = json.loads((snapshot.place / CONFIG).read_bytes())
             except (OSError, ValueError, RecursionError):
                 continue
-            if not isinstance(data, dict) or "robustfeat" not in data:
+            foreign = is_onnx_layout(data)
+            if not foreign and (not isinstance(data, dict) or "robustfeat" not in data):
+                continue
+            # Other libraries' models lie there, too: those without a network that was downloaded are none of ours.
+            if foreign and not any(snapshot.place.rglob("*.onnx")):
                 continue
             commit = snapshot.place.name
             listing = Listing(repo_id, None, commit, tuple(sorted(refs.get(commit, ()))), snapshot.size_bytes, ())
             try:
-                config = ModelConfig.from_dict(data, repo_id)
+                config = ModelFolder(snapshot.place).config if foreign else ModelConfig.from_dict(data, repo_id)
                 scores = tuple(map(str, config.evaluations))
                 yield replace(listing, name=config.name, scores=scores, problem=snapshot.problem)
             except ModelFolderError as exc:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from robustfeat.errors import ModelFolderError
+from robustfeat.hub.outputs import Outputs
 from robustfeat.hub.preprocessing import Preprocessing
 
 __all__ = ["FORMAT_VERSION", "Evaluation", "ModelConfig"]
@@ -61,7 +62,7 @@ class ModelConfig:
         name: with its version, such as `robustfeat-resnet18-tiny-v1`; a changed model gets a new name.
         architecture: timm's name of the network; `torchvision:NAME` or `robustfeat:NAME` of one that timm lacks; or
             `onnx:NAME` where the ONNX file is all that there is of it.
-        feature_size: D, the length of a feature vector.
+        feature_size: D, the length of a feature vector; 0 where only the network itself tells.
         num_classes: outputs of the classifier in model.safetensors; 0 for none.
         preprocessing: the contract between image files and the network's input.
         first_conv, classifier: names of the first and the last layer, for libraries that adapt them.
@@ -76,6 +77,8 @@ class ModelConfig:
         evaluations: measured numbers, as the Hub lists them.
         files: sha256 of every file but the card and config.json itself, by path within the folder.
         card_sha256: that of the card as it was written, which tells whether it was edited since; not verified.
+        outputs: of a network of transformers, whose features are one of its outputs or made from it. None for our
+            own, which give `features`.
     """
 
     name: str
@@ -94,6 +97,7 @@ class ModelConfig:
     evaluations: tuple[Evaluation, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     card_sha256: str = ""
+    outputs: Outputs | None = None
 
     @property
     def library(self) -> str:
@@ -164,7 +168,8 @@ class ModelConfig:
         block = data.get("robustfeat") if isinstance(data, dict) else None
         if not isinstance(block, dict):
             raise ModelFolderError(
-                f"{source}: has no robustfeat block; expected a folder made by robustfeat export or robustfeat import"
+                f"{source}: has no robustfeat block; expected a folder made by robustfeat export or robustfeat import, "
+                "or a model of transformers with ONNX files (model_type)"
             )
         version = block.get("format_version")
         if version != FORMAT_VERSION:

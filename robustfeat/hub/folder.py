@@ -5,7 +5,8 @@
 
 `onnx/model_fp16.onnx` may lie there, too. Without it, fp16 is converted from fp32 when it is loaded.
 In a compact folder (such as the built-in one) `model.onnx` lies beside `model.safetensors` and keeps its weights in it.
-A folder without `model.safetensors` has its weights in `onnx/model.onnx` alone.
+A folder without `model.safetensors` has its weights in `onnx/model.onnx` alone. Folders in the layout of Optimum and
+transformers.js (`onnx_layout`) are read as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,15 @@ from robustfeat.errors import EngineError, ModelFolderError, first_line
 from robustfeat.hub.config import CODE_ENTRIES, ModelConfig
 from robustfeat.hub.external_data import inline_external_data
 from robustfeat.hub.float16 import convert_to_float16, with_float32_ends
+from robustfeat.hub.onnx_layout import (
+    PROCESSORS,
+    external_names,
+    find_network,
+    is_onnx_layout,
+    read_onnx_layout,
+    refuse_without_network,
+    used_names,
+)
 from robustfeat.hub.remote import HubAccess
 
 __all__ = ["ModelFolder", "file_sha256", "holds_code", "seal_folder", "weights_sha256"]
@@ -46,9 +57,16 @@ _PROGRAMS = {".bat", ".dll", ".dylib", ".exe", ".ipynb", ".jar", ".js", ".ps1", 
 def weights_sha256(files: Mapping[str, str]) -> str:
     """The hash that stands for a model's weights, from the hashes of its files.
 
-    It is that of model.safetensors, or else of the fp32 ONNX file; empty where neither is listed.
+    It is that of model.safetensors, or else of the fp32 ONNX file (or the first precision that is there); empty where
+    there is neither. Weights in files beside an ONNX file count, too.
     """
-    return next((files[name] for name in (WEIGHTS, ONNX["fp32"]) if name in files), "")
+    if WEIGHTS in files:
+        return files[WEIGHTS]
+    network = next((name for precision in ONNX if (name := find_network(files, precision))), None)
+    if network is None:
+        return ""
+    beside = [files[name] for name in external_names(files, network)]
+    return hashlib.sha256("".join([files[network], *beside]).encode()).hexdigest() if beside else files[network]
 
 
 def holds_code(name: str) -> bool:
@@ -59,20 +77,25 @@ def holds_code(name: str) -> bool:
 class ModelFolder:
     """A model folder that was opened: its config is valid, its files are there, and nothing in it is code.
 
+    In the layout of Optimum and transformers.js, the files that are used get their hashes here. Other files, which may
+    be pickles or code there, are never opened.
+
     Args:
         path: the folder.
-        config_hash: the sha256 that config.json must have. It pins all files, whose hashes config.json lists.
+        config_hash: the `config_hash` that it must have, which pins all files.
 
     Attributes:
         path: the folder.
         config: what config.json says.
-        config_bytes, config_hash: the content of config.json, and its sha256.
+        config_bytes: the content of config.json.
+        config_hash: its sha256. config.json lists the hashes of all files; where it is of transformers, the sha256 of
+            such a list stands here (see `list_hash`).
         source: what a user types to get it: `builtin`, a path, or ORG/NAME on the Hub.
         revision, access: the commit on the Hub, and which Hub, as whom; None for other folders.
 
     Raises:
-        ModelFolderError: the folder or a file is missing, config.json is not ours or of a newer format, or a pickle
-            or code lies there.
+        ModelFolderError: the folder or a file is missing, config.json is of another kind or of a newer format, or a
+            pickle or code lies in a folder of ours.
     """
 
     source: str
@@ -88,25 +111,29 @@ class ModelFolder:
             reason = f"no {CONFIG}" if self.path.is_dir() else "a file" if self.path.exists() else "no such folder"
             raise ModelFolderError(
                 f"{self.path}: not a model folder ({reason}); expected builtin, ORG/NAME on the Hub, or what "
-                "robustfeat export makes"
+                "robustfeat export, robustfeat import or Optimum makes"
             )
         try:
             self.config_bytes = file.read_bytes()
             data = json.loads(self.config_bytes)
         except (OSError, ValueError, RecursionError) as exc:
             raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)})", fix=self._remedy) from exc
-        self.config_hash = hashlib.sha256(self.config_bytes).hexdigest()
         if config_hash is not None and not re.fullmatch("(sha256:)?[0-9a-fA-F]{64}", config_hash):
             raise ModelFolderError(
                 f"{config_hash!r} is no config hash, which has 64 hex digits", fix="copy it from robustfeat info"
             )
-        if config_hash is not None and self.config_hash != config_hash.lower().removeprefix("sha256:"):
-            raise ModelFolderError(
-                f"{file}: the sha256 must be {config_hash[:12]}..., got {self.config_hash[:12]}...: not the model that "
-                "was asked for",
-                fix="check the name and the revision",
-            )
+        self._hashes: Mapping[str, str] = {}
+        if is_onnx_layout(data):
+            self._open_onnx_layout(data, config_hash)
+        else:
+            self._open_own(data, config_hash)
+
+    def _open_own(self, data: Any, config_hash: str | None) -> None:
+        """Reads our own config.json, and refuses a folder that is incomplete or holds code."""
+        file = self.path / CONFIG
+        self._pin(hashlib.sha256(self.config_bytes).hexdigest(), config_hash)
         self.config = ModelConfig.from_dict(data, str(file))
+        self._hashes = self.config.files
         for name in self.config.files:
             path_parts = PurePosixPath(name).parts
             plain = path_parts and "/".join(path_parts) == name and not {"..", "/"} & set(path_parts)
@@ -117,11 +144,53 @@ class ModelFolder:
             if name in {CONFIG, CARD}:
                 raise ModelFolderError(f"{file}: lists {name!r} among the files that it vouches for", fix=self._remedy)
         self._require_files()
+        self._refuse_code()
+        self._check_preprocessor()
+
+    def _open_onnx_layout(self, data: Mapping[str, Any], config_hash: str | None) -> None:
+        """Reads a config.json of transformers and how it prepares images, once the hashes of its files are known."""
+        self._hashes = self._list_files(data)
+        self._pin(list_hash(self.config_bytes, self._hashes), config_hash)
+        file = next(name for name in PROCESSORS if name in self._hashes)
+        try:
+            processor = json.loads(self.read(file))
+        except (ValueError, RecursionError) as exc:
+            raise ModelFolderError(f"{self.path / file}: not valid JSON ({first_line(exc)})", fix=self._remedy) from exc
+        if not isinstance(processor, dict):
+            raise ModelFolderError(f"{self.path / file}: must be an object", fix=self._remedy)
+        weights = weights_sha256(self._hashes)
+        self.config = read_onnx_layout(data, processor, self._hashes, weights, str(self._place))
+
+    def _list_files(self, data: Mapping[str, Any]) -> dict[str, str]:
+        """The hashes of the files that are used of a model of transformers, by their names."""
+        names = [entry.relative_to(self.path).as_posix() for entry in self.path.rglob("*") if entry.is_file()]
+        refuse_without_network(data, names, str(self.path), str(self.path))
+        return {name: file_sha256(self.path / name) for name in used_names(names)}
+
+    def _pin(self, found: str, wanted: str | None) -> None:
+        self.config_hash = found
+        if wanted is not None and found != wanted.lower().removeprefix("sha256:"):
+            raise ModelFolderError(
+                f"{self.path / CONFIG}: the sha256 must be {wanted[:12]}..., got {found[:12]}...: not the model that "
+                "was asked for",
+                fix="check the name and the revision",
+            )
+
+    def _refuse_code(self) -> None:
         present = (entry.relative_to(self.path).as_posix() for entry in sorted(self.path.rglob("*")))
         # The folders of git and of the Hub's client, which no library loads models from, are their own affair.
         theirs = (".git/", ".cache/")
         refuse_code([*self.config.files, *(name for name in present if not name.startswith(theirs))], str(self.path))
-        self._check_preprocessor()
+
+    @property
+    def _place(self) -> str | Path:
+        """Names the model in messages."""
+        return self.path
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a folder of ours, with golden images, rather than one of transformers."""
+        return self.config.outputs is None
 
     @property
     def version(self) -> str:
@@ -141,12 +210,12 @@ class ModelFolder:
     @property
     def present(self) -> list[str]:
         """The listed files that are here: all of them, but for a model on the Hub, whose files come as needed."""
-        return [name for name in self.config.files if (self.path / name).is_file()]
+        return [name for name in self._hashes if (self.path / name).is_file()]
 
     @property
     def absent(self) -> list[str]:
         """Those that are not."""
-        return [name for name in self.config.files if not (self.path / name).is_file()]
+        return [name for name in self._hashes if not (self.path / name).is_file()]
 
     def onnx(self, precision: str) -> Path:
         """The ONNX file of that precision, for other programs, its hash and that of its external weights verified.
@@ -224,26 +293,26 @@ class ModelFolder:
         Raises:
             ModelFolderError: naming the first file that differs.
         """
-        chosen = list(self.config.files if names is None else names)
+        chosen = list(self._hashes if names is None else names)
         for name in chosen:
             self._require_listed(name)
         self.fetch(chosen)
         for name in chosen:
             self._compare(name, file_sha256(self.path / name))
-        if PREPROCESSOR in chosen:
+        if PREPROCESSOR in chosen and self.is_own:
             self._check_preprocessor()
 
     def _require_listed(self, name: str) -> None:
-        if name == WEIGHTS and name not in self.config.files:
+        if name == WEIGHTS and name not in self._hashes:
             raise ModelFolderError(
                 f"{self.path}: has no weights for PyTorch ({WEIGHTS}), only the ONNX network",
                 fix="use a model that has both",
             )
-        if name not in self.config.files:
+        if name not in self._hashes:
             raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}", fix=self._remedy)
 
     def _compare(self, name: str, actual: str) -> None:
-        expected = self.config.files[name]
+        expected = self._hashes[name]
         if actual != expected:
             raise ModelFolderError(
                 f"{self.path / name}: altered or truncated (sha256 must be {expected[:12]}..., got {actual[:12]}...)",
@@ -286,12 +355,23 @@ class ModelFolder:
     def _find_onnx(self, precision: str) -> str | None:
         if precision not in ONNX:
             raise ModelFolderError(f"precision must be {' or '.join(ONNX)}; got {precision!r}")
+        if not self.is_own:
+            return find_network(self._hashes, precision)
         names = [ONNX[precision], *([COMPACT_ONNX] if precision == "fp32" else [])]
         return next((name for name in names if name in self.config.files), None)
 
 
+def list_hash(config: bytes, files: Mapping[str, str]) -> str:
+    """What pins a model of transformers: the sha256 of a list of its files' hashes, config.json included.
+
+    The list is a JSON object from names to hashes in the order of the names, without spaces.
+    """
+    hashes = {**files, CONFIG: hashlib.sha256(config).hexdigest()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def refuse_code(names: Iterable[str], place: str) -> None:
-    """Refuses a folder with a pickle or code in it, whoever put it there.
+    """Refuses a folder of ours with a pickle or code in it, whoever put it there.
 
     Raises:
         ModelFolderError: naming the first such file.

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from robustfeat.errors import HubError, UnreachableError
-from robustfeat.files import new_folder
-from robustfeat.hub.folder import CARD, CONFIG, PREPROCESSOR, ModelFolder, refuse_code
+from robustfeat.errors import HubError, InputError, UnreachableError
+from robustfeat.files import new_file, new_folder
+from robustfeat.hub.folder import CARD, CONFIG, ModelFolder, file_sha256, refuse_code
+from robustfeat.hub.onnx_layout import PROCESSORS, external_names, refuse_without_network, used_names
 from robustfeat.hub.remote import HubAccess, is_commit, is_revision
 
 __all__ = ["HubFolder", "copy_folder"]
+
+_LISTS = ".robustfeat"
+"""In a repository's folder of the cache: lists of hashes by commit, of models of transformers."""
 
 
 class HubFolder(ModelFolder):
     """A model folder in the cache of the Hub's libraries, at one commit.
 
     Opening it downloads config.json. Each other file comes when it is needed, and its sha256 is compared with
-    config.json whenever it is used: with `config_hash` neither the network nor the cache has to be trusted.
+    config.json whenever it is used: with `config_hash` neither the network nor the cache has to be trusted. Of a model
+    of transformers, the hashes are those that the Hub tells for the commit; they are kept beside the cached files.
 
     Args:
         repo: ORG/NAME.
@@ -29,7 +38,7 @@ class HubFolder(ModelFolder):
 
     Raises:
         HubError: it cannot be downloaded.
-        ModelFolderError: it is not a model folder, or holds a pickle or code.
+        ModelFolderError: it is not a model, or one of ours that holds a pickle or code.
     """
 
     revision: str
@@ -78,6 +87,8 @@ class HubFolder(ModelFolder):
             raise UnreachableError(f"{self._unreachable}; {missing[0]} is not in the cache either")
         if missing and self._listing is None:
             self._look(self.revision)
+            if self.is_own:
+                self._refuse_code()
         for name in missing:
             file = Path(self.access.download(self.repo, name, self.revision, force=self._force))
             if file != self.path / name:
@@ -93,10 +104,13 @@ class HubFolder(ModelFolder):
         """
         names = list(self.config.files)
         if not everything:
-            wanted = {self._find_onnx(precision) for precision in precisions}
+            networks = [name for precision in precisions if (name := self._find_onnx(precision))]
             if "fp16" in precisions and self._find_onnx("fp16") is None:
-                wanted.add(self._find_onnx("fp32"))  # from which it is made
-            names = [name for name in names if name in wanted or name == PREPROCESSOR or name.startswith("golden/")]
+                networks.append(self._onnx_name("fp32"))  # from which it is made
+            wanted = {*networks, *PROCESSORS}
+            if not self.is_own:
+                wanted.update(name for network in networks for name in external_names(names, network))
+            names = [name for name in names if name in wanted or name.startswith("golden/")]
         self.verify(names)
         if everything and self._listing is None and not (self.path / CARD).is_file() and not self.access.offline:
             self._look(self.revision)
@@ -124,16 +138,45 @@ class HubFolder(ModelFolder):
         return path
 
     def _look(self, revision: str | None) -> str:
-        """Asks the Hub what it holds, refuses a repository with a pickle or code in it, and gives the commit."""
+        """Asks the Hub what it holds, and gives the commit."""
         commit, names = self.access.look(self.repo, revision)
         if CONFIG not in names:
             raise HubError(
                 f"{self.repo}: holds no {CONFIG}, so it is not a model of robustfeat",
                 fix="check the name and the revision",
             )
-        refuse_code(names, f"{self.repo} at {commit[:12]}")
         self._listing = names
         return commit
+
+    def _refuse_code(self) -> None:
+        refuse_code(self._listing or (), f"{self.repo} at {self.revision[:12]}")
+        super()._refuse_code()
+
+    @property
+    def _place(self) -> str | Path:
+        return self.repo
+
+    def _list_files(self, data: Mapping[str, Any]) -> dict[str, str]:
+        """As the Hub tells them for the commit, or told once; without both, those of the files that are here."""
+        kept = self.path.parent.parent / _LISTS / f"{self.revision}.json"
+        if not self._force and (found := _read_list(kept)):
+            return found
+        if self._listing is None and not self.access.offline and not self._unreachable:
+            self._look(self.revision)
+        if self._listing is None:
+            return super()._list_files(data)
+        refuse_without_network(data, self._listing, self.repo, f"hf:{self.repo}")
+        told = self.access.files(self.repo, self.revision)
+        hashes = {name: told[name].sha256 or self._download_sha256(name) for name in used_names(told)}
+        with suppress(OSError, InputError):  # a cache that others own
+            kept.parent.mkdir(exist_ok=True)
+            with new_file(kept) as partial:
+                partial.write_text(json.dumps(hashes))
+        return hashes
+
+    def _download_sha256(self, name: str) -> str:
+        """Of a small file, for which the Hub tells none."""
+        return file_sha256(Path(self.access.download(self.repo, name, self.revision, force=self._force)))
 
     def _offline(self, name: str) -> HubError:
         return HubError(
@@ -143,6 +186,18 @@ class HubFolder(ModelFolder):
 
     def _require_files(self) -> None:
         """They come as they are needed."""
+
+
+def _read_list(file: Path) -> dict[str, str]:
+    """Hashes by name; none where there is no such list, or a damaged one."""
+    try:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(data, dict) or set(used_names(data)) != set(data):
+        return {}
+    plain = all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in data.values())
+    return data if plain else {}
 
 
 def copy_folder(folder: HubFolder, out: str | Path) -> ModelFolder:

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError, ModelFolderError, NotFiniteError, first_line
+from robustfeat.hub.outputs import Outputs
 from robustfeat.progress import remark
 from robustfeat.serving.nvidia import CUDA, CUDA_OPTIONS, PROCESSOR, TENSORRT, InputBuffers, find_gpu, load_cuda_runtime
 from robustfeat.serving.options import RunOptions
+from robustfeat.serving.pooling import Pooling, choose_pooling
 from robustfeat.serving.tensorrt import (
     MAX_BATCH,
     cache_place,
@@ -55,7 +57,8 @@ class Engine(Protocol):
         device: cpu or cuda, what it runs on.
         streams: batches that it runs side by side, each on `threads // streams` processors.
         threads: processors that it uses.
-        input_shape, output_shape: of `pixel_values` and `features`; a free dimension is its name or None.
+        pooling: which output becomes the features, and how.
+        input_shape, output_shape: of `pixel_values` and the features; a free dimension is its name or None.
         preprocessing_hash: from the file's metadata; None where it holds none.
     """
 
@@ -65,6 +68,7 @@ class Engine(Protocol):
     device: str
     threads: int
     streams: int
+    pooling: Pooling
     input_shape: list[int | str | None]
     output_shape: list[int | str | None]
     preprocessing_hash: str | None
@@ -82,20 +86,21 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(file: Path, content: bytes, options: RunOptions) -> Engine:
+def open_engine(file: Path, content: bytes, options: RunOptions, outputs: Outputs | None = None) -> Engine:
     """An engine on one ONNX file.
 
     Args:
         file: what messages call it.
         content: of the file, its weights included; input `pixel_values` (N, 3, S, S) float32, output `features`
-            (N, D) float32.
+            (N, D) float32, or those of `outputs`.
         options: bf16 is computed from the fp32 file; the other precisions are what the file holds.
+        outputs: what the outputs of a network of transformers mean.
 
     Raises:
         EngineError: the engine is missing or cannot run as asked.
         ModelFolderError: it cannot read the file.
     """
-    return _CLASSES[options.choose_engine()](file, content, options)
+    return _CLASSES[options.choose_engine()](file, content, options, outputs)
 
 
 class OnnxRuntimeEngine:
@@ -103,7 +108,7 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, file: Path, content: bytes, options: RunOptions) -> None:
+    def __init__(self, file: Path, content: bytes, options: RunOptions, outputs: Outputs | None = None) -> None:
         onnxruntime = _import_onnxruntime()
         self.version: str = onnxruntime.__version__
         self.precision = options.precision
@@ -127,13 +132,13 @@ class OnnxRuntimeEngine:
         if self.device == "cuda":
             self.streams = min(self.streams, 2)  # one computes while the other's batch is prepared
         self._buffers = InputBuffers(load_cuda_runtime() if self.device == "cuda" else None)
-        inputs = {value.name: value for value in self._session.get_inputs()}
-        outputs = {value.name: value for value in self._session.get_outputs()}
-        _check_names(file, inputs, outputs)
-        taken, given = inputs["pixel_values"], outputs["features"]
-        _check_types(file, taken.type, given.type, "tensor(float)")
+        taken = _only_input(file, {value.name: value for value in self._session.get_inputs()})
+        given = {value.name: value for value in self._session.get_outputs()}
+        shapes = {name: value.shape for name, value in given.items()}
+        self.pooling = choose_pooling(options.pooling, outputs, shapes, file)
+        _check_types(file, taken.type, given[self.pooling.output].type, "tensor(float)")
         self.input_shape: list[int | str | None] = list(taken.shape)
-        self.output_shape: list[int | str | None] = list(given.shape)
+        self.output_shape = self.pooling.feature_shape(given[self.pooling.output].shape)
         self.preprocessing_hash: str | None = self._session.get_modelmeta().custom_metadata_map.get(HASH_KEY)
 
     def _open(self, onnxruntime: Any, file: Path, content: bytes, settings: Any, options: RunOptions) -> Any:
@@ -161,10 +166,10 @@ class OnnxRuntimeEngine:
         # Bound to the device, so that a GPU makes one copy in and one copy out.
         binding = self._session.io_binding()
         binding.bind_cpu_input("pixel_values", pixel_values)
-        binding.bind_output("features", self.device)
+        binding.bind_output(self.pooling.output, self.device)
         with _explaining(self.name):
             self._session.run_with_iobinding(binding)
-            features = binding.copy_outputs_to_cpu()[0]
+            features = self.pooling(binding.copy_outputs_to_cpu()[0])
         return _checked(features, pixel_values, self.output_shape, self.precision)
 
 
@@ -202,7 +207,7 @@ class TensorRTEngine(OnnxRuntimeEngine):
             if TENSORRT not in session.get_providers():
                 raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot start TensorRT {version}", fix=fix)
             with _explaining(self.name):  # the engine is built now at the latest
-                session.run(["features"], {"pixel_values": np.zeros((1, 3, side, side), np.float32)})
+                session.run(None, {"pixel_values": np.zeros((1, 3, side, side), np.float32)})
             if is_new:
                 remark(f"TensorRT built it in {time.monotonic() - began:.0f} s; it is kept in {folder}")
         return session
@@ -261,7 +266,7 @@ class OpenVINOEngine:
     name = "openvino"
     device = "cpu"
 
-    def __init__(self, file: Path, content: bytes, options: RunOptions) -> None:
+    def __init__(self, file: Path, content: bytes, options: RunOptions, outputs: Outputs | None = None) -> None:
         # Importing openvino reports to its makers unless its telemetry cannot be imported.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         try:
@@ -291,12 +296,14 @@ class OpenVINOEngine:
             self._compiled: Any = core.compile_model(model, "CPU", settings)
         except RuntimeError as exc:
             raise ModelFolderError(f"{file}: OpenVINO cannot load it ({first_line(exc)})") from exc
-        inputs = {value.any_name: value for value in model.inputs}
-        outputs = {value.any_name: value for value in model.outputs}
-        _check_names(file, inputs, outputs)
-        taken, given = inputs["pixel_values"], outputs["features"]
-        _check_types(file, taken.element_type.get_type_name(), given.element_type.get_type_name(), "f32")
-        self.input_shape, self.output_shape = _shape(taken.partial_shape), _shape(given.partial_shape)
+        taken = _only_input(file, {value.any_name: value for value in model.inputs})
+        given = {value.any_name: value for value in model.outputs}
+        shapes = {name: _shape(value.partial_shape) for name, value in given.items()}
+        self.pooling = choose_pooling(options.pooling, outputs, shapes, file)
+        out = given[self.pooling.output]
+        _check_types(file, taken.element_type.get_type_name(), out.element_type.get_type_name(), "f32")
+        self.input_shape = _shape(taken.partial_shape)
+        self.output_shape = self.pooling.feature_shape(shapes[self.pooling.output])
         place = ["framework", HASH_KEY]
         self.preprocessing_hash = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None
         self._requests: deque[Any] = deque()
@@ -313,7 +320,8 @@ class OpenVINOEngine:
             request = self._compiled.create_infer_request()
         with _explaining(self.name):
             # The output is copied: the request keeps its own for the next batch.
-            features = request.infer({"pixel_values": pixel_values}, share_inputs=True)["features"]
+            found = request.infer({"pixel_values": pixel_values}, share_inputs=True)[self.pooling.output]
+            features = self.pooling(found)
         self._requests.append(request)
         return _checked(features, pixel_values, self.output_shape, self.precision)
 
@@ -324,6 +332,8 @@ _CLASSES: dict[str, type[OnnxRuntimeEngine] | type[OpenVINOEngine]] = {
 
 
 def _shape(shape: Any) -> list[int | str | None]:
+    if shape.rank.is_dynamic:
+        return []
     return [dimension.get_length() if dimension.is_static else None for dimension in shape]
 
 
@@ -342,7 +352,8 @@ def _explaining(engine: str) -> Iterator[None]:
 def _checked(
     features: NDArray[Any], pixel_values: NDArray[np.float32], shape: list[int | str | None], precision: str
 ) -> NDArray[np.float32]:
-    expected = (len(pixel_values), shape[-1])
+    size = shape[-1] if isinstance(shape[-1], int) else features.shape[-1]  # free where the file does not tell it
+    expected = (len(pixel_values), size)
     if features.dtype != np.float32 or features.shape != expected:
         raise EngineError(
             f"the model gives features of shape {features.shape} and type {features.dtype}, not {expected} and float32",
@@ -367,8 +378,8 @@ def _check_types(file: Path, taken: str, given: str, expected: str) -> None:
         )
 
 
-def _check_names(file: Path, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
-    if "pixel_values" not in inputs or "features" not in outputs:
-        raise ModelFolderError(
-            f"{file}: needs an input pixel_values and an output features; it has {', '.join([*inputs, *outputs])}"
-        )
+def _only_input(file: Path, inputs: dict[str, Any]) -> Any:
+    """The input for images, without which, or beside which, a network is none for images."""
+    if set(inputs) != {"pixel_values"}:
+        raise ModelFolderError(f"{file}: needs an input pixel_values and no other; it has {', '.join(inputs)}")
+    return inputs["pixel_values"]

@@ -24,7 +24,7 @@ from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_c
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.engine import Engine, open_engine
 from robustfeat.serving.identity import ModelIdentity
-from robustfeat.serving.options import MAX_PIXELS, RunOptions
+from robustfeat.serving.options import AUTO, MAX_PIXELS, RunOptions
 from robustfeat.serving.verify import check_golden
 
 __all__ = ["FeatureExtractor", "default_batch_size"]
@@ -43,7 +43,12 @@ class FeatureExtractor:
     def __init__(self, folder: ModelFolder, engine: Engine, options: RunOptions) -> None:
         self.folder, self.engine, self.config = folder, engine, folder.config
         self.options = replace(
-            options, engine=engine.name, device=engine.device, threads=engine.threads, streams=engine.streams
+            options,
+            engine=engine.name,
+            device=engine.device,
+            threads=engine.threads,
+            streams=engine.streams,
+            pooling=engine.pooling.name or AUTO,
         )
 
     @classmethod
@@ -64,15 +69,17 @@ class FeatureExtractor:
         streams: int | None = None,
         decoding: str = "exact",
         max_pixels: int = MAX_PIXELS,
+        pooling: str = "auto",
     ) -> FeatureExtractor:
         """Loads a model.
 
         Args:
             name: None or `builtin` for the model that the package carries, a model folder, or ORG/NAME on the Hub,
-                from where the files come that the engine needs.
+                from where the files come that the engine needs. Folder and repository may also have the layout of
+                Optimum and transformers.js (docs/hub.md).
             revision: a branch, tag or commit on the Hub; main by default. A commit that is in the cache is used
                 without asking the Hub.
-            config_hash: the sha256 that the model's config.json must have, which pins all its files.
+            config_hash: the hash that the model must have, which pins all its files; `robustfeat info` prints it.
             token: for the Hub; by default that of `hf auth login` or HF_TOKEN. False sends none.
             cache_dir: of downloads; by default that of the Hub's libraries.
             local_files_only: answer from the cache alone, without a network call; so does HF_HUB_OFFLINE=1.
@@ -88,9 +95,12 @@ class FeatureExtractor:
                 several times as fast, and the features move a little.
             max_pixels: larger images are refused from their header. Above 178,956,970 pixels this raises Pillow's own
                 limit for the process.
+            pooling: what the features of a model of transformers are: auto (by its model type), embeds, pooler, cls
+                or mean.
 
         Raises:
-            ModelFolderError: the folder is missing, damaged, altered, of a newer format, or holds a pickle or code.
+            ModelFolderError: the folder is missing, damaged, altered, of a newer format, or one of ours that holds a
+                pickle or code.
             HubError: the Hub refuses, fails or cannot be reached, and the model is not in the cache.
             EngineError: no engine is installed, it cannot run as asked, or the precision is too far off here.
         """
@@ -105,6 +115,7 @@ class FeatureExtractor:
             streams=streams,
             revision=revision,
             config_hash=config_hash,
+            pooling=pooling,
         )
         return cls.load(name, options, access)
 
@@ -118,7 +129,8 @@ class FeatureExtractor:
         """As `from_pretrained`, with the options as one value."""
         folder = resolve_model(name, revision=options.revision, config_hash=options.config_hash, access=access)
         extractor = cls.open(folder, options)
-        if options.precision != "fp32" or extractor.engine.name == "tensorrt":  # whose fp32 may be TF32
+        exact = options.precision == "fp32" and extractor.engine.name != "tensorrt"  # whose fp32 may be TF32
+        if not exact and folder.is_own:  # others hold no golden images
             check = check_golden(extractor)
             if check.short:
                 raise EngineError(
@@ -135,7 +147,12 @@ class FeatureExtractor:
         Raises:
             ModelFolderError, EngineError: as `from_pretrained`.
         """
-        session = open_engine(folder.path, folder.read_onnx(options.stored_precision), options)
+        content = folder.read_onnx(options.stored_precision)
+        session = open_engine(folder.path, content, options, folder.config.outputs)
+        if not folder.is_own:
+            extractor = cls(folder, session, options)
+            extractor.config = folder.config.replace(feature_size=_feature_size(folder, session))
+            return extractor
         side, size = folder.config.preprocessing.image_size, folder.config.feature_size
         if session.input_shape[1:] != [3, side, side] or session.output_shape[1:] != [size]:
             raise ModelFolderError(
@@ -193,6 +210,7 @@ class FeatureExtractor:
             device=engine.device,
             threads=engine.threads,
             files=dict(config.files),
+            pooling=engine.pooling.name,
             versions={
                 "robustfeat": robustfeat.__version__,
                 engine.name: engine.version,
@@ -288,6 +306,28 @@ def _reopen(source: str, options: RunOptions, access: HubAccess | None) -> Featu
     return FeatureExtractor.open(
         resolve_model(source, revision=options.revision, config_hash=options.config_hash, access=access), options
     )
+
+
+def _feature_size(folder: ModelFolder, session: Engine) -> int:
+    """D of a network of transformers, which runs once where its file does not tell.
+
+    Raises:
+        ModelFolderError: it does not take the images that the contract makes.
+    """
+    side = folder.config.preprocessing.image_size
+    batch, *fixed = session.input_shape or [None]
+    wanted = [3, side, side]
+    if isinstance(batch, int):
+        raise ModelFolderError(
+            f"{folder.path}: the ONNX file takes batches of exactly {batch}", fix="export it with a free batch size"
+        )
+    if fixed and (len(fixed) != 3 or any(isinstance(a, int) and a != b for a, b in zip(fixed, wanted, strict=True))):
+        raise ModelFolderError(
+            f"{folder.path}: its image processor gives {wanted}, the ONNX file takes {fixed}",
+            fix="import the ONNX file with a size of your own (robustfeat import)",
+        )
+    size = session.output_shape[-1]
+    return size if isinstance(size, int) else session.run(np.zeros((1, *wanted), np.float32)).shape[1]
 
 
 def _interruptibly(run: Callable[[NDArray[np.float32]], NDArray[np.float32]], values: Any) -> NDArray[np.float32]:

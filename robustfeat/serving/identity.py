@@ -11,11 +11,11 @@ from robustfeat.hub.folder import weights_sha256
 
 __all__ = ["BYTE_KEYS", "FEATURE_KEYS", "MODEL_KEYS", "ModelIdentity"]
 
-MODEL_KEYS = ("name", "weights_sha256", "preprocessing_hash", "feature_size")
+MODEL_KEYS = ("name", "weights_sha256", "preprocessing_hash", "feature_size", "pooling")
 """What heads compare. Features of another precision are almost the same (docs/embedding.md gives the cost), features of
 another model are not."""
 
-FEATURE_KEYS = ("files", "preprocessing_hash", "precision", "engine", "device", "decoding", "feature_size")
+FEATURE_KEYS = ("files", "preprocessing_hash", "precision", "engine", "device", "decoding", "feature_size", "pooling")
 """What `append` compares: the rows of one file come from one way to run one model."""
 
 BYTE_KEYS = ("name", *FEATURE_KEYS, "threads", "versions")
@@ -44,6 +44,8 @@ class ModelIdentity:
         device, threads: what it ran on; None in a head.
         files: sha256 of each file of the model; empty in a head.
         versions: of robustfeat, the engine and the libraries that decode; empty in a head.
+        pooling: which output of a network of transformers the features are (see `hub.outputs`); None for our own
+            networks, and not named there.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ModelIdentity:
     threads: int | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    pooling: str | None = None
 
     @property
     def engine_version(self) -> str:
@@ -84,6 +87,7 @@ class ModelIdentity:
             threads=meta.get("threads"),
             files=meta["files"],
             versions=meta.get("versions", {}),
+            pooling=meta.get("pooling"),
         )
 
     def to_meta(self, batch_size: int) -> dict[str, Any]:
@@ -92,6 +96,7 @@ class ModelIdentity:
             "model": self.name,
             **self.values("revision", "files", "precision", "engine", "device", "decoding"),
             **self.values("preprocessing_hash", "feature_size"),
+            **self._pooling(),
             "batch_size": batch_size,
             **self.values("threads", "versions"),
         }
@@ -108,11 +113,17 @@ class ModelIdentity:
             kinds = {"feature_size": (int,), "revision": (str, type(None))}
             if not isinstance(value, kinds.get(name, (str,))):
                 raise TypeError(f"{name} is {value!r}")
-        return cls(**values)
+        pooling = data.get("pooling")
+        if not isinstance(pooling, (str, type(None))):
+            raise TypeError(f"pooling is {pooling!r}")
+        return cls(**values, pooling=pooling)
 
     def to_head(self) -> dict[str, Any]:
         """The part that head.json keeps."""
-        return self.values(*_HEAD_KEYS)
+        return self.values(*_HEAD_KEYS) | self._pooling()
+
+    def _pooling(self) -> dict[str, Any]:
+        return {} if self.pooling is None else self.values("pooling")
 
     def values(self, *keys: str) -> dict[str, Any]:
         """These attributes, for JSON."""
@@ -124,7 +135,8 @@ class ModelIdentity:
 
         In fp16 they also compare the device, because a processor computes fp16 networks in fp32.
         """
-        return list(self.values(*_CACHE_KEYS, *(["device"] if self.precision == "fp16" else [])).values())
+        keys = (*_CACHE_KEYS, *(["device"] if self.precision == "fp16" else []))
+        return [*self.values(*keys).values(), *self._pooling().values()]
 
     def difference(self, other: ModelIdentity, keys: Sequence[str]) -> str | None:
         """The first of `keys` in which they differ: `MODEL_KEYS`, `FEATURE_KEYS` or `BYTE_KEYS`; None if in none."""

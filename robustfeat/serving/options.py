@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from robustfeat.errors import EngineError
 from robustfeat.system import available_cpus
 
-__all__ = ["AUTO", "DECODINGS", "DEVICES", "ENGINES", "MAX_PIXELS", "PRECISIONS", "RunOptions"]
+__all__ = ["AUTO", "DECODINGS", "DEVICES", "ENGINES", "MAX_PIXELS", "POOLINGS", "PRECISIONS", "RunOptions"]
 
 # The command line shows these choices, so importing them must not import NumPy.
 AUTO = "auto"
@@ -16,6 +16,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 ENGINES = ("onnxruntime", "openvino", "tensorrt")
 DEVICES = ("cpu", "cuda")
 DECODINGS = ("exact", "scaled")
+POOLINGS = ("embeds", "pooler", "cls", "mean")
 MAX_PIXELS = 100_000_000
 
 _CHOICES = {
@@ -23,6 +24,7 @@ _CHOICES = {
     "engine": (AUTO, *ENGINES),
     "device": (AUTO, *DEVICES),
     "decoding": DECODINGS,
+    "pooling": (AUTO, *POOLINGS),
 }
 
 
@@ -40,7 +42,9 @@ class RunOptions:
         streams: batches side by side, each on `threads / streams` processors; None for 1.
         max_pixels: larger images are refused from their header.
         revision: a branch, tag or commit on the Hub; None for main.
-        config_hash: the sha256 that the model's config.json must have, which pins all its files.
+        config_hash: the hash that the model must have, which pins all its files; `robustfeat info` prints it.
+        pooling: what the features of a model of transformers are: auto (by its model type), embeds, pooler, cls or
+            mean (see `hub.outputs`).
 
     Raises:
         EngineError: a value is not among the choices.
@@ -55,6 +59,7 @@ class RunOptions:
     max_pixels: int = MAX_PIXELS
     revision: str | None = None
     config_hash: str | None = None
+    pooling: str = AUTO
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -33,7 +33,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     Args:
         model: `builtin`, a model folder, or ORG/NAME on the Hub.
         revision: a branch, tag or commit on the Hub.
-        precision, engine, device, threads, decoding, max_pixels: see `FeatureExtractor.from_pretrained`.
+        precision, engine, device, threads, decoding, max_pixels, pooling: see `FeatureExtractor.from_pretrained`.
         on_error: `raise`, or `nan` for a row of NaN in place of an image that cannot be read.
         cache: a file in which features are kept by the images' content; searches and later runs then embed each image
             once.
@@ -56,6 +56,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         threads: int | None = None,
         decoding: str = "exact",
         max_pixels: int = MAX_PIXELS,
+        pooling: str = "auto",
         on_error: str = "raise",
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -67,6 +68,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         self.threads = threads
         self.decoding = decoding
         self.max_pixels = max_pixels
+        self.pooling = pooling
         self.on_error = on_error
         self.cache = cache
 
@@ -126,6 +128,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             device=self.device,
             decoding=self.decoding,
             max_pixels=self.max_pixels,
+            pooling=self.pooling,
             threads=self.threads,
             revision=self.revision,
         )

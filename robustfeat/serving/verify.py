@@ -1,21 +1,36 @@
-"""The golden check: whether a model gives here the features that its folder holds, and how fast it is."""
+"""The golden check: whether a model gives here the features that its folder holds, and how fast it is.
+
+A folder of transformers holds no golden images. Its ways to run are compared with the first of them, ONNX Runtime in
+fp32 where that is there, on the golden images of the built-in model.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import EngineError
+from robustfeat.errors import EngineError, ModelFolderError
+from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.serving.nvidia import find_gpu
 from robustfeat.serving.options import ENGINES, PRECISIONS, RunOptions
 
-__all__ = ["MIN_COSINE", "Check", "check_golden", "check_ways", "compare", "cosine", "ways_on_gpu", "ways_to_run"]
+__all__ = [
+    "MIN_COSINE",
+    "Check",
+    "check_golden",
+    "check_ways",
+    "compare",
+    "cosine",
+    "golden_answers",
+    "ways_on_gpu",
+    "ways_to_run",
+]
 
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.99}
 """What a precision must reach against PyTorch's features on every golden image; int8 saturates on some processors."""
@@ -51,6 +66,7 @@ class Check:
         needed: what it must reach.
         reason: why it was not run.
         images_per_s: of the model alone, one batch at a time; None where it was not measured.
+        is_reference: whether the features are what the other ways are compared with, and themselves with nothing.
     """
 
     engine: str
@@ -60,6 +76,7 @@ class Check:
     reason: str | None = None
     images_per_s: float | None = None
     device: str = "cpu"
+    is_reference: bool = False
 
     @property
     def short(self) -> bool:
@@ -71,7 +88,8 @@ class Check:
         if self.cosine is None:
             return f"{way}not run: {self.reason}"
         speed = "" if self.images_per_s is None else f"  {self.images_per_s:9,.1f} images/s"
-        return f"{way}cosine {self.cosine:.7f}{speed}" + (f"  below {self.needed}" if self.short else "")
+        compared = "the reference    " if self.is_reference else f"cosine {self.cosine:.7f}"
+        return f"{way}{compared}{speed}" + (f"  below {self.needed}" if self.short else "")
 
 
 def cosine(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -100,10 +118,37 @@ def compare(
 
 
 def check_golden(subject: GoldenSubject, *, timed: bool = False) -> Check:
-    """Runs the golden images through an open model; `timed` measures its speed, too."""
-    images, expected = subject.folder.golden()
-    squares, options = np.stack([subject.prepare(image) for image in images]), subject.options
-    features, speed = subject.embed_prepared(squares), None
+    """Runs the golden images through an open model; `timed` measures its speed, too.
+
+    A folder of transformers has nothing to compare the features with: the check says that they could be computed.
+    """
+    return _check(subject, None, timed=timed)[0]
+
+
+def golden_answers(subject: GoldenSubject) -> tuple[list[bytes], NDArray[np.floating[Any]]]:
+    """Images, and the (n, D) features that a model must go on to give: golden ones, or those that it gives now."""
+    images, expected = _golden(subject.folder)
+    return images, _features(subject, images)[1] if expected is None else expected
+
+
+def _golden(folder: ModelFolder) -> tuple[list[bytes], NDArray[np.float32] | None]:
+    """Golden images and their features, which a folder of transformers does not know."""
+    return folder.golden() if folder.is_own else (builtin_model().golden()[0], None)
+
+
+def _features(subject: GoldenSubject, images: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """The images' squares and features."""
+    squares = np.stack([subject.prepare(image) for image in images])
+    return squares, subject.embed_prepared(squares)
+
+
+def _check(
+    subject: GoldenSubject, reference: NDArray[np.float32] | None, *, timed: bool
+) -> tuple[Check, NDArray[np.float32]]:
+    """The check of a model, and the features that it gives, which `reference` has for a folder without golden ones."""
+    images, expected = _golden(subject.folder)
+    squares, features = _features(subject, images)
+    expected, options, speed = reference if expected is None else expected, subject.options, None
     if timed:
         batch = np.resize(squares, (subject.batch_size, *squares.shape[1:]))
         subject.embed_prepared(batch)
@@ -112,23 +157,25 @@ def check_golden(subject: GoldenSubject, *, timed: bool = False) -> Check:
             subject.embed_prepared(batch)
             count += 1
         speed = round(count * len(batch) / elapsed, 1)
-    return compare(
+    check = compare(
         features,
-        expected,
+        features if expected is None else expected,
         engine=options.engine,
         precision=options.precision,
         decoding=options.decoding,
         images_per_s=speed,
         device=options.device,
     )
+    return replace(check, is_reference=expected is None), features
 
 
-def ways_to_run(precisions: Iterable[str]) -> Iterator[RunOptions]:
-    """Every engine and precision on the processor, for a folder that has these precisions.
+def ways_to_run(folder: ModelFolder, *converted: str) -> Iterator[RunOptions]:
+    """Every engine and precision on the processor, for which a folder holds ONNX files, and those made from fp32.
 
-    A folder without an fp32 file is no model; opening it says so.
+    One of ours without an fp32 file is no model; opening it says so.
     """
-    stored = {"fp32", *precisions}
+    stored = {*folder.precisions, *(["fp32"] if folder.is_own else [])}
+    stored |= set(converted if "fp32" in stored else ())
     for engine in (name for name in ENGINES if name != "tensorrt"):
         for precision in PRECISIONS:
             options = RunOptions(precision, engine, "cpu")
@@ -156,11 +203,20 @@ def check_ways(
         timed: measure the speed, too.
 
     Raises:
-        ModelFolderError: a file was altered, or an engine cannot read it.
+        ModelFolderError: a file was altered, or an engine cannot read it, unless another one did.
     """
+    reference: NDArray[np.float32] | None = None
     for options in ways:
         try:
-            yield check_golden(open_way(options), timed=timed)
+            check, features = _check(open_way(options), reference, timed=timed)
+            if check.is_reference:
+                reference = features
+            yield check
+        except ModelFolderError as exc:
+            if reference is None:
+                raise
+            # The file itself is good; not every engine has every operator that other libraries use.
+            yield Check(options.engine, options.precision, None, MIN_COSINE[options.precision], exc.what)
         except EngineError as exc:
             # The check chooses the parameters itself, so a fix that names some does not help its reader.
             reason = exc.problem.replace("`", "") if exc.fix_parameters else str(exc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from robustfeat import FeatureExtractor
 from robustfeat.errors import EngineError
 from robustfeat.hub.catalog import builtin_model
+from robustfeat.hub.folder import ModelFolder
 from robustfeat.serving import verify
 from robustfeat.serving.options import RunOptions
 from robustfeat.serving.verify import Check, check_golden, check_ways, compare, ways_to_run
@@ -18,9 +20,7 @@ from robustfeat.serving.verify import Check, check_golden, check_ways, compare, 
 def test_every_way_of_this_machine_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_MEASURE_S", 0.01)
     folder = builtin_model()
-    checks = list(
-        check_ways(partial(FeatureExtractor.open, folder), ways_to_run(["fp16", *folder.precisions]), timed=True)
-    )
+    checks = list(check_ways(partial(FeatureExtractor.open, folder), ways_to_run(folder, "fp16"), timed=True))
     assert [(check.engine, check.precision) for check in checks] == [
         ("onnxruntime", "fp32"),
         ("onnxruntime", "fp16"),
@@ -41,8 +41,8 @@ def test_every_way_of_this_machine_is_checked_and_timed(monkeypatch: pytest.Monk
             assert check.precision in {"fp16", "bf16"}
 
 
-def test_a_folder_without_int8_is_not_asked_for_it() -> None:
-    assert {options.precision for options in ways_to_run(["fp32"])} == {"fp32", "bf16"}
+def test_a_folder_without_int8_is_not_asked_for_it(small_fp32: Path) -> None:
+    assert {options.precision for options in ways_to_run(ModelFolder(small_fp32))} == {"fp32", "bf16"}
 
 
 def test_a_way_that_cannot_run_says_why() -> None:

@@ -30,6 +30,7 @@ def embed(
     device: str = "auto",
     decoding: str = "exact",
     max_pixels: int = MAX_PIXELS,
+    pooling: str = "auto",
     threads: int | None = None,
     workers: int | None = None,
     batch_size: int | None = None,
@@ -50,14 +51,14 @@ def embed(
         out: a .npy, .parquet or .safetensors file, or its URL.
         model: `builtin`, a model folder, or ORG/NAME on the Hub.
         revision: a branch, tag or commit on the Hub; main by default.
-        config_hash: the sha256 that the model's config.json must have, which pins all its files.
-        precision: fp32; fp16, meant for GPUs; int8 where the model has it; bf16 with OpenVINO on processors that
-            have it.
+        config_hash: the hash that `robustfeat info` prints, which pins all files of the model.
+        precision: fp32; fp16, meant for GPUs; int8 where the model has it; bf16 with OpenVINO on some processors.
         engine: auto, onnxruntime, openvino or tensorrt.
         device: auto, cpu or cuda.
         decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size, which is faster and changes
             the features slightly.
         max_pixels: larger images fail; decoding takes up to 24 bytes for each pixel.
+        pooling: features of a model of transformers: auto (by its type), embeds, pooler, cls or mean.
         threads: processors for the model; by default all that the cgroup grants.
         workers: decoder processes; by default as many as processors.
         batch_size: images per batch; by default what suits the model's input.
@@ -81,7 +82,7 @@ def embed(
     target = os.fspath(out)
     _require(places, target, on_error)
     run = RunOptions(precision, engine, device, decoding, threads, max_pixels=max_pixels)
-    options = replace(run, revision=revision, config_hash=config_hash).for_throughput()
+    options = replace(run, revision=revision, config_hash=config_hash, pooling=pooling).for_throughput()
     extractor = FeatureExtractor.load(model, options)
     patterns = [match] if isinstance(match, str) else match
     scratch = None if is_remote(target) else Path(target).parent

@@ -19,6 +19,7 @@ from robustfeat.serving.http.process.metrics import Metrics, ModelMetrics
 from robustfeat.serving.online.answers import Answer, NamedModel, Vector
 from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError
+from robustfeat.serving.verify import golden_answers
 
 if TYPE_CHECKING:  # with a head come the libraries of heads
     from robustfeat.serving.heads.head import Head
@@ -71,7 +72,7 @@ class ServedModel(NamedModel):
             decoders=max(_SHARED_DECODERS, decoders) if shared else decoders,
             batch_size=self.batch_size,
         )
-        self._golden = extractor.folder.golden()
+        self._golden = golden_answers(extractor)
         self.last_good = float("-inf")
 
     def __enter__(self) -> ServedModel:

@@ -39,6 +39,7 @@ from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
 from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
 from robustfeat.serving.options import RunOptions
+from robustfeat.serving.verify import golden_answers
 from robustfeat.system import available_cpus
 
 __all__ = ["MODEL_FOLDER", "SETTINGS", "Handler", "Settings", "handle", "visible_gpu"]
@@ -161,7 +162,7 @@ class Handler:
 
     def _check(self) -> None:
         """Embeds the golden images, all the way that a client's images go."""
-        images, expected = self.model.extractor.folder.golden()
+        images, expected = golden_answers(self.model.extractor)
         (answers,) = self._embed([images])
         if isinstance(answers, Exception):
             raise EngineError(f"the golden images were not embedded ({answers})")
