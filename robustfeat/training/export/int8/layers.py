@@ -102,7 +102,7 @@ def find_layers(model: onnx.ModelProto) -> list[Layer]:
     layers = []
     for node in graph.node:
         settings = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-        if not _known(node, settings, constants):
+        if not _known(node, settings, constants) or node.input[0] in results:
             continue
         output = node.output[0]
         sole = readers[output][0] if len(readers.get(output, ())) == 1 and output not in results else None

@@ -32,7 +32,9 @@ _MOST_IMAGES = 32
 _MARGIN = 0.002
 """Engines and processors round differently: an export asks for this much more than loading does."""
 
-_LEAST_SHARE = 0.5
+_LEAST_SHARE = 0.75
+"""With a third of its multiply-adds in fp32, MobileNetV3 in int8 was slower than without int8."""
+
 _MAIN, _OTHERS = "onnxruntime", ("openvino",)
 
 
@@ -92,7 +94,7 @@ def quantize_onnx(
         target: the file to write.
 
     Raises:
-        Int8UnfitError: this cannot be done, or would leave less than half of the network in int8.
+        Int8UnfitError: this cannot be done, or would leave less than three quarters of the network in int8.
     """
     try:
         with quiet():
