@@ -110,7 +110,7 @@ def assemble_folder(
         if calibration is not None:
             said = f"writes {ONNX['int8']}, with the ranges of {len(calibration) + len(golden)} images"
             remark(f"{config.name}: {said}", quiet=quiet)
-            config = _write_int8(config, path, Golden(inputs, expected), calibration)
+            config = _write_int8(config, path, Golden(inputs, expected), calibration, quiet=quiet)
         if compact:
             compact_onnx(single, path / WEIGHTS, path / COMPACT_ONNX)
             single.unlink()
@@ -128,11 +128,13 @@ def assemble_folder(
 
 
 def _write_int8(
-    config: ModelConfig, path: Path, golden: Golden, calibration: Sequence[NDArray[np.uint8]]
+    config: ModelConfig, path: Path, golden: Golden, calibration: Sequence[NDArray[np.uint8]], *, quiet: bool
 ) -> ModelConfig:
     """The config with what was done. Where the network gets no int8 file, that is said, and nothing changes."""
     try:
-        shares = quantize_onnx(path / ONNX["fp32"], golden, calibration, config.preprocessing, path / ONNX["int8"])
+        shares = quantize_onnx(
+            path / ONNX["fp32"], golden, calibration, config.preprocessing, path / ONNX["int8"], quiet=quiet
+        )
     except Int8UnfitError as exc:
         remark(f"{config.name}: the folder gets no int8 file, {exc}")
         return config

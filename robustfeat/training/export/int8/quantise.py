@@ -23,7 +23,8 @@ from robustfeat.training.export.int8.graph import Int8Layer, write_graph
 from robustfeat.training.export.int8.layers import Layer, find_layers
 from robustfeat.training.export.int8.observation import observe_inputs, observe_ranges
 from robustfeat.training.export.int8.rounding import round_by_inputs, round_to_nearest
-from robustfeat.training.export.stamp import quiet, raise_of_the_system, stamp_onnx
+from robustfeat.training.export.stamp import quiet as without_chatter
+from robustfeat.training.export.stamp import raise_of_the_system, stamp_onnx
 
 __all__ = ["Golden", "Int8Shares", "Int8UnfitError", "quantize_onnx"]
 
@@ -77,7 +78,13 @@ class Int8Shares:
 
 
 def quantize_onnx(
-    source: Path, golden: Golden, calibration: Sequence[NDArray[np.uint8]], contract: Preprocessing, target: Path
+    source: Path,
+    golden: Golden,
+    calibration: Sequence[NDArray[np.uint8]],
+    contract: Preprocessing,
+    target: Path,
+    *,
+    quiet: bool = True,
 ) -> Int8Shares:
     """Writes a static int8 (QDQ) copy of a network, whose features stay near those of the golden images.
 
@@ -92,12 +99,13 @@ def quantize_onnx(
         calibration: squares (S, S, 3) of further real images, which widen the ranges.
         contract: how squares become the network's input.
         target: the file to write.
+        quiet: show no progress.
 
     Raises:
         Int8UnfitError: this cannot be done, or would leave less than three quarters of the network in int8.
     """
     try:
-        with quiet():
+        with without_chatter():
             model = _prepared(source)
             layers = find_layers(model)
             if not layers:
@@ -105,7 +113,8 @@ def quantize_onnx(
             ranges, multiply_adds = observe_ranges(model, layers, _batches(golden, calibration, contract))
             some = normalise(np.stack(calibration[:_MOST_IMAGES]), contract) if calibration else golden.inputs[:0]
             images = np.concatenate([golden.inputs, some])[:_MOST_IMAGES]
-            draft = _Draft(model, layers, _forms(model, layers, images), ranges, multiply_adds, golden)
+            forms = _forms(model, layers, images, quiet=quiet)
+            draft = _Draft(model, layers, forms, ranges, multiply_adds, golden, quiet)
             kept = _choose_kept(draft, [_MAIN])
             others = _able(model, golden)
             if draft.cosine(kept, others) < MIN_COSINE["int8"]:
@@ -131,6 +140,7 @@ class _Draft:
     ranges: dict[str, tuple[float, float]]
     multiply_adds: dict[str, int]
     golden: Golden
+    quiet: bool
 
     def graph(self, kept: Sequence[Layer]) -> onnx.ModelProto:
         """The network with all layers but these in int8."""
@@ -168,6 +178,9 @@ def _choose_kept(draft: _Draft, engines: Sequence[str]) -> list[Layer]:
     """The layers that stay in floating point: as few of the most sensitive ones as the golden images ask for."""
     needed = MIN_COSINE["int8"] + _MARGIN
     fixed = [layer for layer in draft.layers if layer.misread]
+    if draft.share(fixed) < _LEAST_SHARE:
+        share = 1 - draft.share(fixed)
+        raise Int8UnfitError(f"since OpenVINO would misread {len(fixed)} layers, {share:.0%} of the multiply-adds")
     if (whole := draft.cosine(fixed, engines)) >= needed:
         return fixed
     order = [*fixed, *_by_sensitivity(draft, fixed, engines)]
@@ -179,7 +192,7 @@ def _choose_kept(draft: _Draft, engines: Sequence[str]) -> list[Layer]:
             tried[count] = draft.cosine(order[:count], engines)
         return tried[count] >= needed
 
-    below, enough = len(fixed), len(fixed) + 1
+    below, enough = len(fixed), min(len(fixed) + 1, most)
     while enough < most and not suffices(enough):
         below, enough = enough, 2 * enough
     enough = min(enough, most)
@@ -198,7 +211,7 @@ def _choose_kept(draft: _Draft, engines: Sequence[str]) -> list[Layer]:
 def _by_sensitivity(draft: _Draft, without: Sequence[Layer], engines: Sequence[str]) -> list[Layer]:
     """The other layers; the one that moves the golden features furthest when only it is in int8 comes first."""
     layers = [layer for layer in draft.layers if layer not in without]
-    progress = Progress("int8: how far each layer moves the features", len(layers), "layers")
+    progress = Progress("int8: how far each layer moves the features", len(layers), "layers", quiet=draft.quiet)
     cosines = {}
     for layer in layers:
         cosines[layer.name] = draft.cosine([other for other in draft.layers if other is not layer], engines)
@@ -207,9 +220,11 @@ def _by_sensitivity(draft: _Draft, without: Sequence[Layer], engines: Sequence[s
     return sorted(layers, key=lambda layer: cosines[layer.name])
 
 
-def _forms(model: onnx.ModelProto, layers: Sequence[Layer], images: NDArray[np.float32]) -> dict[str, Int8Layer]:
+def _forms(
+    model: onnx.ModelProto, layers: Sequence[Layer], images: NDArray[np.float32], *, quiet: bool
+) -> dict[str, Int8Layer]:
     """The int8 form of each layer, by its name."""
-    progress = Progress("int8: weights", len(layers), "layers")
+    progress = Progress("int8: weights", len(layers), "layers", quiet=quiet)
     forms = {}
     for layer, inputs in observe_inputs(model, layers, images):
         if inputs.moments is None:
