@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from robustfeat.serving.bulk.calls import embed
     from robustfeat.serving.bulk.embedding import EmbeddingResult
     from robustfeat.serving.extractor import FeatureExtractor
+    from robustfeat.serving.heads.features import Features, load
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.sklearn import ImageFeatures
 
@@ -41,6 +42,7 @@ __all__ = [
     "EngineError",
     "ExportError",
     "FeatureExtractor",
+    "Features",
     "Head",
     "HeadError",
     "HubError",
@@ -54,15 +56,18 @@ __all__ = [
     "UnreachableError",
     "__version__",
     "embed",
+    "load",
 ]
 
 # Imported on first use: `robustfeat --help` does not pay for NumPy, an inference engine and scikit-learn.
 _MODULES = {
     "EmbeddingResult": "robustfeat.serving.bulk.embedding",
     "FeatureExtractor": "robustfeat.serving.extractor",
+    "Features": "robustfeat.serving.heads.features",
     "Head": "robustfeat.serving.heads.head",
     "ImageFeatures": "robustfeat.serving.sklearn",
     "embed": "robustfeat.serving.bulk.calls",
+    "load": "robustfeat.serving.heads.features",
 }
 
 

@@ -46,15 +46,23 @@ def test_embed_writes_what_the_extractor_gives(example_files: list[Path], tmp_pa
     np.testing.assert_allclose(np.load(out), FeatureExtractor.from_pretrained(threads=1).embed(files), atol=1e-5)
 
 
-def test_embed_of_one_path_is_quiet_and_may_stop_at_a_failure(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_embed_is_quiet_and_may_stop_at_a_failure_and_load_tells_it(
+    tmp_path: Path, example_files: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"junk")
     out = str(tmp_path / "feats.parquet")
     with pytest.raises(InputError, match=r"bad\.jpg"):
         robustfeat.embed(bad, out, workers=1, on_error="stop", quiet=True)
-    assert robustfeat.embed(str(bad), out, workers=1, restart=True, quiet=True).failed == 1
+    assert robustfeat.embed([bad, example_files[0]], out, workers=1, restart=True, quiet=True).failed == 1
+    features = robustfeat.load(Path(out))
+    assert [Path(path).name for path in features.paths] == ["bad.jpg", example_files[0].name]
+    assert features.good.tolist() == [False, True]
+    assert list(features.errors) == [0]
+    assert np.isfinite(features.values[features.good]).all()
+    assert features.model.name
+    with pytest.raises(InputError, match=r"nowhere\.npy"):
+        robustfeat.load(tmp_path / "nowhere.npy")
     assert capfd.readouterr().err == ""
 
 

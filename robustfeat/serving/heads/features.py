@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.sources import path_of_index, printable
 
-__all__ = ["CHUNK_ROWS", "Features", "embed_features", "is_feature_file", "open_features"]
+__all__ = ["CHUNK_ROWS", "Features", "embed_features", "is_feature_file", "load", "open_features"]
 
 CHUNK_ROWS = 4096
 """Rows that are in memory at a time."""
@@ -47,6 +48,13 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def good(self) -> NDArray[np.bool_]:
+        """(n,): the rows whose images did not fail, which are finite."""
+        mask = np.ones(len(self), bool)
+        mask[list(self.errors)] = False
+        return mask
 
     def chunks(self) -> Iterator[tuple[range, NDArray[np.float32]]]:
         """All rows, some at a time.
@@ -85,6 +93,18 @@ def is_feature_file(place: str) -> bool:
     if suffix not in FORMATS:
         return False
     return suffix != ".parquet" or file_exists(Places.of(place).meta)
+
+
+def load(place: str | os.PathLike[str]) -> Features:
+    """What `embed` has written: features, the names of their rows, and which rows failed.
+
+    Args:
+        place: a .npy, .parquet or .safetensors file, with its index and meta file beside it, or its URL.
+
+    Raises:
+        InputError: a file is missing, or they do not belong together.
+    """
+    return open_features(os.fspath(place))
 
 
 def open_features(place: str) -> Features:
