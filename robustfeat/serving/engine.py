@@ -26,7 +26,6 @@ from robustfeat.serving.tensorrt import (
     engine_key,
     kept_engines,
     load_tensorrt,
-    read_image_side,
     tensorrt_options,
 )
 
@@ -86,7 +85,13 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(file: Path, content: bytes, options: RunOptions, outputs: Outputs | None = None) -> Engine:
+def open_engine(
+    file: Path,
+    content: bytes,
+    options: RunOptions,
+    outputs: Outputs | None = None,
+    image_size: int | None = None,
+) -> Engine:
     """An engine on one ONNX file.
 
     Args:
@@ -95,12 +100,16 @@ def open_engine(file: Path, content: bytes, options: RunOptions, outputs: Output
             (N, D) float32, or those of `outputs`.
         options: bf16 is computed from the fp32 file; the other precisions are what the file holds.
         outputs: what the outputs of a network of transformers mean.
+        image_size: S, which the file may leave open; TensorRT needs it.
 
     Raises:
         EngineError: the engine is missing or cannot run as asked.
         ModelFolderError: it cannot read the file.
     """
-    return _CLASSES[options.choose_engine()](file, content, options, outputs)
+    name = options.choose_engine()
+    if name == TensorRTEngine.name:
+        return TensorRTEngine(file, content, options, outputs, image_size)
+    return _CLASSES[name](file, content, options, outputs)
 
 
 class OnnxRuntimeEngine:
@@ -178,6 +187,19 @@ class TensorRTEngine(OnnxRuntimeEngine):
 
     name = "tensorrt"
 
+    def __init__(
+        self,
+        file: Path,
+        content: bytes,
+        options: RunOptions,
+        outputs: Outputs | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        if image_size is None:
+            raise ValueError("TensorRT builds an engine for one image_size; it was not given")
+        self._side = image_size
+        super().__init__(file, content, options, outputs)
+
     def _open(self, onnxruntime: Any, file: Path, content: bytes, settings: Any, options: RunOptions) -> Any:
         version = load_tensorrt(Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so")
         gpu = find_gpu()
@@ -189,10 +211,7 @@ class TensorRTEngine(OnnxRuntimeEngine):
                 fix="check the NVIDIA driver (nvidia-smi), or pass `engine=onnxruntime`",
             )
         self.version = f"{version} (ONNX Runtime {onnxruntime.__version__})"
-        try:
-            side = read_image_side(content)
-        except ValueError as exc:
-            raise ModelFolderError(f"{file}: TensorRT cannot load it ({exc})") from exc
+        side = self._side
         key = engine_key(content, gpu, (version, onnxruntime.__version__), options.precision, side)
         with kept_engines(cache_place(), key) as folder:
             is_new, began = not any(folder.glob("*.engine")), time.monotonic()
@@ -327,7 +346,7 @@ class OpenVINOEngine:
 
 
 _CLASSES: dict[str, type[OnnxRuntimeEngine] | type[OpenVINOEngine]] = {
-    engine.name: engine for engine in (OnnxRuntimeEngine, OpenVINOEngine, TensorRTEngine)
+    engine.name: engine for engine in (OnnxRuntimeEngine, OpenVINOEngine)
 }
 
 

@@ -148,12 +148,13 @@ class FeatureExtractor:
             ModelFolderError, EngineError: as `from_pretrained`.
         """
         content = folder.read_onnx(options.stored_precision)
-        session = open_engine(folder.path, content, options, folder.config.outputs)
+        side = folder.config.preprocessing.image_size
+        session = open_engine(folder.path, content, options, folder.config.outputs, side)
         if not folder.is_own:
             extractor = cls(folder, session, options)
             extractor.config = folder.config.replace(feature_size=_feature_size(folder, session))
             return extractor
-        side, size = folder.config.preprocessing.image_size, folder.config.feature_size
+        size = folder.config.feature_size
         if session.input_shape[1:] != [3, side, side] or session.output_shape[1:] != [size]:
             raise ModelFolderError(
                 f"{folder.path}: config.json promises {side} px in and {size} features out, the ONNX file has "

@@ -21,7 +21,6 @@ from typing import Any
 
 from robustfeat.errors import EngineError
 from robustfeat.files import FileLock
-from robustfeat.hub.protobuf import Message
 from robustfeat.progress import remark
 from robustfeat.serving.nvidia import Gpu
 
@@ -31,7 +30,6 @@ __all__ = [
     "engine_key",
     "kept_engines",
     "load_tensorrt",
-    "read_image_side",
     "tensorrt_options",
 ]
 
@@ -99,24 +97,6 @@ def _load_library(name: str) -> Any:
         with suppress(OSError):
             return ctypes.CDLL(file, ctypes.RTLD_GLOBAL)
     return None
-
-
-def read_image_side(content: bytes) -> int:
-    """S of a network whose input `pixel_values` is (N, 3, S, S).
-
-    Raises:
-        ValueError: it is no ONNX file, or has no such input.
-    """
-    # The fields are those of onnx.proto: graph 7, input 11, its name 1, type 2, tensor 1, shape 2, sizes 1.
-    for graph in Message.parse(content).values(7):
-        for value in map(Message.parse, Message.parse(graph).values(11)):
-            inner = [value]
-            for number in (2, 1, 2, 1):
-                inner = [Message.parse(part) for message in inner for part in message.values(number)]
-            sizes = [size.integers(1) for size in inner]
-            if value.text(1) == "pixel_values" and len(sizes) == 4 and sizes[2] == sizes[3] != []:
-                return sizes[3][0]
-    raise ValueError("it has no input pixel_values for images of one size")
 
 
 def engine_key(content: bytes, gpu: Gpu, versions: tuple[str, ...], precision: str, side: int) -> str:

@@ -46,7 +46,6 @@ from robustfeat.serving.online.content import check_form, data_of_uri, parse_jso
 from robustfeat.serving.online.errors import ApiError
 from robustfeat.serving.online.infer import infer_images, parse_infer
 from robustfeat.serving.online.schemas import InferRequest
-from robustfeat.serving.tensorrt import read_image_side
 from robustfeat.training.data.tar_shards import read_shards
 from tests.conftest import FEATURES_META
 from tests.fuzzing.conversation import converse
@@ -318,8 +317,6 @@ def half_network() -> bytes:
 def halve(data: bytes) -> None:
     with suppress(ValueError):
         with_float32_ends(data)
-    with suppress(ValueError):
-        read_image_side(data)
     convert_to_float16(data)
 
 

@@ -26,7 +26,6 @@ from robustfeat.serving.tensorrt import (
     engine_key,
     kept_engines,
     load_tensorrt,
-    read_image_side,
     tensorrt_options,
 )
 from robustfeat.serving.verify import check_golden, check_ways, cosine, ways_on_gpu
@@ -62,13 +61,6 @@ def test_options_of_providers_are_known_to_onnx_runtime(tmp_path: Path) -> None:
     assert half["trt_profile_min_shapes"] == "pixel_values:1x3x224x224"
     assert half["trt_profile_max_shapes"] == half["trt_profile_opt_shapes"] == f"pixel_values:{MAX_BATCH}x3x224x224"
     assert {type(value) for value in half.values()} == {str}
-
-
-def test_the_size_of_images_is_read_from_the_network() -> None:
-    content = builtin_model().read_onnx("fp32")
-    assert read_image_side(content) == 64
-    with pytest.raises(ValueError, match="no input pixel_values"):
-        read_image_side(content.replace(b"pixel_values", b"other_values"))
 
 
 def test_an_engine_is_of_one_network_gpu_version_and_precision() -> None:
