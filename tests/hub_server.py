@@ -39,6 +39,7 @@ class Repo:
     id: str
     private: bool = False
     gated: bool = False
+    downloads: int = 0
     commits: dict[str, dict[str, str]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -220,16 +221,34 @@ class _Handler(BaseHTTPRequestHandler):
         found = []
         for (kind, repo_id), repo in sorted(self.hub.repos.items()):
             card = self._card(repo)
-            tags = card.get("tags", [])
-            tagged = set(self.query.get("filter", [])) <= set(tags)
+            tagged = set(self.query.get("filter", [])) <= set(self._tags(card))
             named = self.query.get("search", [""])[0].lower() in repo_id.lower()
-            if kind == "models" and self._may_read(repo) and tagged and named:
-                about = self._about(repo, repo.branches["main"], card)
-                found.append({key: about[key] for key in ("id", "private", "tags")})
-        if set(self.query) - {"filter", "search", "limit"}:
+            meant = self.query.get("pipeline_tag", [None])[0] in {None, card.get("pipeline_tag")}
+            if kind == "models" and self._may_read(repo) and tagged and named and meant:
+                found.append(self._found(repo, card))
+        if set(self.query) - {"filter", "search", "limit", "pipeline_tag", "sort", "full", "config"}:
             self._refuse(400, None, f"cannot do {sorted(self.query)}")
         else:
-            self._answer(found)
+            if self.query.get("sort") == ["downloads"]:
+                found.sort(key=lambda about: -about["downloads"])
+            self._answer(found[: int(self.query.get("limit", ["1000"])[0])])
+
+    def _found(self, repo: Repo, card: dict[str, Any]) -> dict[str, Any]:
+        """What a list of models says of one."""
+        tree = repo.commits[repo.branches["main"]]
+        about = self._about(repo, repo.branches["main"], card)
+        keys = ["id", "private"] + (["sha", "siblings"] if self.query.get("full") else [])
+        found = {key: about[key] for key in keys}
+        found |= {"tags": self._tags(card), "downloads": repo.downloads, "pipeline_tag": card.get("pipeline_tag")}
+        if self.query.get("config") and "config.json" in tree:
+            config = json.loads(self.hub.blob(tree["config.json"]).read_bytes())
+            found["config"] = {key: config[key] for key in ("architectures", "model_type") if key in config}
+        return found
+
+    @staticmethod
+    def _tags(card: dict[str, Any]) -> list[str]:
+        """The tags of a card, and those that the Hub makes of its other fields."""
+        return [*card.get("tags", []), *([f"license:{card['license']}"] if "license" in card else [])]
 
     def info(self, kind: str, repo: str, revision: str = "main") -> None:
         if (found := self._find(kind, repo)) and (commit := self._commit(found, revision)):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -15,11 +16,21 @@ from typing import Any
 from robustfeat.errors import ModelFolderError
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import CONFIG, ModelFolder
-from robustfeat.hub.onnx_layout import is_onnx_layout
+from robustfeat.hub.onnx_layout import PROCESSORS, find_network, is_onnx_layout
 from robustfeat.hub.pull import HubFolder
 from robustfeat.hub.remote import HubAccess, is_hub_name
 
-__all__ = ["BUILTIN", "Listing", "builtin_model", "cached_models", "resolve_model", "search_models"]
+__all__ = [
+    "BUILTIN",
+    "Listing",
+    "builtin_model",
+    "cached_models",
+    "list_builtin",
+    "public_models",
+    "resolve_model",
+    "search_models",
+    "search_others",
+]
 
 BUILTIN = "builtin"
 """The name of the model that the package carries; accepted wherever a model is."""
@@ -30,6 +41,11 @@ TAG = "robustfeat"
 _MODELS = "models--"
 _MOST_FOUND = 30  # each costs a call
 
+_PUBLIC = "public_models.json"
+_TASKS = ("image-feature-extraction", "image-classification", "zero-shot-image-classification")
+"""The Hub's names of what networks whose features are of use are made for."""
+_MOST_ASKED, _MOST_OTHERS = 50, 10  # of each task
+
 
 def builtin_model(*, config_hash: str | None = None) -> ModelFolder:
     """The model that the package carries."""
@@ -37,6 +53,12 @@ def builtin_model(*, config_hash: str | None = None) -> ModelFolder:
     folder = ModelFolder(place, config_hash=config_hash)
     folder.source = BUILTIN
     return folder
+
+
+def _accuracy(one: Mapping[str, Any]) -> str:
+    """An entry of `accuracies` in words."""
+    beside = f"; the built-in model {one['builtin']:.1f} %" if "builtin" in one else ""
+    return f"{one['task']}: {one['percent']:.1f} % ({one['kind']}{beside})"
 
 
 def resolve_model(
@@ -76,13 +98,18 @@ class Listing:
     """A model in a list.
 
     Attributes:
-        model: what a user types to get it.
+        model: what a user types to get it; `timm:NAME` has to be imported.
         name: of the model, with its version; None where only the Hub knows.
         revision: the commit on the Hub.
         refs: the branches and tags that are known to lead there.
         size_bytes: on the disk, or of the repository's files.
-        scores: measured numbers, in words.
+        scores: accuracies, in words.
         problem: why it cannot be used; None where nothing is known against it.
+        features: the length of a vector, where it is known.
+        image_size: the side of the network's input in pixels, where it is known.
+        license: the Hub's name of it, or what is known of one.
+        sources: where the scores were published.
+        downloads: in the last month, where the Hub tells.
     """
 
     model: str
@@ -92,6 +119,48 @@ class Listing:
     size_bytes: int | None
     scores: tuple[str, ...]
     problem: str | None = None
+    features: int | None = None
+    image_size: int | None = None
+    license: str | None = None
+    sources: tuple[str, ...] = ()
+    downloads: int | None = None
+
+    def of(self, config: ModelConfig) -> Listing:
+        """The same with what config.json says."""
+        return replace(
+            self,
+            name=config.name,
+            scores=tuple(map(str, config.evaluations)),
+            features=config.feature_size or None,
+            image_size=config.preprocessing.image_size,
+        )
+
+
+def list_builtin() -> Listing:
+    """The built-in model in a list."""
+    own = builtin_model()
+    return Listing(BUILTIN, None, None, (), own.size_bytes(), ()).of(own.config)
+
+
+def public_models() -> Iterator[Listing]:
+    """A short list of good models that others made, with what is published or was measured of each.
+
+    They are described in `public_models.json`; docs/models.md says how to choose.
+    """
+    text = resources.files("robustfeat.hub").joinpath(_PUBLIC).read_text("utf-8")
+    for entry in json.loads(text):
+        yield Listing(
+            entry["model"],
+            None,
+            None,
+            (),
+            entry["download_bytes"],
+            tuple(map(_accuracy, entry["accuracies"])),
+            features=entry["features"],
+            image_size=entry["image_size"],
+            license=entry["license"],
+            sources=tuple(dict.fromkeys(one["source"] for one in entry["accuracies"])),
+        )
 
 
 def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
@@ -123,8 +192,7 @@ def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
             listing = Listing(repo_id, None, commit, tuple(sorted(refs.get(commit, ()))), snapshot.size_bytes, ())
             try:
                 config = ModelFolder(snapshot.place).config if foreign else ModelConfig.from_dict(data, repo_id)
-                scores = tuple(map(str, config.evaluations))
-                yield replace(listing, name=config.name, scores=scores, problem=snapshot.problem)
+                yield replace(listing.of(config), problem=snapshot.problem)
             except ModelFolderError as exc:
                 yield replace(listing, problem=str(exc))
 
@@ -189,6 +257,46 @@ def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listi
             model = api.model_info(found.id, files_metadata=True)
             size = sum(file.size or 0 for file in model.siblings or ())
             yield Listing(model.id, None, model.sha, ("main",), size, tuple(_scores(model)))
+
+
+def search_others(query: str, access: HubAccess | None = None) -> Iterator[Listing]:
+    """The Hub's ONNX models for images that are not ours and load by their names, the most downloaded of each task.
+
+    Args:
+        query: part of their names; empty for all.
+
+    Raises:
+        HubError: the Hub refuses, fails or cannot be reached.
+    """
+    access = access or HubAccess()
+    api = access.api()
+    seen = set()
+    with access.explaining(query or "the Hub"):
+        access.reach()
+        for task in _TASKS:
+            wanted = {"pipeline_tag": task, "search": query or None, "sort": "downloads", "limit": _MOST_ASKED}
+            found = api.list_models(filter="onnx", full=True, fetch_config=True, **wanted)
+            loadable = (one for one in found if one.id not in seen and _loads(one))
+            for model in itertools.islice(loadable, _MOST_OTHERS):
+                seen.add(model.id)
+                terms = next((tag.partition(":")[2] for tag in model.tags or () if tag.startswith("license:")), None)
+                yield Listing(
+                    model.id,
+                    None,
+                    model.sha,
+                    ("main",),
+                    None,
+                    (),
+                    license=terms,
+                    downloads=model.downloads,
+                )
+
+
+def _loads(model: Any) -> bool:
+    """Whether a model in the Hub's list is none of ours, and loads by its name."""
+    names = {file.rfilename for file in model.siblings or ()}
+    described = is_onnx_layout(model.config) and any(name in names for name in PROCESSORS)
+    return TAG not in (model.tags or ()) and described and find_network(names, "fp32") is not None
 
 
 def _scores(model: Any) -> Iterator[str]:

@@ -61,7 +61,7 @@ def decoder_versions() -> dict[str, str]:
 
 
 def use_one_thread() -> None:
-    """Lets a process decode on one thread: where there is a process per processor, more threads cost memory alone."""
+    """Lets libraries start one thread at most: where there is a process per processor, more cost memory alone."""
     global _one_thread  # noqa: PLW0603
     from PIL import AvifImagePlugin
 

@@ -671,9 +671,13 @@ def test_access_that_was_withdrawn_is_not_answered_by_an_older_commit(published:
 
 def test_models_lists_what_is_here_and_what_is_there(published_builtin: FakeHub, call: Call) -> None:
     published_builtin.add("org/bert", {"README.md": b"---\ntags: [bert]\n---\n"})
-    assert call("models").stdout.splitlines()[1:] == []
+    _, title, *public = call("models").stdout.splitlines()
+    assert title == "Public models:"
+    commands = [line.split(maxsplit=2)[1:] for line in public[1::2]]
+    assert ["import", "timm:tf_efficientnet_lite0.in1k --out tf_efficientnet_lite0.in1k"] in commands
+    assert ["pull", "onnx-community/dinov2-small"] in commands
     assert call("pull", "org/name").returncode == 0
-    builtin, cached = call("models").stdout.splitlines()
+    builtin, cached, *_ = call("models").stdout.splitlines()
     commit = published_builtin.model("org/name").branches["main"]
     for line, start in ((builtin, "builtin"), (cached, f"org/name {commit[:12]} (main)")):
         assert " ".join(line.split()).startswith(start)
@@ -684,7 +688,42 @@ def test_models_lists_what_is_here_and_what_is_there(published_builtin: FakeHub,
     assert (listing["model"], listing["revision"]) == ("org/name", commit)
     assert listing["size_bytes"] > 50_000_000
     assert "CIFAR-10 (JPEG copy) accuracy 68.5" in listing["scores"]
-    assert "no model of robustfeat" in call("models", "--remote", "zebra").stderr
+    assert "no model on the Hub has 'zebra' in its name" in call("models", "--remote", "zebra").stderr
+
+
+def test_models_of_others_are_shown_apart_if_they_load_by_name(published_builtin: FakeHub, call: Call) -> None:
+    def card(task: str, *tags: str) -> bytes:
+        return f"---\npipeline_tag: {task}\nlicense: mit\ntags: [{', '.join(tags)}]\n---\n".encode()
+
+    def add(name: str, readme: bytes, downloads: int = 0, files: dict[str, bytes] | None = None) -> None:
+        usual = {"config.json": b'{"model_type": "vit"}', "preprocessor_config.json": b"{}", "onnx/model.onnx": b"x"}
+        tree = {path: content for path, content in {**usual, **(files or {})}.items() if content}
+        published_builtin.add(name, {"README.md": readme, **tree}, downloads=downloads)
+
+    features, classes = "image-feature-extraction", "image-classification"
+    add("x/small", card(features, "onnx"), 10)
+    add("x/large", card(features, "onnx", "transformers.js"), 20)
+    towers = {"onnx/model.onnx": b"", "onnx/vision_model.onnx": b"x"}
+    add("x/two", card("zero-shot-image-classification", "onnx"), files=towers)
+    add("x/classes", card(classes, "onnx"), 5)
+    add("x/no-network", card(features, "onnx"), files={"onnx/model.onnx": b"", "onnx/decoder.onnx": b"x"})
+    add("x/no-processor", card(features, "onnx"), files={"preprocessor_config.json": b""})
+    add("x/no-type", card(features, "onnx"), files={"config.json": b"{}"})
+    add("x/torch", card(features, "pytorch"))
+    add("x/text", card("feature-extraction", "onnx"))
+    ours, title, *others = call("models", "--remote").stdout.splitlines()
+    assert ours.startswith("org/name ")
+    assert title == "ONNX models of others:"
+    assert others == [
+        *("  x/large: mit, 20 downloads a month", "      robustfeat pull x/large"),
+        *("  x/small: mit, 10 downloads a month", "      robustfeat pull x/small"),
+        *("  x/classes: mit, 5 downloads a month", "      robustfeat pull x/classes"),
+        *("  x/two: mit, 0 downloads a month", "      robustfeat pull x/two"),
+    ]
+    (found,) = map(json.loads, call("models", "--remote", "SMALL", "--json").stdout.splitlines())
+    assert (found["group"], found["model"], found["license"]) == ("others", "x/small", "mit")
+    assert found["command"] == "robustfeat pull x/small"
+    assert found["revision"] == published_builtin.model("x/small").branches["main"]
 
 
 def test_info_of_a_remote_model_downloads_its_config_alone(published: FakeHub, call: Call) -> None:

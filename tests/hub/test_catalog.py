@@ -1,14 +1,23 @@
-"""Robustfeat's models in the Hub's cache, whatever else lies there."""
+"""Models in the Hub's cache, whatever else lies there, and the list of public ones."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import pytest
+import timm
+import torch
 from huggingface_hub import scan_cache_dir
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from robustfeat.hub.catalog import builtin_model, cached_models
-from robustfeat.hub.remote import HubAccess
+from robustfeat.hub.catalog import Listing, builtin_model, cached_models, public_models
+from robustfeat.hub.remote import HubAccess, is_hub_name
+
+PUBLIC: list[dict[str, Any]] = json.loads(resources.files("robustfeat.hub").joinpath("public_models.json").read_text())
 
 
 def snapshot(cache: Path, repo: str, commit: str, *refs: str) -> Path:
@@ -58,3 +67,45 @@ def test_a_damaged_snapshot_hides_no_other(tmp_path: Path) -> None:
 
 def test_a_cache_that_is_not_there_holds_no_models(tmp_path: Path) -> None:
     assert list(cached_models(HubAccess(cache_dir=tmp_path / "none"))) == []
+
+
+def test_the_public_models_say_what_a_user_needs() -> None:
+    found = list(public_models())
+    assert 5 <= len(found) <= 15
+    assert len({one.model for one in found}) == len(found)
+    for entry, listing in zip(PUBLIC, found, strict=True):
+        assert set(entry) - {"model_type"} == {
+            *("model", "features", "image_size", "download_bytes", "license", "accuracies"),
+        }
+        assert listing.size_bytes is not None
+        assert 10**7 < listing.size_bytes < 10**9
+        assert listing.license
+        assert listing.scores
+        for accuracy in entry["accuracies"]:
+            assert set(accuracy) - {"builtin"} == {"task", "percent", "kind", "source"}
+            assert accuracy.get("builtin", 0) < accuracy["percent"] < 100
+            assert accuracy["kind"] in {"published", "measured"}
+            assert accuracy["source"].startswith("https://" if accuracy["kind"] == "published" else "docs/models.md")
+    assert sum("measured" in " ".join(one.scores) for one in found) >= 2
+
+
+@pytest.mark.parametrize(
+    "entry", [one for one in public_models() if one.model.startswith("timm:")], ids=lambda one: str(one.model)
+)
+def test_public_models_of_timm_are_as_timm_describes_them(entry: Listing) -> None:
+    name = entry.model.removeprefix("timm:")
+    about: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    whole = sum(value.numel() for value in network.state_dict().values()) * 4
+    assert about.hf_hub_id == f"timm/{name}"
+    assert (about.license, about.input_size[1]) == (entry.license, entry.image_size)
+    assert network.num_features == entry.features
+    assert entry.size_bytes == pytest.approx(whole, rel=0.01)
+
+
+@pytest.mark.parametrize("entry", [one for one in PUBLIC if "model_type" in one], ids=lambda one: str(one["model"]))
+def test_public_models_of_the_hub_are_of_types_that_transformers_knows(entry: dict[str, Any]) -> None:
+    assert is_hub_name(entry["model"])
+    config = CONFIG_MAPPING[entry["model_type"]]()
+    assert config.model_type == entry["model_type"]

@@ -495,6 +495,39 @@ def test_no_image_takes_more_memory_than_is_promised_for_its_pixels(tmp_path: Pa
     assert not over
 
 
+THREADS = """
+import os, sys, threading
+from robustfeat.hub.heif import use_one_thread
+from robustfeat.hub.preprocessing import decode
+if sys.argv[1] == "one":
+    use_one_thread()
+most, done = 0, threading.Event()
+def watch():
+    global most
+    while not done.is_set():
+        most = max(most, len(os.listdir("/proc/self/task")))
+watcher = threading.Thread(target=watch)
+watcher.start()
+for file in sys.argv[2:]:
+    decode(open(file, "rb").read())
+done.set()
+watcher.join()
+print(most - 1)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted on Linux alone")
+def test_decoder_processes_start_one_thread_at_most_for_avif_and_heic(tmp_path: Path) -> None:
+    picture = Image.effect_noise((512, 512), 60).convert("RGB")
+    picture.save(tmp_path / "a.avif", speed=10)
+    save(picture, tmp_path / "b.heic")
+    threads = {}
+    for how in ("one", "usual"):
+        command = python_command(THREADS, how, str(tmp_path / "a.avif"), str(tmp_path / "b.heic"))
+        threads[how] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert threads["one"] <= 2 < threads["usual"]
+
+
 def test_huge_images_are_refused_from_their_header() -> None:
     # A PNG header that promises 60,000 x 60,000 pixels, with nothing behind it.
     header = encode(Image.new("L", (1, 1)), "PNG")

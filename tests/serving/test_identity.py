@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,16 @@ def test_a_meta_file_holds_all_that_is_compared(extractor: FeatureExtractor) -> 
     ]
     assert list(meta["versions"]) == ["robustfeat", "onnxruntime", "numpy", "pillow", "pillow-heif"]
     assert ModelIdentity.of_meta(meta) == extractor.identity
+
+
+def test_machines_of_which_one_reads_heic_do_not_give_the_same_bytes(
+    extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_heic = extractor.identity
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    without = extractor.identity
+    assert with_heic.difference(without, BYTE_KEYS) == "versions"
+    assert with_heic.difference(without, FEATURE_KEYS) is None
 
 
 def test_a_head_keeps_what_tells_models_apart(extractor: FeatureExtractor) -> None:
