@@ -188,6 +188,7 @@ def predict_command(
         opened.require_typicality()
     known = read_labels(labels, multi_label=opened.multi_label) if labels else None
     features = _open(inputs, extraction, quiet, head=opened, head_place=head)
+    known = known and known.matched(features.paths)
     suggestions = Suggestions(suggest or 0, (lambda path: known.of(path) is not None) if known else lambda path: False)
     if out is None:
         features.check()  # what is on stdout cannot be taken back

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,10 +46,12 @@ class Labels:
     Attributes:
         source: where they come from, for messages.
         by_path: path to labels, one or several; None where the first folder of each path is its label.
+        repeated: lines that say once more what another one says.
     """
 
     source: str
     by_path: Mapping[str, tuple[str, ...]] | None
+    repeated: int = 0
 
     def key(self, path: str) -> str | None:
         """The labelled path that means this image: the same one, or else the only one that is the same text.
@@ -65,6 +67,24 @@ class Labels:
         forms = [(unicodedata.normalize("NFC", path), path) for path in self.by_path or ()]
         counts = Counter(form for form, _ in forms)
         return {form: path for form, path in forms if counts[form] == 1}
+
+    def matched(self, paths: Iterable[str]) -> Labels:
+        """The same labels, those under the paths of these images that mean one of them in another way.
+
+        A label whose path is none of these means the one image whose path ends it, or that it ends: absolute paths and
+        bare names of files are found as long as no other image or label could be meant as well.
+        """
+        if self.by_path is None:
+            return self
+        keys = {path: self.key(path) for path in paths}
+        used = set(keys.values())
+        spare = _by_name(path for path in self.by_path if path not in used)
+        meant: dict[str, str] = {}
+        for name, images in _by_name(path for path, key in keys.items() if key is None).items():
+            pairs = [(image, path) for image in images for path in spare.get(name, ()) if _ends(image, path)]
+            of_images, of_labels = Counter(image for image, _ in pairs), Counter(path for _, path in pairs)
+            meant |= {path: image for image, path in pairs if of_images[image] == of_labels[path] == 1}
+        return replace(self, by_path={meant.get(path, path): own for path, own in self.by_path.items()})
 
     def of(self, path: str) -> tuple[str, ...] | None:
         """The labels of an image; None where it has none that are known.
@@ -97,6 +117,7 @@ class LabelledRows:
         failed: how many labelled rows were left out, their images having failed.
         unlabelled: rows without a label.
         missing: labelled paths that are no row.
+        repeated: see `Labels`.
     """
 
     rows: NDArray[np.int64]
@@ -105,6 +126,7 @@ class LabelledRows:
     failed: int
     unlabelled: int
     missing: tuple[str, ...]
+    repeated: int = 0
 
     def summary(self) -> str:
         """One line."""
@@ -113,6 +135,8 @@ class LabelledRows:
             parts.append(f"{self.failed:,} more left out because their images failed")
         if self.unlabelled:
             parts.append(f"{self.unlabelled:,} rows without a label")
+        if self.repeated:
+            parts.append(f"{self.repeated:,} labels given twice")
         if self.missing:
             parts.append(f"{len(self.missing):,} labels without a row, such as {self.missing[0]}")
         return "; ".join(parts)
@@ -141,6 +165,7 @@ def read_labels(labels: Sequence[str], *, multi_label: bool = False) -> Labels:
             )
         return Labels("folder", None)
     found: dict[str, tuple[str, ...]] = {}
+    repeated = 0
     for source in labels:
         match = _FILE.fullmatch(source)
         if match is None:
@@ -152,7 +177,9 @@ def read_labels(labels: Sequence[str], *, multi_label: bool = False) -> Labels:
             own = _split(cell, place, multi_label=multi_label)
             if own is None:
                 continue
-            if path in found and not multi_label:
+            if found.get(path) == own:
+                repeated += 1
+            elif path in found and not multi_label:
                 raise InputError(
                     f"{place}: {path} is labelled a second time ({own[0]!r}, and {found[path][0]!r} before)",
                     fix="leave one, or pass `multi_label=True`",
@@ -160,7 +187,21 @@ def read_labels(labels: Sequence[str], *, multi_label: bool = False) -> Labels:
             found[path] = tuple(sorted({*found.get(path, ()), *own}))
     if not found:
         raise InputError("holds no labels", argument="labels", value=", ".join(labels))
-    return Labels(", ".join(labels), found)
+    return Labels(", ".join(labels), found, repeated)
+
+
+def _by_name(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Paths by the name of the file, in one Unicode form."""
+    named: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        named.setdefault(unicodedata.normalize("NFC", path).rpartition("/")[2], []).append(path)
+    return named
+
+
+def _ends(path: str, other: str) -> bool:
+    """Whether one path is the end of the other."""
+    one, another = (f"/{unicodedata.normalize('NFC', part)}" for part in (path, other))
+    return one.endswith(another) or another.endswith(one)
 
 
 def _split(cell: Any, place: str, *, multi_label: bool) -> tuple[str, ...] | None:
@@ -328,6 +369,7 @@ def match_paths(
     Raises:
         InputError: a labelled path stands in two rows, no labelled row is left, or a label is unknown.
     """
+    labels = labels.matched(paths)
     rows: list[int] = []
     kept: list[tuple[str, ...]] = []
     failed = unlabelled = 0
@@ -358,7 +400,7 @@ def match_paths(
             f"(there {there!r}, here {paths[0]!r})",
             argument="labels",
             value=labels.source,
-            fix="write the paths as the index has them, relative to INPUT",
+            fix="write the paths as the index has them, or such that each means one image alone",
         )
     names = tuple(classes) if classes is not None else tuple(sorted({label for found in kept for label in found}))
     index = {name: number for number, name in enumerate(names)}
@@ -381,9 +423,10 @@ def match_paths(
     else:
         targets = np.array([number(found[0], row) for found, row in zip(kept, rows, strict=True)], np.int64)
     missing = tuple(path for path in labels.by_path or () if path not in seen)
-    return LabelledRows(np.array(rows, np.int64), targets, names, failed, unlabelled, missing)
+    return LabelledRows(np.array(rows, np.int64), targets, names, failed, unlabelled, missing, labels.repeated)
 
 
 def labelled_inputs(inputs: InputList, labels: Labels) -> InputList:
     """The images that have labels."""
+    labels = labels.matched(image.path for image in inputs)
     return InputList(image for image in inputs if labels.of(image.path) is not None)

@@ -92,6 +92,50 @@ def test_two_files_of_one_name_in_two_forms_are_not_confused(tmp_path: Path, wri
         match_labels(features, read_labels(csv(tmp_path, f"path,label\n{names[0]},x\n")))
 
 
+ROWS = ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "é.jpg", "deep/down/3.jpg", "down/3.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("/data/photos/dog/2.jpg", "dog/2.jpg"),
+        ("photos/cat/1.jpg", "cat/1.jpg"),
+        ("2.jpg", "dog/2.jpg"),
+        (unicodedata.normalize("NFD", "/data/é.jpg"), "é.jpg"),
+        ("/data/deep/down/3.jpg", None),  # it ends with two rows
+        ("1.jpg", None),
+        ("3.jpg", None),
+        ("ther/cat/1.jpg", "cat/1.jpg"),
+        ("at/1.jpg", None),
+        ("/data/dog/2.JPG", None),
+    ],
+)
+def test_paths_from_elsewhere_and_bare_names_mean_the_one_image(
+    given: str, meant: str | None, tmp_path: Path, write_features: Any
+) -> None:
+    features = open_features(str(write_features(tmp_path / "g.npy", np.zeros((6, 4), np.float32), ROWS)))
+    labels = read_labels(csv(tmp_path, f"path,label\n{given},x\n"))
+    if meant is None:
+        with pytest.raises(InputError, match="such that each means one image alone"):
+            match_labels(features, labels)
+    else:
+        assert [ROWS[row] for row in match_labels(features, labels).rows] == [meant]
+
+
+def test_a_row_of_its_own_name_is_not_taken_by_another_label(tmp_path: Path, write_features: Any) -> None:
+    features = open_features(str(write_features(tmp_path / "g.npy", np.zeros((6, 4), np.float32), ROWS)))
+    text = "path,label\ndog/2.jpg,x\n/old/dog/2.jpg,y\n/a/é.jpg,p\n/b/é.jpg,q\n"
+    found = match_labels(features, read_labels(csv(tmp_path, text)))
+    assert (found.rows.tolist(), found.classes) == ([2], ("x",))
+    assert found.missing == ("/old/dog/2.jpg", "/a/é.jpg", "/b/é.jpg")
+
+
+def test_labels_given_twice_are_counted(features: Features, tmp_path: Path) -> None:
+    found = match_labels(features, read_labels(csv(tmp_path, "path,label\ncat/1.jpg,x\ndog/a b.jpg,y\ncat/1.jpg,x\n")))
+    assert found.targets.tolist() == [0, 1]
+    assert "1 labels given twice" in found.summary()
+
+
 def test_a_column_may_be_named(features: Features, tmp_path: Path) -> None:
     (source,) = csv(tmp_path, "path,label,colour\ncat/1.jpg,x,red\ncat/2.jpg,x,blue\n")
     assert match_labels(features, read_labels([f"{source}:colour"])).classes == ("blue", "red")
@@ -192,7 +236,6 @@ def test_a_missing_label_is_no_class(tmp_path: Path, missing: str) -> None:
     ("text", "reason"),
     [
         ("path,label\ncat/1.jpg,x\ncat/1.jpg,y\n", "line 3: cat/1.jpg is labelled a second time .'y', and 'x' before"),
-        ("path,label\ncat/1.jpg,x\ncat/1.jpg,x\n", "labelled a second time"),
         (
             "name,kind\ncat/1.jpg,x\n",
             r"has the columns name, kind; expected one with paths; name it one of path, .*filename",
@@ -201,7 +244,7 @@ def test_a_missing_label_is_no_class(tmp_path: Path, missing: str) -> None:
         ("", "is empty"),
         ("path," + "l" * 200_000 + "\ncat/1.jpg,x\n", r"not a CSV file \(line 1: "),
         ("path,label\n", "holds no labels"),
-        ("path,label\nphotos/cat/1.jpg,x\n", "none of its 1 paths .*there 'photos/cat/1.jpg', here 'cat/1.jpg'"),
+        ("path,label\nphotos/cat/9.jpg,x\n", "none of its 1 paths .*there 'photos/cat/9.jpg', here 'cat/1.jpg'"),
         ("path,label\ndog/bad.jpg,x\n", "all 1 labelled images failed"),
         ("path,label\ncat/1.jpg,zebra\n", "is labelled 'zebra', which is none of the head's 2 classes .x, y"),
     ],
