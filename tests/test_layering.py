@@ -196,8 +196,8 @@ def test_torch_stays_unloaded_when_hub_and_serving_are_imported() -> None:
 
 
 WITHOUT_TORCH = (
-    "arguments assembly calibration compact graph_adapting graph_batch graph_reading onnx_import stamp "
-    "int8.graph int8.layers int8.observation int8.quantise int8.rounding"
+    "arguments assembly calibration compact graph_adapting graph_batch graph_pooling graph_reading onnx_import "
+    "repository stamp int8.graph int8.layers int8.observation int8.quantise int8.rounding"
 )
 
 
@@ -231,6 +231,7 @@ MISTAKES = [
     ["import", "timm:resnet18", "--out", "new", "--weights", "nosuch.pt"],
     ["import", "timm:resnet18", "--out", "new", "--mean", "0.5"],
     ["import", "nosuch.onnx", "--out", "new"],
+    ["import", "hf:nosuch", "--out", "new"],
     ["paper", "table2", "--out", "new", "--target", "nosuch=examples/images"],
     ["paper", "table2", "--out", "new", "--target", "cifar10=nosuch"],
 ]

@@ -43,6 +43,7 @@ _EXTRAS = {
     "pyarrow": "parquet",
     "onnx": "onnx",
     **dict.fromkeys(("onnxscript", "safetensors", "timm", "torch", "torchvision"), "train"),
+    "transformers": "transformers",
 }
 
 

@@ -67,11 +67,16 @@ def _checks(folder: ModelFolder, pooling: str) -> Iterator[Check]:
     yield from check_ways(partial(FeatureExtractor.open, folder), ways, timed=True)
     if WEIGHTS not in folder.config.files:
         return  # PyTorch has nothing to run
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("timm"):
+    library, extra = ("transformers", "transformers") if folder.config.library == "transformers" else ("timm", "train")
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec(library)):
+        yield Check("pytorch", "fp32", None, MIN_COSINE["fp32"], f"not installed: pip install 'robustfeat[{extra}]'")
+    elif library == "transformers":
+        from robustfeat.training.export.transformers_models import verify_with_transformers
+
+        yield verify_with_transformers(folder)
+    else:
         from robustfeat.training.export.golden import verify_with_timm, verify_with_torch
 
         yield verify_with_torch(folder)
         if folder.config.library == "timm":
             yield verify_with_timm(folder)
-    else:
-        yield Check("pytorch", "fp32", None, MIN_COSINE["fp32"], "not installed: pip install 'robustfeat[train]'")

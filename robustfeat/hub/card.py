@@ -8,6 +8,7 @@ from typing import Any
 
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.markdown import cell, table
+from robustfeat.hub.outputs import POOLED, read_outputs
 from robustfeat.hub.preprocessing import Preprocessing
 
 __all__ = ["PLACE", "render_card"]
@@ -93,6 +94,8 @@ def _elsewhere(config: ModelConfig) -> str:
     """How another library loads the model."""
     if config.library == "onnx":
         return "The weights are in the ONNX file only: PyTorch cannot load this model.\n"
+    if config.library == "transformers":
+        return _with_transformers(config)
     if config.library != "timm":
         return f"timm has no such network and cannot load this folder. {_own_library(config)}\n"
     return f"""\
@@ -128,6 +131,31 @@ def _own_library(config: ModelConfig) -> str:
     if not config.num_classes:
         return f"`model.safetensors` has the parameters of `{made})` without `{config.classifier}`."
     return f"`model.safetensors` has the parameters of `{made}, num_classes={config.num_classes})`."
+
+
+def _with_transformers(config: ModelConfig) -> str:
+    name = config.architecture.partition(":")[2]
+    prefix = read_outputs(config.transformers).prefix
+    mean = ".mean((2, 3))" if prefix is None else f"[:, {prefix}:].mean(1)"
+    pooled = {"embeds": "", "pooler": ".flatten(1)", "cls": "[:, 0]", "mean": mean}
+    features = f"{POOLED[config.pooling]}{pooled[config.pooling]}" if config.pooling in POOLED else "pooler_output"
+    return f"""\
+With transformers, which gives the same features:
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, {name}
+
+model = {name}.from_pretrained("{PLACE}").eval()
+processor = AutoImageProcessor.from_pretrained("{PLACE}")
+with torch.no_grad():
+    outputs = model(**processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt"))
+features = outputs.{features}
+print(tuple(features.shape))  # (1, {config.feature_size})
+```
+
+"""
 
 
 def _sides(contract: Preprocessing) -> str:

@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 """Folders of a newer version are refused; older ones are read as long as this number has not changed."""
 
 _KEYS = {"architecture", "num_classes", "num_features", "dtype", "pretrained_cfg", "model_args", "robustfeat"}
-_LIBRARIES = {"onnx", "robustfeat", "torchvision"}
+_LIBRARIES = {"onnx", "robustfeat", "torchvision", "transformers"}
 CODE_ENTRIES = {"auto_map", "custom_pipelines", "custom_generate"}
 """By which other libraries find code in a repository, to run it."""
 
@@ -60,13 +60,15 @@ class ModelConfig:
 
     Attributes:
         name: with its version, such as `robustfeat-resnet18-tiny-v1`; a changed model gets a new name.
-        architecture: timm's name of the network; `torchvision:NAME` or `robustfeat:NAME` of one that timm lacks; or
-            `onnx:NAME` where the ONNX file is all that there is of it.
+        architecture: timm's name of the network; `torchvision:NAME` or `robustfeat:NAME` of one that timm lacks;
+            `transformers:CLASS`; or `onnx:NAME` where the ONNX file is all that there is of it.
         feature_size: D, the length of a feature vector; 0 where only the network itself tells.
         num_classes: outputs of the classifier in model.safetensors; 0 for none.
         preprocessing: the contract between image files and the network's input.
         first_conv, classifier: names of the first and the last layer, for libraries that adapt them.
         fixed_input_size: whether timm makes the network for the size of its input.
+        transformers: what config.json says of a network of transformers, in its own words; empty for others.
+        pooling: how the outputs of such a network became the features: a way of `hub.outputs.POOLED`.
         concepts: names of the K concepts that training knew; empty for imported models.
         recipe: how it was trained, as `training.json` says in full; empty for imported models.
         int8: of the int8 file, how many layers it computes in int8 (`layers`, `of`), their share of the
@@ -89,6 +91,8 @@ class ModelConfig:
     first_conv: str = "conv1"
     classifier: str = "fc"
     fixed_input_size: bool = False
+    transformers: Mapping[str, Any] = field(default_factory=dict)
+    pooling: str = ""
     concepts: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     int8: Mapping[str, Any] = field(default_factory=dict)
@@ -101,7 +105,7 @@ class ModelConfig:
 
     @property
     def library(self) -> str:
-        """What builds the network: timm, torchvision or robustfeat, or onnx where only engines run it."""
+        """What builds the network: timm, torchvision, transformers or robustfeat, or onnx where only engines run it."""
         prefix, colon, _ = self.architecture.partition(":")
         return prefix if colon and prefix in _LIBRARIES else "timm"
 
@@ -122,6 +126,7 @@ class ModelConfig:
         contract = self.preprocessing
         side = contract.image_size
         return {
+            **self.transformers,
             "architecture": self.architecture,
             "num_classes": self.num_classes,
             "num_features": self.feature_size,
@@ -147,6 +152,7 @@ class ModelConfig:
                 "feature_size": self.feature_size,
                 "preprocessing": contract.to_dict(),
                 "preprocessing_hash": contract.hash,
+                **({"pooling": self.pooling} if self.pooling else {}),
                 "concepts": list(self.concepts),
                 "recipe": dict(self.recipe),
                 **({"int8": dict(self.int8)} if self.int8 else {}),
@@ -176,7 +182,8 @@ class ModelConfig:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             remedy = "upgrade robustfeat" if newer else "export the model again"
             raise ModelFolderError(f"{source}: format_version must be {FORMAT_VERSION}; got {version!r}", fix=remedy)
-        if unknown := sorted(set(data) - _KEYS):
+        own = _KEYS if "model_type" not in data else set(data) - CODE_ENTRIES  # with the entries of transformers
+        if unknown := sorted(set(data) - own):
             what = "names code to run" if unknown[0] in CODE_ENTRIES else "no model of ours has"
             raise ModelFolderError(
                 f"{source}: the entry {unknown[0]!r} {what}", fix="do not use this model, or remove it"
@@ -192,6 +199,8 @@ class ModelConfig:
                 first_conv=timm_block["first_conv"],
                 classifier=timm_block["classifier"],
                 fixed_input_size=timm_block.get("fixed_input_size") is True,
+                transformers={key: value for key, value in data.items() if key not in _KEYS},
+                pooling=str(block.get("pooling", "")),
                 concepts=tuple(block["concepts"]),
                 recipe=dict(block["recipe"]),
                 int8=_int8(block.get("int8", {})),

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from robustfeat.errors import InputError, first_line
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.calibration import calibrate
-from robustfeat.serving.heads.distance import fit_distance
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import SCALINGS, Array
 from robustfeat.serving.heads.labels import LabelledRows
 from robustfeat.serving.heads.report import Report
-from robustfeat.serving.heads.selection import C_GRID, FOLDS, Candidate, Selection, choose
+from robustfeat.serving.heads.selection import C_GRID, Candidate, Selection, choose
 from robustfeat.serving.heads.training_set import TrainingSet
 from robustfeat.system import available_cpus
 
@@ -145,17 +144,15 @@ def fit_head(
         progress=progress,
     )
     progress.finish()
-    report, measured = None, {}
+    report, calibration = None, {}
     if len(selection.held):
         answers = targets[selection.held]
-        groups = targets if targets.ndim == 1 else np.zeros(len(targets), np.int64)
-        distances = fit_distance(features.values, labelled.rows, groups, selection.splits[:FOLDS])
-        measured = calibrate(selection.margins, answers) | distances
+        calibration = calibrate(selection.margins, answers)
         report = Report.of(head.decide(head.both(selection.margins)), answers, classes)
     head = replace(
         head,
         classes=classes,
-        arrays=dict(head.arrays) | measured,
+        arrays=dict(head.arrays) | calibration,
         model=features.model,
         selection=_describe(selection, labelled, converged=converged),
         scores={"held_out": report.to_dict()} if report else {},

@@ -15,7 +15,7 @@ __all__ = ["LIBRARIES", "Source", "check_import", "parse_channels", "read_source
 
 LIBRARIES = ("timm", "torchvision")
 
-_EXPECTED = "timm:NAME, torchvision:NAME or FILE.onnx"
+_EXPECTED = "timm:NAME, torchvision:NAME, hf:ORG/NAME, FILE.onnx, or a folder of transformers"
 
 _NETWORKS = {*LIBRARIES, "onnx"}
 _KINDS_OF = {
@@ -26,7 +26,7 @@ _KINDS_OF = {
     "std": {"onnx"},
     "interpolation": {"onnx"},
     "crop_mode": {"onnx"},
-    "output": {"onnx", "hub", "folder"},
+    "output": {"onnx"},
     "pooling": {"onnx", "hub", "folder"},
     "revision": {"hub"},
 }

@@ -10,20 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from robustfeat.errors import InputError
 from robustfeat.training.export.graph_batch import free_batch
+from robustfeat.training.export.graph_pooling import Found, put_output
 from robustfeat.training.export.graph_reading import describe, dimensions, inner_graphs, noise, read_by, run_graph
 from robustfeat.training.export.stamp import INPUT, OUTPUT
 
-__all__ = ["POOLINGS", "AdaptedGraph", "adapt_graph"]
-
-POOLINGS = ("cls", "mean")
-"""How (N, T, D) tokens or an (N, D, H, W) map become a vector: the first token, or the mean over all."""
+__all__ = ["AdaptedGraph", "adapt_graph"]
 
 _BATCH = "batch"
 _TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.UINT8}
@@ -63,6 +59,7 @@ def adapt_graph(
     image_size: int | None = None,
     output: str | None = None,
     pooling: str | None = None,
+    prefix: int = 0,
 ) -> AdaptedGraph:
     """Makes the graph one of a model folder's. `model` is changed.
 
@@ -72,6 +69,7 @@ def adapt_graph(
         image_size: S; needed where the graph takes images of any size.
         output: the tensor that becomes the features, an output or any other one; needed where there are several.
         pooling: one of `POOLINGS`, for an output that is no vector.
+        prefix: tokens before those of the patches, which `mean` leaves out.
 
     Raises:
         InputError: naming what was found, and what to pass.
@@ -92,14 +90,14 @@ def adapt_graph(
     graph.output[0].name = chosen
     most = 255.0 if kind == TensorProto.UINT8 else 1.0
     (found,) = run_graph(model, [noise(batch or 1, side, most)], source)
-    pooled = _put_output(graph, chosen, found, pooling, opset, source, channels_last=not nchw)
-    feature_size = found.shape[-1] if found.ndim in (2, 3) or not nchw else found.shape[1]
-    graph.output[0].CopyFrom(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch or _BATCH, feature_size]))
+    last = Found(chosen, found, opset, channels_last=not nchw)
+    pooled = put_output(graph, last, pooling, prefix, source)
+    graph.output[0].CopyFrom(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch or _BATCH, last.size]))
     free_batch(model, batch, side, most, source)
     return AdaptedGraph(
         model,
         side,
-        feature_size,
+        last.size,
         named,
         pooled,
         kind == TensorProto.UINT8,
@@ -266,64 +264,3 @@ def _prepend(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
     rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
     del graph.node[:]
     graph.node.extend([*nodes, *rest])
-
-
-def _put_output(
-    graph: onnx.GraphProto,
-    name: str,
-    found: NDArray[Any],
-    pooling: str | None,
-    opset: int,
-    source: str,
-    *,
-    channels_last: bool,
-) -> str | None:
-    """Appends what turns the tensor `name` into float32 vectors called `features`; the pooling that was needed."""
-    if found.dtype not in (np.float32, np.float16, np.float64):
-        raise InputError(
-            f"{source}: {name} is {found.dtype}; expected floating-point numbers", fix="pass another `output`"
-        )
-    nodes: list[onnx.NodeProto] = []
-
-    def then(operator: str, inputs: Sequence[str] = (), **attributes: Any) -> None:
-        last = nodes[-1].output[0] if nodes else name
-        nodes.append(helper.make_node(operator, [last, *inputs], [f"{OUTPUT}.{len(nodes)}"], **attributes))
-
-    single = found.ndim == 4 and (found.shape[1:3] == (1, 1) if channels_last else found.shape[2:] == (1, 1))
-    if found.ndim not in (2, 3, 4):
-        raise InputError(
-            f"{source}: {name} is of shape {found.shape}, which is no vector per image", fix="pass another `output`"
-        )
-    if found.ndim == 2 or single:
-        if pooling is not None:
-            raise InputError(
-                f"{source}: {name} is of shape {found.shape}, a vector per image already",
-                argument="pooling",
-                value=pooling,
-                fix="leave `pooling` out, or pass another `output`",
-            )
-        if single:
-            then("Flatten", axis=1)
-    elif pooling is None or (pooling == "cls" and found.ndim == 4):
-        kinds, fit = ("a map", "`pooling=mean`") if found.ndim == 4 else ("tokens", "`pooling=cls` or `pooling=mean`")
-        raise InputError(
-            f"{source}: {name} is of shape {found.shape}, {kinds} and no vector per image",
-            fix=f"pass {fit}, or another `output`",
-        )
-    elif pooling == "cls":
-        graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), f"{OUTPUT}.first"))
-        then("Gather", [f"{OUTPUT}.first"], axis=1)
-    else:
-        axes = [1] if found.ndim == 3 else [1, 2] if channels_last else [2, 3]
-        if opset >= 18:
-            graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), f"{OUTPUT}.axes"))
-            then("ReduceMean", [f"{OUTPUT}.axes"], keepdims=0)
-        else:
-            then("ReduceMean", axes=axes, keepdims=0)
-    if found.dtype != np.float32:
-        then("Cast", to=TensorProto.FLOAT)
-    if not nodes:
-        then("Identity")
-    nodes[-1].output[0] = OUTPUT
-    graph.node.extend(nodes)
-    return pooling

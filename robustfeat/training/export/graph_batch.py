@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from robustfeat.errors import InputError
-from robustfeat.training.export.graph_reading import RunError, noise, read_by, run_graph
+from robustfeat.training.export.graph_reading import RunError, dimensions, noise, read_by, run_graph
 from robustfeat.training.export.stamp import INPUT
 
 __all__ = ["free_batch"]
 
 _IMAGES = 3
+_END = 2**31
 
 
 def free_batch(model: onnx.ModelProto, batch: int | None, side: int, most: float, source: str) -> None:
@@ -31,64 +35,127 @@ def free_batch(model: onnx.ModelProto, batch: int | None, side: int, most: float
     size = batch or 1
     images = noise(_IMAGES * size, side, most)
     expected = np.concatenate(run_graph(model, np.split(images, _IMAGES), source))
-    reason = f"its batch is fixed to {batch}" if batch else "its batch is free by name only"
-    for repaired in (False, True) if batch == 1 else (False,):
-        if repaired:
-            _repair(model.graph)
+    repair = _Repair(model) if batch else None
+    reason = ""
+    for attempt in (None, repair) if repair else (None,):
+        if attempt:
+            attempt.apply()
         for value in (model.graph.input[0], model.graph.output[0]):
             value.type.tensor_type.shape.dim[0].dim_param = "batch"
         try:
             got = np.concatenate(run_graph(model, [images[:1], images[1:]], source))
         except RunError as exc:
-            reason = f"{reason.partition(' (')[0]} ({exc.what.rpartition(': ')[2][:200]})"
+            said = f"its batch is fixed to {batch}" if batch else "its batch is free by name only"
+            reason = f"{said} ({exc.what.rpartition(': ')[2][:200]})"
             continue
         if got.shape == expected.shape and np.allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()):
             return
         reason = "the features of an image change with the other images of its batch"
+        if batch:
+            reason = f"its batch is fixed to {batch}, and the images of other batches mix"
     raise InputError(
         f"{source}: {reason}",
         fix="export it again in fp32 with a free batch dimension (dynamic_shapes or dynamic_axes in PyTorch)",
     )
 
 
-def _repair(graph: onnx.GraphProto) -> None:
-    """Frees constants that a batch of 1 left in the graph: shapes, and tensors that join others along an axis."""
-    values = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
-            values[node.output[0]] = node.attribute[0].t
-    dependent = {INPUT}
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        depends = bool(dependent & read_by(node))
-        if depends and node.op_type == "Reshape" and node.input[1] in values:
-            shape = numpy_helper.to_array(values[node.input[1]]).copy()
-            if shape.size > 1 and shape[0] == 1:
-                shape[0] = 0 if -1 in shape else -1
-                node.input[1] = f"{node.output[0]}.shape"
-                graph.initializer.append(numpy_helper.from_array(shape, node.input[1]))
-        if depends and node.op_type == "Concat":
-            for place, name in enumerate(node.input):
-                if name not in dependent and helper.get_node_attr_value(node, "axis") != 0:
-                    nodes += _spread(graph, name, f"{node.output[0]}.{place}")
-                    node.input[place] = f"{node.output[0]}.{place}"
-        nodes.append(node)
-        if depends:
-            dependent |= set(node.output)
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+class _Repair:
+    """Frees the constants that a fixed batch left in a graph.
 
+    - The first dimension of a shape holds the batch, or the batch times something: it is left to be computed.
+    - A constant that is joined to images, such as a class token, is repeated for each of them.
+    - Flattened tensors whose values are taken in order, as PyTorch writes `as_strided`, are reshaped.
 
-def _spread(graph: onnx.GraphProto, name: str, made: str) -> list[onnx.NodeProto]:
-    """Nodes that repeat a constant (1, ...) for each image of the batch. Broadcasting keeps its other dimensions."""
-    for suffix, value in (("from", [0]), ("to", [1]), ("end", [2**31])):
-        graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), f"{made}.{suffix}"))
-    return [
-        helper.make_node("Shape", [INPUT], [f"{made}.all"]),
-        helper.make_node("Slice", [f"{made}.all", f"{made}.from", f"{made}.to"], [f"{made}.batch"]),
-        helper.make_node("Shape", [name], [f"{made}.own"]),
-        helper.make_node("Slice", [f"{made}.own", f"{made}.to", f"{made}.end"], [f"{made}.rest"]),
-        helper.make_node("Concat", [f"{made}.batch", f"{made}.rest"], [f"{made}.shape"], axis=0),
-        helper.make_node("Expand", [name, f"{made}.shape"], [made]),
-    ]
+    Whether that was right shows in the features, which `free_batch` compares.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._graph = model.graph
+        self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+                self._constants[node.output[0]] = node.attribute[0].t
+        try:
+            inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        except Exception:  # onnx refuses some graphs that engines run
+            inferred = model.graph
+        self._shapes = {value.name: dimensions(value) for value in (*inferred.value_info, *inferred.output)}
+        self._nodes: list[onnx.NodeProto] = []
+
+    def apply(self) -> None:
+        """Changes the graph."""
+        dependent = {INPUT}  # tensors that depend on the images
+        for node in self._graph.node:
+            if dependent & read_by(node):
+                if node.op_type == "Reshape":
+                    self._reshape(node)
+                elif node.op_type == "Gather":
+                    self._gather(node)
+                elif node.op_type == "Concat" and helper.get_node_attr_value(node, "axis") != 0:
+                    self._concat(node, dependent)
+                dependent |= set(node.output)
+            self._nodes.append(node)
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._nodes]
+        del self._graph.node[:]
+        self._graph.node.extend(copies)
+
+    def _reshape(self, node: onnx.NodeProto) -> None:
+        if node.input[1] not in self._constants:
+            return  # it is computed
+        shape: list[Any] = self._array(node.input[1]).tolist()
+        known = self._shapes.get(node.output[0], [])
+        if known and None not in known:
+            shape = [-1, *known[1:]]
+        elif shape and -1 not in shape:
+            shape[0] = -1
+        elif shape and shape[0] == 1:
+            shape[0] = 0  # that of the input
+        self._set_shape(node, shape)
+
+    def _set_shape(self, node: onnx.NodeProto, shape: list[Any]) -> None:
+        node.input[1] = self._add(f"{node.output[0]}.shape", shape)
+        for place, attribute in enumerate(node.attribute):
+            if attribute.name == "allowzero":
+                del node.attribute[place]
+                break
+
+    def _gather(self, node: onnx.NodeProto) -> None:
+        """Gather(Reshape(x, [-1]), 0 ... n-1) becomes a Reshape of x."""
+        flat = next((one for one in self._nodes if node.input[0] in one.output), None)
+        if flat is None or flat.op_type != "Reshape" or node.input[1] not in self._constants:
+            return
+        places = self._array(node.input[1])
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        if axis == 0 and self._array(flat.input[1]).tolist() == [-1] and (places.ravel() == range(places.size)).all():
+            made = helper.make_node("Reshape", [flat.input[0], ""], list(node.output))
+            self._set_shape(made, [-1, *places.shape[1:]])
+            node.CopyFrom(made)
+
+    def _concat(self, node: onnx.NodeProto, dependent: set[str]) -> None:
+        for place, name in enumerate(node.input):
+            if name not in dependent:
+                made = f"{node.output[0]}.{place}"
+                self._repeat(name, made)
+                node.input[place] = made
+
+    def _repeat(self, name: str, made: str) -> None:
+        """Repeats the first row of a constant for each image. Broadcasting keeps its other dimensions."""
+        first, rest, end = (self._add(f"{made}.{place}", [place]) for place in (0, 1, _END))
+        self._nodes += [
+            helper.make_node("Shape", [INPUT], [f"{made}.images"]),
+            helper.make_node("Slice", [f"{made}.images", first, rest], [f"{made}.batch"]),
+            helper.make_node("Slice", [name, first, rest], [f"{made}.row"]),
+            helper.make_node("Shape", [f"{made}.row"], [f"{made}.own"]),
+            helper.make_node("Slice", [f"{made}.own", rest, end], [f"{made}.sides"]),
+            helper.make_node("Concat", [f"{made}.batch", f"{made}.sides"], [f"{made}.shape"], axis=0),
+            helper.make_node("Expand", [f"{made}.row", f"{made}.shape"], [made]),
+        ]
+
+    def _array(self, name: str) -> NDArray[Any]:
+        return np.asarray(numpy_helper.to_array(self._constants[name]))
+
+    def _add(self, name: str, values: list[Any]) -> str:
+        tensor = numpy_helper.from_array(np.array(values, np.int64), name)
+        self._graph.initializer.append(tensor)
+        self._constants[name] = tensor
+        return name

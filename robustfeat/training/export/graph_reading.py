@@ -14,7 +14,17 @@ from onnx import TensorProto
 from robustfeat.errors import InputError, first_line
 from robustfeat.training.export.stamp import quiet
 
-__all__ = ["RunError", "describe", "dimensions", "inner_graphs", "load_graph", "noise", "read_by", "run_graph"]
+__all__ = [
+    "RunError",
+    "describe",
+    "dimensions",
+    "inner_graphs",
+    "load_graph",
+    "noise",
+    "output_shapes",
+    "read_by",
+    "run_graph",
+]
 
 _MAX_BYTES = 2**31 - 1
 
@@ -55,6 +65,15 @@ def load_graph(file: Path) -> onnx.ModelProto:
     return model
 
 
+def output_shapes(model: onnx.ModelProto, source: str) -> dict[str, list[int | str | None]]:
+    """The shapes of the outputs as ONNX Runtime infers them, by name.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    return {value.name: list(value.shape) for value in _session(model, source).get_outputs()}
+
+
 def run_graph(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], source: str) -> list[NDArray[Any]]:
     """ONNX Runtime's first output for each batch of the only input.
 
@@ -62,6 +81,15 @@ def run_graph(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], source: s
         RunError: the network fails on them.
         InputError: it cannot be loaded.
     """
+    session = _session(model, source)
+    name = session.get_inputs()[0].name
+    try:
+        return [session.run(None, {name: batch})[0] for batch in batches]
+    except Exception as exc:
+        raise RunError(f"{source}: ONNX Runtime cannot run it ({_reason(exc)})") from exc
+
+
+def _session(model: onnx.ModelProto, source: str) -> Any:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -69,7 +97,7 @@ def run_graph(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], source: s
     try:
         with quiet():
             content = model.SerializeToString()
-            session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's exceptions share no base class of their own
         versions = ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in model.opset_import)
         raise InputError(
@@ -77,10 +105,6 @@ def run_graph(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], source: s
             f"version {model.ir_version} and opset {versions}",
             fix="upgrade onnxruntime, or export the network for an earlier opset",
         ) from exc
-    try:
-        return [session.run(None, {session.get_inputs()[0].name: batch})[0] for batch in batches]
-    except Exception as exc:
-        raise RunError(f"{source}: ONNX Runtime cannot run it ({_reason(exc)})") from exc
 
 
 def describe(value: onnx.ValueInfoProto) -> str:

@@ -15,24 +15,28 @@ from numpy.typing import NDArray
 
 import robustfeat
 from robustfeat.errors import InputError
+from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import ONNX, file_sha256
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.progress import remark
-from robustfeat.serving.options import ENGINES
+from robustfeat.serving.options import AUTO, ENGINES
+from robustfeat.serving.pooling import choose_pooling
 from robustfeat.training.export.assembly import ExportReport, FolderParts, assemble_folder
 from robustfeat.training.export.calibration import folder_images
 from robustfeat.training.export.graph_adapting import AdaptedGraph, adapt_graph
-from robustfeat.training.export.graph_reading import load_graph, run_graph
+from robustfeat.training.export.graph_pooling import POOLINGS
+from robustfeat.training.export.graph_reading import load_graph, output_shapes, run_graph
+from robustfeat.training.export.repository import Repository
 from robustfeat.training.export.stamp import stamp_onnx
 
-__all__ = ["About", "import_onnx", "write_onnx_folder"]
+__all__ = ["import_onnx", "import_onnx_layout"]
 
 _QUANTISED = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "MatMulInteger", "ConvInteger", "MatMulNBits"}
 
 
 @dataclass(frozen=True)
-class About:
+class _About:
     """What a folder says of a network that comes from elsewhere.
 
     Attributes:
@@ -121,19 +125,19 @@ def import_onnx(
         raise InputError(f"{file}: {exc}") from exc
     _say_doubts(adapted, file, output)
     said = f"{file.name}, output {adapted.output}" + (f", pooling {adapted.pooling}" if adapted.pooling else "")
-    about = About(name or file.stem, said, terms, license_id, (("sha256", file_sha256(file)),))
+    about = _About(name or file.stem, said, terms, license_id, (("sha256", file_sha256(file)),))
     images = None
     if int8 and _is_quantised(adapted.model):
         remark(f"{file}: is quantised, so the folder gets no int8 file of its own")
     elif int8:
         images = folder_images(calibration, contract) if calibration else []
-    return write_onnx_folder(adapted, contract, about, f"onnx:{file.stem}", out, calibration=images, quiet=quiet)
+    return _write_folder(adapted, contract, about, f"onnx:{file.stem}", out, calibration=images, quiet=quiet)
 
 
-def write_onnx_folder(
+def _write_folder(
     adapted: AdaptedGraph,
     contract: Preprocessing,
-    about: About,
+    about: _About,
     architecture: str,
     out: str | Path,
     *,
@@ -171,6 +175,62 @@ def write_onnx_folder(
 
     parts = FolderParts(config, write, reference="ONNX Runtime", engines=ENGINES)
     return assemble_folder(parts, out, calibration=calibration, quiet=quiet)
+
+
+def import_onnx_layout(
+    repository: Repository,
+    out: str | Path,
+    *,
+    pooling: str | None = None,
+    name: str | None = None,
+    calibration: str | Path | None = None,
+    int8: bool = True,
+    terms: str | None = None,
+    license_id: str | None = None,
+    quiet: bool = True,
+) -> ExportReport:
+    """Makes a model folder of a model in the layout of Optimum and transformers.js, of its ONNX file in fp32.
+
+    Args:
+        repository: where the model lies.
+        out: the folder to make.
+        pooling: a way of `hub.outputs.POOLED`; by default what is usual for the model type.
+        name: the model's name; by default the repository's.
+        calibration, int8, terms: as `import_onnx` has them.
+        license_id: the Hub's name of a license; by default that of the model's card.
+        quiet: say nothing of the steps on stderr.
+
+    Raises:
+        ModelFolderError, EngineError, InputError: the model cannot be used so.
+        ExportError: an engine disagrees with ONNX Runtime; nothing is left behind.
+    """
+    source = repository.source
+    folder = resolve_model(
+        repository.repo or repository.path,
+        revision=repository.commit,
+        access=repository.access if repository.repo else None,
+    )
+    model = onnx.load_model_from_string(folder.read_onnx("fp32"))
+    shapes = output_shapes(model, source)
+    chosen = choose_pooling(pooling or AUTO, folder.config.outputs, shapes, Path(source))
+    contract = folder.config.preprocessing
+    adapted = adapt_graph(
+        model,
+        source,
+        image_size=contract.image_size,
+        output=chosen.output,
+        pooling=chosen.name if chosen.name in POOLINGS else None,
+        prefix=chosen.prefix,
+    )
+    license_id = license_id or (None if terms else repository.license())
+    origin = (("revision", repository.commit),) if repository.commit else ()
+    said = f"{source}, output {chosen.output}, pooling {chosen.name}"
+    about = _About(name or repository.label, said, terms, license_id, origin)
+    images = None
+    if int8:
+        images = folder_images(calibration, contract) if calibration else []
+    architecture = f"onnx:{repository.model_type}"
+    return _write_folder(adapted, contract, about, architecture, out, calibration=images, quiet=quiet)
 
 
 def _normalisation(

@@ -48,19 +48,27 @@ def save(
         [onnx.ValueInfoProto(name=output) for output in outputs],
         initializers,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    domains = {"": opset, **{node.domain: 1 for node in nodes if node.domain}}
+    imported = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+    model = helper.make_model(graph, opset_imports=imported, ir_version=ir_version)
     file.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, file, save_as_external_data=external, location=f"{file.name}.data", size_threshold=0)
     return file
 
 
 def convolutional(
-    file: Path, taken: Shape = ("N", 3, SIDE, SIDE), *, before: Sequence[onnx.NodeProto] = (), **options: Any
+    file: Path,
+    taken: Shape = ("N", 3, SIDE, SIDE),
+    *,
+    before: Sequence[onnx.NodeProto] = (),
+    last: str = "out",
+    **options: Any,
 ) -> Path:
     """Patches, ReLU, mean and a linear layer: outputs `out` (N, 16), `map` (N, 16, 8, 8) and `pooled` (N, 16, 1, 1).
 
     Args:
         before: nodes from `image` to `pixels`, what the convolution sees; by default the same.
+        last: the name of `out`.
     """
     first = "pixels" if before else options.get("name", "image")
     nodes = [
@@ -69,7 +77,7 @@ def convolutional(
         helper.make_node("Relu", ["patches"], ["map"]),
         helper.make_node("GlobalAveragePool", ["map"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["vector"]),
-        helper.make_node("Gemm", ["vector", "matrix", "bias"], ["out"]),
+        helper.make_node("Gemm", ["vector", "matrix", "bias"], [last]),
     ]
     made = weights(kernel=(WIDTH, 3, 4, 4), matrix=(WIDTH, WIDTH), bias=(WIDTH,))
     return save(file, nodes, taken, [*made, *options.pop("initializers", ())], **options)
@@ -92,7 +100,9 @@ def transformer(file: Path, taken: Shape = (1, 3, SIDE, SIDE), **options: Any) -
         helper.make_node("Add", ["mixed", "mean"], ["added"]),
         helper.make_node("Reshape", ["added", "shape.joined"], ["out"]),
     ]
-    made = weights(kernel=(WIDTH, 3, 8, 8), **{"class": (batch, 1, WIDTH)})
+    made = weights(kernel=(WIDTH, 3, 8, 8))
+    token = np.linspace(-1, 1, WIDTH, dtype=np.float32)[None, None].repeat(batch, 0)
+    made.append(numpy_helper.from_array(token, "class"))
     made += [numpy_helper.from_array(np.array(shape, np.int64), f"shape.{name}") for name, shape in shapes.items()]
     return save(file, nodes, taken, made, **options)
 

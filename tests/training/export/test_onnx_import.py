@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import click
 import numpy as np
 import onnx
 import pytest
+import timm
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -21,7 +22,8 @@ from robustfeat.cli import cli
 from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.training.export.assembly import ExportReport
 from robustfeat.training.export.onnx_import import import_onnx
-from tests.conftest import ROOT
+from robustfeat.training.export.stamp import quiet
+from tests.training.export.bare_command import run_without_torch
 from tests.training.export.onnx_networks import SIDE, convolutional, run_file, save, transformer
 
 HALF = {"mean": [0.5], "std": [0.25]}
@@ -94,12 +96,38 @@ def test_a_fixed_batch_becomes_free(tmp_path: Path, photos: list[Path], batch: i
     np.testing.assert_allclose(embed(make(file), photos), run_file(free, images), atol=1e-4)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_shapes_and_tokens_of_a_batch_of_one_are_freed(tmp_path: Path, photos: list[Path], pooling: str) -> None:
-    file = transformer(tmp_path / "vit.onnx")
-    tokens = run_file(file, normalised(photos))
+@pytest.mark.parametrize(("batch", "pooling"), [(1, "cls"), (1, "mean"), (4, "cls")])
+def test_shapes_and_tokens_of_a_fixed_batch_are_freed(
+    tmp_path: Path, photos: list[Path], batch: int, pooling: str
+) -> None:
+    file = transformer(tmp_path / "vit.onnx", (batch, 3, SIDE, SIDE))
+    tokens = run_file(transformer(tmp_path / "one.onnx"), normalised(photos))
     expected = tokens[:, 0] if pooling == "cls" else tokens.mean(1)
     np.testing.assert_allclose(embed(make(file, pooling=pooling), photos), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_batch_that_shares_a_dimension_is_freed(tmp_path: Path, photos: list[Path], batch: int) -> None:
+    report = make(fixed_by_heads(tmp_path / "net.onnx", batch))
+    np.testing.assert_allclose(embed(report, photos), normalised(photos).mean((2, 3)), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_vit", pytest.param("test_convnext", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tracing", [True, False])
+def test_networks_that_pytorch_exports_for_one_image_take_any_number(
+    tmp_path: Path, photos: list[Path], name: str, tracing: bool
+) -> None:
+    torch.manual_seed(0)
+    network: Any = timm.create_model(name, num_classes=0).eval()
+    side, file = network.pretrained_cfg["input_size"][1], tmp_path / "net.onnx"
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        more: dict[str, Any] = {} if tracing else {"external_data": False, "verbose": False}
+        torch.onnx.export(network, (torch.zeros(1, 3, side, side),), str(file), dynamo=not tracing, **more)
+    images = np.asarray((pixels(photos, side) - 0.5) / 0.25, np.float32)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(embed(make(file), photos), expected, atol=2e-3)
 
 
 def test_channels_last_and_bytes_are_made_of_our_input(tmp_path: Path, photos: list[Path]) -> None:
@@ -187,6 +215,21 @@ def test_a_quantised_network_gets_no_second_int8_file(tmp_path: Path, capsys: py
     assert "is quantised, so the folder gets no int8 file of its own" in capsys.readouterr().err
 
 
+def custom(file: Path, domain: str) -> Path:
+    """A network with an operator that is no standard one: the image times itself."""
+    node = helper.make_node("TransposeMatMul", ["image", "image"], ["pixels"], domain=domain)
+    return convolutional(file, before=[node])
+
+
+def test_an_engine_that_cannot_load_the_network_is_named_and_left_out(
+    tmp_path: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = custom(tmp_path / "net.onnx", "com.microsoft")
+    report = make(file)
+    assert "net: openvino cannot run its fp32 file" in capsys.readouterr().err
+    np.testing.assert_allclose(embed(report, photos), run_file(file, normalised(photos)), rtol=1e-3)
+
+
 def text_input(file: Path) -> Path:
     mask = helper.make_tensor_value_info("mask", TensorProto.FLOAT, [None, 3, SIDE, SIDE])
     return convolutional(file, before=[helper.make_node("Mul", ["image", "mask"], ["pixels"])], inputs=[mask])
@@ -240,14 +283,15 @@ def integers(file: Path) -> Path:
     return save(file, nodes, (None, 3, SIDE, SIDE), [])
 
 
-def fixed_by_heads(file: Path) -> Path:
-    """Batch and channels share a dimension, as in older attention."""
-    nodes = [helper.make_node("Reshape", ["image", "shape"], ["merged"]),
+def fixed_by_heads(file: Path, batch: int = 1, *, mixing: bool = False) -> Path:
+    """Batch and channels share a dimension, as in older attention; with `mixing` the channels come first."""
+    nodes = [helper.make_node("Transpose", ["image"], ["turned"], perm=[1, 0, 2, 3] if mixing else [0, 1, 2, 3]),
+             helper.make_node("Reshape", ["turned", "shape"], ["merged"]),
              helper.make_node("ReduceMean", ["merged"], ["mean"], axes=[1, 2], keepdims=0),
              helper.make_node("Reshape", ["mean", "back"], ["out"])]  # fmt: skip
     shapes = [numpy_helper.from_array(np.array(value, np.int64), name)
-              for name, value in (("shape", [3, SIDE, SIDE]), ("back", [1, 3]))]  # fmt: skip
-    return save(file, nodes, (1, 3, SIDE, SIDE), shapes)
+              for name, value in (("shape", [3 * batch, SIDE, SIDE]), ("back", [batch, 3]))]  # fmt: skip
+    return save(file, nodes, (batch, 3, SIDE, SIDE), shapes)
 
 
 def junk(file: Path) -> Path:
@@ -276,9 +320,12 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "class of a map": (convolutional, {"output": "map", "pooling": "cls"}, "a map and no vector"),
     "tokens": (transformer, {}, r"out is of shape \(1, 17, 16\), tokens and no vector.*; pass `pooling=cls` or"),
     "pooled twice": (convolutional, {"pooling": "mean"}, "pooling=mean: .* a vector per image already"),
-    "batch of 1": (fixed_by_heads, {}, r"its batch is fixed to 1 \(.*\); export it again"),
-    "batch of 4": (lambda file: transformer(file, (4, 3, SIDE, SIDE)), {"pooling": "cls"}, "its batch is fixed to 4"),
+    "batch of 1": (
+        lambda file: fixed_by_heads(file, mixing=True), {}, "its batch is fixed to 1, and .* mix; export it again"
+    ),
+    "batch of 4": (lambda file: fixed_by_heads(file, 4, mixing=True), {}, "its batch is fixed to 4, and"),
     "shared batch": (dynamic_quantisation, {}, "the features of an image change with the other images of its batch"),
+    "operator": (lambda file: custom(file, "ai.other"), {}, "ONNX Runtime .* cannot load it .*TransposeMatMul"),
     "opset": (lambda file: convolutional(file, opset=99), {}, r"ONNX Runtime .* cannot load it .* opset ai.onnx 99;"),
     "ir version": (lambda file: convolutional(file, ir_version=99), {}, "IR version 99"),
     "data": (missing_data, {}, r"its weights lie in net.onnx.data, which cannot be read .*; put that file beside"),
@@ -304,22 +351,6 @@ def test_what_cannot_be_used_is_named_in_one_line_and_nothing_is_left(tmp_path: 
     assert re.search(message, str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-WITHOUT_TORCH = """
-import sys
-for name in ("onnxscript", "timm", "torch", "torchvision", "transformers", *sys.argv[1].split()):
-    sys.modules[name] = None
-from robustfeat.cli import main
-sys.argv[1:] = sys.argv[2:]
-main()
-"""
-
-
-def run_without_torch(*arguments: object, missing: str = "") -> subprocess.CompletedProcess[str]:
-    """The command line in a process that cannot import PyTorch, nor what `missing` names."""
-    command = [sys.executable, "-c", WITHOUT_TORCH, missing, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 def test_the_command_needs_no_torch(tmp_path: Path, example_files: list[Path]) -> None:
