@@ -13,11 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from robustfeat.errors import ModelFolderError
+from robustfeat.errors import HubError, ModelFolderError
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import CONFIG, ModelFolder
 from robustfeat.hub.onnx_layout import PROCESSORS, find_network, is_onnx_layout
-from robustfeat.hub.pull import HubFolder
+from robustfeat.hub.pull import HubFolder, kept_list
 from robustfeat.hub.remote import HubAccess, is_hub_name
 
 __all__ = [
@@ -171,7 +171,9 @@ def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    repos = _folders(Path((access or HubAccess()).cache or HF_HUB_CACHE))
+    access = access or HubAccess()
+    cache = access.cache or Path(HF_HUB_CACHE)
+    repos = _folders(cache)
     for repo_id, repo in sorted((repo.name[len(_MODELS) :].replace("--", "/"), repo) for repo in repos):
         if not repo.name.startswith(_MODELS):
             continue
@@ -185,15 +187,16 @@ def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
             foreign = is_onnx_layout(data)
             if not foreign and (not isinstance(data, dict) or "robustfeat" not in data):
                 continue
-            # Other libraries' models lie there, too: those without a network that was downloaded are none of ours.
-            if foreign and not any(snapshot.place.rglob("*.onnx")):
+            # Other libraries' models lie there, too: those that were never opened here are passed over.
+            if foreign and not kept_list(snapshot.place).is_file():
                 continue
             commit = snapshot.place.name
             listing = Listing(repo_id, None, commit, tuple(sorted(refs.get(commit, ()))), snapshot.size_bytes, ())
             try:
-                config = ModelFolder(snapshot.place).config if foreign else ModelConfig.from_dict(data, repo_id)
-                yield replace(listing.of(config), problem=snapshot.problem)
-            except ModelFolderError as exc:
+                here = replace(access, cache_dir=cache, local_files_only=True)
+                opened = HubFolder(repo_id, revision=commit, access=here).config if foreign else None
+                yield replace(listing.of(opened or ModelConfig.from_dict(data, repo_id)), problem=snapshot.problem)
+            except (ModelFolderError, HubError) as exc:
                 yield replace(listing, problem=str(exc))
 
 

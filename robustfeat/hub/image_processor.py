@@ -115,12 +115,12 @@ def read_image_processor(
             on the image.
     """
     reader = _Reader(processor, _class_of(processor, config, source), source)
-    mode, resized = reader.resize()
-    side = reader.crop(mode, resized)
-    mean, std = reader.mean_and_std()
-    # Where the margins on both sides are equal, there is nothing to round.
-    rounding = "even" if mode == "squash" and (resized - side) % 2 == 0 else "down"
     try:
+        mode, resized = reader.resize()
+        side = reader.crop(mode, resized)
+        mean, std = reader.mean_and_std()
+        # Where the margins on both sides are equal, there is nothing to round.
+        rounding = "even" if mode == "squash" and (resized - side) % 2 == 0 else "down"
         return Preprocessing(
             image_size=side,
             crop_pct=crop_share(side, resized),
@@ -131,7 +131,7 @@ def read_image_processor(
             crop_rounding=rounding,
             channel_order="bgr" if reader.settings.get("do_flip_channel_order") else "rgb",
         )
-    except ValueError as exc:
+    except (ValueError, ArithmeticError) as exc:  # numbers without measure
         raise ModelFolderError(f"{source}: cannot be a preprocessing contract ({exc})", fix=_REMEDY) from exc
 
 

@@ -16,7 +16,7 @@ from robustfeat.hub.folder import CARD, CONFIG, ModelFolder, file_sha256, refuse
 from robustfeat.hub.onnx_layout import PROCESSORS, external_names, refuse_without_network, used_names
 from robustfeat.hub.remote import HubAccess, is_commit, is_revision
 
-__all__ = ["HubFolder", "copy_folder"]
+__all__ = ["HubFolder", "copy_folder", "kept_list"]
 
 _LISTS = ".robustfeat"
 """In a repository's folder of the cache: lists of hashes by commit, of models of transformers."""
@@ -158,7 +158,7 @@ class HubFolder(ModelFolder):
 
     def _list_files(self, data: Mapping[str, Any]) -> dict[str, str]:
         """As the Hub tells them for the commit, or told once; without both, those of the files that are here."""
-        kept = self.path.parent.parent / _LISTS / f"{self.revision}.json"
+        kept = kept_list(self.path)
         if not self._force and (found := _read_list(kept)):
             return found
         if self._listing is None and not self.access.offline and not self._unreachable:
@@ -186,6 +186,11 @@ class HubFolder(ModelFolder):
 
     def _require_files(self) -> None:
         """They come as they are needed."""
+
+
+def kept_list(snapshot: Path) -> Path:
+    """Where the hashes of a commit's files are kept, for a model of transformers."""
+    return snapshot.parent.parent / _LISTS / f"{snapshot.name}.json"
 
 
 def _read_list(file: Path) -> dict[str, str]:

@@ -154,6 +154,11 @@ def push_model(
 
 def _check_request(folder: ModelFolder, repo: str, access: HubAccess, *, revision: str | None, tag: str | None) -> None:
     """Refuses what cannot be pushed, before anything is read or asked."""
+    if not folder.is_own:
+        raise ModelFolderError(
+            f"{folder.path}: is in another library's layout, and what is pushed has golden images",
+            fix=f"make a model folder of it with robustfeat import {folder.path}",
+        )
     if not is_hub_name(repo):
         raise HubError(f"{repo}: not a name on the Hub; expected ORG/NAME, where ORG may be your user name")
     if access.offline:

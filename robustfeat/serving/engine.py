@@ -400,5 +400,8 @@ def _check_types(file: Path, taken: str, given: str, expected: str) -> None:
 def _only_input(file: Path, inputs: dict[str, Any]) -> Any:
     """The input for images, without which, or beside which, a network is none for images."""
     if set(inputs) != {"pixel_values"}:
-        raise ModelFolderError(f"{file}: needs an input pixel_values and no other; it has {', '.join(inputs)}")
+        raise ModelFolderError(
+            f"{file}: needs an input pixel_values and no other; it has {', '.join(inputs)}",
+            fix="keep the part of the network for images with robustfeat import" if "pixel_values" in inputs else None,
+        )
     return inputs["pixel_values"]

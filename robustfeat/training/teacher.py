@@ -78,7 +78,9 @@ def resolve_teacher(recipe: Recipe) -> Recipe:
         folder = resolve_model(recipe.teacher, config_hash=recipe.teacher_sha256)
     except ModelFolderError as exc:
         raise InputError(exc.what, argument="teacher", value=recipe.teacher, fix=exc.fix) from exc
-    return recipe.replace(teacher_sha256=folder.config_hash, teacher_size=folder.config.feature_size)
+    # Of a network of transformers, only the network itself tells it.
+    size = folder.config.feature_size if folder.is_own else FeatureExtractor.open(folder).feature_size
+    return recipe.replace(teacher_sha256=folder.config_hash, teacher_size=size)
 
 
 def open_teacher(recipe: Recipe, device: str = "cpu") -> Teacher:

@@ -31,6 +31,7 @@ from robustfeat.hub.external_data import inline_external_data
 from robustfeat.hub.float16 import convert_to_float16, with_float32_ends
 from robustfeat.hub.folder import CONFIG, ModelFolder
 from robustfeat.hub.image_files import name_contents, without_png_metadata
+from robustfeat.hub.onnx_layout import PROCESSORS, is_onnx_layout, read_onnx_layout
 from robustfeat.hub.preprocessing import Preprocessing, decode
 from robustfeat.serving.bulk.formats import map_features
 from robustfeat.serving.heads.features import open_features
@@ -395,6 +396,24 @@ UPGRADE = b"PUT /v2 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nUpgrade: h2c\r\n
 
 HEADER_TOKENS = [b"(", b"-", b"{", b"'descr':", b"'<f4'", b"'|O'", b"L", b"[", b"\\", b"9" * 5000]
 CONFIG_TOKENS = [b'"files":', b'"preprocessing":', b'"robustfeat":', b'"evaluations":', b'"image_size":']
+PROCESSOR_TOKENS = [
+    b'"shortest_edge":',
+    b'"crop_pct":',
+    b'"resample":',
+    b"9" * 500,
+    b"1e-300",
+    b"1e999",
+    b"NaN",
+    b"null",
+]
+PROCESSOR_FILES = [
+    json.dumps({"image_processor_type": f"{name}ImageProcessor", **settings}).encode()
+    for name, settings in {
+        "ConvNext": {"size": {"shortest_edge": 64}, "crop_pct": 0.9},
+        "EfficientNet": {"size": 64, "rescale_offset": True, "rescale_factor": 0.1, "image_std": [0.1, 0.2, 0.3]},
+        "CLIP": {"size": 64, "crop_size": {"height": 60, "width": 60}, "do_pad": True, "pad_size": 60},
+    }.items()
+]
 IMAGES = [("PNG", "LA", {}), ("TIFF", "RGB", {}), ("TIFF", "L", {"compression": "tiff_lzw"}), ("GIF", "P", {}),
           ("TIFF", "CMYK", {"compression": "tiff_adobe_deflate"}), ("BMP", "RGB", {}), ("JPEG", "RGB", {}),
           ("WEBP", "RGBA", {})]  # fmt: skip
@@ -430,6 +449,18 @@ def read_config(data: bytes) -> object:
     except (ValueError, RecursionError):  # which `ModelFolder` catches
         return None
     return ModelConfig.from_dict(content, "config.json")
+
+
+def read_processor(data: bytes) -> object:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):  # which `ModelFolder` catches
+        return None
+    config = {"model_type": "dinov2", **content} if isinstance(content, dict) else None
+    if not is_onnx_layout(config):
+        return None
+    assert config is not None
+    return read_onnx_layout(config, content, dict.fromkeys(PROCESSORS, "0" * 64), "0" * 64, "model")
 
 
 def infer_both_ways(data: bytes) -> None:
@@ -491,6 +522,9 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     ),
     "config": lambda: Parser(
         read_config, [builtin_model().config_bytes], (ModelFolderError,), [*JSON_TOKENS, *CONFIG_TOKENS]
+    ),
+    "image-processor": lambda: Parser(
+        read_processor, PROCESSOR_FILES, (ModelFolderError,), [*JSON_TOKENS, *PROCESSOR_TOKENS]
     ),
     "head": lambda: Parser(lambda data: head_of(data, head_files()[1]), [head_files()[0]], (HeadError,), JSON_TOKENS),
     "head-tensors": lambda: Parser(

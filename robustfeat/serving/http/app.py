@@ -198,7 +198,7 @@ def _info(service: Service) -> dict[str, Any]:
                 "model": model.identity.name,
                 **model.identity.values("revision", "precision", "engine", "device", "decoding", "feature_size"),
                 "image_size": model.extractor.config.preprocessing.image_size,
-                **model.identity.values("weights_sha256", "preprocessing_hash"),
+                **model.identity.values("weights_sha256", "preprocessing_hash", "pooling"),
                 "config_hash": model.extractor.folder.config_hash,
                 "batch_size": model.batch_size,
             }

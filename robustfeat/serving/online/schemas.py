@@ -163,6 +163,7 @@ class ModelInfo(BaseModel):
     image_size: int
     weights_sha256: str
     preprocessing_hash: str
+    pooling: str | None = Field(description="Of a model of transformers: embeds, pooler, cls or mean.")
     config_hash: str
     batch_size: int = Field(description="Images that the model takes at once, at most.")
 
