@@ -90,13 +90,21 @@ def svm(
     *,
     cs: Sequence[float] = C_GRID,
     scalings: Sequence[str] = tuple(SCALINGS),
+    method: str = "holdout",
     threads: int | None = None,
     quiet: bool = True,
 ) -> Score:
-    """A linear SVM, C and scaling chosen on a held-out tenth of the training rows (see `select_and_fit`)."""
+    """A linear SVM, C and scaling chosen by training rows that were not fitted.
+
+    Args:
+        features: of the task.
+        cs, scalings, method: see `choose`; by default on a held-out tenth, the protocol of the published results.
+        threads: processors; by default what the cgroup grants.
+        quiet: no progress.
+    """
     progress = Progress(f"{features.model}: {features.task} svm", 0, "fits", quiet=quiet)
     selection, head, converged = select_and_fit(
-        features.x, features.y, cs=cs, scalings=scalings, method="holdout", threads=threads, progress=progress
+        features.x, features.y, cs=cs, scalings=scalings, method=method, threads=threads, progress=progress
     )
     progress.finish()
     best = selection.best

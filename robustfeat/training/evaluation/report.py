@@ -25,6 +25,7 @@ def evaluate_task(
     task: Task,
     *,
     cache: Path | None = None,
+    selection: str = "holdout",
     with_few_shot: bool = True,
     with_libsvm: bool = False,
     with_corruptions: bool = False,
@@ -39,6 +40,7 @@ def evaluate_task(
         subject: the model.
         task: what it is tried on.
         cache: a file that keeps features (see `embed_images`).
+        selection: see `svm`.
         with_few_shot: also the curve of few images a class.
         with_libsvm: also LIBSVM's one-against-one SVM on at most 5,000 training rows.
         with_corruptions: also the SVM's accuracy on corrupted test images (see `classify_corrupted`).
@@ -51,7 +53,7 @@ def evaluate_task(
         Plain data: model, task, numbers of images, and a block for each probe. Test labels enter the scores alone.
     """
     features = embed_task(subject, task, cache=cache, quiet=quiet)
-    chosen = svm(features, threads=threads, quiet=quiet)
+    chosen = svm(features, method=selection, threads=threads, quiet=quiet)
     result: dict[str, Any] = {
         "model": subject.name,
         "identity": list(subject.fingerprint),

@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
+from robustfeat.serving.heads.fitting import select
 from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm, wilson
 from robustfeat.training.evaluation.tasks import TaskFeatures
 
@@ -89,3 +90,11 @@ def test_libsvm_chooses_for_itself(digits: TaskFeatures) -> None:
 def test_intervals_are_wilsons(right: int, count: int) -> None:
     expected = binomtest(right, count).proportion_ci(method="wilson")
     np.testing.assert_allclose(wilson(right, count), (expected.low, expected.high), atol=1e-12)
+
+
+def test_the_choice_may_be_by_folds(digits: TaskFeatures) -> None:
+    """As `robustfeat svm fit` chooses: the same function with the same rows."""
+    score = svm(digits, method="folds")
+    expected = select(digits.x, digits.y, method="folds").best
+    assert (score.details["C"], score.details["scaling"]) == (expected.c, expected.scaling)
+    assert score.details["held_out"] == expected.score
