@@ -31,7 +31,10 @@ def command(model: str, revision: str | None, config_hash: str | None, as_json: 
     folder.verify(folder.present)
     config = folder.config
     if as_json:
-        about = {"path": str(folder.path), "revision": folder.revision, "config_hash": folder.config_hash}
+        about: dict[str, Any] = {"path": str(folder.path), "revision": folder.revision}
+        about |= {"config_hash": folder.config_hash}
+        if config.outputs:
+            about["pooling"] = list(config.outputs.preferred)
         click.echo(json_line({**config.to_dict(), **about}))
         return
     files = f"{len(config.files)}"

@@ -115,8 +115,8 @@ def _obstacle(way: str, outputs: Outputs, given: Mapping[str, Shape]) -> str | N
         return f"{name} is no vector per image"
     if way == "pooler" and dimensions not in {2, _MAP}:  # whether a map is 1 x 1 shows when it comes
         return f"{name} is no vector per image"
-    if way == "cls" and (dimensions != _TOKENS or not outputs.prefix):
-        return f"a {outputs.model_type} is not known to have a class token"
+    if way == "cls" and (dimensions != _TOKENS or outputs.prefix == 0):
+        return f"a {outputs.model_type} has no class token"
     if way == "mean" and (dimensions not in {_TOKENS, _MAP} or (dimensions == _TOKENS and outputs.prefix is None)):
         return f"which tokens of a {outputs.model_type} are patches is not known"
     return None

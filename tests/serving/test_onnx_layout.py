@@ -179,10 +179,10 @@ def test_maps_are_averaged_and_registers_left_out() -> None:
             {"logits": [None, 1000]},
             "which output of a vit is the feature is not known; it has logits (?, 1000)",
         ),
-        ("auto", "new", {"last_hidden_state": [None, 9, 5]}, "which output of a new is the feature is not known"),
+        ("auto", "new", {"last_hidden_state": [None, 9, 5]}, "it has last_hidden_state (?, 9, 5); pass `pooling=cls`"),
         ("mean", "new", {"last_hidden_state": [None, 9, 5]}, "which tokens of a new are patches is not known"),
-        ("cls", "swin", {"last_hidden_state": [None, 9, 5]}, "a swin is not known to have a class token"),
-        ("cls", "resnet", {"last_hidden_state": [None, 5, 3, 3]}, "a resnet is not known to have a class token"),
+        ("cls", "swin", {"last_hidden_state": [None, 9, 5]}, "a swin has no class token"),
+        ("cls", "resnet", {"last_hidden_state": [None, 5, 3, 3]}, "a resnet has no class token"),
         ("embeds", "dinov2", {"last_hidden_state": [None, 9, 5]}, "the network has no output image_embeds"),
         ("pooler", "dinov2", {"pooler_output": [None, 9, 5]}, "pooler_output is no vector per image"),
     ],
@@ -193,6 +193,12 @@ def test_outputs_that_are_no_features_are_named(
     with pytest.raises(EngineError) as caught:
         choose_pooling(asked, read_outputs({"model_type": kind}), given, Path("model.onnx"))
     assert said in str(caught.value)
+
+
+def test_the_class_token_of_an_unknown_type_is_taken_when_asked_for() -> None:
+    way = choose_pooling("cls", read_outputs({"model_type": "new"}), {"last_hidden_state": [None, 9, 5]}, Path())
+    tokens = np.arange(90.0).reshape(2, 9, 5)
+    np.testing.assert_array_equal(way(tokens), tokens[:, 0])
 
 
 def test_networks_of_ours_have_no_pooling() -> None:
