@@ -97,13 +97,16 @@ class ScaledRows:
     def _block(self, part: slice) -> Array:
         if self._kept is not None:
             return self._kept[part]
-        x = self._raw(part)
+        block = np.ones((part.stop - part.start, self.size))  # scaled in place: a pass over a file is mostly this
+        x = block[:, :-1]
+        x[:] = self._values[self._rows[part]]
         if self.arrays:
-            x = (x - self.arrays["scaling.mean"]) / self.arrays["scaling.scale"]
+            x -= self.arrays["scaling.mean"]
+            x /= self.arrays["scaling.scale"]
         elif self._unit:
-            norms = np.linalg.norm(x, axis=1, keepdims=True)
+            norms = np.sqrt(np.einsum("ij,ij->i", x, x))[:, None]
             x /= np.where(norms == 0, 1.0, norms)
-        return _padded(x)
+        return block
 
     def _measure(self) -> tuple[Array, Array]:
         """Means and standard deviations by feature, as scikit-learn's StandardScaler has them: 1 for constant ones."""
