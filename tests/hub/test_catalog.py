@@ -15,6 +15,7 @@ from huggingface_hub import scan_cache_dir
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from robustfeat.hub.catalog import Listing, builtin_model, cached_models, public_models
+from robustfeat.hub.outputs import read_outputs
 from robustfeat.hub.remote import HubAccess, is_hub_name
 
 PUBLIC: list[dict[str, Any]] = json.loads(resources.files("robustfeat.hub").joinpath("public_models.json").read_text())
@@ -109,3 +110,4 @@ def test_public_models_of_the_hub_are_of_types_that_transformers_knows(entry: di
     assert is_hub_name(entry["model"])
     config = CONFIG_MAPPING[entry["model_type"]]()
     assert config.model_type == entry["model_type"]
+    assert read_outputs(config.to_dict()).prefix is not None  # of ours, too
