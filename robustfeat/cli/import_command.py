@@ -54,10 +54,10 @@ def command(source: str, out: str, no_int8: bool, as_json: bool, quiet: bool, **
     from robustfeat.files import require_new
     from robustfeat.training.export.arguments import check_import, parse_channels, read_source
 
+    found = read_source(source, options)
     for name in ("mean", "std"):
         if options[name] is not None:
             options[name] = parse_channels(name, options[name])
-    found = read_source(source, options)
     if found.kind in {"timm", "torchvision"}:
         check_import(source, options["weights"])
     require_new(out)

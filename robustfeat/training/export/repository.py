@@ -22,6 +22,7 @@ __all__ = ["Repository", "open_repository", "uses_pytorch"]
 
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
+_FORBIDDEN = "HF_HUB_OFFLINE or local_files_only forbids downloads"
 _PICKLES = re.compile(r"(pytorch_model.*\.bin|tf_model\.h5|flax_model\.msgpack|model.*\.pth?)")
 
 
@@ -112,7 +113,7 @@ class Repository:
             return
         if self.access.offline:
             raise HubError(
-                f"{self.repo}: {missing[0]} is not in the cache, and HF_HUB_OFFLINE forbids downloads",
+                f"{self.repo}: {missing[0]} is not in the cache, and {_FORBIDDEN}",
                 fix="allow them once",
             )
         self.access.download_all(self.repo, missing, self.commit)
@@ -143,7 +144,10 @@ def open_repository(source: str, revision: str | None = None, access: HubAccess 
         if cached is not None and (access.offline or any((cached / name).is_file() for name in (WEIGHTS, _INDEX))):
             return _read_cached(source, cached, access)
         if access.offline:
-            raise HubError(f"{repo}: is not in the cache, and HF_HUB_OFFLINE forbids downloads", fix="allow them once")
+            raise HubError(
+                f"{repo}: is not in the cache, and HF_HUB_OFFLINE or local_files_only forbids downloads",
+                fix="allow them once",
+            )
     try:
         commit, listed = access.look(repo, revision)
     except UnreachableError:

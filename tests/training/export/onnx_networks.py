@@ -98,7 +98,7 @@ def transformer(file: Path, taken: Shape = (1, 3, SIDE, SIDE), **options: Any) -
         helper.make_node("Mul", ["weighted", "split"], ["mixed"]),
         helper.make_node("ReduceMean", ["mixed"], ["mean"], axes=[1], keepdims=1),
         helper.make_node("Add", ["mixed", "mean"], ["added"]),
-        helper.make_node("Reshape", ["added", "shape.joined"], ["out"]),
+        helper.make_node("Reshape", ["added", "shape.joined"], ["out"], allowzero=1),
     ]
     made = weights(kernel=(WIDTH, 3, 8, 8))
     token = np.linspace(-1, 1, WIDTH, dtype=np.float32)[None, None].repeat(batch, 0)

@@ -113,7 +113,7 @@ def test_a_batch_that_shares_a_dimension_is_freed(tmp_path: Path, photos: list[P
 
 
 @pytest.mark.parametrize("name", ["test_vit", pytest.param("test_convnext", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tracing", [True, False])
+@pytest.mark.parametrize("tracing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_networks_that_pytorch_exports_for_one_image_take_any_number(
     tmp_path: Path, photos: list[Path], name: str, tracing: bool
 ) -> None:
@@ -378,6 +378,9 @@ def test_the_command_needs_no_torch(tmp_path: Path, example_files: list[Path]) -
         (["nosuch.onnx"], "nosuch.onnx: no such file or folder; expected timm:NAME, torchvision:NAME"),
         (["net.txt"], "net.txt: is a file, and not named as an ONNX file; expected"),
         (["nosuch"], "nosuch: expected timm:NAME"),
+        (["hf:net"], "hf:net: expected hf:ORG/NAME, a repository on the Hub"),
+        (["hf:org/net", "--mean", "0.5"], "--mean 0.5: belongs to FILE.onnx, not to hf:org/net; leave --mean out"),
+        (["org/net"], "org/net: no such file or folder; expected timm:NAME"),
     ],
 )  # fmt: skip
 def test_the_command_refuses_in_one_line(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import RobustFeatError
+from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.image_processor import read_image_processor
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
 from robustfeat.serving.verify import cosine
@@ -26,8 +27,6 @@ from robustfeat.training.export.transformers_import import import_transformers
 from robustfeat.training.export.transformers_models import verify_with_transformers
 from tests.training.export.conftest import Repositories
 from tests.transformers_models import FAMILIES, reference_features
-
-FAST = {"dinov2", "clip"}
 
 
 def make(folder: Path, **options: Any) -> Any:
@@ -39,54 +38,72 @@ def copied(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("onnx")))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.fixture(scope="module")
+def dinov2(repositories: Repositories, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of the family's repository."""
+    folder = copied(repositories("dinov2"), tmp_path_factory.mktemp("dinov2") / "repository")
+    path: Path = make(folder, pooling="pooler").folder.path
+    return path
+
+
 def test_the_folder_gives_the_features_of_transformers(
+    repositories: Repositories, dinov2: Path, example_files: list[Path]
+) -> None:
+    assert_same(dinov2, repositories("dinov2"), "dinov2", example_files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"dinov2"}))
+def test_the_same_holds_for_other_families(
     repositories: Repositories, tmp_path: Path, example_files: list[Path], name: str
 ) -> None:
     folder = copied(repositories(name), tmp_path / "repository")
-    way = {"cls": "cls", "image_embeds": "embeds"}.get(FAMILIES[name].features, "pooler")
-    report = make(folder, pooling=None if way == "cls" else way, name=f"{name}-v1")
-    features = FeatureExtractor.from_pretrained(report.folder.path, threads=1).embed(example_files)
-    assert cosine(features, reference_features(name, folder, example_files, "pil")).min() >= 0.9999
-    check = verify_with_transformers(report.folder)
+    way = {"cls": None, "image_embeds": "embeds"}.get(FAMILIES[name].features, "pooler")
+    assert_same(make(folder, pooling=way).folder.path, folder, name, example_files)
+
+
+def assert_same(model: Path, folder: Path, name: str, files: list[Path]) -> None:
+    """The features are those of transformers' own image processor and network, and PyTorch confirms the golden ones."""
+    features = FeatureExtractor.from_pretrained(model, threads=1).embed(files)
+    assert cosine(features, reference_features(name, folder, files, "pil")).min() >= 0.9999
+    check = verify_with_transformers(ModelFolder(model))
     assert check.cosine is not None
     assert check.cosine >= 0.9999
 
 
 def test_transformers_loads_the_folder_again(
-    repositories: Repositories, tmp_path: Path, example_files: list[Path]
+    repositories: Repositories, dinov2: Path, example_files: list[Path]
 ) -> None:
-    report = make(copied(repositories("dinov2"), tmp_path / "repository"))
-    path = report.folder.path
-    network: Any = transformers.AutoModel.from_pretrained(path)
+    network: Any = transformers.AutoModel.from_pretrained(dinov2)
     processor: Any = transformers.AutoImageProcessor
     with Image.open(example_files[0]) as image:
-        inputs = processor.from_pretrained(path)(image.convert("RGB"), return_tensors="pt")
-        ours = FeatureExtractor.from_pretrained(path, threads=1).embed([image.convert("RGB")])
+        inputs = processor.from_pretrained(dinov2)(image.convert("RGB"), return_tensors="pt")
+        ours = FeatureExtractor.from_pretrained(dinov2, threads=1).embed([image.convert("RGB")])
     with torch.no_grad():
-        theirs = network(**inputs).last_hidden_state[:, 0].numpy()
+        theirs = network(**inputs).pooler_output.numpy()
     assert cosine(ours, theirs).min() >= 0.9999
-    assert load_file(path / "model.safetensors").keys() == load_file(tmp_path / "repository/model.safetensors").keys()
-    assert "features = outputs.last_hidden_state[:, 0]" in (path / "README.md").read_text()
+    saved = repositories("dinov2") / "model.safetensors"
+    assert load_file(dinov2 / "model.safetensors").keys() == load_file(saved).keys()
+    assert "features = outputs.pooler_output" in (dinov2 / "README.md").read_text()
 
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
-def test_the_mean_is_that_of_the_patches(repositories: Repositories, tmp_path: Path, example_files: list[Path]) -> None:
-    """Without the class token: through PyTorch, and of the ONNX file."""
+@pytest.mark.parametrize("build", [import_onnx_layout, pytest.param(import_transformers, marks=pytest.mark.slow)])
+def test_the_mean_is_that_of_the_patches(
+    repositories: Repositories, tmp_path: Path, example_files: list[Path], build: Any
+) -> None:
+    """Without the class token."""
     folder, files = repositories("dinov2"), example_files[:6]
     network: Any = transformers.AutoModel.from_pretrained(folder)
     contract = open_contract(folder)
     inputs = torch.from_numpy(preprocess([decode(file.read_bytes()) for file in files], contract))
     with torch.no_grad():
         expected = network(inputs).last_hidden_state[:, 1:].mean(1).numpy()
-    for number, build in enumerate((import_transformers, import_onnx_layout)):
-        report = build(open_repository(str(folder)), tmp_path / str(number), pooling="mean", int8=False)
-        features = FeatureExtractor.from_pretrained(report.folder.path, threads=1).embed(files)
-        np.testing.assert_allclose(features, expected, atol=1e-3)
+    report = build(open_repository(str(folder)), tmp_path / "model", pooling="mean", int8=False)
+    features = FeatureExtractor.from_pretrained(report.folder.path, threads=1).embed(files)
+    np.testing.assert_allclose(features, expected, atol=1e-3)
 
 
 def open_contract(folder: Path) -> Preprocessing:
