@@ -213,17 +213,23 @@ def main() -> None:
         if (options.folders / name).exists() and (not options.only or name in options.only)
     ]
     rows: list[dict[str, Any]] = []
-    for folder in found:
-        if options.features:
-            rows += measure_features(folder, photos, options)
-        if options.speed:
-            rows.append(measure_speed(folder))
-        if options.features or options.speed:
-            print(rows[-1], flush=True)
+    for row in measure(found, photos, options):
+        rows.append(row)
+        print(*row.values(), sep="\t", flush=True)
+        if options.json:
+            Path(options.json).write_text(json.dumps({"machine": hardware(), "rows": rows}, indent=2) + "\n")
     if rows:
         print(table(rows))
-    if options.json:
-        Path(options.json).write_text(json.dumps({"machine": hardware(), "rows": rows}, indent=2) + "\n")
+
+
+def measure(
+    folders: Sequence[ModelFolder], photos: Sequence[Path], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    for folder in folders:
+        if options.features:
+            yield from measure_features(folder, photos, options)
+        if options.speed:
+            yield measure_speed(folder)
 
 
 if __name__ == "__main__":
