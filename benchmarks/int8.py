@@ -64,7 +64,7 @@ def make(root: Path, weights: dict[str, str], photos: Sequence[Path], only: Sequ
     for name, source in NETWORKS.items():
         if (root / name).exists() or (only and name not in only):
             continue
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"image_size": 224} if name == "dinov2" else {}
         given = weights.get(name)
         if name == "resnet18":
             builtin = builtin_model()

@@ -28,7 +28,9 @@ from robustfeat.training.export.stamp import raise_of_the_system, stamp_onnx
 
 __all__ = ["Golden", "Int8Shares", "Int8UnfitError", "quantize_onnx"]
 
-_BATCH = 16
+_PIXELS = 2**20
+"""Pixels of a batch: sixteen images of 224 px, and few enough of the largest ones for their activations."""
+
 _MOST_IMAGES = 32
 _MARGIN = 0.002
 """Engines and processors round differently: an export asks for this much more than loading does."""
@@ -168,7 +170,8 @@ def _able(model: onnx.ModelProto, golden: Golden) -> list[str]:
 def _least_cosine(content: bytes, golden: Golden, engine: str) -> float:
     """Of an ONNX file over the golden images; -1 where an engine cannot run it, or its features are not finite."""
     try:
-        features = open_engine(Path("model.onnx"), content, RunOptions(engine=engine, device="cpu")).run(golden.inputs)
+        opened = open_engine(Path("model.onnx"), content, RunOptions(engine=engine, device="cpu"))
+        features = np.concatenate([opened.run(part) for part in _parts(golden.inputs)])
     except (EngineError, ModelFolderError):
         return -1.0
     return float(np.nan_to_num(cosine(features, golden.features), nan=-1.0).min())
@@ -255,9 +258,21 @@ def _batches(
     golden: Golden, calibration: Sequence[NDArray[np.uint8]], contract: Preprocessing
 ) -> Iterator[NDArray[np.float32]]:
     """The golden images join in: some lie on plain ground, where activations reach furthest."""
-    yield golden.inputs
-    for first in range(0, len(calibration), _BATCH):
-        yield normalise(np.stack(calibration[first : first + _BATCH]), contract)
+    yield from _parts(golden.inputs)
+    size = _batch_size(contract.image_size)
+    for first in range(0, len(calibration), size):
+        yield normalise(np.stack(calibration[first : first + size]), contract)
+
+
+def _parts(inputs: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """(n, 3, S, S) in batches."""
+    size = _batch_size(inputs.shape[-1])
+    for first in range(0, len(inputs), size):
+        yield inputs[first : first + size]
+
+
+def _batch_size(side: int) -> int:
+    return max(1, min(16, _PIXELS // side**2))
 
 
 def _title(layer: Layer) -> str:
