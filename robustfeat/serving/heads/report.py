@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from robustfeat.files import new_folder
 from robustfeat.hub.markdown import cell
+from robustfeat.serving.heads.confusion import draw_confusion
 
 __all__ = ["ClassScore", "Report"]
-
-_NAMED_CLASSES = 60
-"""Pictures of more classes have no text: the cells are too small for it."""
 
 
 @dataclass(frozen=True)
@@ -128,41 +126,10 @@ class Report:
             picture.save(folder / "confusion.png")
 
     def picture(self) -> Image.Image | None:
-        """The confusion matrix, a row a label, a column a prediction, darker with the share of the row; or None."""
+        """The confusion matrix with its sides named (see `draw_confusion`); or None."""
         if self.confusion is None:
             return None
-        count = len(self.classes)
-        shares = self.confusion / np.maximum(1, self.confusion.sum(1, keepdims=True))
-        shade = np.stack([255 - 225 * shares, 255 - 155 * shares, 255 - 75 * shares], 2).astype(np.uint8)
-        named = count <= _NAMED_CLASSES
-        cell = 36 if named else max(1, 1200 // count)
-        grid = Image.fromarray(shade).resize((cell * count, cell * count), Image.Resampling.NEAREST)
-        if not named:
-            return grid
-        font = ImageFont.load_default(13)
-        names = [one.name if len(one.name) <= 24 else f"{one.name[:23]}…" for one in self.classes]
-        margin = 12 + max(int(font.getlength(name)) for name in names)
-        label = Image.new("RGB", (grid.width, margin), "white")
-        image = Image.new("RGB", (margin + grid.width + 12, margin + grid.height + 12), "white")
-        for at, name in enumerate(names):
-            # Drawn lying, then stood up: columns' names read upwards.
-            lying = Image.new("RGB", (margin, cell), "white")
-            ImageDraw.Draw(lying).text((6, cell / 2), name, "black", font, "lm")
-            label.paste(lying.rotate(90, expand=True), (at * cell, 0))
-        image.paste(label, (margin, 0))
-        image.paste(grid, (margin, margin))
-        draw = ImageDraw.Draw(image)
-        small = ImageFont.load_default(11)
-        for row, name in enumerate(names):
-            middle = margin + row * cell + cell / 2
-            draw.text((margin - 6, middle), name, "black", font, "rm")
-            for column, share in enumerate(shares[row]):
-                number = int(self.confusion[row, column])
-                if number:
-                    place = (margin + column * cell + cell / 2, middle)
-                    draw.text(place, str(number), "white" if share > 0.5 else "black", small, "mm")
-        draw.rectangle((margin, margin, margin + grid.width, margin + grid.height), outline="gray")
-        return image
+        return draw_confusion(self.confusion, [one.name for one in self.classes])
 
 
 def _share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
