@@ -256,6 +256,8 @@ class _Reader:
             value = {"height": value, "width": value} if square else {"shortest_edge": value}
         elif isinstance(value, (list, tuple)) and len(value) == 2:
             value = {"height": value[0], "width": value[1]}
+        if isinstance(value, Mapping):
+            value = {side: pixels for side, pixels in value.items() if pixels is not None}
         known = isinstance(value, Mapping) and set(value) in ({"height", "width"}, {"shortest_edge"})
         if not known or not all(type(side) is int and side > 0 for side in value.values()):
             raise self._refuse(

@@ -38,7 +38,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("EfficientNetImageProcessor", {}),
     ("EfficientNetImageProcessor", {"size": 64, "resample": 0, "include_top": False, "rescale_offset": True}),
     ("EfficientNetImageProcessor", {"rescale_factor": 1 / 127.5, "rescale_offset": True, "image_std": [0.5, 0.4, 0.3]}),
-    ("LevitImageProcessor", {}),
+    ("LevitImageProcessor", {"size": {"shortest_edge": 96, "longest_edge": None}, "crop_size": 96}),
     ("MobileNetV1ImageProcessor", {}),
     ("MobileNetV2ImageProcessor", {"size": {"shortest_edge": 72}, "crop_size": [64, 64]}),
     ("MobileViTImageProcessor", {"size": {"shortest_edge": 72}, "crop_size": {"height": 64, "width": 64}}),
