@@ -70,7 +70,8 @@ def command(
     """Embeds images: one float32 row for each.
 
     An INPUT is a folder, an image, a quoted glob, FILE.tar, FILE.parquet (or FILE.parquet:COLUMN), or - for a list on
-    stdin; each may also be a URL such as s3://bucket/photos.
+    stdin; each may also be a URL such as s3://bucket/photos. Images are JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and, with
+    the extra heic, HEIC; their content tells the format.
 
     Beside FEATS come NAME.index.jsonl (which row is which file, and what failed) and NAME.meta.json (which model made
     it). An image that cannot be read is a row of NaN, and the exit code is then 3. A run that was killed goes on when

@@ -79,13 +79,15 @@ def open_heif(data: bytes, name: str) -> ImageFile.ImageFile:
     Raises:
         DecodeError: it is damaged, or nothing here reads it.
     """
+    what = next(said for said, format_name in HEIF_FORMATS.items() if format_name == name)
     if not is_readable(name):
-        what = next(said for said, format_name in HEIF_FORMATS.items() if format_name == name)
         raise DecodeError(f"{what}, which this installation does not read", fix=_FIXES[name])
     # The plugins themselves: Image.open drops their reasons, and asks for plugins that the whole process then has.
-    plugin = _plugin(name)
     try:
-        image: ImageFile.ImageFile = plugin(io.BytesIO(data))
+        image: ImageFile.ImageFile = _plugin(name)(io.BytesIO(data))
+    except ImportError as exc:
+        said = f"{what}, and its decoder does not load ({first_line(exc)})"
+        raise DecodeError(said, fix="pip install --force-reinstall pillow-heif") from exc
     except SyntaxError as exc:
         raise DecodeError(_too_large(data) or f"damaged: {first_line(exc)}") from exc
     image.info.pop("xmp", None)  # Pillow would take an orientation from it

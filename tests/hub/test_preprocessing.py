@@ -352,6 +352,17 @@ def test_the_extra_is_named_where_heic_is_not_read(photo: Image.Image, monkeypat
         decode(b"hello")
 
 
+def test_a_decoder_that_does_not_load_is_no_damage(
+    photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = heic(photo)
+    (tmp_path / "pillow_heif.py").write_text("raise ImportError('libheif.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pillow_heif")
+    with pytest.raises(DecodeError, match=r"does not load \(libheif.so: .*\); pip install --force-reinstall"):
+        decode(data)
+
+
 def test_pillow_of_the_whole_process_is_left_without_heic(photo: Image.Image) -> None:
     data = heic(photo)
     assert decode(data).size == photo.size
