@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 60
 
 _inputs = click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+_names = click.option(
+    "--names", metavar="FILE", help="The path of each row, one per line, of a .npy file that embed did not write."
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _quiet = click.option("--quiet", is_flag=True, help="No progress, no report on stderr.")
 
@@ -45,6 +48,7 @@ def command() -> None:
 
 @command.command("fit", cls=Command, short_help="Learn a head from labelled features or images.")
 @_inputs
+@_names
 @_labels_option(required=True)
 @click.option("--out", required=True, metavar="HEAD", help="The folder to make.")
 @click.option(
@@ -69,6 +73,7 @@ def command() -> None:
 @_quiet
 def fit_command(
     inputs: tuple[str, ...],
+    names: str | None,
     labels: tuple[str, ...],
     out: str,
     kind: str,
@@ -104,7 +109,7 @@ def fit_command(
     def check(paths: list[str]) -> None:
         require_two("the images", match_paths("the images", paths, known, multi_label=multi_label))
 
-    features = _open(inputs, extraction, quiet, labels=known, check=check)
+    features = _open(inputs, extraction, quiet, names=names, labels=known, check=check)
     labelled = match_labels(features, known, multi_label=multi_label)
     _say(labelled.summary(), quiet)
     head, report = fit_head(
@@ -139,6 +144,7 @@ def fit_command(
 @command.command("predict", cls=Command, short_help="Answer for features or images.")
 @click.argument("head", metavar="HEAD")
 @_inputs
+@_names
 @click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
 @click.option("--probabilities", is_flag=True, help="Calibrated probabilities beside the margins.")
 @click.option("--suggest", type=click.IntRange(min=1), metavar="N", help="List the N least certain, to label next.")
@@ -149,6 +155,7 @@ def fit_command(
 def predict_command(
     head: str,
     inputs: tuple[str, ...],
+    names: str | None,
     out: str | None,
     probabilities: bool,
     suggest: int | None,
@@ -174,7 +181,7 @@ def predict_command(
     if probabilities:
         opened.require_calibration()
     known = read_labels(labels, multi_label=opened.multi_label) if labels else None
-    features = _open(inputs, extraction, quiet, head=opened, head_place=head)
+    features = _open(inputs, extraction, quiet, names=names, head=opened, head_place=head)
     known = known and known.matched(features.paths)
     suggestions = Suggestions(suggest or 0, (lambda path: known.of(path) is not None) if known else lambda path: False)
     if out is None:
@@ -201,6 +208,7 @@ def predict_command(
 @command.command("score", cls=Command, short_help="Measure a head on labelled features or images.")
 @click.argument("head", metavar="HEAD")
 @_inputs
+@_names
 @_labels_option(required=True)
 @click.option("--report", "report_folder", metavar="FOLDER", help="Write report.md and confusion.png there.")
 @extraction_options
@@ -209,6 +217,7 @@ def predict_command(
 def score_command(
     head: str,
     inputs: tuple[str, ...],
+    names: str | None,
     labels: tuple[str, ...],
     report_folder: str | None,
     extraction: Extraction,
@@ -235,7 +244,7 @@ def score_command(
     def check(paths: list[str]) -> None:
         match_paths("the images", paths, known, multi_label=opened.multi_label, classes=classes)
 
-    features = _open(inputs, extraction, quiet, head=opened, head_place=head, labels=known, check=check)
+    features = _open(inputs, extraction, quiet, names=names, head=opened, head_place=head, labels=known, check=check)
     labelled = match_labels(features, known, multi_label=opened.multi_label, classes=classes)
     _say(labelled.summary(), quiet)
     margins = opened.margins(features.values, labelled.rows)
@@ -271,6 +280,7 @@ def _open(
     extraction: Extraction,
     quiet: bool,
     *,
+    names: str | None = None,
     head: Head | None = None,
     head_place: str = "",
     labels: Labels | None = None,
@@ -280,7 +290,7 @@ def _open(
 
     Of images those alone that have `labels`; `check` may refuse their paths before the work of embedding them.
     """
-    from robustfeat.serving.heads.features import embed_features, is_feature_file, open_features
+    from robustfeat.serving.heads.features import embed_features, is_feature_file, open_array, open_features
     from robustfeat.serving.heads.labels import labelled_inputs
     from robustfeat.serving.inputs.choice import say_left_out
     from robustfeat.serving.inputs.listing import list_inputs
@@ -293,10 +303,16 @@ def _open(
         typed = [name for name in extraction.given if name != "threads"]
         if typed:
             raise click.UsageError(f"--{typed[0].replace('_', '-')} is for images; {inputs[0]} holds features")
-        features = open_features(inputs[0])
+        if names is not None and not inputs[0].endswith(".npy"):
+            raise click.UsageError(f"--names is for a .npy file of features; got {inputs[0]}")
+        features = open_features(inputs[0]) if names is None else open_array(inputs[0], names)
+        if features.model is None:
+            _say(f"{features.place}: of an unknown model, so whether a head suits it is not checked", quiet)
         if head is not None:
-            head.require_model(features.model, head_place, features.place)
+            head.require_features(features, head_place)
         return features
+    if names is not None:
+        raise click.UsageError(f"--names is for a .npy file of features; {inputs[0]} holds images")
     extractor = extraction.open()
     if head is not None:  # before the work of embedding
         head.require_model(extractor.identity, head_place, f"--model {extraction.model}")

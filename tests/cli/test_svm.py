@@ -247,3 +247,19 @@ def test_an_interrupted_fit_stops_at_once_and_leaves_nothing(tmp_path: Path, wri
         assert process.wait() == 1
         assert time.monotonic() - began < 3
     assert not (tmp_path / "head").exists()
+
+
+def test_an_array_made_elsewhere_is_fitted_and_predicted(features: Path, tmp_path: Path, robustfeat: Run) -> None:
+    other, names, head = tmp_path / "other.npy", tmp_path / "names.txt", tmp_path / "head"
+    np.save(other, np.load(features).astype(np.float64))
+    rows = [json.loads(line)["path"] for line in features.with_suffix(".index.jsonl").read_text().splitlines()]
+    names.write_text("\n".join(rows))
+    fitted = robustfeat("svm", "fit", other, "--names", names, "--labels", "folder", "--out", head, "--C", "0.1")
+    assert fitted.returncode == 0
+    assert "of an unknown model, so whether a head suits it is not checked" in fitted.stderr
+    predicted = robustfeat("svm", "predict", head, other, "--names", names, "--quiet")
+    assert [line.split(",")[0] for line in predicted.stdout.splitlines()[1:]] == rows
+    assert float(robustfeat("svm", "score", head, features, "--labels", "folder", "--quiet").stdout) > 0.9
+    refused = robustfeat("svm", "predict", head, features.parent, "--names", names)
+    assert refused.returncode == 2
+    assert "--names is for a .npy file of features" in refused.stderr

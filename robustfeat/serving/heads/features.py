@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.errors import InputError
+from robustfeat.errors import InputError, first_line
 from robustfeat.serving.bulk.formats import FORMATS, map_features
 from robustfeat.serving.bulk.job import Places
 from robustfeat.serving.bulk.outputs import Output, index_records, open_existing
@@ -22,7 +22,7 @@ from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.sources import path_of_index, printable
 
-__all__ = ["CHUNK_ROWS", "Features", "embed_features", "is_feature_file", "load", "open_features"]
+__all__ = ["CHUNK_ROWS", "Features", "embed_features", "is_feature_file", "load", "open_array", "open_features"]
 
 CHUNK_ROWS = 4096
 """Rows that are in memory at a time."""
@@ -34,17 +34,17 @@ class Features:
 
     Attributes:
         place: where they lie, for messages.
-        values: (n, D) float32, memory-mapped; failed rows are NaN.
+        values: (n, D) float32, or another float of an array made elsewhere, memory-mapped; failed rows are NaN.
         paths: n names, as the index has them.
         errors: why rows failed, by row.
-        model: what made them.
+        model: what made them; None of an array made elsewhere.
     """
 
     place: str
     values: NDArray[np.float32]
     paths: Sequence[str]
     errors: dict[int, str]
-    model: ModelIdentity
+    model: ModelIdentity | None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -125,6 +125,40 @@ def open_features(place: str) -> Features:
             _require_own_paths(output, paths)
         values = map_features(output.features, place, places.suffix, output.model.feature_size, output.rows)
     return Features(place, values, paths, errors, output.model)
+
+
+def open_array(place: str, names: str) -> Features:
+    """Features that something else has written.
+
+    Args:
+        place: a .npy file with an (n, D) array of floats; rows that are not finite count as failed.
+        names: a text file with the path of each row, one per line, in UTF-8.
+
+    Raises:
+        InputError: a file cannot be read, or they do not belong together.
+    """
+    try:
+        values = np.load(place, mmap_mode="r", allow_pickle=False)
+    except Exception as exc:  # NumPy reads the header as Python's text: what is raised has no common base
+        raise InputError(f"{place}: not a .npy file of numbers ({first_line(exc)})") from exc
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind != "f" or not values.size:
+        found = f"{values.shape} {values.dtype}" if isinstance(values, np.ndarray) else "an archive of arrays"
+        raise InputError(f"{place}: must hold an (n, D) array of floats; got {found}")
+    try:
+        paths = Path(names).read_text("utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as exc:
+        raise InputError(f"cannot be read ({exc.strerror})", argument="names", value=names) from exc
+    if len(paths) != len(values):
+        raise InputError(
+            f"holds {len(paths):,} lines; expected the paths of the {len(values):,} rows of {place}",
+            argument="names",
+            value=names,
+        )
+    errors: dict[int, str] = {}
+    for start in range(0, len(values), CHUNK_ROWS):
+        bad = np.flatnonzero(~np.isfinite(values[start : start + CHUNK_ROWS]).all(1))
+        errors |= {start + int(row): "not finite" for row in bad}
+    return Features(place, values, paths, errors, None)
 
 
 def _require_own_paths(output: Output, paths: Sequence[str]) -> None:

@@ -185,7 +185,7 @@ class Head(convert.HeadParts):
 
     def _values(self, features: NDArray[Any] | Features) -> NDArray[Any]:
         if isinstance(features, Features):
-            self.require_model(features.model, "this head", features.place)
+            self.require_features(features, "this head")
             return features.values
         values = np.asarray(features)
         if values.ndim != 2 or values.shape[1] != self.feature_size:
@@ -206,6 +206,17 @@ class Head(convert.HeadParts):
             self.model.require(model, mine, theirs)
         elif model.feature_size != self.feature_size:
             raise InputError(f"{mine}: takes {self.feature_size} features, {theirs} has {model.feature_size}")
+
+    def require_features(self, features: Features, mine: str) -> None:
+        """Refuses features of another model, or of an unknown one with another length.
+
+        Raises:
+            InputError: saying both.
+        """
+        if features.model is not None:
+            self.require_model(features.model, mine, features.place)
+        elif (length := features.values.shape[1]) != self.feature_size:
+            raise InputError(f"{mine}: takes {self.feature_size} features, {features.place} has {length}")
 
     def _raw_margins(self, features: NDArray[Any]) -> Array:
         x = self.scale(features)

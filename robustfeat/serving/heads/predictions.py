@@ -51,7 +51,7 @@ def predict_rows(head: Head, features: Features, *, probabilities: bool = False)
         InputError: the features are another model's, or not finite.
         HeadError: probabilities were asked for, and the head has no calibration.
     """
-    head.require_model(features.model, "this head", features.place)
+    head.require_features(features, "this head")
     for rows, values in features.chunks():
         good = np.array([row for row in rows if row not in features.errors], np.int64)
         margins = head.margins(values[good - rows.start])

@@ -15,9 +15,10 @@ from pyarrow import parquet
 from safetensors.numpy import save_file
 
 from robustfeat.errors import InputError
-from robustfeat.serving.heads.features import Features, is_feature_file, open_features
+from robustfeat.serving.heads.features import Features, is_feature_file, open_array, open_features
 from robustfeat.serving.heads.fitting import fit_head
 from robustfeat.serving.heads.labels import match_labels, read_labels
+from robustfeat.serving.heads.predictions import predict_rows
 
 Form = Literal["NFC", "NFD"]
 
@@ -433,3 +434,49 @@ def test_every_format_of_embed_is_read(example_files: list[Path], tmp_path: Path
         assert list(features.paths) == [file.name for file in example_files[:5]]
     assert not is_feature_file(str(tmp_path / "images.parquet"))
     assert not is_feature_file(str(tmp_path))
+
+
+def test_an_array_made_elsewhere_is_read_with_its_names(tmp_path: Path, write_features: Any) -> None:
+    values = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float64)
+    values[3] = np.nan
+    np.save(tmp_path / "other.npy", values)
+    names = [f"{'ab'[row % 2]}/é{row}.jpg" for row in range(20)]
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n", "utf-8")
+    features = open_array(str(tmp_path / "other.npy"), str(tmp_path / "names.txt"))
+    assert features.paths == names
+    assert features.errors == {3: "not finite"}
+    assert features.good.sum() == 19
+    labelled = match_labels(features, read_labels(["folder"]))
+    head, _ = fit_head(features, labelled)
+    assert (len(labelled.rows), labelled.failed, head.model) == (19, 1, None)
+    assert [one.error for one in predict_rows(head, features)] == [None] * 3 + ["not finite"] + [None] * 16
+    shorter = open_features(str(write_features(tmp_path / "f.npy", np.ones((20, 4), np.float32), names)))
+    with pytest.raises(InputError, match=r"takes 6 features, .*f\.npy has 4"):
+        head.predict(shorter)
+    np.save(tmp_path / "other.npy", values[:, :4])
+    with pytest.raises(InputError, match=r"takes 6 features, .*other\.npy has 4"):
+        head.predict(open_array(str(tmp_path / "other.npy"), str(tmp_path / "names.txt")))
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "reason"),
+    [
+        (np.ones((3, 2)), "a\nb\n", r"names=.*: holds 2 lines; expected the paths of the 3 rows"),
+        (np.ones(3), "a\nb\nc\n", r"must hold an \(n, D\) array of floats; got \(3,\) float64"),
+        (np.ones((3, 2), int), "a\nb\nc\n", r"got \(3, 2\) int64"),
+        (np.array([[{}]], object), "a\n", r"not a \.npy file of numbers \("),
+        (b"junk", "a\n", r"not a \.npy file of numbers"),
+        (np.ones((1, 2)), None, r"names=.*: cannot be read \(No such file"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_refused(content: Any, names: str | None, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.npy"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        np.save(file, content, allow_pickle=True)
+    if names is not None:
+        (tmp_path / "names.txt").write_text(names)
+    with pytest.raises(InputError, match=reason) as caught:
+        open_array(str(file), str(tmp_path / "names.txt"))
+    assert "\n" not in str(caught.value)
