@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from robustfeat.errors import InputError
-from robustfeat.training.export.graph_reading import RunError, dimensions, noise, read_by, run_graph
+from robustfeat.training.export.graph_reading import RunError, noise, read_by, run_graph, tensor_shapes
 from robustfeat.training.export.stamp import INPUT
 
 __all__ = ["free_batch"]
@@ -35,7 +35,7 @@ def free_batch(model: onnx.ModelProto, batch: int | None, side: int, most: float
     size = batch or 1
     images = noise(_IMAGES * size, side, most)
     expected = np.concatenate(run_graph(model, np.split(images, _IMAGES), source))
-    repair = _Repair(model) if batch else None
+    repair = _Repair(model, images[:size], source) if batch else None
     reason = ""
     for attempt in (None, repair) if repair else (None,):
         if attempt:
@@ -62,24 +62,22 @@ def free_batch(model: onnx.ModelProto, batch: int | None, side: int, most: float
 class _Repair:
     """Frees the constants that a fixed batch left in a graph.
 
-    - The first dimension of a shape holds the batch, or the batch times something: it is left to be computed.
+    - The first dimension of a shape holds the batch, or the batch times something: it is left to be computed. The
+      others are what they are for a batch of the old size.
     - A constant that is joined to images, such as a class token, is repeated for each of them.
     - Flattened tensors whose values are taken in order, as PyTorch writes `as_strided`, are reshaped.
 
     Whether that was right shows in the features, which `free_batch` compares.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, images: NDArray[np.float32], source: str) -> None:
         self._graph = model.graph
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
         for node in model.graph.node:
             if node.op_type == "Constant" and node.attribute[0].HasField("t"):
                 self._constants[node.output[0]] = node.attribute[0].t
-        try:
-            inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        except Exception:  # onnx refuses some graphs that engines run
-            inferred = model.graph
-        self._shapes = {value.name: dimensions(value) for value in (*inferred.value_info, *inferred.output)}
+        names = [node.output[0] for node in model.graph.node if node.op_type == "Reshape"]
+        self._shapes = tensor_shapes(model, names, images, source)
         self._nodes: list[onnx.NodeProto] = []
 
     def apply(self) -> None:
@@ -100,17 +98,9 @@ class _Repair:
         self._graph.node.extend(copies)
 
     def _reshape(self, node: onnx.NodeProto) -> None:
-        if node.input[1] not in self._constants:
-            return  # it is computed
-        shape: list[Any] = self._array(node.input[1]).tolist()
-        known = self._shapes.get(node.output[0], [])
-        if known and None not in known:
-            shape = [-1, *known[1:]]
-        elif shape and -1 not in shape:
-            shape[0] = -1
-        elif shape and shape[0] == 1:
-            shape[0] = 0  # that of the input
-        self._set_shape(node, shape)
+        shape = self._shapes[node.output[0]]
+        if shape and 0 not in shape:
+            self._set_shape(node, [-1, *shape[1:]])
 
     def _set_shape(self, node: onnx.NodeProto, shape: list[Any]) -> None:
         node.input[1] = self._add(f"{node.output[0]}.shape", shape)
@@ -122,7 +112,7 @@ class _Repair:
     def _gather(self, node: onnx.NodeProto) -> None:
         """Gather(Reshape(x, [-1]), 0 ... n-1) becomes a Reshape of x."""
         flat = next((one for one in self._nodes if node.input[0] in one.output), None)
-        if flat is None or flat.op_type != "Reshape" or node.input[1] not in self._constants:
+        if flat is None or flat.op_type != "Reshape" or not {node.input[1], flat.input[1]} <= self._constants.keys():
             return
         places = self._array(node.input[1])
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)

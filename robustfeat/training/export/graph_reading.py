@@ -24,6 +24,7 @@ __all__ = [
     "output_shapes",
     "read_by",
     "run_graph",
+    "tensor_shapes",
 ]
 
 _MAX_BYTES = 2**31 - 1
@@ -87,6 +88,29 @@ def run_graph(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], source: s
         return [session.run(None, {name: batch})[0] for batch in batches]
     except Exception as exc:
         raise RunError(f"{source}: ONNX Runtime cannot run it ({_reason(exc)})") from exc
+
+
+def tensor_shapes(
+    model: onnx.ModelProto, names: Sequence[str], batch: NDArray[Any], source: str
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of inner tensors for a batch of the only input, by name.
+
+    Raises:
+        RunError: the network fails on it.
+        InputError: it cannot be loaded.
+    """
+    count = len(model.graph.output)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    try:
+        session = _session(model, source)
+        values = session.run(list(names), {session.get_inputs()[0].name: batch}) if names else []
+    except InputError:
+        raise
+    except Exception as exc:
+        raise RunError(f"{source}: ONNX Runtime cannot run it ({_reason(exc)})") from exc
+    finally:
+        del model.graph.output[count:]
+    return {name: value.shape for name, value in zip(names, values, strict=True)}
 
 
 def _session(model: onnx.ModelProto, source: str) -> Any:
