@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,8 @@ def write_model_folder(
     """Writes the folder, checks it and only then gives it its name.
 
     Args:
+        backbone: gives its weights up once they are written, so that their memory is free.
+        out: the folder to make.
         calibration: squares (S, S, 3) for int8, besides the golden images; None leaves int8 out.
         compact: weights once, in fp16, shared by model.safetensors and model.onnx.
         quiet: say nothing of the steps on stderr.
@@ -69,6 +72,10 @@ def write_model_folder(
         expected = _write_weights(backbone, path / WEIGHTS, inputs, compact=compact)
         remark(f"{name}: writes {ONNX['fp32']}", quiet=quiet)
         export_onnx(network, backbone.config.preprocessing, path / ONNX["fp32"])
+        # Engines hold the weights three times while they load them, which the check of the folder has to pay for.
+        backbone.state.clear()
+        network.to("meta")
+        gc.collect()  # exported programs refer to themselves
         return expected
 
     parts = FolderParts(backbone.config, write, training=backbone.training)

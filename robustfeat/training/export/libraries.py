@@ -138,8 +138,10 @@ def rebuild_features(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Mod
         network = make_timm(name, side if config.fixed_input_size else None, num_classes=config.num_classes)
     else:
         raise LookupError(f"timm has no network called {name!r}")
+    if not config.num_classes:
+        _drop_classifier(network, config.classifier)
+    fill_network(network, state)
     _drop_classifier(network, config.classifier)
-    fill_network(network, _without_classifier(state, config.classifier))
     return network.eval()
 
 
@@ -150,11 +152,6 @@ def _drop_classifier(network: nn.Module, classifier: Any) -> None:
         return
     for name in classifier_names(classifier):
         network.set_submodule(name, nn.Identity())
-
-
-def _without_classifier(state: Mapping[str, Tensor], classifier: Any) -> dict[str, Tensor]:
-    names = tuple(f"{name}." for name in classifier_names(classifier))
-    return {name: value for name, value in state.items() if not name.startswith(names)}
 
 
 def _outline(make: Callable[[], nn.Module]) -> nn.Module:
@@ -329,6 +326,11 @@ def _make_torchvision(name: str, image_size: int | None, classes: int | None = N
     return network
 
 
+def _for_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those of `_TRAINING_ONLY`."""
+    return {name: value for name, value in state.items() if name.partition(".")[0] not in _TRAINING_ONLY}
+
+
 def _download_torchvision(name: str, image_size: int | None) -> tuple[nn.Module, int, dict[str, Any]]:
     """The network with torchvision's weights, for how many classes, and the fields of its `Preprocessing`."""
     weights = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
@@ -342,7 +344,7 @@ def _download_torchvision(name: str, image_size: int | None) -> tuple[nn.Module,
         ) from exc
     classes = len(weights.meta["categories"])
     network = _make_torchvision(name, image_size, classes)
-    fill_network(network, _sized(network, _without_classifier(state, _TRAINING_ONLY)))
+    fill_network(network, _sized(network, _for_features(state)))
     preset = weights.transforms()
     side = image_size or preset.crop_size[0]
     settings = {
@@ -369,7 +371,7 @@ def _fill_torchvision(
         network = _make_torchvision(name, image_size, classes)
         if not classes:
             _drop_classifier(network, classifier)
-        tensors = _sized(network, _without_classifier(tensors, _TRAINING_ONLY))
+        tensors = _sized(network, _for_features(tensors))
         if misfit(network.state_dict(), tensors) is None:
             fill_network(network, tensors)
             return network, classes, _notes(part)

@@ -11,6 +11,7 @@ import onnxscript.optimizer
 import torch
 from onnxscript import ir
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustfeat.errors import ExportError, first_line
 from robustfeat.hub.external_data import MAX_BYTES, write_with_data_inside
@@ -58,17 +59,7 @@ def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None
         graph, weights = Path(scratch, "graph.onnx"), Path(scratch, "weights")
         try:
             with quiet():
-                program = torch.onnx.export(
-                    network,
-                    (torch.zeros(2, 3, side, side),),
-                    dynamo=True,
-                    optimize=False,
-                    verbose=False,
-                    input_names=[INPUT],
-                    output_names=[OUTPUT],
-                    dynamic_shapes=({0: torch.export.Dim("batch")},),
-                )
-                assert program is not None
+                program = _trace(network, side)
                 # Not the exporter's own optimiser: it folds BatchNorm into the weights, which then are not
                 # model.safetensors'.
                 onnxscript.optimizer.fold_constants(program.model)
@@ -77,10 +68,40 @@ def export_onnx(network: nn.Module, contract: Preprocessing, file: Path) -> None
         except Exception as exc:  # the exporter's errors share no base class
             raise_of_the_system(exc)
             raise ExportError(
-                f"this network cannot be exported to ONNX ({first_line(exc)})", fix="choose another architecture"
+                f"this network cannot be exported to ONNX ({_root(exc)})", fix="choose another architecture"
             ) from exc
         model = onnx.load(graph, load_external_data=False)
         stamp_onnx(model, contract)
         with open(weights, "rb") as handle, open(file, "wb") as target:
             data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if weights.stat().st_size else b""
             write_with_data_inside(model.SerializeToString(), lambda _: data, target)
+
+
+def _trace(network: nn.Module, side: int) -> torch.onnx.ONNXProgram:
+    def export() -> torch.onnx.ONNXProgram:
+        program = torch.onnx.export(
+            network,
+            (torch.zeros(2, 3, side, side),),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+        assert program is not None
+        return program
+
+    try:
+        return export()
+    except Exception:
+        # Fused attention returns other strides than the exporter assumes, which reshapes after it, as MaxViT's, show.
+        with sdpa_kernel(SDPBackend.MATH):
+            return export()
+
+
+def _root(exc: BaseException) -> str:
+    """What an exporter's error came from: its own message only says which step failed."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return first_line(exc)

@@ -125,12 +125,30 @@ def test_old_weights_without_batch_counters_are_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [0, 1, 7, 1000, 1001])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "efficientvit_m0"])
 def test_a_classifier_for_any_classes_or_none_is_taken(tmp_path: Path, name: str, classes: int) -> None:
     state = make(name, num_classes=classes).state_dict()
     result = opened(tmp_path, {"model": state}, f"timm:{name}")
     assert result.num_classes == classes
     assert_same(result.network, state)
+
+
+def test_a_classifier_with_layers_before_it_is_rebuilt(tmp_path: Path) -> None:
+    """timm takes away the BatchNorm before this classifier, too, which is none of its own parameters."""
+    result = opened(tmp_path, make("efficientvit_m0", num_classes=3).state_dict(), "timm:efficientvit_m0")
+    config = ModelConfig("m", feature_size=192, num_classes=3, preprocessing=Preprocessing(224), **result.names)
+    again, images = rebuild_features(config, result.network.state_dict()), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), result.feature_network()(images))
+
+
+@pytest.mark.slow  # exporting it takes long
+def test_attention_whose_strides_the_exporter_mistakes_is_exported(tmp_path: Path) -> None:
+    torch.save(make("test_maxvit").state_dict(), tmp_path / "weights.pth")
+    weights, out = tmp_path / "weights.pth", tmp_path / "model"
+    folder = import_backbone("timm:test_maxvit", out, weights=weights, image_size=64, int8=False).folder
+    assert not verify_with_torch(folder).short
+    assert not verify_with_timm(folder).short
 
 
 def test_another_kind_of_classifier_is_left_out(tmp_path: Path) -> None:
