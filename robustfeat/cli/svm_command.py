@@ -91,7 +91,8 @@ def fit_command(
     scaling are chosen by rows that were not fitted; then all rows are fitted. What the choice reached on those rows is
     in report.md, and the confusion matrix in confusion.png.
 
-    The exit code is 3 if labelled images failed.
+    A fit that was stopped resumes with the same command: the settings that were tried are kept beside HEAD until it is
+    written. The exit code is 3 if labelled images failed.
     """
     from robustfeat.files import new_folder, require_new
     from robustfeat.serving.heads.fitting import fit_head, require_two
@@ -120,6 +121,7 @@ def fit_command(
         scalings=tuple(SCALINGS) if scaling is None else (scaling,),
         method=selection,
         threads=extraction.options.threads,
+        resume=Path(out).with_name(f".{Path(out).name}.trials.json"),
         quiet=quiet,
     )
     with new_folder(out) as folder:

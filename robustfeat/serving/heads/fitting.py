@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import SCALINGS, Array
 from robustfeat.serving.heads.labels import LabelledRows
 from robustfeat.serving.heads.report import Report
-from robustfeat.serving.heads.selection import C_GRID, Candidate, Selection, choose
+from robustfeat.serving.heads.selection import C_GRID, Selection, choose
 from robustfeat.serving.heads.training_set import TrainingSet
+from robustfeat.serving.heads.trials import Candidate, Trials, fingerprint_rows
 from robustfeat.system import available_cpus
 
 __all__ = ["fit_head", "require_two", "select", "select_and_fit"]
@@ -37,6 +39,7 @@ def select_and_fit(
     method: str = "auto",
     seed: int = 0,
     threads: int | None = None,
+    trials: Trials | None = None,
     progress: Progress | None = None,
 ) -> tuple[Selection, Head, bool]:
     """Chooses C and scaling on rows that were not fitted, then fits on all.
@@ -49,7 +52,7 @@ def select_and_fit(
         targets: (m,) int64 from 0, or (m, K) bool for several labels a row.
         kind: one of `KINDS`.
         rows: (m,) the rows that the targets are of, ascending; all by default.
-        cs, scalings, method, seed: see `choose`.
+        cs, scalings, method, seed, trials: see `choose`.
         threads: processors; by default what the cgroup grants.
         progress: gets its total, and is advanced by one a fit.
 
@@ -64,7 +67,7 @@ def select_and_fit(
         data = TrainingSet(values, rows, targets, kind, threads or available_cpus(), progress)
         if progress:
             progress.total += 1
-        selection = choose(data, cs=cs, scalings=scalings, method=method, seed=seed, progress=progress)
+        selection = choose(data, cs=cs, scalings=scalings, method=method, seed=seed, trials=trials, progress=progress)
         head, converged = data.fits(selection.best.scaling, np.arange(len(targets))).fit(selection.best.c)
     if progress:
         progress.advance(1)
@@ -109,6 +112,7 @@ def fit_head(
     scalings: Sequence[str] = tuple(SCALINGS),
     method: str = "auto",
     threads: int | None = None,
+    resume: Path | None = None,
     quiet: bool = True,
 ) -> tuple[Head, Report | None]:
     """Selects, calibrates and scores on rows that were not fitted, then fits on all.
@@ -120,6 +124,8 @@ def fit_head(
         cs, scalings: what to choose from.
         method: one of `SELECTIONS`.
         threads: processors; by default what the cgroup grants.
+        resume: a file that keeps the settings that were tried until the head is there: a stopped fit of the same rows
+            and settings resumes from it.
         quiet: no progress.
 
     Returns:
@@ -132,6 +138,12 @@ def fit_head(
     targets, classes = labelled.targets, labelled.classes
     require_two(features.place, labelled)
     progress = Progress("fit", 0, "fits", quiet=quiet)
+    trials = Trials()
+    if resume is not None:
+        settings = [kind, list(cs), list(scalings), method]
+        trials = Trials(resume, fingerprint_rows(features.values, labelled.rows, targets, settings))
+        if len(trials):
+            progress.say(f"{len(trials)} settings were tried before the stop")
     selection, head, converged = select_and_fit(
         features.values,
         targets,
@@ -141,9 +153,11 @@ def fit_head(
         scalings=scalings,
         method=method,
         threads=threads,
+        trials=trials,
         progress=progress,
     )
     progress.finish()
+    trials.remove()
     report, calibration = None, {}
     if len(selection.held):
         answers = targets[selection.held]

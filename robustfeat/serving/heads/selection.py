@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, Array
-from robustfeat.serving.heads.training_set import TrainingSet
+from robustfeat.serving.heads.training_set import Fits, TrainingSet
+from robustfeat.serving.heads.trials import Candidate, Trials
 
-__all__ = ["C_GRID", "HELD_OUT", "SELECTIONS", "Candidate", "Selection", "choose", "fold", "hold_out"]
+__all__ = ["C_GRID", "HELD_OUT", "SELECTIONS", "Selection", "choose", "fold", "hold_out"]
 
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.1
@@ -35,25 +36,6 @@ _PATIENCE = 2
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Places to fit on, and places to score by."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A setting that was tried.
-
-    Attributes:
-        scaling: one of `SCALINGS`.
-        c: None for kinds that have no such thing.
-        score: on unseen rows: accuracy; with several labels a row, the mean over labels of F1. NaN without any.
-        error: the standard error of the score, from its spread over folds; NaN with a single part.
-        converged: whether the solver came to its end.
-    """
-
-    scaling: str
-    c: float | None
-    score: float
-    error: float
-    converged: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +66,7 @@ def choose(
     scalings: Sequence[str],
     method: str = "auto",
     seed: int = 0,
+    trials: Trials | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """Tries settings on unseen rows.
@@ -98,11 +81,13 @@ def choose(
             once the score has fallen twice in a row.
         method: one of `SELECTIONS`.
         seed: of the draw.
+        trials: settings that were tried before, which are not tried again; takes the others.
         progress: gets its total, and is advanced by one a fit.
 
     Raises:
         ValueError: the features cannot be fitted.
     """
+    trials = Trials() if trials is None else trials
     folds = method == "folds" or (method == "auto" and len(data.targets) < FEW)
     splits = fold(data.targets, seed) if folds else [hold_out(data.targets, seed)]
     splits = [(fit, held) for fit, held in splits if len(held)]
@@ -114,24 +99,28 @@ def choose(
     if progress:
         progress.total += len(scalings) * len(grid) * len(splits)
     patience = math.inf if method == "holdout" else _PATIENCE
-    tries = [one for scaling in scalings for one in _climb(data, scaling, grid, splits, patience, progress)]
+    tries = [one for scaling in scalings for one in _climb(data, scaling, grid, splits, patience, trials, progress)]
     chosen = max(tries, key=lambda one: one.candidate.score)  # the first one of equals
     if folds:
         chosen = _simplest(chosen, tries)
+    once, best = splits[:FOLDS], chosen.candidate
+    margins = chosen.margins or [  # of one that was tried before
+        data.margins(data.fits(best.scaling, fit).fit(best.c)[0], held) for fit, held in once
+    ]
     return Selection(
-        chosen.candidate,
+        best,
         tuple(one.candidate for one in tries),
         "folds" if folds else "holdout",
         tuple(splits),
-        np.concatenate([held for _, held in splits[:FOLDS]]),
-        np.concatenate(chosen.margins),
+        np.concatenate([held for _, held in once]),
+        np.concatenate(margins),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _Try:
     candidate: Candidate
-    margins: list[Array]  # of the rows that the first draw's parts score
+    margins: list[Array]  # of the rows that the first draw's parts score; none if it was tried before
 
 
 def _climb(
@@ -140,29 +129,51 @@ def _climb(
     cs: Sequence[float | None],
     splits: Sequence[Split],
     patience: float,
+    trials: Trials,
     progress: Progress | None,
 ) -> Iterator[_Try]:
     """One C after another, each on all parts, until the score has fallen so many times in a row."""
-    paths = [data.fits(scaling, fit) for fit, _ in splits]
+    paths: list[Fits] = []
     falls, before = 0, -math.inf
     for number, c in enumerate(cs):
-        scores, margins, all_converged = [], [], True
-        for path, (_, held) in zip(paths, splits, strict=True):
-            head, converged = path.fit(c)
-            if len(splits) > 1:
-                path.rest()
-            margins.append(data.margins(head, held))
-            scores.append(_score(head, margins[-1], data.targets[held]))
-            all_converged &= converged
+        known = trials.get(scaling, c)
+        if known is not None:
+            one = _Try(known, [])
             if progress:
-                progress.advance(1)
-        score, error = float(np.mean(scores)), _standard_error(scores)
-        yield _Try(Candidate(scaling, c, score, error, all_converged), margins[:FOLDS])
+                progress.advance(len(splits))
+        else:
+            paths = paths or [data.fits(scaling, fit) for fit, _ in splits]
+            one = _attempt(data, paths, splits, scaling, c, progress)
+            trials.add(one.candidate)
+        yield one
+        score = one.candidate.score
         falls, before = falls + 1 if score < before else 0, score
         if falls >= patience:
             if progress:
                 progress.total -= (len(cs) - number - 1) * len(splits)
             return
+
+
+def _attempt(
+    data: TrainingSet,
+    paths: Sequence[Fits],
+    splits: Sequence[Split],
+    scaling: str,
+    c: float | None,
+    progress: Progress | None,
+) -> _Try:
+    scores, margins, all_converged = [], [], True
+    for path, (_, held) in zip(paths, splits, strict=True):
+        head, converged = path.fit(c)
+        if len(splits) > 1:
+            path.rest()
+        margins.append(data.margins(head, held))
+        scores.append(_score(head, margins[-1], data.targets[held]))
+        all_converged &= converged
+        if progress:
+            progress.advance(1)
+    candidate = Candidate(scaling, c, float(np.mean(scores)), _standard_error(scores), all_converged)
+    return _Try(candidate, margins[:FOLDS])
 
 
 def _standard_error(scores: Sequence[float]) -> float:

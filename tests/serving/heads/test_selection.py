@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score
@@ -10,8 +14,13 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from robustfeat.serving.heads import selection
-from robustfeat.serving.heads.fitting import select
+from robustfeat.serving.heads.features import open_features
+from robustfeat.serving.heads.fitting import fit_head, select
+from robustfeat.serving.heads.labels import match_labels, read_labels
 from robustfeat.serving.heads.selection import FOLDS, Selection, fold
+from robustfeat.serving.heads.training_set import Fits
+from robustfeat.serving.heads.trials import Trials
+from tests.conftest import WriteFeatures
 from tests.serving.heads.test_newton import blobs
 
 
@@ -118,3 +127,47 @@ def test_a_choice_by_folds_depends_less_on_luck() -> None:
             scores.append(select(x[rows], y[rows], cs=(0.1,), scalings=("none",), method=method).best.score)
         deviations[method] = float(np.std(scores))
     assert deviations["folds"] < 0.5 * deviations["holdout"]
+
+
+def test_a_stopped_fit_resumes_with_what_it_had_tried(
+    tmp_path: Path, write_features: WriteFeatures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = blobs([25, 25, 25], 6, 2.0)
+    names = [f"{label}/{row}.jpg" for row, label in enumerate(y)]
+    features = open_features(str(write_features(tmp_path / "f.npy", x.astype(np.float32), names)))
+    labelled = match_labels(features, read_labels(["folder"]))
+    whole, report = fit_head(features, labelled, cs=(0.01, 0.1))
+    resume = tmp_path / ".head.trials.json"
+    fit, fitted = Fits.fit, [0]
+
+    def stopping(self: Fits, c: float | None) -> Any:
+        fitted[0] += 1
+        if fitted[0] == 60:  # in the third of six settings with 25 parts each
+            raise KeyboardInterrupt
+        return fit(self, c)
+
+    monkeypatch.setattr(Fits, "fit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        fit_head(features, labelled, cs=(0.01, 0.1), resume=resume)
+    kept = json.loads(resume.read_text())
+    assert [(one["scaling"], one["c"]) for one in kept["tried"]] == [("none", 0.01), ("none", 0.1)]
+    fitted[0] = 1000
+    head, again = fit_head(features, labelled, cs=(0.01, 0.1), resume=resume)
+    assert fitted[0] - 1000 <= 4 * 25 + 5 + 1
+    assert not resume.exists()
+    assert head.selection == whole.selection
+    assert report is not None
+    assert again is not None
+    assert again.to_dict() == report.to_dict()
+    np.testing.assert_allclose(head.margins(x), whole.margins(x), atol=1e-4)
+    # Other rows, labels or settings are another fit.
+    resume.write_text(json.dumps(kept))
+    fitted[0] = 1000
+    fit_head(features, labelled, cs=(0.01, 0.2), resume=resume)
+    assert fitted[0] - 1000 == 6 * 25 + 1
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"fingerprint": "f"}', '{"fingerprint": "f", "tried": [{}]}'])
+def test_a_damaged_file_of_trials_is_no_trial(content: str, tmp_path: Path) -> None:
+    (tmp_path / "trials.json").write_text(content)
+    assert len(Trials(tmp_path / "trials.json", "f")) == 0

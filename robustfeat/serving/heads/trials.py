@@ -1,0 +1,88 @@
+"""The settings that a selection has tried, kept in a file so that a stopped one resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.files import new_file
+from robustfeat.serving.heads.features import CHUNK_ROWS
+
+__all__ = ["Candidate", "Trials", "fingerprint_rows"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was tried.
+
+    Attributes:
+        scaling: one of `SCALINGS`.
+        c: None for kinds that have no such thing.
+        score: on unseen rows: accuracy; with several labels a row, the mean over labels of F1. NaN without any.
+        error: the standard error of the score, from its spread over folds; NaN with a single part.
+        converged: whether the solver came to its end.
+    """
+
+    scaling: str
+    c: float | None
+    score: float
+    error: float
+    converged: bool
+
+
+class Trials:
+    """Candidates of one selection.
+
+    Args:
+        file: where they are kept; what another selection left there is discarded. None keeps nothing.
+        fingerprint: of everything that decides the scores.
+    """
+
+    def __init__(self, file: Path | None = None, fingerprint: str = "") -> None:
+        self._file, self._fingerprint = file, fingerprint
+        self._known = {(one.scaling, one.c): one for one in self._read()}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, scaling: str, c: float | None) -> Candidate | None:
+        """The candidate with this setting, if it was tried."""
+        return self._known.get((scaling, c))
+
+    def add(self, candidate: Candidate) -> None:
+        """Keeps one more."""
+        self._known[candidate.scaling, candidate.c] = candidate
+        if self._file is not None:
+            content = {"fingerprint": self._fingerprint, "tried": [asdict(one) for one in self._known.values()]}
+            with new_file(self._file) as partial:
+                partial.write_text(json.dumps(content))
+
+    def remove(self) -> None:
+        """Deletes the file: the head is there."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def _read(self) -> list[Candidate]:
+        if self._file is None:
+            return []
+        try:
+            content = json.loads(self._file.read_text())
+            return [Candidate(**one) for one in content["tried"]] if content["fingerprint"] == self._fingerprint else []
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not ours: tried anew
+            return []
+
+
+def fingerprint_rows(values: NDArray[Any], rows: NDArray[np.int64], targets: NDArray[Any], settings: Any) -> str:
+    """sha256 of features, which of them have which labels, and JSON-like settings."""
+    digest = hashlib.sha256(json.dumps([values.shape, str(values.dtype), settings]).encode())
+    for array in (rows, targets):
+        digest.update(np.ascontiguousarray(array).data.cast("B"))
+    for start in range(0, len(values), CHUNK_ROWS):
+        digest.update(np.ascontiguousarray(values[start : start + CHUNK_ROWS]).data.cast("B"))
+    return digest.hexdigest()
