@@ -169,7 +169,7 @@ def _fit_batch_norm(network: nn.Module, pixels: torch.Tensor) -> None:
             network(pixel_values=pixels)
     for norm in norms:  # channels of next to no variance must not become the loudest
         assert norm.running_var is not None
-        norm.running_var.clamp_(min=float(norm.running_var.mean()))
+        norm.running_var.clamp_(min=1.1 * float(norm.running_var.mean()))
 
 
 class _Exported(nn.Module):
