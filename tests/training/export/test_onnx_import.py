@@ -112,14 +112,24 @@ def test_a_batch_that_shares_a_dimension_is_freed(tmp_path: Path, photos: list[P
     np.testing.assert_allclose(embed(report, photos), normalised(photos).mean((2, 3)), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["test_vit", pytest.param("test_convnext", marks=pytest.mark.slow)])
+SWIN = {"img_size": 64, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("test_vit", {}),
+        pytest.param("test_convnext", {}, marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", SWIN, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("tracing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_networks_that_pytorch_exports_for_one_image_take_any_number(
-    tmp_path: Path, photos: list[Path], name: str, tracing: bool
+    tmp_path: Path, photos: list[Path], name: str, sizes: dict[str, Any], tracing: bool
 ) -> None:
     torch.manual_seed(0)
-    network: Any = timm.create_model(name, num_classes=0).eval()
-    side, file = network.pretrained_cfg["input_size"][1], tmp_path / "net.onnx"
+    network: Any = timm.create_model(name, num_classes=0, **sizes).eval()
+    side, file = sizes.get("img_size", network.pretrained_cfg["input_size"][1]), tmp_path / "net.onnx"
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         more: dict[str, Any] = {} if tracing else {"external_data": False, "verbose": False}

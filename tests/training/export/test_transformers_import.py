@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,19 @@ def test_transformers_loads_the_folder_again(
     assert cosine(ours, theirs).min() >= 0.9999
     saved = repositories("dinov2") / "model.safetensors"
     assert load_file(dinov2 / "model.safetensors").keys() == load_file(saved).keys()
-    assert "features = outputs.pooler_output" in (dinov2 / "README.md").read_text()
+
+
+def test_the_cards_lines_give_the_features(
+    dinov2: Path, example_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = (dinov2 / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(import torch\n.*?)```", card, re.S)
+    shutil.copy(example_files[0], tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(lines.replace("ORG/NAME", str(dinov2)), names)
+    ours = FeatureExtractor.from_pretrained(dinov2, threads=1).embed(["photo.jpg"])
+    assert cosine(ours, names["features"].numpy()).min() >= 0.9999
 
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
