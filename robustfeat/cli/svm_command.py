@@ -149,6 +149,13 @@ def fit_command(
 @_names
 @click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
 @click.option("--probabilities", is_flag=True, help="Calibrated probabilities beside the margins.")
+@click.option(
+    "--reject",
+    "least",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="Predict no class for images with a typicality below P, such as 0.05.",
+)
 @click.option("--suggest", type=click.IntRange(min=1), metavar="N", help="List the N least certain, to label next.")
 @_labels_option()
 @extraction_options
@@ -160,13 +167,17 @@ def predict_command(
     names: str | None,
     out: str | None,
     probabilities: bool,
+    least: float | None,
     suggest: int | None,
     labels: tuple[str, ...],
     extraction: Extraction,
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Predicts the class of every row, as CSV: path, prediction, error, and the margin of each class.
+    """Predicts the class of every row, as CSV: path, prediction, error, typicality, and the margin of each class.
+
+    Typicality is near 0 for an image that is of none of the classes: it is the share of unseen images of the classes
+    that are at least as unlike them.
 
     A failed image has no prediction, and the exit code is then 3. --suggest lists paths and predictions: on stdout if
     the predictions go to --out, else on stderr; paths that --labels names are left out of it.
@@ -174,7 +185,7 @@ def predict_command(
     from robustfeat.files import new_file
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels import read_labels
-    from robustfeat.serving.heads.predictions import Suggestions, predict_rows, to_csv, to_jsonl
+    from robustfeat.serving.heads.predictions import Suggestions, predict_rows, reject, to_csv, to_jsonl
 
     _require_output(out, (*inputs, *labels))
     if labels and suggest is None:
@@ -182,6 +193,8 @@ def predict_command(
     opened = Head.load(head)
     if probabilities:
         opened.require_calibration()
+    if least is not None:
+        opened.require_typicality()
     known = read_labels(labels, multi_label=opened.multi_label) if labels else None
     features = _open(inputs, extraction, quiet, names=names, head=opened, head_place=head)
     known = known and known.matched(features.paths)
@@ -189,6 +202,8 @@ def predict_command(
     if out is None:
         features.check()  # what is on stdout cannot be taken back
     predictions = predict_rows(opened, features, probabilities=probabilities)
+    if least is not None:
+        predictions = reject(predictions, least)
     if suggest:
         predictions = suggestions.watch(predictions)
     if as_json or (out or "").endswith(".jsonl"):

@@ -112,7 +112,7 @@ def test_predictions_go_to_stdout(robustfeat: Run, head: Path, features: Path) -
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert len(rows) == 40
     assert sum(float(rows[0][key]) for key in rows[0] if key.startswith("probability:")) == pytest.approx(1, abs=1e-4)
-    assert result.stderr.splitlines()[0] == "path,prediction,certainty"
+    assert result.stderr.splitlines()[0] == "path,prediction,certainty,typicality"
     result = robustfeat("svm", "predict", head, features, "--json")
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [record["path"] for record in records] == [row["path"] for row in rows]

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from robustfeat.errors import InputError, first_line
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.calibration import calibrate
+from robustfeat.serving.heads.distance import fit_distance
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import SCALINGS, Array
 from robustfeat.serving.heads.labels import LabelledRows
 from robustfeat.serving.heads.report import Report
-from robustfeat.serving.heads.selection import C_GRID, Selection, choose
+from robustfeat.serving.heads.selection import C_GRID, FOLDS, Selection, choose
 from robustfeat.serving.heads.training_set import TrainingSet
 from robustfeat.serving.heads.trials import Candidate, Trials, fingerprint_rows
 from robustfeat.system import available_cpus
@@ -158,15 +159,17 @@ def fit_head(
     )
     progress.finish()
     trials.remove()
-    report, calibration = None, {}
+    report, measured = None, {}
     if len(selection.held):
         answers = targets[selection.held]
-        calibration = calibrate(selection.margins, answers)
+        groups = targets if targets.ndim == 1 else np.zeros(len(targets), np.int64)
+        distances = fit_distance(features.values, labelled.rows, groups, selection.splits[:FOLDS])
+        measured = calibrate(selection.margins, answers) | distances
         report = Report.of(head.decide(head.both(selection.margins)), answers, classes)
     head = replace(
         head,
         classes=classes,
-        arrays=dict(head.arrays) | calibration,
+        arrays=dict(head.arrays) | measured,
         model=features.model,
         selection=_describe(selection, labelled, converged=converged),
         scores={"held_out": report.to_dict()} if report else {},

@@ -1,7 +1,7 @@
 """`Head`: what turns features into answers. A folder of numbers and names, with nothing in it to execute.
 
     head.json          classes, kind, scaling, how it was selected, which model's features it takes, scores
-    head.safetensors   coefficients, means and the like; scaling; calibration; all float64
+    head.safetensors   coefficients, means and the like; scaling; calibration; distances; all float64
 
 Each file holds a sha256 of the other, so that neither changes alone.
 """
@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from robustfeat.errors import HeadError, InputError, first_line
 from robustfeat.files import new_folder
 from robustfeat.serving.heads import convert
+from robustfeat.serving.heads.distance import DISTANCE_ARRAYS, distance_shapes, measure_typicality
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
 from robustfeat.serving.heads.kinds import KINDS, SCALINGS, Array
 from robustfeat.serving.identity import ModelIdentity
 
 __all__ = ["Head"]
 
-FORMAT_VERSION = 1
-"""Heads of a newer version are refused."""
+FORMAT_VERSION = 2
+"""Heads of a newer version are refused. Version 1 knew no distances, and heads without them are still of it."""
 
 JSON, TENSORS = "head.json", "head.safetensors"
 
@@ -47,7 +48,7 @@ class Head(convert.HeadParts):
         kind: one of `KINDS`.
         classes: K names, or numbers.
         scaling: one of `SCALINGS`.
-        arrays: float64, by name: those of the kind and the scaling, and calibration where there is one.
+        arrays: float64, by name: those of the kind and the scaling, and of calibration and distances where there are.
         multi_label: whether a row may have several labels, or none.
         model: whose features these are; None where that is not known (then it is not checked).
         selection: how C and scaling were chosen.
@@ -72,12 +73,19 @@ class Head(convert.HeadParts):
             isinstance(name, int) and abs(name) >= 2**63 for name in self.classes
         ):
             raise ValueError("classes must be all text or all whole numbers; name others by classes=[...]")
-        kind = KINDS[self.kind]
+        self._check_arrays()
+        if self.model is not None and self.model.feature_size != self.feature_size:
+            raise ValueError(f"the model gives {self.model.feature_size} features, the arrays take {self.feature_size}")
+
+    def _check_arrays(self) -> None:
+        kind, count = KINDS[self.kind], len(self.classes)
         if any(array.ndim == 0 for array in self.arrays.values()):
             raise ValueError("arrays must have rows; got a number")
-        allowed = {*kind.shapes, *SCALINGS[self.scaling], *_CALIBRATION}
-        optional = set(_CALIBRATION) if not set(_CALIBRATION) & set(self.arrays) else set()
-        if not allowed - optional <= set(self.arrays) <= allowed:
+        allowed = {*kind.shapes, *SCALINGS[self.scaling]}
+        for optional in (_CALIBRATION, DISTANCE_ARRAYS):
+            if set(optional) & set(self.arrays):
+                allowed |= set(optional)
+        if set(self.arrays) != allowed:
             raise ValueError(
                 f"a {self.kind} head with {self.scaling} scaling has {sorted(allowed)}; got {sorted(self.arrays)}"
             )
@@ -89,14 +97,15 @@ class Head(convert.HeadParts):
             self._require(name, (self.feature_size,))
         for name in set(_CALIBRATION) & set(self.arrays):
             self._require(name, (rows,))
-        if self.model is not None and self.model.feature_size != self.feature_size:
-            raise ValueError(f"the model gives {self.model.feature_size} features, the arrays take {self.feature_size}")
+        if self.tells_typicality:
+            for name, lengths in distance_shapes(self.arrays, self.feature_size).items():
+                self._require(name, lengths)
 
     def _require(self, name: str, shape: tuple[int, ...]) -> None:
         array = self.arrays[name]
         if array.shape != shape or array.dtype != np.float64 or not np.isfinite(array).all():
             raise ValueError(f"{name} must be {shape} finite float64; got {array.shape} {array.dtype}")
-        if name in {"variances", "priors", "scaling.scale"} and not (array > 0).all():
+        if name in {"variances", "priors", "scaling.scale", "distance.floor"} and not (array > 0).all():
             raise ValueError(f"{name} must be above zero")
 
     @classmethod
@@ -287,6 +296,34 @@ class Head(convert.HeadParts):
         probabilities: Array = powers / powers.sum(1, keepdims=True)
         return probabilities
 
+    @property
+    def tells_typicality(self) -> bool:
+        """Whether there are distances."""
+        return bool(set(DISTANCE_ARRAYS) & set(self.arrays))
+
+    def typicality(self, features: NDArray[Any] | Features) -> Array:
+        """How usual rows are among images of the classes, (n,): see `measure_typicality`.
+
+        Raises:
+            InputError, ValueError: as `margins`.
+            HeadError: this head knows no distances.
+        """
+        self.require_typicality()
+        return measure_typicality(self.arrays, self._values(features))
+
+    def require_typicality(self) -> None:
+        """Asks whether there are distances.
+
+        Raises:
+            HeadError: there are none.
+        """
+        if not self.tells_typicality:
+            raise HeadError(
+                "this head cannot tell images of other classes: an earlier version or another program made it, or "
+                "every class had a single row",
+                fix="fit it again",
+            )
+
     def certainty(self, margins: Array) -> Array:
         """(n,): the largest margin minus the second one; with several labels, the smallest distance from zero."""
         if self.multi_label:
@@ -310,7 +347,7 @@ class Head(convert.HeadParts):
         from safetensors.numpy import save
 
         about = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.tells_typicality else 1,
             "kind": self.kind,
             "classes": list(self.classes),
             "multi_label": self.multi_label,
@@ -351,9 +388,9 @@ class Head(convert.HeadParts):
         try:
             about = json.loads(text)
             version = about["format_version"]
-            if version != FORMAT_VERSION:
+            if version not in range(1, FORMAT_VERSION + 1):
                 raise HeadError(
-                    f"{folder / JSON}: format_version must be {FORMAT_VERSION}; got {version!r}",
+                    f"{folder / JSON}: format_version must be from 1 to {FORMAT_VERSION}; got {version!r}",
                     fix="update robustfeat",
                 )
             expected = about.pop(f"{TENSORS}_sha256")

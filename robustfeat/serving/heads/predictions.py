@@ -6,7 +6,7 @@ import csv
 import heapq
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from robustfeat.serving.heads.kinds import Array
 from robustfeat.serving.heads.labels import SEPARATOR
 from robustfeat.serving.inputs.sources import path_fields
 
-__all__ = ["Prediction", "Suggestions", "predict_rows", "to_csv", "to_jsonl"]
+__all__ = ["Prediction", "Suggestions", "predict", "predict_rows", "reject", "to_csv", "to_jsonl"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class Prediction:
         margins: (K,); None where the image failed.
         probabilities: (K,), if they were asked for.
         certainty: see `Head.certainty`.
+        typicality: see `Head.typicality`; None where the head tells none, or the image failed.
         error: why the image failed.
     """
 
@@ -41,6 +42,7 @@ class Prediction:
     margins: Array | None = None
     probabilities: Array | None = None
     certainty: float = float("nan")
+    typicality: float | None = None
     error: str | None = None
 
 
@@ -53,24 +55,39 @@ def predict_rows(head: Head, features: Features, *, probabilities: bool = False)
     """
     head.require_features(features, "this head")
     for rows, values in features.chunks():
-        good = np.array([row for row in rows if row not in features.errors], np.int64)
-        margins = head.margins(values[good - rows.start])
-        decided = head.decide(margins)
-        certainty = head.certainty(margins) if len(good) else np.empty(0)
-        shares = head.calibrate(margins) if probabilities else None
-        place = 0
+        good = [row for row in rows if row not in features.errors]
+        names = [features.paths[row] for row in good]
+        found = iter(predict(head, values[np.array(good, np.int64) - rows.start], names, probabilities=probabilities))
         for row in rows:
-            if row in features.errors:
-                yield Prediction(features.paths[row], error=features.errors[row])
-                continue
-            yield Prediction(
-                features.paths[row],
-                labels_of(head, decided[place]),
-                margins[place],
-                None if shares is None else shares[place],
-                float(certainty[place]),
-            )
-            place += 1
+            failed = features.errors.get(row)
+            yield next(found) if failed is None else Prediction(features.paths[row], error=failed)
+
+
+def predict(head: Head, values: NDArray[Any], paths: Sequence[str], *, probabilities: bool = False) -> list[Prediction]:
+    """Predictions for (n, D) features of images that did not fail, with their n paths."""
+    if not len(values):
+        return []
+    margins = head.margins(values)
+    decided, certainty = head.decide(margins), head.certainty(margins)
+    shares = head.calibrate(margins) if probabilities else None
+    typicality = head.typicality(values) if head.tells_typicality else None
+    return [
+        Prediction(
+            path,
+            labels_of(head, decided[at]),
+            margins[at],
+            None if shares is None else shares[at],
+            float(certainty[at]),
+            None if typicality is None else float(typicality[at]),
+        )
+        for at, path in enumerate(paths)
+    ]
+
+
+def reject(predictions: Iterator[Prediction], least: float) -> Iterator[Prediction]:
+    """The same, without labels where the typicality is below `least`: none of the classes."""
+    for one in predictions:
+        yield replace(one, labels=()) if one.typicality is not None and one.typicality < least else one
 
 
 def labels_of(head: Head, decided: NDArray[Any] | Any) -> tuple[str | int, ...]:
@@ -84,13 +101,16 @@ def labels_of(head: Head, decided: NDArray[Any] | Any) -> tuple[str | int, ...]:
 def answer_of(head: Head, prediction: Prediction) -> dict[str, Any]:
     """A prediction as a JSON object."""
     labels = list(prediction.labels)
+    one = labels[0] if labels else None
     answer: dict[str, Any] = {
         **path_fields(prediction.path),
-        "prediction": None if prediction.error is not None else labels if head.multi_label else labels[0],
+        "prediction": labels if head.multi_label and prediction.error is None else one,
         "margins": _named(head.classes, prediction.margins),
     }
     if prediction.probabilities is not None:
         answer["probabilities"] = _named(head.classes, prediction.probabilities)
+    if head.tells_typicality:
+        answer["typicality"] = prediction.typicality
     answer["error"] = prediction.error
     return answer
 
@@ -100,13 +120,15 @@ def _named(classes: Sequence[str | int], values: Array | None) -> dict[str, floa
 
 
 def to_jsonl(head: Head, predictions: Iterator[Prediction]) -> Iterator[str]:
-    """One JSON object a line: path, prediction, margins, probabilities if asked for, error or null."""
+    """JSON lines: path, prediction, margins, probabilities if asked for, typicality if the head tells it, error."""
     for prediction in predictions:
         yield json_line(answer_of(head, prediction)) + "\n"
 
 
 def to_csv(head: Head, predictions: Iterator[Prediction], *, probabilities: bool = False) -> Iterator[str]:
     """A header and a line a row: path, prediction, error, the margin of each class, and its probability if asked for.
+
+    Where the head tells typicality, it stands before the margins.
 
     Several labels are joined by `|`. Names that are not UTF-8 keep their bytes as lone surrogates, and text that a
     spreadsheet would run as a formula stands behind a `'`; `read_labels` undoes both.
@@ -120,11 +142,14 @@ def to_csv(head: Head, predictions: Iterator[Prediction], *, probabilities: bool
         line.truncate()
         return text
 
-    header = ["path", "prediction", "error", *(f"margin:{name}" for name in head.classes)]
+    typicality = ["typicality"] if head.tells_typicality else []
+    header = ["path", "prediction", "error", *typicality, *(f"margin:{name}" for name in head.classes)]
     writer.writerow(header + [f"probability:{name}" for name in head.classes if probabilities])
     yield taken()
     for one in predictions:
         cells: list[Any] = [quote_cell(text) for text in (one.path, _joined(one.labels), one.error or "")]
+        if one.typicality is not None:
+            cells.append(f"{one.typicality:.6g}")
         for values in (one.margins, one.probabilities):
             if values is not None:
                 cells += [f"{value:.6g}" for value in values]
@@ -163,10 +188,14 @@ class Suggestions:
         return [prediction for _, _, prediction in sorted(self._least, key=lambda entry: (-entry[0], -entry[1]))]
 
     def to_csv(self) -> str:
-        """The same: path, prediction, certainty."""
+        """The same: path, prediction, certainty, and typicality where the head tells it."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "prediction", "certainty"])
-        for one in self.found():
-            writer.writerow([quote_cell(one.path), quote_cell(_joined(one.labels)), f"{one.certainty:.6g}"])
+        found = self.found()
+        told = any(one.typicality is not None for one in found)
+        writer.writerow(["path", "prediction", "certainty", *(["typicality"] if told else [])])
+        for one in found:
+            numbers = [one.certainty] if one.typicality is None else [one.certainty, one.typicality]
+            cells = [quote_cell(one.path), quote_cell(_joined(one.labels)), *(f"{number:.6g}" for number in numbers)]
+            writer.writerow(cells)
         return text.getvalue()

@@ -169,16 +169,13 @@ async def _embed(service: Service, request: Request, model: str | None) -> tuple
 
 def _predictions(head: Head, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """The entries of a reply: a head's answer for each image with features."""
-    from robustfeat.serving.heads.predictions import Prediction, answer_of, labels_of
+    from robustfeat.serving.heads.predictions import answer_of, predict
 
     good = {at: answer.features for at, answer in enumerate(answers) if answer.features is not None}
-    margins = head.margins(np.stack(list(good.values())))
-    decided = head.decide(margins)
-    shares = head.calibrate(margins) if head.calibrated else None
+    predictions = predict(head, np.stack(list(good.values())), [""] * len(good), probabilities=head.calibrated)
     data = [failed_item(at, answer) for at, answer in enumerate(answers)]
-    for row, at in enumerate(good):
-        probabilities = None if shares is None else shares[row]
-        entry = answer_of(head, Prediction("", labels_of(head, decided[row]), margins[row], probabilities))
+    for at, prediction in zip(good, predictions, strict=True):
+        entry = answer_of(head, prediction)
         del entry["path"], entry["error"]
         data[at] = {"index": at, **entry}
     return data

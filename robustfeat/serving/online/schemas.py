@@ -57,6 +57,9 @@ class PredictedItem(Item):
     prediction: str | int | list[str | int] = Field(description="A list where an image may have several labels.")
     margins: dict[str, float]
     probabilities: dict[str, float] | None = None
+    typicality: float | None = Field(
+        None, description="The share of unseen images of the classes that are at least as unlike them; near 0: of none."
+    )
 
 
 class About(BaseModel):

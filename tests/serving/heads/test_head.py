@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def tamper(folder: Path, change: str) -> None:
     elif change == "model":
         about.write_text(text.replace("digits-v1", "digits-v2"))
     elif change == "newer":
-        about.write_text(text.replace('"format_version": 1', '"format_version": 2'))
+        about.write_text(re.sub(r'"format_version": \d', '"format_version": 3', text))
     elif change == "no JSON":
         about.write_text(text[:100])
     elif change == "list":
@@ -200,7 +201,7 @@ def tamper(folder: Path, change: str) -> None:
         ("empty", "not a valid head"),
         ("classes", "head.json: altered"),
         ("model", "head.json: altered"),
-        ("newer", "format_version must be 1; got 2"),
+        ("newer", "format_version must be from 1 to 2; got 3"),
         ("no JSON", "not a valid head"),
         ("list", "not a valid head"),
         ("deep", "not a valid head"),

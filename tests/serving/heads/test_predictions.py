@@ -18,7 +18,7 @@ from robustfeat.serving import Head
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.fitting import fit_head
 from robustfeat.serving.heads.labels import match_labels, read_labels
-from robustfeat.serving.heads.predictions import Suggestions, predict_rows, to_csv, to_jsonl
+from robustfeat.serving.heads.predictions import Suggestions, predict_rows, reject, to_csv, to_jsonl
 from robustfeat.serving.heads.report import Report
 from robustfeat.serving.inputs.sources import path_of_index
 
@@ -103,7 +103,16 @@ def test_predictions_keep_rows_and_say_what_failed(fitted: tuple[Head, Path], di
         assert float(lines[row][f"margin:{best}"]) == pytest.approx(expected[row].max(), rel=1e-5)
         assert records[row]["margins"] == pytest.approx(dict(zip(head.classes, expected[row], strict=True)))
         assert sum(records[row]["probabilities"].values()) == pytest.approx(1)
-    assert records[2] == {"path": "bad.png", "prediction": None, "margins": None, "error": "truncated"}
+    failed = {"path": "bad.png", "prediction": None, "margins": None, "typicality": None, "error": "truncated"}
+    assert records[2] == failed
+    assert lines[2]["typicality"] == ""
+    usual = head.typicality(digits[0][1200:1206])
+    for row in (0, 1, 3, 4, 5):
+        assert records[row]["typicality"] == usual[row]
+        assert float(lines[row]["typicality"]) == pytest.approx(usual[row], rel=1e-5)
+    some = float(np.median(usual[[0, 1, 3, 4, 5]]))
+    for row, one in enumerate(reject(predict_rows(head, features), some)):
+        assert bool(one.labels) == (row != 2 and usual[row] >= some)
 
 
 def test_names_come_back_from_predictions_as_they_were(

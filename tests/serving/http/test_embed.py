@@ -145,11 +145,13 @@ def test_predict_gives_the_answers_of_the_head(
     assert (answer.status, answer.json["head"], answer.json["model"]) == (200, "clothes", "robustfeat")
     data = answer.json["data"]
     assert data.pop(1)["error"]["code"] == "unreadable_image"
-    margins = head.margins(extractor.embed(photos))
+    features = extractor.embed(photos)
+    margins, usual = head.margins(features), head.typicality(features)
     for row, item in enumerate(data):
         assert item["prediction"] == head.decide(margins)[row]
         assert item["margins"] == pytest.approx(dict(zip(head.classes, margins[row], strict=True)), abs=1e-4)
         assert sum(item["probabilities"].values()) == pytest.approx(1)
+        assert item["typicality"] == pytest.approx(usual[row], abs=0.03)  # a neighbour of 40, where bits differ
 
 
 @pytest.mark.parametrize(

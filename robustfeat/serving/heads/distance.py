@@ -1,0 +1,131 @@
+"""How far an image lies from the images that a head was fitted on: whether it is of any of the classes at all.
+
+The distance is Mahalanobis's to the nearest class mean, of features of unit length, with one covariance within all
+classes (Lee et al., NeurIPS 2018). Its `typicality` is the share of images of the classes, not fitted, that lie at
+least as far: the p-value of conformal outlier detection (Laxhammar and Falkman, 2010).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.serving.heads.kinds import Array, Arrays
+
+__all__ = ["DISTANCE_ARRAYS", "distance_shapes", "fit_distance", "measure_distance", "measure_typicality"]
+
+DISTANCE_ARRAYS = ("distance.means", "distance.basis", "distance.inverses", "distance.floor", "distance.unseen")
+"""(M, D), (r, D), (r,), (1,) and (q,): class means, directions and inverse variances of the covariance, the variance in
+all others, and the distances of unseen rows, ascending."""
+
+_SHRUNK = 0.1
+"""Share of the covariance that is spread evenly over all directions: few rows do not know it better."""
+
+_DIRECTIONS = 128
+_MOST_ROWS = 20_000
+_MOST_UNSEEN = 1_000
+
+
+def fit_distance(
+    values: NDArray[Any],
+    rows: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    splits: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> dict[str, Array]:
+    """The arrays of a head that knows what is unlike its classes.
+
+    Args:
+        values: (n, D) features, possibly memory-mapped.
+        rows: (m,) those with labels; of many, `_MOST_ROWS` are used.
+        groups: (m,) the class of each, or zeros where a row may have several labels.
+        splits: places to fit on and places to measure.
+
+    Returns:
+        `DISTANCE_ARRAYS`, or nothing where no row is left to measure.
+    """
+    unseen = [
+        measure_distance(_fit(values, rows, groups, fit), values[rows[held[:_MOST_ROWS]]]) for fit, held in splits
+    ]
+    if not unseen:
+        return {}
+    distances = np.sort(np.concatenate(unseen))
+    kept = np.linspace(0, len(distances) - 1, min(len(distances), _MOST_UNSEEN)).round().astype(np.int64)
+    return {**_fit(values, rows, groups, np.arange(len(rows))), "distance.unseen": distances[kept]}
+
+
+def distance_shapes(arrays: Arrays, size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of these arrays for D features.
+
+    Raises:
+        ValueError: there is no mean or no distance of an unseen row, or those do not ascend.
+    """
+    means, directions, unseen = (len(arrays[f"distance.{name}"]) for name in ("means", "basis", "unseen"))
+    if not means or not unseen or (np.diff(arrays["distance.unseen"]) < 0).any():
+        raise ValueError("distances must have a mean, and those of unseen rows must ascend")
+    shapes = ((means, size), (directions, size), (directions,), (1,), (unseen,))
+    return dict(zip(DISTANCE_ARRAYS, shapes, strict=True))
+
+
+def measure_distance(arrays: Arrays, features: NDArray[Any]) -> Array:
+    """(n, D) features to their squared distances, (n,)."""
+    x = _unit(features)
+    nearest = np.full(len(x), np.inf)
+    for mean in arrays["distance.means"]:
+        away = x - mean
+        square = (away**2).sum(1) / arrays["distance.floor"][0]
+        square += (away @ arrays["distance.basis"].T) ** 2 @ arrays["distance.inverses"]
+        nearest = np.minimum(nearest, square)
+    return nearest
+
+
+def measure_typicality(arrays: Arrays, features: NDArray[Any]) -> Array:
+    """(n, D) features to (n,), above 0 and up to 1: about even where images are of the classes, near 0 where not."""
+    unseen = arrays["distance.unseen"]
+    as_far = len(unseen) - np.searchsorted(unseen, measure_distance(arrays, features), side="left")
+    typicality: Array = (1 + as_far) / (1 + len(unseen))
+    return typicality
+
+
+def _fit(
+    values: NDArray[Any], rows: NDArray[np.int64], groups: NDArray[np.int64], places: NDArray[np.int64]
+) -> dict[str, Array]:
+    if len(places) > _MOST_ROWS:
+        places = np.sort(np.random.default_rng(0).choice(places, _MOST_ROWS, replace=False))
+    x, own = _unit(values[rows[places]]), groups[places]
+    present, own = np.unique(own, return_inverse=True)
+    means = np.stack([x[own == group].mean(0) for group in range(len(present))])
+    within = x - means[own]
+    size = x.shape[1]
+    even = max(float((within**2).sum()) / len(x) / size, 1e-12)  # the mean variance of a direction
+    variances, basis = _principal(within)
+    shrunk = (1 - _SHRUNK) * variances + _SHRUNK * even
+    # What is left of the trace, over the directions that are left.
+    rest = max((even * size - shrunk.sum()) / max(size - len(shrunk), 1), _SHRUNK * even)
+    return {
+        "distance.means": means,
+        "distance.basis": basis,
+        "distance.inverses": 1 / shrunk - 1 / rest,
+        "distance.floor": np.array([rest]),
+    }
+
+
+def _principal(within: Array) -> tuple[Array, Array]:
+    """The largest variances, at most `_DIRECTIONS`, and their directions (r, D)."""
+    count, size = within.shape
+    wide = count < size
+    variances, vectors = np.linalg.eigh((within @ within.T if wide else within.T @ within) / count)
+    kept = np.flatnonzero(variances > 1e-9 * variances[-1])[-_DIRECTIONS:]
+    basis = vectors[:, kept].T
+    if wide:
+        basis = basis @ within / np.sqrt(variances[kept] * count)[:, None]
+    return variances[kept], np.ascontiguousarray(basis)
+
+
+def _unit(features: NDArray[Any]) -> Array:
+    x = np.asarray(features, np.float64)
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    unit: Array = x / np.where(norms == 0, 1.0, norms)
+    return unit
