@@ -32,6 +32,17 @@ def test_rows_are_the_truth_and_columns_the_prediction() -> None:
     assert wrong[:, 1].max() == right[:, 1].max()
 
 
+@pytest.mark.parametrize("classes", [2, 10, 200])
+def test_cells_are_coloured_where_the_counts_are(classes: int) -> None:
+    image = draw_confusion(np.eye(classes, dtype=np.int64), ["x"] * classes)
+    right = coloured(image, blue=True)
+    assert not len(coloured(image, blue=False))
+    place = right - right.min(0)
+    side = (np.ptp(right, axis=0) + 1).mean() / classes
+    assert np.abs(place[:, 0] - place[:, 1]).max() < side  # along the diagonal
+    assert len(right) > 0.6 * classes * side**2
+
+
 def test_the_sides_are_named_the_prediction_above_and_the_truth_at_the_left() -> None:
     image = draw_confusion(np.eye(10, dtype=np.int64), list("abcdefghij"))
     font = ImageFont.load_default(16)
