@@ -94,6 +94,7 @@ def adapt_graph(
     pooled = put_output(graph, last, pooling, prefix, source)
     graph.output[0].CopyFrom(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch or _BATCH, last.size]))
     free_batch(model, batch, side, most, source)
+    _drop_unused(graph, OUTPUT)
     return AdaptedGraph(
         model,
         side,
@@ -142,6 +143,14 @@ def _classifier_input(graph: onnx.GraphProto, output: str) -> str | None:
 
 def _prune(graph: onnx.GraphProto, output: str) -> None:
     """Leaves what `output` needs, and makes it the only output."""
+    _drop_unused(graph, output)
+    # What was inferred of inner tensors holds for the old batch and the old sides.
+    del graph.value_info[:], graph.output[:]
+    graph.output.append(onnx.ValueInfoProto(name=output))
+
+
+def _drop_unused(graph: onnx.GraphProto, output: str) -> None:
+    """Deletes the nodes, weights and inputs that `output` does not need."""
     needed = {output}
     for node in reversed(graph.node):
         if needed & set(node.output):
@@ -151,9 +160,6 @@ def _prune(graph: onnx.GraphProto, output: str) -> None:
     _keep(graph.input, lambda value: value.name in needed - weights)
     _keep(graph.initializer, lambda tensor: tensor.name in needed)
     _keep(graph.node, lambda node: bool(needed & set(node.output)))
-    # What was inferred of inner tensors holds for the old batch and the old sides.
-    del graph.value_info[:], graph.output[:]
-    graph.output.append(onnx.ValueInfoProto(name=output))
 
 
 def _keep(field: Any, wanted: Callable[[Any], bool]) -> None:
