@@ -212,6 +212,7 @@ def test_features_of_two_poolings_do_not_mix(repository: Repository, tmp_path: P
     folder, out = repository("dinov2"), tmp_path / "feats.npy"
     robustfeat.embed(example_files[:3], out, model=folder, quiet=True)
     identity = open_features(str(out)).model
+    assert identity is not None
     assert identity.pooling == "cls"
     assert ModelIdentity.of_head(identity.to_head()).pooling == "cls"
     mean = FeatureExtractor.from_pretrained(folder, pooling="mean")
