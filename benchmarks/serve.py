@@ -121,7 +121,7 @@ class Bench:
         self.folder = resolve_model(options.model)
         self.photos = sorted(f.resolve() for f in options.photos.iterdir() if f.suffix.lower() in {".jpg", ".jpeg"})
         self.bytes = [photo.read_bytes() for photo in self.photos]
-        self.way = [f"--model={options.model}", f"--engine={options.engine}", f"--precision={options.precision}"]
+        self.way = [f"--{name}={getattr(options, name)}" for name in ("model", "engine", "precision", "device")]
         self.requests = [raw(photo) for photo in self.bytes]
         self.rates: dict[str, list[float]] = {}
         self.missing: list[dict[str, str]] = []
@@ -156,9 +156,9 @@ class Bench:
 
     async def lone(self) -> None:
         """p50 of one client and of calls in process, in turns of all photographs."""
-        model, engine, precision = (text.partition("=")[2] for text in self.way)
+        way = [text.partition("=")[2] for text in self.way]
         command = ["taskset", "-c", str(SERVER_CORE), sys.executable, __file__, "--in-process"]
-        command += [model, engine, precision, *map(str, self.photos)]
+        command += [*way, *map(str, self.photos)]
         apart = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
@@ -320,9 +320,9 @@ class Bench:
                 process.wait()
 
 
-def in_process(model: str, engine: str, precision: str, photos: list[str]) -> None:
+def in_process(model: str, engine: str, precision: str, device: str, photos: list[str]) -> None:
     """Embeds all photographs, one at a time, whenever a line comes in."""
-    extractor = FeatureExtractor.from_pretrained(model, engine=engine, precision=precision, threads=1)
+    extractor = FeatureExtractor.from_pretrained(model, engine=engine, precision=precision, device=device, threads=1)
     images = [Path(photo).read_bytes() for photo in photos]
     for _ in sys.stdin:
         seconds = []
@@ -335,14 +335,15 @@ def in_process(model: str, engine: str, precision: str, photos: list[str]) -> No
 
 def main() -> None:
     if sys.argv[1:2] == ["--in-process"]:
-        model, engine, precision, *photos = sys.argv[2:]
-        in_process(model, engine, precision, photos)
+        model, engine, precision, device, *photos = sys.argv[2:]
+        in_process(model, engine, precision, device, photos)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, metavar="FOLDER", help="of JPEGs")
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--engine", default="onnxruntime")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="SECTION,...", help=", ".join(SECTIONS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
@@ -366,7 +367,9 @@ def main() -> None:
         {"what": name, "median": f"{statistics.median(v):.2f}", "range": f"{min(v):.2f} to {max(v):.2f}"}
         for name, v in bench.rates.items()
     ]
-    print_table(f"{options.model}, {options.engine} {options.precision}, {options.rounds} rounds", rows)
+    print_table(
+        f"{options.model}, {options.engine} {options.precision} on {options.device}, {options.rounds} rounds", rows
+    )
     report = {
         "hardware": hardware(),
         "python": platform.python_version(),

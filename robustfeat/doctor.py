@@ -235,8 +235,9 @@ def _gpus() -> list[str]:
 def _gpu(options: RunOptions) -> Iterator[Finding]:
     gpus = _gpus()
     if not gpus:
-        if options.device == "cuda":  # whether it runs all the same is told by the engine
-            fix = "install the NVIDIA driver (in a container: start it with its GPUs), or leave out `device=cuda`"
+        if options.requires_gpu:  # whether it runs all the same is told by the engine
+            chosen = "`device=cuda`" if options.device == "cuda" else "`engine=tensorrt`"
+            fix = f"install the NVIDIA driver (in a container: start it with its GPUs), or leave out {chosen}"
             yield Finding("gpu", NOTE, "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)", fix)
         else:
             yield Finding("gpu", OK, "none by NVIDIA; all runs on the processor")

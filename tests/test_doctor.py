@@ -118,6 +118,10 @@ def test_cuda_that_is_asked_for_and_absent_is_found() -> None:
     assert found.found == "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)"
     (found,) = problems(check("engine", device="cuda"))
     assert "ONNX Runtime runs on the CPU here" in found.found
+    (found,) = check("gpu", engine="tensorrt")
+    assert (found.status, str(found.fix).rpartition(", or ")[2]) == (NOTE, "leave out `engine=tensorrt`")
+    (found,) = problems(check("engine", engine="tensorrt"))
+    assert "robustfeat[tensorrt]" in str(found.fix)
 
 
 def test_a_gpu_without_its_runtime_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

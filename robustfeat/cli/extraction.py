@@ -74,9 +74,27 @@ _MODEL_OPTION = click.option(
 )
 _RUN_OPTIONS = (
     *_PIN_OPTIONS,
-    click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True),
-    click.option("--engine", type=click.Choice([AUTO, *ENGINES]), default=AUTO, show_default=True),
-    click.option("--device", type=click.Choice([AUTO, *DEVICES]), default=AUTO, show_default=True),
+    click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default="fp32",
+        show_default=True,
+        help="fp16 is for GPUs, bf16 (with OpenVINO) and int8 are for processors.",
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice([AUTO, *ENGINES]),
+        default=AUTO,
+        show_default=True,
+        help="auto is ONNX Runtime, or OpenVINO for bf16. tensorrt needs an NVIDIA GPU.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice([AUTO, *DEVICES]),
+        default=AUTO,
+        show_default=True,
+        help="auto takes a GPU where one answers; cuda fails where none does.",
+    ),
     click.option(
         "--decoding",
         type=click.Choice(DECODINGS),

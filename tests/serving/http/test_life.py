@@ -284,7 +284,8 @@ def test_answers_come_in_time_or_503(photos: list[bytes]) -> None:
         (["--host", "256.1.1.1"], "--host 256.1.1.1"),
         (["--max-queue", "1"], "raise --max-queue"),
         (["--host", "\udcff"], "no host name"),
-        (["--precision", "int8", "--device", "cuda"], "cuda"),
+        (["--precision", "int8", "--device", "cuda"], "int8 runs on processors, not on cuda; pass --precision fp16"),
+        (["--engine", "tensorrt", "--precision", "fp16"], "TensorRT"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(robustfeat: Run, options: list[str], said: str) -> None:
