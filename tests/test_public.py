@@ -60,7 +60,7 @@ def test_embed_is_quiet_and_may_stop_at_a_failure_and_load_tells_it(
     assert features.good.tolist() == [False, True]
     assert list(features.errors) == [0]
     assert np.isfinite(features.values[features.good]).all()
-    assert features.model.name
+    assert features.model is not None
     with pytest.raises(InputError, match=r"nowhere\.npy"):
         robustfeat.load(tmp_path / "nowhere.npy")
     assert capfd.readouterr().err == ""
