@@ -224,7 +224,7 @@ def import_onnx_layout(
     )
     license_id = license_id or (None if terms else repository.license())
     origin = (("revision", repository.commit),) if repository.commit else ()
-    said = f"{source}, output {chosen.output}, pooling {chosen.name}"
+    said = f"{repository.origin}, output {chosen.output}, pooling {chosen.name}"
     about = _About(name or repository.label, said, terms, license_id, origin)
     images = None
     if int8:

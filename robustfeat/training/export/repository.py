@@ -49,6 +49,11 @@ class Repository:
     access: HubAccess = field(default_factory=HubAccess)
 
     @property
+    def origin(self) -> str:
+        """The source for others to read, who need not know the folders of this machine."""
+        return self.source if self.repo else self.label
+
+    @property
     def label(self) -> str:
         """A name for the model."""
         return self.repo.replace("/", "-") if self.repo else self.path.absolute().name

@@ -90,7 +90,7 @@ def import_transformers(
         transformers=model.config,
         pooling=network.pooling.name or "",
         provenance={
-            "source": f"{source}, {model.class_name}, pooling {network.pooling.name}",
+            "source": f"{repository.origin}, {model.class_name}, pooling {network.pooling.name}",
             **({"revision": repository.commit} if repository.commit else {}),
             "terms": terms or license_id or "those of the imported weights",
             **({"license": license_id} if license_id else {}),

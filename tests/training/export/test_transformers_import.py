@@ -87,6 +87,20 @@ def test_transformers_loads_the_folder_again(
     assert load_file(dinov2 / "model.safetensors").keys() == load_file(saved).keys()
 
 
+@pytest.mark.parametrize("build", [import_onnx_layout, import_transformers])
+def test_nothing_in_a_folder_tells_of_the_machine_that_made_it(
+    repositories: Repositories, dinov2: Path, tmp_path: Path, build: Any
+) -> None:
+    folder = repositories("dinov2")
+    if build is import_onnx_layout:
+        made = build(open_repository(str(folder)), tmp_path / "model", int8=False).folder.path
+    else:
+        made = dinov2
+    places = [str(folder.parent), str(made.parent), str(Path(transformers.__file__).parent)]
+    for file in made.rglob("*"):
+        assert not file.is_file() or not any(place.encode() in file.read_bytes() for place in places), file
+
+
 def test_the_cards_lines_give_the_features(
     dinov2: Path, example_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
