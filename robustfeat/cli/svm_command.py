@@ -89,7 +89,7 @@ def fit_command(
 
     Rows are matched with labels by path. Images without a label are not embedded, failed rows are left out. C and
     scaling are chosen by rows that were not fitted; then all rows are fitted. What the choice reached on those rows is
-    in report.md, and the confusion matrix in confusion.png.
+    in report.md, and the confusion matrix in confusion.png. suspects.csv lists the rows whose label is probably wrong.
 
     A fit that was stopped resumes with the same command: the settings that were tried are kept beside HEAD until it is
     written. The exit code is 3 if labelled images failed.
@@ -136,9 +136,12 @@ def fit_command(
         _say("every class has one row: nothing could be held out, so nothing is known of its accuracy", quiet)
     else:
         _show(report, "held out", quiet)
+        if report.suspects:
+            _say(f"{report.suspects:,} labels are probably wrong: see {Path(out) / 'suspects.csv'}", quiet)
     _say(f"{out}: {head.kind} head, {len(head.classes)} classes", quiet)
     if as_json:
-        summary = {"out": out, "rows": len(labelled.rows), "failed": labelled.failed, **head.selection, **head.scores}
+        counts = {"rows": len(labelled.rows), "failed": labelled.failed, "suspects": report.suspects if report else 0}
+        summary = {"out": out, **counts, **head.selection, **head.scores}
         click.echo(json.dumps(summary))
     return _left_out(labelled.failed)
 
@@ -183,6 +186,7 @@ def predict_command(
     the predictions go to --out, else on stderr; paths that --labels names are left out of it.
     """
     from robustfeat.files import new_file
+    from robustfeat.serving.heads.cells import encode_line
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels import read_labels
     from robustfeat.serving.heads.predictions import Suggestions, predict_rows, reject, to_csv, to_jsonl
@@ -214,7 +218,7 @@ def predict_command(
         _write(lines, sys.stdout)
     else:
         with new_file(out) as partial, open(partial, "wb") as handle:
-            handle.writelines(map(_encoded, lines))
+            handle.writelines(map(encode_line, lines))
     if suggest:
         _write([suggestions.to_csv()], sys.stderr if out is None else sys.stdout)
     if out:
@@ -245,9 +249,8 @@ def score_command(
 
     Failed rows are left out, and the exit code is then 3. With several labels a row, a row counts if all are right.
     """
-    import numpy as np
-
     from robustfeat.files import require_new
+    from robustfeat.serving.heads.answers import Answers
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels import match_labels, match_paths, read_labels
     from robustfeat.serving.heads.report import Report
@@ -265,8 +268,8 @@ def score_command(
     labelled = match_labels(features, known, multi_label=opened.multi_label, classes=classes)
     _say(labelled.summary(), quiet)
     margins = opened.margins(features.values, labelled.rows)
-    predicted = margins > 0 if opened.multi_label else np.asarray(margins.argmax(1))
-    report = Report.of(predicted, labelled.targets, classes)
+    paths = [features.paths[row] for row in labelled.rows]
+    report = Report.of_answers(Answers.of(opened, margins, labelled.targets, paths, classes))
     _show(report, "score", quiet)
     if report_folder:
         report.save(report_folder, "score")
@@ -344,16 +347,11 @@ def _open(
 
 def _write(lines: Iterable[str], stream: TextIO) -> None:
     """Writes the bytes of names that are not UTF-8 as they are, whatever the terminal's encoding."""
+    from robustfeat.serving.heads.cells import encode_line
+
     stream.flush()
-    stream.buffer.writelines(map(_encoded, lines))
+    stream.buffer.writelines(map(encode_line, lines))
     stream.buffer.flush()
-
-
-def _encoded(line: str) -> bytes:
-    try:
-        return line.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # no name of a file
-        return line.encode("utf-8", "replace")
 
 
 def _say(text: str, quiet: bool) -> None:

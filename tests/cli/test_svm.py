@@ -52,12 +52,13 @@ def photos(examples: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_a_head_is_two_files_and_a_report(head: Path) -> None:
+def test_a_head_is_two_files_and_reports(head: Path) -> None:
     assert sorted(file.name for file in head.iterdir()) == [
         "confusion.png",
         "head.json",
         "head.safetensors",
         "report.md",
+        "suspects.csv",
     ]
     about = json.loads((head / "head.json").read_text())
     assert about["model"]["name"].startswith("robustfeat-resnet18")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["quote_cell", "unquote_cell"]
+__all__ = ["encode_line", "quote_cell", "unquote_cell"]
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -26,3 +26,11 @@ def unquote_cell(text: str) -> str:
     ('=x', "'quoted'")
     """
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def encode_line(line: str) -> bytes:
+    """UTF-8; names of files that are not UTF-8 keep their bytes."""
+    try:
+        return line.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # no name of a file
+        return line.encode("utf-8", "replace")

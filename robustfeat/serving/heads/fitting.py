@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.progress import Progress
+from robustfeat.serving.heads.answers import Answers
 from robustfeat.serving.heads.calibration import calibrate
 from robustfeat.serving.heads.distance import fit_distance
 from robustfeat.serving.heads.features import Features
@@ -159,22 +160,25 @@ def fit_head(
     )
     progress.finish()
     trials.remove()
-    report, measured = None, {}
+    measured: dict[str, Array] = {}
     if len(selection.held):
         answers = targets[selection.held]
         groups = targets if targets.ndim == 1 else np.zeros(len(targets), np.int64)
         distances = fit_distance(features.values, labelled.rows, groups, selection.splits[:FOLDS])
         measured = calibrate(selection.margins, answers) | distances
-        report = Report.of(head.decide(head.both(selection.margins)), answers, classes)
     head = replace(
         head,
         classes=classes,
         arrays=dict(head.arrays) | measured,
         model=features.model,
         selection=_describe(selection, labelled, converged=converged),
-        scores={"held_out": report.to_dict()} if report else {},
     )
-    return head, report
+    if not len(selection.held):
+        return head, None
+    paths = [features.paths[row] for row in labelled.rows[selection.held]]
+    margins = head.both(selection.margins)
+    report = Report.of_answers(Answers.of(head, margins, targets[selection.held], paths, classes), unseen=True)
+    return replace(head, scores={"held_out": report.to_dict()}), report
 
 
 def require_two(place: str, labelled: LabelledRows) -> None:

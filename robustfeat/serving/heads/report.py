@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from PIL import Image
 
 from robustfeat.files import new_folder
 from robustfeat.hub.markdown import cell
+from robustfeat.serving.heads.answers import Answers, suspects_csv, suspects_text
+from robustfeat.serving.heads.cells import encode_line
 from robustfeat.serving.heads.confusion import draw_confusion
 
 __all__ = ["ClassScore", "Report"]
@@ -41,6 +43,8 @@ class Report:
         macro_f1: the mean F1 of the classes.
         classes: each of them.
         confusion: (K, K) int64, rows by label, columns by prediction; None with several labels a row.
+        answers: each row, where `of_answers` made this.
+        unseen: the rows were not fitted, so that labels which the head contradicts are suspicious.
     """
 
     rows: int
@@ -49,6 +53,8 @@ class Report:
     macro_f1: float
     classes: tuple[ClassScore, ...]
     confusion: NDArray[np.int64] | None
+    answers: Answers | None = None
+    unseen: bool = False
 
     @classmethod
     def of(cls, predicted: NDArray[Any], targets: NDArray[Any], classes: Sequence[str | int]) -> Report:
@@ -83,6 +89,17 @@ class Report:
             confusion=confusion,
         )
 
+    @classmethod
+    def of_answers(cls, answers: Answers, *, unseen: bool = False) -> Report:
+        """The same, which also knows each row."""
+        report = cls.of(answers.predicted, answers.targets, answers.classes)
+        return replace(report, answers=answers, unseen=unseen)
+
+    @property
+    def suspects(self) -> int:
+        """How many labels are probably wrong, as far as unseen rows tell."""
+        return len(self.answers.suspects) if self.answers and self.unseen else 0
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the confusion matrix."""
         return {
@@ -110,7 +127,7 @@ class Report:
         return "\n".join(lines)
 
     def save(self, target: str | Path, title: str) -> None:
-        """Writes report.md and confusion.png to a new folder.
+        """Writes report.md and confusion.png, and suspects.csv for unseen rows, to a new folder.
 
         Raises:
             InputError: there is something already, or it cannot be written.
@@ -120,7 +137,11 @@ class Report:
 
     def write(self, folder: Path, title: str) -> None:
         """The same to a folder that is there."""
-        (folder / "report.md").write_text(self.to_text(title) + "\n", "utf-8")
+        text = self.to_text(title) + "\n"
+        if self.answers and self.unseen:
+            text += "\n" + suspects_text(self.answers)
+            (folder / "suspects.csv").write_bytes(encode_line(suspects_csv(self.answers)))
+        (folder / "report.md").write_text(text, "utf-8")
         picture = self.picture()
         if picture is not None:
             picture.save(folder / "confusion.png")
