@@ -28,6 +28,7 @@ __all__ = [
     "list_builtin",
     "public_models",
     "resolve_model",
+    "sample_images",
     "search_models",
     "search_others",
 ]
@@ -53,6 +54,13 @@ def builtin_model(*, config_hash: str | None = None) -> ModelFolder:
     folder = ModelFolder(place, config_hash=config_hash)
     folder.source = BUILTIN
     return folder
+
+
+def sample_images() -> list[bytes]:
+    """The golden images of the built-in model, for models that bring none of their own."""
+    folder = resources.files("robustfeat.hub").joinpath(BUILTIN, "golden")
+    files = sorted((file for file in folder.iterdir() if not file.name.endswith(".npy")), key=lambda file: file.name)
+    return [file.read_bytes() for file in files]
 
 
 def _accuracy(one: Mapping[str, Any]) -> str:

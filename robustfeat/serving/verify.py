@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError, ModelFolderError
-from robustfeat.hub.catalog import builtin_model
+from robustfeat.hub.catalog import sample_images
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.serving.nvidia import find_gpu
 from robustfeat.serving.options import ENGINES, PRECISIONS, RunOptions
@@ -133,7 +133,7 @@ def golden_answers(subject: GoldenSubject) -> tuple[list[bytes], NDArray[np.floa
 
 def _golden(folder: ModelFolder) -> tuple[list[bytes], NDArray[np.float32] | None]:
     """Golden images and their features, which a folder of transformers does not know."""
-    return folder.golden() if folder.is_own else (builtin_model().golden()[0], None)
+    return folder.golden() if folder.is_own else (sample_images(), None)
 
 
 def _features(subject: GoldenSubject, images: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

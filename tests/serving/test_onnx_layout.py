@@ -505,3 +505,19 @@ def test_torchserve_gets_the_files_that_are_used(repository: Repository, tmp_pat
     unpacked = tmp_path / "unpacked" / MODEL_FOLDER
     assert sorted(files_of(unpacked)) == ["config.json", "onnx/model.onnx", "preprocessor_config.json"]
     assert ModelFolder(unpacked).config_hash == ModelFolder(folder).config_hash
+    # A worker starts with what the archive holds.
+    start = (
+        "import sys, numpy as np; from pathlib import Path; from robustfeat.hub.folder import ModelFolder;"
+        "from robustfeat.serving.options import RunOptions;"
+        "from robustfeat.serving.torchserve.handler import Handler, Settings; import robustfeat;"
+        "worker = Handler(ModelFolder(Path('model')), 'm',"
+        " Settings(RunOptions(engine='onnxruntime'), 1, 8, 2**20, 10**6, 10.0, 5.0));"
+        "print(robustfeat.__file__, worker.model.extractor.feature_size)"
+    )
+    place = tmp_path / "unpacked"
+    env = {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", start], cwd=place, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(place / "robustfeat" / "__init__.py"), "32"]

@@ -36,6 +36,7 @@ _WORKER_CONFIG = "model-config.yaml"
 _REQUIREMENTS = "requirements.txt"
 _MARK = "# Written by robustfeat torchserve, which replaces it as long as it begins with this line."
 _LEFT_OUT = ("cli/", "doctor.py", "hub/builtin/", "training/", "trial.py")
+_SAMPLES = "hub/builtin/golden"
 _NEEDED = ("numpy", "orjson", "pillow", "pydantic", "pyyaml")
 _RETRY_S = 60
 _BUILD_S = 1200  # a worker's start: TensorRT builds an engine in minutes, and TorchServe gives two
@@ -145,7 +146,7 @@ def write_archive(
         mar.writestr(_WORKER_CONFIG, json.dumps(config, indent=2))  # which is YAML, too
         mar.writestr(_REQUIREMENTS, "".join(f"{line}\n" for line in requirements(settings)))
         mar.writestr(_ENTRY, "from robustfeat.serving.torchserve.handler import handle\n")
-        for file, place in _sources():
+        for file, place in _package_files(folder):
             mar.write(file, place)
         mar.writestr(f"{MODEL_FOLDER}/{CONFIG}", folder.config_bytes)
         for entry in folder.config.files:
@@ -168,12 +169,16 @@ def requirements(settings: Settings) -> list[str]:
     return [lines.get(name, name) for name in (*_NEEDED, *engines)]
 
 
-def _sources() -> Iterator[tuple[Path, str]]:
-    """Modules of this package that a worker may import, and where in the archive they go."""
+def _package_files(folder: ModelFolder) -> Iterator[tuple[Path, str]]:
+    """What a worker may need of this package, and where in the archive it goes.
+
+    These are modules, and the images by which a worker checks a model without golden images.
+    """
     package = Path(robustfeat.__file__).parent
-    for file in sorted(package.rglob("*.py")):
+    images = () if folder.is_own else package.joinpath(_SAMPLES).iterdir()
+    for file in sorted((*package.rglob("*.py"), *images)):
         place = file.relative_to(package).as_posix()
-        if not place.startswith(_LEFT_OUT):
+        if not place.startswith(_LEFT_OUT) or place.startswith(_SAMPLES):
             yield file, f"robustfeat/{place}"
 
 
