@@ -264,7 +264,9 @@ def _fill_by_order(
             return network, _notes(part, _BY_ORDER)
     nearest = max(parts, key=lambda part: len(own.keys() & part.tensors.keys()))
     place = f" under {nearest.place}" if nearest.place else ""
-    reason = misfit(own, nearest.tensors)
+    reason = misfit(own, nearest.tensors) or "timm cannot read it"
+    if any(part in reason.partition(":")[0] for part in _POSITIONS):
+        reason += ", which timm does not convert for this image size"
     raise MisfitError(f"{reason}; there are{place} {describe_tensors(nearest.tensors)}")
 
 

@@ -83,6 +83,10 @@ def export_run(
         raise InputError(f"{run}: {exc}") from exc
     network = network_of(checkpoint)
     size, about = feature_size(network), timm_settings(network)
+    if about.get("fixed_input_size") and contract.image_size != recipe.validation_size:
+        raise InputError(
+            f"its network takes images of {recipe.validation_size} px only", argument="image_size", value=image_size
+        )
     config = ModelConfig(
         name=name or folder.resolve().name,
         feature_size=size,

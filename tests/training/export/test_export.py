@@ -28,11 +28,12 @@ from robustfeat.serving.verify import MIN_COSINE, cosine
 from robustfeat.training.export.backbones import import_backbone
 from robustfeat.training.export.compact import expand_folder
 from robustfeat.training.export.folder import ExportReport
-from robustfeat.training.export.golden import verify_with_torch
+from robustfeat.training.export.golden import verify_with_timm, verify_with_torch
 from robustfeat.training.export.runs import export_run
 from robustfeat.training.loop.checkpoint import load_checkpoint
 from robustfeat.training.network import build_network
 from tests.conftest import Run
+from tests.training import small
 
 
 def timm_features(folder: Path, files: list[Path]) -> np.ndarray:
@@ -330,3 +331,13 @@ def test_weights_for_other_classes_or_none_are_imported(classes: int, tmp_path: 
     with torch.no_grad():
         expected = network(torch.from_numpy(preprocess(images, folder.config.preprocessing))).numpy()
     np.testing.assert_allclose(FeatureExtractor.from_pretrained(folder.path).embed(images), expected, atol=1e-4)
+
+
+def test_a_trained_network_of_a_fixed_size_loads_in_timm(dataset: Path, tmp_path: Path) -> None:
+    small.run(dataset, tmp_path / "run", small.recipe(dataset, network="timm:test_vit", epochs=1))
+    with pytest.raises(InputError, match=r"image_size=48: its network takes images of 32 px only"):
+        export_run(tmp_path / "run", tmp_path / "model", image_size=48, int8=False)
+    folder = export_run(tmp_path / "run", tmp_path / "model", int8=False).folder
+    assert folder.config.fixed_input_size
+    assert not verify_with_torch(folder).short
+    assert not verify_with_timm(folder).short

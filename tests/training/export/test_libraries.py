@@ -443,6 +443,12 @@ def test_a_network_that_cannot_be_made_is_one_line(source: str, size: int | None
     assert "\n" not in str(caught.value)
 
 
+def test_positions_that_timm_does_not_interpolate_are_named() -> None:
+    state = make("efficientformerv2_s0").state_dict()
+    with pytest.raises(MisfitError, match=r"attention_biases: .*, which timm does not convert for this image size; "):
+        open_network("timm:efficientformerv2_s0", image_size=64, state=state)
+
+
 def test_weights_that_no_part_fits_name_a_few(tmp_path: Path) -> None:
     with pytest.raises(MisfitError, match=r"there are 4 tensors: a \(1,\), b \(1,\), c \(1,\), \.\.\.$"):
         open_network("timm:test_resnet", state={name: torch.ones(1) for name in "abcd"})
