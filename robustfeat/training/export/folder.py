@@ -107,9 +107,20 @@ def _write_weights(
     return expected
 
 
+def _each_its_own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share their values with an earlier one, as in CoaT: a file keeps each by itself."""
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, value in state.items():
+        shared = value.untyped_storage().data_ptr() in seen
+        seen.add(value.untyped_storage().data_ptr())
+        own[name] = value.clone() if shared else value
+    return own
+
+
 def _save(state: dict[str, Tensor], file: Path) -> None:
     try:
-        save_file(state, file, metadata={"format": "pt"})
+        save_file(_each_its_own(state), file, metadata={"format": "pt"})
     except SafetensorError as exc:
         if number := re.search(r"os error (\d+)", str(exc)):  # such as a full disk
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from exc

@@ -83,10 +83,7 @@ def export_run(
         raise InputError(f"{run}: {exc}") from exc
     network = network_of(checkpoint)
     size, about = feature_size(network), timm_settings(network)
-    if about.get("fixed_input_size") and contract.image_size != recipe.validation_size:
-        raise InputError(
-            f"its network takes images of {recipe.validation_size} px only", argument="image_size", value=image_size
-        )
+    _require_own_size(recipe, contract.image_size, fixed=about.get("fixed_input_size", False))
     config = ModelConfig(
         name=name or folder.resolve().name,
         feature_size=size,
@@ -107,6 +104,13 @@ def export_run(
         )
     backbone = Backbone(feature_network(network), features_of(checkpoint), config, training)
     return write_model_folder(backbone, out, calibration=images, compact=compact, quiet=quiet)
+
+
+def _require_own_size(recipe: Recipe, image_size: int, *, fixed: bool) -> None:
+    if fixed and image_size != recipe.validation_size:
+        raise InputError(
+            f"its network takes images of {recipe.validation_size} px only", argument="image_size", value=image_size
+        )
 
 
 def _published(recipe: Mapping[str, Any]) -> dict[str, Any]:

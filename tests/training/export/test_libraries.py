@@ -143,6 +143,17 @@ def test_a_classifier_with_layers_before_it_is_rebuilt(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # exporting it takes long
+def test_layers_with_shared_weights_are_kept_by_each(tmp_path: Path) -> None:
+    state = make("coat_tiny", num_classes=3).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    weights, out = tmp_path / "weights.pth", tmp_path / "model"
+    folder = import_backbone("timm:coat_tiny", out, weights=weights, image_size=64, int8=False).folder
+    assert load_file(folder.path / "model.safetensors").keys() == state.keys()
+    assert not verify_with_torch(folder).short
+    assert not verify_with_timm(folder).short
+
+
+@pytest.mark.slow  # exporting it takes long
 def test_attention_whose_strides_the_exporter_mistakes_is_exported(tmp_path: Path) -> None:
     torch.save(make("test_maxvit").state_dict(), tmp_path / "weights.pth")
     weights, out = tmp_path / "weights.pth", tmp_path / "model"
