@@ -53,6 +53,9 @@ _TOWERS = {
 }
 """Model types whose image tower may have a projection (`image_embeds`), with the start of its class's name."""
 
+_BY_NAME = {"architecture", "backbone", "model_args"}
+"""Entries of configs that hold a network of timm, or one for another network to stand on."""
+
 _PROJECTION = "visual_projection.weight"
 _TOKENS = 3
 
@@ -131,6 +134,11 @@ def build_model(config: Mapping[str, Any], state: State, source: str) -> VisionM
     """
     if "quantization_config" in config:
         raise InputError(f"{source}: its weights are quantised", fix="import the model that it was made of")
+    if found := next(_networks_elsewhere(config), None):
+        raise InputError(
+            f"{source}: {found} in its config.json may name files or repositories, which are not opened",
+            fix="import that network by itself, such as timm:NAME, or an ONNX file",
+        )
     try:
         made = CONFIG_MAPPING[str(config.get("model_type"))].from_dict(dict(config))
         kind, made = _class_of(made, state, source)
@@ -160,6 +168,15 @@ def build_model(config: Mapping[str, Any], state: State, source: str) -> VisionM
     if not set(network.state_dict()) - set(info["missing_keys"]):
         raise InputError(f"{source}: its weights have other names than those of {kind.__name__}")
     return VisionModel(network.eval(), frozenset(info["missing_keys"]))
+
+
+def _networks_elsewhere(config: Mapping[str, Any]) -> Iterator[str]:
+    """Entries from which transformers or timm would make a network by a name, which may be a path or an address."""
+    for name, value in config.items():
+        if name in _BY_NAME and value:
+            yield name
+        elif isinstance(value, Mapping):
+            yield from _networks_elsewhere(value)
 
 
 def _class_of(config: Any, state: State, source: str) -> tuple[Any, Any]:

@@ -270,6 +270,14 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
         lambda out: change(out, "config.json", model_type="mine", auto_map={"AutoModel": "a.B"}), {},
         "has no model type 'mine' and would need code of the repository, which is never run",
     ),
+    "files of timm": (
+        lambda out: change(out, "config.json", model_type="timm_wrapper", architecture="local-dir:/home/me"), {},
+        "architecture in its config.json may name files or repositories, which are not opened",
+    ),
+    "other repositories": (
+        lambda out: change(out, "config.json", vision_config={"backbone": "org/name"}), {},
+        "backbone in its config.json",
+    ),
     "odd config": (lambda out: change(out, "config.json", hidden_size="wide"), {}, "transformers cannot load it"),
     "other shape": (
         lambda out: edit_weights(out, lambda state: state.update({KEY: torch.zeros(3, 32)})), {},
