@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import robustfeat
 from robustfeat.errors import RobustFeatError, UnreachableError, first_line
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.options import BUILD_LIMIT_S, RunOptions
 from robustfeat.system import CGROUP, available_cpus, cpu_quota, visible_cpus
 from robustfeat.trial import TRIAL_S, Trial, try_engine, try_torch
 
@@ -38,7 +38,6 @@ _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntim
 _ENGINES = {"onnxruntime": "cpu", "openvino": "openvino"}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _LITTLE_SPACE = 2**30
-_BUILD_S = 1200.0  # TensorRT builds its engine in minutes
 
 
 @dataclass(frozen=True)
@@ -281,7 +280,7 @@ def _try_engine(model: str, options: RunOptions, status: str) -> tuple[Finding, 
     """The finding, with `status` if it does not run, and which engine ran where."""
     label = f"{options.engine} {options.precision}"
     try:
-        limit_s = _BUILD_S if options.engine == "tensorrt" else TRIAL_S
+        limit_s = BUILD_LIMIT_S if options.engine == "tensorrt" else TRIAL_S
         ran = Trial(try_engine, model, json.dumps(asdict(options)), limit_s=limit_s).result()
     except RobustFeatError as exc:
         fix = exc.fix or "pip install --force-reinstall the engine's package"

@@ -8,6 +8,7 @@ import click
 
 from robustfeat.cli.export_command import print_report
 from robustfeat.cli.rendering import Command
+from robustfeat.serving.options import POOLINGS
 
 if TYPE_CHECKING:
     from robustfeat.training.export.arguments import Source
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--output", metavar="TENSOR", help="The tensor that becomes the features; of ONNX files.")
 @click.option(
     "--pooling",
-    type=click.Choice(["embeds", "pooler", "cls", "mean"]),
+    type=click.Choice(POOLINGS),
     help="How outputs become one vector: image_embeds, pooler_output, the first token or the mean.",
 )
 @click.option("--calibration", metavar="FOLDER", help="Images for int8, besides the 8 golden ones.")

@@ -6,9 +6,20 @@ import importlib.util
 from dataclasses import dataclass, replace
 
 from robustfeat.errors import EngineError
+from robustfeat.hub.outputs import POOLED
 from robustfeat.system import available_cpus
 
-__all__ = ["AUTO", "DECODINGS", "DEVICES", "ENGINES", "MAX_PIXELS", "POOLINGS", "PRECISIONS", "RunOptions"]
+__all__ = [
+    "AUTO",
+    "BUILD_LIMIT_S",
+    "DECODINGS",
+    "DEVICES",
+    "ENGINES",
+    "MAX_PIXELS",
+    "POOLINGS",
+    "PRECISIONS",
+    "RunOptions",
+]
 
 # The command line shows these choices, so importing them must not import NumPy.
 AUTO = "auto"
@@ -16,8 +27,10 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 ENGINES = ("onnxruntime", "openvino", "tensorrt")
 DEVICES = ("cpu", "cuda")
 DECODINGS = ("exact", "scaled")
-POOLINGS = ("embeds", "pooler", "cls", "mean")
+POOLINGS = tuple(POOLED)
 MAX_PIXELS = 100_000_000
+BUILD_LIMIT_S = 1200
+"""A model may take so long to start where TensorRT builds its engine."""
 
 _CHOICES = {
     "precision": PRECISIONS,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from robustfeat.errors import InputError
 from robustfeat.hub.preprocessing import CONTRACT_VERSION
+from robustfeat.serving.options import PRECISIONS
 from robustfeat.training.concepts import cluster_count
 from robustfeat.training.methods import METHODS
 
@@ -62,7 +63,7 @@ _CHOICES = {
     "loss": ("cross_entropy", "ldr_kl"),
     "optimizer": ("sgd", "adamw"),
     "schedule": ("step", "linear", "cosine"),
-    "teacher_precision": ("fp32", "fp16", "bf16", "int8"),
+    "teacher_precision": PRECISIONS,
     "precision": ("fp32", "bf16", "fp16"),
     "tau_unit": ("normalised", "pixel"),
     "tau_step": ("unit", "gradient"),

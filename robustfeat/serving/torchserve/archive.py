@@ -23,6 +23,7 @@ from robustfeat.errors import InputError
 from robustfeat.files import FileLock, new_file
 from robustfeat.hub.folder import CARD, CONFIG, ModelFolder
 from robustfeat.serving.extractor import default_batch_size
+from robustfeat.serving.options import BUILD_LIMIT_S
 from robustfeat.serving.torchserve.handler import MODEL_FOLDER, SETTINGS, Settings
 
 __all__ = ["KEYS", "PROPERTIES", "Addresses", "check_name", "claim_store", "write_archive", "write_properties"]
@@ -39,7 +40,6 @@ _LEFT_OUT = ("cli/", "doctor.py", "hub/builtin/", "training/", "trial.py")
 _SAMPLES = "hub/builtin/golden"
 _NEEDED = ("numpy", "orjson", "pillow", "pydantic", "pyyaml")
 _RETRY_S = 60
-_BUILD_S = 1200  # a worker's start: TensorRT builds an engine in minutes, and TorchServe gives two
 _SOCKETS = 1000
 _GRACE_S = 10
 _JSON_NUMBER = 16
@@ -135,7 +135,8 @@ def write_archive(
         # A worker answers by itself that a request takes too long; one that does not even do that is replaced.
         "responseTimeout": round(settings.timeout_s) + _GRACE_S,
         "maxRetryTimeoutInSec": _RETRY_S,
-        **({"startupTimeout": _BUILD_S} if settings.options.engine == "tensorrt" else {}),
+        # By default TorchServe gives a worker two minutes.
+        **({"startupTimeout": BUILD_LIMIT_S} if settings.options.engine == "tensorrt" else {}),
         "deviceType": "gpu" if settings.options.requires_gpu else "cpu",
         SETTINGS: dataclasses.asdict(settings),
     }

@@ -13,7 +13,7 @@ from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.progress import remark
 from robustfeat.training.export.arguments import check_import, weights_error
-from robustfeat.training.export.calibration import folder_images
+from robustfeat.training.export.calibration import import_images
 from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
 from robustfeat.training.export.libraries import LibraryNetwork, MisfitError, open_network, require_network
 from robustfeat.training.weights import read_state
@@ -84,9 +84,7 @@ def import_backbone(
         },
         **opened.names,
     )
-    images = None
-    if int8:
-        images = folder_images(calibration, contract) if calibration else []
+    images = import_images(calibration, contract, int8=int8)
     return write_model_folder(Backbone(features, state, config), out, calibration=images, quiet=quiet)
 
 

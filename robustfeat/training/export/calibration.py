@@ -17,7 +17,7 @@ from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.recipe import Recipe
 
-__all__ = ["folder_images", "training_images"]
+__all__ = ["folder_images", "import_images", "training_images"]
 
 _IMAGES = 256
 _FIX = "pass a folder of images as `calibration`, or `int8=False`"
@@ -46,6 +46,17 @@ def folder_images(folder: str | Path, contract: Preprocessing) -> list[NDArray[n
     if not images:
         raise DataError("none of its images can be decoded", argument="calibration", value=folder)
     return images
+
+
+def import_images(folder: str | Path | None, contract: Preprocessing, *, int8: bool) -> list[NDArray[np.uint8]] | None:
+    """Images for the int8 file of an imported network, beside the golden ones; None leaves the file out.
+
+    Raises:
+        DataError: there is a folder, and it has none.
+    """
+    if not int8:
+        return None
+    return folder_images(folder, contract) if folder else []
 
 
 def training_images(data: Mapping[str, Any], recipe: Recipe, contract: Preprocessing) -> list[NDArray[np.uint8]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from robustfeat.errors import InputError, first_line
+from robustfeat.hub.external_data import MAX_BYTES
 from robustfeat.training.export.stamp import quiet
 
 __all__ = [
@@ -27,8 +28,6 @@ __all__ = [
     "tensor_shapes",
 ]
 
-_MAX_BYTES = 2**31 - 1
-
 
 class RunError(InputError):
     """The network was loaded, and fails on images."""
@@ -41,7 +40,7 @@ def load_graph(file: Path) -> onnx.ModelProto:
         InputError: it cannot be read, is no ONNX file, or is larger than engines can read from memory.
     """
     try:
-        if file.stat().st_size > _MAX_BYTES:
+        if file.stat().st_size > MAX_BYTES:
             raise _too_large(file)
         model = onnx.load(file, load_external_data=False)
     except OSError as exc:
@@ -51,7 +50,7 @@ def load_graph(file: Path) -> onnx.ModelProto:
     if not model.graph.node:
         raise InputError(f"{file}: not an ONNX file of a network (its graph is empty)")
     external = [tensor for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
-    if sum(_external_bytes(tensor) for tensor in external) + file.stat().st_size > _MAX_BYTES:
+    if sum(_external_bytes(tensor) for tensor in external) + file.stat().st_size > MAX_BYTES:
         raise _too_large(file)
     try:
         onnx.load_external_data_for_model(model, str(file.parent))

@@ -23,7 +23,7 @@ from robustfeat.progress import remark
 from robustfeat.serving.options import AUTO, ENGINES
 from robustfeat.serving.pooling import choose_pooling
 from robustfeat.training.export.assembly import ExportReport, FolderParts, assemble_folder
-from robustfeat.training.export.calibration import folder_images
+from robustfeat.training.export.calibration import import_images
 from robustfeat.training.export.graph_adapting import AdaptedGraph, adapt_graph
 from robustfeat.training.export.graph_pooling import POOLINGS
 from robustfeat.training.export.graph_reading import load_graph, output_shapes, run_graph
@@ -126,11 +126,10 @@ def import_onnx(
     _say_doubts(adapted, file, output)
     said = f"{file.name}, output {adapted.output}" + (f", pooling {adapted.pooling}" if adapted.pooling else "")
     about = _About(name or file.stem, said, terms, license_id, (("sha256", file_sha256(file)),))
-    images = None
     if int8 and _is_quantised(adapted.model):
         remark(f"{file}: is quantised, so the folder gets no int8 file of its own")
-    elif int8:
-        images = folder_images(calibration, contract) if calibration else []
+        int8 = False
+    images = import_images(calibration, contract, int8=int8)
     return _write_folder(adapted, contract, about, f"onnx:{file.stem}", out, calibration=images, quiet=quiet)
 
 
@@ -226,9 +225,7 @@ def import_onnx_layout(
     origin = (("revision", repository.commit),) if repository.commit else ()
     said = f"{repository.origin}, output {chosen.output}, pooling {chosen.name}"
     about = _About(name or repository.label, said, terms, license_id, origin)
-    images = None
-    if int8:
-        images = folder_images(calibration, contract) if calibration else []
+    images = import_images(calibration, contract, int8=int8)
     architecture = f"onnx:{repository.model_type}"
     return _write_folder(adapted, contract, about, architecture, out, calibration=images, quiet=quiet)
 

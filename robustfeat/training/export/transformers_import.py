@@ -21,7 +21,7 @@ from robustfeat.hub.image_processor import read_image_processor
 from robustfeat.hub.preprocessing import Preprocessing, decode
 from robustfeat.progress import remark
 from robustfeat.training.export.assembly import ExportReport, FolderParts, assemble_folder, golden_images
-from robustfeat.training.export.calibration import folder_images
+from robustfeat.training.export.calibration import import_images
 from robustfeat.training.export.onnx_files import export_onnx, require_onnx_size
 from robustfeat.training.export.repository import Repository
 from robustfeat.training.export.transformers_models import (
@@ -107,9 +107,7 @@ def import_transformers(
         export_onnx(network, contract, path / ONNX["fp32"])
         return expected
 
-    images = None
-    if int8:
-        images = folder_images(calibration, contract) if calibration else []
+    images = import_images(calibration, contract, int8=int8)
     parts = FolderParts(config, write, preprocessor=processor)
     return assemble_folder(parts, out, calibration=images, quiet=quiet)
 

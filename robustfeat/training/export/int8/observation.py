@@ -15,7 +15,7 @@ from robustfeat.system import available_cpus
 from robustfeat.training.export.int8.layers import Layer
 from robustfeat.training.export.stamp import INPUT
 
-__all__ = ["Inputs", "observe_inputs", "observe_ranges", "open_session"]
+__all__ = ["Inputs", "observe_inputs", "observe_ranges"]
 
 _MOST_INPUTS = 3072
 """Layers with more inputs per output (K) get no moments, which take K**2 numbers and K**3 operations."""
@@ -37,7 +37,7 @@ class Inputs:
     moments: NDArray[np.float32] | None
 
 
-def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+def _open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     """ONNX Runtime on the processors of this machine."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = available_cpus()
@@ -63,7 +63,7 @@ def observe_ranges(
     sizes = [helper.make_node("Shape", [layer.output], [f"{layer.output}|Shape"]) for layer in layers]
     wanted = [node.output[0] for node in (*nodes, *sizes)]
     kinds = [TensorProto.FLOAT] * len(nodes) + [TensorProto.INT64] * len(sizes)
-    session = open_session(_extended(model, [*nodes, *sizes], dict(zip(wanted, kinds, strict=True))))
+    session = _open_session(_extended(model, [*nodes, *sizes], dict(zip(wanted, kinds, strict=True))))
     low, high = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
     multiply_adds: dict[str, int] = {}
     for batch in batches:
@@ -80,7 +80,7 @@ def observe_inputs(
 ) -> Iterator[tuple[Layer, Inputs]]:
     """Each layer with its inputs on images (n, 3, S, S); as many layers at a time as memory allows."""
     sources = list(dict.fromkeys(layer.source for layer in layers))
-    session = open_session(_extended(model, [], {name: TensorProto.FLOAT for name in sources if name != INPUT}))
+    session = _open_session(_extended(model, [], {name: TensorProto.FLOAT for name in sources if name != INPUT}))
     for group in _groups(layers):
         wanted = list(dict.fromkeys(layer.source for layer in group if layer.source != INPUT))
         sums = [_Sums(layer) for layer in group]
