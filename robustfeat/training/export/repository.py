@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from robustfeat.errors import HubError, InputError, UnreachableError, first_line
-from robustfeat.hub.folder import CARD, CONFIG, WEIGHTS
+from robustfeat.hub.folder import CARD, CONFIG, WEIGHTS, file_sha256
 from robustfeat.hub.onnx_layout import PROCESSORS, find_network
 from robustfeat.hub.remote import HubAccess, is_commit, is_revision
 
@@ -74,11 +74,11 @@ class Repository:
         return find_network(self.names, "fp32") is not None
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files, downloaded where need be.
+        """The safetensors files, downloaded where need be; what is downloaded has the hash that the Hub tells.
 
         Raises:
             InputError: the list of their names is damaged, or one is missing.
-            HubError: one cannot be downloaded.
+            HubError: one cannot be downloaded, or is another one.
         """
         names = [WEIGHTS]
         if WEIGHTS not in self.names:
@@ -90,8 +90,19 @@ class Repository:
             if not names or odd:
                 what = f"lists {odd[0]!r}, which is not there" if odd else "lists no files"
                 raise InputError(f"{self.source}: {_INDEX} {what}", fix="download or save the model again")
-        self.fetch(names)
+        self._verify(self.fetch(names))
         return [self.path / name for name in names]
+
+    def _verify(self, names: Sequence[str]) -> None:
+        """Compares files that were just downloaded; the Hub's client compares only their sizes."""
+        if not names or self.repo is None or self.commit is None:
+            return
+        told = self.access.files(self.repo, self.commit)
+        for name in names:
+            wanted = told[name].sha256 if name in told else None
+            if wanted and file_sha256(self.path / name) != wanted:
+                self.path.joinpath(name).resolve().unlink()  # else it would be taken from the cache next time
+                raise HubError(f"{self.repo}: {name} was altered on its way", fix="run the same command again")
 
     def license(self) -> str | None:
         """The license that the model's card names, as the Hub calls it."""
@@ -107,21 +118,22 @@ class Repository:
         named = data.get("license_name") if data.get("license") == "other" else data.get("license")
         return named if isinstance(named, str) else None
 
-    def fetch(self, names: Sequence[str]) -> None:
-        """Downloads those that are not here.
+    def fetch(self, names: Sequence[str]) -> list[str]:
+        """Downloads those that are not here, and gives their names.
 
         Raises:
             HubError: one cannot be downloaded.
         """
         missing = [name for name in names if not (self.path / name).is_file()]
         if not missing or self.repo is None:
-            return
+            return []
         if self.access.offline:
             raise HubError(
                 f"{self.repo}: {missing[0]} is not in the cache, and {_FORBIDDEN}",
                 fix="allow them once",
             )
         self.access.download_all(self.repo, missing, self.commit)
+        return missing
 
 
 def open_repository(source: str, revision: str | None = None, access: HubAccess | None = None) -> Repository:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import onnx
 import pytest
 
 from robustfeat import FeatureExtractor
-from robustfeat.errors import RobustFeatError
+from robustfeat.errors import HubError, RobustFeatError
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.verify import cosine
@@ -191,6 +192,23 @@ def test_a_repository_that_cannot_be_imported_is_one_line(
         open_repository(source, revision, HubAccess(**access))
     assert "\n" not in str(caught.value)
     assert "hf_alice" not in str(caught.value)
+
+
+def test_weights_that_were_altered_on_their_way_are_refused_and_not_kept(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    weights = bytes(range(256)) * 64
+    hub.add("org/net", files_of(layout(tmp_path / "net")) | {"model.safetensors": weights})
+    stored = hub.blob(hashlib.sha256(weights).hexdigest())
+    access = HubAccess(endpoint=hub.url, token="hf_alice", cache_dir=tmp_path / "cache")
+    repository = open_repository("hf:org/net", None, access)
+    stored.write_bytes(weights[:-1] + b"\0")
+    with pytest.raises(HubError, match=r"model\.safetensors was altered on its way; run the same command again"):
+        repository.weight_files()
+    stored.write_bytes(weights)
+    (file,) = repository.weight_files()
+    assert file.read_bytes() == weights
 
 
 def test_weights_without_torch_say_what_to_install(tmp_path: Path) -> None:
