@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from robustfeat.serving.heads.features import Features
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels import Labels
+    from robustfeat.serving.heads.page import Thumbnails
     from robustfeat.serving.heads.report import Report
 
 _SHOWN_CLASSES = 60
@@ -29,6 +31,14 @@ _names = click.option(
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _quiet = click.option("--quiet", is_flag=True, help="No progress, no report on stderr.")
+
+
+_images = click.option(
+    "--images",
+    multiple=True,
+    metavar="INPUT",
+    help="Where the images of a file of features lie: report.html shows some of them.",
+)
 
 
 def _labels_option(**settings: Any) -> Callable[..., Any]:
@@ -68,6 +78,7 @@ def command() -> None:
     help="Choose by repeated 5-fold cross-validation (auto: below 5,000 rows) or by a held-out 10 %.",
 )
 @click.option("--multi-label", is_flag=True, help="An image may have several labels: cat|dog, or a list.")
+@_images
 @extraction_options
 @_json
 @_quiet
@@ -81,6 +92,7 @@ def fit_command(
     scaling: str | None,
     selection: str,
     multi_label: bool,
+    images: tuple[str, ...],
     extraction: Extraction,
     as_json: bool,
     quiet: bool,
@@ -89,7 +101,8 @@ def fit_command(
 
     Rows are matched with labels by path. Images without a label are not embedded, failed rows are left out. C and
     scaling are chosen by rows that were not fitted; then all rows are fitted. What the choice reached on those rows is
-    in report.md, and the confusion matrix in confusion.png. suspects.csv lists the rows whose label is probably wrong.
+    in report.md and report.html, and the confusion matrix in confusion.png. suspects.csv lists the rows whose label is
+    probably wrong.
 
     A fit that was stopped resumes with the same command: the settings that were tried are kept beside HEAD until it is
     written. The exit code is 3 if labelled images failed.
@@ -127,7 +140,7 @@ def fit_command(
     with new_folder(out) as folder:
         head.write(folder)
         if report:
-            report.write(folder, "held out")
+            report.write(folder, "held out", _thumbnails(inputs, images))
     chosen = "" if head.selection["C"] is None else f"C {head.selection['C']:g}, "
     _say(f"chosen: {chosen}{head.scaling} scaling", quiet)
     if not head.selection["converged"]:
@@ -231,7 +244,10 @@ def predict_command(
 @_inputs
 @_names
 @_labels_option(required=True)
-@click.option("--report", "report_folder", metavar="FOLDER", help="Write report.md and confusion.png there.")
+@click.option(
+    "--report", "report_folder", metavar="FOLDER", help="Write report.md, report.html and confusion.png there."
+)
+@_images
 @extraction_options
 @_json
 @_quiet
@@ -241,6 +257,7 @@ def score_command(
     names: str | None,
     labels: tuple[str, ...],
     report_folder: str | None,
+    images: tuple[str, ...],
     extraction: Extraction,
     as_json: bool,
     quiet: bool,
@@ -272,13 +289,22 @@ def score_command(
     report = Report.of_answers(Answers.of(opened, margins, labelled.targets, paths, classes))
     _show(report, "score", quiet)
     if report_folder:
-        report.save(report_folder, "score")
+        report.save(report_folder, "score", _thumbnails(inputs, images))
     if as_json:
         extra = {"failed": labelled.failed, "unlabelled": labelled.unlabelled, "missing": len(labelled.missing)}
         click.echo(json.dumps(report.to_dict() | extra))
     else:
         say(str(report.accuracy))
     return _left_out(labelled.failed)
+
+
+def _thumbnails(inputs: tuple[str, ...], images: tuple[str, ...]) -> Thumbnails:
+    """Reads images of `inputs` again, or of `images` where `inputs` are features."""
+    from robustfeat.serving.heads.features import is_feature_file
+    from robustfeat.serving.heads.thumbnails import read_thumbnails
+
+    places = images or tuple(place for place in inputs if not is_feature_file(place))
+    return partial(read_thumbnails, places)
 
 
 def _require_output(out: str | None, inputs: tuple[str, ...]) -> None:

@@ -57,6 +57,7 @@ def test_a_head_is_two_files_and_reports(head: Path) -> None:
         "confusion.png",
         "head.json",
         "head.safetensors",
+        "report.html",
         "report.md",
         "suspects.csv",
     ]
@@ -74,6 +75,11 @@ def test_score_prints_a_fraction(robustfeat: Run, head: Path, features: Path, tm
     rows = [line for line in result.stderr.splitlines() if line.startswith("| ")]
     assert [row.split()[1] for row in rows] == ["class", *sorted(folder.name for folder in EXAMPLES.iterdir())]
     assert f"accuracy {accuracy:.4f}" in (tmp_path / "report" / "report.md").read_text()
+    assert "images are named only" in (tmp_path / "report" / "report.html").read_text()
+    shown = ["--report", tmp_path / "shown", "--images", EXAMPLES]
+    assert robustfeat("svm", "score", head, features, "--labels", "folder", *shown).returncode == 0
+    pictures = (tmp_path / "shown" / "report.html").read_text().count("data:image/webp")
+    assert pictures == 24 + 24 + round(40 * (1 - accuracy))
     result = robustfeat("svm", "score", head, features, "--labels", "folder", "--json", "--quiet")
     summary = json.loads(only_line(result.stdout))
     assert summary["accuracy"] == accuracy
@@ -91,6 +97,7 @@ def test_few_labels_and_many_photos_are_two_commands(robustfeat: Run, photos: Pa
     assert result.returncode == 3
     assert "embed 6/6 images" in result.stderr  # those with labels alone
     assert "5 labelled rows of 2 classes; 1 more left out because their images failed" in result.stderr
+    assert (head / "report.html").read_text().count("data:image/webp") >= 10
 
     result = robustfeat("svm", "predict", head, photos, "--out", out, "--suggest", 3, "--labels", labels)
     assert result.returncode == 3

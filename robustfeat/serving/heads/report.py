@@ -16,6 +16,7 @@ from robustfeat.hub.markdown import cell
 from robustfeat.serving.heads.answers import Answers, suspects_csv, suspects_text
 from robustfeat.serving.heads.cells import encode_line
 from robustfeat.serving.heads.confusion import draw_confusion
+from robustfeat.serving.heads.page import Thumbnails, draw_page
 
 __all__ = ["ClassScore", "Report"]
 
@@ -126,22 +127,25 @@ class Report:
             )
         return "\n".join(lines)
 
-    def save(self, target: str | Path, title: str) -> None:
-        """Writes report.md and confusion.png, and suspects.csv for unseen rows, to a new folder.
+    def save(self, target: str | Path, title: str, thumbnails: Thumbnails | None = None) -> None:
+        """Writes report.md, report.html and confusion.png, and suspects.csv for unseen rows, to a new folder.
+
+        `thumbnails` reads the images that the page shows.
 
         Raises:
             InputError: there is something already, or it cannot be written.
         """
         with new_folder(target) as folder:
-            self.write(folder, title)
+            self.write(folder, title, thumbnails)
 
-    def write(self, folder: Path, title: str) -> None:
+    def write(self, folder: Path, title: str, thumbnails: Thumbnails | None = None) -> None:
         """The same to a folder that is there."""
         text = self.to_text(title) + "\n"
         if self.answers and self.unseen:
             text += "\n" + suspects_text(self.answers)
             (folder / "suspects.csv").write_bytes(encode_line(suspects_csv(self.answers)))
         (folder / "report.md").write_text(text, "utf-8")
+        (folder / "report.html").write_text(draw_page(self, title, thumbnails), "utf-8")
         picture = self.picture()
         if picture is not None:
             picture.save(folder / "confusion.png")

@@ -1,0 +1,176 @@
+"""A report as one HTML file that needs no other: numbers, pictures, and the images to look at."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from robustfeat.serving.heads.answers import Answers
+from robustfeat.serving.heads.reliability import Reliability, draw_reliability, uncalibrated
+from robustfeat.serving.inputs.sources import printable
+
+if TYPE_CHECKING:
+    from robustfeat.serving.heads.report import Report
+
+__all__ = ["Thumbnails", "draw_page"]
+
+Thumbnails = Callable[[Collection[str]], Mapping[str, bytes]]
+"""WebP files of the paths that can be read."""
+
+_SHOWN = 24
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #666; --line: #ddd; --blue: #0072b2;
+  --orange: #d55e00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --faint: #a5a5a5; --line: #3a3d42;
+  --blue: #56b4e9; --orange: #e69f00; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 76rem;
+  margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; } p { margin: .3rem 0; }
+.note { color: var(--faint); } .numbers { display: flex; flex-wrap: wrap; gap: .5rem 2rem; padding: 0; margin: 0; }
+.numbers div { display: flex; flex-direction: column-reverse; } .numbers dt { color: var(--faint); }
+.numbers dd { margin: 0; font-size: 1.5rem; }
+.wide { overflow-x: auto; } .wide > img { background: #fff; display: block; }
+table { border-collapse: collapse; } th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line);
+  text-align: right; } th:first-child, td:first-child { text-align: left; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem .8rem; }
+figure { margin: 0; font-size: .85rem; line-height: 1.35; overflow-wrap: anywhere; }
+figure img { width: 100%; height: 9rem; object-fit: contain; background: var(--line); display: block; }
+figcaption b { font-weight: 600; } .wrong b { color: var(--orange); }
+.reliability { width: 20rem; max-width: 100%; font-size: 12px; fill: var(--ink); }
+.reliability rect { fill: none; stroke: var(--line); } .reliability line { stroke: var(--faint);
+  stroke-dasharray: 4 4; } polyline { fill: none; stroke-width: 2; }
+.before { stroke: var(--orange); } .after { stroke: var(--blue); }
+circle.before { fill: var(--paper); } circle.after { fill: var(--blue); }
+"""
+
+
+def draw_page(report: Report, title: str, thumbnails: Thumbnails | None = None) -> str:
+    """The page.
+
+    Args:
+        report: with or without answers.
+        title: what was measured.
+        thumbnails: reads images that the page shows.
+    """
+    numbers = {
+        "accuracy": f"{report.accuracy:.4f}",
+        "balanced accuracy": f"{report.balanced_accuracy:.4f}",
+        "macro F1": f"{report.macro_f1:.4f}",
+        "rows": f"{report.rows:,}",
+    }
+    parts = [
+        f"<h1>{_text(title.capitalize())}</h1>",
+        '<dl class="numbers">'
+        + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers.items())
+        + "</dl>",
+    ]
+    if report.answers:
+        parts += _draw_images(report, report.answers, thumbnails)
+    picture = report.picture()
+    if picture is not None:
+        written = io.BytesIO()
+        picture.save(written, "PNG", optimize=True)
+        parts.append(
+            "<h2>Confusion</h2><p>Rows are true classes, columns predicted ones.</p>"
+            f'<div class="wide">{_image("image/png", written.getvalue(), "Confusion matrix", picture.size)}</div>'
+        )
+    if report.answers and report.answers.probabilities is not None:
+        parts.append(_draw_calibration(report.answers, unseen=report.unseen))
+    parts.append(_draw_classes(report))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _draw_images(report: Report, answers: Answers, thumbnails: Thumbnails | None) -> list[str]:
+    groups = _choose(answers, unseen=report.unseen)
+    chosen = {answers.paths[at] for _, _, rows in groups for at in rows}
+    found = thumbnails(chosen) if thumbnails else {}
+    parts = []
+    if len(found) < len(chosen):
+        which = f"{len(chosen) - len(found)} of {len(chosen)}" if found else "The"
+        parts.append(
+            f'<p class="note">{which} images are named only: only their features were given, or they could not be '
+            "read again.</p>"
+        )
+    for name, note, rows in groups:
+        shown = "".join(_draw_row(answers, at, found) for at in rows) if rows else ""
+        parts.append(
+            f"<h2>{name}</h2><p>{note}</p>" + (f'<div class="images">{shown}</div>' if shown else "<p>None.</p>")
+        )
+    return parts
+
+
+def _choose(answers: Answers, *, unseen: bool) -> list[tuple[str, str, Sequence[int]]]:
+    """Names, notes and rows of the groups of images."""
+    confidence = answers.confidence
+    surely = np.argsort(-(answers.certainty if confidence is None else confidence), kind="stable")
+    wrong = surely[~answers.right[surely]]
+    right = surely[answers.right[surely]]
+    groups: list[tuple[str, str, Sequence[int]]] = []
+    if unseen and confidence is not None:
+        count = len(answers.suspects)
+        note = f"{count:,} labels, listed in suspects.csv: less than a twentieth as probable as the prediction."
+        groups.append(("Labels that are probably wrong", note, answers.suspects[:_SHOWN]))
+    return [
+        *groups,
+        ("Wrong", f"{len(wrong):,} rows, the most certain first.", wrong[:_SHOWN].tolist()),
+        ("Least certain", "Those to look at and to label next.", surely[::-1][:_SHOWN].tolist()),
+        ("Most certain", "What the head takes for typical, among those that are right.", right[:_SHOWN].tolist()),
+    ]
+
+
+def _draw_row(answers: Answers, at: int, found: Mapping[str, bytes]) -> str:
+    path, given, answer = answers.paths[at], answers.given(at) or "no label", answers.answer(at) or "no label"
+    picture = _image("image/webp", found[path], "") if path in found else ""
+    confidence = answers.confidence
+    sure = "" if confidence is None else f", {confidence[at]:.0%}"
+    same = bool(answers.right[at])
+    said = f"<b>{_text(answer)}</b>{sure}" + ("" if same else f"<br>label: {_text(given)}")
+    kind = "" if same else ' class="wrong"'
+    return f'<figure{kind}>{picture}<figcaption>{said}<br><span class="note">{_text(path)}</span></figcaption></figure>'
+
+
+def _draw_calibration(answers: Answers, *, unseen: bool) -> str:
+    assert answers.probabilities is not None
+    raw = uncalibrated(answers.margins, multi_label=answers.targets.ndim == 2)
+    before = Reliability.of(raw, answers.targets)
+    after = Reliability.of(answers.probabilities, answers.targets)
+    fitted = " The calibration was fitted to these rows." if unseen else ""
+    return (
+        "<h2>Calibration</h2><p>Of answers with a confidence of 0.8, 0.8 should be right. Expected calibration error: "
+        f"<b>{before.error:.4f}</b> before (orange, hollow), <b>{after.error:.4f}</b> after (blue).{fitted}</p>"
+        + draw_reliability(before, after)
+    )
+
+
+def _draw_classes(report: Report) -> str:
+    lines = "".join(
+        f"<tr><td>{_text(one.name)}</td><td>{one.rows:,}</td><td>{one.precision:.4f}</td><td>{one.recall:.4f}</td>"
+        f"<td>{one.f1:.4f}</td></tr>"
+        for one in report.classes
+    )
+    head = "".join(f"<th>{name}</th>" for name in ("class", "rows", "precision", "recall", "F1"))
+    return f'<h2>Classes</h2><div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
+
+
+def _image(kind: str, data: bytes, name: str, size: tuple[int, int] | None = None) -> str:
+    sides = f' width="{size[0]}" height="{size[1]}"' if size else ""
+    return f'<img alt="{name}"{sides} src="data:{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def _text(text: str) -> str:
+    """Text for HTML in which nothing is markup, and no mark of direction reaches beyond it."""
+    return f"<bdi>{html.escape(printable(text))}</bdi>"

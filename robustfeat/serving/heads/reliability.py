@@ -1,0 +1,85 @@
+"""Whether probabilities hold: of answers given with 80 %, are 80 % right?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.serving.heads.kinds import Array
+
+__all__ = ["Reliability", "draw_reliability", "uncalibrated"]
+
+_BINS = 10
+_SIDE = 240
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """Confidence beside accuracy, in bins of equal width that hold a row at least.
+
+    Attributes:
+        confidence, accuracy: (b,) means of the bin.
+        rows: (b,).
+        error: the expected calibration error: their mean distance, weighted by rows (Guo et al., ICML 2017).
+    """
+
+    confidence: Array
+    accuracy: Array
+    rows: NDArray[np.int64]
+    error: float
+
+    @classmethod
+    def of(cls, probabilities: Array, targets: NDArray[np.int64] | NDArray[np.bool_]) -> Reliability:
+        """From (m, K) probabilities and (m,) int64 or (m, K) bool targets; each of several labels counts."""
+        if targets.ndim == 1:
+            confidence, right = probabilities.max(1), probabilities.argmax(1) == targets
+        else:
+            confidence = np.maximum(probabilities, 1 - probabilities).ravel()
+            right = ((probabilities > 0.5) == targets).ravel()
+        bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
+        rows = np.bincount(bins, minlength=_BINS)
+        some = rows > 0
+        means = [np.bincount(bins, of, _BINS)[some] / rows[some] for of in (confidence, right.astype(np.float64))]
+        error = float((rows[some] * np.abs(means[0] - means[1])).sum() / rows.sum())
+        return cls(means[0], means[1], rows[some], error)
+
+
+def uncalibrated(margins: Array, *, multi_label: bool) -> Array:
+    """(m, K) margins as if they were logits: what probabilities would be without calibration."""
+    from scipy.special import expit, softmax
+
+    if multi_label:
+        return np.asarray(expit(margins))
+    if margins.shape[1] == 2 and np.array_equal(margins[:, 0], -margins[:, 1]):  # one margin parts two classes
+        return np.asarray(expit(margins))
+    return np.asarray(softmax(margins, axis=1))
+
+
+def draw_reliability(before: Reliability, after: Reliability) -> str:
+    """An SVG: confidence to the right, accuracy upwards, on the diagonal where both agree."""
+
+    def points(one: Reliability) -> list[tuple[float, float]]:
+        return [
+            (round(float(x) * _SIDE, 1), round((1 - float(y)) * _SIDE, 1))
+            for x, y in zip(one.confidence, one.accuracy, strict=True)
+        ]
+
+    parts = []
+    for name, one in (("before", before), ("after", after)):
+        path = " ".join(f"{x},{y}" for x, y in points(one))
+        parts.append(f'<polyline class="{name}" points="{path}"/>')
+        parts += [f'<circle class="{name}" cx="{x}" cy="{y}" r="4"/>' for x, y in points(one)]
+    ticks = "".join(
+        f'<text x="{share * _SIDE}" y="{_SIDE + 16}" text-anchor="middle">{share:g}</text>'
+        f'<text x="-6" y="{(1 - share) * _SIDE + 4}" text-anchor="end">{share:g}</text>'
+        for share in (0, 0.5, 1)
+    )
+    return (
+        f'<svg class="reliability" viewBox="-56 -10 {_SIDE + 72} {_SIDE + 56}" role="img" '
+        f'aria-label="Accuracy by confidence"><rect width="{_SIDE}" height="{_SIDE}"/>'
+        f'<line x1="0" y1="{_SIDE}" x2="{_SIDE}" y2="0"/>{ticks}{"".join(parts)}'
+        f'<text x="{_SIDE / 2}" y="{_SIDE + 36}" text-anchor="middle">Confidence</text>'
+        f'<text transform="translate(-36 {_SIDE / 2}) rotate(-90)" text-anchor="middle">Accuracy</text></svg>'
+    )
