@@ -66,13 +66,13 @@ class Answers:
         predicted = margins > 0 if head.multi_label else margins.argmax(1)
         return cls(paths, classes, targets, predicted, margins, shares, head.certainty(margins))
 
-    @property
+    @cached_property
     def right(self) -> NDArray[np.bool_]:
         """(m,): with several labels, all of them."""
         same = np.reshape(self.predicted == self.targets, (len(self.targets), -1))
         return np.asarray(same.all(1))
 
-    @property
+    @cached_property
     def confidence(self) -> Array | None:
         """(m,) the probability of the answer; with several labels, of its most doubtful part."""
         shares = self.probabilities

@@ -72,7 +72,7 @@ def draw_page(report: Report, title: str, thumbnails: Thumbnails | None = None) 
     ]
     if report.answers:
         parts += _draw_images(report, report.answers, thumbnails)
-    picture = report.picture()
+    picture = report.picture
     if picture is not None:
         written = io.BytesIO()
         picture.save(written, "PNG", optimize=True)

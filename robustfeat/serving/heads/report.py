@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,11 @@ class Report:
             (folder / "suspects.csv").write_bytes(encode_line(suspects_csv(self.answers)))
         (folder / "report.md").write_text(text, "utf-8")
         (folder / "report.html").write_text(draw_page(self, title, thumbnails), "utf-8")
-        picture = self.picture()
+        picture = self.picture
         if picture is not None:
             picture.save(folder / "confusion.png")
 
+    @cached_property
     def picture(self) -> Image.Image | None:
         """The confusion matrix with its sides named (see `draw_confusion`); or None."""
         if self.confusion is None:

@@ -142,7 +142,7 @@ def test_the_page_holds_the_picture_and_several_labels_have_none() -> None:
     encoded = re.search(r'src="data:image/png;base64,([^"]+)"', text)
     assert encoded
     with Image.open(io.BytesIO(base64.b64decode(encoded[1]))) as image:
-        assert image.convert("RGB") == Report.of_answers(answers).picture()
+        assert image.convert("RGB") == Report.of_answers(answers).picture
     several = np.eye(3, dtype=bool)[answers.targets]
     assert answers.probabilities is not None
     guessed = answers.probabilities > 0.5

@@ -60,7 +60,7 @@ def test_several_labels_are_right_together() -> None:
     assert report.accuracy == 0.5
     # a: 2 of 2 with it, 1 of 2 without; b: 1 of 2 with it, 2 of 2 without.
     assert report.balanced_accuracy == 0.75
-    assert report.picture() is None
+    assert report.picture is None
 
 
 @pytest.fixture
