@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["BYTES", "FIXED32", "VARINT", "Message", "Value", "iterate_fields", "read_varint", "varint"]
+__all__ = ["BYTES", "VARINT", "Message", "Value", "iterate_fields", "read_varint", "varint"]
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
