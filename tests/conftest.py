@@ -289,6 +289,21 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
         yield served
 
 
+Repositories = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def repositories(share: Share, example_files: list[Path]) -> Repositories:
+    """The folder of a family of transformers, with weights for PyTorch and ONNX; see `write_repository`."""
+
+    def write(name: str, out: Path) -> None:
+        from tests.transformers_models import write_repository  # imports PyTorch
+
+        write_repository(name, out, example_files[::5])
+
+    return lambda name: share(f"transformers-{name}", partial(write, name))
+
+
 def hub_environment(hub: FakeHub, home: Path, token: str | None = "hf_alice", **more: str) -> dict[str, str]:
     """For a process that speaks to `hub` with a cache of its own under `home`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}

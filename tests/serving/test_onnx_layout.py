@@ -28,10 +28,10 @@ from robustfeat.serving.pooling import choose_pooling
 from robustfeat.serving.torchserve.archive import write_archive
 from robustfeat.serving.torchserve.handler import MODEL_FOLDER, Settings
 from robustfeat.serving.verify import check_ways, cosine, golden_answers, ways_to_run
-from tests.conftest import EXAMPLES, ROOT, Share, files_of, hub_environment
+from tests.conftest import EXAMPLES, ROOT, Repositories, files_of, hub_environment
 from tests.hub_server import FakeHub
 from tests.serving.http.conftest import Server
-from tests.transformers_models import FAMILIES, reference_features, write_repository
+from tests.transformers_models import FAMILIES, reference_features
 
 FAST = {"dinov2", "clip"}
 README = (ROOT / "README.md").read_text("utf-8")
@@ -45,20 +45,13 @@ np.save(sys.argv[2], extractor.embed(sys.argv[3:]))
 print(extractor.options.pooling)
 """
 
-Repository = Callable[[str], Path]
 Alone = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture(scope="session")
-def repository(share: Share, example_files: list[Path]) -> Repository:
-    """A family's repository as a folder."""
-    return lambda name: share(f"onnx-layout-{name}", lambda out: write_repository(name, out, example_files[::5]))
-
-
 @pytest.fixture
-def copy(repository: Repository, tmp_path: Path) -> Path:
+def copy(repositories: Repositories, tmp_path: Path) -> Path:
     """A DINOv2 to change."""
-    return Path(shutil.copytree(repository("dinov2"), tmp_path / "dinov2"))
+    return Path(shutil.copytree(repositories("dinov2"), tmp_path / "dinov2"))
 
 
 @pytest.fixture
@@ -100,9 +93,9 @@ def cached(home: Path) -> set[str]:
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_features_are_those_of_transformers_without_torch(
-    name: str, repository: Repository, hub: FakeHub, alone: Alone, example_files: list[Path], tmp_path: Path
+    name: str, repositories: Repositories, hub: FakeHub, alone: Alone, example_files: list[Path], tmp_path: Path
 ) -> None:
-    folder = repository(name)
+    folder = repositories(name)
     published(hub, folder, f"org/{name}")
     loaded = alone("-c", LOAD, f"org/{name}", tmp_path / "features.npy", *example_files)
     assert loaded.returncode == 0, loaded.stderr
@@ -124,12 +117,12 @@ def test_features_are_those_of_transformers_without_torch(
 
 
 def test_two_lines_of_the_readme_lead_to_features_without_torch(
-    repository: Repository, hub: FakeHub, alone: Alone, tmp_path: Path
+    repositories: Repositories, hub: FakeHub, alone: Alone, tmp_path: Path
 ) -> None:
     """The command, in an environment as its line makes one; the repository is a small one of the same name."""
     (line,) = [line for line in README.splitlines() if "--model onnx-community/" in line]
     command = line.split()
-    published(hub, repository("dinov2"), command[command.index("--model") + 1])
+    published(hub, repositories("dinov2"), command[command.index("--model") + 1])
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     result = alone("-m", "robustfeat", *command[1:], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -137,8 +130,10 @@ def test_two_lines_of_the_readme_lead_to_features_without_torch(
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_every_pooling_is_that_of_the_outputs(engine: str, repository: Repository, example_files: list[Path]) -> None:
-    folder, photos = repository("dinov2"), example_files[:4]
+def test_every_pooling_is_that_of_the_outputs(
+    engine: str, repositories: Repositories, example_files: list[Path]
+) -> None:
+    folder, photos = repositories("dinov2"), example_files[:4]
     way = RunOptions(engine=engine)
     session = FeatureExtractor.load(folder, way).engine
     import onnxruntime
@@ -206,10 +201,12 @@ def test_networks_of_ours_have_no_pooling() -> None:
         FeatureExtractor.from_pretrained(pooling="mean")
 
 
-def test_features_of_two_poolings_do_not_mix(repository: Repository, tmp_path: Path, example_files: list[Path]) -> None:
+def test_features_of_two_poolings_do_not_mix(
+    repositories: Repositories, tmp_path: Path, example_files: list[Path]
+) -> None:
     import robustfeat
 
-    folder, out = repository("dinov2"), tmp_path / "feats.npy"
+    folder, out = repositories("dinov2"), tmp_path / "feats.npy"
     robustfeat.embed(example_files[:3], out, model=folder, quiet=True)
     identity = open_features(str(out)).model
     assert identity is not None
@@ -282,9 +279,9 @@ def test_weights_beside_the_file_are_verified_and_part_of_the_identity(copy: Pat
     assert other.name != beside.identity.name
 
 
-def test_optimums_own_folder_is_read(repository: Repository, tmp_path: Path, example_files: list[Path]) -> None:
+def test_optimums_own_folder_is_read(repositories: Repositories, tmp_path: Path, example_files: list[Path]) -> None:
     """All files lie side by side, and transformers 5 describes the processors of texts and images in one file."""
-    source = repository("dinov2")
+    source = repositories("dinov2")
     (tmp_path / "flat").mkdir()
     shutil.copy(source / "config.json", tmp_path / "flat")
     shutil.copy(source / "onnx" / "model.onnx", tmp_path / "flat")
@@ -300,9 +297,9 @@ def test_optimums_own_folder_is_read(repository: Repository, tmp_path: Path, exa
 
 
 def test_a_hash_pins_a_repository_its_copy_and_the_cache(
-    repository: Repository, hub: FakeHub, alone: Alone, tmp_path: Path
+    repositories: Repositories, hub: FakeHub, alone: Alone, tmp_path: Path
 ) -> None:
-    source = repository("dinov2")
+    source = repositories("dinov2")
     published(hub, source, "org/dinov2")
     local = ModelFolder(source).config_hash
     pulled = alone("-m", "robustfeat", "pull", "org/dinov2", "--out", tmp_path / "own", "--json", "--quiet")
@@ -326,9 +323,9 @@ def test_a_hash_pins_a_repository_its_copy_and_the_cache(
 
 
 def test_an_altered_download_is_refused_by_the_hash_that_the_hub_told(
-    repository: Repository, hub: FakeHub, alone: Alone, tmp_path: Path
+    repositories: Repositories, hub: FakeHub, alone: Alone, tmp_path: Path
 ) -> None:
-    published(hub, repository("dinov2"), "org/dinov2")
+    published(hub, repositories("dinov2"), "org/dinov2")
     assert alone("-m", "robustfeat", "pull", "org/dinov2", "--quiet").returncode == 0
     (network,) = (tmp_path / "home").glob("hub/models--org--dinov2/snapshots/*/onnx/model.onnx")
     blob = network.resolve()
@@ -360,9 +357,9 @@ def rewrite(folder: Path, **values: Any) -> None:
 
 
 def test_a_repository_with_pytorch_weights_alone_says_how_it_is_imported(
-    repository: Repository, hub: FakeHub, alone: Alone
+    repositories: Repositories, hub: FakeHub, alone: Alone
 ) -> None:
-    files = {name: data for name, data in files_of(repository("dinov2")).items() if not name.startswith("onnx/")}
+    files = {name: data for name, data in files_of(repositories("dinov2")).items() if not name.startswith("onnx/")}
     hub.add("org/weights", files)
     result = alone("-m", "robustfeat", "info", "org/weights")
     assert result.stderr == (
@@ -454,9 +451,9 @@ def test_free_sizes_take_the_contracts_and_the_vectors_length_is_found(copy: Pat
 
 
 def test_info_verify_and_models_say_what_it_is(
-    repository: Repository, hub: FakeHub, alone: Alone, tmp_path: Path
+    repositories: Repositories, hub: FakeHub, alone: Alone, tmp_path: Path
 ) -> None:
-    published(hub, repository("dinov2"), "org/dinov2")
+    published(hub, repositories("dinov2"), "org/dinov2")
     info = alone("-m", "robustfeat", "info", "org/dinov2").stdout
     assert "network:       dinov2, 32 features\npooling:       cls, else pooler\n" in info
     assert "input:         56 px, bicubic, crop 0.875\n" in info
@@ -469,12 +466,12 @@ def test_info_verify_and_models_say_what_it_is(
     assert "pytorch" not in verified.stdout
     listed = alone("-m", "robustfeat", "models", "--json").stdout.splitlines()
     (found,) = [json.loads(line) for line in listed if "org/dinov2" in line]
-    assert found["name"] == ModelFolder(repository("dinov2")).config.name
+    assert found["name"] == ModelFolder(repositories("dinov2")).config.name
     assert found["problem"] is None
 
 
-def test_a_server_and_its_heads_take_it(repository: Repository, tmp_path: Path, example_files: list[Path]) -> None:
-    folder, head = repository("dinov2"), tmp_path / "head"
+def test_a_server_and_its_heads_take_it(repositories: Repositories, tmp_path: Path, example_files: list[Path]) -> None:
+    folder, head = repositories("dinov2"), tmp_path / "head"
     fit = ["svm", "fit", EXAMPLES, "--labels", "folder", "--model", folder, "--out", head, "--quiet"]
     subprocess.run([sys.executable, "-m", "robustfeat", *map(str, fit)], check=True, cwd=ROOT)
     extractor = FeatureExtractor.from_pretrained(folder)
@@ -490,13 +487,13 @@ def test_a_server_and_its_heads_take_it(repository: Repository, tmp_path: Path, 
         assert server.stop() == 0
 
 
-def test_it_is_not_pushed_as_one_of_ours(repository: Repository) -> None:
+def test_it_is_not_pushed_as_one_of_ours(repositories: Repositories) -> None:
     with pytest.raises(ModelFolderError, match=r"another library's layout.*robustfeat import"):
-        push_model(ModelFolder(repository("dinov2")), "org/new")
+        push_model(ModelFolder(repositories("dinov2")), "org/new")
 
 
-def test_torchserve_gets_the_files_that_are_used(repository: Repository, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(repository("dinov2"), tmp_path / "model"))
+def test_torchserve_gets_the_files_that_are_used(repositories: Repositories, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(repositories("dinov2"), tmp_path / "model"))
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     settings = Settings(RunOptions(engine="onnxruntime"), 1, 8, 2**20, 10**6, 10.0, 5.0)
     archive = write_archive(ModelFolder(folder), tmp_path, "dinov2", settings, batch_size=None, delay_ms=1)

@@ -19,10 +19,9 @@ from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.verify import cosine
 from robustfeat.training.export.onnx_import import import_onnx_layout
 from robustfeat.training.export.repository import open_repository
-from tests.conftest import Run, files_of, hub_environment
+from tests.conftest import Repositories, Run, files_of, hub_environment
 from tests.hub_server import FakeHub, Fault
 from tests.training.export.bare_command import run_without_torch
-from tests.training.export.conftest import Repositories
 from tests.training.export.onnx_networks import convolutional
 from tests.transformers_models import reference_features
 

@@ -26,7 +26,7 @@ from robustfeat.training.export.onnx_import import import_onnx_layout
 from robustfeat.training.export.repository import open_repository
 from robustfeat.training.export.transformers_import import import_transformers
 from robustfeat.training.export.transformers_models import verify_with_transformers
-from tests.training.export.conftest import Repositories
+from tests.conftest import Repositories
 from tests.transformers_models import FAMILIES, reference_features
 
 
