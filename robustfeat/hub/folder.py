@@ -309,7 +309,12 @@ class ModelFolder:
                 fix="use a model that has both",
             )
         if name not in self._hashes:
-            raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}", fix=self._remedy)
+            if self.is_own:
+                raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}", fix=self._remedy)
+            raise ModelFolderError(
+                f"{self.path}: {name} is not one of the files that are used of such a folder",
+                fix="import the ONNX file, which takes its weights in (robustfeat import)",
+            )
 
     def _compare(self, name: str, actual: str) -> None:
         expected = self._hashes[name]

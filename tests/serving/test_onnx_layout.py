@@ -438,6 +438,14 @@ def test_networks_that_do_not_fit_are_refused_by_name(
             FeatureExtractor.from_pretrained(copy, engine=engine)
 
 
+def test_weights_in_a_file_of_another_name_are_not_opened(copy: Path) -> None:
+    file = copy / "onnx" / "model.onnx"
+    onnx.save(onnx.load(file), file, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    said = r"onnx/weights\.bin is not one of the files that are used of such a folder; import the ONNX file"
+    with pytest.raises(ModelFolderError, match=said):
+        FeatureExtractor.from_pretrained(copy)
+
+
 def test_free_sizes_take_the_contracts_and_the_vectors_length_is_found(copy: Path, example_files: list[Path]) -> None:
     free = network_of({"pixel_values": ["n", "c", "h", "w"]}, {"pooler_output": ["n", "d"]})
     (copy / "onnx" / "model.onnx").write_bytes(free)
