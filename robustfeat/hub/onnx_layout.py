@@ -21,6 +21,7 @@ __all__ = [
     "PROCESSORS",
     "external_names",
     "find_network",
+    "is_complete",
     "is_onnx_layout",
     "read_onnx_layout",
     "refuse_without_network",
@@ -64,6 +65,12 @@ def used_names(names: Iterable[str]) -> list[str]:
     processor = [name for name in PROCESSORS if name in present][:1]
     networks = [network for key in _SUFFIXES if (network := find_network(present, key))]
     return processor + [name for network in networks for name in (network, *external_names(present, network))]
+
+
+def is_complete(names: Iterable[str]) -> bool:
+    """Whether a network and the way to prepare its images are among the files of a folder."""
+    present = frozenset(names)
+    return any(find_network(present, key) for key in _SUFFIXES) and not present.isdisjoint(PROCESSORS)
 
 
 def read_onnx_layout(

@@ -13,7 +13,7 @@ from typing import Any
 from robustfeat.errors import HubError, InputError, UnreachableError
 from robustfeat.files import new_file, new_folder
 from robustfeat.hub.folder import CARD, CONFIG, ModelFolder, file_sha256, refuse_code
-from robustfeat.hub.onnx_layout import PROCESSORS, external_names, refuse_without_network, used_names
+from robustfeat.hub.onnx_layout import PROCESSORS, external_names, is_complete, refuse_without_network, used_names
 from robustfeat.hub.remote import HubAccess, is_commit, is_revision
 
 __all__ = ["HubFolder", "copy_folder", "kept_list"]
@@ -165,8 +165,8 @@ class HubFolder(ModelFolder):
             self._look(self.revision)
         if self._listing is None:
             return super()._list_files(data)
-        refuse_without_network(data, self._listing, self.repo, f"hf:{self.repo}")
         told = self.access.files(self.repo, self.revision)
+        refuse_without_network(data, told, self.repo, f"hf:{self.repo}")
         hashes = {name: told[name].sha256 or self._download_sha256(name) for name in used_names(told)}
         with suppress(OSError, InputError):  # a cache that others own
             kept.parent.mkdir(exist_ok=True)
@@ -199,7 +199,7 @@ def _read_list(file: Path) -> dict[str, str]:
         data = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(data, dict) or set(used_names(data)) != set(data):
+    if not isinstance(data, dict) or set(used_names(data)) != set(data) or not is_complete(data):
         return {}
     plain = all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in data.values())
     return data if plain else {}

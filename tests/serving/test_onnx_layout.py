@@ -316,10 +316,16 @@ def test_a_hash_pins_a_repository_its_copy_and_the_cache(
     wrong = alone(*pinned, "0" * 64)
     assert wrong.returncode == 1
     assert "the sha256 must be 000000000000..." in wrong.stderr
-    # Without the list that was kept, the cache's files are hashed.
+    # Without the list that was kept, or with a part of it, the cache's files are hashed.
     (kept,) = (tmp_path / "home").glob("hub/models--org--dinov2/.robustfeat/*.json")
+    told = json.loads(kept.read_bytes())
     kept.unlink()
     assert json.loads(alone(*pinned, local, HF_HUB_OFFLINE="1").stdout)["config_hash"] == local
+    for name in told:
+        kept.write_text(json.dumps({name: told[name]}))
+        again = alone(*pinned, local, HF_HUB_OFFLINE="1")
+        assert again.returncode == 0, again.stderr
+        assert json.loads(again.stdout)["config_hash"] == local
 
 
 def test_an_altered_download_is_refused_by_the_hash_that_the_hub_told(

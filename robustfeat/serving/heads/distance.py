@@ -56,15 +56,20 @@ def fit_distance(
     return {**_fit(values, rows, groups, np.arange(len(rows))), "distance.unseen": distances[kept]}
 
 
-def distance_shapes(arrays: Arrays, size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of these arrays for D features.
+def distance_shapes(arrays: Arrays, size: int, classes: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of these arrays for D features and K classes.
 
     Raises:
-        ValueError: there is no mean or no distance of an unseen row, or those do not ascend.
+        ValueError: there is no mean or no distance of an unseen row, those do not ascend, or there are more means than
+            classes or more directions than features, each of which would cost time in every answer.
     """
     means, directions, unseen = (len(arrays[f"distance.{name}"]) for name in ("means", "basis", "unseen"))
     if not means or not unseen or (np.diff(arrays["distance.unseen"]) < 0).any():
         raise ValueError("distances must have a mean, and those of unseen rows must ascend")
+    if means > classes or directions > size:
+        raise ValueError(
+            f"distances must have at most {classes} means and {size} directions; got {means} and {directions}"
+        )
     shapes = ((means, size), (directions, size), (directions,), (1,), (unseen,))
     return dict(zip(DISTANCE_ARRAYS, shapes, strict=True))
 

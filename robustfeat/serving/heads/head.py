@@ -98,7 +98,7 @@ class Head(convert.HeadParts):
         for name in set(_CALIBRATION) & set(self.arrays):
             self._require(name, (rows,))
         if self.tells_typicality:
-            for name, lengths in distance_shapes(self.arrays, self.feature_size).items():
+            for name, lengths in distance_shapes(self.arrays, self.feature_size, count).items():
                 self._require(name, lengths)
 
     def _require(self, name: str, shape: tuple[int, ...]) -> None:

@@ -105,6 +105,10 @@ def assemble_folder(
             raise ExportError(
                 f"{config.name}: {parts.reference} gives {expected.shape} features or values that are not finite"
             )
+        if not expected.any(axis=1).all():
+            raise ExportError(
+                f"{config.name}: {parts.reference} gives nothing but zeros for a photograph", fix="check the weights"
+            )
         np.save(path / GOLDEN_FEATURES, expected)
         single = path / ONNX["fp32"]
         if calibration is not None:

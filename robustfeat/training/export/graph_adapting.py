@@ -14,9 +14,18 @@ import onnx
 from onnx import TensorProto, helper
 
 from robustfeat.errors import InputError
+from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.export.graph_batch import free_batch
 from robustfeat.training.export.graph_pooling import Found, put_output
-from robustfeat.training.export.graph_reading import describe, dimensions, inner_graphs, noise, read_by, run_graph
+from robustfeat.training.export.graph_reading import (
+    describe,
+    dimensions,
+    inner_graphs,
+    noise,
+    read_by,
+    require_order,
+    run_graph,
+)
 from robustfeat.training.export.stamp import INPUT, OUTPUT
 
 __all__ = ["AdaptedGraph", "adapt_graph"]
@@ -25,6 +34,8 @@ _BATCH = "batch"
 _TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.UINT8}
 _NORMALISING = {"Sub", "Div", "Mul", "Add"}
 _LAYERS = {"Gemm", "MatMul"}
+_MOST_PIXELS = 2**25
+"""Of a batch: more than 600 images of 224 px."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ def adapt_graph(
         InputError: naming what was found, and what to pass.
     """
     graph = model.graph
+    require_order(graph, source)
     chosen = named = _choose_output(graph, output, source)
     classifier_input = _classifier_input(graph, chosen) if output is None else None
     _prune(graph, chosen)
@@ -82,6 +94,7 @@ def adapt_graph(
     nchw, side = _layout(given, image_size, source)
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     batch = dimensions(given)[0]
+    _require_sizes(batch, side, source)
     kind = given.type.tensor_type.elem_type
     normalises = tuple(_normalising(graph, given.name))
     names = _rename(graph, {name: f"{name}.inner" for name in (INPUT, OUTPUT)})
@@ -215,6 +228,18 @@ def _layout(value: onnx.ValueInfoProto, image_size: int | None, source: str) -> 
             fix="leave `image_size` out, or export the network with free sides",
         )
     return nchw, side or image_size or 0
+
+
+def _require_sizes(batch: int | None, side: int, source: str) -> None:
+    """Refuses what a contract does not allow, and a fixed batch that would fill the memory, before anything runs."""
+    try:
+        Preprocessing(side)
+    except ValueError as exc:
+        raise InputError(f"{source}: {exc}") from exc
+    if batch is not None and batch * side**2 > _MOST_PIXELS:
+        raise InputError(
+            f"{source}: its batch is fixed to {batch}", fix="export it again with a free batch, or for one image"
+        )
 
 
 def _normalising(graph: onnx.GraphProto, name: str) -> Iterator[str]:

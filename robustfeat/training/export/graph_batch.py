@@ -30,11 +30,17 @@ def free_batch(model: onnx.ModelProto, batch: int | None, side: int, most: float
         source: names the file in messages.
 
     Raises:
-        InputError: the graph computes with the batch that it was exported with, or images change each other's features.
+        InputError: the graph computes with the batch that it was exported with, images change each other's features, or
+            features are not finite.
     """
     size = batch or 1
     images = noise(_IMAGES * size, side, most)
     expected = np.concatenate(run_graph(model, np.split(images, _IMAGES), source))
+    if not np.isfinite(expected).all():
+        raise InputError(
+            f"{source}: its features are not finite",
+            fix="export it again in fp32 from weights that are finite",
+        )
     repair = _Repair(model, images[:size], source) if batch else None
     reason = ""
     for attempt in (None, repair) if repair else (None,):

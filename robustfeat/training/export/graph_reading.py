@@ -24,6 +24,7 @@ __all__ = [
     "noise",
     "output_shapes",
     "read_by",
+    "require_order",
     "run_graph",
     "tensor_shapes",
 ]
@@ -162,6 +163,22 @@ def read_by(node: onnx.NodeProto) -> set[str]:
         for one in inner.node:
             names |= read_by(one)
     return names - {""}
+
+
+def require_order(graph: onnx.GraphProto, source: str) -> None:
+    """Refuses nodes that read what a later node, or they themselves, give: such graphs may run in a circle.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    made = {output: place for place, node in enumerate(graph.node) for output in node.output if output}
+    for place, node in enumerate(graph.node):
+        early = next((name for name in node.input if made.get(name, -1) >= place), None)
+        if early is not None:
+            raise InputError(
+                f"{source}: its nodes are not in the order in which they run ({early!r} is read before it is made)",
+                fix="export it again",
+            )
 
 
 def noise(count: int, side: int, most: float = 1.0) -> NDArray[np.float32]:

@@ -114,6 +114,7 @@ def test_heads_without_distances_say_so(tmp_path: Path, write_features: WriteFea
         ("distance.unseen", np.array([2.0, 1.0])),
         ("distance.unseen", np.empty(0)),
         ("distance.means", np.empty((0, 8))),
+        ("distance.means", np.zeros((3, 8))),
         ("distance.basis", np.zeros((2, 7))),
         ("distance.inverses", np.zeros(1)),
     ],
@@ -127,3 +128,11 @@ def test_arrays_that_do_not_fit_are_refused(
         Head(head.kind, head.classes, head.scaling, {**head.arrays, name: value})
     with pytest.raises(ValueError, match="has \\["):
         Head(head.kind, head.classes, head.scaling, {key: v for key, v in head.arrays.items() if key != name})
+
+
+def test_no_more_directions_than_features(tmp_path: Path, write_features: WriteFeatures) -> None:
+    x, y = blobs([10, 10], 8, 0.5)
+    head = fitted(tmp_path, x, [f"{label}/{row}.png" for row, label in enumerate(y)], write_features)
+    many = {"distance.basis": np.zeros((9, 8)), "distance.inverses": np.zeros(9)}
+    with pytest.raises(ValueError, match="at most 2 means and 8 directions; got 2 and 9"):
+        Head(head.kind, head.classes, head.scaling, {**head.arrays, **many})

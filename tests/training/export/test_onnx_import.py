@@ -307,6 +307,20 @@ def fixed_by_heads(file: Path, batch: int = 1, *, mixing: bool = False) -> Path:
     return save(file, nodes, (batch, 3, SIDE, SIDE), shapes)
 
 
+def circle(file: Path) -> Path:
+    nodes = [helper.make_node("Add", ["out", "image"], ["sum"]), helper.make_node("Flatten", ["sum"], ["out"])]
+    return save(file, nodes, (None, 3, SIDE, SIDE), [])
+
+
+def filled(file: Path, value: float) -> Path:
+    """A network whose weights are all the same."""
+    model = onnx.load(convolutional(file))
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(tensor), value), tensor.name))
+    file.write_bytes(model.SerializeToString())
+    return file
+
+
 def junk(file: Path) -> Path:
     file.write_bytes(b"\x89PNG and so on")
     return file
@@ -321,6 +335,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "oblong": (lambda file: convolutional(file, (None, 3, SIDE, 64)), {}, "only square images"),
     "other size": (convolutional, {"image_size": 64}, "image_size=64: .*net.onnx takes image .* and no other size"),
     "too small": (lambda file: convolutional(file, (None, 3, 4, 4)), {}, "image_size must be between 8 and 4096"),
+    "too large": (lambda file: convolutional(file, (None, 3, 2**40, 2**40)), {}, "image_size must be between 8 and"),
+    "huge batch": (lambda file: convolutional(file, (2**40, 3, SIDE, SIDE)), {}, "its batch is fixed to 109951162"),
+    "circle": (circle, {}, "not in the order in which they run .'out' is read before it is made"),
+    "not finite": (lambda file: filled(file, np.nan), {}, "its features are not finite; export it again"),
+    "zeros": (lambda file: filled(file, 0), {}, "ONNX Runtime gives nothing but zeros for a photograph"),
     "integers in": (lambda file: convolutional(file, kind=TensorProto.INT64), {}, "expected an image in float32"),
     "integers out": (integers, {}, "out is int64; expected floating-point numbers"),
     "second input": (text_input, {}, r"out needs 2 inputs: image .*; mask .*; expected one, the image"),
