@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +15,12 @@ from robustfeat.training.export.arguments import check_import, weights_error
 from robustfeat.training.export.calibration import import_images
 from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
 from robustfeat.training.export.libraries import LibraryNetwork, MisfitError, open_network, require_network
+from robustfeat.training.export.provenance import imported
 from robustfeat.training.weights import read_state
 
 __all__ = ["import_backbone"]
+
+_LIBRARIES = ("timm", "torch", "torchvision")
 
 
 def import_backbone(
@@ -76,12 +78,9 @@ def import_backbone(
         feature_size=_feature_size(features, contract, source),
         num_classes=opened.num_classes,
         preprocessing=contract,
-        provenance={
-            "source": ", ".join([source, given, *opened.notes]),
-            "terms": terms or license_id or "those of the imported weights",
-            **({"license": license_id} if license_id else {}),
-            "versions": {"timm": timm.__version__, "torch": torch.__version__},
-        },
+        provenance=imported(
+            ", ".join([source, given, *opened.notes]), terms=terms, license_id=license_id, libraries=_LIBRARIES
+        ),
         **opened.names,
     )
     images = import_images(calibration, contract, int8=int8)

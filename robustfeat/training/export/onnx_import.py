@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
-import robustfeat
 from robustfeat.errors import InputError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.config import ModelConfig
@@ -27,47 +23,13 @@ from robustfeat.training.export.calibration import import_images
 from robustfeat.training.export.graph_adapting import AdaptedGraph, adapt_graph
 from robustfeat.training.export.graph_pooling import POOLINGS
 from robustfeat.training.export.graph_reading import load_graph, output_shapes, run_graph
+from robustfeat.training.export.provenance import imported
 from robustfeat.training.export.repository import Repository
 from robustfeat.training.export.stamp import stamp_onnx
 
 __all__ = ["import_onnx", "import_onnx_layout"]
 
 _QUANTISED = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "MatMulInteger", "ConvInteger", "MatMulNBits"}
-
-
-@dataclass(frozen=True)
-class _About:
-    """What a folder says of a network that comes from elsewhere.
-
-    Attributes:
-        name: of the model.
-        source: where the network comes from.
-        terms: under which the weights may be used.
-        license_id: the Hub's name of a license.
-        origin: further facts, such as hashes, for the provenance.
-    """
-
-    name: str
-    source: str
-    terms: str | None = None
-    license_id: str | None = None
-    origin: tuple[tuple[str, Any], ...] = ()
-
-    def provenance(self) -> dict[str, Any]:
-        """As config.json has it."""
-        return {
-            "source": self.source,
-            **dict(self.origin),
-            "terms": self.terms or self.license_id or "those of the imported weights",
-            **({"license": self.license_id} if self.license_id else {}),
-            "versions": {
-                "robustfeat": robustfeat.__version__,
-                "onnx": onnx.__version__,
-                "onnxruntime": onnxruntime.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-        }
 
 
 def import_onnx(
@@ -125,19 +87,33 @@ def import_onnx(
         raise InputError(f"{file}: {exc}") from exc
     _say_doubts(adapted, file, output)
     said = f"{file.name}, output {adapted.output}" + (f", pooling {adapted.pooling}" if adapted.pooling else "")
-    about = _About(name or file.stem, said, terms, license_id, (("sha256", file_sha256(file)),))
+    origin = imported(said, {"sha256": file_sha256(file)}, terms=terms, license_id=license_id)
     if int8 and _is_quantised(adapted.model):
         remark(f"{file}: is quantised, so the folder gets no int8 file of its own")
         int8 = False
     images = import_images(calibration, contract, int8=int8)
-    return _write_folder(adapted, contract, about, f"onnx:{file.stem}", out, calibration=images, quiet=quiet)
+    config = _config(name or file.stem, f"onnx:{file.stem}", adapted, contract, origin)
+    return _write_folder(adapted, config, out, calibration=images, quiet=quiet)
+
+
+def _config(
+    name: str, architecture: str, adapted: AdaptedGraph, contract: Preprocessing, provenance: dict[str, Any]
+) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        architecture=architecture,
+        feature_size=adapted.feature_size,
+        num_classes=0,
+        preprocessing=contract,
+        first_conv="",
+        classifier="",
+        provenance=provenance,
+    )
 
 
 def _write_folder(
     adapted: AdaptedGraph,
-    contract: Preprocessing,
-    about: _About,
-    architecture: str,
+    config: ModelConfig,
     out: str | Path,
     *,
     calibration: Sequence[NDArray[np.uint8]] | None,
@@ -146,30 +122,22 @@ def _write_folder(
     """The folder of a graph, with the features that ONNX Runtime gives for the golden images.
 
     Args:
-        architecture: what config.json calls the network.
+        adapted: the graph.
+        config: without `files`.
+        out: the folder to make.
         calibration: squares (S, S, 3) for int8, besides the golden images; None leaves it out.
         quiet: say nothing of the steps on stderr.
 
     Raises:
         ExportError: an engine disagrees with ONNX Runtime; nothing is left behind.
     """
-    config = ModelConfig(
-        name=about.name,
-        architecture=architecture,
-        feature_size=adapted.feature_size,
-        num_classes=0,
-        preprocessing=contract,
-        first_conv="",
-        classifier="",
-        provenance=about.provenance(),
-    )
 
     def write(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        stamp_onnx(adapted.model, contract)
-        remark(f"{about.name}: writes {ONNX['fp32']}; the golden images go through ONNX Runtime", quiet=quiet)
+        stamp_onnx(adapted.model, config.preprocessing)
+        remark(f"{config.name}: writes {ONNX['fp32']}; the golden images go through ONNX Runtime", quiet=quiet)
         (path / ONNX["fp32"]).parent.mkdir()
         (path / ONNX["fp32"]).write_bytes(adapted.model.SerializeToString())
-        (features,) = run_graph(adapted.model, [inputs], about.name)
+        (features,) = run_graph(adapted.model, [inputs], config.name)
         return features
 
     parts = FolderParts(config, write, reference="ONNX Runtime", engines=ENGINES)
@@ -222,12 +190,11 @@ def import_onnx_layout(
         prefix=chosen.prefix,
     )
     license_id = license_id or (None if terms else repository.license())
-    origin = (("revision", repository.commit),) if repository.commit else ()
     said = f"{repository.origin}, output {chosen.output}, pooling {chosen.name}"
-    about = _About(name or repository.label, said, terms, license_id, origin)
+    origin = imported(said, {"revision": repository.commit}, terms=terms, license_id=license_id)
     images = import_images(calibration, contract, int8=int8)
-    architecture = f"onnx:{repository.model_type}"
-    return _write_folder(adapted, contract, about, architecture, out, calibration=images, quiet=quiet)
+    config = _config(name or repository.label, f"onnx:{repository.model_type}", adapted, contract, origin)
+    return _write_folder(adapted, config, out, calibration=images, quiet=quiet)
 
 
 def _normalisation(

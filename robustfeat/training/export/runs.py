@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-import onnxruntime
-import torch
-
-import robustfeat
 from robustfeat.errors import ExportError, InputError
 from robustfeat.hub.config import Evaluation, ModelConfig
 from robustfeat.training.export.calibration import folder_images, training_images
 from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
+from robustfeat.training.export.provenance import versions
 from robustfeat.training.loop.checkpoint import Checkpoint, features_of, load_checkpoint, network_of
 from robustfeat.training.loop.journal import read_metrics
 from robustfeat.training.loop.run_folder import BEST_NAME, CHECKPOINT_NAME, checkpoint_file
@@ -129,7 +123,7 @@ def _history(checkpoint: Checkpoint, config: ModelConfig, run: Path) -> dict[str
         "concepts": checkpoint.concepts,
         "concept_of_class": checkpoint.concept_of_class,
         "data": config.provenance["data"],
-        "versions": _versions(),
+        "versions": versions("torch"),
         "metrics": read_metrics(run),
     }
 
@@ -144,16 +138,5 @@ def _provenance(
         "terms": terms or "those of the training images",
         **({"license": license_id} if license_id else {}),
         **({"datasets": list(datasets)} if datasets else {}),
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "robustfeat": robustfeat.__version__,
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
+        "versions": versions("torch"),
     }

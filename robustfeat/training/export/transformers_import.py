@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,6 +22,7 @@ from robustfeat.progress import remark
 from robustfeat.training.export.assembly import ExportReport, FolderParts, assemble_folder, golden_images
 from robustfeat.training.export.calibration import import_images
 from robustfeat.training.export.onnx_files import export_onnx, require_onnx_size
+from robustfeat.training.export.provenance import imported
 from robustfeat.training.export.repository import Repository
 from robustfeat.training.export.transformers_models import (
     build_model,
@@ -89,13 +89,13 @@ def import_transformers(
         classifier="",
         transformers=model.config,
         pooling=network.pooling.name or "",
-        provenance={
-            "source": f"{repository.origin}, {model.class_name}, pooling {network.pooling.name}",
-            **({"revision": repository.commit} if repository.commit else {}),
-            "terms": terms or license_id or "those of the imported weights",
-            **({"license": license_id} if license_id else {}),
-            "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
-        },
+        provenance=imported(
+            f"{repository.origin}, {model.class_name}, pooling {network.pooling.name}",
+            {"revision": repository.commit},
+            terms=terms,
+            license_id=license_id,
+            libraries=("transformers", "torch"),
+        ),
     )
 
     def write(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
