@@ -170,7 +170,7 @@ def fit_command(
     "least",
     type=click.FloatRange(0, 1),
     metavar="P",
-    help="Predict no class for images with a typicality below P, such as 0.05.",
+    help="Predict no class for images with a typicality below P, such as 0.05; needs a head of more than 1/P rows.",
 )
 @click.option("--suggest", type=click.IntRange(min=1), metavar="N", help="List the N least certain, to label next.")
 @_labels_option()
@@ -202,7 +202,7 @@ def predict_command(
     from robustfeat.serving.heads.cells import encode_line
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels import read_labels
-    from robustfeat.serving.heads.predictions import Suggestions, predict_rows, reject, to_csv, to_jsonl
+    from robustfeat.serving.heads.predictions import Rejection, Suggestions, predict_rows, to_csv, to_jsonl
 
     _require_output(out, (*inputs, *labels))
     if labels and suggest is None:
@@ -210,8 +210,11 @@ def predict_command(
     opened = Head.load(head)
     if probabilities:
         opened.require_calibration()
-    if least is not None:
-        opened.require_typicality()
+    if least is not None and (lowest := opened.least_typicality) >= least:
+        unseen = round(1 / lowest) - 1
+        _say(
+            f"--reject {least:g} rejects nothing: measured on {unseen} rows, typicality is at least {lowest:.3g}", quiet
+        )
     known = read_labels(labels, multi_label=opened.multi_label) if labels else None
     features = _open(inputs, extraction, quiet, names=names, head=opened, head_place=head)
     known = known and known.matched(features.paths)
@@ -219,8 +222,8 @@ def predict_command(
     if out is None:
         features.check()  # what is on stdout cannot be taken back
     predictions = predict_rows(opened, features, probabilities=probabilities)
-    if least is not None:
-        predictions = reject(predictions, least)
+    rejection = Rejection(least or 0.0)
+    predictions = rejection.watch(predictions)
     if suggest:
         predictions = suggestions.watch(predictions)
     if as_json or (out or "").endswith(".jsonl"):
@@ -235,7 +238,10 @@ def predict_command(
     if suggest:
         _write([suggestions.to_csv()], sys.stderr if out is None else sys.stdout)
     if out:
-        _say(f"{out}: {len(features):,} predictions", quiet)
+        without = {"rejected": rejection.count, "failed": len(features.errors)}
+        predicted = len(features) - sum(without.values())
+        counts = [f"{predicted:,} predictions", *(f"{count:,} {what}" for what, count in without.items() if count)]
+        _say(f"{out}: {', '.join(counts)}", quiet)
     return _left_out(len(features.errors))
 
 

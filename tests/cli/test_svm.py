@@ -271,3 +271,17 @@ def test_an_array_made_elsewhere_is_fitted_and_predicted(features: Path, tmp_pat
     refused = robustfeat("svm", "predict", head, features.parent, "--names", names)
     assert refused.returncode == 2
     assert "--names is for a .npy file of features" in refused.stderr
+
+
+def test_a_rejection_that_a_small_head_cannot_make_is_said(
+    features: Path, head: Path, tmp_path: Path, robustfeat: Run
+) -> None:
+    out = tmp_path / "p.csv"
+    result = robustfeat("svm", "predict", head, features, "--out", out, "--reject", 0.01)
+    assert "--reject 0.01 rejects nothing: measured on 40 rows, typicality is at least 0.0244" in result.stderr
+    assert f"{out}: 40 predictions\n" in result.stderr
+    result = robustfeat("svm", "predict", head, features, "--out", out, "--reject", 1)
+    rows = [line.split(",") for line in out.read_text().splitlines()[1:]]
+    rejected = sum(prediction == "" for _, prediction, *_ in rows)
+    assert rejected == sum(float(typicality) < 1 for _, _, _, typicality, *_ in rows) > 0
+    assert f"{out}: {40 - rejected} predictions, {rejected} rejected" in result.stderr

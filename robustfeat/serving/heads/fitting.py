@@ -22,7 +22,7 @@ from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import SCALINGS, Array
 from robustfeat.serving.heads.labels import LabelledRows
 from robustfeat.serving.heads.report import Report
-from robustfeat.serving.heads.selection import C_GRID, FOLDS, Selection, choose
+from robustfeat.serving.heads.selection import C_GRID, Selection, choose
 from robustfeat.serving.heads.training_set import TrainingSet
 from robustfeat.serving.heads.trials import Candidate, Trials, fingerprint_rows
 from robustfeat.system import available_cpus
@@ -164,7 +164,7 @@ def fit_head(
     if len(selection.held):
         answers = targets[selection.held]
         groups = targets if targets.ndim == 1 else np.zeros(len(targets), np.int64)
-        distances = fit_distance(features.values, labelled.rows, groups, selection.splits[:FOLDS])
+        distances = fit_distance(features.values, labelled.rows, groups, selection.splits[0])
         measured = calibrate(selection.margins, answers) | distances
     head = replace(
         head,
@@ -218,7 +218,7 @@ def _describe(selection: Selection, labelled: LabelledRows, *, converged: bool) 
         "measure": "accuracy" if labelled.targets.ndim == 1 else "macro F1",
         "candidates": [record(candidate) for candidate in selection.candidates],
         "seed": 0,
-        "parts": len(selection.splits),
+        "parts": sum(map(len, selection.splits)),
         "rows_held_out": len(selection.held),
         "rows": len(labelled.rows),
         "converged": converged,

@@ -301,6 +301,16 @@ class Head(convert.HeadParts):
         """Whether there are distances."""
         return bool(set(DISTANCE_ARRAYS) & set(self.arrays))
 
+    @property
+    def least_typicality(self) -> float:
+        """What no image's typicality is below, as it was measured on a limited number of unseen rows.
+
+        Raises:
+            HeadError: as `typicality`.
+        """
+        self.require_typicality()
+        return 1 / (1 + len(self.arrays["distance.unseen"]))
+
     def typicality(self, features: NDArray[Any] | Features) -> Array:
         """How usual rows are among images of the classes, (n,): see `measure_typicality`.
 

@@ -73,18 +73,37 @@ class Labels:
 
         A label whose path is none of these means the one image whose path ends it, or that it ends: absolute paths and
         bare names of files are found as long as no other image or label could be meant as well.
+
+        Raises:
+            InputError: an image has one label under its own path and another one under such a path.
         """
         if self.by_path is None:
             return self
         keys = {path: self.key(path) for path in paths}
         used = set(keys.values())
-        spare = _by_name(path for path in self.by_path if path not in used)
-        meant: dict[str, str] = {}
-        for name, images in _by_name(path for path, key in keys.items() if key is None).items():
-            pairs = [(image, path) for image in images for path in spare.get(name, ()) if _ends(image, path)]
-            of_images, of_labels = Counter(image for image, _ in pairs), Counter(path for _, path in pairs)
-            meant |= {path: image for image, path in pairs if of_images[image] == of_labels[path] == 1}
-        return replace(self, by_path={meant.get(path, path): own for path, own in self.by_path.items()})
+        images = _by_name(keys)
+        meanings: dict[str, list[str]] = {}  # images, and the labels that mean them by another path
+        for name, spare in _by_name(path for path in self.by_path if path not in used).items():
+            for path in spare:
+                meant = [image for image in images.get(name, ()) if _ends(image, path)]
+                if len(meant) == 1:
+                    meanings.setdefault(meant[0], []).append(path)
+        by_path = dict(self.by_path)
+        repeated = self.repeated
+        for image, others in meanings.items():
+            own = keys[image]
+            if own is None and len(others) == 1:
+                by_path[image] = by_path.pop(others[0])
+            if own is None:
+                continue
+            for other in others:
+                again = by_path.pop(other)
+                if again != by_path[own]:
+                    one, another = (SEPARATOR.join(labels) for labels in (by_path[own], again))
+                    what = f"{self.source}: {own} is labelled {one!r}, and {other} {another!r}"
+                    raise InputError(what, fix="leave one")
+                repeated += 1
+        return replace(self, by_path=by_path, repeated=repeated)
 
     def of(self, path: str) -> tuple[str, ...] | None:
         """The labels of an image; None where it has none that are known.
@@ -191,17 +210,22 @@ def read_labels(labels: Sequence[str], *, multi_label: bool = False) -> Labels:
 
 
 def _by_name(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Paths by the name of the file, in one Unicode form."""
+    """Paths by the name of the file, as `_plain` writes it."""
     named: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
-        named.setdefault(unicodedata.normalize("NFC", path).rpartition("/")[2], []).append(path)
+        named.setdefault(_plain(path).rpartition("/")[2], []).append(path)
     return named
 
 
 def _ends(path: str, other: str) -> bool:
     """Whether one path is the end of the other."""
-    one, another = (f"/{unicodedata.normalize('NFC', part)}" for part in (path, other))
+    one, another = f"/{_plain(path)}", f"/{_plain(other)}"
     return one.endswith(another) or another.endswith(one)
+
+
+def _plain(path: str) -> str:
+    """In one Unicode form, and with slashes where Windows wrote the others."""
+    return unicodedata.normalize("NFC", path).replace("\\", "/")
 
 
 def _split(cell: Any, place: str, *, multi_label: bool) -> tuple[str, ...] | None:

@@ -20,7 +20,7 @@ from robustfeat.serving.heads.kinds import Array
 from robustfeat.serving.heads.labels import SEPARATOR
 from robustfeat.serving.inputs.sources import path_fields
 
-__all__ = ["Prediction", "Suggestions", "predict", "predict_rows", "reject", "to_csv", "to_jsonl"]
+__all__ = ["Prediction", "Rejection", "Suggestions", "predict", "predict_rows", "to_csv", "to_jsonl"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +84,27 @@ def predict(head: Head, values: NDArray[Any], paths: Sequence[str], *, probabili
     ]
 
 
-def reject(predictions: Iterator[Prediction], least: float) -> Iterator[Prediction]:
-    """The same, without labels where the typicality is below `least`: none of the classes."""
-    for one in predictions:
-        yield replace(one, labels=()) if one.typicality is not None and one.typicality < least else one
+class Rejection:
+    """Takes the labels of predictions whose typicality is too small: they are none of the classes.
+
+    Args:
+        least: what is enough.
+
+    Attributes:
+        count: predictions that were rejected so far.
+    """
+
+    def __init__(self, least: float) -> None:
+        self._least, self.count = least, 0
+
+    def watch(self, predictions: Iterator[Prediction]) -> Iterator[Prediction]:
+        """The same predictions, the rejected ones without labels."""
+        for one in predictions:
+            if one.typicality is None or one.typicality >= self._least:
+                yield one
+            else:
+                self.count += 1
+                yield replace(one, labels=())
 
 
 def labels_of(head: Head, decided: NDArray[Any] | Any) -> tuple[str | int, ...]:

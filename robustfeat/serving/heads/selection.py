@@ -46,7 +46,7 @@ class Selection:
         best: the setting that was chosen.
         candidates: all of them, in the order of the grid: by scaling, then by C.
         method: folds or holdout.
-        splits: what was fitted and scored.
+        splits: what was fitted and scored, by draw.
         held: (m,) int64, the places of the rows that were scored, once each.
         margins: (m, K), or (m, 1) for two classes: raw margins of `best` for these rows, fitted without them.
     """
@@ -54,7 +54,7 @@ class Selection:
     best: Candidate
     candidates: tuple[Candidate, ...]
     method: str
-    splits: tuple[Split, ...]
+    splits: tuple[tuple[Split, ...], ...]
     held: NDArray[np.int64]
     margins: Array
 
@@ -89,8 +89,9 @@ def choose(
     """
     trials = Trials() if trials is None else trials
     folds = method == "folds" or (method == "auto" and len(data.targets) < FEW)
-    splits = fold(data.targets, seed) if folds else [hold_out(data.targets, seed)]
-    splits = [(fit, held) for fit, held in splits if len(held)]
+    draws = fold(data.targets, seed) if folds else [[hold_out(data.targets, seed)]]
+    draws = [[(fit, held) for fit, held in draw if len(held)] for draw in draws]
+    splits = [split for draw in draws for split in draw]
     grid: Sequence[float | None] = cs if KINDS[data.kind].linear else [None]
     if not splits:  # nothing to choose by: plain features, and a C in the middle
         c = (1.0 if 1.0 in cs else cs[0]) if grid[0] is not None else None
@@ -103,15 +104,15 @@ def choose(
     chosen = max(tries, key=lambda one: one.candidate.score)  # the first one of equals
     if folds:
         chosen = _simplest(chosen, tries)
-    once, best = splits[:FOLDS], chosen.candidate
-    margins = chosen.margins or [  # of one that was tried before
+    once, best = draws[0], chosen.candidate
+    margins = chosen.margins[: len(once)] or [  # of one that was tried before
         data.margins(data.fits(best.scaling, fit).fit(best.c)[0], held) for fit, held in once
     ]
     return Selection(
         best,
         tuple(one.candidate for one in tries),
         "folds" if folds else "holdout",
-        tuple(splits),
+        tuple(map(tuple, draws)),
         np.concatenate([held for _, held in once]),
         np.concatenate(margins),
     )
@@ -120,7 +121,7 @@ def choose(
 @dataclass(frozen=True, eq=False)
 class _Try:
     candidate: Candidate
-    margins: list[Array]  # of the rows that the first draw's parts score; none if it was tried before
+    margins: list[Array]  # of the rows that the parts of all draws score; none if it was tried before
 
 
 def _climb(
@@ -173,7 +174,7 @@ def _attempt(
         if progress:
             progress.advance(1)
     candidate = Candidate(scaling, c, float(np.mean(scores)), _standard_error(scores), all_converged)
-    return _Try(candidate, margins[:FOLDS])
+    return _Try(candidate, margins)
 
 
 def _standard_error(scores: Sequence[float]) -> float:
@@ -197,7 +198,7 @@ def _score(head: Head, margins: Array, targets: NDArray[Any]) -> float:
     return float(np.mean(predicted == targets))
 
 
-def fold(targets: NDArray[Any], seed: int = 0) -> list[Split]:
+def fold(targets: NDArray[Any], seed: int = 0) -> list[list[Split]]:
     """Parts rows into five folds, stratified, and again with another draw while few rows are scored.
 
     A row that is alone in its class is always fitted and never scored. With several labels a row there are no classes
@@ -208,22 +209,24 @@ def fold(targets: NDArray[Any], seed: int = 0) -> list[Split]:
         seed: of the draws.
 
     Returns:
-        A multiple of five pairs of places: to fit on, and to score by.
+        Of each draw five pairs of places: to fit on, and to score by.
     """
     rng = np.random.default_rng(seed)
     draws = min(_MOST_DRAWS, math.ceil(_LEAST_SCORED / len(targets)))
-    splits = []
+    found = []
     for _ in range(draws):
         order = rng.permutation(len(targets))
         if targets.ndim == 1:
             order = order[np.argsort(targets[order], kind="stable")]
             order = order[np.bincount(targets)[targets[order]] > 1]
+        splits = []
         for first in range(FOLDS):
             held = np.sort(order[first::FOLDS])
             if targets.ndim == 2:
                 held = _keeping_labels(targets, held)
             splits.append((np.setdiff1d(np.arange(len(targets)), held), held))
-    return splits
+        found.append(splits)
+    return found
 
 
 def hold_out(targets: NDArray[Any], seed: int = 0) -> Split:

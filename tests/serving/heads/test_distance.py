@@ -41,7 +41,7 @@ def test_distances_are_those_of_the_whole_covariance(rows: int, size: int) -> No
     """With all directions kept: of fewer rows than features, the directions that they span."""
     x, y = blobs([rows // 2, rows - rows // 2], size, 1.0)
     query = np.random.default_rng(1).normal(size=(20, size))
-    arrays = fit_distance(x, np.arange(rows), y, fold(y)[:5])
+    arrays = fit_distance(x, np.arange(rows), y, fold(y)[0])
     np.testing.assert_allclose(measure_distance(arrays, query), by_the_formula(x, y, query), rtol=1e-6)
 
 
@@ -50,7 +50,7 @@ def test_few_directions_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     x = x * np.geomspace(3, 0.1, 64)
     query = np.random.default_rng(1).normal(size=(200, 64)) * np.geomspace(3, 0.1, 64)
     monkeypatch.setattr(distance, "_DIRECTIONS", 16)
-    arrays = fit_distance(x, np.arange(600), y, fold(y)[:5])
+    arrays = fit_distance(x, np.arange(600), y, fold(y)[0])
     assert arrays["distance.basis"].shape == (16, 64)
     found, whole = measure_distance(arrays, query), by_the_formula(x, y, query)
     assert np.corrcoef(found.argsort().argsort(), whole.argsort().argsort())[0, 1] > 0.8
@@ -59,7 +59,7 @@ def test_few_directions_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_typicality_is_the_share_of_unseen_rows_that_lie_as_far() -> None:
     x, y = blobs([400, 400], 12, 0.5)
     mine, others = x[::2], x[1::2]
-    arrays = fit_distance(mine, np.arange(400), y[::2], fold(y[::2])[:5])
+    arrays = fit_distance(mine, np.arange(400), y[::2], fold(y[::2])[0])
     shares = measure_typicality(arrays, others)
     for level in (0.05, 0.2, 0.5):
         assert np.mean(shares < level) == pytest.approx(level, abs=0.06)  # three deviations of 400 rows
@@ -72,7 +72,7 @@ def test_rows_are_drawn_from_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distance, "_MOST_ROWS", 50)
     monkeypatch.setattr(distance, "_MOST_UNSEEN", 20)
     x, y = blobs([100, 100], 8, 1.0)
-    arrays = fit_distance(x, np.arange(200), y, fold(y)[:5])
+    arrays = fit_distance(x, np.arange(200), y, fold(y)[0])
     assert arrays["distance.unseen"].shape == (20,)
     assert measure_typicality(arrays, x).mean() > 0.2
 

@@ -177,7 +177,7 @@ def test_several_labels_are_selected_by_macro_f1(digits: Digits) -> None:
     selection, _, _ = select_and_fit(x, y, cs=(0.01,), scalings=("l2",), method="holdout")
     reference = MultiOutputClassifier(LinearSVC(C=0.01, dual=False))
     normal = Normalizer().fit_transform(x.astype(np.float64))
-    ((fit, held),) = selection.splits
+    (((fit, held),),) = selection.splits
     predicted = reference.fit(normal[fit], y[fit]).predict(normal[held])
     assert selection.best.score == f1_score(y[held], predicted, average="macro")
 

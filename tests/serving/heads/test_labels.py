@@ -109,6 +109,8 @@ ROWS = ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "é.jpg", "deep/down/3.jpg", "dow
         ("ther/cat/1.jpg", "cat/1.jpg"),
         ("at/1.jpg", None),
         ("/data/dog/2.JPG", None),
+        ("C:\\photos\\dog\\2.jpg", "dog/2.jpg"),
+        ("dog\\2.jpg", "dog/2.jpg"),
     ],
 )
 def test_paths_from_elsewhere_and_bare_names_mean_the_one_image(
@@ -125,10 +127,13 @@ def test_paths_from_elsewhere_and_bare_names_mean_the_one_image(
 
 def test_a_row_of_its_own_name_is_not_taken_by_another_label(tmp_path: Path, write_features: Any) -> None:
     features = open_features(str(write_features(tmp_path / "g.npy", np.zeros((6, 4), np.float32), ROWS)))
-    text = "path,label\ndog/2.jpg,x\n/old/dog/2.jpg,y\n/a/é.jpg,p\n/b/é.jpg,q\n"
+    text = "path,label\ndog/2.jpg,x\n/data/dog/2.jpg,x\n/a/é.jpg,p\n/b/é.jpg,q\n"
     found = match_labels(features, read_labels(csv(tmp_path, text)))
     assert (found.rows.tolist(), found.classes) == ([2], ("x",))
-    assert found.missing == ("/old/dog/2.jpg", "/a/é.jpg", "/b/é.jpg")
+    assert (found.missing, found.repeated) == (("/a/é.jpg", "/b/é.jpg"), 1)
+    other = text.replace("/data/dog/2.jpg,x", "/data/dog/2.jpg,y")
+    with pytest.raises(InputError, match=r"dog/2\.jpg is labelled 'x', and /data/dog/2\.jpg 'y'; leave one"):
+        match_labels(features, read_labels(csv(tmp_path, other)))
 
 
 def test_labels_given_twice_are_counted(features: Features, tmp_path: Path) -> None:

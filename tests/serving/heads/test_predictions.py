@@ -17,7 +17,7 @@ from robustfeat.serving import Head
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.fitting import fit_head
 from robustfeat.serving.heads.labels import match_labels, read_labels
-from robustfeat.serving.heads.predictions import Suggestions, predict_rows, reject, to_csv, to_jsonl
+from robustfeat.serving.heads.predictions import Rejection, Suggestions, predict_rows, to_csv, to_jsonl
 from robustfeat.serving.heads.report import Report
 from robustfeat.serving.inputs.sources import path_of_index
 
@@ -96,8 +96,10 @@ def test_predictions_keep_rows_and_say_what_failed(fitted: tuple[Head, Path], di
         assert records[row]["typicality"] == usual[row]
         assert float(lines[row]["typicality"]) == pytest.approx(usual[row], rel=1e-5)
     some = float(np.median(usual[[0, 1, 3, 4, 5]]))
-    for row, one in enumerate(reject(predict_rows(head, features), some)):
+    rejection = Rejection(some)
+    for row, one in enumerate(rejection.watch(predict_rows(head, features))):
         assert bool(one.labels) == (row != 2 and usual[row] >= some)
+    assert rejection.count == np.count_nonzero(usual[[0, 1, 3, 4, 5]] < some)
 
 
 def test_names_come_back_from_predictions_as_they_were(

@@ -27,11 +27,11 @@ from tests.serving.heads.test_newton import blobs
 @pytest.mark.parametrize("counts", [[40, 40], [7, 20, 33], [5] * 10, [2, 3, 4, 50], [1, 1, 9, 9], [1000, 1000]])
 def test_folds_are_stratified_and_score_each_row_once_a_draw(counts: list[int]) -> None:
     y = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
-    splits = fold(y)
-    assert len(splits) % FOLDS == 0
+    draws = fold(y)
+    splits = [split for draw in draws for split in draw]
     alone = np.flatnonzero(np.bincount(y)[y] == 1)
-    for first in range(0, len(splits), FOLDS):
-        draw = splits[first : first + FOLDS]
+    for draw in draws:
+        assert len(draw) == FOLDS
         assert sorted(np.concatenate([held for _, held in draw])) == sorted(set(range(len(y))) - set(alone))
         sizes = [len(held) for _, held in draw]
         assert max(sizes) - min(sizes) <= 1
@@ -49,7 +49,7 @@ def test_folds_of_several_labels_leave_rows_with_and_without_each() -> None:
     y = rng.random((60, 4)) < 0.5
     y[:, 2] = False
     y[7, 2] = True
-    for fit, held in fold(y):
+    for fit, held in (split for draw in fold(y) for split in draw):
         assert sorted([*fit, *held]) == list(range(60))
         assert y[fit].any(0).all()
         assert not y[fit].all(0).any()
@@ -61,7 +61,7 @@ def test_scores_and_margins_are_those_of_scikit_learn_on_the_same_folds() -> Non
     assert len(found.candidates) == 2
     for candidate in found.candidates:
         scores = []
-        for fit, held in found.splits:
+        for fit, held in (split for draw in found.splits for split in draw):
             classifier = make_pipeline(StandardScaler(), LinearSVC(C=candidate.c, dual=False, tol=1e-10)).fit(
                 x[fit], y[fit]
             )
@@ -69,7 +69,7 @@ def test_scores_and_margins_are_those_of_scikit_learn_on_the_same_folds() -> Non
         assert candidate.score == pytest.approx(np.mean(scores))
         assert candidate.error == pytest.approx(np.std(scores, ddof=1) / np.sqrt(FOLDS))
     assert sorted(found.held) == list(range(80))
-    for (fit, held), margins in zip(found.splits, np.split(found.margins, np.arange(16, 80, 16)), strict=False):
+    for (fit, held), margins in zip(found.splits[0], np.split(found.margins, np.arange(16, 80, 16)), strict=True):
         classifier = make_pipeline(StandardScaler(), LinearSVC(C=found.best.c, dual=False, tol=1e-10))
         wanted = classifier.fit(x[fit], y[fit]).decision_function(x[held])
         np.testing.assert_allclose(margins, wanted, atol=1e-3)
@@ -79,7 +79,7 @@ def chosen(scores: dict[float, float], error: float, monkeypatch: pytest.MonkeyP
     """What is chosen where the unseen rows give these scores for each C."""
     by_c = iter(scores.values())
     monkeypatch.setattr(selection, "_standard_error", lambda _: error)
-    monkeypatch.setattr(selection, "fold", lambda targets, seed: [(np.arange(20), np.arange(20, 40))])
+    monkeypatch.setattr(selection, "fold", lambda targets, seed: [[(np.arange(20), np.arange(20, 40))]])
     monkeypatch.setattr(selection, "_score", lambda *_: next(by_c))
     x, y = blobs([20, 20], 3, 1.0)
     order = np.random.default_rng(0).permutation(40)
@@ -108,7 +108,7 @@ def test_few_rows_are_folded_and_many_held_out(monkeypatch: pytest.MonkeyPatch) 
 
     def method(asked: str) -> tuple[str, int]:
         found = select(x, y, cs=(0.1,), scalings=("none",), method=asked)
-        return found.method, len(found.splits)
+        return found.method, sum(map(len, found.splits))
 
     assert method("auto") == method("folds") == ("folds", 25)
     assert method("holdout") == ("holdout", 1)
@@ -171,3 +171,11 @@ def test_a_stopped_fit_resumes_with_what_it_had_tried(
 def test_a_damaged_file_of_trials_is_no_trial(content: str, tmp_path: Path) -> None:
     (tmp_path / "trials.json").write_text(content)
     assert len(Trials(tmp_path / "trials.json", "f")) == 0
+
+
+@pytest.mark.parametrize("counts", [[2, 1], [2, 2], [1, 1, 2], [3, 2, 1]])
+def test_of_very_few_rows_each_is_scored_once(counts: list[int]) -> None:
+    y = np.repeat(np.arange(len(counts)), counts)
+    found = select(np.random.default_rng(0).normal(size=(len(y), 4)), y, cs=(0.1,), scalings=("none",))
+    assert sorted(found.held) == [row for row in range(len(y)) if counts[y[row]] > 1]
+    assert len(found.margins) == len(found.held)
