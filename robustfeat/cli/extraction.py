@@ -16,20 +16,29 @@ from robustfeat.serving.options import AUTO, DECODINGS, DEVICES, ENGINES, MAX_PI
 if TYPE_CHECKING:
     from robustfeat.serving.extractor import FeatureExtractor
 
-__all__ = ["ABOVE_ZERO", "Extraction", "extraction_options", "pin_options", "pooling_option", "serving_options"]
+__all__ = [
+    "ABOVE_ZERO",
+    "Extraction",
+    "Number",
+    "extraction_options",
+    "pin_options",
+    "pooling_option",
+    "serving_options",
+]
 
 
-class _Number(click.FloatRange):
-    """A float that is not infinite."""
+class Number(click.FloatRange):
+    """A float within bounds that is not infinite; click lets NaN through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; what is none fails as click's own types do."""
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value} is no finite number.", param, ctx)
         return number
 
 
-ABOVE_ZERO = _Number(min=0, min_open=True)
+ABOVE_ZERO = Number(min=0, min_open=True)
 
 _PIN_OPTIONS = (
     click.option("--revision", metavar="REV", help="A branch, tag or commit on the Hub.  [default: main]"),

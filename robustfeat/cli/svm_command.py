@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from robustfeat.cli.extraction import Extraction, extraction_options
+from robustfeat.cli.extraction import Extraction, Number, extraction_options
 from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def command() -> None:
     show_default=True,
     help="What to fit.",
 )
-@click.option("--C", "c", type=click.FloatRange(1e-6, 1e6), help="Instead of choosing from 0.001 to 10.")
+@click.option("--C", "c", type=Number(1e-6, 1e6), help="Instead of choosing from 0.001 to 10.")
 @click.option("--scaling", type=click.Choice(["none", "l2", "standard"]), help="Instead of choosing one.")
 @click.option(
     "--selection",
@@ -113,8 +112,6 @@ def fit_command(
     from robustfeat.serving.heads.labels import match_labels, match_paths, read_labels
     from robustfeat.serving.heads.selection import C_GRID
 
-    if c is not None and math.isnan(c):
-        raise click.UsageError("--C must be a number")
     if c is not None and kind in {"naive-bayes", "nearest-mean"}:
         raise click.UsageError(f"--kind {kind} has no --C")
     require_new(out)
@@ -168,7 +165,7 @@ def fit_command(
 @click.option(
     "--reject",
     "least",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     metavar="P",
     help="Predict no class for images with a typicality below P, such as 0.05; needs a head of more than 1/P rows.",
 )

@@ -89,7 +89,8 @@ def open_heif(data: bytes, name: str) -> ImageFile.ImageFile:
         said = f"{what}, and its decoder does not load ({first_line(exc)})"
         raise DecodeError(said, fix="pip install --force-reinstall pillow-heif") from exc
     except SyntaxError as exc:
-        raise DecodeError(_too_large(data) or f"damaged: {first_line(exc)}") from exc
+        over = _too_large(data) if name == "AVIF" else None
+        raise DecodeError(over or f"damaged: {first_line(exc)}") from exc
     image.info.pop("xmp", None)  # Pillow would take an orientation from it
     return image
 

@@ -30,6 +30,10 @@ from robustfeat.serving.verify import check_golden
 __all__ = ["FeatureExtractor", "default_batch_size"]
 
 
+_MOST_FEATURES = 2**20
+"""Per image: 4 MB."""
+
+
 class FeatureExtractor:
     """Turns images into features with one model; make it with `from_pretrained`.
 
@@ -152,9 +156,12 @@ class FeatureExtractor:
         session = open_engine(folder.path, content, options, folder.config.outputs, side)
         if not folder.is_own:
             extractor = cls(folder, session, options)
-            extractor.config = folder.config.replace(feature_size=_feature_size(folder, session))
+            size = _feature_size(folder, session)
+            _require_length(folder, size)
+            extractor.config = folder.config.replace(feature_size=size)
             return extractor
         size = folder.config.feature_size
+        _require_length(folder, size)
         if session.input_shape[1:] != [3, side, side] or session.output_shape[1:] != [size]:
             raise ModelFolderError(
                 f"{folder.path}: config.json promises {side} px in and {size} features out, the ONNX file has "
@@ -329,6 +336,15 @@ def _feature_size(folder: ModelFolder, session: Engine) -> int:
         )
     size = session.output_shape[-1]
     return size if isinstance(size, int) else session.run(np.zeros((1, *wanted), np.float32)).shape[1]
+
+
+def _require_length(folder: ModelFolder, size: int) -> None:
+    """Refuses vectors of which a few thousand would fill the memory: the network's output is not one per image."""
+    if size > _MOST_FEATURES:
+        raise ModelFolderError(
+            f"{folder.path}: its features are vectors of {size:,} numbers; at most {_MOST_FEATURES:,} are supported",
+            fix="take another output of the network with robustfeat import",
+        )
 
 
 def _interruptibly(run: Callable[[NDArray[np.float32]], NDArray[np.float32]], values: Any) -> NDArray[np.float32]:

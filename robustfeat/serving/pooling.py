@@ -41,10 +41,15 @@ class Pooling:
 
         Args:
             values: (N, D), (N, D, 1, 1), tokens (N, T, D) or a map (N, D, H, W).
+
+        Raises:
+            ValueError: there are no tokens of patches to average.
         """
         if self.name == "cls":
             return np.ascontiguousarray(values[:, 0])
         if self.name == "mean" and values.ndim == _TOKENS:
+            if values.shape[1] <= self.prefix:
+                raise ValueError(f"it gives {values.shape[1]} tokens, and the first {self.prefix} are of no patch")
             return _mean(values[:, self.prefix :], 1)
         if self.name == "mean":
             return _mean(values.reshape(*values.shape[:2], -1), 2)

@@ -219,7 +219,8 @@ def test_wrong_usage_is_said(robustfeat: Run, head: Path, features: Path, tmp_pa
         (["fit", features, features, *out], "features come alone"),
         (["fit", features, *out, "--precision", "int8"], "--precision is for images"),
         (["fit", features, *out, "--kind", "nearest-mean", "--C", 1], "has no --C"),
-        (["fit", features, *out, "--C", "nan"], "--C must be a number"),
+        (["fit", features, *out, "--C", "nan"], "nan is no finite number"),
+        (["predict", head, features, "--reject", "nan"], "nan is no finite number"),
         (["predict", head, features, "--out", "x.txt"], "ending in .csv or .jsonl"),
         (["predict", head, features, "--labels", "folder"], "pass --suggest N too"),
     ]:

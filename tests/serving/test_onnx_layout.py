@@ -444,6 +444,26 @@ def test_networks_that_do_not_fit_are_refused_by_name(
             FeatureExtractor.from_pretrained(copy, engine=engine)
 
 
+def test_vectors_that_would_fill_the_memory_are_refused(copy: Path) -> None:
+    model = onnx.load_model_from_string(
+        network_of({"pixel_values": [None, 3, 56, 56]}, {"pooler_output": [None, None]})
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 10**9, 1, 1]), "times"))
+    model.graph.node.insert(1, onnx.helper.make_node("Tile", ["pooled", "times"], ["wide"]))
+    model.graph.node[2].input[0] = "wide"
+    (copy / "onnx" / "model.onnx").write_bytes(model.SerializeToString())
+    for engine in ("onnxruntime", "openvino"):
+        with pytest.raises(ModelFolderError, match="vectors of 3,000,000,000 numbers; at most 1,048,576"):
+            FeatureExtractor.from_pretrained(copy, engine=engine)
+
+
+def test_a_mean_of_no_patches_is_refused() -> None:
+    outputs = read_outputs({"model_type": "dinov2_with_registers", "num_register_tokens": 400})
+    way = choose_pooling("mean", outputs, {"last_hidden_state": [None, None, 5]}, Path())
+    with pytest.raises(ValueError, match="it gives 9 tokens, and the first 401 are of no patch"):
+        way(np.zeros((2, 9, 5), np.float32))
+
+
 def test_weights_in_a_file_of_another_name_are_not_opened(copy: Path) -> None:
     file = copy / "onnx" / "model.onnx"
     onnx.save(onnx.load(file), file, save_as_external_data=True, location="weights.bin", size_threshold=0)

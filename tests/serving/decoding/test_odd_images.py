@@ -264,6 +264,7 @@ BAD: dict[str, tuple[Encode, str]] = {
     "bomb.avif": (lambda p: sized(encode(p, "avif"), 60000, 60000), "60000 x 60000 is over the limit of libavif"),
     "bomb.bmp": (lambda p: patched(encode(p, "bmp"), 18, "<ii", 60000, -60000), HUGE),
     "bomb.gif": (lambda p: patched(encode(p.quantize(64), "gif"), 6, "<HH", 60000, 60000), HUGE),
+    "wide.heic": (lambda p: sized(encode(p, "heic"), 2**32 - 1, 1), "damaged: "),
     "bomb.heic": (lambda p: sized(encode(p, "heic"), 60000, 60000), f"60000 x 60000 is {HUGE}"),
     "bomb.png": (lambda _: png(60000, 60000, 8, 2), HUGE),
     "bomb.tif": (lambda p: retagged(retagged(encode(p, "tiff"), 256, 60000), 257, 60000), HUGE),
