@@ -252,7 +252,9 @@ def test_an_interrupted_fit_stops_at_once_and_leaves_nothing(tmp_path: Path, wri
         wait_until(lambda: processor_seconds(process.pid) > began + 3)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read().strip() == "robustfeat: interrupted"
+        assert (
+            process.stderr.read().splitlines()[-1] == "robustfeat: interrupted"
+        )  # behind a line of progress, on a busy machine
         assert process.wait() == 1
         assert time.monotonic() - began < 3
     assert not (tmp_path / "head").exists()
