@@ -26,7 +26,7 @@ import yaml
 __all__ = ["FakeHub", "Fault", "Repo", "serve_hub"]
 
 _PAGE = 3  # entries in an answer, so that every longer folder takes several
-_LARGE = (".safetensors", ".onnx", ".npy", ".bin", ".parquet", ".tar")
+_LARGE = (".safetensors", ".onnx", ".onnx_data", ".npy", ".bin", ".parquet", ".tar")
 _LICENSES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "bsd-3-clause", "other", "unknown"}  # of many
 _TASKS = {"image-feature-extraction", "image-classification", "feature-extraction"}
 

@@ -279,6 +279,14 @@ def test_weights_beside_the_file_are_verified_and_part_of_the_identity(copy: Pat
     assert other.name != beside.identity.name
 
 
+def test_pull_takes_the_weights_beside_a_network(copy: Path, hub: FakeHub, alone: Alone, tmp_path: Path) -> None:
+    file = copy / "onnx" / "model.onnx"
+    onnx.save(onnx.load(file), file, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    published(hub, copy, "org/dinov2")
+    assert alone("-m", "robustfeat", "pull", "org/dinov2", "--precision", "fp32", "--quiet").returncode == 0
+    assert {"onnx/model.onnx", "onnx/model.onnx_data"} <= cached(tmp_path / "home")
+
+
 def test_optimums_own_folder_is_read(repositories: Repositories, tmp_path: Path, example_files: list[Path]) -> None:
     """All files lie side by side, and transformers 5 describes the processors of texts and images in one file."""
     source = repositories("dinov2")

@@ -19,7 +19,7 @@ from robustfeat.serving.heads.fitting import fit_head, select
 from robustfeat.serving.heads.labels import match_labels, read_labels
 from robustfeat.serving.heads.selection import FOLDS, Selection, fold
 from robustfeat.serving.heads.training_set import Fits
-from robustfeat.serving.heads.trials import Trials
+from robustfeat.serving.heads.trials import Trials, fingerprint_rows
 from tests.conftest import WriteFeatures
 from tests.serving.heads.test_newton import blobs
 
@@ -160,7 +160,7 @@ def test_a_stopped_fit_resumes_with_what_it_had_tried(
     assert again is not None
     assert again.to_dict() == report.to_dict()
     np.testing.assert_allclose(head.margins(x), whole.margins(x), atol=1e-4)
-    # Other rows, labels or settings are another fit.
+    # Other settings are another fit.
     resume.write_text(json.dumps(kept))
     fitted[0] = 1000
     fit_head(features, labelled, cs=(0.01, 0.2), resume=resume)
@@ -179,3 +179,17 @@ def test_of_very_few_rows_each_is_scored_once(counts: list[int]) -> None:
     found = select(np.random.default_rng(0).normal(size=(len(y), 4)), y, cs=(0.1,), scalings=("none",))
     assert sorted(found.held) == [row for row in range(len(y)) if counts[y[row]] > 1]
     assert len(found.margins) == len(found.held)
+
+
+def test_other_features_rows_labels_or_settings_are_another_fit() -> None:
+    values, rows = np.arange(30, dtype=np.float32).reshape(10, 3), np.arange(8)
+    targets = rows % 2
+    fits = [
+        (values, rows, targets, ["svm"]),
+        (values + 1, rows, targets, ["svm"]),
+        (values, rows + 1, targets, ["svm"]),
+        (values, rows, 1 - targets, ["svm"]),
+        (values, rows, targets, ["logistic"]),
+    ]
+    assert len({fingerprint_rows(*fit) for fit in fits}) == len(fits)
+    assert fingerprint_rows(values.copy(), rows, targets, ["svm"]) == fingerprint_rows(*fits[0])
