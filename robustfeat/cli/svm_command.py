@@ -123,18 +123,19 @@ def fit_command(
     features = _open(inputs, extraction, quiet, names=names, labels=known, check=check)
     labelled = match_labels(features, known, multi_label=multi_label)
     _say(labelled.summary(), quiet)
-    head, report = fit_head(
-        features,
-        labelled,
-        kind=kind,
-        cs=C_GRID if c is None else (c,),
-        scalings=tuple(SCALINGS) if scaling is None else (scaling,),
-        method=selection,
-        threads=extraction.options.threads,
-        resume=Path(out).with_name(f".{Path(out).name}.trials.json"),
-        quiet=quiet,
-    )
-    with new_folder(out) as folder:
+    place = Path(out).absolute()  # so that `.` has a name
+    with new_folder(place) as folder:  # before the fit: two fits do not share their trials
+        head, report = fit_head(
+            features,
+            labelled,
+            kind=kind,
+            cs=C_GRID if c is None else (c,),
+            scalings=tuple(SCALINGS) if scaling is None else (scaling,),
+            method=selection,
+            threads=extraction.options.threads,
+            resume=place.with_name(f".{place.name}.trials.json"),
+            quiet=quiet,
+        )
         head.write(folder)
         if report:
             report.write(folder, "held out", _thumbnails(inputs, images))

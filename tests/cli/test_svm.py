@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from robustfeat.files import FileLock
 from tests.cli.test_cli import only_line
 from tests.conftest import EXAMPLES, ROOT, Run
 from tests.serving.http.conftest import wait_until
@@ -227,6 +228,26 @@ def test_wrong_usage_is_said(robustfeat: Run, head: Path, features: Path, tmp_pa
         result = robustfeat("svm", *arguments)
         assert result.returncode == 2
         assert reason in result.stderr
+
+
+def test_a_head_is_made_wherever_no_other_fit_makes_it(robustfeat: Run, features: Path, tmp_path: Path) -> None:
+    fit = ["svm", "fit", features, "--labels", "folder", "--kind", "nearest-mean", "--quiet", "--out"]
+    (tmp_path / "here").mkdir()
+    assert robustfeat(*fit, tmp_path / "new" / "folder" / "head").returncode == 0
+    command = [sys.executable, "-m", "robustfeat", *map(str, fit), "."]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    here = subprocess.run(command, cwd=tmp_path / "here", env=env, capture_output=True, text=True, check=False)
+    assert here.returncode == 0, here.stderr
+    assert (tmp_path / "here" / "head.json").is_file()
+    partial = tmp_path / ".two.partial"
+    partial.mkdir()
+    lock = FileLock(partial)
+    assert lock.take()
+    second = robustfeat(*fit, tmp_path / "two")
+    lock.release()
+    assert "two: another process is writing it (process" in only_line(second.stderr)
+    assert not (tmp_path / "two").exists()
+    assert not (tmp_path / ".two.trials.json").exists()
 
 
 def processor_seconds(pid: int) -> float:

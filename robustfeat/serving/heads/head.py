@@ -73,6 +73,9 @@ class Head(convert.HeadParts):
             isinstance(name, int) and abs(name) >= 2**63 for name in self.classes
         ):
             raise ValueError("classes must be all text or all whole numbers; name others by classes=[...]")
+        for name in self.classes:
+            if not _is_utf8(str(name)):
+                raise ValueError(f"the class {name!r} cannot be written as UTF-8, as answers are")
         self._check_arrays()
         if self.model is not None and self.model.feature_size != self.feature_size:
             raise ValueError(f"the model gives {self.model.feature_size} features, the arrays take {self.feature_size}")
@@ -433,6 +436,14 @@ class Head(convert.HeadParts):
 
 def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sigmoid(x: Array) -> Array:

@@ -69,13 +69,26 @@ class Trials:
             self._file.unlink(missing_ok=True)
 
     def _read(self) -> list[Candidate]:
-        if self._file is None:
+        if self._file is None or not self._file.is_file():
             return []
         try:
             content = json.loads(self._file.read_text())
-            return [Candidate(**one) for one in content["tried"]] if content["fingerprint"] == self._fingerprint else []
+            return [_candidate(one) for one in content["tried"]] if content["fingerprint"] == self._fingerprint else []
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not ours: tried anew
             return []
+
+
+def _candidate(values: dict[str, Any]) -> Candidate:
+    """A candidate of JSON.
+
+    Raises:
+        TypeError: it is none.
+    """
+    one = Candidate(**values)
+    numbers = [one.score, one.error, 0.0 if one.c is None else one.c]
+    if not isinstance(one.scaling, str) or any(type(number) not in {int, float} for number in numbers):
+        raise TypeError("a candidate has a scaling and numbers")
+    return one
 
 
 def fingerprint_rows(values: NDArray[Any], rows: NDArray[np.int64], targets: NDArray[Any], settings: Any) -> str:

@@ -223,6 +223,7 @@ def test_a_tampered_head_is_refused(change: str, reason: str, head: Head, tmp_pa
         ({"scaling": "minmax"}, "scaling must be"),
         ({"classes": ("a", "a")}, "different"),
         ({"classes": ("a", 1, *"cdefghij")}, "all text or all whole numbers"),
+        ({"classes": ("\ud800", *"bcdefghij")}, "the class .* cannot be written as UTF-8"),
         ({"classes": ("a", "b", "c")}, "intercepts must be|coefficients must be"),
         ({"scaling": "none"}, "none scaling has"),
         ({"model": identity(feature_size=512)}, "gives 512 features"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,36 @@ def test_a_stopped_fit_resumes_with_what_it_had_tried(
     assert fitted[0] - 1000 == 6 * 25 + 1
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", '{"fingerprint": "f"}', '{"fingerprint": "f", "tried": [{}]}'])
+TRIED = {"scaling": "none", "c": 0.1, "score": 0.5, "error": 0.1, "converged": True}
+
+
+def tried(**values: Any) -> str:
+    return json.dumps({"fingerprint": "f", "tried": [TRIED | values]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "null",
+        "[]",
+        '{"fingerprint": "f"}',
+        '{"fingerprint": "f", "tried": [{}]}',
+        tried(c=[1]),
+        tried(score="0.5"),
+        tried(error=None),
+        tried(scaling=[]),
+    ],
+)
 def test_a_damaged_file_of_trials_is_no_trial(content: str, tmp_path: Path) -> None:
     (tmp_path / "trials.json").write_text(content)
+    assert len(Trials(tmp_path / "trials.json", "f")) == 0
+    (tmp_path / "trials.json").write_text(tried())
+    assert len(Trials(tmp_path / "trials.json", "f")) == 1
+
+
+def test_a_pipe_in_the_place_of_trials_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "trials.json")
     assert len(Trials(tmp_path / "trials.json", "f")) == 0
 
 
