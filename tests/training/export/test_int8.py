@@ -317,7 +317,7 @@ def test_the_folder_says_which_share_is_int8(tmp_path: Path) -> None:
     assert f"is the same with {config.int8_share} in int8; the others stay in fp32." in card
 
 
-def least_pairs(integers: NDArray[np.int8]) -> int:
+def largest_pair(integers: NDArray[np.int8]) -> int:
     """The largest sum of two sizes within an output."""
     sizes = np.sort(np.abs(integers.astype(int)), axis=2)
     return int((sizes[:, :, -1] + (sizes[:, :, -2] if sizes.shape[2] > 1 else 0)).max())
@@ -330,12 +330,23 @@ def test_no_two_products_overflow_16_bits(shape: tuple[int, int, int]) -> None:
     weights[0, 0] = 0
     inputs = draw.normal(0, 1, (shape[0], shape[2], 500)).astype(np.float32) ** 3
     for rounded in (round_to_nearest(weights), round_by_inputs(weights, inputs @ inputs.transpose(0, 2, 1))):
-        assert 255 * least_pairs(rounded.integers) < 2**15
+        assert 255 * largest_pair(rounded.integers) < 2**15
         assert rounded.weights.dtype == np.float32
         assert np.isfinite(rounded.weights).all()
         assert not rounded.integers[0, 0].any()
     steps = np.abs(round_to_nearest(weights).weights - weights) / round_to_nearest(weights).scales
     assert steps.max() <= 1
+
+
+def test_errors_that_end_in_the_largest_weight_do_not_make_it_too_large() -> None:
+    """Inputs are alike, and the largest weight is rounded last, so that it makes up for all others."""
+    draw = np.random.default_rng(2)
+    weights = draw.uniform(-1, 1, (1, 32, 200)).astype(np.float32)
+    weights[:, :, :2] = 2
+    inputs = draw.normal(0, 1, (1, 1, 500)) + 0.1 * draw.normal(0, 1, (1, 200, 500))
+    inputs[:, 0] *= 0.25
+    moments = (inputs @ inputs.transpose(0, 2, 1)).astype(np.float32)
+    assert 255 * largest_pair(round_by_inputs(weights, moments).integers) < 2**15
 
 
 def test_weights_are_rounded_as_gptq_rounds_them() -> None:
