@@ -322,7 +322,9 @@ class Head(convert.HeadParts):
             HeadError: this head knows no distances.
         """
         self.require_typicality()
-        return measure_typicality(self.arrays, self._values(features))
+        values = self._values(features)
+        starts = range(0, max(len(values), 1), CHUNK_ROWS)
+        return np.concatenate([measure_typicality(self.arrays, values[at : at + CHUNK_ROWS]) for at in starts])
 
     def require_typicality(self) -> None:
         """Asks whether there are distances.

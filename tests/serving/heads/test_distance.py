@@ -13,6 +13,7 @@ from sklearn.preprocessing import normalize
 
 from robustfeat.errors import HeadError
 from robustfeat.serving.heads import distance
+from robustfeat.serving.heads import head as head_module
 from robustfeat.serving.heads.distance import fit_distance, measure_distance, measure_typicality
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.fitting import fit_head
@@ -82,7 +83,9 @@ def fitted(folder: Path, values: NDArray[Any], names: list[str], write_features:
     return fit_head(features, match_labels(features, read_labels(["folder"])))[0]
 
 
-def test_a_head_tells_images_of_other_classes(digits: Any, tmp_path: Path, write_features: WriteFeatures) -> None:
+def test_a_head_tells_images_of_other_classes(
+    digits: Any, tmp_path: Path, write_features: WriteFeatures, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mixed = np.random.default_rng(0).permutation(len(digits[1]))  # a writer's digits stand together
     x, y = digits[0][mixed], digits[1][mixed]
     known = np.flatnonzero(y < 6)
@@ -91,6 +94,9 @@ def test_a_head_tells_images_of_other_classes(digits: Any, tmp_path: Path, write
     head.save(tmp_path / "head")
     head = Head.load(tmp_path / "head")
     same, other = head.typicality(x[known[400:]]), head.typicality(x[y >= 6])
+    assert head.typicality(x[:0]).shape == (0,)
+    monkeypatch.setattr(head_module, "CHUNK_ROWS", 7)
+    np.testing.assert_array_equal(head.typicality(x[known[400:]]), same)
     truth = np.repeat([1, 0], [len(same), len(other)])
     assert roc_auc_score(truth, np.concatenate([same, other])) > 0.85
     assert np.mean(same < 0.05) < 0.1
