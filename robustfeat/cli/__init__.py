@@ -110,6 +110,8 @@ def main() -> None:
         extra = _EXTRAS.get((exc.name or "").partition(".")[0])
         if extra is None:
             raise
-        click.echo(f"robustfeat: this needs {exc.name}: pip install 'robustfeat[{extra}]'", err=True)
+        click.echo(
+            f"robustfeat: this needs {str(exc.name).partition('.')[0]}: pip install 'robustfeat[{extra}]'", err=True
+        )
         code = 1
     sys.exit(code or 0)

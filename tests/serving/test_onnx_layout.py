@@ -28,7 +28,7 @@ from robustfeat.serving.pooling import choose_pooling
 from robustfeat.serving.torchserve.archive import write_archive
 from robustfeat.serving.torchserve.handler import MODEL_FOLDER, Settings
 from robustfeat.serving.verify import check_ways, cosine, golden_answers, ways_to_run
-from tests.conftest import EXAMPLES, ROOT, Repositories, files_of, hub_environment
+from tests.conftest import EXAMPLES, ROOT, Repositories, Run, files_of, hub_environment
 from tests.hub_server import FakeHub
 from tests.serving.http.conftest import Server
 from tests.transformers_models import FAMILIES, reference_features
@@ -202,12 +202,10 @@ def test_networks_of_ours_have_no_pooling() -> None:
 
 
 def test_features_of_two_poolings_do_not_mix(
-    repositories: Repositories, tmp_path: Path, example_files: list[Path]
+    repositories: Repositories, tmp_path: Path, example_files: list[Path], robustfeat: Run
 ) -> None:
-    import robustfeat
-
     folder, out = repositories("dinov2"), tmp_path / "feats.npy"
-    robustfeat.embed(example_files[:3], out, model=folder, quiet=True)
+    assert robustfeat("embed", *example_files[:3], "--out", out, "--model", folder, "--quiet").returncode == 0
     identity = open_features(str(out)).model
     assert identity is not None
     assert identity.pooling == "cls"
@@ -215,8 +213,10 @@ def test_features_of_two_poolings_do_not_mix(
     mean = FeatureExtractor.from_pretrained(folder, pooling="mean")
     assert not mean.identity.same_features(identity)
     assert mean.fingerprint != FeatureExtractor.from_pretrained(folder).fingerprint
-    with pytest.raises(InputError, match="pooling"):
-        robustfeat.embed(example_files[:4], out, model=folder, pooling="mean", append=True, quiet=True)
+    more = ["--out", out, "--model", folder, "--pooling", "mean", "--append", "--quiet"]
+    refused = robustfeat("embed", *example_files[:4], *more)
+    assert refused.returncode == 1
+    assert "pooling" in refused.stderr
     with pytest.raises(InputError, match=r"with pooling cls, b with mean; use the same model for both"):
         identity.require(mean.identity, "a", "b")
 
