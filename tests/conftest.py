@@ -50,8 +50,6 @@ FEATURES_META = {
 # The order of the tests. Long files come first, so that both workers end at the same time. PyTorch's tests come before
 # serving's: PyTorch has crashed in a process that had used OpenVINO and Ray.
 ORDER = (
-    # In a worker that had done much else, its networks took the worker down without a word, for a reason not found.
-    "tests/serving/test_onnx_layout.py",
     "tests/training/paper/",
     "tests/training/loop/",
     "tests/training/",
