@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,6 +25,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.command_server import CommandServer, ForkedCommand
 from tests.hub_server import FakeHub, serve_hub
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "images"
@@ -128,6 +131,17 @@ def examples() -> Path:
 @pytest.fixture(scope="session")
 def example_files() -> list[Path]:
     return sorted(EXAMPLES.rglob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium. Not for a session: while it is open, no other test of the process could run an event loop."""
+    from tests.browser import find_browser, open_browser
+
+    if find_browser() is None:
+        pytest.skip("needs Chromium")
+    with open_browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
