@@ -51,8 +51,8 @@ from robustfeat.errors import RobustFeatError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.options import RunOptions
 from robustfeat.serving.verify import cosine
 from robustfeat.system import available_cpus
 

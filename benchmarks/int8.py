@@ -39,8 +39,8 @@ from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.markdown import table
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.options import RunOptions
 from robustfeat.serving.verify import check_golden, cosine
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.export.backbones import import_backbone

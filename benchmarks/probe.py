@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from robustfeat.hub.config import ModelConfig
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.heads.fitting import select_and_fit
+from robustfeat.serving.heads.fitting.fit import select_and_fit
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.export.folder import Backbone, write_model_folder

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import robustfeat
 from robustfeat.errors import RobustFeatError, UnreachableError, first_line
-from robustfeat.serving.options import BUILD_LIMIT_S, RunOptions
+from robustfeat.serving.engines.options import BUILD_LIMIT_S, RunOptions
 from robustfeat.system import CGROUP, available_cpus, cpu_quota, visible_cpus
 from robustfeat.trial import TRIAL_S, Trial, try_engine, try_torch
 

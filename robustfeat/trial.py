@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from robustfeat.errors import EngineError, RobustFeatError, first_line
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.system import python_command
 
 __all__ = ["TRIAL_S", "Trial", "report", "try_engine", "try_torch"]

@@ -15,7 +15,7 @@ import pytest
 
 from robustfeat import doctor
 from robustfeat.doctor import NOTE, OK, PROBLEM, Finding, examine
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.torchserve.java import find_java
 from robustfeat.system import CGROUP
 from tests.conftest import ROOT, Run

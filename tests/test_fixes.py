@@ -16,8 +16,8 @@ from robustfeat.hub.folder import refuse_code
 from robustfeat.hub.preprocessing import _to_8_bits
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.feature_cache import FeatureCache
-from robustfeat.serving.heads.fitting import require_two
-from robustfeat.serving.heads.labels import LabelledRows
+from robustfeat.serving.heads.fitting.fit import require_two
+from robustfeat.serving.heads.labels.matching import LabelledRows
 from robustfeat.training.concepts import ConceptMap
 
 MAKER: Any = SimpleNamespace(feature_size=2, fingerprint=("x",))

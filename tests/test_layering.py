@@ -25,14 +25,22 @@ MAY_IMPORT = {
     "cli": {"errors", "files", "progress", "system", "hub", "serving", "doctor", "training"},
 }
 SERVING = {
-    "": set(),  # the modules of serving/ itself: options, engine, extractor, identity, verify, sklearn, ...
+    "engines": set(),
+    "": {"engines"},  # the modules of serving/ itself: extractor, identity, verify, sklearn, ...
     "inputs": {""},
     "decoding": {"", "inputs"},
-    "bulk": {"", "inputs", "decoding"},
+    "bulk": {"", "engines", "inputs", "decoding"},
     "heads": {"", "inputs", "bulk"},
     "online": {"", "inputs", "decoding", "heads"},
     "http": {"", "inputs", "heads", "online"},
-    "torchserve": {"", "inputs", "heads", "online"},
+    "torchserve": {"", "engines", "inputs", "heads", "online"},
+}
+HEADS = {
+    "": set(),  # features, heads, typicality, predictions
+    "labels": {""},
+    "solver": {""},
+    "reports": {""},
+    "fitting": {"", "labels", "solver", "reports"},
 }
 ENGINES = {"torch", "torchvision", "onnx", "onnxruntime", "openvino"}
 
@@ -66,25 +74,30 @@ OLD_NAME = "robustfeat.serving.embedding"
 """It only points to where its function is now."""
 
 
-def part_of_serving(module: str) -> str | None:
-    """The folder of serving/ that a module lies in, "" for serving/ itself; None for other modules."""
-    head, _, rest = module.removeprefix("robustfeat.").partition(".")
-    part = rest.partition(".")[0]
-    if head != "serving" or not rest:
+PARTED = {"serving": SERVING, "serving/heads": HEADS}
+
+
+def part_of(folder: str, module: str) -> str | None:
+    """The folder within this folder that a module lies in, "" for the folder itself; None for other modules."""
+    place = "robustfeat." + folder.replace("/", ".") + "."
+    if not module.startswith(place):
         return None
-    return part if (PACKAGE / "serving" / part).is_dir() else ""
+    part = module.removeprefix(place).partition(".")[0]
+    return part if (PACKAGE / folder / part).is_dir() else ""
 
 
-def test_every_folder_of_serving_has_a_place_in_the_order() -> None:
-    folders = {file.parent.name for file in (PACKAGE / "serving").glob("*/__init__.py")}
-    assert folders == set(SERVING) - {""}
+@pytest.mark.parametrize("folder", PARTED)
+def test_every_part_has_a_place_in_the_order(folder: str) -> None:
+    parts = {file.parent.name for file in (PACKAGE / folder).glob("*/__init__.py")}
+    assert parts == set(PARTED[folder]) - {""}
 
 
-@pytest.mark.parametrize("part", SERVING)
-def test_part_of_serving_imports_only_what_lies_to_its_left(part: str) -> None:
+@pytest.mark.parametrize(("folder", "part"), [(folder, part) for folder in PARTED for part in PARTED[folder]])
+def test_a_part_imports_only_what_the_order_allows(folder: str, part: str) -> None:
+    allowed = {None, part, *PARTED[folder][part]}
     for module, imports in import_graph().items():
-        if module != OLD_NAME and part_of_serving(module) == part:
-            found = {name for name in imports if part_of_serving(name) not in {None, part, *SERVING[part]}}
+        if module != OLD_NAME and part_of(folder, module) == part:
+            found = {name for name in imports if part_of(folder, name) not in allowed}
             assert not found, f"{module} imports {', '.join(sorted(found))}"
 
 

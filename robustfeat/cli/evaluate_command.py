@@ -13,7 +13,7 @@ import click
 
 from robustfeat.cli.extraction import ABOVE_ZERO
 from robustfeat.cli.rendering import Command
-from robustfeat.serving.options import AUTO, DEVICES
+from robustfeat.serving.engines.options import AUTO, DEVICES
 
 if TYPE_CHECKING:
     from robustfeat.training.evaluation.subject import Subject

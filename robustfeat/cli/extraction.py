@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robustfeat.serving.options import AUTO, DECODINGS, DEVICES, ENGINES, MAX_PIXELS, POOLINGS, PRECISIONS, RunOptions
+from robustfeat.serving.engines.options import (
+    AUTO,
+    DECODINGS,
+    DEVICES,
+    ENGINES,
+    MAX_PIXELS,
+    POOLINGS,
+    PRECISIONS,
+    RunOptions,
+)
 
 if TYPE_CHECKING:
     from robustfeat.serving.extractor import FeatureExtractor

@@ -8,7 +8,7 @@ import click
 
 from robustfeat.cli.export_command import print_report
 from robustfeat.cli.rendering import Command
-from robustfeat.serving.options import POOLINGS
+from robustfeat.serving.engines.options import POOLINGS
 
 if TYPE_CHECKING:
     from robustfeat.training.export.arguments import Source

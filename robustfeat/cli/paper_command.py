@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from robustfeat.cli.rendering import Command
-from robustfeat.serving.options import AUTO, DEVICES
+from robustfeat.serving.engines.options import AUTO, DEVICES
 
 _NAMES = (
     "verdicts", "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5",

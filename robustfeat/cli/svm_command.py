@@ -18,9 +18,9 @@ from robustfeat.cli.rendering import Command, say
 if TYPE_CHECKING:
     from robustfeat.serving.heads.features import Features
     from robustfeat.serving.heads.head import Head
-    from robustfeat.serving.heads.labels import Labels
-    from robustfeat.serving.heads.page import Thumbnails
-    from robustfeat.serving.heads.report import Report
+    from robustfeat.serving.heads.labels.labels import Labels
+    from robustfeat.serving.heads.reports.page import Thumbnails
+    from robustfeat.serving.heads.reports.report import Report
 
 _SHOWN_CLASSES = 60
 
@@ -107,10 +107,12 @@ def fit_command(
     written. The exit code is 3 if labelled images failed.
     """
     from robustfeat.files import new_folder, require_new
-    from robustfeat.serving.heads.fitting import fit_head, require_two
+    from robustfeat.serving.heads.fitting.fit import fit_head, require_two
+    from robustfeat.serving.heads.fitting.selection import C_GRID
     from robustfeat.serving.heads.kinds import SCALINGS
-    from robustfeat.serving.heads.labels import match_labels, match_paths, read_labels
-    from robustfeat.serving.heads.selection import C_GRID
+    from robustfeat.serving.heads.labels.matching import match_labels, match_paths
+    from robustfeat.serving.heads.labels.reading import read_labels
+    from robustfeat.serving.heads.reports.files import write_report
 
     if c is not None and kind in {"naive-bayes", "nearest-mean"}:
         raise click.UsageError(f"--kind {kind} has no --C")
@@ -138,7 +140,7 @@ def fit_command(
         )
         head.write(folder)
         if report:
-            report.write(folder, "held out", _thumbnails(inputs, images))
+            write_report(report, folder, "held out", _thumbnails(inputs, images))
     chosen = "" if head.selection["C"] is None else f"C {head.selection['C']:g}, "
     _say(f"chosen: {chosen}{head.scaling} scaling", quiet)
     if not head.selection["converged"]:
@@ -199,7 +201,7 @@ def predict_command(
     from robustfeat.files import new_file
     from robustfeat.serving.heads.cells import encode_line
     from robustfeat.serving.heads.head import Head
-    from robustfeat.serving.heads.labels import read_labels
+    from robustfeat.serving.heads.labels.reading import read_labels
     from robustfeat.serving.heads.predictions import Rejection, Suggestions, predict_rows, to_csv, to_jsonl
 
     _require_output(out, (*inputs, *labels))
@@ -271,10 +273,12 @@ def score_command(
     Failed rows are left out, and the exit code is then 3. With several labels a row, a row counts if all are right.
     """
     from robustfeat.files import require_new
-    from robustfeat.serving.heads.answers import Answers
     from robustfeat.serving.heads.head import Head
-    from robustfeat.serving.heads.labels import match_labels, match_paths, read_labels
-    from robustfeat.serving.heads.report import Report
+    from robustfeat.serving.heads.labels.matching import match_labels, match_paths
+    from robustfeat.serving.heads.labels.reading import read_labels
+    from robustfeat.serving.heads.reports.answers import Answers
+    from robustfeat.serving.heads.reports.files import save_report
+    from robustfeat.serving.heads.reports.report import Report
 
     if report_folder:
         require_new(report_folder)
@@ -293,7 +297,7 @@ def score_command(
     report = Report.of_answers(Answers.of(opened, margins, labelled.targets, paths, classes))
     _show(report, "score", quiet)
     if report_folder:
-        report.save(report_folder, "score", _thumbnails(inputs, images))
+        save_report(report, report_folder, "score", _thumbnails(inputs, images))
     if as_json:
         extra = {"failed": labelled.failed, "unlabelled": labelled.unlabelled, "missing": len(labelled.missing)}
         click.echo(json.dumps(report.to_dict() | extra))
@@ -305,7 +309,7 @@ def score_command(
 def _thumbnails(inputs: tuple[str, ...], images: tuple[str, ...]) -> Thumbnails:
     """Reads images of `inputs` again, or of `images` where `inputs` are features."""
     from robustfeat.serving.heads.features import is_feature_file
-    from robustfeat.serving.heads.thumbnails import read_thumbnails
+    from robustfeat.serving.heads.reports.thumbnails import read_thumbnails
 
     places = images or tuple(place for place in inputs if not is_feature_file(place))
     return partial(read_thumbnails, places)
@@ -341,7 +345,7 @@ def _open(
     Of images those alone that have `labels`; `check` may refuse their paths before the work of embedding them.
     """
     from robustfeat.serving.heads.features import embed_features, is_feature_file, open_array, open_features
-    from robustfeat.serving.heads.labels import labelled_inputs
+    from robustfeat.serving.heads.labels.matching import labelled_inputs
     from robustfeat.serving.inputs.choice import say_left_out
     from robustfeat.serving.inputs.listing import list_inputs
 

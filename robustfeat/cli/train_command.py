@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from robustfeat.cli.rendering import Command, say
-from robustfeat.serving.options import AUTO, DEVICES
+from robustfeat.serving.engines.options import AUTO, DEVICES
 
 if TYPE_CHECKING:
     from robustfeat.training.loop.trainer import TrainingResult

@@ -22,9 +22,9 @@ from robustfeat.hub.folder import ModelFolder, weights_sha256
 from robustfeat.hub.heif import decoder_versions
 from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_crop, to_rgb
 from robustfeat.hub.remote import HubAccess
-from robustfeat.serving.engine import Engine, open_engine
+from robustfeat.serving.engines.engine import Engine, open_engine
+from robustfeat.serving.engines.options import AUTO, MAX_PIXELS, RunOptions
 from robustfeat.serving.identity import ModelIdentity
-from robustfeat.serving.options import AUTO, MAX_PIXELS, RunOptions
 from robustfeat.serving.verify import check_golden
 
 __all__ = ["FeatureExtractor", "default_batch_size"]

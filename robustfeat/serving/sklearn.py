@@ -14,10 +14,10 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags
 
 from robustfeat.errors import DecodeError
+from robustfeat.serving.engines.options import MAX_PIXELS, RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.feature_cache import Content, FeatureCache, embed_contents
 from robustfeat.serving.identity import ModelIdentity
-from robustfeat.serving.options import MAX_PIXELS, RunOptions
 
 __all__ = ["ImageFeatures"]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from robustfeat.errors import EngineError, ModelFolderError
 from robustfeat.hub.catalog import sample_images
 from robustfeat.hub.folder import ModelFolder
-from robustfeat.serving.nvidia import find_gpu
-from robustfeat.serving.options import ENGINES, PRECISIONS, RunOptions
+from robustfeat.serving.engines.nvidia import find_gpu
+from robustfeat.serving.engines.options import ENGINES, PRECISIONS, RunOptions
 
 __all__ = [
     "MIN_COSINE",

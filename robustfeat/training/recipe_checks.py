@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from robustfeat.errors import InputError
 from robustfeat.hub.preprocessing import CONTRACT_VERSION
-from robustfeat.serving.options import PRECISIONS
+from robustfeat.serving.engines.options import PRECISIONS
 from robustfeat.training.concepts import cluster_count
 from robustfeat.training.methods import METHODS
 

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from robustfeat.errors import InputError, ModelFolderError, RobustFeatError
 from robustfeat.hub.catalog import resolve_model
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.options import RunOptions
 from robustfeat.training.recipe import Recipe
 
 __all__ = ["Teacher", "open_teacher", "resolve_teacher", "teacher_losses"]

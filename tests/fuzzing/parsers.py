@@ -36,7 +36,7 @@ from robustfeat.hub.preprocessing import Preprocessing, decode
 from robustfeat.serving.bulk.formats import map_features
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.head import JSON, TENSORS, Head
-from robustfeat.serving.heads.labels import read_labels
+from robustfeat.serving.heads.labels.reading import read_labels
 from robustfeat.serving.http.bodies import images_of
 from robustfeat.serving.http.keys import parse_keys
 from robustfeat.serving.http.openai import _parse

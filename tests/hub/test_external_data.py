@@ -18,9 +18,9 @@ from onnx.onnx_ml_pb2 import ModelProto
 from robustfeat.errors import ModelFolderError
 from robustfeat.hub.external_data import MESSAGES, inline_external_data
 from robustfeat.hub.folder import ModelFolder
-from robustfeat.serving.engine import open_engine
+from robustfeat.serving.engines.engine import open_engine
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.options import RunOptions
 
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
 

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from robustfeat.errors import EngineError, ModelFolderError
 from robustfeat.hub.folder import ModelFolder, seal_folder
-from robustfeat.serving.engine import open_engine
+from robustfeat.serving.engines.engine import open_engine
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.options import RunOptions
 
 FLOAT = TensorProto.FLOAT
 ENGINES = ("onnxruntime", "openvino")

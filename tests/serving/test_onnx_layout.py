@@ -21,10 +21,10 @@ from robustfeat.errors import EngineError, InputError, ModelFolderError
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.outputs import read_outputs
 from robustfeat.hub.push import push_model
+from robustfeat.serving.engines.options import RunOptions
+from robustfeat.serving.engines.pooling import choose_pooling
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.identity import ModelIdentity
-from robustfeat.serving.options import RunOptions
-from robustfeat.serving.pooling import choose_pooling
 from robustfeat.serving.torchserve.archive import write_archive
 from robustfeat.serving.torchserve.handler import MODEL_FOLDER, Settings
 from robustfeat.serving.verify import check_ways, cosine, golden_answers, ways_to_run
@@ -549,7 +549,7 @@ def test_torchserve_gets_the_files_that_are_used(repositories: Repositories, tmp
     # A worker starts with what the archive holds.
     start = (
         "import sys, numpy as np; from pathlib import Path; from robustfeat.hub.folder import ModelFolder;"
-        "from robustfeat.serving.options import RunOptions;"
+        "from robustfeat.serving.engines.options import RunOptions;"
         "from robustfeat.serving.torchserve.handler import Handler, Settings; import robustfeat;"
         "worker = Handler(ModelFolder(Path('model')), 'm',"
         " Settings(RunOptions(engine='onnxruntime'), 1, 8, 2**20, 10**6, 10.0, 5.0));"

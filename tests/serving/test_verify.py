@@ -13,7 +13,7 @@ from robustfeat.errors import EngineError
 from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.serving import verify
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.verify import Check, check_golden, check_ways, compare, ways_to_run
 
 

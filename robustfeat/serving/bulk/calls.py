@@ -10,10 +10,10 @@ from pathlib import Path
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files, require_on_error
 from robustfeat.serving.bulk.job import Places
+from robustfeat.serving.engines.options import MAX_PIXELS, RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.inputs.remote import is_remote
-from robustfeat.serving.options import MAX_PIXELS, RunOptions
 
 __all__ = ["embed"]
 

@@ -25,12 +25,12 @@ from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.shards import write_shards
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_folder, open_input, open_output
 from robustfeat.serving.decoding.pool import DEADLINE_S
+from robustfeat.serving.engines.options import AUTO, RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.identity import BYTE_KEYS, ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource
-from robustfeat.serving.options import AUTO, RunOptions
 
 __all__ = ["embed_on_ray", "plan_pool"]
 

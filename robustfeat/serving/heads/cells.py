@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["encode_line", "quote_cell", "unquote_cell"]
+__all__ = ["SEPARATOR", "encode_line", "quote_cell", "unquote_cell"]
+
+SEPARATOR = "|"
+"""Between several labels of one image in a cell."""
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.progress import json_line
-from robustfeat.serving.heads.cells import quote_cell
+from robustfeat.serving.heads.cells import SEPARATOR, quote_cell
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import Array
-from robustfeat.serving.heads.labels import SEPARATOR
 from robustfeat.serving.inputs.sources import path_fields
 
 __all__ = ["Prediction", "Rejection", "Suggestions", "predict", "predict_rows", "to_csv", "to_jsonl"]

@@ -22,8 +22,8 @@ import robustfeat
 from robustfeat.errors import InputError
 from robustfeat.files import FileLock, new_file
 from robustfeat.hub.folder import CARD, CONFIG, ModelFolder
+from robustfeat.serving.engines.options import BUILD_LIMIT_S
 from robustfeat.serving.extractor import default_batch_size
-from robustfeat.serving.options import BUILD_LIMIT_S
 from robustfeat.serving.torchserve.handler import MODEL_FOLDER, SETTINGS, Settings
 
 __all__ = ["KEYS", "PROPERTIES", "Addresses", "check_name", "claim_store", "write_archive", "write_properties"]

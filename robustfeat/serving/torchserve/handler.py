@@ -23,6 +23,7 @@ import orjson
 
 from robustfeat.errors import EngineError, RobustFeatError
 from robustfeat.hub.folder import ModelFolder
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.online.answers import (
     JSON,
@@ -38,7 +39,6 @@ from robustfeat.serving.online.answers import (
 from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
 from robustfeat.serving.online.infer import HEADER_LENGTH, infer_images, infer_reply, parse_infer
-from robustfeat.serving.options import RunOptions
 from robustfeat.serving.verify import golden_answers
 from robustfeat.system import available_cpus
 

@@ -77,7 +77,8 @@ def open_training_data(
 def _hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
     """Rows to hold out, ascending; none where the share is not one.
 
-    `serving.heads.fitting.hold_out` is the SVM protocol's, by scikit-learn: with a large share it empties classes.
+    `serving.heads.fitting.selection.hold_out` is the SVM protocol's, by scikit-learn: with a large
+    share it empties classes.
     """
     draw = np.random.default_rng([seed, 0x5EED])
     order = draw.permutation(len(labels))

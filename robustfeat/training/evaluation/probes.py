@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.convert import scaler
-from robustfeat.serving.heads.fitting import select, select_and_fit
+from robustfeat.serving.heads.fitting.fit import select, select_and_fit
+from robustfeat.serving.heads.fitting.selection import C_GRID, hold_out
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, SCALINGS
-from robustfeat.serving.heads.report import Report
-from robustfeat.serving.heads.selection import C_GRID, hold_out
+from robustfeat.serving.heads.reports.report import Report
 from robustfeat.system import available_cpus
 from robustfeat.training.evaluation.tasks import TaskFeatures
 

@@ -18,9 +18,9 @@ from robustfeat.errors import InputError, first_line
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square, resize_and_crop
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.extractor import FeatureExtractor, default_batch_size
 from robustfeat.serving.feature_cache import FeatureMaker
-from robustfeat.serving.options import RunOptions
 from robustfeat.training.evaluation.arguments import model_kind, require_model
 from robustfeat.training.loop.checkpoint import load_checkpoint, network_of
 from robustfeat.training.loop.device import measuring_device

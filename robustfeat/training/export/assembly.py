@@ -29,8 +29,8 @@ from robustfeat.hub.folder import (
 )
 from robustfeat.hub.preprocessing import INTERPOLATIONS, Preprocessing, decode, preprocess
 from robustfeat.progress import remark
+from robustfeat.serving.engines.options import AUTO, ENGINES, RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
-from robustfeat.serving.options import AUTO, ENGINES, RunOptions
 from robustfeat.serving.verify import Check, check_golden
 from robustfeat.training.export.compact import compact_onnx
 from robustfeat.training.export.int8.quantise import Golden, Int8UnfitError, quantize_onnx

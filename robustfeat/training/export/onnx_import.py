@@ -16,8 +16,8 @@ from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import ONNX, file_sha256
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.progress import remark
-from robustfeat.serving.options import AUTO, ENGINES
-from robustfeat.serving.pooling import choose_pooling
+from robustfeat.serving.engines.options import AUTO, ENGINES
+from robustfeat.serving.engines.pooling import choose_pooling
 from robustfeat.training.export.assembly import ExportReport, FolderParts, assemble_folder
 from robustfeat.training.export.calibration import import_images
 from robustfeat.training.export.graph_adapting import AdaptedGraph, adapt_graph

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import onnx
 
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.serving.engine import HASH_KEY
+from robustfeat.serving.engines.engine import HASH_KEY
 
 __all__ = ["INPUT", "OUTPUT", "quiet", "raise_of_the_system", "stamp_onnx"]
 

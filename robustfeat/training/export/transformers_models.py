@@ -29,8 +29,8 @@ from robustfeat.hub.config import CODE_ENTRIES
 from robustfeat.hub.folder import WEIGHTS, ModelFolder
 from robustfeat.hub.outputs import read_outputs
 from robustfeat.hub.preprocessing import decode, preprocess
-from robustfeat.serving.options import AUTO
-from robustfeat.serving.pooling import Pooling, choose_pooling
+from robustfeat.serving.engines.options import AUTO
+from robustfeat.serving.engines.pooling import Pooling, choose_pooling
 from robustfeat.serving.verify import Check, compare
 from robustfeat.training.export.stamp import quiet
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from robustfeat.errors import InputError
-from robustfeat.serving.options import AUTO, DEVICES
+from robustfeat.serving.engines.options import AUTO, DEVICES
 
 __all__ = ["measuring_device", "torch_device"]
 

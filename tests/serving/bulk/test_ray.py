@@ -22,8 +22,8 @@ from robustfeat.errors import EngineError, InputError
 from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
 from robustfeat.serving.bulk.job import Job
 from robustfeat.serving.bulk.ray import _Plan, _raise_error, _ShardWriter, plan_pool
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.inputs.listing import list_inputs
-from robustfeat.serving.options import RunOptions
 from tests.conftest import Run
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -16,12 +16,13 @@ from robustfeat.serving.heads import distance
 from robustfeat.serving.heads import head as head_module
 from robustfeat.serving.heads.distance import fit_distance, measure_distance, measure_typicality
 from robustfeat.serving.heads.features import open_features
-from robustfeat.serving.heads.fitting import fit_head
+from robustfeat.serving.heads.fitting.fit import fit_head
+from robustfeat.serving.heads.fitting.selection import fold
 from robustfeat.serving.heads.head import Head
-from robustfeat.serving.heads.labels import match_labels, read_labels
-from robustfeat.serving.heads.selection import fold
+from robustfeat.serving.heads.labels.matching import match_labels
+from robustfeat.serving.heads.labels.reading import read_labels
 from tests.conftest import WriteFeatures
-from tests.serving.heads.test_newton import blobs
+from tests.serving.heads.solver.test_newton import blobs
 
 
 def by_the_formula(x: NDArray[Any], y: NDArray[np.int64], query: NDArray[Any]) -> NDArray[np.float64]:

@@ -27,8 +27,8 @@ from sklearn.svm import LinearSVC
 
 from robustfeat.errors import HeadError, InputError
 from robustfeat.serving import Head
-from robustfeat.serving.heads.calibration import calibrate
 from robustfeat.serving.heads.features import open_features
+from robustfeat.serving.heads.fitting.calibration import calibrate
 from robustfeat.serving.identity import ModelIdentity
 
 Digits = tuple[NDArray[np.float32], NDArray[np.int64]]

@@ -15,10 +15,11 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, classificat
 
 from robustfeat.serving import Head
 from robustfeat.serving.heads.features import open_features
-from robustfeat.serving.heads.fitting import fit_head
-from robustfeat.serving.heads.labels import match_labels, read_labels
+from robustfeat.serving.heads.fitting.fit import fit_head
+from robustfeat.serving.heads.labels.matching import match_labels
+from robustfeat.serving.heads.labels.reading import read_labels
 from robustfeat.serving.heads.predictions import Rejection, Suggestions, predict_rows, to_csv, to_jsonl
-from robustfeat.serving.heads.report import Report
+from robustfeat.serving.heads.reports.report import Report
 from robustfeat.serving.inputs.sources import path_of_index
 
 

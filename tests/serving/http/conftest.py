@@ -231,8 +231,9 @@ def clothes(examples: Path, share: Share) -> Path:
 
 def fit_clothes(examples: Path, out: Path) -> None:
     from robustfeat.serving.heads.features import embed_features
-    from robustfeat.serving.heads.fitting import fit_head
-    from robustfeat.serving.heads.labels import match_labels, read_labels
+    from robustfeat.serving.heads.fitting.fit import fit_head
+    from robustfeat.serving.heads.labels.matching import match_labels
+    from robustfeat.serving.heads.labels.reading import read_labels
     from robustfeat.serving.inputs.listing import list_inputs
 
     with list_inputs([examples]) as inputs:

@@ -19,7 +19,7 @@ from PIL import Image
 from robustfeat.errors import EngineError
 from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.folder import GOLDEN_FEATURES, ModelFolder, file_sha256
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.torchserve.handler import Handler, Settings, visible_gpu
 from robustfeat.system import available_cpus
 from tests.serving.http.conftest import children, slow_picture

@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
-from robustfeat.serving.heads.fitting import select
+from robustfeat.serving.heads.fitting.fit import select
 from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm, wilson
 from robustfeat.training.evaluation.tasks import TaskFeatures
 

@@ -14,8 +14,8 @@ from onnx.reference import ReferenceEvaluator
 
 from robustfeat.hub.float16 import convert_to_float16
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.serving.engine import open_engine
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.engines.engine import open_engine
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.verify import cosine
 from robustfeat.training.export.onnx_files import export_onnx
 

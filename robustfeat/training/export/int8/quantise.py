@@ -16,8 +16,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from robustfeat.errors import EngineError, ModelFolderError, first_line
 from robustfeat.hub.preprocessing import Preprocessing, normalise
 from robustfeat.progress import Progress
-from robustfeat.serving.engine import open_engine
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.engines.engine import open_engine
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.verify import MIN_COSINE, cosine
 from robustfeat.training.export.int8.graph import Int8Layer, write_graph
 from robustfeat.training.export.int8.layers import Layer, find_layers

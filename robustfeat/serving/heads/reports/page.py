@@ -6,16 +6,13 @@ import base64
 import html
 import io
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from robustfeat.serving.heads.answers import Answers
-from robustfeat.serving.heads.reliability import Reliability, draw_reliability, uncalibrated
+from robustfeat.serving.heads.reports.answers import Answers
+from robustfeat.serving.heads.reports.reliability import Reliability, draw_reliability, uncalibrated
+from robustfeat.serving.heads.reports.report import Report
 from robustfeat.serving.inputs.sources import printable
-
-if TYPE_CHECKING:
-    from robustfeat.serving.heads.report import Report
 
 __all__ = ["Thumbnails", "draw_page"]
 

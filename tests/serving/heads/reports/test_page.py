@@ -17,11 +17,11 @@ from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
-from robustfeat.serving.heads.answers import Answers
-from robustfeat.serving.heads.page import draw_page
-from robustfeat.serving.heads.reliability import Reliability, uncalibrated
-from robustfeat.serving.heads.report import Report
-from robustfeat.serving.heads.thumbnails import read_thumbnails
+from robustfeat.serving.heads.reports.answers import Answers
+from robustfeat.serving.heads.reports.page import draw_page
+from robustfeat.serving.heads.reports.reliability import Reliability, uncalibrated
+from robustfeat.serving.heads.reports.report import Report
+from robustfeat.serving.heads.reports.thumbnails import read_thumbnails
 from tests.conftest import EXAMPLES
 
 

@@ -15,8 +15,8 @@ from robustfeat import FeatureExtractor
 from robustfeat.errors import EngineError, ModelFolderError, NotFiniteError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.float16 import convert_to_float16
-from robustfeat.serving.engine import open_engine
-from robustfeat.serving.options import RunOptions
+from robustfeat.serving.engines.engine import open_engine
+from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.verify import check_golden, cosine
 
 WAYS = [

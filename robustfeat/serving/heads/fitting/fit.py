@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.progress import Progress
-from robustfeat.serving.heads.answers import Answers
-from robustfeat.serving.heads.calibration import calibrate
 from robustfeat.serving.heads.distance import fit_distance
 from robustfeat.serving.heads.features import Features
+from robustfeat.serving.heads.fitting.calibration import calibrate
+from robustfeat.serving.heads.fitting.selection import C_GRID, Selection, choose
+from robustfeat.serving.heads.fitting.training_set import TrainingSet
+from robustfeat.serving.heads.fitting.trials import Candidate, Trials, fingerprint_rows
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import SCALINGS, Array
-from robustfeat.serving.heads.labels import LabelledRows
-from robustfeat.serving.heads.report import Report
-from robustfeat.serving.heads.selection import C_GRID, Selection, choose
-from robustfeat.serving.heads.training_set import TrainingSet
-from robustfeat.serving.heads.trials import Candidate, Trials, fingerprint_rows
+from robustfeat.serving.heads.labels.matching import LabelledRows
+from robustfeat.serving.heads.reports.answers import Answers
+from robustfeat.serving.heads.reports.report import Report
 from robustfeat.system import available_cpus
 
 __all__ = ["fit_head", "require_two", "select", "select_and_fit"]

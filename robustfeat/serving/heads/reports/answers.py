@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.hub.markdown import table
-from robustfeat.serving.heads.cells import quote_cell
+from robustfeat.serving.heads.cells import SEPARATOR, quote_cell
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import Array
-from robustfeat.serving.heads.labels import SEPARATOR
 from robustfeat.serving.inputs.sources import printable
 
 __all__ = ["Answers", "suspects_csv", "suspects_text"]

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from robustfeat.files import new_folder
 from robustfeat.hub.markdown import cell
-from robustfeat.serving.heads.answers import Answers, suspects_csv, suspects_text
-from robustfeat.serving.heads.cells import encode_line
-from robustfeat.serving.heads.confusion import draw_confusion
-from robustfeat.serving.heads.page import Thumbnails, draw_page
+from robustfeat.serving.heads.reports.answers import Answers
+from robustfeat.serving.heads.reports.confusion import draw_confusion
 
 __all__ = ["ClassScore", "Report"]
 
@@ -127,29 +123,6 @@ class Report:
                 f"| {name:{width}} | {one.rows:6} | {one.precision:9.4f} | {one.recall:6.4f} | {one.f1:6.4f} |"
             )
         return "\n".join(lines)
-
-    def save(self, target: str | Path, title: str, thumbnails: Thumbnails | None = None) -> None:
-        """Writes report.md, report.html and confusion.png, and suspects.csv for unseen rows, to a new folder.
-
-        `thumbnails` reads the images that the page shows.
-
-        Raises:
-            InputError: there is something already, or it cannot be written.
-        """
-        with new_folder(target) as folder:
-            self.write(folder, title, thumbnails)
-
-    def write(self, folder: Path, title: str, thumbnails: Thumbnails | None = None) -> None:
-        """The same to a folder that is there."""
-        text = self.to_text(title) + "\n"
-        if self.answers and self.unseen:
-            text += "\n" + suspects_text(self.answers)
-            (folder / "suspects.csv").write_bytes(encode_line(suspects_csv(self.answers)))
-        (folder / "report.md").write_text(text, "utf-8")
-        (folder / "report.html").write_text(draw_page(self, title, thumbnails), "utf-8")
-        picture = self.picture
-        if picture is not None:
-            picture.save(folder / "confusion.png")
 
     @cached_property
     def picture(self) -> Image.Image | None:

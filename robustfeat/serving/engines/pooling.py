@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError, ModelFolderError
 from robustfeat.hub.outputs import POOLED, Outputs
-from robustfeat.serving.options import AUTO
+from robustfeat.serving.engines.options import AUTO
 
 __all__ = ["FEATURES", "Pooling", "choose_pooling"]
 

@@ -18,9 +18,9 @@ import pytest
 from robustfeat import FeatureExtractor
 from robustfeat.errors import EngineError
 from robustfeat.hub.catalog import builtin_model
-from robustfeat.serving.nvidia import CUDA_OPTIONS, Gpu, InputBuffers, find_gpu
-from robustfeat.serving.options import RunOptions
-from robustfeat.serving.tensorrt import (
+from robustfeat.serving.engines.nvidia import CUDA_OPTIONS, Gpu, InputBuffers, find_gpu
+from robustfeat.serving.engines.options import RunOptions
+from robustfeat.serving.engines.tensorrt import (
     MAX_BATCH,
     cache_place,
     engine_key,

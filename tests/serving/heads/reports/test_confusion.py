@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from robustfeat.serving.heads.confusion import draw_confusion, order_by_confusion
+from robustfeat.serving.heads.reports.confusion import draw_confusion, order_by_confusion
 
 
 def coloured(image: Image.Image, *, blue: bool) -> NDArray[np.int64]:

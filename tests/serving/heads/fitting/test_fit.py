@@ -20,12 +20,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
-from robustfeat.serving.heads import newton, rows
 from robustfeat.serving.heads.features import open_features
-from robustfeat.serving.heads.fitting import fit_head, select_and_fit
-from robustfeat.serving.heads.labels import match_labels, read_labels
-from robustfeat.serving.heads.selection import hold_out
-from robustfeat.serving.heads.training_set import TrainingSet
+from robustfeat.serving.heads.fitting.fit import fit_head, select_and_fit
+from robustfeat.serving.heads.fitting.selection import hold_out
+from robustfeat.serving.heads.fitting.training_set import TrainingSet
+from robustfeat.serving.heads.labels.matching import match_labels
+from robustfeat.serving.heads.labels.reading import read_labels
+from robustfeat.serving.heads.solver import newton, rows
 from tests.conftest import WriteFeatures
 
 Digits = tuple[NDArray[np.float32], NDArray[np.int64]]

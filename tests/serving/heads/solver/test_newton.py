@@ -13,9 +13,9 @@ from sklearn import datasets
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from robustfeat.serving.heads import newton
+from robustfeat.serving.heads.fitting.training_set import TrainingSet
 from robustfeat.serving.heads.head import Head
-from robustfeat.serving.heads.training_set import TrainingSet
+from robustfeat.serving.heads.solver import preconditioner
 
 Data = tuple[NDArray[np.float64], NDArray[np.int64]]
 
@@ -152,10 +152,10 @@ def test_the_way_to_a_minimum_does_not_matter(kind: str, monkeypatch: pytest.Mon
     x, y = digits()
     direct = head_of(x, y, kind, 1.0).raw_margins(x)
     margins = [head_of(x, y, kind, 0.01, 100.0, 1.0).raw_margins(x)]
-    monkeypatch.setattr(newton, "_LARGEST", 0)
+    monkeypatch.setattr(preconditioner, "_LARGEST", 0)
     margins.append(head_of(x, y, kind, 0.1, 1.0).raw_margins(x))
-    monkeypatch.setattr(newton, "_LARGEST", 2**26)
-    monkeypatch.setattr(newton, "_PASS", 1e9)
+    monkeypatch.setattr(preconditioner, "_LARGEST", 2**26)
+    monkeypatch.setattr(preconditioner, "_PASS", 1e9)
     margins.append(head_of(x, y, kind, 0.1, 1.0).raw_margins(x))
     for found in margins:
         np.testing.assert_allclose(found, direct, atol=1e-3 * np.abs(direct).max())
@@ -166,7 +166,7 @@ def test_renewed_preconditioners_save_passes(monkeypatch: pytest.MonkeyPatch) ->
     places = np.arange(len(x))
     passes = {}
     for cost in (0.0, 12.0, 1e9):
-        monkeypatch.setattr(newton, "_PASS", cost)
+        monkeypatch.setattr(preconditioner, "_PASS", cost)
         fits = TrainingSet(x, places, y, "svm").fits("none", places)
         fits.fit(10.0)
         assert fits._newton is not None

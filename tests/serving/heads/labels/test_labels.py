@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 from robustfeat.errors import InputError
 from robustfeat.serving.heads.features import Features, is_feature_file, open_array, open_features
-from robustfeat.serving.heads.fitting import fit_head
-from robustfeat.serving.heads.labels import match_labels, read_labels
+from robustfeat.serving.heads.fitting.fit import fit_head
+from robustfeat.serving.heads.labels.matching import match_labels
+from robustfeat.serving.heads.labels.reading import read_labels
 from robustfeat.serving.heads.predictions import predict_rows
 
 Form = Literal["NFC", "NFD"]

@@ -14,15 +14,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from robustfeat.serving.heads import selection
 from robustfeat.serving.heads.features import open_features
-from robustfeat.serving.heads.fitting import fit_head, select
-from robustfeat.serving.heads.labels import match_labels, read_labels
-from robustfeat.serving.heads.selection import FOLDS, Selection, fold
-from robustfeat.serving.heads.training_set import Fits
-from robustfeat.serving.heads.trials import Trials, fingerprint_rows
+from robustfeat.serving.heads.fitting import selection
+from robustfeat.serving.heads.fitting.fit import fit_head, select
+from robustfeat.serving.heads.fitting.selection import FOLDS, Selection, fold
+from robustfeat.serving.heads.fitting.training_set import Fits
+from robustfeat.serving.heads.fitting.trials import Trials, fingerprint_rows
+from robustfeat.serving.heads.labels.matching import match_labels
+from robustfeat.serving.heads.labels.reading import read_labels
 from tests.conftest import WriteFeatures
-from tests.serving.heads.test_newton import blobs
+from tests.serving.heads.solver.test_newton import blobs
 
 
 @pytest.mark.parametrize("counts", [[40, 40], [7, 20, 33], [5] * 10, [2, 3, 4, 50], [1, 1, 9, 9], [1000, 1000]])

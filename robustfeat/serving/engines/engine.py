@@ -17,10 +17,18 @@ from numpy.typing import NDArray
 from robustfeat.errors import EngineError, ModelFolderError, NotFiniteError, first_line
 from robustfeat.hub.outputs import Outputs
 from robustfeat.progress import remark
-from robustfeat.serving.nvidia import CUDA, CUDA_OPTIONS, PROCESSOR, TENSORRT, InputBuffers, find_gpu, load_cuda_runtime
-from robustfeat.serving.options import RunOptions
-from robustfeat.serving.pooling import Pooling, choose_pooling
-from robustfeat.serving.tensorrt import (
+from robustfeat.serving.engines.nvidia import (
+    CUDA,
+    CUDA_OPTIONS,
+    PROCESSOR,
+    TENSORRT,
+    InputBuffers,
+    find_gpu,
+    load_cuda_runtime,
+)
+from robustfeat.serving.engines.options import RunOptions
+from robustfeat.serving.engines.pooling import Pooling, choose_pooling
+from robustfeat.serving.engines.tensorrt import (
     MAX_BATCH,
     cache_place,
     engine_key,

@@ -22,7 +22,7 @@ from typing import Any
 from robustfeat.errors import EngineError
 from robustfeat.files import FileLock
 from robustfeat.progress import remark
-from robustfeat.serving.nvidia import Gpu
+from robustfeat.serving.engines.nvidia import Gpu
 
 __all__ = [
     "MAX_BATCH",

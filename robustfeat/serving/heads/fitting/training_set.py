@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, Array
-from robustfeat.serving.heads.newton import Newton, loss_of
-from robustfeat.serving.heads.rows import ScaledRows
+from robustfeat.serving.heads.solver.losses import loss_of
+from robustfeat.serving.heads.solver.newton import Newton
+from robustfeat.serving.heads.solver.rows import ScaledRows
 
 __all__ = ["Fits", "TrainingSet"]
 
@@ -88,8 +89,8 @@ class Fits:
             arrays, converged = _class_means(self._data, self._rows, self._targets), True
         else:
             self._c = float(c or 1.0)
-            minimum = self._newton.minimise(self._c)
-            weights, converged = self._rows.to_features(minimum.weights), minimum.converged
+            weights, converged = self._newton.minimise(self._c)
+            weights = self._rows.to_features(weights)
             arrays = {
                 "coefficients": np.ascontiguousarray(weights[:, :-1]),
                 "intercepts": np.ascontiguousarray(weights[:, -1]),

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
+from robustfeat.serving.heads.fitting.training_set import Fits, TrainingSet
+from robustfeat.serving.heads.fitting.trials import Candidate, Trials
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, Array
-from robustfeat.serving.heads.training_set import Fits, TrainingSet
-from robustfeat.serving.heads.trials import Candidate, Trials
 
 __all__ = ["C_GRID", "HELD_OUT", "SELECTIONS", "Selection", "choose", "fold", "hold_out"]
 

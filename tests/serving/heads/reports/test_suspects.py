@@ -13,11 +13,13 @@ from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
 from numpy.typing import NDArray
 
-from robustfeat.serving.heads.answers import Answers
 from robustfeat.serving.heads.features import open_features
-from robustfeat.serving.heads.fitting import fit_head
-from robustfeat.serving.heads.labels import match_labels, read_labels
-from robustfeat.serving.heads.report import Report
+from robustfeat.serving.heads.fitting.fit import fit_head
+from robustfeat.serving.heads.labels.matching import match_labels
+from robustfeat.serving.heads.labels.reading import read_labels
+from robustfeat.serving.heads.reports.answers import Answers
+from robustfeat.serving.heads.reports.files import save_report
+from robustfeat.serving.heads.reports.report import Report
 from tests.conftest import WriteFeatures
 
 Digits = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -88,7 +90,7 @@ def test_doubt_is_cleanlabs_self_confidence_as_a_share_of_the_answers_probabilit
 
 def test_they_are_listed_the_most_doubtful_first(planted: tuple[Report, set[str], Path], tmp_path: Path) -> None:
     report = planted[0]
-    report.save(tmp_path / "report", "held out")
+    save_report(report, tmp_path / "report", "held out")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "report" / "suspects.csv").read_text())))
     assert len(rows) == report.suspects > 50
     doubts = [float(row["relative_probability"]) for row in rows]
@@ -117,14 +119,14 @@ def test_rows_that_were_fitted_are_not_suspected(tmp_path: Path) -> None:
     answers = answers_of([[0.99, 0.01], [0.01, 0.99]], [1, 0])
     seen, unseen = Report.of_answers(answers), Report.of_answers(answers, unseen=True)
     assert (seen.suspects, unseen.suspects) == (0, 2)
-    seen.save(tmp_path / "seen", "score")
+    save_report(seen, tmp_path / "seen", "score")
     assert not (tmp_path / "seen" / "suspects.csv").exists()
 
 
 def test_names_in_the_list_keep_their_bytes_and_run_no_formula(tmp_path: Path) -> None:
     answers = answers_of([[0.99, 0.01], [0.01, 0.99]], [1, 0])
     odd = Answers(["\udcff|x.png", "=1+1"], *list(vars(answers).values())[1:])
-    Report.of_answers(odd, unseen=True).save(tmp_path / "report", "held out")
+    save_report(Report.of_answers(odd, unseen=True), tmp_path / "report", "held out")
     data = (tmp_path / "report" / "suspects.csv").read_bytes()
     assert data.splitlines()[1:] == [b"\xff|x.png,b,a,0.0101", b"'=1+1,a,b,0.0101"]
     assert "\ufffd\\|x.png" in (tmp_path / "report" / "report.md").read_text("utf-8")

@@ -1,0 +1,1 @@
+"""The choice of settings, and heads fitted with them."""

@@ -1,0 +1,1 @@
+"""Labels: read from files or class folders, and matched with rows by path."""

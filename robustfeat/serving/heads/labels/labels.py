@@ -1,0 +1,140 @@
+"""`Labels`: the labels of images by their paths."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from robustfeat.errors import InputError
+from robustfeat.serving.heads.cells import SEPARATOR
+
+__all__ = ["Labels", "check_label"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels by path.
+
+    Attributes:
+        source: where they come from, for messages.
+        by_path: path to labels, one or several; None where the first folder of each path is its label.
+        repeated: lines that say once more what another one says.
+    """
+
+    source: str
+    by_path: Mapping[str, tuple[str, ...]] | None
+    repeated: int = 0
+
+    def key(self, path: str) -> str | None:
+        """The labelled path that means this image: the same one, or else the only one that is the same text.
+
+        macOS writes é as two characters, other systems as one.
+        """
+        if self.by_path is None or path in self.by_path:
+            return path
+        return self._by_form.get(unicodedata.normalize("NFC", path))
+
+    @cached_property
+    def _by_form(self) -> dict[str, str]:
+        forms = [(unicodedata.normalize("NFC", path), path) for path in self.by_path or ()]
+        counts = Counter(form for form, _ in forms)
+        return {form: path for form, path in forms if counts[form] == 1}
+
+    def matched(self, paths: Iterable[str]) -> Labels:
+        """The same labels, those under the paths of these images that mean one of them in another way.
+
+        A label whose path is none of these means the one image whose path ends it, or that it ends: absolute paths and
+        bare names of files are found as long as no other image or label could be meant as well.
+
+        Raises:
+            InputError: an image has one label under its own path and another one under such a path.
+        """
+        if self.by_path is None:
+            return self
+        keys = {path: self.key(path) for path in paths}
+        by_path, repeated = dict(self.by_path), self.repeated
+        for image, others in self._other_names(keys).items():
+            own = keys[image]
+            if own is not None:
+                for other in others:
+                    self._require_same(own, other)
+                    del by_path[other]
+                repeated += len(others)
+            elif len(others) == 1:
+                by_path[image] = by_path.pop(others[0])
+        return replace(self, by_path=by_path, repeated=repeated)
+
+    def _other_names(self, keys: Mapping[str, str | None]) -> dict[str, list[str]]:
+        """Images, and the labelled paths that mean each by its end; `keys` has the label of each image or None."""
+        used, images = set(keys.values()), _by_name(keys)
+        found: dict[str, list[str]] = {}
+        for path in self.by_path or ():
+            if path not in used:
+                meant = [image for image in images.get(_name(path), ()) if _ends(image, path)]
+                if len(meant) == 1:
+                    found.setdefault(meant[0], []).append(path)
+        return found
+
+    def _require_same(self, path: str, other: str) -> None:
+        assert self.by_path is not None
+        if self.by_path[path] != self.by_path[other]:
+            one, another = (SEPARATOR.join(self.by_path[name]) for name in (path, other))
+            raise InputError(f"{self.source}: {path} is labelled {one!r}, and {other} {another!r}", fix="leave one")
+
+    def of(self, path: str) -> tuple[str, ...] | None:
+        """The labels of an image; None where it has none that are known.
+
+        Raises:
+            InputError: it should lie in a class folder, and does not.
+        """
+        if self.by_path is not None:
+            key = self.key(path)
+            return None if key is None else self.by_path[key]
+        folder, slash, rest = path.partition("/")
+        if folder.endswith(".tar"):
+            folder, slash, rest = rest.partition("/")
+        if not slash or not folder or folder.endswith(".parquet"):
+            raise InputError(
+                f"{path}: lies in no class folder; expected CLASS/NAME within INPUT",
+                fix="move it there, or pass a file of labels: `labels=FILE.csv` or `labels=FILE.parquet:COLUMN`",
+            )
+        return (check_label(folder, path),)
+
+
+def _by_name(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Paths by the name of the file."""
+    named: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        named.setdefault(_name(path), []).append(path)
+    return named
+
+
+def _name(path: str) -> str:
+    return _plain(path).rpartition("/")[2]
+
+
+def _ends(path: str, other: str) -> bool:
+    """Whether one path is the end of the other."""
+    one, another = f"/{_plain(path)}", f"/{_plain(other)}"
+    return one.endswith(another) or another.endswith(one)
+
+
+def _plain(path: str) -> str:
+    """In one Unicode form, and with slashes where Windows wrote the others."""
+    return unicodedata.normalize("NFC", path).replace("\\", "/")
+
+
+def check_label(label: str, place: str) -> str:
+    """The label in Unicode's form NFC.
+
+    Raises:
+        InputError: it is not UTF-8; `place` says where it stands.
+    """
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{place}: the label {label!r} is not UTF-8", fix="write it in that encoding") from None
+    return unicodedata.normalize("NFC", label)

@@ -1,0 +1,153 @@
+"""Labels matched with rows of features, or with images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import InputError
+from robustfeat.serving.heads.features import Features
+from robustfeat.serving.heads.labels.labels import Labels
+from robustfeat.serving.inputs.input_list import InputList
+
+__all__ = ["LabelledRows", "labelled_inputs", "match_labels", "match_paths"]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledRows:
+    """Rows of features that have labels.
+
+    Attributes:
+        rows: (m,) int64, ascending.
+        targets: (m,) int64 into `classes`; with several labels a row (m, K) bool.
+        classes: K names, sorted.
+        failed: how many labelled rows were left out, their images having failed.
+        unlabelled: rows without a label.
+        missing: labelled paths that are no row.
+        repeated: see `Labels`.
+    """
+
+    rows: NDArray[np.int64]
+    targets: NDArray[Any]
+    classes: tuple[str, ...]
+    failed: int
+    unlabelled: int
+    missing: tuple[str, ...]
+    repeated: int = 0
+
+    def summary(self) -> str:
+        """One line."""
+        parts = [f"{len(self.rows):,} labelled rows of {len(self.classes)} classes"]
+        if self.failed:
+            parts.append(f"{self.failed:,} more left out because their images failed")
+        if self.unlabelled:
+            parts.append(f"{self.unlabelled:,} rows without a label")
+        if self.repeated:
+            parts.append(f"{self.repeated:,} labels given twice")
+        if self.missing:
+            parts.append(f"{len(self.missing):,} labels without a row, such as {self.missing[0]}")
+        return "; ".join(parts)
+
+
+def match_labels(
+    features: Features, labels: Labels, *, multi_label: bool = False, classes: Sequence[str] | None = None
+) -> LabelledRows:
+    """`match_paths` of features, which are read once to see that they are finite.
+
+    Raises:
+        InputError: as there, and where a row is not finite.
+    """
+    found = match_paths(
+        features.place, features.paths, labels, errors=features.errors, multi_label=multi_label, classes=classes
+    )
+    features.check()
+    return found
+
+
+def match_paths(
+    place: str,
+    paths: Sequence[str],
+    labels: Labels,
+    *,
+    errors: Mapping[int, str] | None = None,
+    multi_label: bool = False,
+    classes: Sequence[str] | None = None,
+) -> LabelledRows:
+    """Finds the rows that have labels.
+
+    Args:
+        place: what they are rows of, for messages.
+        paths: of the rows.
+        labels: from `read_labels`.
+        errors: the rows that failed.
+        multi_label: as there.
+        classes: the only ones allowed; by default those that occur.
+
+    Raises:
+        InputError: a labelled path stands in two rows, no labelled row is left, or a label is unknown.
+    """
+    labels = labels.matched(paths)
+    rows: list[int] = []
+    kept: list[tuple[str, ...]] = []
+    failed = unlabelled = 0
+    seen: dict[str, int] = {}
+    for row, path in enumerate(paths):
+        found = labels.of(path)
+        if found is None:
+            unlabelled += 1
+            continue
+        key = str(labels.key(path))
+        if key in seen:
+            raise InputError(
+                f"{place}: rows {seen[key]} and {row} have the same path, {path}, so that a label could mean either",
+                fix="embed one folder above both",
+            )
+        seen[key] = row
+        if row in (errors or {}):
+            failed += 1
+        else:
+            rows.append(row)
+            kept.append(found)
+    if not rows:
+        if failed:
+            raise InputError(f"{place}: all {failed:,} labelled images failed", fix="see their errors")
+        there = next(iter(labels.by_path or ()), "")
+        raise InputError(
+            f"none of its {len(labels.by_path or ()):,} paths is one of the {len(paths):,} rows of {place} "
+            f"(there {there!r}, here {paths[0]!r})",
+            argument="labels",
+            value=labels.source,
+            fix="write the paths as the index has them, or such that each means one image alone",
+        )
+    names = tuple(classes) if classes is not None else tuple(sorted({label for found in kept for label in found}))
+    index = {name: number for number, name in enumerate(names)}
+
+    def number(label: str, row: int) -> int:
+        if label not in index:
+            listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise InputError(
+                f"{paths[row]} is labelled {label!r}, which is none of the head's {len(names)} classes ({listed})",
+                argument="labels",
+                value=labels.source,
+            )
+        return index[label]
+
+    targets: NDArray[Any]
+    if multi_label:
+        targets = np.zeros((len(rows), len(names)), bool)
+        for at, found in enumerate(kept):
+            targets[at, [number(label, rows[at]) for label in found]] = True
+    else:
+        targets = np.array([number(found[0], row) for found, row in zip(kept, rows, strict=True)], np.int64)
+    missing = tuple(path for path in labels.by_path or () if path not in seen)
+    return LabelledRows(np.array(rows, np.int64), targets, names, failed, unlabelled, missing, labels.repeated)
+
+
+def labelled_inputs(inputs: InputList, labels: Labels) -> InputList:
+    """The images that have labels."""
+    labels = labels.matched(image.path for image in inputs)
+    return InputList(image for image in inputs if labels.of(image.path) is not None)

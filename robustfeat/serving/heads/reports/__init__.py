@@ -1,0 +1,1 @@
+"""How well a head answers labelled rows: numbers, tables, pictures and a page."""

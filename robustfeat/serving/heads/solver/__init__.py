@@ -1,0 +1,1 @@
+"""The minimum of a linear classifier's objective."""

@@ -1,0 +1,193 @@
+"""The minimum of a linear head's objective, for all classes at once, by Newton's method.
+
+An objective is 1/2 |w|^2 + C times the sum of a loss over rows, for each class by itself (squared hinge and logistic
+loss, one against the rest) or for all together (softmax). Its Hessian is I + C X^T B X, where B holds the losses'
+second derivatives: for the squared hinge 2 on the rows that violate the margin. A Newton step is solved by conjugate
+gradients, all classes in the same passes over the rows, preconditioned by the inverse of an earlier Hessian. So a
+Hessian is computed about once for each C, rather than once a step, and a step takes a few passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.serving.heads.kinds import Array
+from robustfeat.serving.heads.solver.losses import Loss
+from robustfeat.serving.heads.solver.preconditioner import Preconditioner
+from robustfeat.serving.heads.solver.rows import ScaledRows
+
+__all__ = ["Newton"]
+
+_TOLERANCE = 1e-9
+"""Of the objective: half the squared Newton decrement over the value."""
+
+_FORCING = 0.05
+"""A step is solved until its residual has shrunk to this share."""
+
+_MAX_STEPS, _MAX_PASSES = 100, 100
+_LARGEST_GRADIENT = 1e120  # its square is a number, too
+
+
+class Newton:
+    """Minimises for one C after another, each from the minimum before.
+
+    Args:
+        rows: the features.
+        loss: of margins.
+        shrunk: (r,), 1 for weights that 1/2 |w|^2 counts, 0 for others.
+        outputs: K.
+        report: called with each pass's number.
+
+    Attributes:
+        passes: over the rows, so far.
+    """
+
+    def __init__(
+        self, rows: ScaledRows, loss: Loss, shrunk: Array, outputs: int, report: Callable[[int], None] | None = None
+    ) -> None:
+        self._rows, self._loss, self._shrunk, self._report = rows, loss, shrunk, report
+        self._weights = np.zeros((outputs, rows.size))
+        self._preconditioner = Preconditioner(rows, shrunk, outputs)
+        self.passes = 0
+
+    def forget(self) -> None:
+        """Frees the preconditioner, the most of what this takes; the next C makes another one."""
+        self._preconditioner = Preconditioner(self._rows, self._shrunk, len(self._weights))
+
+    def minimise(self, c: float) -> tuple[Array, bool]:
+        """The weights (K, r) where the objective with this C is least, and whether it was reached.
+
+        Raises:
+            ValueError: the features are too large for the objective to be finite.
+        """
+        self._preconditioner.set_c(c)
+        found, loss, active = self._weights.copy(), self._loss, np.arange(len(self._weights))
+        point = self._evaluate(loss, found, c)
+        for _ in range(_MAX_STEPS):
+            if not (np.isfinite(point.value).all() and np.abs(point.gradient).max() < _LARGEST_GRADIENT):
+                raise ValueError("they are too large: scale them")
+            self._preconditioner.renew_where_worthwhile(active, point.curvature)
+            step, passes = self._solve(loss, active, point, c)
+            self._preconditioner.count(active, passes)
+            slope = _dot(loss, point.gradient, step)
+            going = -slope / 2 > _TOLERANCE * point.value
+            if not going.any():
+                active = active[:0]
+                break
+            if not going.all():  # each output by itself: those at their minimum are left alone from here
+                active, loss, step, slope = active[going], loss.only(going), step[going], slope[going]
+                point = point.only(going)
+            moved = self._move(loss, point, step, slope, c)
+            if moved is None:
+                break
+            point = moved
+            found[active] = point.weights
+        if loss.joint:  # what no margin's difference shows
+            found[:, self._shrunk == 0] -= found[:, self._shrunk == 0].mean(0)
+        self._weights = found
+        return found, not len(active)
+
+    def _evaluate(self, loss: Loss, weights: Array, c: float) -> _Point:
+        curvatures = np.empty((self._rows.count, len(weights)), np.float32)
+
+        def terms(part: slice, x: Array) -> tuple[Array, Array]:
+            with np.errstate(over="ignore", invalid="ignore"):  # seen in the value
+                value, slopes, curvatures[part] = loss(part, x @ weights.T)
+                return value, slopes.T @ x
+
+        value, gradient = self._sum(terms)
+        own = _dot(loss, weights, self._shrunk * weights)
+        return _Point(weights, 0.5 * own + c * value, self._shrunk * weights + c * gradient, curvatures)
+
+    def _sum(self, terms: Callable[[slice, Array], tuple[Array, ...]]) -> list[Array]:
+        self.passes += 1
+        if self._report:
+            self._report(self.passes)
+        totals: list[Array] = []
+        for found in self._rows.map(terms):
+            totals = [total + more for total, more in zip(totals, found, strict=True)] if totals else list(found)
+        return totals
+
+    def _move(self, loss: Loss, point: _Point, step: Array, slope: Array, c: float) -> _Point | None:
+        """The point that a line search along the step finds (Armijo's rule); None if there is none."""
+        length = np.ones(len(slope))
+        for _ in range(30):
+            there = self._evaluate(loss, point.weights + length[:, None] * step, c)
+            rounding = 1e-12 * np.abs(point.value)
+            high = ~(there.value <= point.value + 1e-4 * length * slope + rounding)
+            if not high.any():
+                return there
+            # The minimum of the parabola through both values, with the slope at the start.
+            with np.errstate(all="ignore"):
+                lowest = -0.5 * slope * length**2 / (there.value - point.value - slope * length)
+            length = np.where(high, np.clip(np.nan_to_num(lowest), 0.1 * length, 0.5 * length), length)
+        return None
+
+    def _solve(self, loss: Loss, active: NDArray[np.int64], point: _Point, c: float) -> tuple[Array, NDArray[np.int64]]:
+        """The Newton step (K, r) by preconditioned conjugate gradients, and the passes that each output needed."""
+
+        def condition(vectors: Array) -> Array:
+            return self._preconditioner(active, vectors)
+
+        step, residual = np.zeros_like(point.gradient), -point.gradient
+        direction = condition(residual)
+        first = old = _dot(loss, residual, direction)
+        passes = np.zeros(len(old), np.int64)
+        for _ in range(_MAX_PASSES):
+            going = old > _FORCING**2 * first
+            if not going.any():
+                break
+            passes += going
+            bent = self._times_hessian(loss, direction, point.curvature, c, going)
+            with np.errstate(all="ignore"):
+                rate = np.where(going, old / _dot(loss, direction, bent), 0.0)[:, None]
+            step = step + rate * direction
+            residual = residual - rate * bent
+            conditioned = condition(residual)
+            new = np.where(going, _dot(loss, residual, conditioned), old)
+            with np.errstate(all="ignore"):
+                direction = conditioned + np.nan_to_num(new / old)[:, None] * direction
+            old = new
+        return step, passes
+
+    def _times_hessian(
+        self, loss: Loss, direction: Array, curvature: NDArray[np.float32], c: float, going: NDArray[np.bool_]
+    ) -> Array:
+        """(K, r), zero for outputs that are not `going`."""
+        chosen = slice(None) if going.all() else going
+        moved, bends = direction[chosen], curvature[:, chosen]
+        product = np.zeros_like(direction)
+        (total,) = self._sum(lambda part, x: (loss.bend(bends[part], x @ moved.T).T @ x,))
+        product[chosen] = self._shrunk * moved + c * total
+        return product
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """The objective at some weights.
+
+    Attributes:
+        weights: (K, r).
+        value: (K,), or (1,) of joint outputs.
+        gradient: (K, r).
+        curvature: of the losses, (m, K).
+    """
+
+    weights: Array
+    value: Array
+    gradient: Array
+    curvature: NDArray[np.float32]
+
+    def only(self, chosen: NDArray[np.bool_]) -> _Point:
+        """Of some outputs."""
+        return _Point(self.weights[chosen], self.value[chosen], self.gradient[chosen], self.curvature[:, chosen])
+
+
+def _dot(loss: Loss, a: Array, b: Array) -> Array:
+    """(K,) products, or their sum (1,) where outputs are joint."""
+    product: Array = np.einsum("kr,kr->k", a, b)
+    return product.sum(keepdims=True) if loss.joint else product
