@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="An image that fails is a row of NaN, or stops the run.",
 )
-@click.option("--append", is_flag=True, help="Add the inputs that FEATS does not hold yet.")
+@click.option("--append", is_flag=True, help="Add the inputs that FEATS does not hold yet, by path.")
+@click.option(
+    "--sync",
+    is_flag=True,
+    help="Bring FEATS in step with the inputs: drop rows of files that vanished, embed new and changed images, keep "
+    "the other rows.",
+)
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run has left, and begin anew.")
 @click.option(
     "--shard-rows",
@@ -61,6 +67,7 @@ def command(
     match: tuple[str, ...],
     on_error: str,
     append: bool,
+    sync: bool,
     restart: bool,
     shard_rows: int,
     ray: str | None,
@@ -98,15 +105,16 @@ def command(
             on_error=on_error,
             restart=restart,
             append=append,
+            sync=sync,
             shard_rows=shard_rows,
             ray=ray,
             quiet=quiet,
         )
-    _show(result, append=append, as_json=as_json, quiet=quiet)
+    _show(result, continued=append or sync, as_json=as_json, quiet=quiet)
     return 3 if result.failed else 0
 
 
-def _show(result: EmbeddingResult, *, append: bool, as_json: bool, quiet: bool) -> None:
+def _show(result: EmbeddingResult, *, continued: bool, as_json: bool, quiet: bool) -> None:
     if as_json:
         summary = {
             "out": result.features,
@@ -115,12 +123,12 @@ def _show(result: EmbeddingResult, *, append: bool, as_json: bool, quiet: bool) 
             "failed": result.failed,
             "skipped": result.skipped,
             "left_out": result.left_out,
-            **({"known": result.known} if append else {}),
+            **({"known": result.known} if continued else {}),
             "seconds": round(result.seconds, 3),
         }
         click.echo(json.dumps(summary))
     elif not quiet:
-        known = f" ({result.known:,} inputs were there already)" if append else ""
+        known = f" ({result.known:,} inputs were there already)" if continued else ""
         say(f"{result.features}: {result.images} x {result.feature_size} float32{known}", err=True)
         from robustfeat.serving.inputs.choice import say_left_out
 

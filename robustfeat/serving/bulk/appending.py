@@ -1,40 +1,96 @@
-"""Appending to an output: whether it is possible, and which inputs are new."""
+"""Appending to an output: its rows stay, and inputs that it does not hold follow them."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from robustfeat.errors import InputError
-from robustfeat.serving.bulk.formats import read_features
+from robustfeat.serving.bulk.formats import Block, read_features
 from robustfeat.serving.bulk.job import Places, brief
 from robustfeat.serving.bulk.outputs import Output, index_records, open_existing
+from robustfeat.serving.bulk.plan import Plan
 from robustfeat.serving.bulk.storage import file_exists
 from robustfeat.serving.identity import FEATURE_KEYS, ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 
-__all__ = ["open_to_append", "unknown_inputs"]
+__all__ = ["open_to_continue", "plan_append"]
+
+
+@dataclass(frozen=True)
+class _Append(Plan):
+    existing: Output
+
+    @property
+    def images(self) -> int:
+        return self.existing.rows + len(self.fresh)
+
+    @property
+    def first_row(self) -> int:
+        return self.existing.rows
+
+    @property
+    def unchanged(self) -> bool:
+        return not len(self.fresh)
+
+    def blocks(self, fresh: Iterator[Block]) -> Iterator[Block]:
+        there = self.existing
+        there.index.seek(0)
+        places, size = there.places, there.model.feature_size
+        for features in read_features(there.features, places.features, places.suffix, size, there.rows):
+            yield Block(features, b"".join(itertools.islice(there.index, len(features))))
+        yield from fresh
 
 
 @contextmanager
-def open_to_append(places: Places, model: ModelIdentity) -> Iterator[Output]:
-    """Opens the output that features of `model` are to be appended to.
+def plan_append(inputs: InputList, places: Places, model: ModelIdentity) -> Iterator[Plan]:
+    """Opens the output to append to; the inputs whose path its index does not hold are embedded.
+
+    Where a path is there several times, those beyond that are new.
 
     Raises:
-        InputError: there is none, it is damaged, or another model or other options made it.
+        InputError: as `open_to_continue`, or there is no output.
     """
-    if not file_exists(places.meta) and not file_exists(places.features):
+    if not output_exists(places):
         raise InputError(
             f"{places.features} does not exist", argument="append", value=True, fix="run without `append` first"
         )
+    with open_to_continue(places, model, "append") as existing, inputs.another() as fresh:
+        known = Counter(_path_digest(record) for record in index_records(existing))
+        for image in inputs:
+            key = _path_digest(image.index_fields())
+            if known[key] > 0:
+                known[key] -= 1
+            else:
+                fresh.append(image)
+        yield _Append(fresh, existing, len(inputs) - len(fresh))
+
+
+def output_exists(places: Places) -> bool:
+    """Whether an output, or a part of one, is there."""
+    return file_exists(places.meta) or file_exists(places.features)
+
+
+@contextmanager
+def open_to_continue(places: Places, model: ModelIdentity, argument: str) -> Iterator[Output]:
+    """Opens the output whose rows features of `model` are to join.
+
+    Args:
+        argument: the caller's parameter that asked for it, for messages.
+
+    Raises:
+        InputError: it is damaged, or another model or other options made it.
+    """
     with open_existing(places) as output:
         if key := output.model.difference(model, FEATURE_KEYS):
             theirs, mine = brief(output.model.values(key)[key]), brief(model.values(key)[key])
             raise InputError(
                 f"{places.features} was made with {key} {theirs}, this is {mine}",
-                argument="append",
+                argument=argument,
                 value=True,
                 fix="use the same model and options, or another `out`",
             )
@@ -42,23 +98,6 @@ def open_to_append(places: Places, model: ModelIdentity) -> Iterator[Output]:
         if output.rows:
             next(read_features(output.features, places.features, places.suffix, model.feature_size, output.rows))
         yield output
-
-
-def unknown_inputs(inputs: InputList, existing: Output) -> InputList:
-    """The inputs whose path is not in the index yet; where a path is there several times, those beyond that.
-
-    Raises:
-        InputError: the index is damaged.
-    """
-    known = Counter(_path_digest(record) for record in index_records(existing))
-    fresh = InputList(choice=inputs.choice)
-    for image in inputs:
-        key = _path_digest(image.index_fields())
-        if known[key] > 0:
-            known[key] -= 1
-        else:
-            fresh.append(image)
-    return fresh
 
 
 def _path_digest(fields: dict[str, str]) -> bytes:

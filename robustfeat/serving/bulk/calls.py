@@ -37,6 +37,7 @@ def embed(
     on_error: str = "nan",
     restart: bool = False,
     append: bool = False,
+    sync: bool = False,
     match: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> EmbeddingResult:
@@ -55,8 +56,7 @@ def embed(
         precision: fp32; fp16, meant for GPUs; int8 where the model has it; bf16 with OpenVINO on some processors.
         engine: auto, onnxruntime, openvino or tensorrt.
         device: auto, cpu or cuda.
-        decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size, which is faster and changes
-            the features slightly.
+        decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size, faster and nearly the same.
         max_pixels: larger images fail; decoding takes up to 24 bytes for each pixel.
         pooling: features of a model of transformers: auto (by its type), embeds, pooler, cls or mean.
         threads: processors for the model; by default all that the cgroup grants.
@@ -64,17 +64,16 @@ def embed(
         batch_size: images per batch; by default what suits the model's input.
         on_error: `nan` for a row of NaN per image that fails, or `stop` at the first one.
         restart: discard what an unfinished call left.
-        append: add the inputs that `out` does not hold yet.
-        match: a pattern such as `*.jpg`, or several: take the files of folders and archives whose names match one,
-            whatever their suffix.
+        append: add the inputs that `out` does not hold yet, by path.
+        sync: bring `out` in step with `inputs`: drop rows of files that vanished, and embed only images that are new.
+        match: one or more patterns such as `*.jpg`: take files of folders and archives by name, whatever their suffix.
         quiet: no progress on stderr.
 
     Returns:
         The names of the three files, and the numbers of images, of failures and of files left out.
 
     Raises:
-        InputError: an input is missing, `out` cannot be written or belongs to another model, or an image failed and
-            `on_error` is `stop`.
+        InputError: an input is missing, `out` cannot be written or continued, or an image failed with `on_error=stop`.
         ModelFolderError, HubError, EngineError: the model cannot be loaded; see `FeatureExtractor.from_pretrained`.
         ValueError: `on_error` is something else.
     """
@@ -96,6 +95,7 @@ def embed(
             on_error=on_error,
             restart=restart,
             append=append,
+            sync=sync,
             quiet=quiet,
         )
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Set
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.files import START_OVER
 from robustfeat.progress import Progress
-from robustfeat.serving.bulk.appending import open_to_append, unknown_inputs
+from robustfeat.serving.bulk.appending import plan_append
 from robustfeat.serving.bulk.job import Job, Places, identify
-from robustfeat.serving.bulk.outputs import Output, finish_commit, require_own_stem
+from robustfeat.serving.bulk.outputs import finish_commit, require_own_stem
 from robustfeat.serving.bulk.pipeline import Pipeline
+from robustfeat.serving.bulk.plan import Plan
 from robustfeat.serving.bulk.ray import embed_on_ray
 from robustfeat.serving.bulk.shards import claim_folder, discard_folder, finished_shards, join_shards, write_shards
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_folder
+from robustfeat.serving.bulk.syncing import plan_sync
 from robustfeat.serving.decoding.pool import DEADLINE_S
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.input_list import InputList
@@ -43,7 +45,7 @@ class EmbeddingResult:
         failed: how many of those are NaN.
         skipped: files of the folders and archives that are not in them.
         left_out: the same by kind: a suffix, `hidden`, `not matched`, ...
-        known: inputs that an appended file held already.
+        known: inputs that were not embedded, since the output held their features (`append`, `sync`).
         feature_size: D.
         seconds: wall time.
     """
@@ -76,6 +78,7 @@ def embed_files(
     on_error: str = "nan",
     restart: bool = False,
     append: bool = False,
+    sync: bool = False,
     shard_rows: int = SHARD_ROWS,
     deadline_s: float = DEADLINE_S,
     ray: str | None = None,
@@ -98,55 +101,63 @@ def embed_files(
         on_error: `nan`, or `stop` at the first image that fails.
         restart: discard what an unfinished run has left.
         append: add the inputs that `out` does not hold yet (by path), as further rows.
+        sync: make `out` hold the rows of `inputs`, and embed only images whose bytes it does not hold yet.
         shard_rows: how many rows a killed run may lose.
         deadline_s: an image that takes longer is a failed row.
         ray: run on Ray, at this address (`auto`: the running cluster, or one on this machine).
         quiet: no progress.
 
     Raises:
-        InputError: `out` cannot be written, shares its index with another output, an unfinished run there differs
-            from this one, `append` has nothing to add to, or an image failed and `on_error` is `stop`.
+        InputError: `out` cannot be written, shares its index with another output, or cannot be continued; an
+            unfinished run there differs from this one; both `append` and `sync` are set; or an image failed and
+            `on_error` is `stop`.
         EngineError: no decoder process can be started.
     """
     require_on_error(on_error)
     began = time.monotonic()
     places = Places.of(str(out))
     finish_commit(places)
-    with (
-        open_to_append(places, extractor.identity) if append else nullcontext() as existing,
-        unknown_inputs(inputs, existing) if existing else nullcontext(inputs) as fresh,
-    ):
-        job = _plan_job(extractor, fresh, batch_size or extractor.batch_size, shard_rows, existing)
+    with _open_plan(extractor, inputs, places, append=append, sync=sync, quiet=quiet) as plan:
+        job = _plan_job(extractor, plan, batch_size or extractor.batch_size, shard_rows)
         with _open_run(places, job, restart=restart, quiet=quiet) as run:
             stop = on_error == "stop"
-            run.follow(_embed(run, extractor, fresh, ray=ray, workers=workers, deadline_s=deadline_s, stop=stop))
+            run.follow(_embed(run, extractor, plan.fresh, ray=ray, workers=workers, deadline_s=deadline_s, stop=stop))
             timing = run.timing(time.monotonic() - began)
-            size, left_out = extractor.feature_size, inputs.left_out
-            images, failed = join_shards(places, run.folder, job, size, existing, left_out=left_out, timing=timing)
+            images, failed = join_shards(places, run.folder, job, plan, timing=timing)
         return EmbeddingResult(
             features=places.features,
             index=places.index,
             meta=places.meta,
             images=images,
             failed=failed,
-            skipped=sum(left_out.values()),
-            left_out=left_out,
-            known=len(inputs) - len(fresh),
-            feature_size=size,
+            skipped=sum(inputs.left_out.values()),
+            left_out=inputs.left_out,
+            known=plan.known,
+            feature_size=extractor.feature_size,
             seconds=time.monotonic() - began,
         )
 
 
-def _plan_job(
-    extractor: FeatureExtractor, inputs: InputList, batch_size: int, shard_rows: int, existing: Output | None
-) -> Job:
+def _open_plan(
+    extractor: FeatureExtractor, inputs: InputList, places: Places, *, append: bool, sync: bool, quiet: bool
+) -> AbstractContextManager[Plan]:
+    """What is to be embedded; see `embed_files`."""
+    if append and sync:
+        raise InputError("excludes `sync`", argument="append", value=True, fix="choose one of them")
+    if append:
+        return plan_append(inputs, places, extractor.identity)
+    if sync:
+        return plan_sync(inputs, places, extractor.identity, quiet=quiet)
+    return nullcontext(Plan(inputs))
+
+
+def _plan_job(extractor: FeatureExtractor, plan: Plan, batch_size: int, shard_rows: int) -> Job:
     """What the run consists of: shards of whole batches."""
-    identity = identify(extractor.identity, inputs, batch_size) | {
+    identity = identify(extractor.identity, plan.fresh, batch_size) | {
         "max_pixels": extractor.options.max_pixels,
-        "appended_to": existing.meta_sha256 if existing else None,
+        "continues": plan.existing.meta_sha256 if plan.existing else None,
     }
-    first_row = existing.rows if existing else 0
-    return Job(len(inputs), first_row, -(-shard_rows // batch_size) * batch_size, identity)
+    return Job(len(plan.fresh), plan.first_row, -(-shard_rows // batch_size) * batch_size, identity)
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,7 @@ def _open_run(places: Places, job: Job, *, restart: bool, quiet: bool) -> Iterat
     folder = open_folder(places.shards)
     done = claim_folder(folder, job, places, restart=restart)
     before = sum(len(job.rows(number)) for number in done)
-    progress = Progress("embed", job.images, start=before, quiet=quiet)
+    progress = Progress("embed", job.images, start=before, quiet=quiet or not job.images)
     if done:
         progress.say(f"going on: {before:,} of {job.images:,} images were embedded before")
     try:

@@ -84,7 +84,7 @@ class NewOutput:
             with open_input(self._places.meta) as handle:
                 if hashlib.sha256(handle.read()).hexdigest() != after.meta_sha256:
                     what = f"{self._places.features}: another process has changed it"
-                    raise InputError(what, fix="repeat the command to append to it")
+                    raise InputError(what, fix="repeat the command")
         data = {**meta, "format": self._places.suffix, **self._hashes}
         self._folder.write(_STAGED["meta"], json.dumps(data, indent=2).encode() + b"\n")
         self._folder.write(_COMMIT, b"")

@@ -21,7 +21,7 @@ from robustfeat.serving.decoding.pool import DEADLINE_S, DecoderPool
 from robustfeat.serving.decoding.worker import Decoded, Task
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.input_list import InputList
-from robustfeat.serving.inputs.parquet import ParquetImages
+from robustfeat.serving.inputs.parquet import ParquetSources
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.system import available_cpus
 
@@ -95,7 +95,7 @@ class Pipeline:
         )
         self._model = ThreadPoolExecutor(streams, "model")
         self._changed = threading.Condition()
-        self._parquet: ParquetImages | None = None
+        self._parquet = ParquetSources()
         self._held_bytes = 0
 
     def __enter__(self) -> Pipeline:
@@ -205,20 +205,14 @@ class Pipeline:
         size = 0
         for line in lines:
             rows.append(line)
-            data.append(self._read_parquet(ImageSource.from_line(line)))
+            source = ImageSource.from_line(line)
+            data.append(self._parquet.read(source) if source.kind == "parquet" else None)
             size += _size_of(data[-1:])
             if len(rows) == part or size >= _PART_BYTES:
                 yield rows, data
                 rows, data, size = [], [], 0
         if rows:
             yield rows, data
-
-    def _read_parquet(self, source: ImageSource) -> bytes | str | None:
-        if source.kind != "parquet":
-            return None
-        if self._parquet is None or (self._parquet.file, self._parquet.column) != (source.file, source.detail):
-            self._parquet = ParquetImages(source.file, source.detail)
-        return self._parquet.read(source.at)
 
 
 def _size_of(data: Sequence[bytes | str | None] | None) -> int:

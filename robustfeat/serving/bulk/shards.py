@@ -10,16 +10,17 @@ import itertools
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from robustfeat.errors import InputError
-from robustfeat.serving.bulk.formats import FORMATS, Block, read_features
+from robustfeat.serving.bulk.formats import FORMATS, Block
 from robustfeat.serving.bulk.job import Job, Places, brief
-from robustfeat.serving.bulk.outputs import NewOutput, Output
+from robustfeat.serving.bulk.outputs import NewOutput
 from robustfeat.serving.bulk.pipeline import Pipeline
+from robustfeat.serving.bulk.plan import Plan
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder
 from robustfeat.serving.inputs.input_list import InputList
 
@@ -40,9 +41,9 @@ def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *
         names = folder.names()
         found = _read_job(folder, places, restart=restart) if _JOB_FILE in names else None
         # The hashes of the files tell models apart; the commit also changes with the card.
-        mine = job.identity | {"shard_rows": job.shard_rows, "revision": None}
-        if found is not None and mine["appended_to"] and found.get("appended_to") not in {None, mine["appended_to"]}:
-            found = None  # it was appending to a file that has been replaced since
+        mine = job.identity | {"shard_rows": job.shard_rows, "first_row": job.first_row, "revision": None}
+        if found is not None and mine["continues"] and found.get("continues") not in {None, mine["continues"]}:
+            found = None  # it was continuing a file that has been replaced since
         if found is not None and found != mine and not restart:
             changes = [
                 f"{key} was {brief(found.get(key))}, now {brief(mine.get(key))}"
@@ -140,59 +141,51 @@ def join_shards(
     places: Places,
     folder: LocalFolder | RemoteFolder,
     job: Job,
-    size: int,
-    existing: Output | None,
+    plan: Plan,
     *,
-    left_out: Mapping[str, int],
     timing: dict[str, float],
 ) -> tuple[int, int]:
-    """Joins the shards to the output and deletes their folder; gives the rows and how many of them failed.
+    """Makes the output of the shards and the rows that it has already; gives its rows and how many of them failed.
 
-    Repeated after a kill at any point, it ends with the same files.
+    The folder is deleted then. Repeated after a kill at any point, it ends with the same files.
 
     Raises:
-        InputError: another process has changed the output that is appended to.
+        InputError: another process has changed the output that is there, or it cannot be read.
     """
-    if existing and not job.images:
+    if plan.existing and plan.unchanged:
         discard_folder(folder)
-        return existing.rows, int(existing.meta["failed"])
-    images = job.first_row + job.images
-    identity = {key: value for key, value in job.identity.items() if key != "appended_to"}
+        return plan.existing.rows, int(plan.existing.meta["failed"])
+    identity = {key: value for key, value in job.identity.items() if key != "continues"}
+    size = identity["feature_size"]
     about = {key: str(identity[key]) for key in ("model", "precision", "engine", "preprocessing_hash")}
-
-    def indexes() -> Iterator[bytes]:
-        if existing:
-            existing.index.seek(0)
-            yield from itertools.islice(existing.index, existing.rows)
-        for number in range(job.shards):
-            yield folder.read(f"{number:06}.jsonl")
-
-    def blocks() -> Iterator[Block]:
-        if existing:
-            existing.index.seek(0)
-            for features in read_features(existing.features, places.features, places.suffix, size, existing.rows):
-                yield Block(features, b"".join(itertools.islice(existing.index, len(features))))
-        for number in range(job.shards):
-            features = np.frombuffer(folder.read(f"{number:06}.f32"), "<f4").reshape(-1, size)
-            yield Block(features, folder.read(f"{number:06}.jsonl"))
-
-    output = NewOutput(places, folder)
-    with output.open("features") as handle:
-        FORMATS[places.suffix].write(handle, (images, size), about, blocks())
     failed = 0
-    with output.open("index") as handle:
-        for part in indexes():
-            failed += part.count(b"\n") - part.count(b'"error": null}\n')
-            handle.write(part)
+    output = NewOutput(places, folder)
+    with output.open("index") as index, output.open("features") as features:
+
+        def blocks() -> Iterator[Block]:
+            nonlocal failed
+            for block in plan.blocks(_blocks_of_shards(folder, job, size)):
+                failed += block.index.count(b"\n") - block.index.count(b'"error": null}\n')
+                index.write(block.index)
+                yield block
+
+        FORMATS[places.suffix].write(features, (plan.images, size), about, blocks())
+    left_out = plan.fresh.left_out
     meta = identity | {
         "versions": identity["versions"] | {"python": platform.python_version()},
-        "images": images,
+        "images": plan.images,
         "failed": failed,
         "skipped": sum(left_out.values()),
-        "left_out": dict(left_out),
+        "left_out": left_out,
         "timing": timing,
     }
     del meta["inputs"]
-    output.commit(meta, after=existing)
+    output.commit(meta, after=plan.existing)
     discard_folder(folder)
-    return images, failed
+    return plan.images, failed
+
+
+def _blocks_of_shards(folder: LocalFolder | RemoteFolder, job: Job, size: int) -> Iterator[Block]:
+    for number in range(job.shards):
+        features = np.frombuffer(folder.read(f"{number:06}.f32"), "<f4").reshape(-1, size)
+        yield Block(features, folder.read(f"{number:06}.jsonl"))

@@ -20,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,7 +28,7 @@ from robustfeat.errors import DecodeError, InputError
 from robustfeat.hub.heif import use_one_thread
 from robustfeat.hub.preprocessing import BYTES_PER_PIXEL, Preprocessing, TooLargeError, prepare_square
 from robustfeat.serving.inputs.remote import is_remote
-from robustfeat.serving.inputs.sources import ImageSource
+from robustfeat.serving.inputs.sources import ImageSource, index_line
 from robustfeat.system import die_with_parent, offer_to_die_first
 
 __all__ = ["LARGE", "MAILBOX_BYTES", "MEMORY_BYTES", "READY", "Decoded", "Images", "SharedSquares", "Task", "serve"]
@@ -208,8 +207,7 @@ class _Decoder:
                     error = data
                 if error is not None:
                     failed.append(offset)
-                record: dict[str, Any] = {"row": task.first + offset, **source.index_fields()}
-                index.append(json.dumps({**record, "sha256": digest, "error": error}, ensure_ascii=False) + "\n")
+                index.append(index_line(task.first + offset, source, digest, error))
         except InputError as exc:
             return Decoded(b"", (), str(exc))
         return Decoded("".join(index).encode(), tuple(failed))

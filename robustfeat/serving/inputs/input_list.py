@@ -27,11 +27,12 @@ class InputList:
 
     Attributes:
         choice: what lay beside them and was left out.
+        folder: where the temporary file lies; None for the system's folder for them.
         sha256: of the list: equal for equal lists of the same files.
 
     Args:
         choice: that of the folders and archives that are listed.
-        folder: where the temporary file lies; the system's folder for those by default.
+        folder: see above.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class InputList:
         self._count = 0
         self._digest = hashlib.sha256()
         self._offsets: list[int] = []
-        self._folder = folder
+        self.folder = folder
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the list
         for image in images:
             self.append(image)
@@ -60,6 +61,10 @@ class InputList:
     def close(self) -> None:
         """Frees the disk space."""
         self._file.close()
+
+    def another(self) -> InputList:
+        """An empty list for some of these inputs."""
+        return InputList(choice=self.choice, folder=self.folder)
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -103,13 +108,13 @@ class InputList:
             for image in first:
                 self.append(image)
             return
-        runs = [InputList(first, folder=self._folder)]
+        runs = [InputList(first, folder=self.folder)]
         del first
         try:
             while chunk := sorted(itertools.islice(images, _SORT_ROWS), key=key):
-                runs.append(InputList(chunk, folder=self._folder))
+                runs.append(InputList(chunk, folder=self.folder))
                 if len(runs) == _MERGE_RUNS:
-                    merged = InputList(heapq.merge(*runs, key=key), folder=self._folder)
+                    merged = InputList(heapq.merge(*runs, key=key), folder=self.folder)
                     for run in runs:
                         run.close()
                     runs = [merged]

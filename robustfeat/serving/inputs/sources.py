@@ -12,7 +12,7 @@ from typing import Any
 
 from robustfeat.serving.inputs.remote import is_remote, read_remote
 
-__all__ = ["MAX_FILE_BYTES", "ImageSource", "path_fields", "path_of_index", "printable"]
+__all__ = ["MAX_FILE_BYTES", "ImageSource", "index_line", "path_fields", "path_of_index", "printable"]
 
 MAX_FILE_BYTES = 512 * 2**20
 """Files of more bytes are failed rows; so is one that never ends."""
@@ -52,7 +52,7 @@ class ImageSource:
         return path_fields(self.path)
 
     def read(self) -> bytes:
-        """The image file's bytes. Rows of Parquet files come from `ParquetImages` instead.
+        """The image file's bytes. Rows of Parquet files come from `ParquetSources` instead.
 
         Raises:
             OSError: it cannot be read, is no regular file (a pipe or a device might never end) or is too large.
@@ -111,6 +111,12 @@ def path_fields(path: str) -> dict[str, str]:
         return {"path": raw.decode("utf-8")}
     except UnicodeDecodeError:
         return {"path": raw.decode("utf-8", "replace"), "path_bytes": base64.b64encode(raw).decode("ascii")}
+
+
+def index_line(row: int, image: ImageSource, sha256: str | None, error: str | None) -> str:
+    """A line of the index: `row`, the path, `sha256` of the bytes that were read, and why the image failed."""
+    record = {"row": row, **image.index_fields(), "sha256": sha256, "error": error}
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def path_of_index(record: dict[str, Any]) -> str:

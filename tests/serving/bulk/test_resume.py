@@ -323,7 +323,7 @@ def test_an_append_to_an_output_that_changes_meanwhile_is_refused(
         commit(self, *args, **kwargs)
 
     monkeypatch.setattr(NewOutput, "commit", late)
-    with pytest.raises(InputError, match="another process has changed it; repeat the command to append to it"):
+    with pytest.raises(InputError, match="another process has changed it; repeat the command"):
         embed(example_files[1], out, append=True)
     monkeypatch.undo()
     assert embed(example_files[1], out, append=True).images == 2

@@ -1,0 +1,50 @@
+"""What a run embeds, and how its output is made of that and of rows that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from robustfeat.serving.bulk.formats import Block
+from robustfeat.serving.bulk.outputs import Output
+from robustfeat.serving.inputs.input_list import InputList
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run into a new output: each input is embedded.
+
+    Attributes:
+        fresh: the inputs to embed.
+        existing: the output that is there and that the new one replaces, if this one is made of it.
+        known: inputs that are not embedded, since `existing` holds their features.
+    """
+
+    fresh: InputList
+    existing: Output | None = None
+    known: int = 0
+
+    @property
+    def images(self) -> int:
+        """Rows of the output."""
+        return len(self.fresh)
+
+    @property
+    def first_row(self) -> int:
+        """The number that decoders give to the first of `fresh`."""
+        return 0
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the output stays as it is."""
+        return False
+
+    def blocks(self, fresh: Iterator[Block]) -> Iterator[Block]:
+        """All rows of the output in order, from the rows of `fresh`.
+
+        Raises:
+            InputError: the existing output cannot be read.
+        """
+        return fresh
