@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from robustfeat.cli.extraction import ABOVE_ZERO
+from robustfeat.cli.head_options import selection_option
 from robustfeat.cli.rendering import Command
 from robustfeat.serving.engines.options import AUTO, DEVICES
 
@@ -29,13 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--image-size", type=int, help="Input side of a run or a network of your own.")
 @click.option("--crop-pct", type=float, help="Its centre crop.")
-@click.option(
-    "--selection",
-    type=click.Choice(["auto", "folds", "holdout"]),
-    default="holdout",
-    show_default=True,
-    help="Choose the SVM's C and scaling on a held-out 10 %, as the published results do, or as svm fit does (auto).",
-)
+@selection_option("holdout")
 @click.option("--few-shot/--no-few-shot", default=True, show_default=True, help="1, 5, 10 and 50 images a class.")
 @click.option("--libsvm", is_flag=True, help="Also LIBSVM's one-against-one SVM, on at most 5,000 images.")
 @click.option("--corruptions", is_flag=True, help="Also accuracy on corrupted test images, and the features' drift.")

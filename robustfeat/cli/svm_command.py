@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from robustfeat.cli.extraction import Extraction, Number, extraction_options
+from robustfeat.cli.head_options import selection_option
 from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
@@ -69,13 +70,7 @@ def command() -> None:
 )
 @click.option("--C", "c", type=Number(1e-6, 1e6), help="Instead of choosing from 0.001 to 10.")
 @click.option("--scaling", type=click.Choice(["none", "l2", "standard"]), help="Instead of choosing one.")
-@click.option(
-    "--selection",
-    type=click.Choice(["auto", "folds", "holdout"]),
-    default="auto",
-    show_default=True,
-    help="Choose by repeated 5-fold cross-validation (auto: below 5,000 rows) or by a held-out 10 %.",
-)
+@selection_option("auto")
 @click.option("--multi-label", is_flag=True, help="An image may have several labels: cat|dog, or a list.")
 @_images
 @extraction_options

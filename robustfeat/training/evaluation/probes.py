@@ -24,13 +24,12 @@ from robustfeat.system import available_cpus
 from robustfeat.training.evaluation.tasks import TaskFeatures
 
 __all__ = [
-    "FEW_SHOTS", "Score", "few_shot", "held_out_score", "libsvm", "naive_bayes", "nearest_neighbours", "svm", "wilson"
+    "FEW_SHOTS", "Score", "few_shot", "held_out_score", "libsvm", "naive_bayes", "nearest_neighbours", "svm",
 ]  # fmt: skip
 
 FEW_SHOTS = (1, 5, 10, 50)
 _DRAWS = 5
 _NEIGHBOURS = 10
-_Z = 1.959963984540054  # 97.5 % of the normal distribution
 _LIBSVM_ROWS = 5000
 _LIBSVM_STEPS = 200_000  # for each pair of classes: on unscaled features it may not end at all
 
@@ -61,8 +60,7 @@ class Score:
         """Compares predictions with the test labels."""
         report = Report.of(predicted, features.y_test, features.classes)
         right = predicted == features.y_test
-        interval = wilson(int(right.sum()), len(right))
-        return cls(report.accuracy, report.balanced_accuracy, interval, right, details, head)
+        return cls(report.accuracy, report.balanced_accuracy, report.interval, right, details, head)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the single images."""
@@ -72,17 +70,6 @@ class Score:
             "interval": list(self.interval),
             **self.details,
         }
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share.
-
-    >>> wilson(81, 100)
-    (0.7222..., 0.8748...)
-    """
-    share, z2 = right / count, _Z**2 / count
-    middle, half = share + z2 / 2, _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count))
-    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
 
 
 def svm(

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
@@ -15,7 +14,7 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 from sklearn.svm import SVC, LinearSVC
 
 from robustfeat.serving.heads.fitting.fit import select
-from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm, wilson
+from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm
 from robustfeat.training.evaluation.tasks import TaskFeatures
 
 
@@ -84,12 +83,6 @@ def test_libsvm_chooses_for_itself(digits: TaskFeatures) -> None:
     assert both["LIBSVM"].accuracy == reference.score(digits.x_test.astype(np.float64), digits.y_test)
     ours = svm(digits, cs=cs, scalings=tuple(scalings))
     assert both["LinearSVC"].accuracy == ours.accuracy != both["LIBSVM"].accuracy
-
-
-@pytest.mark.parametrize(("right", "count"), [(81, 100), (0, 7), (7, 7), (5000, 10_000)])
-def test_intervals_are_wilsons(right: int, count: int) -> None:
-    expected = binomtest(right, count).proportion_ci(method="wilson")
-    np.testing.assert_allclose(wilson(right, count), (expected.low, expected.high), atol=1e-12)
 
 
 def test_the_choice_may_be_by_folds(digits: TaskFeatures) -> None:

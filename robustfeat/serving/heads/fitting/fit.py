@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import SCALINGS, Array
 from robustfeat.serving.heads.labels.matching import LabelledRows
 from robustfeat.serving.heads.reports.answers import Answers
+from robustfeat.serving.heads.reports.intervals import wilson_interval
 from robustfeat.serving.heads.reports.report import Report
 from robustfeat.system import available_cpus
 
@@ -178,7 +179,7 @@ def fit_head(
     paths = [features.paths[row] for row in labelled.rows[selection.held]]
     margins = head.both(selection.margins)
     report = Report.of_answers(Answers.of(head, margins, targets[selection.held], paths, classes), unseen=True)
-    return replace(head, scores={"held_out": report.to_dict()}), report
+    return replace(head, scores={"held_out": report.to_dict()}), replace(report, settings=_settings(head.selection))
 
 
 def require_two(place: str, labelled: LabelledRows) -> None:
@@ -205,17 +206,40 @@ def require_two(place: str, labelled: LabelledRows) -> None:
         raise InputError(f"{place}: no labelled row has a label")
 
 
+def _settings(selection: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
+    """The settings that were tried, as rows of a table."""
+
+    def row(candidate: Mapping[str, Any]) -> dict[str, str]:
+        low, high = candidate.get("interval", (None, None))
+        error, c = candidate["standard_error"], candidate["C"]
+        is_chosen = (candidate["scaling"], c) == (selection["scaling"], selection["C"])
+        return {
+            "scaling": candidate["scaling"],
+            "C": "" if c is None else f"{c:g}",
+            selection["measure"]: f"{candidate['score']:.4f}",
+            "95 %": "" if low is None else f"{low:.4f} to {high:.4f}",
+            "standard error": "" if error is None else f"{error:.4f}",
+            "chosen": "yes" if is_chosen else "",
+        }
+
+    return tuple(map(row, selection["candidates"]))
+
+
 def _describe(selection: Selection, labelled: LabelledRows, *, converged: bool) -> dict[str, Any]:
+    is_share = labelled.targets.ndim == 1  # Wilson's interval is of shares, and F1 is none
+
     def record(candidate: Candidate) -> dict[str, Any]:
         numbers = {"score": candidate.score, "standard_error": candidate.error}
-        known = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+        known: dict[str, Any] = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+        if is_share and known["score"] is not None:
+            known["interval"] = list(wilson_interval(candidate.score, len(selection.held)))
         return {"scaling": candidate.scaling, "C": candidate.c, **known, "converged": candidate.converged}
 
     return {
         "method": selection.method,
         "C": selection.best.c,
         "scaling": selection.best.scaling,
-        "measure": "accuracy" if labelled.targets.ndim == 1 else "macro F1",
+        "measure": "accuracy" if is_share else "macro F1",
         "candidates": [record(candidate) for candidate in selection.candidates],
         "seed": 0,
         "parts": sum(map(len, selection.splits)),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.errors import InputError
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.fitting.training_set import Fits, TrainingSet
 from robustfeat.serving.heads.fitting.trials import Candidate, Trials
@@ -85,8 +86,11 @@ def choose(
         progress: gets its total, and is advanced by one a fit.
 
     Raises:
+        InputError: there is no such method.
         ValueError: the features cannot be fitted.
     """
+    if method not in SELECTIONS:
+        raise InputError(f"expected {', '.join(SELECTIONS[:-1])} or {SELECTIONS[-1]}", argument="method", value=method)
     trials = Trials() if trials is None else trials
     folds = method == "folds" or (method == "auto" and len(data.targets) < FEW)
     draws = fold(data.targets, seed) if folds else [[hold_out(data.targets, seed)]]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from robustfeat.files import new_folder
+from robustfeat.hub.markdown import table
 from robustfeat.serving.heads.cells import encode_line
 from robustfeat.serving.heads.reports.answers import suspects_csv, suspects_text
-from robustfeat.serving.heads.reports.page import Thumbnails, draw_page
+from robustfeat.serving.heads.reports.page import SETTINGS_NOTE, Thumbnails, draw_page
 from robustfeat.serving.heads.reports.report import Report
 
 __all__ = ["save_report", "write_report"]
@@ -32,6 +33,8 @@ def write_report(report: Report, folder: Path, title: str, thumbnails: Thumbnail
     if report.answers and report.unseen:
         text += "\n" + suspects_text(report.answers)
         (folder / "suspects.csv").write_bytes(encode_line(suspects_csv(report.answers)))
+    if report.settings:
+        text += f"\n{SETTINGS_NOTE}\n\n{table(report.settings)}"
     (folder / "report.md").write_text(text, "utf-8")
     (folder / "report.html").write_text(draw_page(report, title, thumbnails), "utf-8")
     picture = report.picture

@@ -14,7 +14,12 @@ from robustfeat.serving.heads.reports.reliability import Reliability, draw_relia
 from robustfeat.serving.heads.reports.report import Report
 from robustfeat.serving.inputs.sources import printable
 
-__all__ = ["Thumbnails", "draw_page"]
+__all__ = ["SETTINGS_NOTE", "Thumbnails", "draw_page"]
+
+SETTINGS_NOTE = (
+    "Settings that were tried. The interval is of one setting; the best of many scores is partly luck, so that further "
+    "images may come out lower."
+)
 
 Thumbnails = Callable[[Collection[str]], Mapping[str, bytes]]
 """WebP files of the paths that can be read."""
@@ -55,8 +60,10 @@ def draw_page(report: Report, title: str, thumbnails: Thumbnails | None = None) 
         title: what was measured.
         thumbnails: reads images that the page shows.
     """
+    low, high = report.interval
     numbers = {
         "accuracy": f"{report.accuracy:.4f}",
+        "95 % interval": f"{low:.3f} to {high:.3f}",
         "balanced accuracy": f"{report.balanced_accuracy:.4f}",
         "macro F1": f"{report.macro_f1:.4f}",
         "rows": f"{report.rows:,}",
@@ -80,6 +87,9 @@ def draw_page(report: Report, title: str, thumbnails: Thumbnails | None = None) 
     if report.answers and report.answers.probabilities is not None:
         parts.append(_draw_calibration(report.answers, unseen=report.unseen))
     parts.append(_draw_classes(report))
+    if report.settings:
+        lines = [list(row.values()) for row in report.settings]
+        parts.append(f"<h2>Settings</h2><p>{SETTINGS_NOTE}</p>{_draw_table(list(report.settings[0]), lines)}")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
@@ -154,13 +164,18 @@ def _draw_calibration(answers: Answers, *, unseen: bool) -> str:
 
 
 def _draw_classes(report: Report) -> str:
-    lines = "".join(
-        f"<tr><td>{_text(one.name)}</td><td>{one.rows:,}</td><td>{one.precision:.4f}</td><td>{one.recall:.4f}</td>"
-        f"<td>{one.f1:.4f}</td></tr>"
+    lines = [
+        [one.name, f"{one.rows:,}", f"{one.precision:.4f}", f"{one.recall:.4f}", f"{one.f1:.4f}"]
         for one in report.classes
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("class", "rows", "precision", "recall", "F1"))
-    return f'<h2>Classes</h2><div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
+    ]
+    return f"<h2>Classes</h2>{_draw_table(['class', 'rows', 'precision', 'recall', 'F1'], lines)}"
+
+
+def _draw_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    def line(kind: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{kind}>{_text(cell)}</{kind}>" for cell in cells) + "</tr>"
+
+    return f'<div class="wide"><table>{line("th", head)}{"".join(line("td", cells) for cells in lines)}</table></div>'
 
 
 def _image(kind: str, data: bytes, name: str, size: tuple[int, int] | None = None) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from robustfeat.hub.markdown import cell
 from robustfeat.serving.heads.reports.answers import Answers
 from robustfeat.serving.heads.reports.confusion import draw_confusion
+from robustfeat.serving.heads.reports.intervals import wilson_interval
 
 __all__ = ["ClassScore", "Report"]
 
@@ -43,6 +44,7 @@ class Report:
         confusion: (K, K) int64, rows by label, columns by prediction; None with several labels a row.
         answers: each row, where `of_answers` made this.
         unseen: the rows were not fitted, so that labels which the head contradicts are suspicious.
+        settings: what a selection tried on these rows, as rows of a table.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class Report:
     confusion: NDArray[np.int64] | None
     answers: Answers | None = None
     unseen: bool = False
+    settings: tuple[dict[str, str], ...] = ()
 
     @classmethod
     def of(cls, predicted: NDArray[Any], targets: NDArray[Any], classes: Sequence[str | int]) -> Report:
@@ -94,6 +97,11 @@ class Report:
         return replace(report, answers=answers, unseen=unseen)
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy (see `wilson_interval`)."""
+        return wilson_interval(self.accuracy, self.rows)
+
+    @property
     def suspects(self) -> int:
         """How many labels are probably wrong, as far as unseen rows tell."""
         return len(self.answers.suspects) if self.answers and self.unseen else 0
@@ -103,6 +111,7 @@ class Report:
         return {
             "rows": self.rows,
             "accuracy": self.accuracy,
+            "interval": list(self.interval),
             "balanced_accuracy": self.balanced_accuracy,
             "macro_f1": self.macro_f1,
             "classes": [vars(one) for one in self.classes],
@@ -110,9 +119,10 @@ class Report:
 
     def to_text(self, title: str) -> str:
         """The table, in Markdown."""
+        low, high = self.interval
         head = (
-            f"{title}: accuracy {self.accuracy:.4f}, balanced accuracy {self.balanced_accuracy:.4f}, "
-            f"macro F1 {self.macro_f1:.4f} on {self.rows:,} rows"
+            f"{title}: accuracy {self.accuracy:.4f} (95 %: {low:.4f} to {high:.4f}), "
+            f"balanced accuracy {self.balanced_accuracy:.4f}, macro F1 {self.macro_f1:.4f} on {self.rows:,} rows"
         )
         names = [cell(one.name) for one in self.classes]
         width = max(5, *map(len, names))

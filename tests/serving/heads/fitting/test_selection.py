@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score
@@ -14,6 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
+from robustfeat.cli import cli
+from robustfeat.errors import InputError
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.fitting import selection
 from robustfeat.serving.heads.fitting.fit import fit_head, select
@@ -44,6 +47,23 @@ def test_folds_are_stratified_and_score_each_row_once_a_draw(counts: list[int]) 
             assert all(abs(share - count / FOLDS) < 1 for share, count in zip(shares, counts, strict=True) if count > 1)
     assert len({tuple(held) for _, held in splits}) == len(splits), "draws differ"
     assert len(splits) * len(y) / FOLDS >= min(1000, 5 * len(y)) or len(y) < 200
+
+
+def test_an_unknown_method_is_refused() -> None:
+    x, y = blobs([10, 10], 3, 1.0)
+    with pytest.raises(InputError, match="method=leave-one-out: expected auto, folds or holdout"):
+        select(x, y, method="leave-one-out")
+
+
+@pytest.mark.parametrize(("command", "default"), [("svm fit", "auto"), ("evaluate", "holdout")])
+def test_commands_offer_the_selections_that_there_are(command: str, default: str) -> None:
+    found: click.Command = cli
+    for name in command.split():
+        assert isinstance(found, click.Group)
+        found = found.get_command(click.Context(found), name) or cli
+    (option,) = [one for one in found.params if one.name == "selection"]
+    assert isinstance(option.type, click.Choice)
+    assert (tuple(option.type.choices), option.default) == (selection.SELECTIONS, default)
 
 
 def test_folds_of_several_labels_leave_rows_with_and_without_each() -> None:
