@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,13 +12,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from robustfeat.cli.extraction import Extraction, Number, extraction_options
+from robustfeat.cli.feature_inputs import open_inputs, remark
 from robustfeat.cli.head_options import selection_option
 from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
-    from robustfeat.serving.heads.features import Features
-    from robustfeat.serving.heads.head import Head
-    from robustfeat.serving.heads.labels.labels import Labels
     from robustfeat.serving.heads.reports.page import Thumbnails
     from robustfeat.serving.heads.reports.report import Report
 
@@ -117,9 +114,9 @@ def fit_command(
     def check(paths: list[str]) -> None:
         require_two("the images", match_paths("the images", paths, known, multi_label=multi_label))
 
-    features = _open(inputs, extraction, quiet, names=names, labels=known, check=check)
+    features = open_inputs(inputs, extraction, quiet, names=names, labels=known, check=check)
     labelled = match_labels(features, known, multi_label=multi_label)
-    _say(labelled.summary(), quiet)
+    remark(labelled.summary(), quiet)
     place = Path(out).absolute()  # so that `.` has a name
     with new_folder(place) as folder:  # before the fit: two fits do not share their trials
         head, report = fit_head(
@@ -137,16 +134,16 @@ def fit_command(
         if report:
             write_report(report, folder, "held out", _thumbnails(inputs, images))
     chosen = "" if head.selection["C"] is None else f"C {head.selection['C']:g}, "
-    _say(f"chosen: {chosen}{head.scaling} scaling", quiet)
+    remark(f"chosen: {chosen}{head.scaling} scaling", quiet)
     if not head.selection["converged"]:
-        _say("the solver stopped before its end: a smaller --C, or --scaling standard, may help", quiet)
+        remark("the solver stopped before its end: a smaller --C, or --scaling standard, may help", quiet)
     if report is None:
-        _say("every class has one row: nothing could be held out, so nothing is known of its accuracy", quiet)
+        remark("every class has one row: nothing could be held out, so nothing is known of its accuracy", quiet)
     else:
         _show(report, "held out", quiet)
         if report.suspects:
-            _say(f"{report.suspects:,} labels are probably wrong: see {Path(out) / 'suspects.csv'}", quiet)
-    _say(f"{out}: {head.kind} head, {len(head.classes)} classes", quiet)
+            remark(f"{report.suspects:,} labels are probably wrong: see {Path(out) / 'suspects.csv'}", quiet)
+    remark(f"{out}: {head.kind} head, {len(head.classes)} classes", quiet)
     if as_json:
         counts = {"rows": len(labelled.rows), "failed": labelled.failed, "suspects": report.suspects if report else 0}
         summary = {"out": out, **counts, **head.selection, **head.scores}
@@ -207,11 +204,11 @@ def predict_command(
         opened.require_calibration()
     if least is not None and (lowest := opened.least_typicality) >= least:
         unseen = round(1 / lowest) - 1
-        _say(
+        remark(
             f"--reject {least:g} rejects nothing: measured on {unseen} rows, typicality is at least {lowest:.3g}", quiet
         )
     known = read_labels(labels, multi_label=opened.multi_label) if labels else None
-    features = _open(inputs, extraction, quiet, names=names, head=opened, head_place=head)
+    features = open_inputs(inputs, extraction, quiet, names=names, head=opened, head_place=head)
     known = known and known.matched(features.paths)
     suggestions = Suggestions(suggest or 0, (lambda path: known.of(path) is not None) if known else lambda path: False)
     if out is None:
@@ -236,7 +233,7 @@ def predict_command(
         without = {"rejected": rejection.count, "failed": len(features.errors)}
         predicted = len(features) - sum(without.values())
         counts = [f"{predicted:,} predictions", *(f"{count:,} {what}" for what, count in without.items() if count)]
-        _say(f"{out}: {', '.join(counts)}", quiet)
+        remark(f"{out}: {', '.join(counts)}", quiet)
     return _left_out(len(features.errors))
 
 
@@ -284,9 +281,11 @@ def score_command(
     def check(paths: list[str]) -> None:
         match_paths("the images", paths, known, multi_label=opened.multi_label, classes=classes)
 
-    features = _open(inputs, extraction, quiet, names=names, head=opened, head_place=head, labels=known, check=check)
+    features = open_inputs(
+        inputs, extraction, quiet, names=names, head=opened, head_place=head, labels=known, check=check
+    )
     labelled = match_labels(features, known, multi_label=opened.multi_label, classes=classes)
-    _say(labelled.summary(), quiet)
+    remark(labelled.summary(), quiet)
     margins = opened.margins(features.values, labelled.rows)
     paths = [features.paths[row] for row in labelled.rows]
     report = Report.of_answers(Answers.of(opened, margins, labelled.targets, paths, classes))
@@ -324,56 +323,6 @@ def _require_output(out: str | None, inputs: tuple[str, ...]) -> None:
         raise InputError(f"--out {out}: is an input, too; choose another name")
 
 
-def _open(
-    inputs: tuple[str, ...],
-    extraction: Extraction,
-    quiet: bool,
-    *,
-    names: str | None = None,
-    head: Head | None = None,
-    head_place: str = "",
-    labels: Labels | None = None,
-    check: Callable[[list[str]], None] | None = None,
-) -> Features:
-    """The features that INPUT names, or those of the images that it names.
-
-    Of images those alone that have `labels`; `check` may refuse their paths before the work of embedding them.
-    """
-    from robustfeat.serving.heads.features import embed_features, is_feature_file, open_array, open_features
-    from robustfeat.serving.heads.labels.matching import labelled_inputs
-    from robustfeat.serving.inputs.choice import say_left_out
-    from robustfeat.serving.inputs.listing import list_inputs
-
-    if head is not None and head.model is None:
-        _say(f"{head_place}: does not say whose features it takes, so that is not checked", quiet)
-    if any(is_feature_file(place) for place in inputs):
-        if len(inputs) > 1:
-            raise click.UsageError(f"features come alone; got {len(inputs)} INPUTs")
-        typed = [name for name in extraction.given if name != "threads"]
-        if typed:
-            raise click.UsageError(f"--{typed[0].replace('_', '-')} is for images; {inputs[0]} holds features")
-        if names is not None and not inputs[0].endswith(".npy"):
-            raise click.UsageError(f"--names is for a .npy file of features; got {inputs[0]}")
-        features = open_features(inputs[0]) if names is None else open_array(inputs[0], names)
-        if features.model is None:
-            _say(f"{features.place}: of an unknown model, so whether a head suits it is not checked", quiet)
-        if head is not None:
-            head.require_features(features, head_place)
-        return features
-    if names is not None:
-        raise click.UsageError(f"--names is for a .npy file of features; {inputs[0]} holds images")
-    extractor = extraction.open()
-    if head is not None:  # before the work of embedding
-        head.require_model(extractor.identity, head_place, f"--model {extraction.model}")
-    with list_inputs(inputs) as found, labelled_inputs(found, labels) if labels else nullcontext(found) as wanted:
-        _say(say_left_out(found.left_out), quiet)
-        if check is not None:
-            check([image.path for image in (wanted if len(wanted) else found)])
-        return embed_features(
-            extractor, wanted, quiet=quiet, batch_size=extraction.batch_size, workers=extraction.workers
-        )
-
-
 def _write(lines: Iterable[str], stream: TextIO) -> None:
     """Writes the bytes of names that are not UTF-8 as they are, whatever the terminal's encoding."""
     from robustfeat.serving.heads.cells import encode_line
@@ -381,11 +330,6 @@ def _write(lines: Iterable[str], stream: TextIO) -> None:
     stream.flush()
     stream.buffer.writelines(map(encode_line, lines))
     stream.buffer.flush()
-
-
-def _say(text: str, quiet: bool) -> None:
-    if text and not quiet:
-        say(text, err=True)
 
 
 def _show(report: Report, title: str, quiet: bool) -> None:

@@ -17,20 +17,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.serving.decoding.parts import PartReader, size_of
 from robustfeat.serving.decoding.pool import DEADLINE_S, DecoderPool
 from robustfeat.serving.decoding.worker import Decoded, Task
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.inputs.input_list import InputList
-from robustfeat.serving.inputs.parquet import ParquetSources
-from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.system import available_cpus
 
 __all__ = ["EmbeddedBatch", "Pipeline"]
 
 _BATCHES_AHEAD = 4
 _RESULTS_AHEAD = 256
-_PARQUET_MARK = b',"parquet",'
-_PART_BYTES = 2**24
 _HELD_BYTES = 2**27
 """Encoded images of Parquet files that wait for decoders or are with them; a single larger one goes alone."""
 
@@ -95,7 +92,7 @@ class Pipeline:
         )
         self._model = ThreadPoolExecutor(streams, "model")
         self._changed = threading.Condition()
-        self._parquet = ParquetSources()
+        self._reader = PartReader()
         self._held_bytes = 0
 
     def __enter__(self) -> Pipeline:
@@ -139,9 +136,9 @@ class Pipeline:
 
     def _submit(self, batch: _Batch, lines: Sequence[bytes], part: int) -> None:
         place, offset = batch.slot * self._batch_size, 0
-        for some, data in self._parts(lines, part):
+        for some, data in self._reader.parts(lines, part):
             task = Task(batch.first + offset, place + offset, some, data, {})
-            batch.parts.append(self._decode(task, _size_of(data)))
+            batch.parts.append(self._decode(task, size_of(data)))
             offset += len(some)
         left = itertools.count(len(batch.parts) - 1, -1)
         for future in batch.parts:
@@ -188,32 +185,3 @@ class Pipeline:
             with self._changed:
                 self._slots.append(batch.slot)
                 self._changed.notify_all()
-
-    def _parts(
-        self, lines: Sequence[bytes], part: int
-    ) -> Iterator[tuple[list[bytes], list[bytes | str | None] | None]]:
-        """Neighbouring rows for one decoder each, at most `part` of them, and what is read of them here.
-
-        Rows of Parquet files are read here, once and in order; decoders would each read whole row groups. They may be
-        large, so that fewer of them are a part.
-        """
-        if not any(_PARQUET_MARK in line for line in lines):
-            yield from ((list(lines[start : start + part]), None) for start in range(0, len(lines), part))
-            return
-        rows: list[bytes] = []
-        data: list[bytes | str | None] = []
-        size = 0
-        for line in lines:
-            rows.append(line)
-            source = ImageSource.from_line(line)
-            data.append(self._parquet.read(source) if source.kind == "parquet" else None)
-            size += _size_of(data[-1:])
-            if len(rows) == part or size >= _PART_BYTES:
-                yield rows, data
-                rows, data, size = [], [], 0
-        if rows:
-            yield rows, data
-
-
-def _size_of(data: Sequence[bytes | str | None] | None) -> int:
-    return sum(len(image) for image in data or () if isinstance(image, bytes))

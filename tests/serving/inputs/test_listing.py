@@ -25,6 +25,7 @@ from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk import pipeline
 from robustfeat.serving.bulk.embedding import embed_files
+from robustfeat.serving.decoding import parts
 from robustfeat.serving.decoding.pool import DecoderPool
 from robustfeat.serving.decoding.worker import Decoded, Task
 from robustfeat.serving.inputs import input_list
@@ -345,7 +346,7 @@ def test_rows_that_few_bytes_blow_up_are_read_one_at_a_time(
 
     monkeypatch.setattr(DecoderPool, "submit", watched)
     monkeypatch.setattr(pipeline, "_HELD_BYTES", 2**23)
-    monkeypatch.setattr(pipeline, "_PART_BYTES", 2**22)
+    monkeypatch.setattr(parts, "_PART_BYTES", 2**22)
     before = pa.default_memory_pool().max_memory()
     index = embedded(extractor, tmp_path / "feats.npy", place)
     assert len(index) == 24
