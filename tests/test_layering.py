@@ -31,8 +31,9 @@ SERVING = {
     "decoding": {"", "inputs"},
     "bulk": {"", "engines", "inputs", "decoding"},
     "heads": {"", "inputs", "bulk"},
-    "online": {"", "inputs", "decoding", "heads"},
-    "http": {"", "inputs", "heads", "online"},
+    "collections": {"", "inputs", "bulk", "heads"},
+    "online": {"", "inputs", "decoding", "heads", "collections"},
+    "http": {"", "inputs", "heads", "collections", "online"},
     "torchserve": {"", "engines", "inputs", "heads", "online"},
 }
 HEADS = {
