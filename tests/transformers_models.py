@@ -18,9 +18,16 @@ from torch import nn
 
 from robustfeat.hub.preprocessing import decode
 
-__all__ = ["FAMILIES", "Family", "reference_features", "write_repository"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "reference_features",
+    "reference_texts",
+    "write_repository",
+    "write_two_towers",
+]
 
-_OUTPUTS = ("image_embeds", "last_hidden_state", "pooler_output")
+_OUTPUTS = ("image_embeds", "text_embeds", "last_hidden_state", "pooler_output")
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ def write_repository(name: str, out: Path, photos: Sequence[Path]) -> None:
     network.eval().save_pretrained(out)
     processor.save_pretrained(out)
     side = _inputs(processor, photos[:1]).shape[-1]
-    _export(network, side, out / "onnx" / f"{family.stem}.onnx", tracing=family.tracing)
+    _export(network, torch.zeros(2, 3, side, side), out / "onnx" / f"{family.stem}.onnx", tracing=family.tracing)
 
 
 def reference_features(name: str, folder: Path, photos: Sequence[Path], backend: str) -> NDArray[np.float32]:
@@ -172,35 +179,120 @@ def _fit_batch_norm(network: nn.Module, pixels: torch.Tensor) -> None:
         norm.running_var.clamp_(min=1.1 * float(norm.running_var.mean()))
 
 
-class _Exported(nn.Module):
-    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.network, self.names = network, names
+TEXT_MODELS = {"clip": ("CLIP", 77), "siglip": ("Siglip", 16)}
+"""The prefix of transformers' classes, and the most tokens that a text has."""
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.network(pixel_values=pixel_values)
+TEXTS = ["a red dress", "Two dogs, on GRASS!", "x", "a very long description of " + "flowers and trees " * 30]
+
+_TOWER = {**_VIT, "projection_dim": 32}
+
+
+def write_two_towers(kind: str, out: Path) -> None:
+    """Writes a seeded network for texts and images as transformers.js has it: each tower is an ONNX file.
+
+    Args:
+        kind: of `TEXT_MODELS`.
+        out: the folder.
+    """
+    prefix, most = TEXT_MODELS[kind]
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    out.mkdir(parents=True)
+    tokenizer = _clip_tokenizer() if kind == "clip" else _siglip_tokenizer(most)
+    text = {**_TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": most, "projection_size": 32}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text["pad_token_id"] = tokenizer.pad_token_id
+    config: Any = getattr(transformers, f"{prefix}Config")(
+        text_config=text, vision_config={**_TOKENS, "projection_dim": 32}, projection_dim=32
+    )
+    config._attn_implementation = "eager"
+    network: Any = getattr(transformers, f"{prefix}Model")(config)
+    for parameter in network.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.2)
+    network.eval().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    settings = _CROP if kind == "clip" else _SQUARE
+    getattr(transformers, f"{prefix}ImageProcessorPil")(**settings).save_pretrained(out)
+    suffix = "ModelWithProjection" if kind == "clip" else "Model"
+    for tower, taken in (("Vision", torch.zeros(2, 3, 64, 64)), ("Text", torch.ones(2, most, dtype=torch.int64))):
+        part: Any = getattr(transformers, f"{prefix}{tower}{suffix}").from_pretrained(out).eval()
+        _export(part, taken, out / "onnx" / f"{tower.lower()}_model.onnx", tracing=True)
+
+
+def reference_texts(kind: str, folder: Path, texts: Sequence[str]) -> NDArray[np.float32]:
+    """What transformers' own tokenizer and network give for texts, (n, D) float32."""
+    prefix, most = TEXT_MODELS[kind]
+    network: Any = getattr(transformers, f"{prefix}Model").from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    padding = True if kind == "clip" else "max_length"  # as their processors do it
+    encoded = tokenizer(list(texts), padding=padding, truncation=True, max_length=most, return_tensors="pt")
+    if kind == "siglip":
+        encoded = {"input_ids": encoded["input_ids"]}
+    with torch.no_grad():
+        found = network.get_text_features(**encoded)
+    return np.asarray(getattr(found, "pooler_output", found).numpy(), np.float32)
+
+
+def _clip_tokenizer() -> Any:
+    """CLIP's, with the letters and a few merges for a vocabulary."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())  # type: ignore[no-untyped-call]
+    merges = [("r", "e"), ("re", "d</w>"), ("d", "o"), ("do", "g"), ("dog", "s</w>"), ("d", "re"), ("dre", "s")]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocabulary = {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)  # type: ignore[arg-type]
+
+
+def _siglip_tokenizer(most: int) -> Any:
+    """Of SigLIP's kind: pieces of lower-case text without punctuation, and an end that also fills up."""
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+
+    pieces = ["▁", *"aredsognw", "▁a", "▁red"]
+    scored = [("</s>", 0.0), ("<unk>", 0.0), *((piece, -float(len(piece))) for piece in pieces)]
+    tokenizer = Tokenizer(Unigram(scored, unk_id=1))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("[[:punct:]]"), ""), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="<unk>", model_max_length=most
+    )
+
+
+class _Exported(nn.Module):
+    def __init__(self, network: nn.Module, taken: str, names: Sequence[str]) -> None:
+        super().__init__()
+        self.network, self.taken, self.names = network, taken, names
+
+    def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self.network(**{self.taken: values})
         return tuple(outputs[name] for name in self.names)
 
 
-def _export(network: nn.Module, side: int, file: Path, *, tracing: bool) -> None:
-    pixels = torch.zeros(2, 3, side, side)
+def _export(network: nn.Module, values: torch.Tensor, file: Path, *, tracing: bool) -> None:
+    """Of images (float) or of texts (int64), to an ONNX file."""
+    taken = "pixel_values" if values.is_floating_point() else "input_ids"
     with torch.no_grad():
-        outputs = network(pixel_values=pixels)
+        outputs = network(**{taken: values})
     names = [name for name in _OUTPUTS if outputs.get(name) is not None]
-    file.parent.mkdir()
-    known: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": names, "verbose": False}
+    file.parent.mkdir(exist_ok=True)
+    known: dict[str, Any] = {"input_names": [taken], "output_names": names, "verbose": False}
     if tracing:
         # Optimum's names for what is free.
-        known["dynamic_axes"] = {
-            "pixel_values": {0: "batch_size", 1: "num_channels", 2: "height", 3: "width"},
-            **{name: {0: "batch_size"} for name in names},
-        }
+        images, texts = ("batch_size", "num_channels", "height", "width"), ("batch_size", "sequence_length")
+        free = images if values.is_floating_point() else texts
+        known["dynamic_axes"] = {taken: dict(enumerate(free)), **{name: {0: "batch_size"} for name in names}}
     else:
-        known |= {"external_data": False, "dynamic_shapes": {"pixel_values": {0: torch.export.Dim("batch_size")}}}
+        known |= {"external_data": False, "dynamic_shapes": {"values": {0: torch.export.Dim("batch_size")}}}
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(_Exported(network, names), (pixels,), str(file), dynamo=not tracing, **known)
+            torch.onnx.export(_Exported(network, taken, names), (values,), str(file), dynamo=not tracing, **known)
     finally:
         logging.disable(logging.NOTSET)

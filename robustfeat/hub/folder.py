@@ -163,7 +163,7 @@ class ModelFolder:
 
     def _list_files(self, data: Mapping[str, Any]) -> dict[str, str]:
         """The hashes of the files that are used of a model of transformers, by their names."""
-        names = [entry.relative_to(self.path).as_posix() for entry in self.path.rglob("*") if entry.is_file()]
+        names = ModelFolder.names_beside(self)
         refuse_without_network(data, names, str(self.path), str(self.path))
         return {name: file_sha256(self.path / name) for name in used_names(names)}
 
@@ -286,6 +286,21 @@ class ModelFolder:
             raise ModelFolderError(f"{self.path / name}: cannot be read ({exc.strerror})") from exc
         self._compare(name, hashlib.sha256(content).hexdigest())
         return content
+
+    def names_beside(self) -> list[str]:
+        """All files of a folder in the layout of transformers.js, those of its text tower among them."""
+        return [entry.relative_to(self.path).as_posix() for entry in self.path.rglob("*") if entry.is_file()]
+
+    def read_beside(self, name: str) -> bytes:
+        """The content of one of `names_beside`, whose hash is no part of `config_hash`.
+
+        Raises:
+            ModelFolderError: it cannot be read.
+        """
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as exc:
+            raise ModelFolderError(f"{self.path / name}: cannot be read ({exc.strerror})") from exc
 
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Compares the files' sha256 with config.json; all of them by default.

@@ -3,13 +3,14 @@
     config.json  preprocessor_config.json  onnx/model.onnx  onnx/model_fp16.onnx  onnx/model_quantized.onnx  ...
 
 Optimum itself leaves out `onnx/`. Networks for text and images have `vision_model` in place of `model`. Weights may lie
-beside an ONNX file in `NAME.onnx_data`. Of all files of a repository, these alone are used.
+beside an ONNX file in `NAME.onnx_data`. Of all files of a repository, these alone are used. For texts there are also
+`onnx/text_model.onnx` and `tokenizer.json`, which are no part of what tells models apart.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from robustfeat.errors import ModelFolderError
@@ -19,8 +20,10 @@ from robustfeat.hub.outputs import read_outputs
 
 __all__ = [
     "PROCESSORS",
+    "TOKENIZER",
     "external_names",
     "find_network",
+    "find_text_network",
     "is_complete",
     "is_onnx_layout",
     "read_onnx_layout",
@@ -31,7 +34,11 @@ __all__ = [
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Where the image processor is described; the second one, of transformers 5, describes those of texts, too."""
 
+TOKENIZER = "tokenizer.json"
+"""By which a text tower's texts become numbers."""
+
 _STEMS = ("vision_model", "model")
+_TEXT_STEMS = ("text_model",)
 _FOLDERS = ("onnx/", "")
 _SUFFIXES = {"fp32": ("",), "fp16": ("_fp16",), "int8": ("_int8", "_quantized", "_uint8")}
 """By precision. The first file that is there is taken."""
@@ -42,15 +49,22 @@ def is_onnx_layout(config: Any) -> bool:
     return isinstance(config, dict) and "robustfeat" not in config and isinstance(config.get("model_type"), str)
 
 
-def find_network(names: Iterable[str], precision: str) -> str | None:
-    """The ONNX file of that precision among the files of a folder."""
+def find_network(names: Iterable[str], precision: str, stems: Sequence[str] = _STEMS) -> str | None:
+    """The ONNX file of that precision among the files of a folder, by the stem of its name: for images by default."""
     present = frozenset(names)
-    for stem in _STEMS:
+    for stem in stems:
         for folder in _FOLDERS:
             found = {key: _first(present, folder + stem, suffixes) for key, suffixes in _SUFFIXES.items()}
             if any(found.values()):
                 return found.get(precision)
     return None
+
+
+def find_text_network(names: Iterable[str], precision: str) -> str | None:
+    """The ONNX file of the text tower, in another precision where that one is missing."""
+    present = list(names)
+    found = (find_network(present, key, _TEXT_STEMS) for key in (precision, *_SUFFIXES))
+    return next((name for name in found if name), None)
 
 
 def external_names(names: Iterable[str], network: str) -> list[str]:

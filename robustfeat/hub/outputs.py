@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["POOLED", "Outputs", "read_outputs"]
+__all__ = ["POOLED", "Outputs", "TextTower", "read_outputs"]
 
 POOLED = {
     "embeds": "image_embeds",
@@ -41,6 +41,34 @@ _PREFIX = {
 """Tokens before those of the patches: the class token, and DeiT's for distillation. Registers come on top."""
 
 
+_TEXTS = {"embeds": "clip metaclip_2 chinese_clip", "pooler": "siglip siglip2"}
+"""By the way of `POOLED` that gives features of images in the same space: model types with a text tower."""
+
+_TEXT_TOKENS = {"siglip": 64, "siglip2": 64, "chinese_clip": 512}
+_CLIP_TOKENS = 77
+"""Where config.json leaves it to the default of the class."""
+
+_MOST_TEXT_TOKENS = 2**16
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """How texts become vectors in the space of a model's features.
+
+    Attributes:
+        pooling: the way of `POOLED` that gives features of images in this space.
+        output: of the text network, (N, D).
+        most_tokens: longer texts are cut.
+        pad_token: shorter ones are filled up with it, where the network was trained so (it then attends to all);
+            None where they are not.
+    """
+
+    pooling: str
+    output: str
+    most_tokens: int
+    pad_token: int | None
+
+
 @dataclass(frozen=True)
 class Outputs:
     """How the outputs of a network become one vector per image.
@@ -49,11 +77,13 @@ class Outputs:
         model_type: as config.json names it.
         preferred: ways of `POOLED`; the first whose output is there is the default.
         prefix: tokens before those of the patches; None where it is unknown. The first of them is the class token.
+        text: the text tower of such models; None where they have none.
     """
 
     model_type: str
     preferred: tuple[str, ...] = _OTHERS
     prefix: int | None = None
+    text: TextTower | None = None
 
 
 def read_outputs(config: Mapping[str, Any]) -> Outputs:
@@ -64,4 +94,17 @@ def read_outputs(config: Mapping[str, Any]) -> Outputs:
     registers = config.get("num_register_tokens")
     if prefix is not None and kind != "dinov3_convnext" and type(registers) is int and registers > 0:
         prefix += registers
-    return Outputs(kind, preferred, prefix)
+    return Outputs(kind, preferred, prefix, _text_tower(kind, config.get("text_config")))
+
+
+def _text_tower(kind: str, config: Any) -> TextTower | None:
+    pooling = next((way for way, types in _TEXTS.items() if kind in types.split()), None)
+    if pooling is None:
+        return None
+    own = config if isinstance(config, Mapping) else {}
+    most, pad = own.get("max_position_embeddings"), own.get("pad_token_id")
+    if not (type(most) is int and 0 < most <= _MOST_TEXT_TOKENS):
+        most = _TEXT_TOKENS.get(kind, _CLIP_TOKENS)
+    if pooling == "embeds":
+        return TextTower(pooling, "text_embeds", most, None)
+    return TextTower(pooling, "pooler_output", most, pad if type(pad) is int else 1)

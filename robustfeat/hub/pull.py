@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from robustfeat.errors import HubError, InputError, UnreachableError
+from robustfeat.errors import HubError, InputError, ModelFolderError, UnreachableError
 from robustfeat.files import new_file, new_folder
 from robustfeat.hub.folder import CARD, CONFIG, ModelFolder, file_sha256, refuse_code
 from robustfeat.hub.onnx_layout import PROCESSORS, external_names, is_complete, refuse_without_network, used_names
@@ -116,6 +116,27 @@ class HubFolder(ModelFolder):
             self._look(self.revision)
         if everything and CARD in (self._listing or ()):
             self.access.download(self.repo, CARD, self.revision, force=self._force)
+
+    def names_beside(self) -> list[str]:
+        """As the Hub lists them; without it, the files that are here."""
+        if self._listing is None and not self.access.offline:
+            with suppress(UnreachableError):
+                self._look(self.revision)
+        return super().names_beside() if self._listing is None else self._listing
+
+    def read_beside(self, name: str) -> bytes:
+        """Downloaded at the same commit where need be, and compared with the hash that the Hub has of large files."""
+        if not (self.path / name).is_file():
+            if self.access.offline:
+                raise self._offline(name)
+            self.access.download(self.repo, name, self.revision, force=self._force)
+            told = self.access.files(self.repo, self.revision)[name].sha256
+            if told and (found := file_sha256(self.path / name)) != told:
+                raise ModelFolderError(
+                    f"{self.path / name}: truncated (sha256 must be {told[:12]}..., got {found[:12]}...)",
+                    fix=self._remedy,
+                )
+        return super().read_beside(name)
 
     def _open(self, revision: str | None) -> str:
         """The path of config.json in the cache, downloaded where need be."""

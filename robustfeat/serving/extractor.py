@@ -24,6 +24,7 @@ from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_c
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.engines.engine import Engine, open_engine
 from robustfeat.serving.engines.options import AUTO, MAX_PIXELS, RunOptions
+from robustfeat.serving.engines.text import TextEncoder
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.verify import check_golden
 
@@ -46,6 +47,7 @@ class FeatureExtractor:
 
     def __init__(self, folder: ModelFolder, engine: Engine, options: RunOptions) -> None:
         self.folder, self.engine, self.config = folder, engine, folder.config
+        self._texts: TextEncoder | None = None
         self.options = replace(
             options,
             engine=engine.name,
@@ -297,6 +299,16 @@ class FeatureExtractor:
                 raise DecodeError(f"an array must be (H, W, 3) uint8 RGB; got {image.shape} {image.dtype}")
             return resize_and_crop(Image.fromarray(image), contract)
         raise TypeError(f"an image must be a path, bytes, a Pillow image or an array; got {type(image).__name__}")
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(n, D) float32 for n texts, comparable by cosine with features of images: of models with a text tower.
+
+        Raises:
+            InputError: the model has none, or a text is empty.
+            ModelFolderError, HubError, EngineError: the text tower cannot be loaded or run.
+        """
+        self._texts = self._texts or TextEncoder(self.folder, self.options, self.feature_size)
+        return self._texts.embed(texts)
 
     def embed_prepared(self, squares: NDArray[np.uint8], failed: Sequence[int] = ()) -> NDArray[np.float32]:
         """One batch of squares from `prepare`, (n, S, S, 3) uint8, to (n, D) float32.

@@ -44,6 +44,7 @@ __all__ = [
     "OpenVINOEngine",
     "TensorRTEngine",
     "open_engine",
+    "open_on_processor",
 ]
 
 HASH_KEY = "robustfeat.preprocessing_hash"
@@ -130,11 +131,8 @@ class OnnxRuntimeEngine:
         self.version: str = onnxruntime.__version__
         self.precision = options.precision
         self.threads, self.streams = options.thread_count, options.stream_count
-        settings = onnxruntime.SessionOptions()
         # With one thread a stream, run() computes on the thread that calls it, and none waits for another.
-        settings.intra_op_num_threads = max(1, self.threads // self.streams)
-        settings.log_severity_level = _ERRORS
-        settings.add_session_config_entry("session.load_model_format", "ONNX")
+        settings = _session_settings(onnxruntime, max(1, self.threads // self.streams))
         self._session: Any = self._open(onnxruntime, file, content, settings, options)
         # The GPU build falls back to the CPU silently; only the session knows.
         used = self._session.get_providers()
@@ -262,6 +260,28 @@ def _import_onnxruntime() -> Any:
             "ONNX Runtime is installed in part, as when one of two of its wheels was removed", fix=_REINSTALL
         )
     return onnxruntime
+
+
+def open_on_processor(file: Path, content: bytes, threads: int) -> Any:
+    """A session of ONNX Runtime for another network than that for images.
+
+    Raises:
+        EngineError: ONNX Runtime is missing.
+        ModelFolderError: it cannot read the file.
+    """
+    onnxruntime = _import_onnxruntime()
+    try:
+        return _open_session(onnxruntime, content, _session_settings(onnxruntime, threads), [])
+    except Exception as exc:  # ONNX Runtime's exceptions share no base class of their own
+        raise ModelFolderError(f"{file}: ONNX Runtime cannot load it ({first_line(exc)})") from exc
+
+
+def _session_settings(onnxruntime: Any, threads: int) -> Any:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.log_severity_level = _ERRORS
+    settings.add_session_config_entry("session.load_model_format", "ONNX")
+    return settings
 
 
 def _end_of_line(exc: BaseException) -> str:
