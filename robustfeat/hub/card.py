@@ -11,7 +11,7 @@ from robustfeat.hub.markdown import cell, table
 from robustfeat.hub.outputs import POOLED, read_outputs
 from robustfeat.hub.preprocessing import Preprocessing
 
-__all__ = ["PLACE", "render_card"]
+__all__ = ["PLACE", "describe_preprocessing", "render_card"]
 
 PLACE = "ORG/NAME"
 """Stands in a card for the repository's name, until it is pushed."""
@@ -35,7 +35,6 @@ def render_card(config: ModelConfig) -> str:
     `PLACE` stands where the repository's name belongs; a push puts it there.
     """
     contract = config.preprocessing
-    colours = contract.channel_order.upper() + (", transparent pixels on white" if contract.version > 1 else "")
     card = f"""\
 ---
 {_metadata(config)}
@@ -66,8 +65,7 @@ float32 (N, 3, {contract.image_size}, {contract.image_size}) to `features` float
 {_int8(config)}
 ## Preprocessing
 
-Upright {colours}; {_sides(contract)} ({_filter(contract)}); centre crop of
-{contract.image_size} px; mean {list(contract.mean)}, std {list(contract.std)}.
+{describe_preprocessing(contract)}
 Hash `{contract.hash}`.
 """
     if config.evaluations or config.results:
@@ -158,17 +156,20 @@ print(tuple(features.shape))  # (1, {config.feature_size})
 """
 
 
-def _sides(contract: Preprocessing) -> str:
-    side = f"{contract.resize_size} px"
-    return {
-        "center": f"the shorter side to {side}",
-        "squash": f"both sides to {side}, whatever the aspect ratio",
-        "border": f"the longer side to {side}, padded to a square with the mean colour",
+def describe_preprocessing(contract: Preprocessing) -> str:
+    """From an image to the network's input, in words."""
+    colours = contract.channel_order.upper() + (", transparent pixels on white" if contract.version > 1 else "")
+    size = f"{contract.resize_size} px"
+    sides = {
+        "center": f"the shorter side to {size}",
+        "squash": f"both sides to {size}, whatever the aspect ratio",
+        "border": f"the longer side to {size}, padded to a square with the mean colour",
     }[contract.crop_mode]
-
-
-def _filter(contract: Preprocessing) -> str:
-    return contract.interpolation + ("" if contract.interpolation == "nearest" else ", antialiased")
+    smooth = "" if contract.interpolation == "nearest" else ", antialiased"
+    return (
+        f"Upright {colours}; {sides} ({contract.interpolation}{smooth}); centre crop of {contract.image_size} px; "
+        f"values from 0 to 1, mean {list(contract.mean)}, std {list(contract.std)}."
+    )
 
 
 def _metadata(config: ModelConfig) -> str:

@@ -53,6 +53,7 @@ class Head(convert.HeadParts):
         model: whose features these are; None where that is not known (then it is not checked).
         selection: how C and scaling were chosen.
         scores: what was measured.
+        sha256: of head.json, where the head was loaded: it pins both files.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -60,6 +61,7 @@ class Head(convert.HeadParts):
 
     selection: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -6,7 +6,7 @@ and its output into vectors (pooling). The sides of the input become numbers, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,12 @@ from onnx import TensorProto, helper
 from robustfeat.errors import InputError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.training.export.graph_batch import free_batch
+from robustfeat.training.export.graph_editing import drop_unused, rename_tensors
 from robustfeat.training.export.graph_pooling import Found, put_output
 from robustfeat.training.export.graph_reading import (
     describe,
     dimensions,
-    inner_graphs,
     noise,
-    read_by,
     require_order,
     run_graph,
 )
@@ -97,7 +96,8 @@ def adapt_graph(
     _require_sizes(batch, side, source)
     kind = given.type.tensor_type.elem_type
     normalises = tuple(_normalising(graph, given.name))
-    names = _rename(graph, {name: f"{name}.inner" for name in (INPUT, OUTPUT)})
+    names = {name: f"{name}.inner" for name in (INPUT, OUTPUT)}
+    rename_tensors(graph, names)
     taken, chosen = names.get(given.name, given.name), names.get(chosen, chosen)
     _put_input(graph, taken, kind, nchw=nchw, side=side, batch=batch)
     graph.output[0].name = chosen
@@ -107,7 +107,7 @@ def adapt_graph(
     pooled = put_output(graph, last, pooling, prefix, source)
     graph.output[0].CopyFrom(helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch or _BATCH, last.size]))
     free_batch(model, batch, side, most, source)
-    _drop_unused(graph, OUTPUT)
+    drop_unused(graph, [OUTPUT])
     return AdaptedGraph(
         model,
         side,
@@ -156,30 +156,10 @@ def _classifier_input(graph: onnx.GraphProto, output: str) -> str | None:
 
 def _prune(graph: onnx.GraphProto, output: str) -> None:
     """Leaves what `output` needs, and makes it the only output."""
-    _drop_unused(graph, output)
+    drop_unused(graph, [output])
     # What was inferred of inner tensors holds for the old batch and the old sides.
     del graph.value_info[:], graph.output[:]
     graph.output.append(onnx.ValueInfoProto(name=output))
-
-
-def _drop_unused(graph: onnx.GraphProto, output: str) -> None:
-    """Deletes the nodes, weights and inputs that `output` does not need."""
-    needed = {output}
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            needed |= read_by(node)
-    weights = {tensor.name for tensor in graph.initializer}
-    # Old files list the weights among the inputs, too.
-    _keep(graph.input, lambda value: value.name in needed - weights)
-    _keep(graph.initializer, lambda tensor: tensor.name in needed)
-    _keep(graph.node, lambda node: bool(needed & set(node.output)))
-
-
-def _keep(field: Any, wanted: Callable[[Any], bool]) -> None:
-    """Deletes the other entries of a repeated field, in place: weights are large."""
-    for place in reversed(range(len(field))):
-        if not wanted(field[place]):
-            del field[place]
 
 
 def _image_input(graph: onnx.GraphProto, source: str) -> onnx.ValueInfoProto:
@@ -257,19 +237,6 @@ def _normalising(graph: onnx.GraphProto, name: str) -> Iterator[str]:
         name = readers[0].output[0]
 
 
-def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> dict[str, str]:
-    """Renames tensors, also within graphs of nodes; `names` itself."""
-    for node in graph.node:
-        for field in (node.input, node.output):
-            for place, name in enumerate(field):
-                field[place] = names.get(name, name)
-        for inner in inner_graphs(node):
-            _rename(inner, names)
-    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
-        value.name = names.get(value.name, value.name)
-    return names
-
-
 def _put_input(graph: onnx.GraphProto, name: str, kind: int, *, nchw: bool, side: int, batch: int | None) -> None:
     """Replaces the input by `pixel_values`, and turns it into what the network takes."""
     steps: list[tuple[str, dict[str, Any]]] = []
@@ -285,7 +252,7 @@ def _put_input(graph: onnx.GraphProto, name: str, kind: int, *, nchw: bool, side
         nodes.append(helper.make_node(operator, [last], [made], **attributes))
         last = made
     if not steps:
-        _rename(graph, {name: INPUT})
+        rename_tensors(graph, {name: INPUT})
     del graph.input[:]
     graph.input.append(helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch or _BATCH, 3, side, side]))
     _prepend(graph, nodes)

@@ -26,6 +26,7 @@ __all__ = [
     "read_by",
     "require_order",
     "run_graph",
+    "run_outputs",
     "tensor_shapes",
 ]
 
@@ -82,10 +83,20 @@ def run_graph(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], source: s
         RunError: the network fails on them.
         InputError: it cannot be loaded.
     """
+    return [next(iter(outputs.values())) for outputs in run_outputs(model, batches, source)]
+
+
+def run_outputs(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], source: str) -> list[dict[str, NDArray[Any]]]:
+    """All of ONNX Runtime's outputs, by name, for each batch of the only input.
+
+    Raises:
+        RunError, InputError: as `run_graph`.
+    """
     session = _session(model, source)
     name = session.get_inputs()[0].name
+    names = [value.name for value in session.get_outputs()]
     try:
-        return [session.run(None, {name: batch})[0] for batch in batches]
+        return [dict(zip(names, session.run(names, {name: batch}), strict=True)) for batch in batches]
     except Exception as exc:
         raise RunError(f"{source}: ONNX Runtime cannot run it ({_reason(exc)})") from exc
 
