@@ -249,6 +249,25 @@ def model(finished_run: Path, share: Share, robustfeat: Run) -> Path:
 
 
 @pytest.fixture(scope="session")
+def clothes(examples: Path, share: Share) -> Path:
+    """A head for the built-in model."""
+    return share("clothes", lambda out: fit_clothes(examples, out))
+
+
+def fit_clothes(examples: Path, out: Path) -> None:
+    from robustfeat import FeatureExtractor
+    from robustfeat.serving.heads.features import embed_features
+    from robustfeat.serving.heads.fitting.fit import fit_head
+    from robustfeat.serving.heads.labels.matching import match_labels
+    from robustfeat.serving.heads.labels.reading import read_labels
+    from robustfeat.serving.inputs.listing import list_inputs
+
+    with list_inputs([examples]) as inputs:
+        features = embed_features(FeatureExtractor.from_pretrained(threads=1, streams=1), inputs, quiet=True)
+    fit_head(features, match_labels(features, read_labels(["folder"])), cs=(0.1,), scalings=("none",))[0].save(out)
+
+
+@pytest.fixture(scope="session")
 def one_file(share: Share) -> Path:
     """The built-in model with its ONNX as one file, as it is pushed."""
     from robustfeat.hub.catalog import builtin_model

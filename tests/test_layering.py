@@ -210,7 +210,8 @@ def test_torch_stays_unloaded_when_hub_and_serving_are_imported() -> None:
 
 
 WITHOUT_TORCH = (
-    "arguments assembly calibration compact graph_adapting graph_batch graph_pooling graph_reading onnx_import "
+    "arguments assembly calibration classifier compact graph_adapting graph_batch graph_editing graph_head "
+    "graph_pooling graph_reading onnx_import "
     "provenance repository stamp int8.graph int8.layers int8.observation int8.quantise int8.rounding"
 )
 

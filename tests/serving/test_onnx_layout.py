@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+from sklearn.linear_model import LogisticRegression
 
-from robustfeat import FeatureExtractor
+from robustfeat import FeatureExtractor, Head
 from robustfeat.errors import EngineError, InputError, ModelFolderError
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.outputs import read_outputs
+from robustfeat.hub.preprocessing import normalise
 from robustfeat.hub.push import push_model
 from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.engines.pooling import choose_pooling
@@ -28,6 +32,7 @@ from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.torchserve.archive import write_archive
 from robustfeat.serving.torchserve.handler import MODEL_FOLDER, Settings
 from robustfeat.serving.verify import check_ways, cosine, golden_answers, ways_to_run
+from robustfeat.training.export.classifier import export_classifier
 from tests.conftest import EXAMPLES, ROOT, Repositories, Run, files_of, hub_environment
 from tests.hub_server import FakeHub
 from tests.serving.http.conftest import Server
@@ -529,6 +534,29 @@ def test_a_server_and_its_heads_take_it(repositories: Repositories, tmp_path: Pa
         assert (served["pooling"], served["config_hash"]) == ("cls", extractor.folder.config_hash)
     finally:
         assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"), [("dinov2", "cls"), ("dinov2", "mean"), ("clip", "embeds"), ("resnet", "pooler")]
+)
+def test_a_head_and_its_network_become_one_file(
+    repositories: Repositories, tmp_path: Path, example_files: list[Path], name: str, pooling: str
+) -> None:
+    options = RunOptions(engine="onnxruntime", device="cpu", threads=1, pooling=pooling)
+    extractor = FeatureExtractor.load(str(repositories(name)), options)
+    squares = np.stack([extractor.prepare(file) for file in example_files[:12]])
+    features = extractor.embed_prepared(squares)
+    regression = LogisticRegression().fit(features, np.arange(12) % 3)
+    head = Head.from_sklearn(regression, model=extractor.identity)
+    plain = {"calibration.scale": np.ones(3), "calibration.offset": np.zeros(3)}
+    out = tmp_path / "classifier.onnx"
+    export_classifier(dataclasses.replace(head, arrays={**head.arrays, **plain}), extractor, out)
+    session = onnxruntime.InferenceSession(out)
+    assert [value.name for value in session.get_outputs()] == ["probabilities", "scores"]
+    for count in (1, 5, 12):
+        pixels = normalise(squares[:count], extractor.config.preprocessing)
+        (got,) = session.run(["probabilities"], {"pixel_values": pixels})
+        np.testing.assert_allclose(got, regression.predict_proba(features[:count]), rtol=0, atol=2e-5)
 
 
 def test_it_is_not_pushed_as_one_of_ours(repositories: Repositories) -> None:

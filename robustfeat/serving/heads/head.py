@@ -392,13 +392,13 @@ class Head(convert.HeadParts):
 
         folder = Path(place)
         try:
-            text = (folder / JSON).read_text("utf-8")
+            text = (folder / JSON).read_bytes()
             data = (folder / TENSORS).read_bytes()
         except FileNotFoundError as exc:
             raise HeadError(
                 f"{folder}: not a head (no {Path(exc.filename).name}); expected what svm fit makes"
             ) from exc
-        except (OSError, UnicodeDecodeError) as exc:
+        except OSError as exc:
             raise HeadError(
                 f"{folder}: not a head that can be read ({first_line(exc)}); expected a folder that svm fit makes"
             ) from exc
@@ -433,6 +433,7 @@ class Head(convert.HeadParts):
                 model=ModelIdentity.of_head(about["model"]) if about["model"] else None,
                 selection=about["selection"],
                 scores=about["scores"],
+                sha256=hashlib.sha256(text).hexdigest(),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as exc:
             raise HeadError(f"{folder}: not a valid head ({first_line(exc)})", fix="copy or fit it again") from exc

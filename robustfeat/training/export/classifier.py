@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -37,9 +36,9 @@ CLASSIFIER_VERSION = 1
 
 _EARLIEST_OPSET = 9
 _SMALL = 1e-6
-"""Scores and distances below this are compared as if they were this large."""
-_TOLERANCE = 1e-4
-"""How far an answer may be from the head's in float64; measured on real heads: 2e-6, distances 3e-5."""
+"""Scores below this are compared as if they were this large."""
+_TOLERANCE = 1e-3
+"""A file whose answers are further from the head's in float64 is wrong. Float32 costs 1e-4 at most, see the tests."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class ClassifierReport:
         path: the file.
         size_bytes: of it.
         differences: by output, the largest difference from the head's own answers for the golden images. Those of
-            probabilities and typicality are absolute, the others are relative to the largest value of an image.
+            probabilities and typicality are absolute. Scores are relative to the largest one of an image, and a
+            distance to itself or the median unseen image's, whichever is larger.
     """
 
     path: Path
@@ -152,9 +152,10 @@ def _compare(
     differences = {}
     for name, wanted in expected.items():
         away = np.abs(np.concatenate([part[name] for part in parts]) - wanted)
-        if name in {SCORES, DISTANCE}:
-            sizes = np.abs(wanted.reshape(len(wanted), -1)).max(1)
-            away = away.reshape(len(wanted), -1) / np.maximum(sizes, _SMALL)[:, None]
+        if name == SCORES:
+            away = away / np.maximum(np.abs(wanted).max(1, keepdims=True), _SMALL)
+        if name == DISTANCE:
+            away = away / np.maximum(wanted, np.median(head.arrays["distance.unseen"]))
         # An image as far away as an unseen one may be counted on either side of it.
         allowed = _TOLERANCE + (head.least_typicality if name == TYPICALITY else 0)
         differences[name] = float(away.max())
@@ -194,9 +195,10 @@ def _metadata(head: Head, extractor: FeatureExtractor) -> dict[str, str]:
 def _usage(head: Head, extractor: FeatureExtractor) -> str:
     """How to use the file, for people."""
     contract = extractor.config.preprocessing
+    side = contract.image_size
     rule = "above 0 for each label that applies" if head.multi_label else "the largest is the class"
     lines = [
-        f"pixel_values: float32 (N, 3, {contract.image_size}, {contract.image_size}). {describe_preprocessing(contract)}",
+        f"pixel_values: float32 (N, 3, {side}, {side}). {describe_preprocessing(contract)}",
         f"scores: float32 (N, {len(head.classes)}), in the order of robustfeat.classes; {rule}.",
     ]
     if head.calibrated:

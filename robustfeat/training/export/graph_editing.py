@@ -98,5 +98,5 @@ class Appender:
             if not np.isfinite(stored).all():
                 raise OverflowError(f"the number {float(np.abs(values).max()):.3g} exceeds the range of float32")
         name = self._new_name()
-        self._graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(stored), name))
+        self._graph.initializer.append(numpy_helper.from_array(np.asarray(stored, order="C"), name))
         return name

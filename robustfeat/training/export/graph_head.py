@@ -38,7 +38,7 @@ def put_head(graph: onnx.GraphProto, head: Head, features: str, opset: int) -> N
     # A network may have inner tensors of these names: attention has scores.
     rename_tensors(graph, {name: f"{name}.network" for name in names})
     then = Appender(graph, opset, prefix)
-    length = then("Sqrt", _sum_squares(then, features, np.ones(head.feature_size)))
+    length = then("Sqrt", _weighted_sum(then, then("Mul", features, features), np.ones(head.feature_size)))
     unit = then("Div", features, then("Max", length, np.array([_TINY])))
     raw = _put_margins(then, head, _put_scaling(then, head, features, unit))
     shapes: dict[str, list[str | int]] = {}
@@ -54,20 +54,22 @@ def put_head(graph: onnx.GraphProto, head: Head, features: str, opset: int) -> N
     graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
 
 
-def _sum_squares(then: Appender, x: str, weights: Array) -> str:
-    """(..., D) to (..., 1): the sum of weights * x ** 2.
+def _weighted_sum(then: Appender, x: str, weights: Array) -> str:
+    """(..., D) to (..., 1).
 
-    A product with the weights: OpenVINO 2026.4 gives infinities for a Reduce of (N, K, D) that arithmetic follows.
+    A product: OpenVINO 2026.4 gives infinities for a Reduce of (N, K, D) that arithmetic follows.
     """
-    return then("MatMul", then("Mul", x, x), weights[:, None])
+    return then("MatMul", x, weights[:, None])
 
 
 def _put_scaling(then: Appender, head: Head, features: str, unit: str) -> str:
     if head.scaling == "l2":
         return unit
     if head.scaling == "standard":
-        # Not folded into the coefficients: a mean far from zero would cost digits.
-        return then("Div", then("Sub", features, head.arrays["scaling.mean"]), head.arrays["scaling.scale"])
+        # The mean in two parts, and not folded into the coefficients: one far from zero would cost digits.
+        mean = head.arrays["scaling.mean"]
+        coarse = mean.astype(np.float32)
+        return then("Div", then("Sub", then("Sub", features, coarse), mean - coarse), head.arrays["scaling.scale"])
     return features
 
 
@@ -75,21 +77,21 @@ def _put_margins(then: Appender, head: Head, x: str) -> str:
     """`Head.raw_margins` of scaled features."""
     if KINDS[head.kind].linear:
         return then("Gemm", x, head.arrays["coefficients"], head.arrays["intercepts"], transB=1)
-    size = head.feature_size
-    means = head.arrays["means"].reshape(-1, size)  # of several labels, those without and with each label in turn
-    spreads, offsets = np.ones_like(means), np.zeros(len(means))
+    means, size = head.arrays["means"], head.feature_size  # (K, D), or (K, 2, D) without and with each label
+    spreads, offsets = np.ones_like(means), np.zeros(means.shape[:-1])
     if head.kind == "naive-bayes":
-        variances = head.arrays["variances"].reshape(-1, size)
-        spreads = np.sqrt(2 * variances)
-        offsets = np.log(head.arrays["priors"].ravel()) - 0.5 * np.log(2 * np.pi * variances).sum(1)
+        spreads = np.sqrt(2 * head.arrays["variances"])
+        offsets = np.log(head.arrays["priors"]) - 0.5 * np.log(2 * np.pi * head.arrays["variances"]).sum(-1)
     # Each difference is squared, however large the tensor: expanded squares would cancel where a variance is tiny.
-    away = then("Div", then("Sub", then("Reshape", x, np.array([-1, 1, size])), means), spreads)
-    squares = then("Reshape", _sum_squares(then, away, np.ones(size)), np.array([-1, len(means)]))
-    margins = then("Sub", offsets, squares)
-    if not head.multi_label:
-        return margins
-    pairs = then("Reshape", margins, np.array([-1, len(head.classes), 2]))
-    return then("Sub", *(then("Gather", pairs, np.array(side), axis=2) for side in (1, 0)))
+    rows = then("Reshape", x, np.array([-1, *([1] * offsets.ndim), size]))
+    away = then("Div", then("Sub", rows, means), spreads)
+    squares = then("Mul", away, away)
+    if head.multi_label:
+        # Before the sum, whose two halves may be large and close.
+        squares = then("Sub", *(then("Gather", squares, np.array(side), axis=2) for side in (1, 0)))
+        offsets = offsets[:, 1] - offsets[:, 0]
+    total = then("Reshape", _weighted_sum(then, squares, np.ones(size)), np.array([-1, len(head.classes)]))
+    return then("Sub", offsets, total)
 
 
 def _put_probabilities(then: Appender, head: Head, raw: str) -> None:
@@ -115,8 +117,8 @@ def _put_scores(then: Appender, head: Head, raw: str) -> None:
 def _put_typicality(then: Appender, head: Head, unit: str) -> None:
     """`measure_distance` and `measure_typicality`.
 
-    The distance to a mean m is (u - m)' P (u - m), with P = I / floor + B' diag(inverses) B. Expanded around the mean of
-    the means it needs no (N, M, D) tensor: v' P v, the same for all means, and a linear function of v for each.
+    The distance to a mean m is (u - m)' P (u - m), with P = I / floor + B' diag(inverses) B. Expanded around the mean
+    of the means it needs no (N, M, D) tensor: v' P v, the same for all means, and a linear function of v for each.
     """
     means, basis, inverses, floor, unseen = (
         head.arrays[f"distance.{name}"] for name in ("means", "basis", "inverses", "floor", "unseen")
@@ -125,9 +127,10 @@ def _put_typicality(then: Appender, head: Head, unit: str) -> None:
     away = means - centre
     product: Array = away / floor + (away @ basis.T * inverses) @ basis  # P (m - centre), (M, D)
     v = then("Sub", unit, centre)
-    quadratic = _sum_squares(then, v, np.ones(head.feature_size) / floor)
+    quadratic = _weighted_sum(then, then("Mul", v, v), np.ones(head.feature_size) / floor)
     if len(basis):
-        quadratic = then("Add", quadratic, _sum_squares(then, then("MatMul", v, basis.T), inverses))
+        along = then("MatMul", v, basis.T)
+        quadratic = then("Add", quadratic, _weighted_sum(then, then("Mul", along, along), inverses))
     linear = then("Gemm", v, -2 * product, (product * away).sum(1), transB=1)
     distance = then.minimum(then("Add", quadratic, linear), 1, name=DISTANCE)
     nearer = then("Greater", then("Reshape", distance, np.array([-1, 1])), unseen)

@@ -23,9 +23,8 @@ import pytest
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from robustfeat import FeatureExtractor
 from tests.command_server import CommandServer, ForkedCommand
-from tests.conftest import ROOT, Share
+from tests.conftest import ROOT
 
 START_S = 60
 
@@ -221,24 +220,6 @@ _prepared: list[CommandServer] = []
 def prepared(commands: CommandServer) -> None:
     """`serving` forks its servers from the process that forks commands, which starts at first use."""
     _prepared.append(commands)
-
-
-@pytest.fixture(scope="session")
-def clothes(examples: Path, share: Share) -> Path:
-    """A head for the built-in model."""
-    return share("clothes", lambda out: fit_clothes(examples, out))
-
-
-def fit_clothes(examples: Path, out: Path) -> None:
-    from robustfeat.serving.heads.features import embed_features
-    from robustfeat.serving.heads.fitting.fit import fit_head
-    from robustfeat.serving.heads.labels.matching import match_labels
-    from robustfeat.serving.heads.labels.reading import read_labels
-    from robustfeat.serving.inputs.listing import list_inputs
-
-    with list_inputs([examples]) as inputs:
-        features = embed_features(FeatureExtractor.from_pretrained(threads=1, streams=1), inputs, quiet=True)
-    fit_head(features, match_labels(features, read_labels(["folder"])), cs=(0.1,), scalings=("none",))[0].save(out)
 
 
 @pytest.fixture(scope="session")
