@@ -157,7 +157,7 @@ print(tuple(features.shape))  # (1, {config.feature_size})
 
 
 def describe_preprocessing(contract: Preprocessing) -> str:
-    """From an image to the network's input, in words."""
+    """From an image to the network's input, in two lines of words."""
     colours = contract.channel_order.upper() + (", transparent pixels on white" if contract.version > 1 else "")
     size = f"{contract.resize_size} px"
     sides = {
@@ -167,8 +167,8 @@ def describe_preprocessing(contract: Preprocessing) -> str:
     }[contract.crop_mode]
     smooth = "" if contract.interpolation == "nearest" else ", antialiased"
     return (
-        f"Upright {colours}; {sides} ({contract.interpolation}{smooth}); centre crop of {contract.image_size} px; "
-        f"values from 0 to 1, mean {list(contract.mean)}, std {list(contract.std)}."
+        f"Upright {colours}; {sides} ({contract.interpolation}{smooth}); centre crop of\n"
+        f"{contract.image_size} px; mean {list(contract.mean)}, std {list(contract.std)}."
     )
 
 

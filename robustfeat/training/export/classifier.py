@@ -195,10 +195,10 @@ def _metadata(head: Head, extractor: FeatureExtractor) -> dict[str, str]:
 def _usage(head: Head, extractor: FeatureExtractor) -> str:
     """How to use the file, for people."""
     contract = extractor.config.preprocessing
-    side = contract.image_size
+    side, steps = contract.image_size, " ".join(describe_preprocessing(contract).split())
     rule = "above 0 for each label that applies" if head.multi_label else "the largest is the class"
     lines = [
-        f"pixel_values: float32 (N, 3, {side}, {side}). {describe_preprocessing(contract)}",
+        f"pixel_values: float32 (N, 3, {side}, {side}). {steps} Mean and std are for values from 0 to 1.",
         f"scores: float32 (N, {len(head.classes)}), in the order of robustfeat.classes; {rule}.",
     ]
     if head.calibrated:

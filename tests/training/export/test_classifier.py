@@ -28,6 +28,7 @@ from robustfeat.errors import ExportError, InputError
 from robustfeat.hub.preprocessing import Preprocessing, normalise
 from robustfeat.serving.engines.options import RunOptions
 from robustfeat.training.export.classifier import export_classifier
+from robustfeat.training.export.graph_head import put_head
 from robustfeat.training.export.onnx_import import import_onnx
 from tests.conftest import ROOT, Run
 from tests.training.export.bare_command import run_without_torch
@@ -263,7 +264,6 @@ def test_a_file_with_other_answers_is_refused(
         arrays = {**head.arrays, "intercepts": head.arrays["intercepts"] + 0.1}
         put_head(graph, replace(head, arrays=arrays), features, opset)
 
-    put_head = exporting.put_head
     monkeypatch.setattr(exporting, "put_head", wrong)
     with pytest.raises(ExportError, match="other scores than the head"):
         export_classifier(head, small, tmp_path / "classifier.onnx")

@@ -111,13 +111,13 @@ def rows(classifier: Any, x: Array) -> Array:
     if hasattr(classifier, "predict_joint_log_proba"):
         return np.asarray(classifier.predict_joint_log_proba(x))
     if hasattr(classifier, "centroids_"):
-        return -(cdist(x, classifier.centroids_) ** 2)
+        return np.asarray(-(cdist(x, classifier.centroids_) ** 2))
     return np.asarray(classifier.decision_function(x))
 
 
 def column(classifier: Any, x: Array) -> Array:
     found = rows(classifier, x)
-    return found if found.ndim == 1 else found[:, 1] - found[:, 0]
+    return found if found.ndim == 1 else np.asarray(found[:, 1] - found[:, 0])
 
 
 def require_close(got: Answers, wanted: Answers, probability: float = 1e-5) -> None:
