@@ -22,6 +22,7 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = (
     "doctor",
+    "duplicates",
     "embed",
     "evaluate",
     "export",
@@ -32,6 +33,7 @@ _COMMANDS = (
     "pull",
     "push",
     "serve",
+    "similar",
     "svm",
     "torchserve",
     "train",

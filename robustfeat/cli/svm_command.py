@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from robustfeat.cli.extraction import Extraction, Number, extraction_options
 from robustfeat.cli.feature_inputs import open_inputs, remark
 from robustfeat.cli.head_options import selection_option
+from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
@@ -190,13 +191,11 @@ def predict_command(
     A failed image has no prediction, and the exit code is then 3. --suggest lists paths and predictions: on stdout if
     the predictions go to --out, else on stderr; paths that --labels names are left out of it.
     """
-    from robustfeat.files import new_file
-    from robustfeat.serving.heads.cells import encode_line
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels.reading import read_labels
     from robustfeat.serving.heads.predictions import Rejection, Suggestions, predict_rows, to_csv, to_jsonl
 
-    _require_output(out, (*inputs, *labels))
+    require_output(out, (*inputs, *labels))
     if labels and suggest is None:
         raise click.UsageError("--labels says what --suggest need not list; pass --suggest N too")
     opened = Head.load(head)
@@ -222,13 +221,9 @@ def predict_command(
         lines = to_jsonl(opened, predictions)
     else:
         lines = to_csv(opened, predictions, probabilities=probabilities)
-    if out is None:
-        _write(lines, sys.stdout)
-    else:
-        with new_file(out) as partial, open(partial, "wb") as handle:
-            handle.writelines(map(encode_line, lines))
+    write_lines(lines, out)
     if suggest:
-        _write([suggestions.to_csv()], sys.stderr if out is None else sys.stdout)
+        write_lines([suggestions.to_csv()], stream=sys.stderr if out is None else sys.stdout)
     if out:
         without = {"rejected": rejection.count, "failed": len(features.errors)}
         predicted = len(features) - sum(without.values())
@@ -307,29 +302,6 @@ def _thumbnails(inputs: tuple[str, ...], images: tuple[str, ...]) -> Thumbnails:
 
     places = images or tuple(place for place in inputs if not is_feature_file(place))
     return partial(read_thumbnails, places)
-
-
-def _require_output(out: str | None, inputs: tuple[str, ...]) -> None:
-    """Asks of --out what would else be found after the work."""
-    from robustfeat.errors import InputError
-
-    if out is None:
-        return
-    if not out.endswith((".csv", ".jsonl")):
-        raise click.UsageError(f"--out {out}: expected a name ending in .csv or .jsonl")
-    if not Path(out).absolute().parent.is_dir():
-        raise InputError(f"--out {out}: the folder {Path(out).parent} does not exist; make it first")
-    if any(Path(out).absolute() == Path(name).absolute() for name in inputs):
-        raise InputError(f"--out {out}: is an input, too; choose another name")
-
-
-def _write(lines: Iterable[str], stream: TextIO) -> None:
-    """Writes the bytes of names that are not UTF-8 as they are, whatever the terminal's encoding."""
-    from robustfeat.serving.heads.cells import encode_line
-
-    stream.flush()
-    stream.buffer.writelines(map(encode_line, lines))
-    stream.buffer.flush()
 
 
 def _show(report: Report, title: str, quiet: bool) -> None:

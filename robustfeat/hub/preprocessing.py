@@ -46,6 +46,7 @@ __all__ = [
     "Preprocessing",
     "crop_share",
     "decode",
+    "image_size",
     "normalise",
     "prepare_square",
     "preprocess",
@@ -236,6 +237,19 @@ def decode(
     except MemoryError:
         raise DecodeError("out of memory while decoding") from None
     except Exception as exc:  # Pillow's plugins raise almost anything on damaged files
+        raise DecodeError(f"damaged: {first_line(exc)}") from exc
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, by the header of an image file, before it is turned upright.
+
+    Raises:
+        DecodeError: the header cannot be read.
+    """
+    try:
+        with _open(data, FORMATS) as image:
+            return image.size
+    except Exception as exc:  # as in `decode`
         raise DecodeError(f"damaged: {first_line(exc)}") from exc
 
 

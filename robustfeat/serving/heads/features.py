@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Features:
         paths: n names, as the index has them.
         errors: why rows failed, by row.
         model: what made them; None of an array made elsewhere.
+        hashes: (n, 32) uint8, the sha256 of each image file, zeros where it could not be read; None of an array made
+            elsewhere.
     """
 
     place: str
@@ -45,6 +47,7 @@ class Features:
     paths: Sequence[str]
     errors: dict[int, str]
     model: ModelIdentity | None
+    hashes: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -117,14 +120,25 @@ def open_features(place: str) -> Features:
     with open_existing(places) as output:
         paths: list[str] = []
         errors: dict[int, str] = {}
+        hashes = np.zeros((output.rows, 32), np.uint8)
         for row, record in enumerate(index_records(output)):
             paths.append(path_of_index(record))
+            _note_hash(hashes, row, record.get("sha256"), places.index)
             if record["error"] is not None:
                 errors[row] = str(record["error"])
         if places.suffix == ".parquet" and "features_sha256" not in output.meta:
             _require_own_paths(output, paths)
         values = map_features(output.features, place, places.suffix, output.model.feature_size, output.rows)
-    return Features(place, values, paths, errors, output.model)
+    return Features(place, values, paths, errors, output.model, hashes)
+
+
+def _note_hash(hashes: NDArray[np.uint8], row: int, sha256: Any, index: str) -> None:
+    if sha256 is None or row >= len(hashes):  # the reader of the index counts its rows
+        return
+    try:
+        hashes[row] = np.frombuffer(bytes.fromhex(sha256), np.uint8)
+    except (TypeError, ValueError) as exc:
+        raise InputError(f"{index}: not what robustfeat embed writes (the sha256 of row {row}: {exc})") from exc
 
 
 def open_array(place: str, names: str) -> Features:
@@ -189,4 +203,4 @@ def embed_features(extractor: FeatureExtractor, inputs: InputList, *, quiet: boo
         embed_files(extractor, inputs, out, quiet=quiet, **options)
         # The mapping holds the bytes when the name is gone.
         opened = open_features(out)
-    return Features("the images", opened.values, opened.paths, opened.errors, opened.model)
+    return replace(opened, place="the images")

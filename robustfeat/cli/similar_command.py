@@ -1,0 +1,164 @@
+"""`robustfeat similar`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from robustfeat.cli.extraction import Extraction, extraction_options
+from robustfeat.cli.feature_inputs import remark
+from robustfeat.cli.lines import require_output, write_lines
+from robustfeat.cli.rendering import Command, say
+
+if TYPE_CHECKING:
+    from robustfeat.serving.collections.similar import Match, Queries
+    from robustfeat.serving.extractor import FeatureExtractor
+    from robustfeat.serving.heads.features import Features
+    from robustfeat.serving.identity import ModelIdentity
+    from robustfeat.serving.inputs.input_list import InputList
+
+_RUN = ("precision", "engine", "decoding", "pooling")
+"""How images are embedded follows FEATS, unless the command line says otherwise."""
+
+
+@click.command("similar", cls=Command, short_help="Find the images that are most like others.")
+@click.argument("feats", metavar="FEATS")
+@click.argument("queries", nargs=-1, required=True, metavar="QUERY...")
+@click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Images to find per query.")
+@click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
+@click.option(
+    "--names", metavar="FILE", help="The path of each row, one per line, of a .npy file that embed did not write."
+)
+@extraction_options
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def command(
+    feats: str,
+    queries: tuple[str, ...],
+    k: int,
+    out: str | None,
+    names: str | None,
+    extraction: Extraction,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Finds the rows of FEATS with the highest cosine to each QUERY, as CSV: query, rank, row, path, cosine.
+
+    A QUERY is the number of a row (from 0), a path in the index of FEATS, a file of features of the same model, or
+    images as `embed` takes them. Images are embedded as FEATS was; the model is found by itself if it is the built-in
+    one, and --model names any other. For a file whose name is also a number or in the index, write ./NAME.
+
+    The search is exact. Of equal cosines the smaller row comes first. A query that is a row of FEATS is left out of
+    its own answer; its copies are not. Failed rows never answer. The exit code is 3 if a query failed.
+    """
+    from threadpoolctl import threadpool_limits
+
+    from robustfeat.progress import Progress
+    from robustfeat.serving.collections.directions import Directions
+    from robustfeat.serving.collections.similar import find_similar, join_queries, to_csv, to_jsonl
+    from robustfeat.serving.heads.features import open_array, open_features
+    from robustfeat.system import available_cpus
+
+    require_output(out, (feats, *queries))
+    features = open_features(feats) if names is None else open_array(feats, names)
+    found = join_queries(list(_open_queries(features, queries, extraction, quiet)))
+    progress = Progress("similar", len(found.names), "queries", quiet=quiet)
+    with threadpool_limits(extraction.options.threads or available_cpus()):
+        matches = find_similar(Directions(features), found, k, progress)
+        failures: list[Match] = []
+        matches = _aside(matches, failures)
+        write_lines((to_jsonl if as_json or (out or "").endswith(".jsonl") else to_csv)(matches), out)
+    progress.finish()
+    for one in failures:
+        say(f"robustfeat: {one.query}: {one.error}", err=True)
+    return 3 if failures else 0
+
+
+def _aside(matches: Iterator[Match], failures: list[Match]) -> Iterator[Match]:
+    """The same matches; those of failed queries are noted, too."""
+    for one in matches:
+        if one.error is not None:
+            failures.append(one)
+        yield one
+
+
+def _open_queries(
+    features: Features, queries: tuple[str, ...], extraction: Extraction, quiet: bool
+) -> Iterator[Queries]:
+    """The queries in their order. Neighbouring images are embedded at once."""
+    from robustfeat.serving.collections.similar import Queries, rows_named
+    from robustfeat.serving.heads.features import embed_features, is_feature_file, open_features
+    from robustfeat.serving.inputs.choice import say_left_out
+
+    rows = rows_named(features, queries)
+    extractor = None
+
+    def kind(query: str) -> str:
+        return "row" if query in rows else "features" if is_feature_file(query) else "images"
+
+    for what, group in itertools.groupby(queries, kind):
+        places = list(group)
+        if what == "row":
+            yield Queries.of_rows(features, [rows[place] for place in places], places)
+        elif what == "features":
+            for place in places:
+                others = open_features(place)
+                _require_model(features, others.model, place)
+                yield Queries.of_features(others, own=os.path.realpath(place) == os.path.realpath(features.place))
+        else:
+            extractor = extractor or _open_extractor(features, extraction)
+            with _listed(places, features) as found:
+                remark(say_left_out(found.left_out), quiet)
+                yield Queries.of_features(
+                    embed_features(
+                        extractor, found, quiet=quiet, batch_size=extraction.batch_size, workers=extraction.workers
+                    )
+                )
+
+
+def _listed(places: list[str], features: Features) -> InputList:
+    """The images that queries name."""
+    from robustfeat.errors import InputError
+    from robustfeat.serving.inputs.listing import list_inputs
+
+    try:
+        return list_inputs(places)
+    except InputError as exc:
+        if exc.fix is not None or exc.argument is not None:
+            raise
+        raise InputError(
+            exc.what, fix=f"rows of {features.place} go by their number, or by their path in its index"
+        ) from exc
+
+
+def _require_model(features: Features, model: ModelIdentity | None, place: str) -> None:
+    if features.model is None or model is None:
+        return
+    features.model.require(model, features.place, place)
+
+
+def _open_extractor(features: Features, extraction: Extraction) -> FeatureExtractor:
+    """The model that made the features, run as it was then."""
+    from robustfeat.errors import InputError
+    from robustfeat.hub.catalog import builtin_model
+    from robustfeat.hub.folder import weights_sha256
+
+    model = features.model
+    if model is None:
+        raise InputError(
+            f"{features.place}: of an unknown model, so images cannot be embedded", fix="pass rows or paths of it"
+        )
+    if "model" not in extraction.given and weights_sha256(builtin_model().config.files) != model.weights_sha256:
+        raise InputError(
+            f"{features.place}: of the model {model.name}; images need it, too",
+            fix="pass its folder or its name on the Hub as `model`",
+        )
+    same: dict[str, Any] = {key: getattr(model, key) or "auto" for key in _RUN if key not in extraction.given}
+    extractor = replace(extraction, options=replace(extraction.options, **same)).open()
+    _require_model(features, extractor.identity, f"--model {extraction.model}")
+    return extractor

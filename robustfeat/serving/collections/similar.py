@@ -1,0 +1,139 @@
+"""Which images of a collection are most like some queries, as lines to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import InputError
+from robustfeat.progress import Progress, json_line
+from robustfeat.serving.collections.directions import Directions
+from robustfeat.serving.collections.neighbours import find_neighbours
+from robustfeat.serving.heads.cells import csv_line
+from robustfeat.serving.heads.features import CHUNK_ROWS, Features
+from robustfeat.serving.inputs.sources import path_fields
+
+__all__ = ["Match", "Queries", "find_similar", "join_queries", "rows_named", "to_csv", "to_jsonl"]
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """What is looked for.
+
+    Attributes:
+        names: m names for the answer.
+        values: (m, D) features, possibly memory-mapped.
+        rows: (m,) the row of the collection that each query is, -1 for none.
+        errors: why queries failed, by their number.
+    """
+
+    names: Sequence[str]
+    values: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    errors: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_features(cls, features: Features, *, own: bool = False) -> Queries:
+        """All rows of some features; `own` if they are the collection itself."""
+        rows = np.arange(len(features)) if own else np.full(len(features), -1, np.int64)
+        return cls(features.paths, features.values, rows, features.errors)
+
+    @classmethod
+    def of_rows(cls, features: Features, rows: Sequence[int], names: Sequence[str]) -> Queries:
+        """Some rows of the collection, by the names that were given for them."""
+        errors = {at: features.errors[row] for at, row in enumerate(rows) if row in features.errors}
+        return cls(names, features.values[np.array(rows, np.int64)], np.array(rows, np.int64), errors)
+
+
+@dataclass(frozen=True)
+class Match:
+    """One line of the answer.
+
+    Attributes:
+        query: its name.
+        rank: 1 for the nearest row, 0 where the query failed.
+        row, path, cosine: of the collection; none where the query failed.
+        error: why the query failed.
+    """
+
+    query: str
+    rank: int
+    row: int = -1
+    path: str = ""
+    cosine: float = float("nan")
+    error: str | None = None
+
+
+def rows_named(features: Features, queries: Iterable[str]) -> dict[str, int]:
+    """The rows that queries name, by query: a number, or a path in the index (of several its first row).
+
+    Raises:
+        InputError: there is no row of that number.
+    """
+    found: dict[str, int] = {}
+    wanted = set(queries)
+    for query in wanted:
+        if query.isdecimal() and query.isascii():
+            if int(query) >= len(features):
+                raise InputError(
+                    f"row {query}: {features.place} has {len(features):,} rows, from 0",
+                    fix=f"for a file of this name, pass ./{query}",
+                )
+            found[query] = int(query)
+    wanted -= set(found)
+    if wanted:
+        for row, path in enumerate(features.paths):
+            if path in wanted:
+                found.setdefault(path, row)
+    return found
+
+
+def join_queries(parts: Sequence[Queries]) -> Queries:
+    """One after the other. A single part stays as it is: it may be larger than the memory."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.names) for part in parts)]).tolist()
+    return Queries(
+        [name for part in parts for name in part.names],
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.rows for part in parts]),
+        {start + at: why for start, part in zip(starts, parts, strict=False) for at, why in part.errors.items()},
+    )
+
+
+def find_similar(collection: Directions, queries: Queries, k: int, progress: Progress | None = None) -> Iterator[Match]:
+    """The k nearest rows of every query, the query's own row left out; a failed query is one line with its error."""
+    for start in range(0, len(queries.names), CHUNK_ROWS):
+        part = slice(start, min(start + CHUNK_ROWS, len(queries.names)))
+        found = find_neighbours(collection, queries.values[part], k, own=queries.rows[part])
+        for number in range(part.start, part.stop):
+            name = queries.names[number]
+            if number in queries.errors:
+                yield Match(name, 0, error=queries.errors[number])
+                continue
+            rows, cosines = found.rows[number - start].tolist(), found.cosines[number - start].tolist()
+            for rank, (row, cosine) in enumerate(zip(rows, cosines, strict=True), 1):
+                if row >= 0:
+                    yield Match(name, rank, row, collection.features.paths[row], cosine)
+        if progress:
+            progress.advance(part.stop - part.start)
+
+
+def to_csv(matches: Iterable[Match]) -> Iterator[str]:
+    """A header and a line per match: query, rank, row, path, cosine. Failed queries are left out."""
+    yield csv_line(["query", "rank", "row", "path", "cosine"])
+    for one in matches:
+        if one.error is None:
+            yield csv_line([one.query, one.rank, one.row, one.path, one.cosine])
+
+
+def to_jsonl(matches: Iterable[Match]) -> Iterator[str]:
+    """A JSON object per match, of the same names; of a failed query, its name and the error."""
+    for one in matches:
+        query = {key.replace("path", "query"): value for key, value in path_fields(one.query).items()}
+        found: dict[str, Any] = {"rank": one.rank, "row": one.row, **path_fields(one.path), "cosine": one.cosine}
+        yield json_line({**query, **(found if one.error is None else {"error": one.error})}) + "\n"

@@ -1,0 +1,171 @@
+"""Sorts a collection into images to keep and duplicates to drop, as lines to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import InputError
+from robustfeat.progress import Progress, json_line
+from robustfeat.serving.collections.directions import Directions
+from robustfeat.serving.collections.duplicates import Groups, find_duplicates
+from robustfeat.serving.heads.cells import csv_line
+from robustfeat.serving.heads.features import Features
+from robustfeat.serving.inputs.sources import path_fields
+
+__all__ = ["Sorted", "Verdict", "drop_list", "sort_duplicates", "to_csv", "to_jsonl"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to become of one image that has duplicates.
+
+    Attributes:
+        group: its number, from 1.
+        row, path: of the collection.
+        cosine: to the image that is kept.
+        action: keep, or drop.
+        kind: of a dropped image: exact where its file has the bytes of the kept one, else near; `kept` of that one.
+    """
+
+    group: int
+    row: int
+    path: str
+    cosine: float
+    action: Literal["keep", "drop"]
+    kind: Literal["kept", "exact", "near"]
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """All verdicts.
+
+    Attributes:
+        verdicts: group by group, the kept image first.
+        groups, exact, near: how many there are, and how many images to drop.
+        unread: images among duplicates that could not be measured, so that others were preferred.
+    """
+
+    verdicts: Sequence[Verdict]
+    groups: int
+    exact: int
+    near: int
+    unread: int
+
+
+def sort_duplicates(
+    features: Features,
+    threshold: float,
+    measure: Callable[[Sequence[str]], dict[str, tuple[float, int]]] | None = None,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Sorted:
+    """Groups the duplicates of a collection, and says of each whether to keep or drop it.
+
+    Files of the same bytes are duplicates whatever their features. Failed rows are left out.
+
+    Args:
+        features: the collection.
+        threshold: images are near-duplicates from this cosine on.
+        measure: how good images are, the best largest, by path; of a group the best is kept. By default the first row
+            is kept.
+        threads: of the search.
+        progress: counts rows.
+    """
+    collection = Directions(features)
+    groups = _group(collection, threshold, np.flatnonzero(features.good), threads, progress)
+    unread = 0
+    if measure:
+        rows = np.flatnonzero(groups.involved)
+        paths = [features.paths[row] for row in rows.tolist()]
+        found = measure(paths)
+        worst = (-np.inf, -1)
+        merits = [found.get(path, worst) for path in paths]
+        unread = sum(merit is worst for merit in merits)
+        order = sorted(range(len(rows)), key=lambda at: (-merits[at][0], -merits[at][1], at))
+        groups = _group(collection, threshold, rows[np.array(order, np.int64)], threads, None)
+    verdicts = _verdicts(features, groups)
+    kinds = [one.kind for one in verdicts]
+    return Sorted(verdicts, kinds.count("kept"), kinds.count("exact"), kinds.count("near"), unread)
+
+
+def _group(
+    collection: Directions, threshold: float, order: NDArray[np.int64], threads: int, progress: Progress | None
+) -> Groups:
+    """The groups of rows, those to keep first. Of files with the same bytes only the first is compared."""
+    first = _first_copies(collection.features.hashes, order)
+    different = order[first == order]
+    groups = find_duplicates(collection, threshold, different, threads=threads, progress=progress)
+    if progress:
+        progress.advance(len(order) - len(different))
+    copies, originals = order[first != order], first[first != order]
+    groups.involved[copies] = groups.involved[originals] = True
+    groups.kept[copies] = groups.kept[originals]
+    groups.cosines[copies] = collection.pairs(copies, groups.kept[copies])
+    return groups
+
+
+def _first_copies(hashes: NDArray[np.uint8] | None, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each of some rows the first one, in their order, whose file has the same bytes."""
+    if hashes is None or not len(order):
+        return order
+    chosen = np.ascontiguousarray(hashes[order]).view("V32")[:, 0]
+    _, first, place = np.unique(chosen, return_index=True, return_inverse=True)
+    known = hashes[order].any(1)
+    return np.where(known, order[first[place]], order)
+
+
+def _verdicts(features: Features, groups: Groups) -> list[Verdict]:
+    members = np.flatnonzero((groups.kept >= 0) & (groups.kept != np.arange(len(features))))
+    kept = np.unique(groups.kept[members])
+    rows = np.concatenate([kept, members])
+    leaders = np.concatenate([kept, groups.kept[members]])
+    verdicts = []
+    for at in np.lexsort((rows, rows != leaders, leaders)):
+        row, leader = int(rows[at]), int(leaders[at])
+        number = int(np.searchsorted(kept, leader)) + 1
+        path = features.paths[row]
+        if row == leader:
+            verdicts.append(Verdict(number, row, path, 1.0, "keep", "kept"))
+        else:
+            kind: Literal["exact", "near"] = "exact" if _same_file(features.hashes, row, leader) else "near"
+            verdicts.append(Verdict(number, row, path, float(groups.cosines[row]), "drop", kind))
+    return verdicts
+
+
+def _same_file(hashes: NDArray[np.uint8] | None, row: int, other: int) -> bool:
+    return hashes is not None and bool(hashes[row].any() and (hashes[row] == hashes[other]).all())
+
+
+def to_csv(verdicts: Iterable[Verdict]) -> Iterator[str]:
+    """A header and a line per image: group, row, path, cosine, action, kind."""
+    yield csv_line(["group", "row", "path", "cosine", "action", "kind"])
+    for one in verdicts:
+        yield csv_line([one.group, one.row, one.path, one.cosine, one.action, one.kind])
+
+
+def to_jsonl(verdicts: Iterable[Verdict]) -> Iterator[str]:
+    """A JSON object per image, of the same names."""
+    for one in verdicts:
+        fields = {"group": one.group, "row": one.row, **path_fields(one.path), "cosine": one.cosine}
+        yield json_line({**fields, "action": one.action, "kind": one.kind}) + "\n"
+
+
+def drop_list(verdicts: Iterable[Verdict], *, null: bool = False) -> Iterator[str]:
+    """The paths to drop, one per line, or each with a NUL behind it.
+
+    Raises:
+        InputError: a path has a line break in it, and the lines do not end in NUL.
+    """
+    for one in verdicts:
+        if one.action == "drop":
+            if not null and "\n" in one.path:
+                raise InputError(
+                    f"{one.path!r}: has a line break, so a list of lines cannot hold it", fix="pass `null`"
+                )
+            yield one.path + ("\0" if null else "\n")

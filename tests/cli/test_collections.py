@@ -1,0 +1,260 @@
+"""`robustfeat similar` and `robustfeat duplicates` as users meet them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from tests.cli.test_cli import only_line
+from tests.conftest import Run, WriteFeatures
+
+
+@pytest.fixture(scope="module")
+def features(robustfeat: Run, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("features") / "feats.npy"
+    assert robustfeat("embed", examples, "--out", out, "--quiet").returncode == 0
+    return out
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def objects_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def nearest(features: Path, row: int) -> list[int]:
+    """All rows but that one by their cosine to it, computed here."""
+    values = np.load(features).astype(np.float64)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    return [other for other in np.argsort(-(values @ values[row]), kind="stable").tolist() if other != row]
+
+
+def test_rows_go_by_number_and_by_path_and_are_left_out_of_their_answers(robustfeat: Run, features: Path) -> None:
+    result = robustfeat("similar", features, "5", "hat/hat-1.jpg", "-k", "3")
+    assert result.returncode == 0, result.stderr
+    found = rows_of(result.stdout)
+    assert list(found[0]) == ["query", "rank", "row", "path", "cosine"]
+    assert [one["query"] for one in found] == ["5"] * 3 + ["hat/hat-1.jpg"] * 3
+    assert [one["rank"] for one in found] == ["1", "2", "3"] * 2
+    assert [int(one["row"]) for one in found] == nearest(features, 5)[:3] + nearest(features, 4)[:3]
+    assert "similar 2/2 queries" in result.stderr
+
+
+def test_images_are_embedded_as_the_features_were(robustfeat: Run, features: Path, examples: Path) -> None:
+    result = robustfeat("similar", features, examples / "hat", "7", "-k", "1", "--json", "--quiet")
+    assert (result.returncode, result.stderr) == (0, "")
+    found = objects_of(result.stdout)
+    assert [(one["query"], one["path"]) for one in found[:4]] == [
+        (f"hat-{number}.jpg", f"hat/hat-{number}.jpg") for number in range(1, 5)
+    ]
+    assert all(abs(one["cosine"] - 1) < 1e-6 and one["rank"] == 1 for one in found[:4])
+    assert (found[4]["query"], found[4]["row"]) == ("7", nearest(features, 7)[0])
+
+
+def test_features_of_a_file_are_queries_and_a_file_is_not_its_own_answer(
+    robustfeat: Run, features: Path, examples: Path, tmp_path: Path
+) -> None:
+    hats = tmp_path / "hats.parquet"
+    assert robustfeat("embed", examples / "hat", "--out", hats, "--quiet").returncode == 0
+    found = rows_of(robustfeat("similar", features, hats, "-k", "1").stdout)
+    assert [one["path"] for one in found] == [f"hat/hat-{number}.jpg" for number in range(1, 5)]
+    out = tmp_path / "all.jsonl"
+    result = robustfeat("similar", features, features, "-k", "39", "--out", out)
+    assert (result.returncode, result.stdout) == (0, "")
+    found_rows: dict[str, list[int]] = {}
+    for one in objects_of(out.read_text()):
+        found_rows.setdefault(one["query"], []).append(one["row"])
+    assert [found_rows[path] for path in found_rows] == [nearest(features, row) for row in range(40)]
+
+
+def test_failed_rows_never_answer_and_failed_queries_are_said(robustfeat: Run, examples: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(examples / "hat", photos)
+    (photos / "bad.jpg").write_bytes(b"junk")
+    (photos / "2").write_bytes((photos / "hat-1.jpg").read_bytes())
+    out = tmp_path / "feats.npy"
+    assert robustfeat("embed", photos, "--out", out, "--quiet").returncode == 3
+    result = robustfeat("similar", out, "0", "1", photos / "bad.jpg", "--quiet")
+    assert result.returncode == 3
+    assert sorted(one["path"] for one in rows_of(result.stdout)) == ["hat-2.jpg", "hat-3.jpg", "hat-4.jpg"]
+    assert {one["query"] for one in rows_of(result.stdout)} == {"1"}
+    assert [line.split(": ")[1] for line in result.stderr.splitlines()] == ["0", "bad.jpg"]
+    failed = objects_of(robustfeat("similar", out, "0", "--json").stdout)
+    assert [list(one) for one in failed] == [["query", "error"]]
+    as_file = robustfeat("similar", out, photos / "2", "-k", "1", "--quiet")
+    assert rows_of(as_file.stdout)[0]["path"] == "hat-1.jpg"
+
+
+def test_features_of_other_models_are_refused_with_both_names(
+    robustfeat: Run, features: Path, write_features: WriteFeatures, tmp_path: Path, examples: Path
+) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
+    other = write_features(tmp_path / "other.npy", values, ["a", "b", "c"])
+    line = only_line(robustfeat("similar", features, other).stderr)
+    assert "robustfeat-resnet18-tiny-v1" in line
+    assert "digits-v1" in line
+    line = only_line(robustfeat("similar", other, examples / "hat").stderr)
+    assert "of the model digits-v1; images need it, too; pass its folder or its name on the Hub as --model" in line
+    line = only_line(robustfeat("similar", other, examples / "hat", "--model", "builtin").stderr)
+    assert "digits-v1" in line
+    assert "robustfeat-resnet18-tiny-v1" in line
+    assert rows_of(robustfeat("similar", other, "1", "-k", "9").stdout)[1]["rank"] == "2"
+
+
+def test_arrays_made_elsewhere_are_searched_by_rows(robustfeat: Run, tmp_path: Path, examples: Path) -> None:
+    array, names = tmp_path / "array.npy", tmp_path / "names.txt"
+    np.save(array, np.eye(3, 4) + 0.5)
+    names.write_text("a\nb\nc\n")
+    result = robustfeat("similar", array, "b", "--names", names, "--quiet")
+    assert [one["path"] for one in rows_of(result.stdout)] == ["a", "c"]
+    line = only_line(robustfeat("similar", array, examples / "hat", "--names", names).stderr)
+    assert "of an unknown model, so images cannot be embedded" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["40"], "row 40: FEATS has 40 rows, from 0; for a file of this name, pass ./40"),
+        (["hat/hat-9.jpg"], "no such file or folder"),
+        (["0", "--out", "nowhere/x.csv"], "the folder nowhere does not exist"),
+        (["0", "--out", "FEATS"], "expected a name ending in .csv or .jsonl"),
+    ],
+)
+def test_wrong_queries_are_one_line(robustfeat: Run, features: Path, arguments: list[str], said: str) -> None:
+    result = robustfeat("similar", features, *(str(features) if one == "FEATS" else one for one in arguments))
+    assert result.returncode in {1, 2}
+    assert result.stdout == ""
+    assert said.replace("FEATS", str(features)) in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def photos(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight photographs, and copies of some: the same bytes, half the size, blurred, and unreadable."""
+    root = tmp_path_factory.mktemp("photos") / "in"
+    shutil.copytree(examples / "hat", root / "hat")
+    shutil.copytree(examples / "shoes", root / "shoes")
+    shutil.copy(root / "hat" / "hat-1.jpg", root / "a copy.jpg")
+    image = Image.open(root / "hat" / "hat-2.jpg")
+    image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS).save(root / "half.png")
+    image.resize((image.width * 2, image.height * 2), Image.Resampling.BICUBIC).filter(
+        ImageFilter.GaussianBlur(6)
+    ).save(root / "hat" / "blurred.png")
+    for name in ("bad-1.jpg", "bad-2.jpg"):
+        (root / name).write_bytes(b"junk")
+    return root
+
+
+@pytest.fixture(scope="module")
+def copies(robustfeat: Run, photos: Path) -> Path:
+    out = photos.parent / "feats.npy"
+    assert robustfeat("embed", photos, "--out", out, "--quiet").returncode == 3
+    return out
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept", "dropped"),
+    [
+        ("first", "half.png", ["hat/blurred.png", "hat/hat-2.jpg"]),
+        ("largest", "hat/blurred.png", ["half.png", "hat/hat-2.jpg"]),
+        ("sharpest", "hat/hat-2.jpg", ["half.png", "hat/blurred.png"]),
+    ],
+)
+def test_groups_of_duplicates_and_which_image_is_kept(
+    robustfeat: Run, photos: Path, copies: Path, keep: str, kept: str, dropped: list[str], tmp_path: Path
+) -> None:
+    listed = tmp_path / "drop.txt"
+    before = sorted(photos.rglob("*"))
+    result = robustfeat(
+        "duplicates", copies, "--threshold", "0.97", "--keep", keep, "--images", photos, "--drop-list", listed
+    )
+    assert result.returncode == 3  # for the failed rows
+    assert "2 groups: 3 images to drop (1 exact copies, 2 near)" in result.stderr
+    assert "2 images failed and were left out" in result.stderr
+    found = rows_of(result.stdout)
+    assert list(found[0]) == ["group", "row", "path", "cosine", "action", "kind"]
+    groups = [(one["group"], one["path"], one["action"], one["kind"]) for one in found]
+    exact = [("1", "a copy.jpg", "keep", "kept"), ("1", "hat/hat-1.jpg", "drop", "exact")]
+    assert groups == [*exact, ("2", kept, "keep", "kept"), *(("2", path, "drop", "near") for path in dropped)]
+    assert listed.read_text().splitlines() == ["hat/hat-1.jpg", *dropped]
+    assert all(float(one["cosine"]) >= 0.97 for one in found)
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_the_default_threshold_is_said_and_finds_copies(robustfeat: Run, copies: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found.jsonl"
+    result = robustfeat("duplicates", copies, "--out", out)
+    assert "(measured for robustfeat-resnet18-tiny-v1)" in result.stderr
+    found = objects_of(out.read_text())
+    assert {one["path"] for one in found} >= {"a copy.jpg", "hat/hat-1.jpg", "half.png", "hat/hat-2.jpg"}
+    assert not any("shoes" in one["path"] for one in found)
+
+
+def test_images_that_are_gone_are_kept_last(robustfeat: Run, photos: Path, copies: Path, tmp_path: Path) -> None:
+    rest = tmp_path / "rest"
+    shutil.copytree(photos, rest)
+    (rest / "hat" / "blurred.png").unlink()
+    (rest / "hat" / "hat-2.jpg").write_bytes(b"changed")
+    result = robustfeat("duplicates", copies, "--threshold", "0.97", "--keep", "largest", "--images", rest)
+    assert "2 images were not found or not read" in result.stderr
+    assert {one["path"] for one in rows_of(result.stdout) if one["action"] == "keep"} == {"a copy.jpg", "half.png"}
+
+
+def test_copies_are_found_where_features_tell_nothing(
+    robustfeat: Run, write_features: WriteFeatures, tmp_path: Path
+) -> None:
+    place = write_features(tmp_path / "zeros.npy", np.zeros((4, 8), np.float32), list("abcd"), hashes=False)
+    index = place.with_suffix(".index.jsonl")
+    lines = objects_of(index.read_text())
+    for line, digit in zip(lines, "abca", strict=True):
+        line["sha256"] = digit * 64
+    index.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = robustfeat("duplicates", place, "--threshold", "0.9", "--quiet")
+    assert result.returncode == 0, result.stderr
+    assert [(one["row"], one["kind"]) for one in rows_of(result.stdout)] == [("0", "kept"), ("3", "exact")]
+    lines[1]["sha256"] = "no hash"
+    index.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "the sha256 of row 1" in only_line(robustfeat("duplicates", place).stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--keep", "largest"], "pass --images with the folder that embed was given"),
+        (["--null"], "--null is for --drop-list"),
+        (["--threshold", "0"], "0 is not in the range"),
+        (["--drop-list", "nowhere/drop.txt"], "the folder nowhere does not exist"),
+    ],
+)
+def test_wrong_options_are_one_line(robustfeat: Run, copies: Path, arguments: list[str], said: str) -> None:
+    result = robustfeat("duplicates", copies, *arguments)
+    assert result.returncode in {1, 2}
+    assert said in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+def test_names_that_lines_cannot_hold(robustfeat: Run, examples: Path, tmp_path: Path) -> None:
+    root = tmp_path / "odd"
+    root.mkdir()
+    for name in (b"a.jpg", b"b\n.jpg", b"c\xff.jpg"):
+        (root / os.fsdecode(name)).write_bytes((examples / "hat" / "hat-1.jpg").read_bytes())
+    out, listed, table = tmp_path / "feats.npy", tmp_path / "drop", tmp_path / "all.csv"
+    assert robustfeat("embed", root, "--out", out, "--quiet").returncode == 0
+    line = only_line(robustfeat("duplicates", out, "--quiet", "--drop-list", listed).stderr)
+    assert "has a line break" in line
+    assert "pass --null" in line
+    assert not listed.exists()
+    result = robustfeat("duplicates", out, "--quiet", "--drop-list", listed, "--null", "--out", table)
+    assert result.returncode == 0, result.stderr
+    assert listed.read_bytes() == b"b\n.jpg\0c\xff.jpg\0"
+    assert b"c\xff.jpg" in table.read_bytes()
