@@ -22,12 +22,12 @@ def network(weights: str) -> Any:
     from imagededup.methods import CNN
     from imagededup.utils import CustomModel
 
+    settings: Any = timm.data
     model = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     state = torch.load(weights, map_location="cpu", weights_only=True)
     kept = [value for name, value in state.items() if not name.startswith(("_fc", "classifier"))]
     model.load_state_dict(dict(zip(model.state_dict(), kept, strict=True)))
-    data = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**data, is_training=False)
+    transform = settings.create_transform(**settings.resolve_model_data_config(model), is_training=False)
     return CNN(verbose=False, model_config=CustomModel(name="lite0", model=model.eval(), transform=transform))
 
 
