@@ -50,8 +50,7 @@ FEATURES_META = {
     "decoding": "exact",
 }
 
-# The order of the tests. Long files come first, so that both workers end at the same time. PyTorch's tests come before
-# serving's: PyTorch has crashed in a process that had used OpenVINO and Ray.
+# The order of the tests. Long files come first, so that both workers end at the same time.
 ORDER = (
     "tests/training/paper/",
     "tests/training/loop/",

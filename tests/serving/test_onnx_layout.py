@@ -38,8 +38,6 @@ from tests.hub_server import FakeHub
 from tests.serving.http.conftest import Server
 from tests.transformers_models import FAMILIES, reference_features
 
-pytestmark = pytest.mark.alone
-
 FAST = {"dinov2", "clip"}
 README = (ROOT / "README.md").read_text("utf-8")
 

@@ -28,6 +28,7 @@ from robustfeat.serving.engines.nvidia import (
 )
 from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.engines.pooling import Pooling, choose_pooling
+from robustfeat.serving.engines.signal_stack import keep_signal_stack
 from robustfeat.serving.engines.tensorrt import (
     MAX_BATCH,
     cache_place,
@@ -325,8 +326,10 @@ class OpenVINOEngine:
         self.precision = options.precision
         self.threads, self.streams = options.thread_count, options.stream_count
         core = openvino.Core()
+        with keep_signal_stack():  # the question loads the plugin for processors
+            known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         half = options.precision if options.precision in {"bf16", "fp16"} else None
-        if half and half.upper() not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if half and half.upper() not in known:
             raise EngineError(
                 f"this processor has no {half} instructions", fix="pass `precision=fp32` or `precision=int8`"
             )

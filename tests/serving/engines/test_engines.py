@@ -143,6 +143,56 @@ def test_openvino_leaves_nothing_in_the_home_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dropping", ["del first; del second", "in_a_thread(engines.clear)"])
+def test_signals_are_handled_when_engines_of_openvino_are_gone(small_model: Path, dropping: str) -> None:
+    """OpenVINO alone would leave the thread an unmapped stack for its handlers where plugins end as these do."""
+    code = """
+import os, signal, sys, threading
+from robustfeat import FeatureExtractor
+
+def load():
+    return FeatureExtractor.from_pretrained(sys.argv[1], engine="openvino")
+
+def in_a_thread(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+first, second = load(), load()
+if "engines" in sys.argv[2]:
+    engines = [first, second]
+    del first, second
+exec(sys.argv[2])
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    command = [sys.executable, "-c", code, str(small_model), dropping]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (0, "handled\n"), said.stderr
+
+
+def test_a_fork_runs_openvino_after_its_parent_has(small_model: Path) -> None:
+    """A core that outlived its engines would wait in the fork for threads of the parent."""
+    code = """
+import os, signal, sys
+import numpy as np
+from robustfeat import FeatureExtractor
+
+def features():
+    extractor = FeatureExtractor.from_pretrained(sys.argv[1], engine="openvino", threads=2)
+    return extractor.embed([np.zeros((32, 32, 3), np.uint8)])
+
+expected = features()
+if not os.fork():
+    signal.alarm(60)
+    os._exit(not np.array_equal(features(), expected))
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    command = [sys.executable, "-c", code, str(small_model)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.stdout == "0\n", said.stderr
+
+
 def test_a_compact_folder_loads_in_openvino_from_anywhere(tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(resolve_model(None).path, copy)
