@@ -28,6 +28,7 @@ _COMMANDS = (
     "export",
     "import",
     "info",
+    "join",
     "models",
     "paper",
     "pull",

@@ -13,6 +13,16 @@ from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
     from robustfeat.serving.bulk.embedding import EmbeddingResult
+    from robustfeat.serving.bulk.parts import Part
+
+
+def _parse_part(_: click.Context, __: click.Parameter, text: str | None) -> Part | None:
+    from robustfeat.serving.bulk.parts import Part
+
+    try:
+        return None if text is None else Part.parse(text)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc)) from exc
 
 
 @click.command("embed", cls=Command, short_help="Turn images into features.")
@@ -41,6 +51,12 @@ if TYPE_CHECKING:
     help="Bring FEATS in step with the inputs: drop rows of files that vanished, embed new and changed images, keep "
     "the other rows.",
 )
+@click.option(
+    "--part",
+    callback=_parse_part,
+    metavar="I/N",
+    help="Embed the Ith of N parts of the inputs only; robustfeat join makes the whole of them.",
+)
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run has left, and begin anew.")
 @click.option(
     "--shard-rows",
@@ -68,6 +84,7 @@ def command(
     on_error: str,
     append: bool,
     sync: bool,
+    part: Part | None,
     restart: bool,
     shard_rows: int,
     ray: str | None,
@@ -106,15 +123,21 @@ def command(
             restart=restart,
             append=append,
             sync=sync,
+            part=part,
             shard_rows=shard_rows,
             ray=ray,
             quiet=quiet,
         )
-    _show(result, continued=append or sync, as_json=as_json, quiet=quiet)
+    show_result(result, continued=append or sync, as_json=as_json, quiet=quiet)
     return 3 if result.failed else 0
 
 
-def _show(result: EmbeddingResult, *, continued: bool, as_json: bool, quiet: bool) -> None:
+def show_result(result: EmbeddingResult, *, continued: bool, as_json: bool, quiet: bool) -> None:
+    """Prints what was written.
+
+    Args:
+        continued: whether the output may have held inputs before.
+    """
     if as_json:
         summary = {
             "out": result.features,

@@ -8,10 +8,11 @@ folder is deleted.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Set
+from collections.abc import Generator, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.files import START_OVER
@@ -19,6 +20,7 @@ from robustfeat.progress import Progress
 from robustfeat.serving.bulk.appending import plan_append
 from robustfeat.serving.bulk.job import Job, Places, identify
 from robustfeat.serving.bulk.outputs import finish_commit, require_own_stem
+from robustfeat.serving.bulk.parts import Part, plan_part
 from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.plan import Plan
 from robustfeat.serving.bulk.ray import embed_on_ray
@@ -27,6 +29,7 @@ from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_fold
 from robustfeat.serving.bulk.syncing import plan_sync
 from robustfeat.serving.decoding.pool import DEADLINE_S
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 
 __all__ = ["SHARD_ROWS", "EmbeddingResult", "embed_files", "require_on_error"]
@@ -79,6 +82,7 @@ def embed_files(
     restart: bool = False,
     append: bool = False,
     sync: bool = False,
+    part: Part | None = None,
     shard_rows: int = SHARD_ROWS,
     deadline_s: float = DEADLINE_S,
     ray: str | None = None,
@@ -102,6 +106,7 @@ def embed_files(
         restart: discard what an unfinished run has left.
         append: add the inputs that `out` does not hold yet (by path), as further rows.
         sync: make `out` hold the rows of `inputs`, and embed only images whose bytes it does not hold yet.
+        part: embed only this part of `inputs`; `join_parts` makes the whole of all parts.
         shard_rows: how many rows a killed run may lose.
         deadline_s: an image that takes longer is a failed row.
         ray: run on Ray, at this address (`auto`: the running cluster, or one on this machine).
@@ -109,16 +114,19 @@ def embed_files(
 
     Raises:
         InputError: `out` cannot be written, shares its index with another output, or cannot be continued; an
-            unfinished run there differs from this one; both `append` and `sync` are set; or an image failed and
-            `on_error` is `stop`.
+            unfinished run there differs from this one; more than one of `append`, `sync` and `part` is set; or an
+            image failed and `on_error` is `stop`.
         EngineError: no decoder process can be started.
     """
     require_on_error(on_error)
     began = time.monotonic()
     places = Places.of(str(out))
     finish_commit(places)
-    with _open_plan(extractor, inputs, places, append=append, sync=sync, quiet=quiet) as plan:
-        job = _plan_job(extractor, plan, batch_size or extractor.batch_size, shard_rows)
+    batch_size = batch_size or extractor.batch_size
+    shard_rows = -(-shard_rows // batch_size) * batch_size  # shards of whole batches
+    asked = {"append": append, "sync": sync, "part": part}
+    with _open_plan(asked, inputs, places, extractor.identity, shard_rows, quiet=quiet) as plan:
+        job = _plan_job(extractor, plan, batch_size, shard_rows)
         with _open_run(places, job, restart=restart, quiet=quiet) as run:
             stop = on_error == "stop"
             run.follow(_embed(run, extractor, plan.fresh, ray=ray, workers=workers, deadline_s=deadline_s, stop=stop))
@@ -139,25 +147,31 @@ def embed_files(
 
 
 def _open_plan(
-    extractor: FeatureExtractor, inputs: InputList, places: Places, *, append: bool, sync: bool, quiet: bool
+    asked: Mapping[str, Any], inputs: InputList, places: Places, model: ModelIdentity, shard_rows: int, *, quiet: bool
 ) -> AbstractContextManager[Plan]:
-    """What is to be embedded; see `embed_files`."""
-    if append and sync:
-        raise InputError("excludes `sync`", argument="append", value=True, fix="choose one of them")
-    if append:
-        return plan_append(inputs, places, extractor.identity)
-    if sync:
-        return plan_sync(inputs, places, extractor.identity, quiet=quiet)
+    """What is to be embedded, by the arguments `append`, `sync` and `part` of `embed_files`."""
+    chosen = {name: value for name, value in asked.items() if value}
+    if len(chosen) > 1:
+        (first, value), (second, _), *_ = chosen.items()
+        raise InputError(f"excludes `{second}`", argument=first, value=value, fix="choose one of them")
+    if "append" in chosen:
+        return plan_append(inputs, places, model)
+    if "sync" in chosen:
+        return plan_sync(inputs, places, model, quiet=quiet)
+    if "part" in chosen:
+        return plan_part(inputs, chosen["part"], shard_rows)
     return nullcontext(Plan(inputs))
 
 
 def _plan_job(extractor: FeatureExtractor, plan: Plan, batch_size: int, shard_rows: int) -> Job:
-    """What the run consists of: shards of whole batches."""
+    """What the run consists of."""
     identity = identify(extractor.identity, plan.fresh, batch_size) | {
         "max_pixels": extractor.options.max_pixels,
         "continues": plan.existing.meta_sha256 if plan.existing else None,
     }
-    return Job(len(plan.fresh), plan.first_row, -(-shard_rows // batch_size) * batch_size, identity)
+    if plan.part:
+        identity["part"] = plan.part
+    return Job(len(plan.fresh), plan.first_row, shard_rows, identity)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, file_exis
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.sources import path_of_index
 
-__all__ = ["NewOutput", "Output", "finish_commit", "index_records", "open_existing", "require_own_stem"]
+__all__ = ["NewOutput", "Output", "finish_commit", "index_records", "open_existing", "read_meta", "require_own_stem"]
 
 _COMMIT = "commit"
 _STAGED = {"features": "new-features", "index": "new-index", "meta": "new-meta"}
@@ -190,17 +190,28 @@ def open_existing(places: Places) -> Iterator[Output]:
             return
 
 
-def _open(places: Places, stack: ExitStack) -> Output:
-    data = stack.enter_context(_open_current(places, "meta")).read()
+def read_meta(places: Places) -> tuple[dict[str, Any], ModelIdentity, int, str]:
+    """The meta file alone: its content, what made the features, their rows, and its sha256.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    with _open_current(places, "meta") as handle:
+        data = handle.read()
     try:
         meta = json.loads(data)
         model, rows = ModelIdentity.of_meta(meta), int(meta["images"])
         if rows < 0:
             raise ValueError(f"images is {rows}")
-        # Version 0.1 wrote no hashes: the numbers of rows have to do.
-        expected = {kind: meta.get(f"{kind}_sha256") for kind in ("features", "index")}
     except _MALFORMED as exc:
         raise InputError(f"{places.meta}: not what robustfeat embed writes ({exc!r})") from exc
+    return meta, model, rows, hashlib.sha256(data).hexdigest()
+
+
+def _open(places: Places, stack: ExitStack) -> Output:
+    meta, model, rows, meta_sha256 = read_meta(places)
+    # Version 0.1 wrote no hashes: the numbers of rows have to do.
+    expected = {kind: meta.get(f"{kind}_sha256") for kind in ("features", "index")}
     files = {}
     for kind, sha256 in expected.items():
         files[kind] = handle = stack.enter_context(_open_current(places, kind))
@@ -211,7 +222,7 @@ def _open(places: Places, stack: ExitStack) -> Output:
                 fix="embed the images again",
             )
         handle.seek(0)
-    return Output(places, files["features"], files["index"], meta, hashlib.sha256(data).hexdigest(), model, rows)
+    return Output(places, files["features"], files["index"], meta, meta_sha256, model, rows)
 
 
 @contextmanager

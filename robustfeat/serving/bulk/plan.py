@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from robustfeat.serving.bulk.formats import Block
 from robustfeat.serving.bulk.outputs import Output
@@ -20,11 +21,13 @@ class Plan:
         fresh: the inputs to embed.
         existing: the output that is there and that the new one replaces, if this one is made of it.
         known: inputs that are not embedded, since `existing` holds their features.
+        part: for the meta file, which part of which inputs this is, if the run is one of several.
     """
 
     fresh: InputList
     existing: Output | None = None
     known: int = 0
+    part: Mapping[str, Any] | None = None
 
     @property
     def images(self) -> int:

@@ -10,7 +10,7 @@ import itertools
 import json
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,13 @@ import numpy as np
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.formats import FORMATS, Block
 from robustfeat.serving.bulk.job import Job, Places, brief
-from robustfeat.serving.bulk.outputs import NewOutput
+from robustfeat.serving.bulk.outputs import NewOutput, Output
 from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.plan import Plan
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder
 from robustfeat.serving.inputs.input_list import InputList
 
-__all__ = ["claim_folder", "discard_folder", "finished_shards", "join_shards", "write_shards"]
+__all__ = ["claim_folder", "discard_folder", "finished_shards", "join_shards", "write_output", "write_shards"]
 
 _JOB_FILE = "job.json"
 _SHARD = re.compile("([0-9]{6,12})[.]jsonl")
@@ -155,34 +155,56 @@ def join_shards(
     if plan.existing and plan.unchanged:
         discard_folder(folder)
         return plan.existing.rows, int(plan.existing.meta["failed"])
-    identity = {key: value for key, value in job.identity.items() if key != "continues"}
-    size = identity["feature_size"]
-    about = {key: str(identity[key]) for key in ("model", "precision", "engine", "preprocessing_hash")}
+    meta = {key: value for key, value in job.identity.items() if key not in {"continues", "inputs"}}
+    meta["versions"] = meta["versions"] | {"python": platform.python_version()}
+    left_out = plan.fresh.left_out
+    counts = {"skipped": sum(left_out.values()), "left_out": left_out, "timing": timing}
+    blocks = plan.blocks(_blocks_of_shards(folder, job, meta["feature_size"]))
+    failed = write_output(places, folder, plan.images, blocks, meta, counts, after=plan.existing)
+    return plan.images, failed
+
+
+def write_output(
+    places: Places,
+    folder: LocalFolder | RemoteFolder,
+    images: int,
+    blocks: Iterator[Block],
+    meta: Mapping[str, Any],
+    counts: Mapping[str, Any],
+    *,
+    after: Output | None = None,
+) -> int:
+    """Writes an output from its rows, and deletes the folder of shards that was claimed for it.
+
+    Args:
+        images: rows.
+        blocks: of all rows, in order.
+        meta: what made them, for the meta file.
+        counts: for its end.
+        after: the output that this one continues.
+
+    Returns:
+        How many rows failed.
+
+    Raises:
+        InputError: another process has changed `after`.
+    """
     failed = 0
     output = NewOutput(places, folder)
     with output.open("index") as index, output.open("features") as features:
 
-        def blocks() -> Iterator[Block]:
+        def written() -> Iterator[Block]:
             nonlocal failed
-            for block in plan.blocks(_blocks_of_shards(folder, job, size)):
+            for block in blocks:
                 failed += block.index.count(b"\n") - block.index.count(b'"error": null}\n')
                 index.write(block.index)
                 yield block
 
-        FORMATS[places.suffix].write(features, (plan.images, size), about, blocks())
-    left_out = plan.fresh.left_out
-    meta = identity | {
-        "versions": identity["versions"] | {"python": platform.python_version()},
-        "images": plan.images,
-        "failed": failed,
-        "skipped": sum(left_out.values()),
-        "left_out": left_out,
-        "timing": timing,
-    }
-    del meta["inputs"]
-    output.commit(meta, after=plan.existing)
+        about = {key: str(meta[key]) for key in ("model", "precision", "engine", "preprocessing_hash")}
+        FORMATS[places.suffix].write(features, (images, meta["feature_size"]), about, written())
+    output.commit({**meta, "images": images, "failed": failed, **counts}, after=after)
     discard_folder(folder)
-    return plan.images, failed
+    return failed
 
 
 def _blocks_of_shards(folder: LocalFolder | RemoteFolder, job: Job, size: int) -> Iterator[Block]:

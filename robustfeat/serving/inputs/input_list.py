@@ -78,9 +78,12 @@ class InputList:
 
     def append(self, image: ImageSource) -> None:
         """Adds a row at the end."""
+        self.append_line(image.to_line())
+
+    def append_line(self, line: bytes) -> None:
+        """Adds a row of `lines` at the end."""
         if self._count % _OFFSET_EVERY == 0:
             self._offsets.append(self._file.seek(0, os.SEEK_END))
-        line = image.to_line()
         self._digest.update(line)
         self._file.write(line)
         self._count += 1

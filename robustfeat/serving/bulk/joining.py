@@ -1,0 +1,179 @@
+"""Joining the parts of a run, each of which is an output of its own, to the output of the whole run."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from robustfeat.errors import InputError
+from robustfeat.files import START_OVER
+from robustfeat.progress import Progress
+from robustfeat.serving.bulk.embedding import EmbeddingResult
+from robustfeat.serving.bulk.formats import Block, read_features
+from robustfeat.serving.bulk.job import Job, Places, brief
+from robustfeat.serving.bulk.outputs import finish_commit, open_existing, read_meta, require_own_stem
+from robustfeat.serving.bulk.shards import claim_folder, discard_folder, write_output
+from robustfeat.serving.bulk.storage import open_folder
+from robustfeat.serving.identity import FEATURE_KEYS, ModelIdentity
+
+__all__ = ["join_parts"]
+
+_ROW = re.compile(rb'^\{"row": [0-9]+')
+_OWN_KEYS = {"part", "images", "failed", "skipped", "left_out", "timing", "format", "features_sha256", "index_sha256"}
+"""Of a meta file: what belongs to the part rather than to the run."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    places: Places
+    meta: dict[str, Any]
+    model: ModelIdentity
+    rows: int
+    meta_sha256: str
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Which part of which inputs it is."""
+        return dict(self.meta["part"])
+
+
+def join_parts(parts: Sequence[str], out: str, *, quiet: bool = False) -> EmbeddingResult:
+    """Makes one output of all parts of a run, with the bytes of a run that was not parted.
+
+    The parts stay. They may lie anywhere, in any order and format.
+
+    Args:
+        parts: what `embed_files` wrote with `part`, all of them.
+        out: a path, or a URL of fsspec.
+        quiet: no progress.
+
+    Raises:
+        InputError: a part is missing, given twice, damaged, or of another run; `out` cannot be written, or an
+            unfinished run is there.
+    """
+    began = time.monotonic()
+    places = Places.of(out)
+    found = _in_order([_read(place) for place in parts])
+    first = found[0]
+    finish_commit(places)
+    folder = open_folder(places.shards)
+    job = Job(0, 0, 1, {"joins": [part.meta_sha256 for part in found], "continues": None})
+    claim_folder(folder, job, places, restart=False)
+    images, size = int(first.about["inputs"]), first.model.feature_size
+    progress = Progress("join", images, "rows", quiet=quiet)
+    seconds = sum(float(part.meta["timing"]["seconds"]) for part in found)
+    meta = {key: value for key, value in first.meta.items() if key not in _OWN_KEYS}
+    meta["inputs_sha256"] = first.about["inputs_sha256"]
+    counts = {key: first.meta[key] for key in ("skipped", "left_out")}
+    counts["timing"] = {"seconds": round(seconds, 3), "images_per_s": round(images / max(seconds, 1e-9), 1)}
+    try:
+        require_own_stem(places)
+        blocks = _blocks(found, int(first.about["shard_rows"]), progress)
+        failed = write_output(places, folder, images, blocks, meta, counts)
+    except BaseException as exc:
+        discard_folder(folder)
+        if isinstance(exc, OSError):
+            what = f"{places.features}: cannot be written ({exc.strerror or exc})"
+            raise InputError(what, fix=START_OVER) from exc
+        raise
+    finally:
+        folder.release()
+    progress.finish()
+    return EmbeddingResult(
+        features=places.features,
+        index=places.index,
+        meta=places.meta,
+        images=images,
+        failed=failed,
+        skipped=int(counts["skipped"]),
+        left_out=counts["left_out"],
+        known=0,
+        feature_size=size,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _read(place: str) -> _Part:
+    places = Places.of(place, argument=None)
+    meta, model, rows, sha256 = read_meta(places)
+    part = _Part(places, meta, model, rows, sha256)
+    try:
+        about = part.about
+        numbers = [int(about[key]) for key in ("number", "of", "first_row", "inputs", "shard_rows")]
+        float(meta["timing"]["seconds"])
+        if min(numbers) < 0 or not 1 <= numbers[0] <= numbers[1] or about["shard_rows"] < 1:
+            raise ValueError(brief(about))
+    except (KeyError, TypeError, ValueError) as exc:
+        raise InputError(f"{place}: not a part of a run", fix="name outputs of robustfeat embed with `part`") from exc
+    return part
+
+
+def _in_order(parts: Sequence[_Part]) -> list[_Part]:
+    """The parts by their numbers, all of one run.
+
+    Raises:
+        InputError: one is missing, there twice, or of another run.
+    """
+    if not parts:
+        raise InputError("got none", argument="parts", fix="name all parts")
+    first = parts[0]
+    for other in parts[1:]:
+        if key := first.model.difference(other.model, FEATURE_KEYS):
+            values = [brief(part.model.values(key)[key]) for part in (first, other)]
+            raise InputError(
+                f"{first.places.features} and {other.places.features} differ in {key}: {values[0]} and {values[1]}",
+                fix="embed one of them again, with the same model and options",
+            )
+        for key in ("of", "inputs", "inputs_sha256", "shard_rows"):
+            if first.about[key] != other.about[key]:
+                raise InputError(
+                    f"{first.places.features} and {other.places.features} are parts of different runs: {key} is "
+                    f"{brief(first.about[key])} and {brief(other.about[key])}",
+                    fix="list the inputs once, and pass the list to every part as `files_from`",
+                )
+    count = int(first.about["of"])
+    numbers = Counter(int(part.about["number"]) for part in parts)
+    wrong = [number for number in range(1, count + 1) if numbers[number] != 1]
+    if wrong:
+        said = "is missing" if not numbers[wrong[0]] else "is there twice"
+        more = f" (also {', '.join(map(str, wrong[1:6]))}{', ...' if len(wrong) > 6 else ''})" if wrong[1:] else ""
+        raise InputError(f"part {wrong[0]} of {count} {said}{more}", argument="parts", fix="name each part once")
+    ordered = sorted(parts, key=lambda part: int(part.about["number"]))
+    starts = itertools.accumulate((part.rows for part in ordered), initial=0)
+    for part, start in zip([*ordered, None], starts, strict=True):
+        expected = int(part.about["first_row"]) if part else int(first.about["inputs"])
+        if start != expected:
+            shown = (part or ordered[-1]).places.features
+            raise InputError(
+                f"{shown}: the parts before it end at row {start:,}, not at {expected:,}", fix="embed it again"
+            )
+    return ordered
+
+
+def _blocks(parts: Sequence[_Part], shard_rows: int, progress: Progress) -> Iterator[Block]:
+    """The rows of all parts, in blocks of a shard, as a run that was not parted has them."""
+    row = 0
+    for part in parts:
+        places, size = part.places, part.model.feature_size
+        with open_existing(places) as output:
+            if output.meta_sha256 != part.meta_sha256:
+                raise InputError(f"{places.features}: another process has changed it", fix="repeat the command")
+            vectors = itertools.chain.from_iterable(
+                read_features(output.features, places.features, places.suffix, size, part.rows)
+            )
+            output.index.seek(0)
+            for start in range(0, part.rows, shard_rows):
+                count = min(shard_rows, part.rows - start)
+                features = np.stack(list(itertools.islice(vectors, count)))
+                lines = list(itertools.islice(output.index, count))
+                index = b"".join(_ROW.sub(b'{"row": %d' % (row + at), line) for at, line in enumerate(lines))
+                row += count
+                progress.advance(count)
+                yield Block(features, index)

@@ -1,0 +1,183 @@
+"""Parts of a run, embedded by processes of their own, join to the bytes of a run that was not parted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustfeat import FeatureExtractor
+from robustfeat.errors import InputError
+from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
+from robustfeat.serving.bulk.joining import join_parts
+from robustfeat.serving.bulk.parts import Part
+from robustfeat.serving.inputs.listing import list_inputs
+
+Embed = Callable[..., EmbeddingResult]
+
+
+@pytest.fixture(scope="module")
+def extractor(model: Path) -> FeatureExtractor:
+    return FeatureExtractor.from_pretrained(model, threads=2, streams=2)
+
+
+@pytest.fixture(scope="module")
+def embed(extractor: FeatureExtractor) -> Embed:
+    def call(place: Path, out: Path, **options: Any) -> EmbeddingResult:
+        options = {"batch_size": 4, "shard_rows": 4, "workers": 1, "quiet": True, **options}
+        with list_inputs([place]) as inputs:
+            return embed_files(extractor, inputs, out, **options)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(example_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images of which two are broken: 8 shards of 4 rows."""
+    root = tmp_path_factory.mktemp("parts")
+    for number in range(30):
+        shutil.copy(example_files[number], root / f"{number:02}.jpg")
+    (root / "05.jpg").write_bytes(b"\xff\xd8\xff junk")
+    (root / "29.jpg").write_bytes(b"")
+    (root / "notes.txt").write_text("left out")
+    return root
+
+
+@pytest.fixture(scope="module")
+def parted(folder: Path, embed: Embed, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three parts."""
+    root = tmp_path_factory.mktemp("parted")
+    places = [root / f"part-{number}.npy" for number in (1, 2, 3)]
+    for number, place in enumerate(places, 1):
+        embed(folder, place, part=Part(number, 3))
+    return places
+
+
+def written(out: Path) -> tuple[bytes, bytes, dict[str, Any]]:
+    meta = json.loads(out.with_suffix(".meta.json").read_text())
+    del meta["timing"]
+    return out.read_bytes(), out.with_suffix(".index.jsonl").read_bytes(), meta
+
+
+def test_every_row_is_in_one_part() -> None:
+    for inputs, shard_rows, of in itertools.product((0, 1, 4, 5, 30, 1000), (1, 4, 64), (1, 2, 3, 7, 40)):
+        rows = [Part(number, of).rows(inputs, shard_rows) for number in range(1, of + 1)]
+        assert list(itertools.chain(*rows)) == list(range(inputs))
+        assert all(part.start % shard_rows == 0 for part in rows if part)
+        shards = [-(-len(part) // shard_rows) for part in rows]
+        assert max(shards) - min(shards) <= 1
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
+@pytest.mark.parametrize("of", [1, 3, 12])  # of 12, four are empty
+def test_joined_parts_are_the_whole_run(suffix: str, of: int, folder: Path, embed: Embed, tmp_path: Path) -> None:
+    whole, joined = tmp_path / f"whole{suffix}", tmp_path / f"joined{suffix}"
+    embed(folder, whole)
+    parts = [tmp_path / f"part-{number}.npy" for number in range(1, of + 1)]
+    for number, place in enumerate(parts, 1):
+        embed(folder, place, part=Part(number, of))
+    random.Random(0).shuffle(parts)
+    result = join_parts([str(place) for place in parts], str(joined), quiet=True)
+    assert (result.images, result.failed, result.skipped) == (30, 2, 1)
+    assert written(joined) == written(whole)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_part_is_an_output_of_its_own(folder: Path, embed: Embed, parted: list[Path], tmp_path: Path) -> None:
+    _, index, meta = written(parted[1])
+    assert [json.loads(line)["row"] for line in index.splitlines()] == list(range(12))
+    assert (meta["part"]["number"], meta["part"]["of"], meta["part"]["first_row"]) == (2, 3, 8)
+    # Only as this part is its run resumed.
+    out = tmp_path / "part.npy"
+    with pytest.raises(InputError, match=r"05.jpg: .*stopped, as asked"):
+        embed(folder, out, part=Part(1, 3), on_error="stop")
+    with pytest.raises(InputError, match=r"an unfinished run is there with other settings .*part was"):
+        embed(folder, out, part=Part(2, 3))
+    assert embed(folder, out, part=Part(1, 3)).images == 8
+    assert written(out) == written(parted[0])
+
+
+def test_what_does_not_join_is_one_line(
+    folder: Path, embed: Embed, parted: list[Path], example_files: list[Path], tmp_path: Path
+) -> None:
+    out, other, whole = tmp_path / "out.npy", tmp_path / "other.npy", tmp_path / "whole.npy"
+    one, two, three = map(str, parted)
+
+    def refused(places: list[str], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            join_parts(places, str(out), quiet=True)
+        assert not list(tmp_path.glob("*out.*"))
+
+    refused([], "got none; name all parts")
+    refused([one, three], "part 2 of 3 is missing; name each part once")
+    refused([one], r"part 2 of 3 is missing \(also 3\)")
+    refused([one, two, three, two], "part 2 of 3 is there twice")
+    embed(folder, whole)
+    refused([one, str(whole), three], "whole.npy: not a part of a run")
+    refused([one, str(tmp_path / "no.npy")], "no.meta.json: no such file")
+    embed(folder, other, part=Part(2, 4))
+    refused([one, str(other), three], "parts of different runs: of is 3 and 4")
+    grown = Path(shutil.copytree(folder, tmp_path / "grown"))
+    shutil.copy(example_files[0], grown / "30.jpg")
+    embed(grown, other, part=Part(2, 3))
+    refused([one, str(other), three], r"different runs: inputs is 30 and 31; list the inputs once")
+    with list_inputs([folder]) as inputs:
+        scaled = FeatureExtractor.from_pretrained(threads=2, streams=2)
+        embed_files(scaled, inputs, other, part=Part(2, 3), shard_rows=4, batch_size=4, quiet=True)
+    refused([one, str(other), three], r"differ in \w+: .*with the same model and options")
+    damaged = [Path(shutil.copy(file, tmp_path)) for file in parted[1].parent.glob("part-2.*")]
+    next(file for file in damaged if file.suffix == ".npy").write_bytes(b"junk")
+    refused([one, str(tmp_path / "part-2.npy"), three], "part-2.npy: its sha256 is .* do not belong together")
+    with pytest.raises(InputError, match="excludes `part`; choose one of them"):
+        embed(folder, out, part=Part(1, 3), append=True)
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/3", "4/3", "1/0", "-1/3", "1/3/5", "a/b", "1 / 3", "\u0661/\u0663"])
+def test_only_parts_that_exist_are_read(text: str) -> None:
+    with pytest.raises(ValueError, match="expected I/N with I from 1 to N, such as 3/7"):
+        Part.parse(text)
+    assert str(Part.parse("3/7")) == "3/7"
+
+
+@pytest.mark.slow
+def test_seven_processes_killed_at_random_join_to_the_bytes_of_one(
+    example_files: list[Path], model: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    for number in range(700):
+        (root / f"{number:04}.jpg").symlink_to(example_files[number % len(example_files)])
+    (root / "0007.jpg").unlink()
+    (root / "0007.jpg").write_bytes(b"junk")
+    base = [sys.executable, "-m", "robustfeat", "embed", str(root), "--model", str(model), "--threads", "1"]
+    base += ["--batch-size", "8", "--shard-rows", "8", "--workers", "1", "--quiet"]
+    whole, joined, draw = tmp_path / "whole.npy", tmp_path / "joined.npy", random.Random(0)
+    assert subprocess.run([*base, "--out", str(whole)], check=False).returncode == 3
+    parts = [tmp_path / f"part-{number}.npy" for number in range(1, 8)]
+    waiting = {number: [*base, "--out", str(place), "--part", f"{number}/7"] for number, place in enumerate(parts, 1)}
+    kills = 0
+    while waiting:
+        running = {number: subprocess.Popen(command, start_new_session=True) for number, command in waiting.items()}
+        time.sleep(draw.uniform(2, 6))
+        for number, process in running.items():
+            if process.poll() is None and kills < 30 and draw.random() < 0.7:
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+            if process.wait() >= 0:
+                assert process.returncode in {0, 3}
+                del waiting[number]
+    assert kills >= 7
+    command = [sys.executable, "-m", "robustfeat", "join", *map(str, parts), "--out", str(joined), "--quiet"]
+    assert subprocess.run(command, check=False).returncode == 3
+    assert written(joined) == written(whole)
