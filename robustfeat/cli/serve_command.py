@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from robustfeat.serving.http.limits import Limits
     from robustfeat.serving.http.process.log import Log
     from robustfeat.serving.http.service import Service
+    from robustfeat.serving.http.similar import ServedCollection
 
 
 @click.command("serve", cls=Command, short_help="Answer over HTTP.")
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     help="A model to serve under a name; may be repeated, the first is the default.  [default: robustfeat=builtin]",
 )
 @click.option("--head", "heads", multiple=True, metavar="[NAME=]HEAD", help="A head to serve at /predict/NAME.")
+@click.option(
+    "--collection",
+    "collections",
+    multiple=True,
+    metavar="[NAME=]FEATS",
+    help="Features of a served model, to search at /similar/NAME.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 and :: answer other machines, too.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
 @click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes that answer.")
@@ -100,6 +108,7 @@ if TYPE_CHECKING:
 def command(
     models: tuple[str, ...],
     heads: tuple[str, ...],
+    collections: tuple[str, ...],
     host: str,
     port: int,
     workers: int,
@@ -116,7 +125,9 @@ def command(
     log_requests: bool,
     extraction: Extraction,
 ) -> None:
-    """Serves features at /embed, /v1/embeddings and /v2, and heads at /predict/NAME. /docs describes all.
+    """Serves features at /embed, /v1/embeddings and /v2, heads at /predict/NAME, and collections at /similar/NAME.
+
+    /docs describes all.
 
     It answers this machine alone unless --host says otherwise; give it --keys before you open it to others.
     """
@@ -128,6 +139,9 @@ def command(
     from robustfeat.system import anonymous_memory
 
     model_places, head_places = _named("--model", models or ("robustfeat=builtin",)), _named("--head", heads)
+    # A file's name without its suffix is the name of its collection.
+    named = tuple(one if "=" in one else f"{Path(one).stem}={one}" for one in collections)
+    collection_places = _named("--collection", named)
     if len(model_places) > 1 and (extraction.options.revision or extraction.options.config_hash):
         raise click.UsageError(
             "--revision and --config-hash are for one model; pull the models and serve their folders"
@@ -155,13 +169,16 @@ def command(
         def open_service() -> Service:
             place = (counts, number, workers)
             log = Log(number, requests=log_requests)
-            return _open(model_places, head_places, extraction, limits, ring, _hosts(host, hosts), log, place)
+            service = _open(model_places, head_places, extraction, limits, ring, _hosts(host, hosts), log, place)
+            service.collections = _open_collections(collection_places, service)
+            return service
 
         run_worker(open_service, listener, report, drain)
 
     def announce() -> None:
         address = f"[{host}]" if ":" in host else host
         places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in head_places)]
+        places += [f"/similar/{name}" for name in collection_places]
         say(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
         if not ring.names and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
             say("every machine that reaches this address may ask; --keys FILE restricts it", err=True)
@@ -212,6 +229,18 @@ def _open(
         heads = match_heads({name: Head.load(place) for name, place in head_places.items()}, list(models.values()))
     admission = Admission(limits, counts, number, workers)
     return Service(models, heads, limits, keys, hosts, admission, metrics, log, workers)
+
+
+def _open_collections(places: dict[str, str], service: Service) -> dict[str, ServedCollection]:
+    """Collections by name, each with the model of the service that made it."""
+    if not places:
+        return {}
+    from robustfeat.serving.heads.features import open_features
+    from robustfeat.serving.http.similar import match_collections
+    from robustfeat.system import available_cpus
+
+    features = {name: open_features(place) for name, place in places.items()}
+    return match_collections(features, list(service.models.values()), max(1, available_cpus() // service.workers))
 
 
 def _named(option: str, entries: tuple[str, ...]) -> dict[str, str]:

@@ -61,9 +61,14 @@ def create_app(service: Service) -> Gate:
     _add_reports(routes, service)
     openai.add_routes(routes, service)
     kserve.add_routes(routes, service)
+    if service.collections:
+        from robustfeat.serving.http import similar  # with it come the libraries of collections
+
+        similar.add_routes(routes, service, service.collections)
     names = {
         "model": list(service.models),
         "head": list(service.heads),
+        "collection": list(service.collections),
         "version": sorted({model.version for model in service.models.values()}),
     }
     describe(app, keys=bool(service.keys.names), names=names)
@@ -204,6 +209,9 @@ def _info(service: Service) -> dict[str, Any]:
         "heads": [
             {"name": name, "model": head.model.name, "classes": list(head.head.classes)}
             for name, head in service.heads.items()
+        ],
+        "collections": [
+            {"name": name, "model": one.model.name, "rows": len(one.rows)} for name, one in service.collections.items()
         ],
         "limits": {
             "body_bytes": limits.max_body_bytes,

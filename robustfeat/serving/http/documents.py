@@ -50,7 +50,7 @@ ACCEPT: dict[str, Any] = {
 _REASONS = {
     400: "The request is malformed, or its Host is not served.",
     401: "No key, or none of ours.",
-    404: "No such model or head.",
+    404: "No such model, head or collection.",
     406: "The Accept header admits none of the answers that there are.",
     408: "The body did not arrive in time.",
     413: "The body is too large, or holds too many images.",
@@ -93,7 +93,7 @@ def describe(app: FastAPI, *, keys: bool, names: dict[str, list[str]]) -> None:
     Args:
         app: what it documents.
         keys: whether there are any.
-        names: what the parameters `model`, `head` and `version` may be.
+        names: what the parameters `model`, `head`, `collection` and `version` may be.
     """
     derive = app.openapi
 

@@ -27,8 +27,8 @@ __all__ = ["ON_DISCONNECT", "Gate", "host_allowed"]
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _ANY_KEY = re.compile(r"/(health/.*|v2/health/.*|metrics|docs|openapi\.json|docs/oauth2-redirect)?")
-_WORK = re.compile(r"/(embed|predict/[^/]*|v1/embeddings|v2/models/.*/infer)")
-_ROUTES = ("/embed", "/predict", "/v1", "/v2", "/health", "/info", "/metrics", "/docs", "/openapi.json")
+_WORK = re.compile(r"/(embed|predict/[^/]*|similar/[^/]*|v1/embeddings|v2/models/.*/infer)")
+_ROUTES = ("/embed", "/predict", "/similar", "/v1", "/v2", "/health", "/info", "/metrics", "/docs", "/openapi.json")
 _DOCUMENTS = {"/docs", "/openapi.json", "/docs/oauth2-redirect"}
 
 ON_DISCONNECT = "robustfeat.disconnect"

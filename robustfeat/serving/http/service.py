@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from robustfeat.serving.verify import golden_answers
 
 if TYPE_CHECKING:  # with a head come the libraries of heads
     from robustfeat.serving.heads.head import Head
+    from robustfeat.serving.http.similar import ServedCollection
 
 __all__ = ["READY_S", "ServedHead", "ServedModel", "Service", "match_heads"]
 
@@ -134,6 +135,7 @@ class Service:
         hosts: names that the Host header may have; see `gate.host_allowed`.
         admission, buffered, metrics, log: shared by all requests.
         workers: how many workers the server has.
+        collections: by name.
         draining: whether it is being stopped.
     """
 
@@ -146,6 +148,7 @@ class Service:
     metrics: Metrics
     log: Log
     workers: int
+    collections: Mapping[str, ServedCollection] = field(default_factory=dict)
     draining: bool = False
     buffered: Buffered = field(init=False)
 
@@ -199,7 +202,11 @@ class Service:
             ApiError: 413, 429 or 503.
         """
         with self.admission.enter(key, len(images)):
-            answers = await model.embed(images, key)
+            return await self.embed_admitted(model, images, key)
+
+    async def embed_admitted(self, model: ServedModel, images: Sequence[bytes | Vector], key: Key) -> list[Answer]:
+        """The same for images that `admission` has let in."""
+        answers = await model.embed(images, key)
         unreadable = sum(answer.problem is not None for answer in answers)
         if unreadable:
             self.metrics.error("unreadable_image", unreadable)

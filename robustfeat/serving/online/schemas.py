@@ -21,6 +21,7 @@ __all__ = [
     "OpenAIRequest",
     "Predictions",
     "ServerMetadata",
+    "Similar",
 ]
 
 
@@ -81,6 +82,28 @@ class Predictions(About):
 
     head: str
     data: list[PredictedItem | FailedItem]
+
+
+class Match(BaseModel):
+    """An image of a collection."""
+
+    row: int = Field(description="Its row, from 0.")
+    path: str = Field(description="Its path in the index.")
+    path_bytes: str | None = Field(None, description="The same as base64, where it is not UTF-8.")
+    cosine: float
+
+
+class SimilarItem(Item):
+    """The most similar images to one image, the nearest first."""
+
+    matches: list[Match]
+
+
+class Similar(About):
+    """The answer of /similar."""
+
+    collection: str
+    data: list[SimilarItem | FailedItem]
 
 
 class ErrorAnswer(BaseModel):
@@ -179,12 +202,21 @@ class HeadInfo(BaseModel):
     classes: list[str | int]
 
 
+class CollectionInfo(BaseModel):
+    """A collection that is served."""
+
+    name: str
+    model: str = Field(description="The served model whose features it holds.")
+    rows: int
+
+
 class Info(BaseModel):
     """What a server serves, and its limits."""
 
     version: str
     models: list[ModelInfo]
     heads: list[HeadInfo]
+    collections: list[CollectionInfo]
     limits: dict[str, float]
     formats: list[str] = Field(description="Images that are read, told by content.")
     workers: int
