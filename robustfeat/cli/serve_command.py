@@ -7,6 +7,7 @@ import ipaddress
 import os
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,10 +139,11 @@ def command(
     from robustfeat.serving.http.process.supervisor import Supervisor
     from robustfeat.system import anonymous_memory
 
-    model_places, head_places = _named("--model", models or ("robustfeat=builtin",)), _named("--head", heads)
+    model_places, head_places = _named("--model", *(models or ("robustfeat=builtin",))), _named("--head", *heads)
     # A file's name without its suffix is the name of its collection.
-    named = tuple(one if "=" in one else f"{Path(one).stem}={one}" for one in collections)
-    collection_places = _named("--collection", named)
+    collection_places = _named(
+        "--collection", *(one if "=" in one else f"{Path(one).stem}={one}" for one in collections)
+    )
     if len(model_places) > 1 and (extraction.options.revision or extraction.options.config_hash):
         raise click.UsageError(
             "--revision and --config-hash are for one model; pull the models and serve their folders"
@@ -156,11 +158,7 @@ def command(
         max_connections=max_connections,
     )
     ring = KeyRing(keys, os.environ.get(ENVIRONMENT))
-    try:
-        listener = _listen(host, port)
-    except (OSError, UnicodeError, TypeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "no host name"
-        raise InputError(f"--host {host} --port {port}: {reason}; choose another") from exc
+    listener = _listen(host, port)
     counts = anonymous_memory()
 
     def run(number: int, report: int) -> None:
@@ -176,12 +174,7 @@ def command(
         run_worker(open_service, listener, report, drain)
 
     def announce() -> None:
-        address = f"[{host}]" if ":" in host else host
-        places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in head_places)]
-        places += [f"/similar/{name}" for name in collection_places]
-        say(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
-        if not ring.names and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
-            say("every machine that reaches this address may ask; --keys FILE restricts it", err=True)
+        _announce(host, listener, head_places, collection_places, restricted=bool(ring.names))
 
     def refresh() -> None:
         with contextlib.suppress(InputError):  # the workers say so
@@ -243,7 +236,7 @@ def _open_collections(places: dict[str, str], service: Service) -> dict[str, Ser
     return match_collections(features, list(service.models.values()), max(1, available_cpus() // service.workers))
 
 
-def _named(option: str, entries: tuple[str, ...]) -> dict[str, str]:
+def _named(option: str, *entries: str) -> dict[str, str]:
     """Places by name, of NAME=PLACE or of a place whose last part is the name."""
     from robustfeat.errors import InputError
 
@@ -265,9 +258,31 @@ def _hosts(host: str, allowed: tuple[str, ...]) -> list[str]:
     return ["localhost", *{socket.gethostname().lower(), host.lower()}, *(name.lower() for name in allowed)]
 
 
+def _announce(
+    host: str, listener: socket.socket, heads: Iterable[str], collections: Iterable[str], *, restricted: bool
+) -> None:
+    """Says where the server answers, and whether everybody may ask."""
+    address = f"[{host}]" if ":" in host else host
+    places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in heads)]
+    places += [f"/similar/{name}" for name in collections]
+    say(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
+    if not restricted and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+        say("every machine that reaches this address may ask; --keys FILE restricts it", err=True)
+
+
 def _listen(host: str, port: int) -> socket.socket:
-    """The server's socket; that of `::`, every address, takes IPv4, too."""
-    if ":" not in host:
-        return socket.create_server((host, port), backlog=2048)
-    both = host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server((host, port), backlog=2048, family=socket.AF_INET6, dualstack_ipv6=both)
+    """The server's socket; the one of `::`, every address, takes IPv4, too.
+
+    Raises:
+        InputError: the address cannot be had.
+    """
+    from robustfeat.errors import InputError
+
+    try:
+        if ":" not in host:
+            return socket.create_server((host, port), backlog=2048)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), backlog=2048, family=socket.AF_INET6, dualstack_ipv6=both)
+    except (OSError, UnicodeError, TypeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "no host name"
+        raise InputError(f"--host {host} --port {port}: {reason}; choose another") from exc
