@@ -17,6 +17,7 @@ from robustfeat.hub.preprocessing import _to_8_bits
 from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.feature_cache import FeatureCache
 from robustfeat.serving.heads.fitting.fit import require_two
+from robustfeat.serving.heads.labels.labels import Labels, Unlabelled
 from robustfeat.serving.heads.labels.matching import LabelledRows
 from robustfeat.training.concepts import ConceptMap
 
@@ -24,7 +25,7 @@ MAKER: Any = SimpleNamespace(feature_size=2, fingerprint=("x",))
 
 
 def one_class(targets: Any) -> LabelledRows:
-    return LabelledRows(np.arange(2), targets, ("a",), 0, 0, ())
+    return LabelledRows(np.arange(2), targets, ("a",), 0, Unlabelled(Labels("", {})), ())
 
 
 @pytest.mark.parametrize(

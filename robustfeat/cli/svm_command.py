@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from robustfeat.cli.extraction import Extraction, Number, extraction_options
-from robustfeat.cli.feature_inputs import open_inputs, remark
-from robustfeat.cli.head_options import selection_option
+from robustfeat.cli.feature_inputs import open_inputs, open_labelled, open_labels, remark
+from robustfeat.cli.head_options import labels_options, names_option, selection_option
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
 
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 60
 
 _inputs = click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-_names = click.option(
-    "--names", metavar="FILE", help="The path of each row, one per line, of a .npy file that embed did not write."
-)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _quiet = click.option("--quiet", is_flag=True, help="No progress, no report on stderr.")
 
@@ -37,11 +33,6 @@ _images = click.option(
     metavar="INPUT",
     help="Where the images of a file of features lie: report.html shows some of them.",
 )
-
-
-def _labels_option(**settings: Any) -> Callable[..., Any]:
-    what = "folder (the first folder of each path), FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN; may be repeated."
-    return click.option("--labels", multiple=True, metavar="LABELS", help=what, **settings)
 
 
 @click.group("svm", short_help="Turn features into answers: fit, predict, score.")
@@ -56,8 +47,8 @@ def command() -> None:
 
 @command.command("fit", cls=Command, short_help="Learn a head from labelled features or images.")
 @_inputs
-@_names
-@_labels_option(required=True)
+@names_option
+@labels_options(required=True)
 @click.option("--out", required=True, metavar="HEAD", help="The folder to make.")
 @click.option(
     "--kind",
@@ -78,6 +69,7 @@ def fit_command(
     inputs: tuple[str, ...],
     names: str | None,
     labels: tuple[str, ...],
+    path_column: str | None,
     out: str,
     kind: str,
     c: float | None,
@@ -104,18 +96,17 @@ def fit_command(
     from robustfeat.serving.heads.fitting.selection import C_GRID
     from robustfeat.serving.heads.kinds import SCALINGS
     from robustfeat.serving.heads.labels.matching import match_labels, match_paths
-    from robustfeat.serving.heads.labels.reading import read_labels
     from robustfeat.serving.heads.reports.files import write_report
 
     if c is not None and kind in {"naive-bayes", "nearest-mean"}:
         raise click.UsageError(f"--kind {kind} has no --C")
     require_new(out)
-    known = read_labels(labels, multi_label=multi_label)
+    known = open_labels(labels, inputs, names=names, path_column=path_column, multi_label=multi_label)
 
     def check(paths: list[str]) -> None:
         require_two("the images", match_paths("the images", paths, known, multi_label=multi_label))
 
-    features = open_inputs(inputs, extraction, quiet, names=names, labels=known, check=check)
+    features, unlabelled = open_labelled(inputs, known, extraction, quiet, names=names, check=check)
     labelled = match_labels(features, known, multi_label=multi_label)
     remark(labelled.summary(), quiet)
     place = Path(out).absolute()  # so that `.` has a name
@@ -146,7 +137,8 @@ def fit_command(
             remark(f"{report.suspects:,} labels are probably wrong: see {Path(out) / 'suspects.csv'}", quiet)
     remark(f"{out}: {head.kind} head, {len(head.classes)} classes", quiet)
     if as_json:
-        counts = {"rows": len(labelled.rows), "failed": labelled.failed, "suspects": report.suspects if report else 0}
+        counts = {"failed": labelled.failed, "unlabelled": labelled.unlabelled.count + unlabelled}
+        counts["suspects"] = report.suspects if report else 0
         summary = {"out": out, **counts, **head.selection, **head.scores}
         click.echo(json.dumps(summary))
     return _left_out(labelled.failed)
@@ -155,7 +147,7 @@ def fit_command(
 @command.command("predict", cls=Command, short_help="Answer for features or images.")
 @click.argument("head", metavar="HEAD")
 @_inputs
-@_names
+@names_option
 @click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
 @click.option("--probabilities", is_flag=True, help="Calibrated probabilities beside the margins.")
 @click.option(
@@ -166,7 +158,7 @@ def fit_command(
     help="Predict no class for images with a typicality below P, such as 0.05; needs a head of more than 1/P rows.",
 )
 @click.option("--suggest", type=click.IntRange(min=1), metavar="N", help="List the N least certain, to label next.")
-@_labels_option()
+@labels_options()
 @extraction_options
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout.")
 @_quiet
@@ -179,6 +171,7 @@ def predict_command(
     least: float | None,
     suggest: int | None,
     labels: tuple[str, ...],
+    path_column: str | None,
     extraction: Extraction,
     as_json: bool,
     quiet: bool,
@@ -192,7 +185,6 @@ def predict_command(
     the predictions go to --out, else on stderr; paths that --labels names are left out of it.
     """
     from robustfeat.serving.heads.head import Head
-    from robustfeat.serving.heads.labels.reading import read_labels
     from robustfeat.serving.heads.predictions import Rejection, Suggestions, predict_rows, to_csv, to_jsonl
 
     require_output(out, (*inputs, *labels))
@@ -206,7 +198,9 @@ def predict_command(
         remark(
             f"--reject {least:g} rejects nothing: measured on {unseen} rows, typicality is at least {lowest:.3g}", quiet
         )
-    known = read_labels(labels, multi_label=opened.multi_label) if labels else None
+    known = None
+    if labels:
+        known = open_labels(labels, inputs, names=names, path_column=path_column, multi_label=opened.multi_label)
     features = open_inputs(inputs, extraction, quiet, names=names, head=opened, head_place=head)
     known = known and known.matched(features.paths)
     suggestions = Suggestions(suggest or 0, (lambda path: known.of(path) is not None) if known else lambda path: False)
@@ -235,8 +229,8 @@ def predict_command(
 @command.command("score", cls=Command, short_help="Measure a head on labelled features or images.")
 @click.argument("head", metavar="HEAD")
 @_inputs
-@_names
-@_labels_option(required=True)
+@names_option
+@labels_options(required=True)
 @click.option(
     "--report", "report_folder", metavar="FOLDER", help="Write report.md, report.html and confusion.png there."
 )
@@ -249,6 +243,7 @@ def score_command(
     inputs: tuple[str, ...],
     names: str | None,
     labels: tuple[str, ...],
+    path_column: str | None,
     report_folder: str | None,
     images: tuple[str, ...],
     extraction: Extraction,
@@ -262,7 +257,6 @@ def score_command(
     from robustfeat.files import require_new
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels.matching import match_labels, match_paths
-    from robustfeat.serving.heads.labels.reading import read_labels
     from robustfeat.serving.heads.reports.answers import Answers
     from robustfeat.serving.heads.reports.files import save_report
     from robustfeat.serving.heads.reports.report import Report
@@ -270,14 +264,14 @@ def score_command(
     if report_folder:
         require_new(report_folder)
     opened = Head.load(head)
-    known = read_labels(labels, multi_label=opened.multi_label)
+    known = open_labels(labels, inputs, names=names, path_column=path_column, multi_label=opened.multi_label)
     classes = [str(name) for name in opened.classes]
 
     def check(paths: list[str]) -> None:
         match_paths("the images", paths, known, multi_label=opened.multi_label, classes=classes)
 
-    features = open_inputs(
-        inputs, extraction, quiet, names=names, head=opened, head_place=head, labels=known, check=check
+    features, unlabelled = open_labelled(
+        inputs, known, extraction, quiet, names=names, head=opened, head_place=head, check=check
     )
     labelled = match_labels(features, known, multi_label=opened.multi_label, classes=classes)
     remark(labelled.summary(), quiet)
@@ -288,7 +282,11 @@ def score_command(
     if report_folder:
         save_report(report, report_folder, "score", _thumbnails(inputs, images))
     if as_json:
-        extra = {"failed": labelled.failed, "unlabelled": labelled.unlabelled, "missing": len(labelled.missing)}
+        extra = {
+            "failed": labelled.failed,
+            "unlabelled": labelled.unlabelled.count + unlabelled,
+            "missing": len(labelled.missing),
+        }
         click.echo(json.dumps(report.to_dict() | extra))
     else:
         say(str(report.accuracy))

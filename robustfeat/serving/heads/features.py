@@ -22,7 +22,17 @@ from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.sources import path_of_index, printable
 
-__all__ = ["CHUNK_ROWS", "Features", "embed_features", "is_feature_file", "load", "open_array", "open_features"]
+__all__ = [
+    "CHUNK_ROWS",
+    "Features",
+    "count_unnamed_rows",
+    "embed_features",
+    "is_feature_file",
+    "load",
+    "open_array",
+    "open_features",
+    "row_name",
+]
 
 CHUNK_ROWS = 4096
 """Rows that are in memory at a time."""
@@ -141,16 +151,47 @@ def _note_hash(hashes: NDArray[np.uint8], row: int, sha256: Any, index: str) -> 
         raise InputError(f"{index}: not what robustfeat embed writes (the sha256 of row {row}: {exc})") from exc
 
 
-def open_array(place: str, names: str) -> Features:
+def row_name(row: int) -> str:
+    """What stands for the path of a row without a name."""
+    return str(row)
+
+
+def count_unnamed_rows(place: str) -> int | None:
+    """How many rows there are in a .npy file without index and meta file beside it; None for all other files.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    file = Path(place)
+    if file.suffix != ".npy" or not file.is_file():
+        return None
+    places = Places.of(place)
+    if Path(places.index).exists() or Path(places.meta).exists():
+        return None
+    return len(_map_array(place))
+
+
+def open_array(place: str, names: str | None = None) -> Features:
     """Features that something else has written.
 
     Args:
         place: a .npy file with an (n, D) array of floats; rows that are not finite count as failed.
-        names: a text file with the path of each row, one per line, in UTF-8.
+        names: a text file with the path of each row, one per line, in UTF-8. Without it rows are named by their
+            number, from 0.
 
     Raises:
         InputError: a file cannot be read, or they do not belong together.
     """
+    values = _map_array(place)
+    paths = list(map(row_name, range(len(values)))) if names is None else _read_names(names, place, len(values))
+    errors: dict[int, str] = {}
+    for start in range(0, len(values), CHUNK_ROWS):
+        bad = np.flatnonzero(~np.isfinite(values[start : start + CHUNK_ROWS]).all(1))
+        errors |= {start + int(row): "not finite" for row in bad}
+    return Features(place, values, paths, errors, None)
+
+
+def _map_array(place: str) -> NDArray[Any]:
     try:
         values = np.load(place, mmap_mode="r", allow_pickle=False)
     except Exception as exc:  # NumPy reads the header as Python's text: what is raised has no common base
@@ -158,21 +199,18 @@ def open_array(place: str, names: str) -> Features:
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind != "f" or not values.size:
         found = f"{values.shape} {values.dtype}" if isinstance(values, np.ndarray) else "an archive of arrays"
         raise InputError(f"{place}: must hold an (n, D) array of floats; got {found}")
+    return values
+
+
+def _read_names(names: str, place: str, rows: int) -> list[str]:
     try:
         paths = Path(names).read_text("utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as exc:
         raise InputError(f"cannot be read ({exc.strerror})", argument="names", value=names) from exc
-    if len(paths) != len(values):
-        raise InputError(
-            f"holds {len(paths):,} lines; expected the paths of the {len(values):,} rows of {place}",
-            argument="names",
-            value=names,
-        )
-    errors: dict[int, str] = {}
-    for start in range(0, len(values), CHUNK_ROWS):
-        bad = np.flatnonzero(~np.isfinite(values[start : start + CHUNK_ROWS]).all(1))
-        errors |= {start + int(row): "not finite" for row in bad}
-    return Features(place, values, paths, errors, None)
+    if len(paths) != rows:
+        what = f"holds {len(paths):,} lines; expected the paths of the {rows:,} rows of {place}"
+        raise InputError(what, argument="names", value=names)
+    return paths
 
 
 def _require_own_paths(output: Output, paths: Sequence[str]) -> None:

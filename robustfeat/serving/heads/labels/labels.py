@@ -11,7 +11,7 @@ from functools import cached_property
 from robustfeat.errors import InputError
 from robustfeat.serving.heads.cells import SEPARATOR
 
-__all__ = ["Labels", "check_label"]
+__all__ = ["Labels", "Unlabelled", "check_label"]
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Labels:
     def key(self, path: str) -> str | None:
         """The labelled path that means this image: the same one, or else the only one that is the same text.
 
-        macOS writes é as two characters, other systems as one.
+        macOS writes é as two characters, other systems as one. Tables often have a space beside their separators.
         """
         if self.by_path is None or path in self.by_path:
             return path
-        return self._by_form.get(unicodedata.normalize("NFC", path))
+        return self._by_form.get(_form(path))
 
     @cached_property
     def _by_form(self) -> dict[str, str]:
-        forms = [(unicodedata.normalize("NFC", path), path) for path in self.by_path or ()]
+        forms = [(_form(path), path) for path in self.by_path or ()]
         counts = Counter(form for form, _ in forms)
         return {form: path for form, path in forms if counts[form] == 1}
 
@@ -85,11 +85,7 @@ class Labels:
             raise InputError(f"{self.source}: {path} is labelled {one!r}, and {other} {another!r}", fix="leave one")
 
     def of(self, path: str) -> tuple[str, ...] | None:
-        """The labels of an image; None where it has none that are known.
-
-        Raises:
-            InputError: it should lie in a class folder, and does not.
-        """
+        """The labels of an image; None where it has none that are known, or lies in no class folder."""
         if self.by_path is not None:
             key = self.key(path)
             return None if key is None else self.by_path[key]
@@ -97,10 +93,7 @@ class Labels:
         if folder.endswith(".tar"):
             folder, slash, rest = rest.partition("/")
         if not slash or not folder or folder.endswith(".parquet"):
-            raise InputError(
-                f"{path}: lies in no class folder; expected CLASS/NAME within INPUT",
-                fix="move it there, or pass a file of labels: `labels=FILE.csv` or `labels=FILE.parquet:COLUMN`",
-            )
+            return None
         return (check_label(folder, path),)
 
 
@@ -123,8 +116,38 @@ def _ends(path: str, other: str) -> bool:
 
 
 def _plain(path: str) -> str:
-    """In one Unicode form, and with slashes where Windows wrote the others."""
-    return unicodedata.normalize("NFC", path).replace("\\", "/")
+    """`_form` with slashes where Windows wrote the others."""
+    return _form(path).replace("\\", "/")
+
+
+def _form(path: str) -> str:
+    """In one Unicode form, without spaces around it."""
+    return unicodedata.normalize("NFC", path).strip()
+
+
+class Unlabelled:
+    """Counts paths without a label.
+
+    Args:
+        labels: in which they are not.
+
+    Attributes:
+        count: so far.
+        first: the first one.
+    """
+
+    def __init__(self, labels: Labels) -> None:
+        self._where = "in no class folder" if labels.by_path is None else "without a label"
+        self.count, self.first = 0, ""
+
+    def add(self, path: str) -> None:
+        """One more."""
+        self.first = self.first if self.count else path
+        self.count += 1
+
+    def summary(self, what: str) -> str:
+        """How many, and the first one; empty without any. `what` they are, in the plural."""
+        return f"{self.count:,} {what} {self._where}, such as {self.first}" if self.count else ""
 
 
 def check_label(label: str, place: str) -> str:

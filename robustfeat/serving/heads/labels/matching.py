@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError
 from robustfeat.serving.heads.features import Features
-from robustfeat.serving.heads.labels.labels import Labels
+from robustfeat.serving.heads.labels.labels import Labels, Unlabelled
 from robustfeat.serving.inputs.input_list import InputList
 
 __all__ = ["LabelledRows", "labelled_inputs", "match_labels", "match_paths"]
@@ -26,7 +26,7 @@ class LabelledRows:
         targets: (m,) int64 into `classes`; with several labels a row (m, K) bool.
         classes: K names, sorted.
         failed: how many labelled rows were left out, their images having failed.
-        unlabelled: rows without a label.
+        unlabelled: rows without a label, counted.
         missing: labelled paths that are no row.
         repeated: see `Labels`.
     """
@@ -35,7 +35,7 @@ class LabelledRows:
     targets: NDArray[Any]
     classes: tuple[str, ...]
     failed: int
-    unlabelled: int
+    unlabelled: Unlabelled
     missing: tuple[str, ...]
     repeated: int = 0
 
@@ -44,8 +44,8 @@ class LabelledRows:
         parts = [f"{len(self.rows):,} labelled rows of {len(self.classes)} classes"]
         if self.failed:
             parts.append(f"{self.failed:,} more left out because their images failed")
-        if self.unlabelled:
-            parts.append(f"{self.unlabelled:,} rows without a label")
+        if self.unlabelled.count:
+            parts.append(self.unlabelled.summary("rows"))
         if self.repeated:
             parts.append(f"{self.repeated:,} labels given twice")
         if self.missing:
@@ -93,12 +93,12 @@ def match_paths(
     labels = labels.matched(paths)
     rows: list[int] = []
     kept: list[tuple[str, ...]] = []
-    failed = unlabelled = 0
+    failed, unlabelled = 0, Unlabelled(labels)
     seen: dict[str, int] = {}
     for row, path in enumerate(paths):
         found = labels.of(path)
         if found is None:
-            unlabelled += 1
+            unlabelled.add(path)
             continue
         key = str(labels.key(path))
         if key in seen:
@@ -115,9 +115,14 @@ def match_paths(
     if not rows:
         if failed:
             raise InputError(f"{place}: all {failed:,} labelled images failed", fix="see their errors")
-        there = next(iter(labels.by_path or ()), "")
+        if labels.by_path is None:
+            raise InputError(
+                f"{paths[0]}: lies in no class folder, as all others of {place}; expected CLASS/NAME within INPUT",
+                fix="move them there, or pass a file of labels: `labels=FILE.csv` or `labels=FILE.parquet:COLUMN`",
+            )
+        there = next(iter(labels.by_path), "")
         raise InputError(
-            f"none of its {len(labels.by_path or ()):,} paths is one of the {len(paths):,} rows of {place} "
+            f"none of its {len(labels.by_path):,} paths is one of the {len(paths):,} rows of {place} "
             f"(there {there!r}, here {paths[0]!r})",
             argument="labels",
             value=labels.source,
@@ -147,7 +152,13 @@ def match_paths(
     return LabelledRows(np.array(rows, np.int64), targets, names, failed, unlabelled, missing, labels.repeated)
 
 
-def labelled_inputs(inputs: InputList, labels: Labels) -> InputList:
-    """The images that have labels."""
+def labelled_inputs(inputs: InputList, labels: Labels) -> tuple[InputList, Unlabelled]:
+    """The images that have labels, and how many have none."""
     labels = labels.matched(image.path for image in inputs)
-    return InputList(image for image in inputs if labels.of(image.path) is not None)
+    found, unlabelled = InputList(), Unlabelled(labels)
+    for image in inputs:
+        if labels.of(image.path) is None:
+            unlabelled.add(image.path)
+        else:
+            found.append(image)
+    return found, unlabelled

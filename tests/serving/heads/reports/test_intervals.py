@@ -11,6 +11,7 @@ from scipy.stats import binom, binomtest
 
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.fitting.fit import fit_head
+from robustfeat.serving.heads.labels.labels import Labels, Unlabelled
 from robustfeat.serving.heads.labels.matching import LabelledRows, match_labels
 from robustfeat.serving.heads.labels.reading import read_labels
 from robustfeat.serving.heads.reports.files import save_report
@@ -73,7 +74,7 @@ def test_macro_f1_is_no_share_and_has_no_interval(
     x, y = digits
     features = open_features(str(write_features(tmp_path / "f.npy", x[:200], [f"{row}.png" for row in range(200)])))
     targets = np.stack([y[:200] % 2 == 0, y[:200] > 4], 1)
-    labelled = LabelledRows(np.arange(200), targets, ("even", "large"), 0, 0, ())
+    labelled = LabelledRows(np.arange(200), targets, ("even", "large"), 0, Unlabelled(Labels("", {})), ())
     head, report = fit_head(features, labelled, cs=(0.01, 0.1), scalings=("none",))
     assert report is not None
     assert not any("interval" in candidate for candidate in head.selection["candidates"])
