@@ -85,7 +85,7 @@ def open_labelled(
         with wanted:
             check([image.path for image in (wanted if len(wanted) else found)])
             if unlabelled.count:
-                remark(f"{unlabelled.summary('images')}: not embedded", quiet)
+                remark(f"{unlabelled.summary('images')} (not embedded)", quiet)
             return _embed(extractor, extraction, wanted, quiet), unlabelled.count
 
 
@@ -127,7 +127,8 @@ def _open_features(
 def _open_extractor(extraction: Extraction, head: Head | None, head_place: str) -> FeatureExtractor:
     extractor = extraction.open()
     if head is not None:  # before the work of embedding
-        head.require_model(extractor.identity, head_place, f"--model {extraction.model}")
+        default = "" if "model" in extraction.given else "the default "
+        head.require_model(extractor.identity, head_place, f"{default}--model {extraction.model}")
     return extractor
 
 

@@ -150,7 +150,7 @@ class ModelIdentity:
         """Whether both give the same bytes: also run in the same way by the same versions."""
         return self.difference(other, BYTE_KEYS) is None
 
-    def require(self, other: ModelIdentity, mine: str, theirs: str) -> None:
+    def require(self, other: ModelIdentity, mine: str, theirs: str, fix: str = "use the same model for both") -> None:
         """Refuses features of another model or preprocessing; `mine` and `theirs` are named in the error.
 
         Raises:
@@ -164,7 +164,7 @@ class ModelIdentity:
             said = f"features of {_brief(a)}, {theirs} of {_brief(b)}"
         else:
             said = f"features of {self.name} with {what} {_brief(a)}, {theirs} with {_brief(b)}"
-        raise InputError(f"{mine}: needs {said}", fix="use the same model for both")
+        raise InputError(f"{mine}: needs {said}", fix=fix)
 
 
 def _brief(value: Any) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from robustfeat.files import FileLock
 from tests.cli.test_cli import only_line
@@ -162,9 +163,7 @@ def broken_head(head: Path, folder: Path, change: Any) -> Path:
     return folder / "broken"
 
 
-def test_bad_input_is_one_line(
-    robustfeat: Run, head: Path, model: Path, features: Path, examples: Path, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_line(robustfeat: Run, head: Path, features: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def labelled(text: str) -> Path:
@@ -204,7 +203,6 @@ def test_bad_input_is_one_line(
         (["predict", tmp_path / "nothing", features], "not a head"),
         (["predict", single, features, "--probabilities"], "this head has no probabilities"),
         (["predict", head, features, "--out", tmp_path / "nowhere" / "x.csv"], "does not exist; make it first"),
-        (["predict", head, examples, "--model", model], "needs features of robustfeat-resnet18"),
     ]
     for arguments, reason in cases:
         result = robustfeat("svm", *arguments)
@@ -295,6 +293,77 @@ def test_an_array_made_elsewhere_is_fitted_and_predicted(features: Path, tmp_pat
     refused = robustfeat("svm", "predict", head, features.parent, "--names", names)
     assert refused.returncode == 2
     assert "--names is for a .npy file of features" in refused.stderr
+
+
+def test_rows_without_names_are_numbered_and_have_labels_in_order(
+    features: Path, tmp_path: Path, robustfeat: Run
+) -> None:
+    other, labels, head = tmp_path / "other.npy", tmp_path / "labels.txt", tmp_path / "head"
+    np.save(other, np.load(features))
+    rows = [json.loads(line)["path"] for line in features.with_suffix(".index.jsonl").read_text().splitlines()]
+    labels.write_text("".join(f"{path.split('/')[0]}\n" for path in rows))
+    fitted = robustfeat("svm", "fit", other, "--labels", labels, "--out", head, "--C", "0.1")
+    assert fitted.returncode == 0, fitted.stderr
+    assert f"{other}: its rows have no names, so they are numbered from 0; of an unknown model" in fitted.stderr
+    named = robustfeat("svm", "fit", features, "--labels", "folder", "--out", tmp_path / "named", "--C", "0.1")
+    assert named.returncode == 0, named.stderr
+    unnamed, wanted = (load_file(place / "head.safetensors")["coefficients"] for place in (head, tmp_path / "named"))
+    np.testing.assert_array_equal(unnamed, wanted)
+    predicted = robustfeat("svm", "predict", head, other, "--quiet").stdout.splitlines()[1:]
+    assert [line.split(",")[0] for line in predicted] == [str(row) for row in range(40)]
+    suggested = robustfeat(
+        "svm", "predict", head, other, "--suggest", 3, "--labels", labels, "--out", tmp_path / "p.csv"
+    )
+    assert suggested.stdout.splitlines() == ["path,prediction,certainty"]  # all are labelled
+    labels.write_text("hat\nshoes\n")
+    refused = robustfeat("svm", "score", head, other, "--labels", labels)
+    assert refused.returncode == 1
+    told = "holds 2 labels and no paths; expected a label for each of the 40 rows, in their order"
+    assert told in only_line(refused.stderr)
+
+
+def test_a_stray_file_beside_class_folders_is_counted_and_named(
+    robustfeat: Run, examples: Path, tmp_path: Path
+) -> None:
+    for name in ("hat", "shoes"):
+        shutil.copytree(examples / name, tmp_path / "photos" / name)
+    shutil.copy(examples / "hat" / "hat-1.jpg", tmp_path / "photos" / "stray.jpg")
+    fit = ["svm", "fit", tmp_path / "photos", "--labels", "folder", "--C", "0.1", "--scaling", "none", "--json"]
+    result = robustfeat(*fit, "--out", tmp_path / "head")
+    assert result.returncode == 0, result.stderr
+    assert "images in no class folder: 1, such as stray.jpg (not embedded)" in result.stderr
+    assert "embed 8/8 images" in result.stderr
+    assert {"rows": 8, "unlabelled": 1, "failed": 0}.items() <= json.loads(only_line(result.stdout)).items()
+    assert robustfeat("embed", tmp_path / "photos", "--out", tmp_path / "f.npy", "--quiet").returncode == 0
+    result = robustfeat("svm", "score", tmp_path / "head", tmp_path / "f.npy", "--labels", "folder", "--json")
+    assert "8 labelled rows of 2 classes; rows in no class folder: 1, such as stray.jpg" in result.stderr
+    assert {"rows": 8, "unlabelled": 1}.items() <= json.loads(only_line(result.stdout)).items()
+    result = robustfeat("svm", "fit", examples / "hat", "--labels", "folder", "--out", tmp_path / "none")
+    assert result.returncode == 1
+    reason = "hat-1.jpg: lies in no class folder, as all others of the images; expected CLASS/NAME within INPUT; move"
+    assert reason in result.stderr.splitlines()[-1]
+
+
+def test_another_model_than_the_heads_is_refused_naming_both(
+    robustfeat: Run, head: Path, features: Path, model: Path, examples: Path, tmp_path: Path
+) -> None:
+    mine = json.loads((head / "head.json").read_text())["model"]["name"]
+    theirs = json.loads((model / "config.json").read_text())["robustfeat"]["name"]
+    other = tmp_path / "other.npy"
+    assert robustfeat("embed", examples, "--model", model, "--out", other, "--quiet").returncode == 0
+    fitted = robustfeat("svm", "fit", other, "--labels", "folder", "--out", tmp_path / "head", "--C", 1, "--quiet")
+    assert fitted.returncode == 0
+    pass_it = "pass the model that the head was fitted with as --model, or fit a head with the other one"
+    embed_it = "embed the images with the head's model, or fit a head on these features"
+    cases: list[tuple[list[Any], str]] = [
+        ([head, examples, "--model", model], f"features of {mine}, --model {model} of {theirs}; {pass_it}"),
+        ([tmp_path / "head", examples], f"features of {theirs}, the default --model builtin of {mine}; {pass_it}"),
+        ([head, other], f"{head}: needs features of {mine}, {other} of {theirs}; {embed_it}"),
+    ]
+    for command, reason in cases:
+        result = robustfeat("svm", "predict", *command)
+        assert result.returncode == 1
+        assert reason in only_line(result.stderr)
 
 
 def test_a_rejection_that_a_small_head_cannot_make_is_said(

@@ -216,10 +216,12 @@ class Head(convert.HeadParts):
         Raises:
             InputError: saying both.
         """
+        fix = "pass the model that the head was fitted with as `model`, or fit a head with the other one"
         if self.model is not None:
-            self.model.require(model, mine, theirs)
+            self.model.require(model, mine, theirs, fix)
         elif model.feature_size != self.feature_size:
-            raise InputError(f"{mine}: takes {self.feature_size} features, {theirs} has {model.feature_size}")
+            what = f"takes {self.feature_size} features of an unknown model, {theirs} gives {model.feature_size}"
+            raise InputError(f"{mine}: {what} of {model.name}", fix=fix)
 
     def require_features(self, features: Features, mine: str) -> None:
         """Refuses features of another model, or of an unknown one with another length.
@@ -227,10 +229,11 @@ class Head(convert.HeadParts):
         Raises:
             InputError: saying both.
         """
-        if features.model is not None:
-            self.require_model(features.model, mine, features.place)
+        fix = "embed the images with the head's model, or fit a head on these features"
+        if self.model is not None and features.model is not None:
+            self.model.require(features.model, mine, features.place, fix)
         elif (length := features.values.shape[1]) != self.feature_size:
-            raise InputError(f"{mine}: takes {self.feature_size} features, {features.place} has {length}")
+            raise InputError(f"{mine}: takes {self.feature_size} features, {features.place} has {length}", fix=fix)
 
     def _raw_margins(self, features: NDArray[Any]) -> Array:
         x = self.scale(features)

@@ -147,7 +147,7 @@ class Unlabelled:
 
     def summary(self, what: str) -> str:
         """How many, and the first one; empty without any. `what` they are, in the plural."""
-        return f"{self.count:,} {what} {self._where}, such as {self.first}" if self.count else ""
+        return f"{what} {self._where}: {self.count:,}, such as {self.first}" if self.count else ""
 
 
 def check_label(label: str, place: str) -> str:
