@@ -113,43 +113,48 @@ def match_paths(
             rows.append(row)
             kept.append(found)
     if not rows:
-        if failed:
-            raise InputError(f"{place}: all {failed:,} labelled images failed", fix="see their errors")
-        if labels.by_path is None:
-            raise InputError(
-                f"{paths[0]}: lies in no class folder, as all others of {place}; expected CLASS/NAME within INPUT",
-                fix="move them there, or pass a file of labels: `labels=FILE.csv` or `labels=FILE.parquet:COLUMN`",
-            )
-        there = next(iter(labels.by_path), "")
-        raise InputError(
-            f"none of its {len(labels.by_path):,} paths is one of the {len(paths):,} rows of {place} "
-            f"(there {there!r}, here {paths[0]!r})",
-            argument="labels",
-            value=labels.source,
-            fix="write the paths as the index has them, or such that each means one image alone",
-        )
+        raise _nothing_labelled(place, paths, labels, failed)
     names = tuple(classes) if classes is not None else tuple(sorted({label for found in kept for label in found}))
-    index = {name: number for number, name in enumerate(names)}
-
-    def number(label: str, row: int) -> int:
-        if label not in index:
-            listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            raise InputError(
-                f"{paths[row]} is labelled {label!r}, which is none of the head's {len(names)} classes ({listed})",
-                argument="labels",
-                value=labels.source,
-            )
-        return index[label]
-
-    targets: NDArray[Any]
-    if multi_label:
-        targets = np.zeros((len(rows), len(names)), bool)
-        for at, found in enumerate(kept):
-            targets[at, [number(label, rows[at]) for label in found]] = True
-    else:
-        targets = np.array([number(found[0], row) for found, row in zip(kept, rows, strict=True)], np.int64)
+    targets = _number(kept, names, [paths[row] for row in rows], labels.source, multi_label=multi_label)
     missing = tuple(path for path in labels.by_path or () if path not in seen)
     return LabelledRows(np.array(rows, np.int64), targets, names, failed, unlabelled, missing, labels.repeated)
+
+
+def _nothing_labelled(place: str, paths: Sequence[str], labels: Labels, failed: int) -> InputError:
+    if failed:
+        return InputError(f"{place}: all {failed:,} labelled images failed", fix="see their errors")
+    if labels.by_path is None:
+        return InputError(
+            f"{paths[0]}: lies in no class folder, as all others of {place}; expected CLASS/NAME within INPUT",
+            fix="move them there, or pass a file of labels: `labels=FILE.csv` or `labels=FILE.parquet:COLUMN`",
+        )
+    there = next(iter(labels.by_path), "")
+    return InputError(
+        f"none of its {len(labels.by_path):,} paths is one of the {len(paths):,} rows of {place} "
+        f"(there {there!r}, here {paths[0]!r})",
+        argument="labels",
+        value=labels.source,
+        fix="write the paths as the index has them, or such that each means one image alone",
+    )
+
+
+def _number(
+    kept: Sequence[tuple[str, ...]], names: Sequence[str], paths: Sequence[str], source: str, *, multi_label: bool
+) -> NDArray[Any]:
+    """Targets from the labels of each path."""
+    index = {name: number for number, name in enumerate(names)}
+    for path, labels in zip(paths, kept, strict=True):
+        for label in labels:
+            if label not in index:
+                listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+                what = f"{path} is labelled {label!r}, which is none of the head's {len(names)} classes ({listed})"
+                raise InputError(what, argument="labels", value=source)
+    if not multi_label:
+        return np.array([index[label] for label, *_ in kept], np.int64)
+    targets = np.zeros((len(kept), len(names)), bool)
+    for row, labels in enumerate(kept):
+        targets[row, [index[label] for label in labels]] = True
+    return targets
 
 
 def labelled_inputs(inputs: InputList, labels: Labels) -> tuple[InputList, Unlabelled]:
