@@ -310,6 +310,21 @@ def small_fp32(share: Share, small_model: Path) -> Path:
     return share("small-fp32", build)
 
 
+Towers = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def towers(share: Share) -> Towers:
+    """The folder of a model for texts and images; see `write_two_towers`."""
+
+    def write(kind: str) -> Path:
+        from tests.transformers_models import write_two_towers
+
+        return share(f"towers-{kind}", lambda out: write_two_towers(kind, out))
+
+    return write
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """Contents by path."""
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

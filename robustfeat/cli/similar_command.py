@@ -28,7 +28,10 @@ _RUN = ("precision", "engine", "decoding", "pooling")
 
 @click.command("similar", cls=Command, short_help="Find the images that are most like others.")
 @click.argument("feats", metavar="FEATS")
-@click.argument("queries", nargs=-1, required=True, metavar="QUERY...")
+@click.argument("queries", nargs=-1, metavar="[QUERY]...")
+@click.option(
+    "--text", "texts", multiple=True, metavar="WORDS", help="Search by words, with a model such as CLIP; repeatable."
+)
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Images to find per query.")
 @click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
 @click.option(
@@ -40,6 +43,7 @@ _RUN = ("precision", "engine", "decoding", "pooling")
 def command(
     feats: str,
     queries: tuple[str, ...],
+    texts: tuple[str, ...],
     k: int,
     out: str | None,
     names: str | None,
@@ -50,8 +54,8 @@ def command(
     """Finds the rows of FEATS with the highest cosine to each QUERY, as CSV: query, rank, row, path, cosine.
 
     A QUERY is the number of a row (from 0), a path in the index of FEATS, a file of features of the same model, or
-    images as `embed` takes them. Images are embedded as FEATS was; the model is found by itself if it is the built-in
-    one, and --model names any other. For a file whose name is also a number or in the index, write ./NAME.
+    images as `embed` takes them. Images and words are embedded with the model of FEATS; it is found by itself if it is
+    the built-in one, and --model names any other. For a file whose name is also a number or in the index, write ./NAME.
 
     The search is exact. Of equal cosines the smaller row comes first. A query that is a row of FEATS is left out of
     its own answer; its copies are not. Failed rows never answer. The exit code is 3 if a query failed.
@@ -64,9 +68,11 @@ def command(
     from robustfeat.serving.heads.features import open_array, open_features
     from robustfeat.system import available_cpus
 
+    if not queries and not texts:
+        raise click.UsageError("Missing argument 'QUERY...', or --text.")
     require_output(out, (feats, *queries))
     features = open_features(feats) if names is None else open_array(feats, names)
-    found = join_queries(list(_open_queries(features, queries, extraction, quiet)))
+    found = join_queries(list(_open_queries(features, queries, texts, extraction, quiet)))
     progress = Progress("similar", len(found.names), "queries", quiet=quiet)
     with threadpool_limits(extraction.options.threads or available_cpus()):
         matches = find_similar(Directions(features), found, k, progress)
@@ -88,9 +94,9 @@ def _aside(matches: Iterator[Match], failures: list[Match]) -> Iterator[Match]:
 
 
 def _open_queries(
-    features: Features, queries: tuple[str, ...], extraction: Extraction, quiet: bool
+    features: Features, queries: tuple[str, ...], texts: tuple[str, ...], extraction: Extraction, quiet: bool
 ) -> Iterator[Queries]:
-    """The queries in their order. Neighbouring images are embedded at once."""
+    """The queries in their order, texts last. Neighbouring images are embedded at once."""
     from robustfeat.serving.collections.similar import Queries, rows_named
     from robustfeat.serving.heads.features import embed_features, is_feature_file, open_features
     from robustfeat.serving.inputs.choice import say_left_out
@@ -119,6 +125,9 @@ def _open_queries(
                         extractor, found, quiet=quiet, batch_size=extraction.batch_size, workers=extraction.workers
                     )
                 )
+    if texts:
+        extractor = extractor or _open_extractor(features, extraction)
+        yield Queries.of_vectors(texts, extractor.embed_texts(texts))
 
 
 def _listed(places: list[str], features: Features) -> InputList:
@@ -151,11 +160,12 @@ def _open_extractor(features: Features, extraction: Extraction) -> FeatureExtrac
     model = features.model
     if model is None:
         raise InputError(
-            f"{features.place}: of an unknown model, so images cannot be embedded", fix="pass rows or paths of it"
+            f"{features.place}: of an unknown model, so images and words cannot be embedded",
+            fix="pass rows or paths of it",
         )
     if "model" not in extraction.given and weights_sha256(builtin_model().config.files) != model.weights_sha256:
         raise InputError(
-            f"{features.place}: of the model {model.name}; images need it, too",
+            f"{features.place}: of the model {model.name}; images and words need it, too",
             fix="pass its folder or its name on the Hub as `model`",
         )
     same: dict[str, Any] = {key: getattr(model, key) or "auto" for key in _RUN if key not in extraction.given}

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from tests.cli.test_cli import only_line
-from tests.conftest import Run, WriteFeatures
+from tests.conftest import Run, Towers, WriteFeatures
+from tests.transformers_models import TEXTS, reference_texts
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,10 @@ def test_features_of_other_models_are_refused_with_both_names(
     assert "robustfeat-resnet18-tiny-v1" in line
     assert "digits-v1" in line
     line = only_line(robustfeat("similar", other, examples / "hat").stderr)
-    assert "of the model digits-v1; images need it, too; pass its folder or its name on the Hub as --model" in line
+    assert (
+        "of the model digits-v1; images and words need it, too; pass its folder or its name on the Hub as --model"
+        in line
+    )
     line = only_line(robustfeat("similar", other, examples / "hat", "--model", "builtin").stderr)
     assert "digits-v1" in line
     assert "robustfeat-resnet18-tiny-v1" in line
@@ -119,7 +123,7 @@ def test_arrays_made_elsewhere_are_searched_by_rows(robustfeat: Run, tmp_path: P
     result = robustfeat("similar", array, "b", "--names", names, "--quiet")
     assert [one["path"] for one in rows_of(result.stdout)] == ["a", "c"]
     line = only_line(robustfeat("similar", array, examples / "hat", "--names", names).stderr)
-    assert "of an unknown model, so images cannot be embedded" in line
+    assert "of an unknown model, so images and words cannot be embedded" in line
 
 
 @pytest.mark.parametrize(
@@ -258,3 +262,25 @@ def test_names_that_lines_cannot_hold(robustfeat: Run, examples: Path, tmp_path:
     assert result.returncode == 0, result.stderr
     assert listed.read_bytes() == b"b\n.jpg\0c\xff.jpg\0"
     assert b"c\xff.jpg" in table.read_bytes()
+
+
+def test_words_find_images(robustfeat: Run, examples: Path, features: Path, towers: Towers, tmp_path: Path) -> None:
+    folder, out = towers("clip"), tmp_path / "clip.npy"
+    assert robustfeat("embed", examples, "--out", out, "--model", folder, "--quiet").returncode == 0
+    texts = [part for text in TEXTS for part in ("--text", text)]
+    result = robustfeat("similar", out, "--model", folder, *texts, "3", "-k", "4", "--json", "--quiet")
+    assert (result.returncode, result.stderr) == (0, "")
+    found = objects_of(result.stdout)
+    assert [one["query"] for one in found[::4]] == ["3", *TEXTS]
+    images, words = np.load(out).astype(np.float64), reference_texts("clip", folder, TEXTS).astype(np.float64)
+    cosines = (words / np.linalg.norm(words, axis=1)[:, None]) @ (images / np.linalg.norm(images, axis=1)[:, None]).T
+    for number, expected in enumerate(cosines, 1):
+        rows = found[4 * number : 4 * number + 4]
+        assert [one["row"] for one in rows] == np.argsort(-expected, kind="stable")[:4].tolist()
+        np.testing.assert_allclose([one["cosine"] for one in rows], np.sort(expected)[::-1][:4], atol=1e-5)
+    result = robustfeat("similar", features, "--text", "a hat")
+    assert result.returncode == 1
+    assert "builtin: the model has no text tower; use a model of CLIP's or SigLIP's kind" in only_line(result.stderr)
+    result = robustfeat("similar", features)
+    assert result.returncode == 2
+    assert "Missing argument 'QUERY...', or --text." in result.stderr

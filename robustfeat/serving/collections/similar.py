@@ -48,6 +48,11 @@ class Queries:
         errors = {at: features.errors[row] for at, row in enumerate(rows) if row in features.errors}
         return cls(names, features.values[np.array(rows, np.int64)], np.array(rows, np.int64), errors)
 
+    @classmethod
+    def of_vectors(cls, names: Sequence[str], values: NDArray[np.float32]) -> Queries:
+        """Vectors that are no rows of the collection, such as those of texts."""
+        return cls(names, values, np.full(len(names), -1, np.int64))
+
 
 @dataclass(frozen=True)
 class Match:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +11,11 @@ import pytest
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError, ModelFolderError
-from tests.conftest import files_of
+from tests.conftest import Towers, files_of
 from tests.hub_server import FakeHub
-from tests.transformers_models import TEXT_MODELS, TEXTS, reference_texts, write_two_towers
-
-Towers = Callable[[str], Path]
+from tests.transformers_models import TEXT_MODELS, TEXTS, reference_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
-    root, made = tmp_path_factory.mktemp("towers"), set[str]()
-
-    def write(kind: str) -> Path:
-        if kind not in made:
-            write_two_towers(kind, root / kind)
-            made.add(kind)
-        return root / kind
-
-    return write
 
 
 @pytest.fixture
