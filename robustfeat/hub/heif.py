@@ -12,7 +12,6 @@ import importlib.util
 import io
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
 
@@ -57,7 +56,11 @@ def is_readable(name: str) -> bool:
 
 def decoder_versions() -> dict[str, str]:
     """The versions of installed libraries that decode these formats, but for Pillow's own."""
-    return {"pillow-heif": version("pillow-heif")} if is_readable("HEIF") else {}
+    if not is_readable("HEIF"):
+        return {}
+    from importlib.metadata import version  # loads the parser of emails, which takes as long as Pillow
+
+    return {"pillow-heif": version("pillow-heif")}
 
 
 def use_one_thread() -> None:

@@ -23,6 +23,7 @@ from robustfeat.files import FileLock
 from tests.cli.test_cli import only_line
 from tests.conftest import EXAMPLES, ROOT, Run
 from tests.serving.http.conftest import wait_until
+from tests.test_layering import loaded_after
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +321,14 @@ def test_rows_without_names_are_numbered_and_have_labels_in_order(
     assert refused.returncode == 1
     told = "holds 2 labels and no paths; expected a label for each of the 40 rows, in their order"
     assert told in only_line(refused.stderr)
+
+
+def test_a_fit_loads_neither_scipy_nor_scikit_learn(features: Path, tmp_path: Path) -> None:
+    """They would take longer than the fit."""
+    command = ["svm", "fit", str(features), "--labels", "folder", "--out", str(tmp_path / "head"), "--quiet"]
+    loaded = loaded_after(f"from robustfeat.cli import cli; cli.main({command!r}, standalone_mode=False)")
+    assert (tmp_path / "head" / "report.html").is_file()
+    assert not {"scipy", "sklearn", "pandas", "matplotlib", "onnxruntime"} & loaded
 
 
 def test_a_stray_file_beside_class_folders_is_counted_and_named(

@@ -25,6 +25,7 @@ from robustfeat.serving.heads import convert
 from robustfeat.serving.heads.distance import DISTANCE_ARRAYS, distance_shapes, measure_typicality
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
 from robustfeat.serving.heads.kinds import KINDS, SCALINGS, Array
+from robustfeat.serving.heads.probabilities import sigmoid, softmax
 from robustfeat.serving.identity import ModelIdentity
 
 __all__ = ["Head"]
@@ -295,14 +296,11 @@ class Head(convert.HeadParts):
         self.require_calibration()
         scale, offset = self.arrays["calibration.scale"], self.arrays["calibration.offset"]
         if self.multi_label:
-            return _sigmoid(margins * scale + offset)
+            return sigmoid(margins * scale + offset)
         if len(scale) == 1:
-            second = _sigmoid(margins[:, 1] * scale + offset)
+            second = sigmoid(margins[:, 1] * scale + offset)
             return np.stack([1 - second, second], 1)
-        logits = margins * scale + offset
-        powers = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities: Array = powers / powers.sum(1, keepdims=True)
-        return probabilities
+        return softmax(margins * scale + offset)
 
     @property
     def tells_typicality(self) -> bool:
@@ -452,10 +450,3 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _sigmoid(x: Array) -> Array:
-    from scipy.special import expit
-
-    result: Array = expit(x)
-    return result

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import logsumexp
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
@@ -273,6 +275,50 @@ def test_several_classes_get_the_temperature_that_made_them() -> None:
     found = calibrate(logits / 3, targets)
     np.testing.assert_allclose(found["calibration.scale"], 3, rtol=0.03)
     assert (found["calibration.offset"] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["usual", "few rows", "all right", "all wrong", "large"])
+def test_the_temperature_is_where_scipy_finds_the_least_loss(kind: str) -> None:
+    draw = np.random.default_rng(3)
+    targets = draw.integers(0, 4, 7 if kind == "few rows" else 400)
+    margins = draw.normal(size=(len(targets), 4)) * (1e6 if kind == "large" else 1)
+    margins[np.arange(len(targets)), targets] += {"all right": 50, "all wrong": -50, "large": 1e6}.get(kind, 1)
+
+    def loss(log_scale: float) -> float:
+        logits = np.exp(log_scale) * margins
+        return float(np.mean(logsumexp(logits, axis=1) - logits[np.arange(len(targets)), targets]))
+
+    bounds = np.log(np.array([1e-3, 1e2]) / margins.std())
+    wanted = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-10})
+    scale = calibrate(margins, targets)["calibration.scale"][0]
+    assert loss(np.log(scale)) <= wanted.fun * (1 + 1e-7) + 1e-9
+    assert bounds[0] - 1e-6 <= np.log(scale) <= bounds[1] + 1e-6
+    if kind in {"usual", "few rows", "large"}:
+        assert np.log(scale) == pytest.approx(wanted.x, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["usual", "few rows", "all right", "turned", "constant", "one answer"])
+def test_sigmoids_are_where_scipy_finds_the_least_loss(kind: str) -> None:
+    draw = np.random.default_rng(4)
+    answers = draw.random(6 if kind == "few rows" else 300) < 0.3
+    if kind == "one answer":
+        answers[:] = True
+    margins = draw.normal(size=len(answers)) * 3 + {"all right": 60, "turned": -2}.get(kind, 2) * answers
+    if kind == "constant":
+        margins[:] = 2.5
+    found = calibrate(margins[:, None], answers.astype(np.int64))
+    spread = margins.std() or 1.0
+    wanted = np.where(answers, (answers.sum() + 1) / (answers.sum() + 2), 1 / ((~answers).sum() + 2))
+
+    def loss(parameters: NDArray[np.float64]) -> float:
+        logits = parameters[0] * margins / spread + parameters[1]
+        return float(np.mean(np.logaddexp(0, logits) - wanted * logits))
+
+    bounds = [(1e-3, 1e2), (None, None)]
+    reference = minimize(loss, np.array([1.0, 0.0]), method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-15})
+    ours = np.array([found["calibration.scale"][0] * spread, found["calibration.offset"][0]])
+    assert loss(ours) <= reference.fun * (1 + 1e-6) + 1e-9
+    assert 1e-3 <= ours[0] <= 1e2
 
 
 def test_margins_that_stand_alone_get_the_sigmoid_that_made_them() -> None:

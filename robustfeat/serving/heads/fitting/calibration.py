@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.serving.heads.kinds import Array
+from robustfeat.serving.heads.probabilities import sigmoid, softmax
 
 __all__ = ["calibrate"]
+
+_LEAST, _MOST = 1e-3, 1e2
+"""Bounds of the scale, for margins of deviation 1: rows that are all right would want no bound at all."""
+
+_TOLERANCE = 1e-8
+_STEPS = 100
 
 
 def calibrate(margins: Array, targets: NDArray[np.generic]) -> dict[str, Array]:
@@ -34,36 +44,69 @@ def calibrate(margins: Array, targets: NDArray[np.generic]) -> dict[str, Array]:
 
 
 def _temperature(margins: Array, targets: NDArray[np.int64]) -> float:
-    from scipy.optimize import minimize_scalar
-    from scipy.special import logsumexp
-
     spread = float(margins.std()) or 1.0
     unit = margins / spread
-    right = unit[np.arange(len(unit)), targets]
+    right = unit[np.arange(len(unit)), targets].mean()
 
-    def loss(log_scale: float) -> float:
-        scale = np.exp(log_scale)
-        return float(np.mean(logsumexp(scale * unit, axis=1) - scale * right))
+    def slopes(scale: float) -> tuple[float, float]:
+        """The first and second derivative of the loss, which is convex."""
+        shares = softmax(scale * unit)
+        means = (shares * unit).sum(1)
+        return float(means.mean() - right), float(((shares * unit**2).sum(1) - means**2).mean())
 
-    # Bounded: rows that are all right would want no temperature at all.
-    found = minimize_scalar(loss, bounds=(np.log(1e-3), np.log(1e2)), method="bounded")
-    return float(np.exp(found.x) / spread)
+    return _root(slopes) / spread
+
+
+def _root(slopes: Callable[[float], tuple[float, float]]) -> float:
+    """Where a convex loss is least between `_LEAST` and `_MOST`: Newton's method, or else by halving."""
+    low, high, at = _LEAST, _MOST, 1.0
+    for _ in range(_STEPS):
+        slope, bend = slopes(at)
+        low, high = (low, at) if slope > 0 else (at, high)
+        step = at - slope / bend if bend > 0 else math.inf
+        there = step if low < step < high else math.sqrt(low * high)
+        if abs(there - at) < _TOLERANCE * at:
+            return there
+        at = there
+    return at
 
 
 def _platt(margins: Array, answers: NDArray[np.bool_]) -> tuple[float, float]:
-    from scipy.optimize import minimize
-    from scipy.special import expit
-
     spread = float(margins.std()) or 1.0
-    unit = margins / spread
     positive, negative = int(answers.sum()), int((~answers).sum())
     wanted = np.where(answers, (positive + 1) / (positive + 2), 1 / (negative + 2))
+    inputs = np.stack([margins / spread, np.ones(len(margins))], 1)
+    scale, offset = _fit_logistic(inputs, wanted, np.array([1.0, 0.0]))
+    bounded = min(max(scale, _LEAST), _MOST)
+    if bounded != scale:  # the loss is convex, so that its least value within the bounds lies on this one
+        given = bounded * inputs[:, 0]
+        (offset,) = _fit_logistic(inputs[:, 1:], wanted, np.array([offset]), given)
+    return float(bounded / spread), float(offset)
 
-    def loss(parameters: Array) -> tuple[float, Array]:
-        logits = parameters[0] * unit + parameters[1]
-        slope = expit(logits) - wanted
-        value = np.mean(np.logaddexp(0, logits) - wanted * logits)
-        return float(value), np.array([np.mean(slope * unit), np.mean(slope)])
 
-    found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(1e-3, 1e2), (None, None)])
-    return float(found.x[0] / spread), float(found.x[1])
+def _fit_logistic(inputs: Array, wanted: Array, weights: Array, given: Array | float = 0.0) -> Array:
+    """The weights that make sigmoid(inputs @ weights + given) closest to shares: Newton's method.
+
+    Args:
+        inputs: (m, p).
+        wanted: (m,) within 0 and 1, so that there is a minimum.
+        weights: (p,) to start at.
+        given: (m,) part of the logits that stays.
+    """
+
+    def loss(weights: Array) -> float:
+        logits = inputs @ weights + given
+        return float(np.mean(np.logaddexp(0, logits) - wanted * logits))
+
+    value = loss(weights)
+    for _ in range(_STEPS):
+        shares = sigmoid(inputs @ weights + given)
+        slope = inputs.T @ (shares - wanted) / len(inputs)
+        hessian = (inputs * (shares * (1 - shares))[:, None]).T @ inputs / len(inputs)
+        step = np.linalg.solve(hessian + 1e-12 * np.eye(len(weights)), slope)
+        while (there := loss(weights - step)) > value and np.abs(step).max() > _TOLERANCE:
+            step = step / 2
+        if there > value or slope @ step < _TOLERANCE**2:
+            break
+        weights, value = weights - step, there
+    return weights

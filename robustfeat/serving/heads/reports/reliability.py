@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.serving.heads.kinds import Array
+from robustfeat.serving.heads.probabilities import sigmoid, softmax
 
 __all__ = ["Reliability", "draw_reliability", "uncalibrated"]
 
@@ -48,13 +49,11 @@ class Reliability:
 
 def uncalibrated(margins: Array, *, multi_label: bool) -> Array:
     """(m, K) margins as if they were logits: what probabilities would be without calibration."""
-    from scipy.special import expit, softmax
-
     if multi_label:
-        return np.asarray(expit(margins))
+        return sigmoid(margins)
     if margins.shape[1] == 2 and np.array_equal(margins[:, 0], -margins[:, 1]):  # one margin parts two classes
-        return np.asarray(expit(margins))
-    return np.asarray(softmax(margins, axis=1))
+        return sigmoid(margins)
+    return softmax(margins)
 
 
 def draw_reliability(before: Reliability, after: Reliability) -> str:

@@ -143,14 +143,12 @@ class Newton:
                 break
             passes += going
             bent = self._times_hessian(loss, direction, point.curvature, c, going)
-            with np.errstate(all="ignore"):
-                rate = np.where(going, old / _dot(loss, direction, bent), 0.0)[:, None]
+            rate = _ratio(old, _dot(loss, direction, bent), going)[:, None]
             step = step + rate * direction
             residual = residual - rate * bent
             conditioned = condition(residual)
             new = np.where(going, _dot(loss, residual, conditioned), old)
-            with np.errstate(all="ignore"):
-                direction = conditioned + np.nan_to_num(new / old)[:, None] * direction
+            direction = conditioned + _ratio(new, old, old > 0)[:, None] * direction
             old = new
         return step, passes
 
@@ -185,6 +183,11 @@ class _Point:
     def only(self, chosen: NDArray[np.bool_]) -> _Point:
         """Of some outputs."""
         return _Point(self.weights[chosen], self.value[chosen], self.gradient[chosen], self.curvature[:, chosen])
+
+
+def _ratio(a: Array, b: Array, where: NDArray[np.bool_]) -> Array:
+    """A / b, and 0 elsewhere."""
+    return np.divide(a, b, out=np.zeros_like(a), where=where)
 
 
 def _dot(loss: Loss, a: Array, b: Array) -> Array:
