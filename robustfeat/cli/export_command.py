@@ -127,17 +127,17 @@ def _require_one(run: str | None, head: str | None) -> None:
 
 def _export_head(place: str, out: str, model: str, options: RunOptions, *, as_json: bool, quiet: bool) -> None:
     """Writes the ONNX file of a head and its model."""
+    from robustfeat.cli.heads import load_head
     from robustfeat.errors import InputError
     from robustfeat.files import require_new
     from robustfeat.serving.extractor import FeatureExtractor
-    from robustfeat.serving.heads.head import Head
 
     if not out.endswith(".onnx"):
         raise click.UsageError(f"--out {out}: expected a name ending in .onnx")
     if not Path(out).absolute().parent.is_dir():
         raise InputError(f"--out {out}: the folder {Path(out).parent} does not exist; make it first")
     require_new(out)
-    head = Head.load(place)
+    head = load_head(place)
     pooling = head.model.pooling if head.model else None
     options = replace(options, engine="onnxruntime", device="cpu", pooling=pooling or options.pooling)
     extractor = FeatureExtractor.load(model, options)

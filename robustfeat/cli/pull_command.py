@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from robustfeat.cli.extraction import pin_options
 from robustfeat.cli.rendering import Command, say
 
+if TYPE_CHECKING:
+    from robustfeat.hub.snapshot import Snapshot
 
-@click.command("pull", cls=Command, short_help="Download a model from the Hugging Face Hub.")
-@click.argument("model", metavar="ORG/NAME")
+
+@click.command("pull", cls=Command, short_help="Download a model or a head from the Hugging Face Hub.")
+@click.argument("repo", metavar="ORG/NAME")
 @pin_options
 @click.option(
     "--precision",
@@ -21,14 +25,17 @@ from robustfeat.cli.rendering import Command, say
     help="Which ONNX.  [default: all]",
 )
 @click.option(
-    "--all", "everything", is_flag=True, help="Also the weights for PyTorch, the card and the training's record."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Also the card, and a model's weights for PyTorch and training's record.",
 )
 @click.option("--out", metavar="FOLDER", help="Also make a folder of its own, with everything.")
 @click.option("--force", is_flag=True, help="Download anew what the cache holds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(
-    model: str,
+    repo: str,
     revision: str | None,
     config_hash: str | None,
     precisions: tuple[str, ...],
@@ -38,7 +45,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Downloads what embedding needs of a model, verifies it, and prints the folder where it lies.
+    """Downloads what embedding needs of a model, or a head; verifies it, and prints the folder where it lies.
 
     Files go to the cache of the Hub's libraries, from where they load without a network (HF_HUB_OFFLINE=1). The token
     is that of `hf auth login` or HF_TOKEN; HF_ENDPOINT names a mirror or a private Hub.
@@ -46,31 +53,67 @@ def command(
     from robustfeat.cli.extraction import quiet_downloads
     from robustfeat.errors import HubError
     from robustfeat.files import require_new
-    from robustfeat.hub.folder import ModelFolder
-    from robustfeat.hub.pull import HubFolder, copy_folder
     from robustfeat.hub.remote import is_hub_name
+    from robustfeat.hub.snapshot import KINDS, Snapshot
 
-    if not is_hub_name(model):
-        raise HubError(f"{model}: not a name on the Hub; expected ORG/NAME")
+    if not is_hub_name(repo):
+        raise HubError(f"{repo}: not a name on the Hub; expected ORG/NAME")
     if out is not None:
         require_new(out)
     quiet_downloads(quiet)
+    snapshot = Snapshot(repo, *KINDS, revision=revision, force=force)
+    if snapshot.kind == "head":
+        if precisions:
+            raise click.UsageError(f"--precision is for models; {repo} is a head")
+        about, said = _pull_head(snapshot, config_hash, out, everything=everything)
+    else:
+        about, said = _pull_model(snapshot, config_hash, out, precisions, everything=everything)
+    if snapshot.listing is None:
+        say(f"{repo}: the Hub was not asked; this is what the cache holds", err=True)
+    if as_json:
+        click.echo(json.dumps(about))
+        return
+    say(about["path"])
+    if not quiet:
+        say(said, err=True)
+
+
+def _pull_model(
+    snapshot: Snapshot, config_hash: str | None, out: str | None, precisions: tuple[str, ...], *, everything: bool
+) -> tuple[dict[str, Any], str]:
+    """Facts for JSON, and a line."""
+    from robustfeat.hub.folder import ModelFolder
+    from robustfeat.hub.pull import HubFolder, copy_folder
+
     folder: ModelFolder
-    folder = hub = HubFolder(model, revision=revision, config_hash=config_hash, force=force)
+    folder = hub = HubFolder(snapshot, config_hash=config_hash)
     if out is None:
         hub.fetch_for_use(precisions or hub.precisions, everything=everything)
     else:
         folder = copy_folder(hub, out)
-    if not hub.asked:
-        say(f"{model}: the Hub was not asked; this is what the cache holds", err=True)
-    if as_json:
-        about = {"path": str(folder.path), "name": folder.config.name, "revision": hub.revision}
-        click.echo(json.dumps(about | {"config_hash": folder.config_hash, "bytes": folder.size_bytes()}))
-        return
-    say(str(folder.path))
-    if not quiet:
-        say(
-            f"{folder.config.name} at {hub.revision}, config hash {folder.config_hash}: {len(folder.present)} files, "
-            f"{folder.size_bytes() / 1e6:.1f} MB, hashes verified",
-            err=True,
-        )
+    about: dict[str, Any] = {"path": str(folder.path), "name": folder.config.name, "revision": hub.revision}
+    about |= {"config_hash": folder.config_hash, "bytes": folder.size_bytes()}
+    return about, (
+        f"{folder.config.name} at {hub.revision}, config hash {folder.config_hash}: {len(folder.present)} files, "
+        f"{folder.size_bytes() / 1e6:.1f} MB, hashes verified"
+    )
+
+
+def _pull_head(
+    snapshot: Snapshot, sha256: str | None, out: str | None, *, everything: bool
+) -> tuple[dict[str, Any], str]:
+    """The same of a head."""
+    from robustfeat.hub.head_folder import HeadFolder, copy_head, read_card
+    from robustfeat.serving.heads.head import Head
+
+    folder = HeadFolder(snapshot.path, sha256=sha256, snapshot=snapshot)
+    head = Head.of_folder(folder)
+    if everything:
+        read_card(folder)
+    path = folder.path if out is None else copy_head(folder, out).path
+    size = sum(map(len, folder.files.values()))
+    model = head.model.name if head.model else None
+    about: dict[str, Any] = {"path": str(path), "head": snapshot.repo, "model": model, "revision": folder.revision}
+    about |= {"sha256": folder.sha256, "classes": len(head.classes), "bytes": size}
+    said = f"{snapshot.repo} at {folder.revision}, sha256 {folder.sha256}: {len(head.classes)} classes"
+    return about, f"{said} on {model or 'an unknown model'}, {size / 1e6:.1f} MB, hashes verified"

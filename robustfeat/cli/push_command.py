@@ -7,50 +7,83 @@ import json
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from robustfeat.cli.rendering import Command, say
 
+if TYPE_CHECKING:
+    from robustfeat.hub.push import PushReport, Target
 
-@click.command("push", cls=Command, short_help="Publish a model on the Hugging Face Hub.")
-@click.argument("model", metavar="FOLDER")
+
+@click.command("push", cls=Command, short_help="Publish a model or a head on the Hugging Face Hub.")
+@click.argument("folder", metavar="FOLDER")
 @click.argument("repo", metavar="ORG/NAME")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")
 @click.option("--revision", metavar="BRANCH", help="The branch to push to, made where it is missing.  [default: main]")
 @click.option("--tag", help="A name for this version, which never moves.")
 @click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
 @click.option("--dry-run", is_flag=True, help="Say what would be sent; change nothing there.")
+@click.option("--license", "license_id", metavar="ID", help="Of a head, for its card; a model's is said at export.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(
-    model: str,
+    folder: str,
     repo: str,
     private: bool,
     revision: str | None,
     tag: str | None,
     create_pr: bool,
     dry_run: bool,
+    license_id: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Publishes FOLDER (or builtin) as ORG/NAME, and prints its address and the line that loads it.
 
-    The folder is verified first, its golden images with every engine that is installed. What differs from the
-    repository is sent in one commit; without a difference nothing is sent. The token is that of `hf auth login` or
-    HF_TOKEN; HF_ENDPOINT names a private Hub.
+    A model folder is verified first, its golden images with every engine that is installed; a head is verified, and its
+    reports, which show training images, stay here. What differs from the repository is sent in one commit; without a
+    difference nothing is sent. The token is that of `hf auth login` or HF_TOKEN; HF_ENDPOINT names a private Hub.
     """
     from robustfeat.cli.extraction import quiet_downloads
+    from robustfeat.cli.heads import is_head
+    from robustfeat.hub.push import Target
+
+    if tag and create_pr:
+        raise click.UsageError("--tag is for what is published, --create-pr for what is proposed: choose one")
+    quiet_downloads(quiet)
+    target = Target(repo, private=private, revision=revision, tag=tag, create_pr=create_pr, dry_run=dry_run)
+    if is_head(folder):
+        report, loader = _push_head(folder, target, license_id), "Head"
+    elif license_id is None:
+        report, loader = _push_model(folder, target), "FeatureExtractor"
+    else:
+        raise click.UsageError("--license is for heads; robustfeat export and import state the license of a model")
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report) | {"dry_run": dry_run}))
+    else:
+        _print(report, target, loader, quiet)
+
+
+def _push_head(place: str, target: Target, license_id: str | None) -> PushReport:
+    from robustfeat.hub.head_folder import HeadFolder
+    from robustfeat.hub.push import push_head
+    from robustfeat.serving.heads.head import Head
+
+    folder = HeadFolder(place)
+    Head.of_folder(folder)  # what it says makes sense, too
+    return push_head(folder, target, license_id=license_id)
+
+
+def _push_model(place: str, target: Target) -> PushReport:
     from robustfeat.errors import EngineError, ModelFolderError
     from robustfeat.hub.catalog import resolve_model
     from robustfeat.hub.push import push_model
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.verify import check_ways, ways_to_run
 
-    if tag and create_pr:
-        raise click.UsageError("--tag is for what is published, --create-pr for what is proposed: choose one")
-    quiet_downloads(quiet)
-    folder = resolve_model(model)
+    folder = resolve_model(place)
     with tempfile.TemporaryDirectory() as scratch:
         if folder.compact:
             from robustfeat.training.export.compact import expand_folder
@@ -59,27 +92,29 @@ def command(
         checks = list(check_ways(partial(FeatureExtractor.open, folder), ways_to_run(folder)))
         for check in checks:
             if check.short:
-                raise ModelFolderError(f"{model}: {check}; nothing was sent: export the model again")
+                raise ModelFolderError(f"{place}: {check}; nothing was sent: export the model again")
         if all(check.cosine is None for check in checks):
-            raise EngineError(f"{model}: no engine can check it here: pip install 'robustfeat[cpu]'; nothing was sent")
-        report = push_model(
-            folder, repo, private=private, revision=revision, tag=tag, create_pr=create_pr, dry_run=dry_run
-        )
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report) | {"dry_run": dry_run}))
-        return
-    if dry_run or not quiet:
+            raise EngineError(f"{place}: no engine can check it here: pip install 'robustfeat[cpu]'; nothing was sent")
+        return push_model(folder, target)
+
+
+def _print(report: PushReport, target: Target, loader: str, quiet: bool) -> None:
+    """What was done, or would be; `loader` is the class that loads it."""
+    if target.dry_run or not quiet:
         for change in report.changes:
-            say(f"{change.action:8}{change.path} ({change.size_bytes:,} bytes)", err=not dry_run)
+            say(f"{change.action:8}{change.path} ({change.size_bytes:,} bytes)", err=not target.dry_run)
     made = "the repository does not exist and " if report.created else ""
     if not quiet:
-        say(f"config hash {report.config_hash}" + (f", tag {tag}" if tag else ""), err=True)
-    if dry_run:
+        if report.left_out:
+            say(f"not sent, since they show training images or name them: {', '.join(report.left_out)}", err=True)
+        pinned = "config hash" if loader == "FeatureExtractor" else "sha256"
+        say(f"{pinned} {report.config_hash}" + (f", tag {target.tag}" if target.tag else ""), err=True)
+    if target.dry_run:
         count, total = len(report.changes), sum(change.size_bytes for change in report.changes) / 1e6
         say(f"{report.repo}: {made}{count} files ({total:.1f} MB) would be sent; --dry-run sent nothing", err=True)
         return
     if not report.changes:
         say(f"{report.repo}: is up to date; nothing was sent", err=True)
     say(report.address)
-    pin = f", revision={report.revision!r}" if report.revision else ""
-    say(f'FeatureExtractor.from_pretrained("{report.repo}"{pin})'.replace("'", '"'))
+    pin = f', revision="{report.revision}"' if report.revision else ""
+    say(f'{loader}.from_pretrained("{report.repo}"{pin})')

@@ -33,7 +33,13 @@ if TYPE_CHECKING:
     metavar="[NAME=]MODEL",
     help="A model to serve under a name; may be repeated, the first is the default.  [default: robustfeat=builtin]",
 )
-@click.option("--head", "heads", multiple=True, metavar="[NAME=]HEAD", help="A head to serve at /predict/NAME.")
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    metavar="[NAME=]HEAD",
+    help="A head to serve at /predict/NAME: a folder, or ORG/NAME[@REVISION] on the Hub.",
+)
 @click.option(
     "--collection",
     "collections",
@@ -217,9 +223,9 @@ def _open(
         )
     heads = {}
     if head_places:
-        from robustfeat.serving.heads.head import Head
+        from robustfeat.cli.heads import load_head
 
-        heads = match_heads({name: Head.load(place) for name, place in head_places.items()}, list(models.values()))
+        heads = match_heads({name: load_head(place) for name, place in head_places.items()}, list(models.values()))
     admission = Admission(limits, counts, number, workers)
     return Service(models, heads, limits, keys, hosts, admission, metrics, log, workers)
 
@@ -244,7 +250,8 @@ def _named(option: str, *entries: str) -> dict[str, str]:
     for entry in entries:
         name, equals, place = ("", "", entry) if Path(entry).is_dir() else entry.partition("=")
         if not equals:
-            name, place = "robustfeat" if entry == "builtin" else Path(entry).absolute().name, entry
+            last = Path(entry if Path(entry).exists() else entry.partition("@")[0]).absolute().name
+            name, place = "robustfeat" if entry == "builtin" else last, entry
         if name in found or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII):
             raise InputError(
                 f"{option} {entry}: expected NAME=PLACE, each name once, of letters, digits, '.', '_' and '-'"

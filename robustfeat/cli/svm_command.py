@@ -184,13 +184,13 @@ def predict_command(
     A failed image has no prediction, and the exit code is then 3. --suggest lists paths and predictions: on stdout if
     the predictions go to --out, else on stderr; paths that --labels names are left out of it.
     """
-    from robustfeat.serving.heads.head import Head
+    from robustfeat.cli.heads import load_head
     from robustfeat.serving.heads.predictions import Rejection, Suggestions, predict_rows, to_csv, to_jsonl
 
     require_output(out, (*inputs, *labels))
     if labels and suggest is None:
         raise click.UsageError("--labels says what --suggest need not list; pass --suggest N too")
-    opened = Head.load(head)
+    opened = load_head(head)
     if probabilities:
         opened.require_calibration()
     if least is not None and (lowest := opened.least_typicality) >= least:
@@ -254,8 +254,8 @@ def score_command(
 
     Failed rows are left out, and the exit code is then 3. With several labels a row, a row counts if all are right.
     """
+    from robustfeat.cli.heads import load_head
     from robustfeat.files import require_new
-    from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels.matching import match_labels, match_paths
     from robustfeat.serving.heads.reports.answers import Answers
     from robustfeat.serving.heads.reports.files import save_report
@@ -263,7 +263,7 @@ def score_command(
 
     if report_folder:
         require_new(report_folder)
-    opened = Head.load(head)
+    opened = load_head(head)
     known = open_labels(labels, inputs, names=names, path_column=path_column, multi_label=opened.multi_label)
     classes = [str(name) for name in opened.classes]
 

@@ -11,7 +11,7 @@ from robustfeat.hub.markdown import cell, table
 from robustfeat.hub.outputs import POOLED, read_outputs
 from robustfeat.hub.preprocessing import Preprocessing
 
-__all__ = ["PLACE", "describe_preprocessing", "render_card"]
+__all__ = ["PLACE", "describe_preprocessing", "license_fields", "render_card"]
 
 PLACE = "ORG/NAME"
 """Stands in a card for the repository's name, until it is pushed."""
@@ -175,13 +175,10 @@ def describe_preprocessing(contract: Preprocessing) -> str:
 def _metadata(config: ModelConfig) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    license_id = str(config.provenance.get("license") or "see-terms")
-    known = license_id in _LICENSES
     data = ModelCardData(
         library_name=config.library,  # so that the Hub shows how to load it
         pipeline_tag="image-feature-extraction",
-        license=license_id if known else "other",
-        license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", license_id.lower()),
+        **license_fields(config.provenance.get("license")),
         datasets=list(config.provenance.get("datasets", ())) or None,
         metrics=sorted({evaluation.metric for evaluation in config.evaluations}) or None,
         tags=["robustfeat", "onnx", "image-feature-extraction"],
@@ -202,6 +199,14 @@ def _metadata(config: ModelConfig) -> str:
         or None,
     )
     return str(data.to_yaml(line_break="\n")).strip()
+
+
+def license_fields(license_id: str | None) -> dict[str, Any]:
+    """A card's metadata for a license; None where none is named."""
+    text = license_id or "see-terms"
+    if text in _LICENSES:
+        return {"license": text}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", text.lower())}
 
 
 def _origin(config: ModelConfig) -> str:

@@ -16,9 +16,11 @@ from typing import Any
 from robustfeat.errors import HubError, ModelFolderError
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import CONFIG, ModelFolder
+from robustfeat.hub.head_card import HEAD_TAG
 from robustfeat.hub.onnx_layout import PROCESSORS, find_network, is_onnx_layout
 from robustfeat.hub.pull import HubFolder, kept_list
 from robustfeat.hub.remote import HubAccess, is_hub_name
+from robustfeat.hub.snapshot import Snapshot
 
 __all__ = [
     "BUILTIN",
@@ -93,7 +95,7 @@ def resolve_model(
     if hub_name and Path(text).exists() and not Path(text, CONFIG).is_file():
         raise ModelFolderError(f"{text}: a folder of this name is in the way of the model on the Hub", fix="rename it")
     if hub_name and not Path(text).exists():
-        return HubFolder(text, revision=revision, access=access, config_hash=config_hash)
+        return HubFolder(Snapshot(text, CONFIG, revision=revision, access=access), config_hash=config_hash)
     if revision is not None:
         raise ModelFolderError(
             f"{text}: is no model on the Hub, so it has no revision {revision}", fix="leave that out"
@@ -202,7 +204,7 @@ def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
             listing = Listing(repo_id, None, commit, tuple(sorted(refs.get(commit, ()))), snapshot.size_bytes, ())
             try:
                 here = replace(access, cache_dir=cache, local_files_only=True)
-                opened = HubFolder(repo_id, revision=commit, access=here).config if foreign else None
+                opened = HubFolder(Snapshot(repo_id, CONFIG, revision=commit, access=here)).config if foreign else None
                 yield replace(listing.of(opened or ModelConfig.from_dict(data, repo_id)), problem=snapshot.problem)
             except (ModelFolderError, HubError) as exc:
                 yield replace(listing, problem=str(exc))
@@ -264,6 +266,8 @@ def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listi
     with access.explaining(query or "the Hub"):
         access.reach()
         for found in api.list_models(filter=TAG, search=query or None, limit=_MOST_FOUND):
+            if HEAD_TAG in (found.tags or ()):  # the Hub takes the library's name for a tag, too
+                continue
             # The list itself has neither sizes nor scores.
             model = api.model_info(found.id, files_metadata=True)
             size = sum(file.size or 0 for file in model.siblings or ())

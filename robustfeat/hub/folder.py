@@ -90,6 +90,7 @@ class ModelFolder:
         config_bytes: the content of config.json.
         config_hash: its sha256. config.json lists the hashes of all files; where it is of transformers, the sha256 of
             such a list stands here (see `list_hash`).
+        is_own: whether it is a folder of ours, with golden images, rather than one of transformers.
         source: what a user types to get it: `builtin`, a path, or ORG/NAME on the Hub.
         revision, access: the commit on the Hub, and which Hub, as whom; None for other folders.
 
@@ -123,10 +124,11 @@ class ModelFolder:
                 f"{config_hash!r} is no config hash, which has 64 hex digits", fix="copy it from robustfeat info"
             )
         self._hashes: Mapping[str, str] = {}
-        if is_onnx_layout(data):
-            self._open_onnx_layout(data, config_hash)
-        else:
+        self.is_own = not is_onnx_layout(data)
+        if self.is_own:
             self._open_own(data, config_hash)
+        else:
+            self._open_onnx_layout(data, config_hash)
 
     def _open_own(self, data: Any, config_hash: str | None) -> None:
         """Reads our own config.json, and refuses a folder that is incomplete or holds code."""
@@ -186,11 +188,6 @@ class ModelFolder:
     def _place(self) -> str | Path:
         """Names the model in messages."""
         return self.path
-
-    @property
-    def is_own(self) -> bool:
-        """Whether it is a folder of ours, with golden images, rather than one of transformers."""
-        return self.config.outputs is None
 
     @property
     def version(self) -> str:

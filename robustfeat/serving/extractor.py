@@ -17,7 +17,7 @@ from PIL import Image
 
 import robustfeat
 from robustfeat.errors import DecodeError, EngineError, ModelFolderError
-from robustfeat.hub.catalog import resolve_model
+from robustfeat.hub.catalog import BUILTIN, resolve_model
 from robustfeat.hub.folder import ModelFolder, weights_sha256
 from robustfeat.hub.heif import decoder_versions
 from robustfeat.hub.preprocessing import normalise, prepare_square, resize_and_crop, to_rgb
@@ -221,6 +221,7 @@ class FeatureExtractor:
             threads=engine.threads,
             files=dict(config.files),
             pooling=engine.pooling.name,
+            source=self.folder.source if self.folder.source == BUILTIN or self.folder.revision else None,
             versions={
                 "robustfeat": robustfeat.__version__,
                 engine.name: engine.version,

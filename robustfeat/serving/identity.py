@@ -46,6 +46,8 @@ class ModelIdentity:
         versions: of robustfeat, the engine and the libraries that decode; empty in a head.
         pooling: which output of a network of transformers the features are (see `hub.outputs`); None for our own
             networks, and not named there.
+        source: where the model is found, as a user types it: builtin, or ORG/NAME on the Hub; None for a folder. It
+            decides nothing, and is not compared.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ModelIdentity:
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     pooling: str | None = None
+    source: str | None = field(default=None, compare=False)
 
     @property
     def engine_version(self) -> str:
@@ -88,6 +91,7 @@ class ModelIdentity:
             files=meta["files"],
             versions=meta.get("versions", {}),
             pooling=meta.get("pooling"),
+            source=meta.get("source"),
         )
 
     def to_meta(self, batch_size: int) -> dict[str, Any]:
@@ -97,6 +101,7 @@ class ModelIdentity:
             **self.values("revision", "files", "precision", "engine", "device", "decoding"),
             **self.values("preprocessing_hash", "feature_size"),
             **self._pooling(),
+            **self._source(),
             "batch_size": batch_size,
             **self.values("threads", "versions"),
         }
@@ -113,17 +118,21 @@ class ModelIdentity:
             kinds = {"feature_size": (int,), "revision": (str, type(None))}
             if not isinstance(value, kinds.get(name, (str,))):
                 raise TypeError(f"{name} is {value!r}")
-        pooling = data.get("pooling")
-        if not isinstance(pooling, (str, type(None))):
-            raise TypeError(f"pooling is {pooling!r}")
-        return cls(**values, pooling=pooling)
+        optional: dict[str, Any] = {name: data.get(name) for name in ("pooling", "source")}
+        for name, value in optional.items():
+            if not isinstance(value, (str, type(None))):
+                raise TypeError(f"{name} is {value!r}")
+        return cls(**values, **optional)
 
     def to_head(self) -> dict[str, Any]:
         """The part that head.json keeps."""
-        return self.values(*_HEAD_KEYS) | self._pooling()
+        return self.values(*_HEAD_KEYS) | self._pooling() | self._source()
 
     def _pooling(self) -> dict[str, Any]:
         return {} if self.pooling is None else self.values("pooling")
+
+    def _source(self) -> dict[str, Any]:
+        return {} if self.source is None else self.values("source")
 
     def values(self, *keys: str) -> dict[str, Any]:
         """These attributes, for JSON."""

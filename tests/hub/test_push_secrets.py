@@ -9,7 +9,7 @@ import pytest
 
 from robustfeat.errors import ModelFolderError
 from robustfeat.hub.folder import ModelFolder
-from robustfeat.hub.push import _contents
+from robustfeat.hub.parcel import model_parcel
 
 
 @pytest.mark.parametrize(
@@ -28,12 +28,11 @@ def test_what_looks_like_a_secret_is_refused_by_name(model: Path, tmp_path: Path
     folder = ModelFolder(shutil.copytree(model, tmp_path / "copy"))
     (folder.path / name).parent.mkdir(exist_ok=True)
     (folder.path / name).write_text(content)
-    card = (folder.path / "README.md").read_text()
     with pytest.raises(ModelFolderError, match=rf"{name}: looks like a key or a password"):
-        _contents(folder, card)
+        model_parcel(folder, "org/name")
 
 
 def test_a_licence_and_a_picture_are_none(model: Path, tmp_path: Path) -> None:
     folder = ModelFolder(shutil.copytree(model, tmp_path / "copy"))
     (folder.path / "LICENSE").write_text("Keys and tokens: all rights reserved.")
-    assert "LICENSE" in _contents(folder, "card")
+    assert "LICENSE" in model_parcel(folder, "org/name").contents

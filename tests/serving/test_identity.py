@@ -28,7 +28,7 @@ def test_a_meta_file_holds_all_that_is_compared(extractor: FeatureExtractor) -> 
     meta = json.loads(json.dumps(extractor.identity.to_meta(batch_size=32)))
     assert list(meta) == [
         *("model", "revision", "files", "precision", "engine", "device", "decoding", "preprocessing_hash"),
-        *("feature_size", "batch_size", "threads", "versions"),
+        *("feature_size", "source", "batch_size", "threads", "versions"),
     ]
     assert list(meta["versions"]) == ["robustfeat", "onnxruntime", "numpy", "pillow", "pillow-heif"]
     assert ModelIdentity.of_meta(meta) == extractor.identity
@@ -55,6 +55,7 @@ def test_a_head_keeps_what_tells_models_apart(extractor: FeatureExtractor) -> No
         "precision": "fp32",
         "engine": "onnxruntime",
         "decoding": "exact",
+        "source": "builtin",
     }
     kept = ModelIdentity.of_head(about)
     assert kept.difference(extractor.identity, MODEL_KEYS) is None
@@ -66,6 +67,7 @@ def test_a_head_keeps_what_tells_models_apart(extractor: FeatureExtractor) -> No
     ("changes", "differing"),
     [
         ({"revision": "f" * 40}, []),
+        ({"source": "org/name"}, []),
         ({"threads": 7}, [BYTE_KEYS]),
         ({"versions": {"numpy": "1"}}, [BYTE_KEYS]),
         ({"precision": "int8"}, [BYTE_KEYS, FEATURE_KEYS]),

@@ -24,7 +24,7 @@ from robustfeat.errors import EngineError, InputError, ModelFolderError
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.outputs import read_outputs
 from robustfeat.hub.preprocessing import normalise
-from robustfeat.hub.push import push_model
+from robustfeat.hub.push import Target, push_model
 from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.engines.pooling import choose_pooling
 from robustfeat.serving.heads.features import open_features
@@ -559,7 +559,7 @@ def test_a_head_and_its_network_become_one_file(
 
 def test_it_is_not_pushed_as_one_of_ours(repositories: Repositories) -> None:
     with pytest.raises(ModelFolderError, match=r"another library's layout.*robustfeat import"):
-        push_model(ModelFolder(repositories("dinov2")), "org/new")
+        push_model(ModelFolder(repositories("dinov2")), Target("org/new"))
 
 
 def test_torchserve_gets_the_files_that_are_used(repositories: Repositories, tmp_path: Path) -> None:

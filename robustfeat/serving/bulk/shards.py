@@ -40,8 +40,9 @@ def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *
         folder.create()
         names = folder.names()
         found = _read_job(folder, places, restart=restart) if _JOB_FILE in names else None
-        # The hashes of the files tell models apart; the commit also changes with the card.
+        # The hashes of the files tell models apart, wherever they lie; the commit also changes with the card.
         mine = job.identity | {"shard_rows": job.shard_rows, "first_row": job.first_row, "revision": None}
+        mine.pop("source", None)
         if found is not None and mine["continues"] and found.get("continues") not in {None, mine["continues"]}:
             found = None  # it was continuing a file that has been replaced since
         if found is not None and found != mine and not restart:

@@ -3,7 +3,7 @@
     head.json          classes, kind, scaling, how it was selected, which model's features it takes, scores
     head.safetensors   coefficients, means and the like; scaling; calibration; distances; all float64
 
-Each file holds a sha256 of the other, so that neither changes alone.
+`hub.head_folder` holds them together.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import HeadError, InputError, first_line
 from robustfeat.files import new_folder
+from robustfeat.hub.head_folder import HEAD, TENSORS, HeadFolder, about_sha256, resolve_head
+from robustfeat.hub.remote import HubAccess
 from robustfeat.serving.heads import convert
 from robustfeat.serving.heads.distance import DISTANCE_ARRAYS, distance_shapes, measure_typicality
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
@@ -29,11 +31,6 @@ from robustfeat.serving.heads.probabilities import sigmoid, softmax
 from robustfeat.serving.identity import ModelIdentity
 
 __all__ = ["Head"]
-
-FORMAT_VERSION = 2
-"""Heads of a newer version are refused. Version 1 knew no distances, and heads without them are still of it."""
-
-JSON, TENSORS = "head.json", "head.safetensors"
 
 _CALIBRATION = ("calibration.scale", "calibration.offset")
 
@@ -55,6 +52,7 @@ class Head(convert.HeadParts):
         selection: how C and scaling were chosen.
         scores: what was measured.
         sha256: of head.json, where the head was loaded: it pins both files.
+        revision: its commit on the Hub, where it was loaded from there.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -63,6 +61,7 @@ class Head(convert.HeadParts):
     selection: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
     sha256: str | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -365,7 +364,7 @@ class Head(convert.HeadParts):
         from safetensors.numpy import save
 
         about = {
-            "format_version": FORMAT_VERSION if self.tells_typicality else 1,
+            "format_version": 2 if self.tells_typicality else 1,
             "kind": self.kind,
             "classes": list(self.classes),
             "multi_label": self.multi_label,
@@ -376,10 +375,10 @@ class Head(convert.HeadParts):
             "scores": dict(self.scores),
         }
         arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
-        data = save(arrays, metadata={"head_sha256": _digest(about)})
+        data = save(arrays, metadata={"head_sha256": about_sha256(about)})
         (folder / TENSORS).write_bytes(data)
         about[f"{TENSORS}_sha256"] = hashlib.sha256(data).hexdigest()
-        (folder / JSON).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / HEAD).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     @classmethod
     def load(cls, place: str | os.PathLike[str]) -> Head:
@@ -388,60 +387,67 @@ class Head(convert.HeadParts):
         Raises:
             HeadError: it is missing, damaged, altered or of a newer format.
         """
+        return cls.of_folder(HeadFolder(place))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        sha256: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        endpoint: str | None = None,
+    ) -> Head:
+        """Loads a head from a folder or the Hub.
+
+        Args:
+            name: a folder that svm fit made, or ORG/NAME on the Hub.
+            revision: a branch, tag or commit on the Hub; main by default. A commit that is in the cache is used
+                without asking the Hub.
+            sha256: that head.json must have, which pins both files; `robustfeat info` prints it.
+            token: for the Hub; by default that of `hf auth login` or HF_TOKEN. False sends none.
+            cache_dir: of downloads; by default that of the Hub's libraries.
+            local_files_only: answer from the cache alone, without a network call; so does HF_HUB_OFFLINE=1.
+            endpoint: of a mirror or a private Hub; by default HF_ENDPOINT, or huggingface.co.
+
+        Raises:
+            HeadError: the head is missing, damaged, altered or of a newer format.
+            HubError: the Hub refuses, fails or cannot be reached, and the head is not in the cache.
+        """
+        access = HubAccess(token=token, cache_dir=cache_dir, local_files_only=local_files_only, endpoint=endpoint)
+        return cls.of_folder(resolve_head(name, revision=revision, sha256=sha256, access=access))
+
+    @classmethod
+    def of_folder(cls, folder: HeadFolder) -> Head:
+        """The head in a folder that was opened.
+
+        Raises:
+            HeadError: its files do not say a head.
+        """
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        folder = Path(place)
+        about = folder.about
         try:
-            text = (folder / JSON).read_bytes()
-            data = (folder / TENSORS).read_bytes()
-        except FileNotFoundError as exc:
-            raise HeadError(
-                f"{folder}: not a head (no {Path(exc.filename).name}); expected what svm fit makes"
-            ) from exc
-        except OSError as exc:
-            raise HeadError(
-                f"{folder}: not a head that can be read ({first_line(exc)}); expected a folder that svm fit makes"
-            ) from exc
-        try:
-            about = json.loads(text)
-            version = about["format_version"]
-            if version not in range(1, FORMAT_VERSION + 1):
-                raise HeadError(
-                    f"{folder / JSON}: format_version must be from 1 to {FORMAT_VERSION}; got {version!r}",
-                    fix="update robustfeat",
-                )
-            expected = about.pop(f"{TENSORS}_sha256")
-            actual = hashlib.sha256(data).hexdigest()
-            if actual != expected:
-                raise HeadError(
-                    f"{folder / TENSORS}: altered or truncated (sha256 must be {str(expected)[:12]}..., got "
-                    f"{actual[:12]}...)",
-                    fix="copy or fit the head again",
-                )
-            length = int.from_bytes(data[:8], "little")
-            kept = json.loads(data[8 : 8 + length])["__metadata__"]["head_sha256"]
-            if kept != _digest(about):
-                raise HeadError(f"{folder / JSON}: altered since it was written", fix="copy or fit the head again")
             if not isinstance(about["classes"], list) or not isinstance(about["multi_label"], bool):
                 raise ValueError("classes must be a list, multi_label true or false")
             return cls(
                 kind=about["kind"],
                 classes=tuple(about["classes"]),
                 scaling=about["scaling"],
-                arrays=load(data),
+                arrays=load(folder.files[TENSORS]),
                 multi_label=about["multi_label"],
                 model=ModelIdentity.of_head(about["model"]) if about["model"] else None,
                 selection=about["selection"],
                 scores=about["scores"],
-                sha256=hashlib.sha256(text).hexdigest(),
+                sha256=folder.sha256,
+                revision=folder.revision,
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as exc:
-            raise HeadError(f"{folder}: not a valid head ({first_line(exc)})", fix="copy or fit it again") from exc
-
-
-def _digest(about: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+            raise HeadError(f"{folder.path}: not a valid head ({first_line(exc)})", fix="copy or fit it again") from exc
 
 
 def _is_utf8(text: str) -> bool:

@@ -22,7 +22,7 @@ from robustfeat.serving.http.documents import ACCEPT, IMAGE_BODY, MODEL, describ
 from robustfeat.serving.http.gate import Gate
 from robustfeat.serving.http.process.metrics import CONTENT_TYPE
 from robustfeat.serving.http.routes import Routes
-from robustfeat.serving.http.service import ServedModel, Service
+from robustfeat.serving.http.service import ServedHead, ServedModel, Service
 from robustfeat.serving.online.answers import (
     BINARY_HEADERS,
     JSON,
@@ -190,6 +190,18 @@ def _json(content: dict[str, Any], status: int = 200) -> Response:
     return Response(json_bytes(content), status, media_type=JSON)
 
 
+def _head_info(served: ServedHead) -> dict[str, Any]:
+    head = served.head
+    return {
+        "name": served.name,
+        "model": served.model.name,
+        "classes": list(head.classes),
+        **{name: getattr(head, name) for name in ("kind", "multi_label", "revision", "sha256")},
+        "probabilities": head.calibrated,
+        "typicality": head.tells_typicality,
+    }
+
+
 def _info(service: Service) -> dict[str, Any]:
     limits = service.limits
     return {
@@ -206,10 +218,7 @@ def _info(service: Service) -> dict[str, Any]:
             }
             for name, model in service.models.items()
         ],
-        "heads": [
-            {"name": name, "model": head.model.name, "classes": list(head.head.classes)}
-            for name, head in service.heads.items()
-        ],
+        "heads": [_head_info(served) for served in service.heads.values()],
         "collections": [
             {"name": name, "model": one.model.name, "rows": len(one.rows)} for name, one in service.collections.items()
         ],

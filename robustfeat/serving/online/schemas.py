@@ -200,6 +200,12 @@ class HeadInfo(BaseModel):
     name: str
     model: str = Field(description="The served model whose features it takes.")
     classes: list[str | int]
+    kind: str
+    multi_label: bool = Field(description="Whether an image may have several of the classes, or none.")
+    revision: str | None = Field(description="Its commit on the Hub; null for a folder.")
+    sha256: str | None = Field(description="Of head.json, which pins the head.")
+    probabilities: bool = Field(description="Whether its answers have calibrated ones.")
+    typicality: bool = Field(description="Whether its answers tell images of none of the classes.")
 
 
 class CollectionInfo(BaseModel):

@@ -1,0 +1,48 @@
+"""HEAD on the command line: a folder, or ORG/NAME[@REVISION] on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from robustfeat.hub.head_folder import HeadFolder
+    from robustfeat.serving.heads.head import Head
+
+__all__ = ["find_head", "is_head", "load_head"]
+
+
+def find_head(place: str) -> HeadFolder:
+    """The folder of a head, downloaded where need be.
+
+    Raises:
+        HeadError: there is no such head, or it is damaged.
+        HubError: the Hub refuses, fails or cannot be reached.
+    """
+    from robustfeat.hub.head_folder import resolve_head
+
+    name, revision = _split(place)
+    return resolve_head(name, revision=revision)
+
+
+def load_head(place: str) -> Head:
+    """The head that a user names.
+
+    Raises:
+        HeadError, HubError: as `find_head`.
+    """
+    from robustfeat.serving.heads.head import Head
+
+    name, revision = _split(place)
+    return Head.from_pretrained(name, revision=revision)
+
+
+def is_head(place: str) -> bool:
+    """Whether this is a folder with a head in it."""
+    return Path(place, "head.json").is_file()
+
+
+def _split(place: str) -> tuple[str, str | None]:
+    """The name, and the revision behind an @ in it; a folder may have one in its name."""
+    name, at, revision = place.rpartition("@")
+    return (name, revision) if at and "/" in name and not Path(place).exists() else (place, None)
