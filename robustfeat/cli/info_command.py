@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,22 +13,65 @@ from robustfeat.progress import json_line
 
 if TYPE_CHECKING:
     from robustfeat.hub.folder import ModelFolder
+    from robustfeat.hub.head_folder import HeadFolder
     from robustfeat.hub.preprocessing import Preprocessing
 
 
-@click.command("info", cls=Command, short_help="Show what a model is, how it fares and its terms.")
-@click.argument("model", default="builtin")
+_SHOWN_CLASSES = 20
+
+
+@click.command("info", cls=Command, short_help="Show what a model or a head is, how it fares and its terms.")
+@click.argument("place", default="builtin", metavar="[MODEL|HEAD]")
 @pin_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as a JSON object.")
-def command(model: str, revision: str | None, config_hash: str | None, as_json: bool) -> None:
-    """Shows MODEL (default: builtin) after verifying the hashes of its files.
+def command(place: str, revision: str | None, config_hash: str | None, as_json: bool) -> None:
+    """Shows MODEL (default: builtin) or HEAD after verifying the hashes of its files.
 
     Of a model on the Hub it downloads config.json alone (and preprocessor_config.json of a model of transformers), and
     verifies what the cache holds besides.
     """
-    from robustfeat.hub.catalog import resolve_model
+    from robustfeat.hub.catalog import resolve
+    from robustfeat.hub.head_folder import HeadFolder
 
-    folder = resolve_model(model, revision=revision, config_hash=config_hash)
+    found = resolve(place, revision=revision, config_hash=config_hash)
+    if isinstance(found, HeadFolder):
+        _show_head(found, as_json)
+    else:
+        _show_model(found, as_json)
+
+
+def _show_head(folder: HeadFolder, as_json: bool) -> None:
+    from robustfeat.serving.heads.head import Head
+
+    head, about = Head.of_folder(folder), folder.about
+    pins = {"path": str(folder.path), "revision": folder.revision, "sha256": folder.sha256}
+    if as_json:
+        click.echo(json_line({**about, **pins}))
+        return
+    shown = ", ".join(map(str, head.classes[:_SHOWN_CLASSES]))
+    more = len(head.classes) - _SHOWN_CLASSES
+    given = {"margins": True, "probabilities": head.calibrated, "typicality": head.tells_typicality}
+    model = head.model
+    lines = {
+        "folder": str(folder.path),
+        "head": f"{head.kind}, {head.scaling} scaling" + (", several labels" if head.multi_label else ""),
+        "classes": f"{len(head.classes)}: {shown}" + (f" and {more} more" if more > 0 else ""),
+        "answers": ", ".join(name for name, has in given.items() if has),
+        "model": f"{model.name}{f' ({model.source})' if model.source else ''}" if model else "not stated",
+        **({"weights": model.weights_sha256[:16], "preprocessing": model.preprocessing_hash[:16]} if model else {}),
+        **({"model's commit": model.revision} if model and model.revision else {}),
+        **({"revision": folder.revision} if folder.revision else {}),
+        "sha256": folder.sha256,
+    }
+    for key, value in lines.items():
+        say(f"{key + ':':15}{value}")
+    for title, scores in head.scores.items():
+        if isinstance(scores, Mapping):
+            numbers = [f"{name} {value:.4g}" for name, value in scores.items() if isinstance(value, (int, float))]
+            say(f"{title.replace('_', ' ') + ':':15}{', '.join(numbers)}")
+
+
+def _show_model(folder: ModelFolder, as_json: bool) -> None:
     folder.verify(folder.present)
     config = folder.config
     if as_json:

@@ -11,7 +11,9 @@ from robustfeat.cli.extraction import pin_options
 from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
-    from robustfeat.hub.snapshot import Snapshot
+    from robustfeat.hub.folder import ModelFolder
+    from robustfeat.hub.head_folder import HeadFolder
+    from robustfeat.hub.pull import HubFolder
 
 
 @click.command("pull", cls=Command, short_help="Download a model or a head from the Hugging Face Hub.")
@@ -53,22 +55,23 @@ def command(
     from robustfeat.cli.extraction import quiet_downloads
     from robustfeat.errors import HubError
     from robustfeat.files import require_new
+    from robustfeat.hub.catalog import open_repository
+    from robustfeat.hub.head_folder import HeadFolder
     from robustfeat.hub.remote import is_hub_name
-    from robustfeat.hub.snapshot import KINDS, Snapshot
 
     if not is_hub_name(repo):
         raise HubError(f"{repo}: not a name on the Hub; expected ORG/NAME")
     if out is not None:
         require_new(out)
     quiet_downloads(quiet)
-    snapshot = Snapshot(repo, *KINDS, revision=revision, force=force)
-    if snapshot.kind == "head":
+    found = open_repository(repo, revision=revision, config_hash=config_hash, force=force)
+    if isinstance(found, HeadFolder):
         if precisions:
             raise click.UsageError(f"--precision is for models; {repo} is a head")
-        about, said = _pull_head(snapshot, config_hash, out, everything=everything)
+        about, said = _pull_head(found, out, everything=everything)
     else:
-        about, said = _pull_model(snapshot, config_hash, out, precisions, everything=everything)
-    if snapshot.listing is None:
+        about, said = _pull_model(found, out, precisions, everything=everything)
+    if not found.asked:
         say(f"{repo}: the Hub was not asked; this is what the cache holds", err=True)
     if as_json:
         click.echo(json.dumps(about))
@@ -79,14 +82,12 @@ def command(
 
 
 def _pull_model(
-    snapshot: Snapshot, config_hash: str | None, out: str | None, precisions: tuple[str, ...], *, everything: bool
+    hub: HubFolder, out: str | None, precisions: tuple[str, ...], *, everything: bool
 ) -> tuple[dict[str, Any], str]:
     """Facts for JSON, and a line."""
-    from robustfeat.hub.folder import ModelFolder
-    from robustfeat.hub.pull import HubFolder, copy_folder
+    from robustfeat.hub.pull import copy_folder
 
-    folder: ModelFolder
-    folder = hub = HubFolder(snapshot, config_hash=config_hash)
+    folder: ModelFolder = hub
     if out is None:
         hub.fetch_for_use(precisions or hub.precisions, everything=everything)
     else:
@@ -99,21 +100,18 @@ def _pull_model(
     )
 
 
-def _pull_head(
-    snapshot: Snapshot, sha256: str | None, out: str | None, *, everything: bool
-) -> tuple[dict[str, Any], str]:
+def _pull_head(folder: HeadFolder, out: str | None, *, everything: bool) -> tuple[dict[str, Any], str]:
     """The same of a head."""
-    from robustfeat.hub.head_folder import HeadFolder, copy_head, read_card
+    from robustfeat.hub.head_folder import copy_head, read_card
     from robustfeat.serving.heads.head import Head
 
-    folder = HeadFolder(snapshot.path, sha256=sha256, snapshot=snapshot)
     head = Head.of_folder(folder)
     if everything:
         read_card(folder)
     path = folder.path if out is None else copy_head(folder, out).path
     size = sum(map(len, folder.files.values()))
     model = head.model.name if head.model else None
-    about: dict[str, Any] = {"path": str(path), "head": snapshot.repo, "model": model, "revision": folder.revision}
+    about: dict[str, Any] = {"path": str(path), "head": folder.place, "model": model, "revision": folder.revision}
     about |= {"sha256": folder.sha256, "classes": len(head.classes), "bytes": size}
-    said = f"{snapshot.repo} at {folder.revision}, sha256 {folder.sha256}: {len(head.classes)} classes"
+    said = f"{folder.place} at {folder.revision}, sha256 {folder.sha256}: {len(head.classes)} classes"
     return about, f"{said} on {model or 'an unknown model'}, {size / 1e6:.1f} MB, hashes verified"

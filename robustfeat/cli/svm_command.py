@@ -39,9 +39,9 @@ _images = click.option(
 def command() -> None:
     """Fits linear classifiers on features, and answers with them.
 
-    A HEAD is a folder that `svm fit` makes. INPUT is a file of features (with the index and meta files that `embed`
-    writes beside it), or images as `embed` takes them; those are embedded first. For very many images run `embed`
-    first: it goes on after a stop.
+    A HEAD is a folder that `svm fit` makes, or ORG/NAME[@REVISION] on the Hub. INPUT is a file of features (with the
+    index and meta files that `embed` writes beside it), or images as `embed` takes them; those are embedded first. For
+    very many images run `embed` first: it goes on after a stop.
     """
 
 

@@ -17,10 +17,11 @@ from robustfeat.errors import HubError, ModelFolderError
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import CONFIG, ModelFolder
 from robustfeat.hub.head_card import HEAD_TAG
+from robustfeat.hub.head_folder import HEAD, HeadFolder, resolve_head
 from robustfeat.hub.onnx_layout import PROCESSORS, find_network, is_onnx_layout
 from robustfeat.hub.pull import HubFolder, kept_list
 from robustfeat.hub.remote import HubAccess, is_hub_name
-from robustfeat.hub.snapshot import Snapshot
+from robustfeat.hub.snapshot import KINDS, Snapshot
 
 __all__ = [
     "BUILTIN",
@@ -28,7 +29,9 @@ __all__ = [
     "builtin_model",
     "cached_models",
     "list_builtin",
+    "open_repository",
     "public_models",
+    "resolve",
     "resolve_model",
     "sample_images",
     "search_models",
@@ -101,6 +104,42 @@ def resolve_model(
             f"{text}: is no model on the Hub, so it has no revision {revision}", fix="leave that out"
         )
     return builtin_model(config_hash=config_hash) if text == BUILTIN else ModelFolder(text, config_hash=config_hash)
+
+
+def resolve(name: str, *, revision: str | None = None, config_hash: str | None = None) -> ModelFolder | HeadFolder:
+    """The model or head that a user names, whichever is there.
+
+    Args:
+        name: `builtin`, a folder, or ORG/NAME on the Hub where no such folder exists.
+        revision: a branch, tag or commit on the Hub; main by default.
+        config_hash: the sha256 that config.json or head.json must have.
+
+    Raises:
+        ModelFolderError, HeadError: there is no such model or head, or it is damaged.
+        HubError: the Hub refuses, fails or cannot be reached.
+    """
+    if is_hub_name(name) and not Path(name).exists():
+        return open_repository(name, revision=revision, config_hash=config_hash)
+    if Path(name, HEAD).is_file():
+        return resolve_head(name, revision=revision, sha256=config_hash)
+    return resolve_model(name, revision=revision, config_hash=config_hash)
+
+
+def open_repository(
+    repo: str, *, revision: str | None = None, config_hash: str | None = None, force: bool = False
+) -> HubFolder | HeadFolder:
+    """The model or head in a repository on the Hub, with arguments as of `resolve`.
+
+    Args:
+        force: download what is used anew.
+
+    Raises:
+        ModelFolderError, HeadError, HubError: as `resolve`.
+    """
+    snapshot = Snapshot(repo, *KINDS, revision=revision, force=force)
+    if snapshot.key == HEAD:
+        return HeadFolder(snapshot.path, sha256=config_hash, snapshot=snapshot)
+    return HubFolder(snapshot, config_hash=config_hash)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ class HeadFolder:
             raise HeadError(f"{self.path}: not a valid head ({first_line(exc)})", fix=self._remedy) from exc
 
     @property
+    def asked(self) -> bool:
+        """Whether the Hub said what it holds, rather than the cache."""
+        return self.snapshot is not None and self.snapshot.listing is not None
+
+    @property
     def place(self) -> str:
         """What a user types to get it, for messages."""
         return self.snapshot.repo if self.snapshot else str(self.path)

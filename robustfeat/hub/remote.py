@@ -336,7 +336,7 @@ class HubAccess:
             ),
             errors.RemoteEntryNotFoundError: (
                 f"holds no {name}"
-                f"{', so it is not a model of robustfeat, or an incomplete one' if self.repo_type == 'model' else ''}",
+                f"{', so it is no model or head, or an incomplete one' if self.repo_type == 'model' else ''}",
                 "check the name and the revision",
             ),
         }

@@ -59,11 +59,6 @@ class Snapshot:
         self.key, self.path, self.revision = file.name, file.parent, file.parent.name
 
     @property
-    def kind(self) -> str:
-        """Of `KINDS`."""
-        return KINDS[self.key]
-
-    @property
     def forced(self) -> bool:
         """Whether files are downloaded anew."""
         return self._force

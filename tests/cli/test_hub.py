@@ -320,7 +320,7 @@ def test_odd_names_of_branches_and_tags_are_refused_at_once(
         (["push", "{model}", "org/name"], "hf_bob", "the name is taken by somebody else"),
         (["push", "{model}", "org/new"], "hf_bob", "the name is taken by somebody else, or the token may not"),
         (["push", "{model}", "org/bert"], "hf_alice", "the name is taken: it holds a config.json that is not"),
-        (["pull", "org/empty"], "hf_alice", "holds no config.json, so it is not a model of robustfeat"),
+        (["pull", "org/empty"], "hf_alice", "holds no config.json or head.json, so it is not a model or head"),
         (["pull", "nonsense"], "hf_alice", "expected ORG/NAME"),
         (["pull", "org/na--me"], "hf_alice", "expected ORG/NAME"),
         (["pull", "org/" + "x" * 97], "hf_alice", "expected ORG/NAME"),

@@ -316,3 +316,17 @@ def test_export_takes_a_head_by_its_name(published: FakeHub, call: Call, clothes
     done = call("export", "--head", "org/clothes", "--out", tmp_path / "c.onnx", "--quiet")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c.onnx").stat().st_size > 10**6
+
+
+def test_info_shows_a_head(published: FakeHub, call: Call, clothes: Path) -> None:
+    here, there = call("info", clothes), call("info", "org/clothes", "--revision", "main")
+    for result in (here, there):
+        assert result.returncode == 0, result.stderr
+        assert re.search(r"^classes: +10: dress, hat, ", result.stdout, re.MULTILINE)
+        assert re.search(r"^model: +robustfeat-resnet18-tiny-v1 \(builtin\)$", result.stdout, re.MULTILINE)
+        assert re.search(rf"^sha256: +{sha256(clothes)}$", result.stdout, re.MULTILINE)
+    commit = published.model("org/clothes").branches["main"]
+    assert re.search(rf"^revision: +{commit}$", there.stdout, re.MULTILINE)
+    about = json.loads(call("info", "org/clothes", "--json", "--config-hash", sha256(clothes)).stdout)
+    assert (about["sha256"], about["revision"], about["kind"]) == (sha256(clothes), commit, "svm")
+    assert "not the head that was asked for" in one_line(call("info", clothes, "--config-hash", "0" * 64))

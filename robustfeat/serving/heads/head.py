@@ -434,6 +434,8 @@ class Head(convert.HeadParts):
         try:
             if not isinstance(about["classes"], list) or not isinstance(about["multi_label"], bool):
                 raise ValueError("classes must be a list, multi_label true or false")
+            if not isinstance(about["selection"], dict) or not isinstance(about["scores"], dict):
+                raise ValueError("selection and scores must be objects")
             return cls(
                 kind=about["kind"],
                 classes=tuple(about["classes"]),
