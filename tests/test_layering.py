@@ -30,7 +30,7 @@ SERVING = {
     "inputs": {""},
     "decoding": {"", "inputs"},
     "bulk": {"", "engines", "inputs", "decoding"},
-    "heads": {"", "inputs", "bulk"},
+    "heads": {"", "inputs", "decoding", "bulk"},
     "collections": {"", "inputs", "bulk", "heads"},
     "online": {"", "inputs", "decoding", "heads", "collections"},
     "http": {"", "inputs", "heads", "collections", "online"},

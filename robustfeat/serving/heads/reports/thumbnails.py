@@ -5,24 +5,34 @@ from __future__ import annotations
 import io
 from collections.abc import Collection, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from robustfeat.errors import RobustFeatError
-from robustfeat.hub.preprocessing import decode
+from robustfeat.hub.preprocessing import Preprocessing
+from robustfeat.serving.decoding.parts import PartReader
+from robustfeat.serving.decoding.pool import DecoderPool
+from robustfeat.serving.decoding.worker import Task
 from robustfeat.serving.inputs.listing import list_inputs
-from robustfeat.serving.inputs.parquet import ParquetImages
-from robustfeat.serving.inputs.sources import ImageSource
+from robustfeat.system import available_cpus
 
 __all__ = ["read_thumbnails"]
 
 _SIDE = 144
 """Pixels of the longer side."""
 
+_PADDING = (1, 254, 2)
+"""What fills the rest of a square, and is cut off again: hardly the edge of a photograph."""
+
+_PART = 12
+"""Images that are worth a decoder process of their own, which takes as long to start."""
+
 
 def read_thumbnails(inputs: Sequence[str], paths: Collection[str]) -> dict[str, bytes]:
     """WebP files, by path, of those of `paths` that are found among `inputs` and can be read.
 
-    The images were decoded before, by decoders that may crash; these few are decoded here.
+    Decoder processes read them, as when images are embedded: an image that crashes one costs only its picture.
 
     Args:
         inputs: as `list_inputs` takes them; `-` cannot be read a second time.
@@ -33,23 +43,37 @@ def read_thumbnails(inputs: Sequence[str], paths: Collection[str]) -> dict[str, 
     wanted = set(paths)
     try:
         with list_inputs(inputs) as found:
-            sources = {image.path: image for image in found if image.path in wanted}
+            lines = {image.path: image.to_line() for image in found if image.path in wanted}
+        squares = _decode(list(lines.values()))
     except RobustFeatError:  # moved or deleted since
         return {}
-    drawn = ((path, _draw(source)) for path, source in sources.items())
-    return {path: picture for path, picture in drawn if picture is not None}
+    return {path: _encode(square) for path, square in zip(lines, squares, strict=True) if square is not None}
 
 
-def _draw(source: ImageSource) -> bytes | None:
-    try:
-        of_parquet = source.kind == "parquet"
-        data = ParquetImages(source.file, source.detail).read(source.at) if of_parquet else source.read()
-        if isinstance(data, str):  # why the row has no image
-            return None
-        image = decode(data, at_least=_SIDE)
-        image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-        written = io.BytesIO()
-        image.save(written, "WEBP", quality=75)
-    except (RobustFeatError, OSError, ValueError):
-        return None
+def _decode(lines: Sequence[bytes]) -> list[NDArray[np.uint8] | None]:
+    """Squares of images, which are padded; None where one cannot be read."""
+    if not lines:
+        return []
+    red, green, blue = (value / 255 for value in _PADDING)
+    contract = Preprocessing(_SIDE, interpolation="lanczos", crop_mode="border", mean=(red, green, blue))
+    workers = min(available_cpus(), -(-len(lines) // _PART))
+    failed: set[int] = set()
+    with DecoderPool(contract, scaled=True, workers=workers, places=len(lines)) as pool:
+        place, waiting = 0, []
+        for part, data in PartReader().parts(lines, -(-len(lines) // workers)):
+            waiting.append((place, pool.submit(Task(place, place, part, data, {}))))
+            place += len(part)
+        for first, future in waiting:
+            failed |= {first + offset for offset in future.result().failed}
+        return [None if at in failed else pool.squares[at].copy() for at in range(len(lines))]
+
+
+def _encode(square: NDArray[np.uint8]) -> bytes:
+    """A WebP file of the image within its padding."""
+    shown = (square != np.array(_PADDING, np.uint8)).any(2)
+    rows, columns = (np.flatnonzero(shown.any(axis)) for axis in (1, 0))
+    if len(rows):
+        square = square[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    written = io.BytesIO()
+    Image.fromarray(square).save(written, "WEBP", quality=75)
     return written.getvalue()

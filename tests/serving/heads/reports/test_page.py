@@ -7,9 +7,12 @@ import html
 import io
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +20,14 @@ from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
+from robustfeat.serving.decoding import process
 from robustfeat.serving.heads.reports.answers import Answers
 from robustfeat.serving.heads.reports.page import draw_page
 from robustfeat.serving.heads.reports.reliability import Reliability, uncalibrated
 from robustfeat.serving.heads.reports.report import Report
 from robustfeat.serving.heads.reports.thumbnails import read_thumbnails
 from tests.conftest import EXAMPLES
+from tests.serving.decoding.test_odd_images import TRAPPED_DECODER, TRAPS
 
 
 def answers_of(count: int = 60, classes: tuple[str, ...] = ("cat", "dog", "<b>eel</b>")) -> Answers:
@@ -134,6 +139,24 @@ def test_thumbnails_are_small_and_those_of_their_paths(tmp_path: Path) -> None:
     assert len(found["hat/hat-1.jpg"]) < 10_000
     assert read_thumbnails([str(tmp_path / "moved")], wanted) == {}
     assert read_thumbnails(["-"], wanted) == {}
+
+
+@pytest.mark.parametrize("trap", ["segfault.png", "exit.png"])
+def test_an_image_that_crashes_its_decoder_costs_only_its_thumbnail(
+    trap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = TRAPPED_DECODER.format(flag="")
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        trapped = command[-1].replace("from robustfeat", f"exec({code!r}); from robustfeat", 1)
+        return subprocess.Popen([*command[:-1], trapped], **options)
+
+    monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (200, 100), "red").save(tmp_path / name)
+    with open(tmp_path / "b.png", "ab") as handle:
+        handle.write(b"TRAP:" + TRAPS[trap][0].encode())
+    assert set(read_thumbnails([str(tmp_path)], ["a.png", "b.png", "c.png"])) == {"a.png", "c.png"}
 
 
 def test_the_page_holds_the_picture_and_several_labels_have_none() -> None:
