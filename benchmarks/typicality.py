@@ -3,7 +3,7 @@
     python benchmarks/typicality.py NAME=FEATS:DATA.parquet:COLUMN:CLASSES ... [--rows N] [--few N] [--out FILE.json]
 
 FEATS are features that `embed` wrote of the images in DATA.parquet, and COLUMN holds their labels. Of the first N rows
-of each data set, those of the first CLASSES classes are known. 70 % of them, drawn with seed 0, are fitted with C = 0.1
+of each data set, those of the first CLASSES classes, by name, are known. 70 % of them, drawn with seed 0, are fitted with C = 0.1
 and l2 scaling; the others are unseen. `--few` adds a head of so few rows, for the data sets with the most of them.
 
 Printed for each head, with images rejected below a typicality of 0.05:
@@ -53,8 +53,9 @@ class DataSet:
         place, file, column, known = rest.split(":")
         features = load(place)
         labelled = match_labels(features, read_labels([f"{file}:{column}"]))
-        few = labelled.rows < rows
-        return cls(name, features, replace(labelled, rows=labelled.rows[few], targets=labelled.targets[few]), int(known))
+        is_first = labelled.rows < rows
+        first = replace(labelled, rows=labelled.rows[is_first], targets=labelled.targets[is_first])
+        return cls(name, features, first, int(known))
 
     def values(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
         """Features of these places among the labelled rows."""
