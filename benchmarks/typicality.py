@@ -3,8 +3,9 @@
     python benchmarks/typicality.py NAME=FEATS:DATA.parquet:COLUMN:CLASSES ... [--rows N] [--few N] [--out FILE.json]
 
 FEATS are features that `embed` wrote of the images in DATA.parquet, and COLUMN holds their labels. Of the first N rows
-of each data set, those of the first CLASSES classes, by name, are known. 70 % of them, drawn with seed 0, are fitted with C = 0.1
-and l2 scaling; the others are unseen. `--few` adds a head of so few rows, for the data sets with the most of them.
+of each data set, those of the first CLASSES classes, by name, are known. 70 % of them, drawn with seed 0, are fitted
+with C = 0.1 and l2 scaling; the others are unseen. `--few` adds a head of so few rows, for the data sets with the most
+of them.
 
 Printed for each head, with images rejected below a typicality of 0.05:
 - false alarms: the share of unseen rows that are rejected;
