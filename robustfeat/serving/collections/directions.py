@@ -72,11 +72,16 @@ class Directions:
         return found
 
     def cosines(self, rows: NDArray[np.int64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(m,) exact cosines between `rows` and as many directions `others`, (m, D) of length 1.
+        """(m,) exact cosines between `rows` that did not fail and as many directions `others`, (m, D) of length 1.
 
         Each is a sum in float64, in an order that depends on D only.
         """
-        found = (self.units(rows) * others).sum(1)
+        if self._values.dtype.itemsize > 4:
+            found = np.einsum("ij,ij->i", self.units(rows), others)
+        else:
+            lengths = self.lengths[rows]
+            found = np.einsum("ij,ij->i", self._values[rows].astype(np.float64), others)
+            found /= np.where(lengths > 0, lengths, 1)
         return np.asarray(np.clip(found, -1, 1))
 
     def pairs(self, rows: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.float64]:
