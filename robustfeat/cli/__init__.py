@@ -44,6 +44,7 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "ray": "ray",
     "pyarrow": "parquet",
+    "faiss": "index",
     "onnx": "onnx",
     **dict.fromkeys(("onnxscript", "safetensors", "timm", "torch", "torchvision"), "train"),
     "transformers": "transformers",

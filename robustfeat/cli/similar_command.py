@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,7 @@ from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
-    from robustfeat.serving.collections.similar import Match, Queries
+    from robustfeat.serving.collections.similar import Match, Queries, Search
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.heads.features import Features
     from robustfeat.serving.identity import ModelIdentity
@@ -37,6 +38,11 @@ _RUN = ("precision", "engine", "decoding", "pooling")
 @click.option(
     "--names", metavar="FILE", help="The path of each row, one per line, of a .npy file that embed did not write."
 )
+@click.option(
+    "--approximate",
+    is_flag=True,
+    help="Search by an index beside FEATS, which is made first where it is missing; for more than 10^7 rows.",
+)
 @extraction_options
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -47,6 +53,7 @@ def command(
     k: int,
     out: str | None,
     names: str | None,
+    approximate: bool,
     extraction: Extraction,
     as_json: bool,
     quiet: bool,
@@ -57,13 +64,13 @@ def command(
     images as `embed` takes them. Images and words are embedded with the model of FEATS; it is found by itself if it is
     the built-in one, and --model names any other. For a file whose name is also a number or in the index, write ./NAME.
 
-    The search is exact. Of equal cosines the smaller row comes first. A query that is a row of FEATS is left out of
-    its own answer; its copies are not. Failed rows never answer. The exit code is 3 if a query failed.
+    The search is exact, but for --approximate. Of equal cosines the smaller row comes first. A query that is a row of
+    FEATS is left out of its own answer; its copies are not. Failed rows never answer. The exit code is 3 if a query
+    failed.
     """
     from threadpoolctl import threadpool_limits
 
     from robustfeat.progress import Progress
-    from robustfeat.serving.collections.directions import Directions
     from robustfeat.serving.collections.similar import find_similar, join_queries, to_csv, to_jsonl
     from robustfeat.serving.heads.features import open_array, open_features
     from robustfeat.system import available_cpus
@@ -74,8 +81,10 @@ def command(
     features = open_features(feats) if names is None else open_array(feats, names)
     found = join_queries(list(_open_queries(features, queries, texts, extraction, quiet)))
     progress = Progress("similar", len(found.names), "queries", quiet=quiet)
-    with threadpool_limits(extraction.options.threads or available_cpus()):
-        matches = find_similar(Directions(features), found, k, progress)
+    threads = extraction.options.threads or available_cpus()
+    with threadpool_limits(threads):
+        search = _open_index(features, threads, quiet) if approximate else _exact(features)
+        matches = find_similar(features, search, found, k, progress)
         failures: list[Match] = []
         matches = _aside(matches, failures)
         write_lines((to_jsonl if as_json or (out or "").endswith(".jsonl") else to_csv)(matches), out)
@@ -83,6 +92,26 @@ def command(
     for one in failures:
         say(f"robustfeat: {one.query}: {one.error}", err=True)
     return 3 if failures else 0
+
+
+def _exact(features: Features) -> Search:
+    from robustfeat.serving.collections.directions import Directions
+    from robustfeat.serving.collections.neighbours import find_neighbours
+
+    collection = Directions(features)
+    return lambda queries, k, own: find_neighbours(collection, queries, k, own=own)
+
+
+def _open_index(features: Features, threads: int, quiet: bool) -> Search:
+    """The index beside the features, made anew where there is none."""
+    from robustfeat.progress import Progress
+    from robustfeat.serving.collections.approximate import index_place, make_index, open_index
+
+    if not Path(f"{index_place(features)}.json").exists():
+        progress = Progress("index", len(features), "rows", quiet=quiet)
+        make_index(features, threads=threads, progress=progress)
+        progress.finish()
+    return open_index(features, threads=threads).search
 
 
 def _aside(matches: Iterator[Match], failures: list[Match]) -> Iterator[Match]:

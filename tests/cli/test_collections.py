@@ -284,3 +284,22 @@ def test_words_find_images(robustfeat: Run, examples: Path, features: Path, towe
     result = robustfeat("similar", features)
     assert result.returncode == 2
     assert "Missing argument 'QUERY...', or --text." in result.stderr
+
+
+def test_an_index_is_made_once_and_refused_when_the_features_change(
+    robustfeat: Run, examples: Path, tmp_path: Path
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "feats.npy"
+    shutil.copytree(examples, photos)
+    assert robustfeat("embed", photos, "--out", out, "--quiet").returncode == 0
+    exact = robustfeat("similar", out, out, "-k", "2", "--quiet")
+    first = robustfeat("similar", out, out, "-k", "2", "--approximate")
+    assert "index 40/40 rows" in first.stderr
+    assert first.stdout == exact.stdout
+    again = robustfeat("similar", out, "0", "--approximate")
+    assert "index" not in again.stderr
+    (photos / "hat" / "hat-1.jpg").unlink()
+    assert robustfeat("embed", photos, "--out", out, "--sync", "--quiet").returncode == 0
+    line = only_line(robustfeat("similar", out, "0", "--approximate", "--quiet").stderr)
+    assert "is the index of an earlier" in line
+    assert "remove" in line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError
 from robustfeat.progress import Progress, json_line
-from robustfeat.serving.collections.directions import Directions
-from robustfeat.serving.collections.neighbours import find_neighbours
+from robustfeat.serving.collections.neighbours import Neighbours
 from robustfeat.serving.heads.cells import csv_line
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
 from robustfeat.serving.inputs.sources import path_fields
 
-__all__ = ["Match", "Queries", "find_similar", "join_queries", "rows_named", "to_csv", "to_jsonl"]
+__all__ = ["Match", "Queries", "Search", "find_similar", "join_queries", "rows_named", "to_csv", "to_jsonl"]
+
+Search = Callable[[NDArray[np.float32], int, NDArray[np.int64]], Neighbours]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +111,21 @@ def join_queries(parts: Sequence[Queries]) -> Queries:
     )
 
 
-def find_similar(collection: Directions, queries: Queries, k: int, progress: Progress | None = None) -> Iterator[Match]:
-    """The k nearest rows of every query, the query's own row left out; a failed query is one line with its error."""
+def find_similar(
+    features: Features, search: Search, queries: Queries, k: int, progress: Progress | None = None
+) -> Iterator[Match]:
+    """The k nearest rows of every query, the query's own row left out; a failed query is one line with its error.
+
+    Args:
+        features: the collection.
+        search: finds the k nearest of its rows to (m, D) queries that are its rows `own`, as `find_neighbours` does.
+        queries: what is looked for.
+        k: rows per query.
+        progress: counts queries.
+    """
     for start in range(0, len(queries.names), CHUNK_ROWS):
         part = slice(start, min(start + CHUNK_ROWS, len(queries.names)))
-        found = find_neighbours(collection, queries.values[part], k, own=queries.rows[part])
+        found = search(queries.values[part], k, queries.rows[part])
         for number in range(part.start, part.stop):
             name = queries.names[number]
             if number in queries.errors:
@@ -123,7 +134,7 @@ def find_similar(collection: Directions, queries: Queries, k: int, progress: Pro
             rows, cosines = found.rows[number - start].tolist(), found.cosines[number - start].tolist()
             for rank, (row, cosine) in enumerate(zip(rows, cosines, strict=True), 1):
                 if row >= 0:
-                    yield Match(name, rank, row, collection.features.paths[row], cosine)
+                    yield Match(name, rank, row, features.paths[row], cosine)
         if progress:
             progress.advance(part.stop - part.start)
 

@@ -50,6 +50,7 @@ class Features:
         model: what made them; None of an array made elsewhere.
         hashes: (n, 32) uint8, the sha256 of each image file, zeros where it could not be read; None of an array made
             elsewhere.
+        meta_sha256: of the meta file, which tells outputs apart; None of an array made elsewhere.
     """
 
     place: str
@@ -58,6 +59,7 @@ class Features:
     errors: dict[int, str]
     model: ModelIdentity | None
     hashes: NDArray[np.uint8] | None = None
+    meta_sha256: str | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -139,7 +141,7 @@ def open_features(place: str) -> Features:
         if places.suffix == ".parquet" and "features_sha256" not in output.meta:
             _require_own_paths(output, paths)
         values = map_features(output.features, place, places.suffix, output.model.feature_size, output.rows)
-    return Features(place, values, paths, errors, output.model, hashes)
+    return Features(place, values, paths, errors, output.model, hashes, output.meta_sha256)
 
 
 def _note_hash(hashes: NDArray[np.uint8], row: int, sha256: Any, index: str) -> None:
