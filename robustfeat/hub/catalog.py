@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -300,10 +300,7 @@ def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listi
     Raises:
         HubError: the Hub refuses, fails or cannot be reached.
     """
-    access = access or HubAccess()
-    api = access.api()
-    with access.explaining(query or "the Hub"):
-        access.reach()
+    with _searching(query, access) as api:
         for found in api.list_models(filter=TAG, search=query or None, limit=_MOST_FOUND):
             if HEAD_TAG in (found.tags or ()):  # the Hub takes the library's name for a tag, too
                 continue
@@ -322,11 +319,8 @@ def search_others(query: str, access: HubAccess | None = None) -> Iterator[Listi
     Raises:
         HubError: the Hub refuses, fails or cannot be reached.
     """
-    access = access or HubAccess()
-    api = access.api()
     seen = set()
-    with access.explaining(query or "the Hub"):
-        access.reach()
+    with _searching(query, access) as api:
         for task in _TASKS:
             wanted = {"pipeline_tag": task, "search": query or None, "sort": "downloads", "limit": _MOST_ASKED}
             found = api.list_models(filter="onnx", full=True, fetch_config=True, **wanted)
@@ -344,6 +338,15 @@ def search_others(query: str, access: HubAccess | None = None) -> Iterator[Listi
                     license=terms,
                     downloads=model.downloads,
                 )
+
+
+@contextmanager
+def _searching(query: str, access: HubAccess | None) -> Iterator[Any]:
+    """The Hub's client, once the Hub answers; errors in the block become ours."""
+    access = access or HubAccess()
+    with access.explaining(query or "the Hub"):
+        access.reach()
+        yield access.api()
 
 
 def _loads(model: Any) -> bool:

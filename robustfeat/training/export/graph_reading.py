@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from robustfeat.errors import InputError, first_line
-from robustfeat.hub.external_data import MAX_BYTES
+from robustfeat.errors import InputError, RobustFeatError, first_line
+from robustfeat.hub.external_data import MAX_BYTES, inline_external_data
 from robustfeat.training.export.stamp import quiet
 
 __all__ = [
@@ -35,36 +37,67 @@ class RunError(InputError):
     """The network was loaded, and fails on images."""
 
 
-def load_graph(file: Path) -> onnx.ModelProto:
-    """The network in an ONNX file, with the weights that it keeps in other files beside it.
+def load_graph(file: Path) -> tuple[onnx.ModelProto, str]:
+    """The network in an ONNX file, with the weights in files beside it put inside, and the sha256 of the file's bytes.
+
+    Files that hold weights lie in the file's folder or below it; links in their paths do not lead out of it.
 
     Raises:
-        InputError: it cannot be read, is no ONNX file, or is larger than engines can read from memory.
+        InputError: a file cannot be read, the first is no ONNX file, or all are larger than engines can read.
     """
+    reader = _Reader(file)
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise _too_large(file)
-        model = onnx.load(file, load_external_data=False)
+        content = reader.read(file)
     except OSError as exc:
         raise InputError(f"{file}: cannot be read ({exc.strerror or first_line(exc)})") from exc
+    try:
+        whole = inline_external_data(content, reader.read_beside)
+        model = onnx.load_model_from_string(whole)
+    except RobustFeatError:
+        raise
     except Exception as exc:  # protobuf's errors have no base of their own
-        raise InputError(f"{file}: not an ONNX file, or a damaged one", fix="download or export it again") from exc
+        raise InputError(
+            f"{file}: not an ONNX file, or a damaged one ({first_line(exc)[:200]})", fix="download or export it again"
+        ) from exc
     if not model.graph.node:
         raise InputError(f"{file}: not an ONNX file of a network (its graph is empty)")
-    external = [tensor for tensor in _tensors(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
-    if sum(_external_bytes(tensor) for tensor in external) + file.stat().st_size > MAX_BYTES:
-        raise _too_large(file)
-    try:
-        onnx.load_external_data_for_model(model, str(file.parent))
-    except Exception as exc:  # onnx checks the places with errors of several kinds
-        places = sorted(
-            {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
-        )
-        raise InputError(
-            f"{file}: its weights lie in {', '.join(places)[:200]}, which cannot be read ({first_line(exc)[:200]})",
-            fix="put that file beside the ONNX file",
-        ) from exc
-    return model
+    return model, hashlib.sha256(content).hexdigest()
+
+
+class _Reader:
+    """Reads an ONNX file and the files beside it, and knows before that they are not too large together."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._total = 0
+
+    def read(self, path: Path) -> bytes:
+        """The content of a regular file."""
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is not a regular file")
+        self._total += status.st_size
+        if self._total > MAX_BYTES:
+            raise InputError(
+                f"{self._file}: with its weights it is larger than 2 GB, which engines cannot read from one ONNX file",
+                fix="use a smaller network",
+            )
+        return path.read_bytes()
+
+    def read_beside(self, place: str) -> bytes:
+        """The content of a file of weights, by the path that the ONNX file gives."""
+        try:
+            folder = self._file.parent.resolve()
+            found = (folder / place).resolve()
+            if not found.is_relative_to(folder):
+                raise OSError("it lies outside the folder of the ONNX file")
+            return self.read(found)
+        except (OSError, RuntimeError, ValueError) as exc:  # also links in a circle, and a path with a zero byte
+            reason = getattr(exc, "strerror", None) or first_line(exc)
+            raise InputError(
+                f"{self._file}: its weights lie in {place[:200]}, which cannot be read ({reason})",
+                fix="put that file beside the ONNX file",
+            ) from exc
 
 
 def output_shapes(model: onnx.ModelProto, source: str) -> dict[str, list[int | str | None]]:
@@ -199,26 +232,6 @@ def noise(count: int, side: int, most: float = 1.0) -> NDArray[np.float32]:
     return images
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
-        for inner in inner_graphs(node):
-            yield from _tensors(inner)
-
-
-def _external_bytes(tensor: TensorProto) -> int:
-    length = {entry.key: entry.value for entry in tensor.external_data}.get("length", "0")
-    return int(length) if length.isdecimal() else 0
-
-
 def _reason(exc: BaseException) -> str:
     """Of an exception of ONNX Runtime, without the name and number that it begins with."""
     return first_line(exc).rpartition("[ONNXRuntimeError] : ")[2][:200]
-
-
-def _too_large(file: Path) -> InputError:
-    return InputError(
-        f"{file}: with its weights it is larger than 2 GB, which engines cannot read from one ONNX file",
-        fix="use a smaller network",
-    )

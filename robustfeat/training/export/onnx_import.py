@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from robustfeat.errors import InputError
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.config import ModelConfig
-from robustfeat.hub.folder import ONNX, file_sha256
+from robustfeat.hub.folder import ONNX
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.progress import remark
 from robustfeat.serving.engines.options import AUTO, ENGINES
@@ -73,7 +73,8 @@ def import_onnx(
         ExportError: an engine disagrees with ONNX Runtime; nothing is left behind.
     """
     file = Path(source)
-    adapted = adapt_graph(load_graph(file), str(file), image_size=image_size, output=output, pooling=pooling)
+    model, sha256 = load_graph(file)
+    adapted = adapt_graph(model, str(file), image_size=image_size, output=output, pooling=pooling)
     settings = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": crop_mode}
     mean, std = _normalisation(adapted, file, mean, std)
     try:
@@ -87,7 +88,7 @@ def import_onnx(
         raise InputError(f"{file}: {exc}") from exc
     _say_doubts(adapted, file, output)
     said = f"{file.name}, output {adapted.output}" + (f", pooling {adapted.pooling}" if adapted.pooling else "")
-    origin = imported(said, {"sha256": file_sha256(file)}, terms=terms, license_id=license_id)
+    origin = imported(said, {"sha256": sha256}, terms=terms, license_id=license_id)
     if int8 and _is_quantised(adapted.model):
         remark(f"{file}: is quantised, so the folder gets no int8 file of its own")
         int8 = False
@@ -117,7 +118,7 @@ def _write_folder(
     out: str | Path,
     *,
     calibration: Sequence[NDArray[np.uint8]] | None,
-    quiet: bool = True,
+    quiet: bool,
 ) -> ExportReport:
     """The folder of a graph, with the features that ONNX Runtime gives for the golden images.
 

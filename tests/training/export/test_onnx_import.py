@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import warnings
 from pathlib import Path
@@ -243,6 +245,27 @@ def test_an_engine_that_cannot_load_the_network_is_named_and_left_out(
     np.testing.assert_allclose(embed(report, photos), run_file(file, normalised(photos)), rtol=1e-3)
 
 
+def test_weights_in_a_files_functions_lie_beside_it(tmp_path: Path, photos: list[Path]) -> None:
+    """Tensors hide in the attributes of functions, too; a link within the folder is followed."""
+    file = convolutional(
+        tmp_path / "net.onnx", before=[helper.make_node("Scaled", ["image"], ["pixels"], domain="own")]
+    )
+    scale = number("scale", 0.5)
+    onnx.external_data_helper.set_external_data(scale, "linked.bin", 0, 4)
+    (tmp_path / "scale.bin").write_bytes(scale.raw_data)
+    (tmp_path / "linked.bin").symlink_to("scale.bin")
+    scale.ClearField("raw_data")
+    nodes = [helper.make_node("Constant", [], ["scale"], value=scale), helper.make_node("Mul", ["x", "scale"], ["y"])]
+    model = onnx.load(file)
+    model.functions.append(helper.make_function("own", "Scaled", ["x"], ["y"], nodes, [helper.make_opsetid("", 17)]))
+    file.write_bytes(model.SerializeToString())
+    report = make(file)
+    half = [helper.make_node("Mul", ["image", "half"], ["pixels"])]
+    plain = convolutional(tmp_path / "plain.onnx", before=half, initializers=[number("half", 0.5)])
+    np.testing.assert_allclose(embed(report, photos), run_file(plain, normalised(photos)), atol=1e-4)
+    assert report.folder.config.provenance["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def text_input(file: Path) -> Path:
     mask = helper.make_tensor_value_info("mask", TensorProto.FLOAT, [None, 3, SIDE, SIDE])
     return convolutional(file, before=[helper.make_node("Mul", ["image", "mask"], ["pixels"])], inputs=[mask])
@@ -264,22 +287,53 @@ def missing_data(file: Path) -> Path:
     return file
 
 
-def escaping_data(file: Path) -> Path:
+def data_at(file: Path, place: str) -> Path:
+    """A network whose weights lie in `place`, as its file says."""
     model = onnx.load(convolutional(file))
     for tensor in model.graph.initializer:
-        onnx.external_data_helper.set_external_data(tensor, "../secret.bin", 0, len(tensor.raw_data))
+        onnx.external_data_helper.set_external_data(tensor, place, 0, len(tensor.raw_data))
         tensor.ClearField("raw_data")
     file.write_bytes(model.SerializeToString())
-    file.parent.parent.joinpath("secret.bin").write_bytes(bytes(9999))
     return file
 
 
-def beyond_two_gigabytes(file: Path) -> Path:
+def escaping_data(file: Path) -> Path:
+    file.parent.parent.joinpath("secret.bin").write_bytes(bytes(9999))
+    return data_at(file, "../secret.bin")
+
+
+def linked_data(file: Path) -> Path:
+    file.parent.parent.joinpath("secret.bin").write_bytes(bytes(9999))
+    file.with_name("net.onnx.data").symlink_to("../secret.bin")
+    return data_at(file, "net.onnx.data")
+
+
+def circular_data(file: Path) -> Path:
+    file.with_name("net.onnx.data").symlink_to("net.onnx.data")
+    return data_at(file, "net.onnx.data")
+
+
+def waiting_data(file: Path) -> Path:
+    os.mkfifo(file.with_name("net.onnx.data"))
+    return data_at(file, "net.onnx.data")
+
+
+def beyond_two_gigabytes(file: Path, names: tuple[str, ...] = ("net.onnx.data",)) -> Path:
+    """A network that needs some bytes of files that are larger than 2 GB together, and hold no block."""
     model = onnx.load(convolutional(file))
-    for tensor in model.graph.initializer:
-        onnx.external_data_helper.set_external_data(tensor, "net.onnx.data", 0, 2**30)
+    for number, tensor in enumerate(model.graph.initializer):
+        onnx.external_data_helper.set_external_data(tensor, names[number % len(names)], 0, len(tensor.raw_data))
         tensor.ClearField("raw_data")
     file.write_bytes(model.SerializeToString())
+    for name in names:
+        with file.with_name(name).open("wb") as data:
+            data.truncate(2**31 // len(names))
+    return file
+
+
+def huge(file: Path) -> Path:
+    with file.open("wb") as content:
+        content.truncate(2**31)
     return file
 
 
@@ -362,7 +416,12 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "ir version": (lambda file: convolutional(file, ir_version=99), {}, "IR version 99"),
     "data": (missing_data, {}, r"its weights lie in net.onnx.data, which cannot be read .*; put that file beside"),
     "data elsewhere": (escaping_data, {}, r"its weights lie in ../secret.bin, which cannot be read"),
-    "2 GB": (beyond_two_gigabytes, {}, "larger than 2 GB"),
+    "data behind a link": (linked_data, {}, "net.onnx.data, which cannot be read .it lies outside the folder"),
+    "data in a circle": (circular_data, {}, "net.onnx.data, which cannot be read"),
+    "data of a pipe": (waiting_data, {}, "net.onnx.data, which cannot be read .it is not a regular file"),
+    "2 GB": (huge, {}, "larger than 2 GB"),
+    "2 GB of data": (beyond_two_gigabytes, {}, "larger than 2 GB"),
+    "2 GB in two": (lambda file: beyond_two_gigabytes(file, ("a", "b")), {}, "larger than 2 GB"),
     "no mean": (convolutional, {"mean": None}, "does not say how pixels are normalised; pass `mean` and `std`"),
     "two means": (convolutional, {"mean": [0.1, 0.2]}, "mean and std must hold three numbers"),
     "no deviation": (convolutional, {"std": [0.0]}, "std from 1e-6"),
