@@ -222,6 +222,7 @@ class FeatureExtractor:
             files=dict(config.files),
             pooling=engine.pooling.name,
             source=self.folder.source if self.folder.source == BUILTIN or self.folder.revision else None,
+            skipped_tokens=engine.pooling.skipped_tokens,
             versions={
                 "robustfeat": robustfeat.__version__,
                 engine.name: engine.version,

@@ -11,11 +11,14 @@ from robustfeat.hub.folder import weights_sha256
 
 __all__ = ["BYTE_KEYS", "FEATURE_KEYS", "MODEL_KEYS", "ModelIdentity"]
 
-MODEL_KEYS = ("name", "weights_sha256", "preprocessing_hash", "feature_size", "pooling")
+MODEL_KEYS = ("name", "weights_sha256", "preprocessing_hash", "feature_size", "pooling", "skipped_tokens")
 """What heads compare. Features of another precision are almost the same (docs/embedding.md gives the cost), features of
 another model are not."""
 
-FEATURE_KEYS = ("files", "preprocessing_hash", "precision", "engine", "device", "decoding", "feature_size", "pooling")
+FEATURE_KEYS = (
+    "files", "preprocessing_hash", "precision", "engine", "device", "decoding", "feature_size", "pooling",
+    "skipped_tokens"
+)  # fmt: skip
 """What `append` compares: the rows of one file come from one way to run one model."""
 
 BYTE_KEYS = ("name", *FEATURE_KEYS, "threads", "versions")
@@ -48,6 +51,8 @@ class ModelIdentity:
             networks, and not named there.
         source: where the model is found, as a user types it: builtin, or ORG/NAME on the Hub; None for a folder. It
             decides nothing, and is not compared.
+        skipped_tokens: the first tokens of such a network, which the pooling `mean` leaves out: config.json decides it,
+            which is not among `files`. None with another pooling, and in what earlier versions wrote: they did not say.
     """
 
     name: str
@@ -64,6 +69,7 @@ class ModelIdentity:
     versions: Mapping[str, str] = field(default_factory=dict)
     pooling: str | None = None
     source: str | None = field(default=None, compare=False)
+    skipped_tokens: int | None = None
 
     @property
     def engine_version(self) -> str:
@@ -92,6 +98,7 @@ class ModelIdentity:
             versions=meta.get("versions", {}),
             pooling=meta.get("pooling"),
             source=meta.get("source"),
+            skipped_tokens=meta.get("skipped_tokens"),
         )
 
     def to_meta(self, batch_size: int) -> dict[str, Any]:
@@ -118,9 +125,10 @@ class ModelIdentity:
             kinds = {"feature_size": (int,), "revision": (str, type(None))}
             if not isinstance(value, kinds.get(name, (str,))):
                 raise TypeError(f"{name} is {value!r}")
-        optional: dict[str, Any] = {name: data.get(name) for name in ("pooling", "source")}
+        kinds = {"pooling": str, "source": str, "skipped_tokens": int}
+        optional: dict[str, Any] = {name: data.get(name) for name in kinds}
         for name, value in optional.items():
-            if not isinstance(value, (str, type(None))):
+            if not isinstance(value, (kinds[name], type(None))):
                 raise TypeError(f"{name} is {value!r}")
         return cls(**values, **optional)
 
@@ -129,7 +137,7 @@ class ModelIdentity:
         return self.values(*_HEAD_KEYS) | self._pooling() | self._source()
 
     def _pooling(self) -> dict[str, Any]:
-        return {} if self.pooling is None else self.values("pooling")
+        return {key: value for key, value in self.values("pooling", "skipped_tokens").items() if value is not None}
 
     def _source(self) -> dict[str, Any]:
         return {} if self.source is None else self.values("source")
@@ -149,7 +157,11 @@ class ModelIdentity:
 
     def difference(self, other: ModelIdentity, keys: Sequence[str]) -> str | None:
         """The first of `keys` in which they differ: `MODEL_KEYS`, `FEATURE_KEYS` or `BYTE_KEYS`; None if in none."""
-        return next((key for key in keys if getattr(self, key) != getattr(other, key)), None)
+        return next((key for key in keys if self._differs(other, key)), None)
+
+    def _differs(self, other: ModelIdentity, key: str) -> bool:
+        mine, theirs = getattr(self, key), getattr(other, key)
+        return mine != theirs and not (key == "skipped_tokens" and None in {mine, theirs})
 
     def same_features(self, other: ModelIdentity) -> bool:
         """Whether features of both can be mixed: the same model and preprocessing, run in any way."""

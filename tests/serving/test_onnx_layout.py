@@ -226,6 +226,25 @@ def test_features_of_two_poolings_do_not_mix(
         identity.require(mean.identity, "a", "b")
 
 
+def test_means_over_other_tokens_do_not_mix(copy: Path) -> None:
+    """config.json decides which tokens are of patches; the network stays the same."""
+    before = FeatureExtractor.from_pretrained(copy, pooling="mean").identity
+    config = json.loads((copy / "config.json").read_bytes())
+    (copy / "config.json").write_text(json.dumps({**config, "num_register_tokens": 4}))
+    after = FeatureExtractor.from_pretrained(copy, pooling="mean").identity
+    assert (before.skipped_tokens, after.skipped_tokens) == (1, 5)
+    with pytest.raises(InputError, match=r"with skipped tokens 1, b with 5; use the same model for both"):
+        before.require(after, "a", "b")
+    assert before.fingerprint != after.fingerprint
+    for written, read in ((before.to_meta(8), ModelIdentity.of_meta), (before.to_head(), ModelIdentity.of_head)):
+        assert read(written).skipped_tokens == 1
+        # Earlier versions did not say it.
+        old = read({key: value for key, value in written.items() if key != "skipped_tokens"})
+        old.require(after, "a", "b")
+        after.require(old, "a", "b")
+    assert FeatureExtractor.from_pretrained(copy).identity.skipped_tokens is None
+
+
 # Files
 
 

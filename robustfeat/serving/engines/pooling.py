@@ -36,6 +36,11 @@ class Pooling:
     output: str
     prefix: int = 0
 
+    @property
+    def skipped_tokens(self) -> int | None:
+        """`prefix` where it decides the features, else None."""
+        return self.prefix if self.name == "mean" else None
+
     def __call__(self, values: NDArray[Any]) -> NDArray[Any]:
         """Features, (N, D), of the output.
 
