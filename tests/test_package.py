@@ -48,3 +48,15 @@ def test_the_citation_names_this_version_and_licence(project: dict[str, Any]) ->
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == __version__
     assert citation["license"] == project["license"]
+
+
+def test_hints_name_extras_that_pip_adds_to_what_is_installed(project: dict[str, Any]) -> None:
+    """No index has robustfeat: pip takes the copy that is installed, unless it shall look for a newer one."""
+    texts = [file.read_text("utf-8") for file in (ROOT / "robustfeat").rglob("*.py")]
+    hints = re.findall(r"pip install ([^;'`\"]*)'robustfeat\[(\w+|\{extra\})\]'", "".join(texts))
+    assert {extra for _, extra in hints} - {"{extra}"} <= set(project["optional-dependencies"])
+    assert {options for options, _ in hints} == {""}
+    extra = next(iter(project["optional-dependencies"]))
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--dry-run", f"robustfeat[{extra}]"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert f"Requirement already satisfied: robustfeat[{extra}]" in said.stdout

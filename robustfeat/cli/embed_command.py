@@ -57,7 +57,11 @@ def _parse_part(_: click.Context, __: click.Parameter, text: str | None) -> Part
     metavar="I/N",
     help="Embed the Ith of N parts of the inputs only; robustfeat join makes the whole of them.",
 )
-@click.option("--restart", is_flag=True, help="Discard what an unfinished run has left, and begin anew.")
+@click.option(
+    "--restart",
+    is_flag=True,
+    help="Discard what an unfinished run has left, or features of another model, and begin anew.",
+)
 @click.option(
     "--shard-rows",
     type=click.IntRange(min=1),

@@ -20,19 +20,23 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 20
 
 
-@click.command("info", cls=Command, short_help="Show what a model or a head is, how it fares and its terms.")
-@click.argument("place", default="builtin", metavar="[MODEL|HEAD]")
+@click.command("info", cls=Command, short_help="Show what a model, a head or features are.")
+@click.argument("place", default="builtin", metavar="[MODEL|HEAD|FEATS]")
 @pin_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as a JSON object.")
 def command(place: str, revision: str | None, config_hash: str | None, as_json: bool) -> None:
-    """Shows MODEL (default: builtin) or HEAD after verifying the hashes of its files.
+    """Shows MODEL (default: builtin), HEAD or FEATS, a file of features, after verifying the hashes of its files.
 
     Of a model on the Hub it downloads config.json alone (and preprocessor_config.json of a model of transformers), and
     verifies what the cache holds besides.
     """
     from robustfeat.hub.catalog import resolve
     from robustfeat.hub.head_folder import HeadFolder
+    from robustfeat.serving.heads.features import is_feature_file
 
+    if is_feature_file(place) and revision is None and config_hash is None:
+        _show_features(place, as_json)
+        return
     found = resolve(place, revision=revision, config_hash=config_hash)
     if isinstance(found, HeadFolder):
         _show_head(found, as_json)
@@ -69,6 +73,31 @@ def _show_head(folder: HeadFolder, as_json: bool) -> None:
         if isinstance(scores, Mapping):
             numbers = [f"{name} {value:.4g}" for name, value in scores.items() if isinstance(value, (int, float))]
             say(f"{title.replace('_', ' ') + ':':15}{', '.join(numbers)}")
+
+
+def _show_features(place: str, as_json: bool) -> None:
+    from robustfeat.serving.bulk.job import Places
+    from robustfeat.serving.bulk.outputs import index_records, open_existing
+
+    with open_existing(Places.of(place, argument=None)) as output:
+        failed = sum(record["error"] is not None for record in index_records(output))
+        meta, model = output.meta, output.model
+    if as_json:
+        click.echo(json_line({**meta, "features": place, "failed": failed}))
+        return
+    ways = [model.precision, model.decoding, *([f"pooling {model.pooling}"] if model.pooling else [])]
+    lines = {
+        "features": place,
+        "rows": f"{output.rows:,}, {failed:,} of them failed",
+        "model": f"{model.name}{f' ({model.source})' if model.source else ''}, {model.feature_size} features",
+        "run": ", ".join([f"{model.engine} {model.engine_version}".rstrip(), *ways]),
+        "weights": model.weights_sha256[:16],
+        "preprocessing": model.preprocessing_hash[:16],
+        **({"model's commit": model.revision} if model.revision else {}),
+        **{f"{kind} hash": meta[key] for kind in ("features", "index") if (key := f"{kind}_sha256") in meta},
+    }
+    for key, value in lines.items():
+        say(f"{key + ':':15}{value}")
 
 
 def _show_model(folder: ModelFolder, as_json: bool) -> None:

@@ -125,10 +125,10 @@ class ModelIdentity:
             kinds = {"feature_size": (int,), "revision": (str, type(None))}
             if not isinstance(value, kinds.get(name, (str,))):
                 raise TypeError(f"{name} is {value!r}")
-        kinds = {"pooling": str, "source": str, "skipped_tokens": int}
-        optional: dict[str, Any] = {name: data.get(name) for name in kinds}
+        types = {"pooling": str, "source": str, "skipped_tokens": int}
+        optional: dict[str, Any] = {name: data.get(name) for name in types}
         for name, value in optional.items():
-            if not isinstance(value, (kinds[name], type(None))):
+            if not isinstance(value, (types[name], type(None))):
                 raise TypeError(f"{name} is {value!r}")
         return cls(**values, **optional)
 

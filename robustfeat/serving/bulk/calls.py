@@ -63,7 +63,7 @@ def embed(
         workers: decoder processes; by default as many as processors.
         batch_size: images per batch; by default what suits the model's input.
         on_error: `nan` for a row of NaN per image that fails, or `stop` at the first one.
-        restart: discard what an unfinished call left.
+        restart: discard what an unfinished call left, and replace features of another model.
         append: add the inputs that `out` does not hold yet, by path.
         sync: bring `out` in step with `inputs`: drop rows of files that vanished, and embed only images that are new.
         match: one or more patterns such as `*.jpg`: take files of folders and archives by name, whatever their suffix.

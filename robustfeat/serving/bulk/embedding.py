@@ -19,7 +19,7 @@ from robustfeat.files import START_OVER
 from robustfeat.progress import Progress
 from robustfeat.serving.bulk.appending import plan_append
 from robustfeat.serving.bulk.job import Job, Places, identify
-from robustfeat.serving.bulk.outputs import finish_commit, require_own_stem
+from robustfeat.serving.bulk.outputs import finish_commit, require_own_stem, require_same_model
 from robustfeat.serving.bulk.parts import Part, plan_part
 from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.plan import Plan
@@ -103,7 +103,7 @@ def embed_files(
         batch_size: the extractor's by default.
         workers: decoder processes; by default what the cgroup grants.
         on_error: `nan`, or `stop` at the first image that fails.
-        restart: discard what an unfinished run has left.
+        restart: discard what an unfinished run has left, and replace features of another model.
         append: add the inputs that `out` does not hold yet (by path), as further rows.
         sync: make `out` hold the rows of `inputs`, and embed only images whose bytes it does not hold yet.
         part: embed only this part of `inputs`; `join_parts` makes the whole of all parts.
@@ -113,15 +113,17 @@ def embed_files(
         quiet: no progress.
 
     Raises:
-        InputError: `out` cannot be written, shares its index with another output, or cannot be continued; an
-            unfinished run there differs from this one; more than one of `append`, `sync` and `part` is set; or an
-            image failed and `on_error` is `stop`.
+        InputError: `out` cannot be written, shares its index with another output, holds features of another model, or
+            cannot be continued; an unfinished run there differs from this one; more than one of `append`, `sync` and
+            `part` is set; or an image failed and `on_error` is `stop`.
         EngineError: no decoder process can be started.
     """
     require_on_error(on_error)
     began = time.monotonic()
     places = Places.of(str(out))
     finish_commit(places)
+    if not (append or sync or restart):
+        require_same_model(places, extractor.identity)
     batch_size = batch_size or extractor.batch_size
     shard_rows = -(-shard_rows // batch_size) * batch_size  # shards of whole batches
     asked = {"append": append, "sync": sync, "part": part}

@@ -22,7 +22,16 @@ from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, file_exis
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.sources import path_of_index
 
-__all__ = ["NewOutput", "Output", "finish_commit", "index_records", "open_existing", "read_meta", "require_own_stem"]
+__all__ = [
+    "NewOutput",
+    "Output",
+    "finish_commit",
+    "index_records",
+    "open_existing",
+    "read_meta",
+    "require_own_stem",
+    "require_same_model",
+]
 
 _COMMIT = "commit"
 _STAGED = {"features": "new-features", "index": "new-index", "meta": "new-meta"}
@@ -154,6 +163,24 @@ def require_own_stem(places: Places) -> None:
                 f"and {what} {other.features}",
                 fix="choose another name",
             )
+
+
+def require_same_model(places: Places, model: ModelIdentity) -> None:
+    """Refuses to replace an output of another model; one that does not say its model may be replaced.
+
+    Raises:
+        InputError: naming both.
+    """
+    try:
+        _, there, _, _ = read_meta(places)
+    except InputError:
+        return
+    if not there.same_features(model):
+        theirs, ours = f"{there.name} ({there.weights_sha256[:12]})", f"{model.name} ({model.weights_sha256[:12]})"
+        raise InputError(
+            f"{places.features}: holds features of the model {theirs}, this is {ours}",
+            fix="use another `out`, or pass `restart=True` to replace them",
+        )
 
 
 def _describes(meta: str, suffix: str, places: Places) -> bool:

@@ -225,7 +225,7 @@ class TensorRTEngine(OnnxRuntimeEngine):
             if is_new:
                 remark(f"TensorRT builds an engine for {file.name} on {gpu.name}: minutes, once")
             chosen = [(TENSORRT, tensorrt_options(folder, options.precision, side)), (CUDA, CUDA_OPTIONS)]
-            fix = "pip install --upgrade 'robustfeat[tensorrt]', or pass `engine=onnxruntime`"
+            fix = "pip install --upgrade tensorrt-cu13-libs, or pass `engine=onnxruntime`"
             try:
                 session = _open_session(onnxruntime, content, settings, chosen)
             except Exception as exc:
@@ -320,8 +320,10 @@ class OpenVINOEngine:
         try:
             import openvino
         except ImportError as exc:
-            found = "is not installed" if exc.name == "openvino" else f"cannot be imported ({first_line(exc)})"
-            raise EngineError(f"OpenVINO {found}", fix="pip install --upgrade 'robustfeat[openvino]'") from exc
+            if exc.name == "openvino":
+                raise EngineError("OpenVINO is not installed", fix="pip install 'robustfeat[openvino]'") from exc
+            said = f"OpenVINO cannot be imported ({first_line(exc)})"
+            raise EngineError(said, fix="pip install --force-reinstall openvino") from exc
         self.version: str = openvino.__version__
         self.precision = options.precision
         self.threads, self.streams = options.thread_count, options.stream_count

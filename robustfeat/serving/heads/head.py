@@ -32,6 +32,9 @@ from robustfeat.serving.identity import ModelIdentity
 
 __all__ = ["Head"]
 
+_LEAST, _MOST = 1e-60, 1e60
+"""Of a head's numbers: margins of any float32 features are then finite, also where squares are divided by variances."""
+
 _CALIBRATION = ("calibration.scale", "calibration.offset")
 
 
@@ -110,8 +113,11 @@ class Head(convert.HeadParts):
         array = self.arrays[name]
         if array.shape != shape or array.dtype != np.float64 or not np.isfinite(array).all():
             raise ValueError(f"{name} must be {shape} finite float64; got {array.shape} {array.dtype}")
-        if name in {"variances", "priors", "scaling.scale", "distance.floor"} and not (array > 0).all():
-            raise ValueError(f"{name} must be above zero")
+        size = np.abs(array)
+        if (size > _MOST).any():
+            raise ValueError(f"{name} must be of numbers up to {_MOST:g}; got {size.max():g}")
+        if name in {"variances", "priors", "scaling.scale", "distance.floor"} and not (array >= _LEAST).all():
+            raise ValueError(f"{name} must be above zero, at least {_LEAST:g}")
 
     @classmethod
     def from_sklearn(

@@ -89,7 +89,7 @@ def import_backbone(
 
 def _open(source: str, weights: str | Path | None, image_size: int | None, *, quiet: bool) -> LibraryNetwork:
     if weights is None:
-        remark(f"{source}: takes the library's weights", quiet=quiet)
+        remark(f"{source}: takes the library's weights, and downloads them if its cache lacks them", quiet=quiet)
         return open_network(source, image_size=image_size)
     require_network(source)  # before a large file is read
     file = Path(weights)

@@ -18,6 +18,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from robustfeat.errors import InputError, first_line
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.preprocessing import crop_share
+from robustfeat.training.export.downloads import limited_silence, require_download
 from robustfeat.training.export.onnx_files import require_onnx_size
 from robustfeat.training.export.stamp import quiet
 from robustfeat.training.network import ResNet18, make_timm, timm_settings
@@ -173,8 +174,13 @@ def _open_timm(name: str, image_size: int | None, given: _Given | None) -> Libra
     if image_size is None and found["input_size"][1] != found["input_size"][2]:
         raise InputError(f"timm:{name}: expects {found['input_size']}, not squares", fix="pass `image_size`")
     require_onnx_size(outline, f"timm:{name}")
-    network, notes = (make(pretrained=True), ()) if given is None else _fill_timm(outline, make, given)
-    about: Any = network.pretrained_cfg
+    about: Any = outline.pretrained_cfg
+    if given is None:
+        require_download(f"timm:{name}", about)
+        network, notes = make(pretrained=True), ()
+    else:
+        network, notes = _fill_timm(outline, make, given)
+    about = network.pretrained_cfg
     settings = {key: found[key] for key in ("crop_pct", "crop_mode", "interpolation", "mean", "std")}
     return LibraryNetwork(
         network=network.eval(),
@@ -339,7 +345,8 @@ def _download_torchvision(name: str, image_size: int | None) -> tuple[nn.Module,
     if weights is None:
         raise InputError(f"torchvision:{name}: torchvision has no weights of it", fix="pass `weights=FILE`")
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        with limited_silence():
+            state = weights.get_state_dict(progress=False, check_hash=True)
     except OSError as exc:
         raise InputError(
             f"torchvision:{name}: its weights cannot be downloaded ({first_line(exc)})", fix="pass `weights=FILE`"

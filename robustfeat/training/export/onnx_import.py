@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from robustfeat.training.export.repository import Repository
 from robustfeat.training.export.stamp import stamp_onnx
 
 __all__ = ["import_onnx", "import_onnx_layout"]
+
+_MODEL = re.compile(r"model(_\w+)?")
 
 _QUANTISED = {"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "MatMulInteger", "ConvInteger", "MatMulNBits"}
 
@@ -61,7 +64,7 @@ def import_onnx(
         crop_pct, interpolation, crop_mode: of the preprocessing contract; by default 1, bilinear and center.
         output: the tensor that becomes the features; needed where the network has several outputs.
         pooling: cls or mean, for an output of tokens or a map.
-        name: the model's name; by default the file's.
+        name: the model's name; by default the file's, or its folder's for a file called model.
         calibration: a folder of images for int8; besides the golden images.
         int8: also write onnx/model_int8.onnx.
         terms: under which terms the weights may be used, for the card.
@@ -93,8 +96,16 @@ def import_onnx(
         remark(f"{file}: is quantised, so the folder gets no int8 file of its own")
         int8 = False
     images = import_images(calibration, contract, int8=int8)
-    config = _config(name or file.stem, f"onnx:{file.stem}", adapted, contract, origin)
+    config = _config(name or _label(file), f"onnx:{_label(file)}", adapted, contract, origin)
     return _write_folder(adapted, config, out, calibration=images, quiet=quiet)
+
+
+def _label(file: Path) -> str:
+    """The file's name, or its folder's where the file is called model.onnx, model_int8.onnx and the like."""
+    if not _MODEL.fullmatch(file.stem):
+        return file.stem
+    folder = file.absolute().parent
+    return (folder.parent if folder.name == "onnx" else folder).name or file.stem
 
 
 def _config(

@@ -32,6 +32,7 @@ from robustfeat.hub.preprocessing import decode, preprocess
 from robustfeat.serving.engines.options import AUTO
 from robustfeat.serving.engines.pooling import Pooling, choose_pooling
 from robustfeat.serving.verify import Check, compare
+from robustfeat.training.export.network_size import limited_size, require_moderate
 from robustfeat.training.export.stamp import quiet
 
 __all__ = [
@@ -139,10 +140,11 @@ def build_model(config: Mapping[str, Any], state: State, source: str) -> VisionM
             f"{source}: {found} in its config.json may name files or repositories, which are not opened",
             fix="import that network by itself, such as timm:NAME, or an ONNX file",
         )
+    require_moderate(config, source)
     try:
         made = CONFIG_MAPPING[str(config.get("model_type"))].from_dict(dict(config))
         kind, made = _class_of(made, state, source)
-        with silent_transformers():
+        with silent_transformers(), limited_size(source):
             network, info = kind.from_pretrained(
                 None,
                 config=made,

@@ -361,6 +361,25 @@ def test_append_refuses_what_it_cannot_add_to(
     assert embed(many, out, append=True).known == 250
 
 
+def test_features_of_another_model_are_not_replaced_unasked(
+    many: Path, embed: Embed, extractor: FeatureExtractor, tmp_path: Path
+) -> None:
+    out = tmp_path / "feats.npy"
+    embed(many, out)
+    other = FeatureExtractor.from_pretrained(threads=2, streams=2)
+    before = files_of(tmp_path)
+    names = f"the model {extractor.config.name} .*, this is {other.config.name} .*; use another `out`, or pass `restart"
+    with list_inputs([many]) as inputs, pytest.raises(InputError, match=names):
+        embed_files(other, inputs, out, quiet=True)
+    assert files_of(tmp_path) == before
+    with list_inputs([many]) as inputs:
+        assert embed_files(other, inputs, out, restart=True, quiet=True).feature_size == other.feature_size
+    # Another precision is another way to run the same model.
+    fast = FeatureExtractor.from_pretrained(precision="int8", threads=2, streams=2)
+    with list_inputs([many]) as inputs:
+        assert embed_files(fast, inputs, out, quiet=True).images == 250
+
+
 @pytest.mark.parametrize("job", [b"", b"junk", b"[]", b"[" * 100_000, b"\xff"])
 def test_a_damaged_folder_of_an_unfinished_run_is_said(
     job: bytes, embed: Embed, example_files: list[Path], tmp_path: Path

@@ -236,6 +236,32 @@ def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], reason: str,
         Head(**(vars(head) | changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("coefficients", 1.7e308, r"coefficients must be of numbers up to 1e\+60; got 1.7e\+308"),
+        ("intercepts", -1e61, "intercepts must be of numbers up to"),
+        ("scaling.scale", 5e-324, "scaling.scale must be above zero, at least 1e-60"),
+    ],
+)
+def test_a_head_whose_margins_would_overflow_is_refused(
+    name: str, value: float, reason: str, head: Head, tmp_path: Path
+) -> None:
+    """Margins that are not finite would be null in JSON."""
+    arrays = dict(head.arrays) | {name: np.full_like(head.arrays[name], value)}
+    object.__setattr__(head, "arrays", arrays)
+    head.save(tmp_path / "head")
+    with pytest.raises(HeadError, match=reason):
+        Head.load(tmp_path / "head")
+
+
+def test_the_largest_numbers_give_finite_margins(head: Head) -> None:
+    extremes = {"coefficients": 1e60, "intercepts": 1e60, "scaling.mean": -1e60, "scaling.scale": 1e-60}
+    arrays = {name: np.full_like(value, extremes.get(name, 1.0)) for name, value in head.arrays.items()}
+    margins = Head(**(vars(head) | {"arrays": arrays})).margins(np.full((1, 64), np.finfo("f4").max))
+    assert np.isfinite(margins).all()
+
+
 def test_numbers_that_are_none_are_refused(head: Head) -> None:
     bad = dict(head.arrays) | {"intercepts": np.full(10, np.nan)}
     with pytest.raises(ValueError, match=r"intercepts must be .* finite"):

@@ -49,6 +49,15 @@ def test_a_report_equals_scikit_learn() -> None:
     assert len({line.replace(r"\|", "").count("|") for line in table[2:]}) == 1
 
 
+def test_names_of_classes_are_text_in_a_report() -> None:
+    """Markdown may hold HTML, links and images."""
+    names = ["<script>alert(1)</script>", "![x](http://example.org/x.png)"]
+    text = Report.of(np.array([0, 1]), np.array([0, 1]), names).to_text("<b>test</b>")
+    assert "&lt;script>alert(1)&lt;/script>" in text
+    assert r"!\[x](http://example.org/x.png)" in text
+    assert "<" not in text
+
+
 def test_classes_that_do_not_occur_do_not_count_for_balanced_accuracy() -> None:
     report = Report.of(np.array([0, 1, 1]), np.array([0, 0, 1]), ["a", "b", "c"])
     assert report.balanced_accuracy == 0.75

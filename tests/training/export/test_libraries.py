@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
+import re
+import socket
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,11 +26,12 @@ from robustfeat.errors import ExportError, InputError
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.preprocessing import Preprocessing
-from robustfeat.training.export import libraries
+from robustfeat.training.export import downloads, libraries
 from robustfeat.training.export.backbones import import_backbone
 from robustfeat.training.export.golden import verify_with_timm, verify_with_torch
 from robustfeat.training.export.libraries import MisfitError, open_network, rebuild_features
 from robustfeat.training.weights import read_state
+from tests.conftest import Run
 
 State = dict[str, Tensor]
 
@@ -196,6 +201,41 @@ def test_harmless_records_beside_weights_are_passed_over(tmp_path: Path, kind: s
     saved = {"model": {"a": torch.ones(2)}, "about": [HARMLESS[kind], {"nested": HARMLESS[kind]}]}
     torch.save(saved, tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)
     assert torch.equal(read_state(tmp_path / "weights.pth")["a"], torch.ones(2))
+
+
+UNREACHABLE = """
+import sys, time
+from robustfeat.errors import InputError
+from robustfeat.training.export.backbones import import_backbone
+began = time.monotonic()
+try:
+    import_backbone(sys.argv[1], sys.argv[2], quiet=False)
+except InputError as exc:
+    print(time.monotonic() - began < 10, exc)
+"""
+
+
+def test_weights_that_cannot_be_downloaded_are_named_soon(python: Run, tmp_path: Path) -> None:
+    """The Hub's client alone would try for most of a minute, and say nothing."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # nobody listens there
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        env |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        said = python(UNREACHABLE, "timm:test_resnet", tmp_path / "model", env=env)
+    assert said.returncode == 0, said.stderr
+    assert re.match(r"True timm:test_resnet: its weights cannot be downloaded \(.*; pass `weights=FILE`", said.stdout)
+    assert "timm:test_resnet: takes the library's weights, and downloads them if its cache lacks them" in said.stderr
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_server_that_falls_silent_ends_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "_SILENCE_S", 0.2)
+    with socket.socket() as server, pytest.raises(OSError, match="timed out"), downloads.limited_silence():
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        urllib.request.urlopen(f"http://127.0.0.1:{server.getsockname()[1]}")
+    assert socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,15 @@ def test_weights_in_a_files_functions_lie_beside_it(tmp_path: Path, photos: list
     assert report.folder.config.provenance["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("net.onnx", "net"), ("dino/model.onnx", "dino"), ("dino/onnx/model_quantized.onnx", "dino"),
+     ("dino/models.onnx", "models")],
+)  # fmt: skip
+def test_a_model_is_named_after_its_file_or_folder(tmp_path: Path, place: str, name: str) -> None:
+    assert make(convolutional(tmp_path / place)).folder.config.name == name
+
+
 def text_input(file: Path) -> Path:
     mask = helper.make_tensor_value_info("mask", TensorProto.FLOAT, [None, 3, SIDE, SIDE])
     return convolutional(file, before=[helper.make_node("Mul", ["image", "mask"], ["pixels"])], inputs=[mask])

@@ -22,6 +22,7 @@ from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.image_processor import read_image_processor
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
 from robustfeat.serving.verify import cosine
+from robustfeat.training.export import network_size
 from robustfeat.training.export.onnx_import import import_onnx_layout
 from robustfeat.training.export.repository import open_repository
 from robustfeat.training.export.transformers_import import import_transformers
@@ -278,6 +279,16 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
         lambda out: change(out, "config.json", vision_config={"backbone": "org/name"}), {},
         "backbone in its config.json",
     ),
+    "many layers": (
+        lambda out: change(out, "config.json", num_hidden_layers=10**8), {},
+        "num_hidden_layers in its config.json must be at most 1000; got 100000000",
+    ),
+    "many stages": (
+        lambda out: change(out, "config.json", depths=[2, 10**8]), {}, "depths in its config.json must be at most 1000",
+    ),
+    "wide layers": (
+        lambda out: change(out, "config.json", intermediate_size=10**9), {}, "a network of more than 2 GB of weights",
+    ),
     "odd config": (lambda out: change(out, "config.json", hidden_size="wide"), {}, "transformers cannot load it"),
     "other shape": (
         lambda out: edit_weights(out, lambda state: state.update({KEY: torch.zeros(3, 32)})), {},
@@ -309,6 +320,13 @@ def test_what_cannot_be_used_is_named_in_one_line_and_nothing_is_left(tmp_path: 
         make(tmp_path / "vit", **options)
     assert "\n" not in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["vit"]
+
+
+def test_a_network_of_too_many_parts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_size, "_MOST_MODULES", 10)
+    with pytest.raises(RobustFeatError, match="describes a network of more than 10 modules"):
+        make(vit(tmp_path / "vit"))
+    torch.nn.Sequential(*(torch.nn.Identity() for _ in range(20)))  # others may be larger
 
 
 def test_an_image_processor_that_prepares_other_pixels_is_refused(

@@ -121,7 +121,7 @@ class Report:
         """The table, in Markdown."""
         low, high = self.interval
         head = (
-            f"{title}: accuracy {self.accuracy:.4f} (95 %: {low:.4f} to {high:.4f}), "
+            f"{cell(title)}: accuracy {self.accuracy:.4f} (95 %: {low:.4f} to {high:.4f}), "
             f"balanced accuracy {self.balanced_accuracy:.4f}, macro F1 {self.macro_f1:.4f} on {self.rows:,} rows"
         )
         names = [cell(one.name) for one in self.classes]
