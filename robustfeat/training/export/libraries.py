@@ -175,9 +175,10 @@ def _open_timm(name: str, image_size: int | None, given: _Given | None) -> Libra
         raise InputError(f"timm:{name}: expects {found['input_size']}, not squares", fix="pass `image_size`")
     require_onnx_size(outline, f"timm:{name}")
     about: Any = outline.pretrained_cfg
+    notes: tuple[str, ...] = ()
     if given is None:
         require_download(f"timm:{name}", about)
-        network, notes = make(pretrained=True), ()
+        network = make(pretrained=True)
     else:
         network, notes = _fill_timm(outline, make, given)
     about = network.pretrained_cfg
