@@ -151,7 +151,8 @@ class Gate:
             raise ApiError(
                 400,
                 "host",
-                f"Host {host[:100]!r} is not served; start the server with --allowed-host for it",
+                f"Host {host[:100]!r} is not served; start the server with --allowed-host for it, or let the proxy "
+                "pass on the client's host (nginx: proxy_set_header Host $host)",
                 close=True,
             )
 

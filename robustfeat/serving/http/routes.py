@@ -51,10 +51,14 @@ class Routes:
     async def answer(self, request: Request) -> Response:
         """Calls the function of a request; that of GET for HEAD.
 
+        OPTIONS gets the methods of a path, or of the server (RFC 9110, 9.3.7); HAProxy's checks ask for those of /.
+
         Raises:
             ApiError: 404 or 405, or what the function raises.
         """
         path = request.scope["path"]
+        if request.method == "OPTIONS" and path in {"/", "*"}:
+            return Response(status_code=204, headers={"allow": "GET, HEAD, OPTIONS, POST"})
         handlers, texts = self._exact.get(path), {}
         if handlers is None:
             found = ((pattern.match(path), known) for pattern, known in self._patterns.values())
@@ -64,8 +68,10 @@ class Routes:
             texts = match.groupdict()
         # The server leaves out the body of an answer to HEAD, which is GET's otherwise: probes use it.
         method = "GET" if request.method == "HEAD" else request.method
+        allowed = ", ".join([*handlers, *(["HEAD"] if "GET" in handlers else []), "OPTIONS"])
+        if method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": allowed})
         if method not in handlers:
-            allowed = ", ".join(handlers)
             raise ApiError(
                 405,
                 "method_not_allowed",
