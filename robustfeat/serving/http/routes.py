@@ -75,7 +75,7 @@ class Routes:
             raise ApiError(
                 405,
                 "method_not_allowed",
-                f"{path[:100]} takes {allowed}; got {request.method}",
+                f"{path[:100]} takes {', '.join(handlers)}; got {request.method}",
                 headers={"allow": allowed},
             )
         return await handlers[method](request, **texts)
