@@ -107,12 +107,12 @@ def row(found: dict[str, Any]) -> dict[str, str]:
     """A row of the table."""
 
     def text(one: dict[str, float]) -> str:
-        return f"{one['auroc']:.2f}, {one['rejected']:.0%}"
+        return f"{one['auroc']:.2f}, {100 * one['rejected']:.0f} %"
 
     return {
         "fitted on": f"{found['data']}, {found['known']} of {found['classes']} classes",
         "images": f"{found['fitted']:,}",
-        f"false alarms at {LEAST}": f"{found['false_alarms']:.1%}",
+        f"false alarms at {LEAST}": f"{100 * found['false_alarms']:.1f} %",
         "the other classes: AUROC, rejected": text(found["other_classes"]),
         "other data sets: AUROC, rejected": "; ".join(
             f"{text(one)} ({name})" for name, one in found["other_data"].items()
@@ -133,7 +133,7 @@ def main() -> None:
     for data in sets:
         others = [one for one in sets if one is not data]
         found.append(measure(data, others, None))
-        if len(data.labelled.rows) == most:
+        if options.few and len(data.labelled.rows) == most:
             found.append(measure(data, others, options.few))
     print(table([row(one) for one in found]))
     if options.out:
