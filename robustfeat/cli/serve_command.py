@@ -110,6 +110,7 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="For the requests at hand when the server is stopped.",
 )
+@click.option("--no-page", is_flag=True, help="Without the page at /, and without /teach, which fits its heads.")
 @click.option("--log-requests", is_flag=True, help="A line of JSON on stderr for every request.")
 @serving_options
 def command(
@@ -129,12 +130,15 @@ def command(
     timeout_s: float,
     decode_timeout_s: float,
     drain: float,
+    no_page: bool,
     log_requests: bool,
     extraction: Extraction,
 ) -> None:
     """Serves features at /embed, /v1/embeddings and /v2, heads at /predict/NAME, and collections at /similar/NAME.
 
     /docs describes all.
+
+    Open the address in a browser to drop images in, look at what is similar, and teach a classifier.
 
     It answers this machine alone unless --host says otherwise; give it --keys before you open it to others.
     """
@@ -175,6 +179,7 @@ def command(
             log = Log(number, requests=log_requests)
             service = _open(model_places, head_places, extraction, limits, ring, _hosts(host, hosts), log, place)
             service.collections = _open_collections(collection_places, service)
+            service.page = not no_page
             return service
 
         run_worker(open_service, listener, report, drain)

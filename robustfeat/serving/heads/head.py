@@ -367,6 +367,11 @@ class Head(convert.HeadParts):
 
     def write(self, folder: Path) -> None:
         """Writes the two files."""
+        for name, data in self.to_files().items():
+            (folder / name).write_bytes(data)
+
+    def to_files(self) -> dict[str, bytes]:
+        """The two files by name."""
         from safetensors.numpy import save
 
         about = {
@@ -382,9 +387,9 @@ class Head(convert.HeadParts):
         }
         arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
         data = save(arrays, metadata={"head_sha256": about_sha256(about)})
-        (folder / TENSORS).write_bytes(data)
         about[f"{TENSORS}_sha256"] = hashlib.sha256(data).hexdigest()
-        (folder / HEAD).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        return {TENSORS: data, HEAD: text.encode()}
 
     @classmethod
     def load(cls, place: str | os.PathLike[str]) -> Head:

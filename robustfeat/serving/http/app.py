@@ -16,10 +16,12 @@ from starlette.concurrency import run_in_threadpool
 
 import robustfeat
 from robustfeat.hub.preprocessing import readable_formats
-from robustfeat.serving.http import kserve, openai
+from robustfeat.serving.http import kserve, openai, teach
 from robustfeat.serving.http.bodies import images_of, read_body
 from robustfeat.serving.http.documents import ACCEPT, IMAGE_BODY, MODEL, describe, refusals
 from robustfeat.serving.http.gate import Gate
+from robustfeat.serving.http.pages import add_docs, add_page
+from robustfeat.serving.http.process.fitter import Fitter
 from robustfeat.serving.http.process.metrics import CONTENT_TYPE
 from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import ServedHead, ServedModel, Service
@@ -52,6 +54,7 @@ def create_app(service: Service) -> Gate:
         title="robustfeat",
         version=robustfeat.__version__,
         summary="Image features and heads' answers.",
+        docs_url=None,  # ours, which loads nothing from another host
         redoc_url=None,
     )
     routes = Routes(app)
@@ -65,6 +68,11 @@ def create_app(service: Service) -> Gate:
         from robustfeat.serving.http import similar  # with it come the libraries of collections
 
         similar.add_routes(routes, service, service.collections)
+    add_docs(routes)
+    if service.page:
+        fitter = Fitter()
+        add_page(routes, fitter.prepare)
+        teach.add_routes(routes, service, fitter)
     names = {
         "model": list(service.models),
         "head": list(service.heads),

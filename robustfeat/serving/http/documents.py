@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from robustfeat.serving.online.schemas import ErrorAnswer, InferError
 
-__all__ = ["ACCEPT", "IMAGE_BODY", "MODEL", "describe", "infer_refusals", "json_body", "refusals"]
+__all__ = ["ACCEPT", "ACCEPT_HEAD", "IMAGE_BODY", "MODEL", "describe", "infer_refusals", "json_body", "refusals"]
 
 _BINARY = {"type": "string", "format": "binary"}
 
@@ -45,6 +45,12 @@ ACCEPT: dict[str, Any] = {
     "required": False,
     "description": "What to answer with: JSON, a .npy file, or the bytes of float32, little-endian.",
     "schema": {"type": "string", "enum": ["application/json", "application/x-npy", "application/octet-stream"]},
+}
+
+ACCEPT_HEAD: dict[str, Any] = {
+    **ACCEPT,
+    "description": "What to answer with: JSON, or the folder of the head in a zip file.",
+    "schema": {"type": "string", "enum": ["application/json", "application/zip"]},
 }
 
 _REASONS = {

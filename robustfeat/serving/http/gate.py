@@ -26,10 +26,13 @@ from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
 __all__ = ["ON_DISCONNECT", "Gate", "host_allowed"]
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
-_ANY_KEY = re.compile(r"/(health/.*|v2/health/.*|metrics|docs|openapi\.json|docs/oauth2-redirect)?")
-_WORK = re.compile(r"/(embed|predict/[^/]*|similar/[^/]*|v1/embeddings|v2/models/.*/infer)")
-_ROUTES = ("/embed", "/predict", "/similar", "/v1", "/v2", "/health", "/info", "/metrics", "/docs", "/openapi.json")
-_DOCUMENTS = {"/docs", "/openapi.json", "/docs/oauth2-redirect"}
+_ANY_KEY = re.compile(r"/(health/.*|v2/health/.*|metrics|docs(/.*)?|openapi\.json|page/.*)?")
+_WORK = re.compile(r"/(embed|predict/[^/]*|similar/[^/]*|teach|v1/embeddings|v2/models/.*/infer)")
+_ROUTES = (
+    "/", "/embed", "/predict", "/similar", "/teach", "/v1", "/v2", "/health", "/info", "/metrics", "/page", "/docs",
+    "/openapi.json",
+)  # fmt: skip
+_DOCUMENT = "/openapi.json"
 
 ON_DISCONNECT = "robustfeat.disconnect"
 """The key in a request's scope of the function that the connection calls when its client has left."""
@@ -41,7 +44,7 @@ class Gate:
     """The ASGI application.
 
     Args:
-        app: serves /docs.
+        app: serves the OpenAPI document.
         routes: serves the rest.
         service: keys, limits, counts.
     """
@@ -110,7 +113,7 @@ class Gate:
                 key = state["key"] = self._key(path, headers)
                 if scope["method"] == "POST" and _WORK.fullmatch(path):
                     self._check_room(headers, key)
-                if path in _DOCUMENTS:
+                if path == _DOCUMENT:
                     await self.app(scope, receive, send)
                     return
                 response = await self._routes.answer(Request(scope, receive))

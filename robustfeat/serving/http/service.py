@@ -136,6 +136,7 @@ class Service:
         admission, buffered, metrics, log: shared by all requests.
         workers: how many workers the server has.
         collections: by name.
+        page: whether it has the page at /, and what only that needs.
         draining: whether it is being stopped.
     """
 
@@ -149,6 +150,7 @@ class Service:
     log: Log
     workers: int
     collections: Mapping[str, ServedCollection] = field(default_factory=dict)
+    page: bool = True
     draining: bool = False
     buffered: Buffered = field(init=False)
 

@@ -22,6 +22,7 @@ __all__ = [
     "NPY",
     "RAW",
     "VECTOR_TYPES",
+    "ZIP",
     "Answer",
     "NamedModel",
     "Reply",
@@ -37,6 +38,7 @@ Vector = NDArray[np.float32]
 
 JSON, NPY, RAW = "application/json", "application/x-npy", "application/octet-stream"
 VECTOR_TYPES = (JSON, NPY, RAW)
+ZIP = "application/zip"
 
 _ACCEPT_CHARACTERS = 4096
 """Longer ones take longer to read than an image."""

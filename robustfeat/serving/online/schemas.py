@@ -22,6 +22,8 @@ __all__ = [
     "Predictions",
     "ServerMetadata",
     "Similar",
+    "TaughtHead",
+    "TeachRequest",
 ]
 
 
@@ -325,3 +327,49 @@ class InferResponse(BaseModel):
     outputs: list[InferOutput]
     id: str | None = None
     parameters: dict[str, Any] | None = None
+
+
+class TeachRequest(BaseModel):
+    """Labelled rows of features, to fit a head on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="Whose features these are; the first one served by default.")
+    classes: Annotated[list[str], Field(min_length=2, max_length=50)] = Field(
+        description="Names, each of 1 to 200 characters."
+    )
+    labels: Annotated[list[int], FailFast()] = Field(
+        min_length=2, max_length=1000, description="For each row the number of its class, from 0."
+    )
+    features: str = Field(description="Rows by features in float32, little-endian, as base64.")
+    name: str = Field(
+        "head",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}$",
+        description="Of the folder in the zip file; letters, digits, '.', '_' and '-'.",
+    )
+
+
+class Calibration(BaseModel):
+    """What makes margins logits."""
+
+    scale: list[float]
+    offset: list[float]
+
+
+class TaughtHead(About):
+    """A linear head.
+
+    A row of features is divided by its norm. Its margins are coefficients times the row plus intercepts, and of two
+    classes the first one's is minus the second one's. Probabilities are the softmax of margins times scale plus
+    offset, or of two classes the sigmoid.
+    """
+
+    classes: list[str] = Field(description="Those with rows, sorted.")
+    rows: int
+    kind: Literal["svm"]
+    scaling: Literal["l2"]
+    coefficients: str = Field(description="Classes, or 1 of two, by features in float64, little-endian, as base64.")
+    intercepts: str = Field(description="The same for each row of coefficients.")
+    calibration: Calibration | None = Field(description="null where every class has a single row.")
+    accuracy: float | None = Field(description="On rows that were not fitted, in five parts in turn.")
+    rows_scored: int

@@ -1,0 +1,44 @@
+"""The pages in a browser: / for finding and teaching, /docs for the API. Neither needs another host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from robustfeat.serving.http.assets import DOCS_POLICY, PAGE_POLICY, Assets
+from robustfeat.serving.http.routes import Routes
+
+__all__ = ["add_docs", "add_page"]
+
+_HERE = Path(__file__).parent
+_INDEX = "index.html"
+
+
+def add_docs(routes: Routes) -> None:
+    """/docs: Swagger UI, which reads /openapi.json."""
+    assets = Assets(_HERE / "swagger", DOCS_POLICY)
+
+    @routes.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return await assets.answer(request, _INDEX)
+
+    @routes.get("/docs/{name}", include_in_schema=False)
+    async def part_of_docs(request: Request, name: str) -> Response:
+        return await assets.answer(request, name)
+
+
+def add_page(routes: Routes, visited: Callable[[], None]) -> None:
+    """The page at /, and the files that it loads; `visited` is called when somebody opens it."""
+    assets = Assets(_HERE / "page", PAGE_POLICY)
+
+    @routes.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        visited()
+        return await assets.answer(request, _INDEX)
+
+    @routes.get("/page/{name}", include_in_schema=False)
+    async def part_of_page(request: Request, name: str) -> Response:
+        return await assets.answer(request, name)

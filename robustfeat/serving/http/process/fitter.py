@@ -1,0 +1,129 @@
+"""The process in which a worker fits heads for the page: one at a time, within a bounded time.
+
+It starts with the first fit and ends when none has come for a while. It keeps nothing from one fit to the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from asyncio.subprocess import PIPE, Process
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from robustfeat.serving.http.process.fitter_program import DONE, HEADER_BYTES
+from robustfeat.serving.online.errors import ApiError
+from robustfeat.system import python_command
+
+__all__ = ["Fitter"]
+
+DEADLINE_S = 20.0
+IDLE_S = 300.0
+
+_WAITING = 8
+_WAITING_OF_KEY = 2
+
+
+class Fitter:
+    """Fits heads; every call is on one event loop."""
+
+    def __init__(self) -> None:
+        self._process: Process | None = None
+        self._turn = asyncio.Lock()
+        self._waiting: Counter[str] = Counter()
+        self._ending: asyncio.TimerHandle | None = None
+        self._preparing: asyncio.Task[None] | None = None
+
+    def prepare(self) -> None:
+        """Starts the process before somebody waits for it; it ends as it would after a fit."""
+        if self._preparing is None and self._process is None:
+            self._preparing = asyncio.create_task(self._prepare())
+
+    async def _prepare(self) -> None:
+        with suppress(OSError):  # the first fit reports it
+            async with self._turn:
+                await self._ensure()
+        self._preparing = None
+
+    async def _ensure(self) -> Process:
+        if self._ending is not None:
+            self._ending.cancel()
+        if self._process is None or self._process.returncode is not None:
+            self._process = await _start()
+        self._ending = asyncio.get_running_loop().call_later(IDLE_S, self.close)
+        return self._process
+
+    async def fit(self, asked: Mapping[str, Any], rows: bytes, key: str) -> bytes:
+        """What the process answers.
+
+        Args:
+            asked, rows: see `fitter_program`.
+            key: whose fit it is; empty without keys.
+
+        Raises:
+            ApiError: 422 where these rows cannot be fitted, 429 or 503 where too many fits wait.
+        """
+        if key and self._waiting[key] >= _WAITING_OF_KEY:
+            message = f"the key {key} has {_WAITING_OF_KEY} fits at hand; wait for their answers"
+            raise ApiError(429, "share_exceeded", message, retry_after_s=1)
+        if self._waiting.total() >= _WAITING:
+            raise ApiError(503, "queue_full", "too many heads are being fitted; try again soon", retry_after_s=1)
+        self._waiting[key] += 1
+        # A fit that was begun is finished even if its client leaves: a new process would cost more.
+        task = asyncio.create_task(self._fit(asked, rows, key))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # which nobody may wait for
+        return await asyncio.shield(task)
+
+    async def _fit(self, asked: Mapping[str, Any], rows: bytes, key: str) -> bytes:
+        try:
+            async with self._turn:
+                state, data = await self._exchange(json.dumps(asked).encode(), rows)
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
+        if state != DONE:
+            raise ApiError(422, "bad_request", data.decode())
+        return data
+
+    async def _exchange(self, text: bytes, rows: bytes) -> tuple[int, bytes]:
+        try:
+            process = await self._ensure()
+            stdin, stdout = process.stdin, process.stdout
+            assert stdin is not None
+            assert stdout is not None
+            async with asyncio.timeout(DEADLINE_S):
+                stdin.write(len(text).to_bytes(4, "little") + len(rows).to_bytes(4, "little") + text + rows)
+                await stdin.drain()
+                header = await stdout.readexactly(HEADER_BYTES)
+                data = await stdout.readexactly(int.from_bytes(header[4:], "little"))
+        except TimeoutError:
+            self.close()
+            message = f"the fit took longer than {DEADLINE_S:g} s; send fewer rows or classes"
+            raise ApiError(422, "fit_timeout", message) from None
+        except (OSError, EOFError):
+            self.close()
+            message = "the process that fits heads has ended; try again"
+            raise ApiError(503, "fit_failed", message, retry_after_s=1) from None
+        except BaseException:
+            self.close()  # half an exchange
+            raise
+        return int.from_bytes(header[:4], "little"), data
+
+    def close(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                process.kill()
+
+
+async def _start() -> Process:
+    code = f"from robustfeat.serving.http.process.fitter_program import serve; serve({os.getpid()})"
+    # One thread: a fit of few rows gains nothing by more, and images need the others.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = python_command(code)
+    return await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment)
