@@ -1,0 +1,126 @@
+// The card of classes: their names, how many images each has, and what was fitted.
+
+import { baseName, byId, element, toast } from "./dom.js";
+import { MOST_CLASSES, State, store } from "./store.js";
+
+const NAME = 80;
+
+export class Classes {
+  #teacher;
+  #assign;
+
+  /** `assign` labels the selected images with the class of an id. */
+  constructor(teacher, assign) {
+    this.#teacher = teacher;
+    this.#assign = assign;
+    byId("new-class").addEventListener("submit", (event) => {
+      event.preventDefault();
+      const input = byId("new-class-name");
+      if (this.#accepts(input.value.trim())) {
+        store.addClass(input.value.trim());
+        input.value = "";
+      }
+      input.focus();
+    });
+  }
+
+  /** Draws all of it. */
+  draw() {
+    const list = byId("classes");
+    const focused = document.activeElement?.dataset?.key;
+    const labelled = tally((image) => image.label);
+    const predicted = tally((image) => (image.label === null ? image.answer?.classId ?? null : null));
+    const current = store.active === null ? null : store.images[store.active].label;
+    const possible = [...store.selected].some((id) => store.images[id].state === State.READY);
+    list.replaceChildren(...store.classes.map((one, at) => this.#row(one, at, {
+      labelled: labelled.get(one.id) ?? 0, predicted: predicted.get(one.id) ?? 0, current: current === one.id, possible,
+    })));
+    if (focused) list.querySelector(`[data-key="${focused}"]`)?.focus();
+    byId("teach-hint").textContent = hint(this.#teacher);
+    byId("teach-hint").hidden = !byId("teach-hint").textContent;
+    byId("fit-state").textContent = this.#teacher.busy ? "Fitting…" : this.#teacher.state;
+    byId("fit-state").classList.toggle("busy", this.#teacher.busy);
+    byId("results").hidden = !store.head;
+    byId("undo").disabled = !store.canUndo;
+    byId("redo").disabled = !store.canRedo;
+    byId("new-class").hidden = store.classes.length >= MOST_CLASSES;
+  }
+
+  #row(one, at, { labelled, predicted, current, possible }) {
+    const said = [labelled ? `${labelled} labelled` : "", predicted ? `${predicted} predicted` : ""].filter(Boolean).join(", ");
+    const assign = element("button", {
+      type: "button", class: "assign", "aria-pressed": current, data: { key: `assign-${one.id}` },
+      disabled: !possible, on: { click: () => this.#assign(one.id) },
+      "aria-label": `Label as ${one.name}${said ? `; ${said}` : ""}`,
+    },
+    at < 9 ? element("kbd", { text: at + 1 }) : element("kbd", { class: "more", text: "·" }),
+    element("i", { class: "dot", data: { class: at % 9 + 1 } }),
+    element("bdi", { class: "text", text: one.name }),
+    element("span", { class: "counts", title: said }, labelled ? element("b", { text: `${labelled} ✓` }) : "", predicted ? element("span", { text: predicted }) : ""));
+    const edit = element("button", {
+      type: "button", class: "icon", text: "✎", "aria-label": `Rename ${one.name}`, data: { key: `edit-${one.id}` },
+      on: { click: (event) => this.#rename(one, event.target.closest("li")) },
+    });
+    const remove = element("button", {
+      type: "button", class: "icon", text: "×", "aria-label": `Remove ${one.name}`, data: { key: `remove-${one.id}` },
+      on: { click: () => { store.removeClass(one.id); toast(`${one.name.slice(0, 40)} was removed; Undo brings it back.`); byId("new-class-name").focus(); } },
+    });
+    return element("li", {}, assign, edit, remove);
+  }
+
+  #rename(one, row) {
+    const input = element("input", { type: "text", maxlength: NAME, "aria-label": `New name of ${one.name}` });
+    input.value = one.name;
+    let done = false;
+    const finish = (accepted) => {
+      if (done) return;
+      done = true;
+      const name = input.value.trim();
+      if (accepted && name !== one.name && this.#accepts(name)) store.renameClass(one.id, name);
+      this.draw();
+      byId("classes").querySelector(`[data-key="edit-${one.id}"]`)?.focus();
+    };
+    input.addEventListener("keydown", (event) => {
+      if (event.key === "Enter") finish(true);
+      else if (event.key === "Escape") finish(false);
+    });
+    input.addEventListener("blur", () => finish(true));
+    row.replaceChildren(input);
+    input.select();
+  }
+
+  #accepts(name) {
+    if (!name || /\p{Cc}/u.test(name)) {
+      if (name) toast("A name of a class has no control characters.");
+      return false;
+    }
+    if (store.classes.some((one) => one.name === name)) {
+      toast(`There is a class of the name ${name.slice(0, 40)} already.`);
+      return false;
+    }
+    return true;
+  }
+}
+
+function tally(classOf) {
+  const found = new Map();
+  for (const image of store.images) {
+    const id = classOf(image);
+    if (id !== null) found.set(id, (found.get(id) ?? 0) + 1);
+  }
+  return found;
+}
+
+function hint(teacher) {
+  if (store.classes.length < 2) return "Name two or more classes that you want to tell apart.";
+  if (!teacher.rows.length) return "Select an image, then click its class or press its number.";
+  if (!teacher.possible) return `Now label an image of another class than ${store.className(teacher.rows[0].label).slice(0, 40)}.`;
+  return "";
+}
+
+/** A name for files: only what is safe in every file system and on every command line. */
+export function safeName(name) {
+  const safe = baseName(name).normalize("NFKD").replace(/[^A-Za-z0-9_.-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 60);
+  return safe.replace(/[-.]+$/, "") || "head";
+}
+

@@ -1,0 +1,168 @@
+// Sends images to /embed as everyone does: within the server's limits, a batch at a time, again when it is busy.
+
+import { Refusal, request } from "./api.js";
+import { byId, count, pause, toast } from "./dom.js";
+import { State, store } from "./store.js";
+
+const BATCH = 16;
+const BATCH_BYTES = 8 * 2 ** 20; // larger ones would take long on a slow line
+const AT_ONCE = 2;
+const TRIES = 8;
+const LONGEST_PAUSE_S = 10;
+
+export class Embedder {
+  #limits;
+  #queue = [];
+  #running = 0;
+  #total = 0;
+  #stop = new AbortController();
+
+  /** `limits` are those of /info. */
+  constructor(limits) {
+    this.#limits = limits;
+    byId("cancel").addEventListener("click", () => this.cancel());
+    byId("retry").addEventListener("click", () => this.retry());
+  }
+
+  /** Embeds images, after those that wait already. */
+  add(images) {
+    if (!this.#running && !this.#queue.length) this.#total = 0;
+    const most = this.#limits.body_bytes - 1024;
+    for (const image of images) {
+      image.passing = false;
+      if (image.file.size > most) fail(image, `larger than the ${Math.round(most / 2 ** 20)} MiB that this server takes`);
+      else if (!image.file.size) fail(image, "the file is empty");
+      else {
+        image.state = State.WAITING;
+        this.#queue.push(image);
+        this.#total += 1;
+      }
+    }
+    store.changed("images");
+    while (this.#running < AT_ONCE && this.#queue.length) this.#work();
+    this.#show();
+  }
+
+  /** Stops; what was not embedded can be embedded later. */
+  cancel() {
+    this.#stop.abort(new DOMException("cancelled", "AbortError"));
+    this.#stop = new AbortController();
+    for (const image of this.#queue) fail(image, "cancelled", true);
+    this.#queue = [];
+    this.#show();
+    store.changed("images");
+  }
+
+  /** Embeds those again that failed for a passing reason. */
+  retry() {
+    this.add(store.images.filter((image) => image.state === State.FAILED && image.passing));
+  }
+
+  async #work() {
+    this.#running += 1;
+    const stop = this.#stop.signal;
+    while (this.#queue.length && !stop.aborted) {
+      const batch = this.#take();
+      for (const image of batch) image.state = State.SENT;
+      await this.#send(batch, stop);
+      this.#show();
+      store.changed("images");
+    }
+    this.#running -= 1;
+    this.#show();
+  }
+
+  #take() {
+    const batch = [];
+    const most = Math.min(BATCH_BYTES, this.#limits.body_bytes - 1024);
+    let bytes = 0;
+    while (this.#queue.length && batch.length < Math.min(BATCH, this.#limits.items)) {
+      bytes += this.#queue[0].file.size + 512;
+      if (batch.length && bytes > most) break;
+      batch.push(this.#queue.shift());
+    }
+    return batch;
+  }
+
+  async #send(batch, stop) {
+    for (let attempt = 1; ; attempt += 1) {
+      try {
+        const form = new FormData();
+        // The server needs no names, and headers of parts could not hold all of them.
+        batch.forEach((image, at) => form.append("images", image.file, `${at}`));
+        const answer = await request("embed", { method: "POST", body: form, signal: stop });
+        accept(batch, (await answer.json()).data);
+        return;
+      } catch (error) {
+        if (stop.aborted) return failAll(batch, "cancelled", true);
+        if (error instanceof Refusal && error.data) return accept(batch, error.data); // none of them can be read
+        if (error instanceof Refusal && error.status === 413 && batch.length > 1) {
+          const half = batch.length >> 1;
+          await this.#send(batch.slice(0, half), stop);
+          return this.#send(batch.slice(half), stop);
+        }
+        if (error instanceof Refusal && error.status === 401) { // no key was given
+          failAll(batch, "the server asks for a key", true);
+          return this.cancel();
+        }
+        const passing = !(error instanceof Refusal) || error.passing;
+        if (!passing || attempt === TRIES) return failAll(batch, messageOf(error), passing);
+        const seconds = Math.min(LONGEST_PAUSE_S, error.retryAfterS ?? 2 ** (attempt - 2));
+        const reason = error instanceof Refusal && error.status < 500 ? "The key's share is used up" : error instanceof Refusal ? "The server is busy" : "The server does not answer";
+        if (attempt > 1 || seconds >= 1) this.#note = `${reason}; next try in ${Math.ceil(seconds)} s`;
+        this.#show();
+        try {
+          await pause(seconds, stop);
+        } catch {
+          return failAll(batch, "cancelled", true);
+        } finally {
+          this.#note = "";
+        }
+      }
+    }
+  }
+
+  #note = "";
+
+  #show() {
+    const at = store.images.filter((image) => image.state === State.WAITING || image.state === State.SENT).length;
+    const busy = this.#running > 0 || this.#queue.length > 0;
+    const finished = !byId("progress").hidden && !busy;
+    byId("progress").hidden = !busy;
+    byId("progress-bar").max = this.#total || 1;
+    byId("progress-bar").value = this.#total - at;
+    byId("progress-text").textContent = this.#note || `Embedding ${this.#total - at} of ${count(this.#total, "image")}`;
+    const passing = store.images.filter((image) => image.state === State.FAILED && image.passing).length;
+    byId("retry").hidden = busy || !passing;
+    byId("retry").textContent = `Try ${count(passing, "image")} again`;
+    if (finished) {
+      const failed = store.images.filter((image) => image.state === State.FAILED).length;
+      toast(`${count(store.ready.length, "image")} ready${failed ? `, ${failed.toLocaleString("en")} failed` : ""}.`);
+    }
+  }
+}
+
+function accept(batch, data) {
+  for (const entry of data) {
+    const image = batch[entry.index];
+    if (store.images[image.id] !== image) continue; // it was taken away meanwhile
+    if (entry.error) {
+      fail(image, entry.error.message, entry.error.code === "internal");
+    } else {
+      store.vectors.set(image.id, entry.embedding);
+      image.state = State.READY;
+    }
+  }
+}
+
+function failAll(batch, problem, passing) {
+  for (const image of batch) fail(image, problem, passing);
+}
+
+function fail(image, problem, passing = false) {
+  Object.assign(image, { state: State.FAILED, problem, passing });
+}
+
+function messageOf(error) {
+  return error instanceof Refusal ? error.message : "the server does not answer";
+}

@@ -1,0 +1,115 @@
+// The card of the selected image: what it is believed to be, and what is like it.
+
+import { request } from "./api.js";
+import { baseName, byId, element, percent } from "./dom.js";
+import { State, store } from "./store.js";
+import { thumbnail } from "./thumbnails.js";
+import { nearest } from "./vectors.js";
+
+const NEIGHBOURS = 8;
+const BARS = 3;
+
+export class Selected {
+  #choose;
+  #drawn = null;
+  #asked = 0;
+
+  /** `choose` selects an image; `collections` are names of /similar. */
+  constructor(choose, collections) {
+    this.#choose = choose;
+    byId("within").hidden = !collections.length;
+    byId("collection").append(element("option", { value: "", text: "these images" }),
+      ...collections.map((name) => element("option", { value: name, text: name })));
+    byId("collection").addEventListener("change", () => this.#drawNeighbours(store.images[store.active]));
+  }
+
+  draw() {
+    const image = store.active === null ? null : store.images[store.active];
+    byId("selected").hidden = !image;
+    if (!image) byId("similar").hidden = true;
+    if (!image) return;
+    const [name] = byId("selected-name").children;
+    name.textContent = store.selected.size > 1 ? `${store.selected.size} images` : baseName(image.path);
+    byId("selected-name").title = image.path.slice(0, 300);
+    if (this.#drawn !== image) this.#drawPreview(image);
+    this.#drawn = image;
+    byId("selected-state").textContent = stateOf(image);
+    byId("selected-state").classList.toggle("error", image.state === State.FAILED);
+    byId("bars").replaceChildren(...bars(image));
+    const { answer } = image;
+    const open = answer && image.label === null && store.selected.size === 1;
+    byId("accept").hidden = !open;
+    if (open) byId("accept").replaceChildren("Accept ", element("bdi", { text: store.className(answer.classId).slice(0, 24) }), " ", element("kbd", { text: "↵" }));
+    this.#drawNeighbours(image);
+  }
+
+  #drawPreview(image) {
+    const [picture, none] = [byId("preview"), byId("preview-none")];
+    picture.hidden = none.hidden = true;
+    thumbnail(image, (found) => {
+      if (store.active !== image.id) return;
+      picture.hidden = !found;
+      none.hidden = Boolean(found);
+      if (found) picture.src = found.url;
+      else none.textContent = "This browser shows no such file.";
+      picture.alt = baseName(image.path).slice(0, 80);
+    });
+  }
+
+  #drawNeighbours(image) {
+    const known = image.state === State.READY;
+    byId("similar").hidden = !known;
+    const asked = (this.#asked += 1);
+    if (!known) return;
+    const name = byId("collection").value;
+    if (name) {
+      this.#ask(name, image, asked);
+      return;
+    }
+    const ids = store.ready.map((one) => one.id);
+    byId("neighbours").replaceChildren(...nearest(store.vectors, image.id, ids, NEIGHBOURS).map(([id, cosine]) => this.#neighbour(id, cosine)));
+  }
+
+  #neighbour(id, cosine) {
+    const image = store.images[id];
+    const button = element("button", {
+      type: "button", "aria-label": `${baseName(image.path).slice(0, 80)}, similarity ${cosine.toFixed(2)}`,
+      title: image.path.slice(0, 300), on: { click: () => this.#choose(id) },
+    }, element("span", { text: cosine.toFixed(2) }));
+    thumbnail(image, (found) => { if (found) button.prepend(element("img", { src: found.url, alt: "" })); });
+    return element("li", {}, button);
+  }
+
+  /** The most similar images of a collection that the server has; it tells their names, not their pictures. */
+  async #ask(name, image, asked) {
+    const list = byId("neighbours");
+    try {
+      const answer = await request(`similar/${encodeURIComponent(name)}?k=${NEIGHBOURS}`, { method: "POST", body: image.file });
+      const rows = (await answer.json()).data?.[0]?.similar ?? [];
+      if (asked !== this.#asked) return;
+      list.replaceChildren(...rows.map((row) => element("li", { class: "row-of-collection" },
+        element("bdi", { text: row.path }), element("span", { text: row.similarity.toFixed(2) }))));
+    } catch (error) {
+      if (asked === this.#asked) list.replaceChildren(element("li", { class: "error", text: error.message }));
+    }
+  }
+}
+
+function stateOf(image) {
+  if (store.selected.size > 1) return "Click a class to label all of them.";
+  if (image.state === State.FAILED) return `Failed: ${image.problem}.`;
+  if (image.state !== State.READY) return "Not embedded yet.";
+  if (image.label !== null) return `Labelled ${store.className(image.label)}.`;
+  return image.answer ? `Predicted ${store.className(image.answer.classId)}.` : "No label yet.";
+}
+
+function bars(image) {
+  const { answer } = image;
+  if (!answer?.shares || store.selected.size > 1) return [];
+  const order = answer.shares.map((share, at) => [share, answer.ids[at]]).sort((a, b) => b[0] - a[0]).slice(0, BARS);
+  return order.map(([share, id]) => {
+    const fill = element("i", { class: "dot", data: { class: store.classNumber(id) % 9 + 1 } });
+    fill.style.width = `${Math.max(1, 100 * share)}%`;
+    return element("li", {}, element("bdi", { class: "text", text: store.className(id) }), element("span", { class: "bar", "aria-hidden": "true" }, fill), element("span", { class: "share", text: percent(share) }));
+  });
+}
