@@ -7,7 +7,8 @@ import { State, store } from "./store.js";
 const BATCH = 16;
 const BATCH_BYTES = 8 * 2 ** 20; // larger ones would take long on a slow line
 const AT_ONCE = 2;
-const TRIES = 8;
+const TRIES = 8; // without an answer
+const BUSY_TRIES = 60; // with the answer that there is no room
 const LONGEST_PAUSE_S = 10;
 
 export class Embedder {
@@ -64,9 +65,10 @@ export class Embedder {
     while (this.#queue.length && !stop.aborted) {
       const batch = this.#take();
       for (const image of batch) image.state = State.SENT;
-      await this.#send(batch, stop);
+      const sent = await this.#send(batch, stop);
       this.#show();
       store.changed("images");
+      if (!sent) break;
     }
     this.#running -= 1;
     this.#show();
@@ -84,6 +86,7 @@ export class Embedder {
     return batch;
   }
 
+  /** Sends a batch until it is answered or given up. False where it waits again, since another one took the room. */
   async #send(batch, stop) {
     for (let attempt = 1; ; attempt += 1) {
       try {
@@ -92,33 +95,43 @@ export class Embedder {
         batch.forEach((image, at) => form.append("images", image.file, `${at}`));
         const answer = await request("embed", { method: "POST", body: form, signal: stop });
         accept(batch, (await answer.json()).data);
-        return;
+        return true;
       } catch (error) {
         if (stop.aborted) return failAll(batch, "cancelled", true);
-        if (error instanceof Refusal && error.data) return accept(batch, error.data); // none of them can be read
-        if (error instanceof Refusal && error.status === 413 && batch.length > 1) {
+        const refused = error instanceof Refusal;
+        if (refused && error.data) return accept(batch, error.data); // none of them can be read
+        if (refused && error.status === 413 && batch.length > 1) {
           const half = batch.length >> 1;
-          await this.#send(batch.slice(0, half), stop);
-          return this.#send(batch.slice(half), stop);
+          return (await this.#send(batch.slice(0, half), stop)) && this.#send(batch.slice(half), stop);
         }
-        if (error instanceof Refusal && error.status === 401) { // no key was given
+        if (refused && error.status === 401) { // no key was given
           failAll(batch, "the server asks for a key", true);
-          return this.cancel();
+          this.cancel();
+          return true;
         }
-        const passing = !(error instanceof Refusal) || error.passing;
-        if (!passing || attempt === TRIES) return failAll(batch, messageOf(error), passing);
+        const busy = refused && (error.status === 429 || error.status === 503);
+        const passing = !refused || error.passing;
+        if (!passing || attempt >= (busy ? BUSY_TRIES : TRIES)) return failAll(batch, messageOf(error), passing);
+        if (busy && this.#running > 1) {
+          this.#queue.unshift(...batch);
+          return false;
+        }
         const seconds = Math.min(LONGEST_PAUSE_S, error.retryAfterS ?? 2 ** (attempt - 2));
-        const reason = error instanceof Refusal && error.status < 500 ? "The key's share is used up" : error instanceof Refusal ? "The server is busy" : "The server does not answer";
-        if (attempt > 1 || seconds >= 1) this.#note = `${reason}; next try in ${Math.ceil(seconds)} s`;
-        this.#show();
-        try {
-          await pause(seconds, stop);
-        } catch {
-          return failAll(batch, "cancelled", true);
-        } finally {
-          this.#note = "";
-        }
+        if (!(await this.#wait(seconds, busy, stop))) return failAll(batch, "cancelled", true);
       }
+    }
+  }
+
+  async #wait(seconds, busy, stop) {
+    this.#note = `${busy ? "The server is busy" : "The server does not answer"}; next try in ${Math.ceil(seconds)} s`;
+    this.#show();
+    try {
+      await pause(seconds, stop);
+      return true;
+    } catch {
+      return false;
+    } finally {
+      this.#note = "";
     }
   }
 
@@ -153,10 +166,12 @@ function accept(batch, data) {
       image.state = State.READY;
     }
   }
+  return true;
 }
 
 function failAll(batch, problem, passing) {
   for (const image of batch) fail(image, problem, passing);
+  return true;
 }
 
 function fail(image, problem, passing = false) {

@@ -85,10 +85,10 @@ export class Selected {
     const list = byId("neighbours");
     try {
       const answer = await request(`similar/${encodeURIComponent(name)}?k=${NEIGHBOURS}`, { method: "POST", body: image.file });
-      const rows = (await answer.json()).data?.[0]?.similar ?? [];
+      const { matches } = (await answer.json()).data[0];
       if (asked !== this.#asked) return;
-      list.replaceChildren(...rows.map((row) => element("li", { class: "row-of-collection" },
-        element("bdi", { text: row.path }), element("span", { text: row.similarity.toFixed(2) }))));
+      list.replaceChildren(...matches.map((row) => element("li", { class: "row-of-collection" },
+        element("bdi", { text: row.path }), element("span", { text: row.cosine.toFixed(2) }))));
     } catch (error) {
       if (asked === this.#asked) list.replaceChildren(element("li", { class: "error", text: error.message }));
     }

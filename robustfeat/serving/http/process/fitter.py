@@ -23,6 +23,7 @@ __all__ = ["Fitter"]
 DEADLINE_S = 20.0
 IDLE_S = 300.0
 
+_TRIES = 2
 _WAITING = 8
 _WAITING_OF_KEY = 2
 
@@ -46,6 +47,7 @@ class Fitter:
         with suppress(OSError):  # the first fit reports it
             async with self._turn:
                 await self._ensure()
+                self._rest()
         self._preparing = None
 
     async def _ensure(self) -> Process:
@@ -53,8 +55,11 @@ class Fitter:
             self._ending.cancel()
         if self._process is None or self._process.returncode is not None:
             self._process = await _start()
-        self._ending = asyncio.get_running_loop().call_later(IDLE_S, self.close)
         return self._process
+
+    def _rest(self) -> None:
+        """Ends the process unless a fit comes in time."""
+        self._ending = asyncio.get_running_loop().call_later(IDLE_S, self.close)
 
     async def fit(self, asked: Mapping[str, Any], rows: bytes, key: str) -> bytes:
         """What the process answers.
@@ -81,6 +86,7 @@ class Fitter:
         try:
             async with self._turn:
                 state, data = await self._exchange(json.dumps(asked).encode(), rows)
+                self._rest()
         finally:
             self._waiting[key] -= 1
             if not self._waiting[key]:
@@ -90,28 +96,30 @@ class Fitter:
         return data
 
     async def _exchange(self, text: bytes, rows: bytes) -> tuple[int, bytes]:
-        try:
-            process = await self._ensure()
-            stdin, stdout = process.stdin, process.stdout
-            assert stdin is not None
-            assert stdout is not None
-            async with asyncio.timeout(DEADLINE_S):
-                stdin.write(len(text).to_bytes(4, "little") + len(rows).to_bytes(4, "little") + text + rows)
-                await stdin.drain()
-                header = await stdout.readexactly(HEADER_BYTES)
-                data = await stdout.readexactly(int.from_bytes(header[4:], "little"))
-        except TimeoutError:
-            self.close()
-            message = f"the fit took longer than {DEADLINE_S:g} s; send fewer rows or classes"
-            raise ApiError(422, "fit_timeout", message) from None
-        except (OSError, EOFError):
-            self.close()
-            message = "the process that fits heads has ended; try again"
-            raise ApiError(503, "fit_failed", message, retry_after_s=1) from None
-        except BaseException:
-            self.close()  # half an exchange
-            raise
-        return int.from_bytes(header[:4], "little"), data
+        """The process's answer; a new process gets a second try, since the old one may have ended between two fits."""
+        message = len(text).to_bytes(4, "little") + len(rows).to_bytes(4, "little") + text + rows
+        for _ in range(_TRIES):
+            try:
+                process = await self._ensure()
+                stdin, stdout = process.stdin, process.stdout
+                assert stdin is not None
+                assert stdout is not None
+                async with asyncio.timeout(DEADLINE_S):
+                    stdin.write(message)
+                    await stdin.drain()
+                    header = await stdout.readexactly(HEADER_BYTES)
+                    data = await stdout.readexactly(int.from_bytes(header[4:], "little"))
+                return int.from_bytes(header[:4], "little"), data
+            except TimeoutError:
+                self.close()
+                refusal = f"the fit took longer than {DEADLINE_S:g} s; send fewer rows or classes"
+                raise ApiError(422, "fit_timeout", refusal) from None
+            except (OSError, EOFError, RuntimeError):  # RuntimeError: uvloop's, of a pipe that is closed
+                self.close()
+            except BaseException:
+                self.close()  # half an exchange
+                raise
+        raise ApiError(503, "fit_failed", "the process that fits heads has ended; try again", retry_after_s=1)
 
     def close(self) -> None:
         """Ends the process."""
