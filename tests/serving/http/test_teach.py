@@ -176,7 +176,7 @@ def test_a_fit_delays_no_other_request(plain: Server) -> None:
 
 
 def test_a_fit_without_end_is_ended(features: NDArray[np.float32]) -> None:
-    constants = {"robustfeat.serving.http.process.fitter.DEADLINE_S": 2.0}
+    constants = {"robustfeat.serving.http.process.fitter.DEADLINE_S": 4.0}
     with serving(constants=constants) as server:
         assert teach(server, features).status == 200
         os.kill(fitter_of(server), signal.SIGSTOP)

@@ -22,6 +22,7 @@ __all__ = ["Fitter"]
 
 DEADLINE_S = 20.0
 IDLE_S = 300.0
+_START_S = 60.0
 
 _TRIES = 2
 _WAITING = 8
@@ -44,7 +45,7 @@ class Fitter:
             self._preparing = asyncio.create_task(self._prepare())
 
     async def _prepare(self) -> None:
-        with suppress(OSError):  # the first fit reports it
+        with suppress(OSError, EOFError):  # the first fit reports it
             async with self._turn:
                 await self._ensure()
                 self._rest()
@@ -101,6 +102,9 @@ class Fitter:
         for _ in range(_TRIES):
             try:
                 process = await self._ensure()
+            except (OSError, EOFError):  # a TimeoutError is an OSError
+                continue
+            try:
                 stdin, stdout = process.stdin, process.stdout
                 assert stdin is not None
                 assert stdout is not None
@@ -130,8 +134,21 @@ class Fitter:
 
 
 async def _start() -> Process:
+    """A process that takes requests.
+
+    Raises:
+        OSError, EOFError, TimeoutError: the system refuses it, or it does not come up.
+    """
     code = f"from robustfeat.serving.http.process.fitter_program import serve; serve({os.getpid()})"
     # One thread: a fit of few rows gains nothing by more, and images need the others.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = python_command(code)
-    return await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment)
+    process = await asyncio.create_subprocess_exec(*python_command(code), stdin=PIPE, stdout=PIPE, env=environment)
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(_START_S):
+            await process.stdout.readexactly(HEADER_BYTES)
+    except BaseException:
+        with suppress(ProcessLookupError):
+            process.kill()
+        raise
+    return process

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
 import os
@@ -27,7 +28,8 @@ from robustfeat.system import die_with_parent, offer_to_die_first
 __all__ = ["DONE", "HEADER_BYTES", "REFUSED", "head_answer", "serve", "zip_head"]
 
 HEADER_BYTES = 8
-"""Before each request two lengths of 4 bytes: of its JSON and of its rows. Before each answer a state and a length."""
+"""Before each request two lengths of 4 bytes: of its JSON and of its rows. Before each answer a state and a length.
+An empty answer comes first: the process takes requests."""
 
 DONE, REFUSED = 0, 1
 
@@ -45,6 +47,9 @@ def serve(parent: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     source, sink = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
+    for module in ("scipy.optimize", "scipy.special", "safetensors.numpy"):  # which the first fit would load
+        importlib.import_module(module)
+    _answer(sink, DONE, b"")
     while True:
         header = source.read(HEADER_BYTES)
         if len(header) < HEADER_BYTES:
