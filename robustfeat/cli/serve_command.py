@@ -136,9 +136,7 @@ def command(
 ) -> None:
     """Serves features at /embed, /v1/embeddings and /v2, heads at /predict/NAME, and collections at /similar/NAME.
 
-    /docs describes all.
-
-    Open the address in a browser to drop images in, look at what is similar, and teach a classifier.
+    In a browser, / is a page for looking at images and teaching classifiers, and /docs describes all routes.
 
     It answers this machine alone unless --host says otherwise; give it --keys before you open it to others.
     """

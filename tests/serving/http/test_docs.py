@@ -13,7 +13,10 @@ import click
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from robustfeat import FeatureExtractor
+from robustfeat.serving.bulk.embedding import embed_files
+from robustfeat.serving.inputs.listing import list_inputs
+from tests.conftest import EXAMPLES, ROOT
 from tests.serving.http.conftest import Server, serving
 
 TEXT = (ROOT / "docs" / "serving.md").read_text("utf-8")
@@ -57,6 +60,21 @@ def test_the_programs_print_what_they_say(documented: Server, number: int) -> No
     assert run(command, code).strip() == expected
 
 
+def test_the_program_of_the_page_prints_what_it_says(documented: Server, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "page.md").read_text("utf-8")
+    (code,) = re.findall(r"<!-- tested -->\n```python\n(.*?)```", text, re.DOTALL)
+    with list_inputs([EXAMPLES]) as inputs:
+        embed_files(
+            FeatureExtractor.from_pretrained(threads=1, streams=1), inputs, str(tmp_path / "feats.npy"), quiet=True
+        )
+    (expected,) = re.findall(r"print\(.*\)  # (.*)", code)
+    code = code.replace("localhost:8000", f"127.0.0.1:{documented.port}")
+    result = subprocess.run(
+        [sys.executable, "-"], input=code, capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert result.stdout.strip() == expected, result.stderr
+
+
 def test_the_manifest_names_what_there_is(documented: Server) -> None:
     from robustfeat.cli.serve_command import command
 
@@ -78,7 +96,7 @@ def test_the_manifest_names_what_there_is(documented: Server) -> None:
 
 def test_every_code_of_an_error_is_in_the_table() -> None:
     codes = set()
-    for file in (ROOT / "robustfeat" / "serving" / "http").glob("*.py"):
+    for file in (ROOT / "robustfeat" / "serving" / "http").rglob("*.py"):
         codes |= set(re.findall(r"ApiError\(\s*\d+,\s*\"(\w+)\"", file.read_text("utf-8")))
     assert len(codes) > 20
     assert {code for code in codes if f"`{code}`" not in TEXT} == {"disconnected"}

@@ -28,7 +28,7 @@ def test_schemathesis_finds_no_difference(server: Server, tmp_path: Path, bodies
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stdout[-5000:]
     assert "Unresolvable" not in result.stdout
-    assert "17 selected / 17 total" in result.stdout
+    assert "18 selected / 18 total" in result.stdout
 
 
 def test_the_document_names_what_is_served(server: Server) -> None:
