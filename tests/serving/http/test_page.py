@@ -17,7 +17,10 @@ import axe_playwright_python
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from robustfeat import FeatureExtractor
+from robustfeat.serving.bulk.embedding import embed_files
 from robustfeat.serving.heads.head import Head
+from robustfeat.serving.inputs.listing import list_inputs
 from tests.browser import visit
 from tests.conftest import EXAMPLES
 from tests.serving.http.conftest import Server, serving, wait_until
@@ -364,3 +367,64 @@ def test_the_documentation_of_the_api_needs_no_other_host(browser: Browser, plai
     with visit(browser, f"{plain.address}/docs", allowed=(f"{plain.address}/",)) as seen:
         expect(seen.page.locator("#swagger-ui .opblock-summary-path").first).to_be_visible(timeout=SECONDS)
         expect(seen.page.locator(".opblock", has_text="/teach")).to_be_visible()
+
+
+def test_classes_are_corrected_by_mouse_and_undone(browser: Browser, plain: Server) -> None:
+    with opened(browser, plain) as seen:
+        page: Page = seen.page
+        expect(page.locator("#model")).to_be_visible()
+        add(page, {photo.name: photo.read_bytes() for photo in PHOTOS[:10]})
+        wait_for_images(page, "10 images ready.")
+        for name in ("first", "second"):
+            page.fill("#new-class-name", name)
+            page.click("#new-class button")
+        page.fill("#new-class-name", "first")
+        page.click("#new-class button")
+        expect(page.locator("#toast")).to_have_text("There is a class of the name first already.")
+        page.click(".tile:has-text('dress-1')")
+        page.click(".tile:has-text('dress-3')", modifiers=["Shift"])
+        page.click(".assign >> nth=0")
+        page.click(".tile:has-text('hat-1')")
+        page.click(".assign >> nth=1")
+        wait_for_fit(page, 4)
+        page.click("#next")
+        page.click("#accept")
+        wait_for_fit(page, 5)
+        page.click("[aria-label='Rename second']")
+        page.keyboard.insert_text("hats")
+        page.keyboard.press("Enter")
+        expect(page.locator("#classes .text")).to_have_text(["first", "hats"])
+        page.click("[aria-label='Remove hats']")
+        expect(page.locator("#results")).to_be_hidden()
+        page.click("#undo")
+        wait_for_fit(page, 5)
+        page.click("#undo")
+        expect(page.locator("#classes .text")).to_have_text(["first", "second"])
+        page.click("#undo")
+        wait_for_fit(page, 4)
+        page.click("#redo")
+        wait_for_fit(page, 5)
+
+
+def test_a_pasted_image_is_found_in_a_collection_of_the_server(browser: Browser, tmp_path: Path) -> None:
+    with list_inputs([EXAMPLES]) as inputs:
+        extractor = FeatureExtractor.from_pretrained(threads=1, streams=1)
+        embed_files(extractor, inputs, str(tmp_path / "clothes.npy"), quiet=True)
+    with serving("--collection", tmp_path / "clothes.npy") as server, opened(browser, server) as seen:
+        page: Page = seen.page
+        expect(page.locator("#model")).to_be_visible()
+        page.evaluate(
+            """(text) => {
+                const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+                const data = new DataTransfer();
+                data.items.add(new File([bytes], "image.png", { type: "image/png" }));
+                document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, cancelable: true }));
+            }""",
+            base64.b64encode(PHOTOS[4].read_bytes()).decode(),
+        )
+        wait_for_images(page, "1 image ready.")
+        page.click(".tile:has-text('pasted-1.png')")
+        page.select_option("#collection", "clothes")
+        found = page.locator("#neighbours li")
+        expect(found).to_have_count(8)
+        expect(found.first).to_have_text(f"hat/{PHOTOS[4].name}1.00")
