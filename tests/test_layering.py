@@ -32,6 +32,7 @@ SERVING = {
     "bulk": {"", "engines", "inputs", "decoding"},
     "heads": {"", "inputs", "decoding", "bulk"},
     "collections": {"", "inputs", "bulk", "heads"},
+    "maps": {"", "inputs", "decoding", "heads", "collections"},
     "online": {"", "inputs", "decoding", "heads", "collections"},
     "http": {"", "inputs", "heads", "collections", "online"},
     "torchserve": {"", "engines", "inputs", "heads", "online"},

@@ -29,6 +29,7 @@ _COMMANDS = (
     "import",
     "info",
     "join",
+    "map",
     "models",
     "paper",
     "pull",

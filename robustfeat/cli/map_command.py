@@ -1,0 +1,212 @@
+"""`robustfeat map`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from robustfeat.cli.extraction import Extraction, Number, extraction_options
+from robustfeat.cli.feature_inputs import open_inputs, remark
+from robustfeat.cli.lines import require_output
+from robustfeat.cli.rendering import Command, say
+
+if TYPE_CHECKING:
+    from robustfeat.serving.heads.features import Features
+    from robustfeat.serving.maps.layers import Layer
+
+_MOST_ROWS = 200_000
+
+
+class _Clusters(click.ParamType[int | None]):
+    name = "clusters"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """None for `auto`."""
+        if value in {None, "auto"}:
+            return None
+        if isinstance(value, int) or (str(value).isdecimal() and int(value) <= 1000):
+            return int(value)
+        return self.fail(f"{value!r} is neither auto nor a number from 0 to 1000.", param, ctx)
+
+
+@click.command("map", cls=Command, short_help="Draw a collection as a page of points and thumbnails.")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option(
+    "--out",
+    "outs",
+    required=True,
+    multiple=True,
+    metavar="FILE",
+    help="A page, FILE.html, or the places of the images, FILE.csv; may be repeated.",
+)
+@click.option("--images", multiple=True, metavar="INPUT", help="Where the images of a file of features lie.")
+@click.option(
+    "--labels",
+    multiple=True,
+    metavar="LABELS",
+    help="Colour by labels: folder (the first folder of each path), FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN.  "
+    "[default: folder, where the paths have folders]",
+)
+@click.option("--head", "head_place", metavar="HEAD", help="Colour by what a head says; show its suspicious labels.")
+@click.option(
+    "--clusters",
+    type=_Clusters(),
+    default="auto",
+    show_default=True,
+    metavar="auto|N",
+    help="How many groups k-means finds; 0 for none.",
+)
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="NAME=FILE.csv",
+    help="Mark the images that a file with a column `path` lists; a column `group` links them. May be repeated.",
+)
+@click.option(
+    "--duplicates",
+    type=Number(0, 1),
+    metavar="COSINE",
+    help="Mark images whose features are at least that similar; 0 for none.  [default: as `duplicates` takes it]",
+)
+@click.option("--layout", metavar="FILE.csv", help="Take the places of an earlier --out FILE.csv.")
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=_MOST_ROWS, show_default=True, help="Most images, drawn at random."
+)
+@click.option(
+    "--thumbnail-mb",
+    type=Number(0, 2000),
+    default=24.0,
+    show_default=True,
+    metavar="MB",
+    help="Largest size of all thumbnails in the page; 0 for none.",
+)
+@click.option("--title", help="Title of the page.  [default: the name of INPUT]")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**32 - 1), default=0, show_default=True, help="Of all that is random."
+)
+@click.option(
+    "--names", metavar="FILE", help="The path of each row, one per line, of a .npy file that embed did not write."
+)
+@extraction_options
+@click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def command(
+    inputs: tuple[str, ...],
+    outs: tuple[str, ...],
+    images: tuple[str, ...],
+    labels: tuple[str, ...],
+    head_place: str | None,
+    clusters: int | None,
+    layers: tuple[str, ...],
+    duplicates: float | None,
+    layout: str | None,
+    rows: int,
+    thumbnail_mb: float,
+    title: str | None,
+    seed: int,
+    names: str | None,
+    extraction: Extraction,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Draws a collection as a map: similar images lie near each other.
+
+    INPUT is a file of features (with the index and meta files that `embed` writes beside it), or images as `embed`
+    takes them; those are embedded first. The page needs no other file and no network. It colours the points by label,
+    cluster, prediction and typicality, shows thumbnails, and saves the paths within a lasso.
+
+    The same input and seed give the same map. The exit code is 3 if images failed or have no thumbnail because they
+    could not be read.
+    """
+    from robustfeat.serving.collections.thresholds import default_threshold
+    from robustfeat.serving.heads.head import Head
+    from robustfeat.serving.heads.labels.reading import read_labels
+    from robustfeat.serving.maps.building import (
+        MapOptions,
+        add_thumbnails,
+        build_map,
+        choose_rows,
+        label_colouring,
+        prediction_colourings,
+    )
+    from robustfeat.serving.maps.document import write_page
+    from robustfeat.serving.maps.layers import duplicates_layer
+    from robustfeat.serving.maps.places_file import write_places
+
+    for out in outs:
+        require_output(out, inputs, (".html", ".csv"))
+    known = read_labels(labels, multi_label=list(labels) != ["folder"]) if labels else None
+    head = None if head_place is None else Head.load(head_place)
+    features = open_inputs(inputs, extraction, quiet, names=names, head=head, head_place=head_place or "")
+    chosen = choose_rows(features, rows, seed)
+    if len(chosen) == rows < int(features.good.sum()):
+        remark(f"{int(features.good.sum()):,} images: the map shows {rows:,} of them, drawn at random", quiet)
+    labelled = label_colouring(features, known)
+    colourings = [] if labelled is None else [labelled]
+    if head is not None:
+        colourings += prediction_colourings(features, chosen, head)
+    marked = _read_layers(layers, head_place, features, quiet)
+    threads = extraction.options.thread_count
+    if duplicates is None:
+        duplicates, _ = default_threshold(features)
+    if duplicates:
+        marked.append(duplicates_layer(features, chosen, duplicates, threads=threads, quiet=quiet))
+    options = MapOptions(seed, clusters, layout, threads, quiet)
+    shown = build_map(features, chosen, title or Path(inputs[0]).name, colourings, marked, options)
+    missing, pages = 0, [out for out in outs if out.endswith(".html")]
+    places = images or _image_inputs(inputs)
+    if pages and thumbnail_mb and places:
+        shown, missing = add_thumbnails(shown, places, int(thumbnail_mb * 1e6), quiet=quiet)
+    elif pages and thumbnail_mb:
+        remark("no thumbnails: pass --images to say where the images lie", quiet)
+    sizes = {out: write_page(shown, out) if out in pages else write_places(shown, out) for out in outs}
+    drawn = len(shown.sprites.rows) if shown.sprites else 0
+    for out, size in sizes.items():
+        with_thumbnails = f", {drawn:,} thumbnails" if out in pages and shown.sprites else ""
+        remark(f"{out}: {len(shown.paths):,} images{with_thumbnails}, {size / 1e6:.1f} MB", quiet)
+    if shown.sprites and drawn + missing < len(shown.paths):
+        left = len(shown.paths) - drawn - missing
+        remark(f"{left:,} images have no thumbnail, to keep them below {thumbnail_mb:g} MB: see --thumbnail-mb", quiet)
+    if as_json:
+        summary = {"out": sizes, "images": len(shown.paths), "failed": len(features.errors), "thumbnails": drawn}
+        click.echo(json.dumps(summary | {"missing": missing}))
+    return _report(len(features.errors), missing)
+
+
+def _image_inputs(inputs: tuple[str, ...]) -> tuple[str, ...]:
+    """INPUT where it names images that can be read a second time."""
+    from robustfeat.serving.heads.features import is_feature_file
+
+    return () if "-" in inputs or any(map(is_feature_file, inputs)) else inputs
+
+
+def _read_layers(layers: tuple[str, ...], head_place: str | None, features: Features, quiet: bool) -> list[Layer]:
+    from robustfeat.serving.maps.layers import read_layer, suspects_of
+
+    named = [layer.partition("=") for layer in layers]
+    for name, equals, file in named:
+        if not name or not equals or not file:
+            raise click.UsageError(f"--layer {name}{equals}{file}: expected NAME=FILE.csv")
+    files = [(name, file) for name, _, file in named]
+    suspects = suspects_of(head_place) if head_place else None
+    if suspects is not None:
+        files.insert(0, ("suspicious labels", suspects))
+    found = []
+    for name, file in files:
+        layer, missing = read_layer(name, file, features.paths)
+        if missing:
+            remark(f"{file}: {missing:,} lines name no image of {features.place}", quiet)
+        found.append(layer)
+    return found
+
+
+def _report(failed: int, missing: int) -> int:
+    if failed:
+        say(f"robustfeat: {failed:,} images failed and are not on the map", err=True)
+    if missing:
+        say(f"robustfeat: {missing:,} images have no thumbnail: they are missing or cannot be read", err=True)
+    return 3 if failed or missing else 0

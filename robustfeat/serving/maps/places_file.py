@@ -1,0 +1,85 @@
+"""Places of rows as a CSV file: path, x, y, and what the points are coloured by. It can be read again as a layout."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustfeat.errors import InputError
+from robustfeat.files import new_file
+from robustfeat.serving.heads.cells import encode_line, quote_cell, unquote_cell
+from robustfeat.serving.maps.document import CollectionMap
+from robustfeat.serving.maps.layout import to_unit_square
+
+__all__ = ["read_places", "write_places"]
+
+
+def write_places(shown: CollectionMap, target: str) -> int:
+    """Writes the file; its size in bytes.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with new_file(target) as partial, open(partial, "wb") as handle:
+        for row in _lines(shown):
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerow(row)
+            handle.write(encode_line(text.getvalue()))
+        return handle.tell()
+
+
+def _lines(shown: CollectionMap) -> Sequence[Sequence[str]]:
+    columns = []
+    for one in shown.colourings:
+        values = one.values.tolist()
+        if one.is_numeric:
+            columns.append(["" if value != value else f"{value:.6g}" for value in values])  # noqa: PLR0124 - NaN
+        else:
+            columns.append(["" if value < 0 else quote_cell(one.names[value]) for value in values])
+    places = [(f"{x:.7g}", f"{y:.7g}") for x, y in shown.places.tolist()]
+    body = [(quote_cell(path), *place, *rest) for path, place, *rest in zip(shown.paths, places, *columns, strict=True)]
+    return [("path", "x", "y", *(one.name for one in shown.colourings)), *body]
+
+
+def read_places(file: str, paths: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The rows that the file has places for, ascending, and the places, (m, 2), as `to_unit_square` gives them.
+
+    Args:
+        file: CSV with the columns path, x and y.
+        paths: of all rows.
+
+    Raises:
+        InputError: the file cannot be read, has other columns or none of the paths, or places a path twice.
+    """
+    index = {path: row for row, path in enumerate(paths)}
+    found: dict[int, tuple[float, float]] = {}
+    try:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+            reader = csv.DictReader(handle)
+            columns = list(reader.fieldnames or ())
+            if not {"path", "x", "y"} <= set(columns):
+                listed = ", ".join(columns) or "none"
+                raise InputError(f"has the columns {listed}; expected path, x and y", argument="layout", value=file)
+            for record in reader:
+                row = index.get(unquote_cell(record["path"] or ""))
+                if row is None:
+                    continue
+                place = (float(record["x"]), float(record["y"]))
+                if not np.isfinite(place).all():
+                    raise ValueError(f"line {reader.line_num}: {place} is not finite")
+                if row in found:
+                    raise ValueError(f"line {reader.line_num}: {paths[row]} has a place already")
+                found[row] = place
+    except OSError as exc:
+        raise InputError(f"cannot be read ({exc.strerror})", argument="layout", value=file) from exc
+    except (ValueError, TypeError, csv.Error) as exc:
+        raise InputError(f"not a CSV file of places ({exc})", argument="layout", value=file) from exc
+    if not found:
+        fix = "leave it out to make a new layout"
+        raise InputError("has a place for none of these images", argument="layout", value=file, fix=fix)
+    rows = sorted(found)
+    return np.array(rows, np.int64), to_unit_square([found[row] for row in rows])

@@ -1,0 +1,50 @@
+"""People with any kind of colour blindness tell the colours of a map apart."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from skimage.color import deltaE_ciede2000, rgb2lab
+
+from robustfeat.serving.maps.palette import CATEGORIES, SCALE
+
+# Machado, Oliveira and Fernandes, 2009, severity 1: applied to linear RGB.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+PAGES = {"light": (251, 251, 250), "dark": (20, 23, 26)}
+
+
+def seen(colours: np.ndarray, vision: str) -> np.ndarray:
+    """(n, 3) values up to 255 as Lab, as someone sees them."""
+    shares = colours / 255
+    linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    light = np.clip(linear @ np.array(VISION[vision]).T, 0, 1)
+    shown = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+    return np.asarray(rgb2lab(shown[None])[0])
+
+
+def numbers(colour: str) -> list[int]:
+    return [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("page", PAGES)
+def test_any_two_colours_differ_and_none_is_lost_on_the_page(page: str, vision: str) -> None:
+    colours = np.array([*map(numbers, getattr(CATEGORIES, page)), PAGES[page]])
+    lab = seen(colours, vision)
+    pairs = np.array(list(itertools.combinations(lab, 2)))
+    differences = deltaE_ciede2000(pairs[:, 0], pairs[:, 1])  # type: ignore[no-untyped-call]
+    assert differences.min() > 15
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_scale_goes_from_dark_to_light_for_everyone(page: str, vision: str) -> None:
+    lightness = seen(np.array(getattr(SCALE, page)), vision)[:, 0]
+    assert (np.diff(lightness) > 3).all()
