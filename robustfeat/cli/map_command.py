@@ -122,7 +122,6 @@ def command(
     The same input and seed give the same map. The exit code is 3 if images failed or have no thumbnail because they
     could not be read.
     """
-    from robustfeat.serving.collections.thresholds import default_threshold
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels.reading import read_labels
     from robustfeat.serving.maps.building import (
@@ -149,11 +148,9 @@ def command(
     colourings = [] if labelled is None else [labelled]
     if head is not None:
         colourings += prediction_colourings(features, chosen, head)
-    marked = _read_layers(layers, head_place, features, quiet)
     threads = extraction.options.thread_count
-    if duplicates is None:
-        duplicates, _ = default_threshold(features)
-    if duplicates:
+    marked = _read_layers(layers, head_place, features, quiet)
+    if duplicates != 0:
         marked.append(duplicates_layer(features, chosen, duplicates, threads=threads, quiet=quiet))
     options = MapOptions(seed, clusters, layout, threads, quiet)
     shown = build_map(features, chosen, title or Path(inputs[0]).name, colourings, marked, options)
@@ -168,8 +165,7 @@ def command(
     for out, size in sizes.items():
         with_thumbnails = f", {drawn:,} thumbnails" if out in pages and shown.sprites else ""
         remark(f"{out}: {len(shown.paths):,} images{with_thumbnails}, {size / 1e6:.1f} MB", quiet)
-    if shown.sprites and drawn + missing < len(shown.paths):
-        left = len(shown.paths) - drawn - missing
+    if shown.sprites and (left := len(shown.paths) - drawn - missing):
         remark(f"{left:,} images have no thumbnail, to keep them below {thumbnail_mb:g} MB: see --thumbnail-mb", quiet)
     if as_json:
         summary = {"out": sizes, "images": len(shown.paths), "failed": len(features.errors), "thumbnails": drawn}

@@ -14,6 +14,7 @@ from robustfeat.errors import InputError
 from robustfeat.progress import Progress
 from robustfeat.serving.collections.directions import Directions
 from robustfeat.serving.collections.duplicates import find_duplicates
+from robustfeat.serving.collections.thresholds import default_threshold
 from robustfeat.serving.heads.cells import unquote_cell
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.inputs.sources import printable
@@ -89,17 +90,19 @@ def suspects_of(head: str) -> str | None:
 
 
 def duplicates_layer(
-    features: Features, rows: NDArray[np.int64], cosine: float, *, threads: int = 1, quiet: bool = False
+    features: Features, rows: NDArray[np.int64], cosine: float | None, *, threads: int = 1, quiet: bool = False
 ) -> Layer:
     """Groups of near-duplicates among `rows`, by `find_duplicates`.
 
     Args:
         features: the collection.
         rows: those on the map.
-        cosine: above 0, at most 1: of rows that count as duplicates.
+        cosine: above 0, at most 1: of rows that count as duplicates; None for `default_threshold`.
         threads: how many to use.
         quiet: no progress.
     """
+    if cosine is None:
+        cosine, _ = default_threshold(features)
     progress = Progress("duplicates", len(rows), quiet=quiet)
     found = find_duplicates(Directions(features), cosine, rows, threads=threads, progress=progress)
     progress.finish()
