@@ -310,6 +310,7 @@ def test_a_head_of_a_model_on_the_hub_says_where_it_is(
     assert call(*arguments, "--quiet").returncode == 0
     refused = one_line(call("svm", "predict", "org/wear", examples / "hat"))
     assert "needs features of small-fp32-v1" in refused
+    assert "pass the model that the head was fitted with as --model org/small, or" in refused
 
 
 def test_export_takes_a_head_by_its_name(published: FakeHub, call: Call, clothes: Path, tmp_path: Path) -> None:

@@ -362,11 +362,17 @@ def test_another_model_than_the_heads_is_refused_naming_both(
     assert robustfeat("embed", examples, "--model", model, "--out", other, "--quiet").returncode == 0
     fitted = robustfeat("svm", "fit", other, "--labels", "folder", "--out", tmp_path / "head", "--C", 1, "--quiet")
     assert fitted.returncode == 0
-    pass_it = "pass the model that the head was fitted with as --model, or fit a head with the other one"
+    pass_it = "pass the model that the head was fitted with as --model{}, or fit a head with the other one"
     embed_it = "embed the images with the head's model, or fit a head on these features"
     cases: list[tuple[list[Any], str]] = [
-        ([head, examples, "--model", model], f"features of {mine}, --model {model} of {theirs}; {pass_it}"),
-        ([tmp_path / "head", examples], f"features of {theirs}, the default --model builtin of {mine}; {pass_it}"),
+        (
+            [head, examples, "--model", model],
+            f"features of {mine}, --model {model} of {theirs}; {pass_it.format(' builtin')}",
+        ),
+        (
+            [tmp_path / "head", examples],
+            f"features of {theirs}, the default --model builtin of {mine}; {pass_it.format('')}",
+        ),
         ([head, other], f"{head}: needs features of {mine}, {other} of {theirs}; {embed_it}"),
     ]
     for command, reason in cases:

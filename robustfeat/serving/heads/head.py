@@ -222,7 +222,9 @@ class Head(convert.HeadParts):
         Raises:
             InputError: saying both.
         """
-        fix = "pass the model that the head was fitted with as `model`, or fit a head with the other one"
+        own = self.model.source if self.model and self.model.source != model.source else None
+        named = f"`model={own}`" if own else "`model`"
+        fix = f"pass the model that the head was fitted with as {named}, or fit a head with the other one"
         if self.model is not None:
             self.model.require(model, mine, theirs, fix)
         elif model.feature_size != self.feature_size:
