@@ -50,8 +50,8 @@ async function start() {
     const ids = [...store.selected];
     const changed = store.label(ids, classId);
     if (!changed) return;
-    const what = classId === null ? "without a label" : `labelled ${store.className(classId)}`;
-    announce(`${changed === 1 ? baseName(store.images[ids[0]].path) : count(changed, "image")} ${what}`);
+    const what = classId === null ? "without a label" : `labelled ${store.shownName(classId)}`;
+    announce(`${changed === 1 ? baseName(store.images[ids[0]].shown) : count(changed, "image")} ${what}`);
     if (ids.length === 1 && classId !== null) advance(ids[0]);
   }
 
@@ -74,7 +74,7 @@ async function start() {
     if (!first) return toast(store.head ? "Every image has a label." : "Label images of two classes first.");
     store.select([first.id]);
     grid.reveal();
-    announce(`${baseName(first.path)}, predicted ${store.className(first.answer.classId)}`);
+    announce(`${baseName(first.shown)}, predicted ${store.shownName(first.answer.classId)}`);
   }
 
   function step(way) {
@@ -125,7 +125,7 @@ async function start() {
     const filter = byId("filter");
     const before = filter.value || "all";
     const options = [["all", "All images"], ["open", "Without a label"], ["labelled", "Labelled"], ["failed", "Failed"],
-      ...store.classes.map((one) => [String(one.id), `Class ${one.name.slice(0, 40)}`])];
+      ...store.classes.map((one) => [String(one.id), `Class ${store.shownName(one.id).slice(0, 40)}`])];
     const key = JSON.stringify(options);
     if (filter.dataset.key === key) return;
     filter.dataset.key = key;

@@ -1,6 +1,6 @@
 // The card of classes: their names, how many images each has, and what was fitted.
 
-import { baseName, byId, element, toast } from "./dom.js";
+import { baseName, byId, element, toast, visible } from "./dom.js";
 import { MOST_CLASSES, State, store } from "./store.js";
 
 const NAME = 80;
@@ -47,29 +47,30 @@ export class Classes {
   }
 
   #row(one, at, { labelled, predicted, current, possible }) {
+    const shown = store.shownName(one.id);
     const said = [labelled ? `${labelled} labelled` : "", predicted ? `${predicted} predicted` : ""].filter(Boolean).join(", ");
     const assign = element("button", {
       type: "button", class: "assign", "aria-pressed": current, data: { key: `assign-${one.id}` },
       disabled: !possible, on: { click: () => this.#assign(one.id) },
-      "aria-label": `Label as ${one.name}${said ? `; ${said}` : ""}`,
+      "aria-label": `Label as ${shown}${said ? `; ${said}` : ""}`,
     },
     at < 9 ? element("kbd", { text: at + 1 }) : element("kbd", { class: "more", text: "·" }),
     element("i", { class: "dot", data: { class: at % 9 + 1 } }),
-    element("bdi", { class: "text", text: one.name }),
+    element("bdi", { class: "text", text: shown }),
     element("span", { class: "counts", title: said }, labelled ? element("b", { text: `${labelled} ✓` }) : "", predicted ? element("span", { text: predicted }) : ""));
     const edit = element("button", {
-      type: "button", class: "icon", text: "✎", "aria-label": `Rename ${one.name}`, data: { key: `edit-${one.id}` },
+      type: "button", class: "icon", text: "✎", "aria-label": `Rename ${shown}`, data: { key: `edit-${one.id}` },
       on: { click: (event) => this.#rename(one, event.target.closest("li")) },
     });
     const remove = element("button", {
-      type: "button", class: "icon", text: "×", "aria-label": `Remove ${one.name}`, data: { key: `remove-${one.id}` },
-      on: { click: () => { store.removeClass(one.id); toast(`${one.name.slice(0, 40)} was removed; Undo brings it back.`); byId("new-class-name").focus(); } },
+      type: "button", class: "icon", text: "×", "aria-label": `Remove ${shown}`, data: { key: `remove-${one.id}` },
+      on: { click: () => { store.removeClass(one.id); toast(`${shown.slice(0, 40)} was removed; Undo brings it back.`); byId("new-class-name").focus(); } },
     });
     return element("li", {}, assign, edit, remove);
   }
 
   #rename(one, row) {
-    const input = element("input", { type: "text", maxlength: NAME, "aria-label": `New name of ${one.name}` });
+    const input = element("input", { type: "text", maxlength: NAME, "aria-label": `New name of ${store.shownName(one.id)}` });
     input.value = one.name;
     let done = false;
     const finish = (accepted) => {
@@ -95,7 +96,7 @@ export class Classes {
       return false;
     }
     if (store.classes.some((one) => one.name === name)) {
-      toast(`There is a class of the name ${name.slice(0, 40)} already.`);
+      toast(`There is a class of the name ${visible(name).slice(0, 40)} already.`);
       return false;
     }
     return true;
@@ -114,7 +115,7 @@ function tally(classOf) {
 function hint(teacher) {
   if (store.classes.length < 2) return "Name two or more classes that you want to tell apart.";
   if (!teacher.rows.length) return "Select an image, then click its class or press its number.";
-  if (!teacher.possible) return `Now label an image of another class than ${store.className(teacher.rows[0].label).slice(0, 40)}.`;
+  if (!teacher.possible) return `Now label an image of another class than ${store.shownName(teacher.rows[0].label).slice(0, 40)}.`;
   return "";
 }
 

@@ -23,6 +23,9 @@ export function count(number, one, many = `${one}s`) {
 
 export const percent = (share) => `${Math.round(100 * share)} %`;
 
+/** Text in which nothing turns the direction of what is read: a name must not look like another one. */
+export const visible = (text) => text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
+
 /** A name without its folders. */
 export const baseName = (path) => path.slice(path.lastIndexOf("/") + 1);
 

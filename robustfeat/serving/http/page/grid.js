@@ -91,11 +91,11 @@ export class Grid {
     const picture = element("span", { class: "picture" });
     const tile = element("div", { class: "tile", role: "option", id: `tile-${id}`, data: { id } }, picture,
       element("span", { class: "caption" }, element("i", { class: "dot" }), element("bdi", { class: "text" }), element("span", { class: "share" })));
-    tile.title = image.path.slice(0, 300);
+    tile.title = image.shown.slice(0, 300);
     this.#tiles.set(id, tile);
     this.#box.append(tile);
     thumbnail(image, (found) => {
-      picture.replaceChildren(found ? element("img", { src: found.url, alt: "", draggable: "false" }) : element("span", { class: "none", text: /[^.]*$/.exec(image.path)[0].slice(0, 5).toUpperCase() }));
+      picture.replaceChildren(found ? element("img", { src: found.url, alt: "", draggable: "false" }) : element("span", { class: "none", text: /[^.]*$/.exec(image.shown)[0].slice(0, 5).toUpperCase() }));
     });
     return tile;
   }
@@ -138,7 +138,7 @@ export class Grid {
 
 function show(tile, image) {
   const classId = store.classOf(image);
-  const name = classId === null ? baseName(image.path) : store.className(classId);
+  const name = classId === null ? baseName(image.shown) : store.shownName(classId);
   const [dot, text, share] = tile.lastChild.children;
   tile.classList.toggle("active", image.id === store.active);
   tile.classList.toggle("waiting", image.state === State.WAITING || image.state === State.SENT);
@@ -150,11 +150,11 @@ function show(tile, image) {
   dot.hidden = classId === null;
   share.textContent = image.state === State.FAILED ? "!" : image.label !== null ? "✓" : shareOf(image);
   tile.setAttribute("aria-label", labelOf(image, name));
-  if (image.problem) tile.title = `${image.path.slice(0, 300)}: ${image.problem}`;
+  if (image.problem) tile.title = `${image.shown.slice(0, 300)}: ${image.problem}`;
 }
 
 function labelOf(image, name) {
-  const path = image.path.slice(-120);
+  const path = image.shown.slice(-120);
   if (image.state === State.FAILED) return `${path}, failed: ${image.problem}`;
   if (image.state !== State.READY) return `${path}, not embedded yet`;
   if (image.label !== null) return `${path}, labelled ${name}`;

@@ -169,7 +169,7 @@ export class ImageMap {
     tip.hidden = id === null;
     if (id === null) return;
     const [picture, name] = tip.children;
-    name.textContent = baseName(store.images[id].path).slice(0, 60);
+    name.textContent = baseName(store.images[id].shown).slice(0, 60);
     thumbnail(store.images[id], (found) => { picture.hidden = !found; if (found) picture.src = found.url; });
     tip.style.left = `${Math.min(event.offsetX + 16, this.#canvas.clientWidth - 180)}px`;
     tip.style.top = `${Math.min(event.offsetY + 16, this.#canvas.clientHeight - 190)}px`;

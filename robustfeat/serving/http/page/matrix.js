@@ -144,7 +144,7 @@ export class Matrix {
       return;
     }
     const cosine = this.#cosines[this.#cell[0] * this.#order.length + this.#cell[1]];
-    const text = `${baseName(a.path).slice(0, 40)} and ${baseName(b.path).slice(0, 40)}: ${cosine.toFixed(2)}`;
+    const text = `${baseName(a.shown).slice(0, 40)} and ${baseName(b.shown).slice(0, 40)}: ${cosine.toFixed(2)}`;
     const more = store.ready.length > MOST ? ` The first ${MOST} images.` : "";
     byId("matrix-note").textContent = `${text}.${more}`;
     if (aloud) announce(text);

@@ -1,7 +1,7 @@
 // The card of the selected image: what it is believed to be, and what is like it.
 
 import { request } from "./api.js";
-import { baseName, byId, element, percent } from "./dom.js";
+import { baseName, byId, element, percent, visible } from "./dom.js";
 import { State, store } from "./store.js";
 import { thumbnail } from "./thumbnails.js";
 import { nearest } from "./vectors.js";
@@ -29,8 +29,8 @@ export class Selected {
     if (!image) byId("similar").hidden = true;
     if (!image) return;
     const [name] = byId("selected-name").children;
-    name.textContent = store.selected.size > 1 ? `${store.selected.size} images` : baseName(image.path);
-    byId("selected-name").title = image.path.slice(0, 300);
+    name.textContent = store.selected.size > 1 ? `${store.selected.size} images` : baseName(image.shown);
+    byId("selected-name").title = image.shown.slice(0, 300);
     if (this.#drawn !== image) this.#drawPreview(image);
     this.#drawn = image;
     byId("selected-state").textContent = stateOf(image);
@@ -39,7 +39,7 @@ export class Selected {
     const { answer } = image;
     const open = answer && image.label === null && store.selected.size === 1;
     byId("accept").hidden = !open;
-    if (open) byId("accept").replaceChildren("Accept ", element("bdi", { text: store.className(answer.classId).slice(0, 24) }), " ", element("kbd", { text: "↵" }));
+    if (open) byId("accept").replaceChildren("Accept ", element("bdi", { text: store.shownName(answer.classId).slice(0, 24) }), " ", element("kbd", { text: "↵" }));
     this.#drawNeighbours(image);
   }
 
@@ -52,7 +52,7 @@ export class Selected {
       none.hidden = Boolean(found);
       if (found) picture.src = found.url;
       else none.textContent = "This browser shows no such file.";
-      picture.alt = baseName(image.path).slice(0, 80);
+      picture.alt = baseName(image.shown).slice(0, 80);
     });
   }
 
@@ -73,8 +73,8 @@ export class Selected {
   #neighbour(id, cosine) {
     const image = store.images[id];
     const button = element("button", {
-      type: "button", "aria-label": `${baseName(image.path).slice(0, 80)}, similarity ${cosine.toFixed(2)}`,
-      title: image.path.slice(0, 300), on: { click: () => this.#choose(id) },
+      type: "button", "aria-label": `${baseName(image.shown).slice(0, 80)}, similarity ${cosine.toFixed(2)}`,
+      title: image.shown.slice(0, 300), on: { click: () => this.#choose(id) },
     }, element("span", { text: cosine.toFixed(2) }));
     thumbnail(image, (found) => { if (found) button.prepend(element("img", { src: found.url, alt: "" })); });
     return element("li", {}, button);
@@ -88,7 +88,7 @@ export class Selected {
       const { matches } = (await answer.json()).data[0];
       if (asked !== this.#asked) return;
       list.replaceChildren(...matches.map((row) => element("li", { class: "row-of-collection" },
-        element("bdi", { text: row.path }), element("span", { text: row.cosine.toFixed(2) }))));
+        element("bdi", { text: visible(row.path) }), element("span", { text: row.cosine.toFixed(2) }))));
     } catch (error) {
       if (asked === this.#asked) list.replaceChildren(element("li", { class: "error", text: error.message }));
     }
@@ -99,8 +99,8 @@ function stateOf(image) {
   if (store.selected.size > 1) return "Click a class to label all of them.";
   if (image.state === State.FAILED) return `Failed: ${image.problem}.`;
   if (image.state !== State.READY) return "Not embedded yet.";
-  if (image.label !== null) return `Labelled ${store.className(image.label)}.`;
-  return image.answer ? `Predicted ${store.className(image.answer.classId)}.` : "No label yet.";
+  if (image.label !== null) return `Labelled ${store.shownName(image.label)}.`;
+  return image.answer ? `Predicted ${store.shownName(image.answer.classId)}.` : "No label yet.";
 }
 
 function bars(image) {
@@ -110,6 +110,6 @@ function bars(image) {
   return order.map(([share, id]) => {
     const fill = element("i", { class: "dot", data: { class: store.classNumber(id) % 9 + 1 } });
     fill.style.width = `${Math.max(1, 100 * share)}%`;
-    return element("li", {}, element("bdi", { class: "text", text: store.className(id) }), element("span", { class: "bar", "aria-hidden": "true" }, fill), element("span", { class: "share", text: percent(share) }));
+    return element("li", {}, element("bdi", { class: "text", text: store.shownName(id) }), element("span", { class: "bar", "aria-hidden": "true" }, fill), element("span", { class: "share", text: percent(share) }));
   });
 }

@@ -1,5 +1,6 @@
 // All that the page knows: images, classes, labels, what is selected, and what can be undone.
 
+import { visible } from "./dom.js";
 import { Vectors } from "./vectors.js";
 
 export const MOST_IMAGES = 20_000;
@@ -10,7 +11,7 @@ const MOST_UNDONE = 500;
 export const State = { WAITING: "waiting", SENT: "sent", READY: "ready", FAILED: "failed" };
 
 class Store extends EventTarget {
-  images = []; // {id, file, path, state, problem, passing, label, answer}; id is the place in this array
+  images = []; // {id, file, path, shown (the path as text to read), state, problem, passing, label, answer}; id is the place in this array
   classes = []; // {id, name}
   vectors = new Vectors();
   selected = new Set();
@@ -43,7 +44,7 @@ class Store extends EventTarget {
     for (const { file, path } of files) {
       if (known.has(`${path}\n${file.size}`) || this.images.length >= MOST_IMAGES) continue;
       known.add(`${path}\n${file.size}`);
-      const image = { id: this.images.length, file, path, state: State.WAITING, problem: "", passing: false, label: null, answer: null };
+      const image = { id: this.images.length, file, path, shown: visible(path), state: State.WAITING, problem: "", passing: false, label: null, answer: null };
       this.images.push(image);
       added.push(image);
     }
@@ -70,6 +71,11 @@ class Store extends EventTarget {
 
   className(id) {
     return this.classes.find((one) => one.id === id)?.name ?? "";
+  }
+
+  /** The name as text to read. */
+  shownName(id) {
+    return visible(this.className(id));
   }
 
   classNumber(id) {
