@@ -248,6 +248,8 @@ def test_mistakes_are_one_line_and_leave_nothing(clothes: Path, model: Path, rob
         assert reason in result.stderr
         if code == 1:
             assert result.stderr.count("\n") == 1
+    without = run_without_torch("export", "--head", clothes, "--out", out, missing="onnx")
+    assert without.stderr == "robustfeat: this needs onnx: pip install 'robustfeat[onnx]'\n"
     assert not list(tmp_path.iterdir())
     out.write_bytes(b"mine")
     result = robustfeat("export", "--head", clothes, "--out", out)
