@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import axe_playwright_python
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Request, sync_playwright
 
-__all__ = ["Visit", "find_browser", "open_browser", "visit"]
+__all__ = ["Visit", "find_browser", "open_browser", "require_access", "visit"]
 
 
 @dataclass
@@ -100,3 +101,18 @@ def visit(
         assert not seen.faults, "\n".join(seen.faults)
     finally:
         opened.close()
+
+
+def require_access(page: Page) -> None:
+    """Fails where axe-core finds a serious fault of accessibility."""
+    axe = Path(axe_playwright_python.__file__).parent / "axe.min.js"
+    page.evaluate(axe.read_text("utf-8"))
+    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    serious = [
+        f"{one['id']}: {node['html'][:150]} {node['failureSummary'][:200]}"
+        for one in found["violations"]
+        if one["impact"] in {"serious", "critical"}
+        for node in one["nodes"]
+    ]
+    assert not serious, "\n".join(serious)
+    assert found["passes"] is not None

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import axe_playwright_python
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
@@ -21,7 +20,7 @@ from robustfeat import FeatureExtractor
 from robustfeat.serving.bulk.embedding import embed_files
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.inputs.listing import list_inputs
-from tests.browser import visit
+from tests.browser import require_access, visit
 from tests.conftest import EXAMPLES
 from tests.serving.http.conftest import Server, serving, wait_until
 
@@ -40,7 +39,6 @@ HOSTILE = [
     "</script><svg onload=alert(1)>",
 ]
 SECONDS = 60_000
-AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -135,20 +133,6 @@ def predictions(page: Page) -> dict[str, dict[str, str]]:
         page.keyboard.press("Enter")
     text = Path(download.value.path()).read_text("utf-8")
     return {row["path"]: row for row in csv.DictReader(io.StringIO(text))}
-
-
-def require_access(page: Page) -> None:
-    """axe-core finds nothing serious."""
-    page.evaluate(AXE)
-    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
-    serious = [
-        f"{one['id']}: {node['html'][:150]} {node['failureSummary'][:200]}"
-        for one in found["violations"]
-        if one["impact"] in {"serious", "critical"}
-        for node in one["nodes"]
-    ]
-    assert not serious, "\n".join(serious)
-    assert found["passes"] is not None
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1440, False), (375, True)])

@@ -15,7 +15,7 @@ from PIL import Image
 from robustfeat.serving.heads.labels.reading import read_labels
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.maps.palette import CATEGORIES
-from tests.browser import Visit, visit
+from tests.browser import Visit, require_access, visit
 from tests.serving.maps.conftest import GROUPS, PER_GROUP, Drawn, colour_of, path_of
 
 if TYPE_CHECKING:
@@ -103,6 +103,18 @@ def test_points_have_the_colours_of_the_legend_at_every_width_and_in_the_dark(op
     assert colours <= {rgb(colour) for colour in (CATEGORIES.dark if dark else CATEGORIES.light)}
     assert len(colours) == 3
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]  # type: ignore[index]
+
+
+def test_axe_finds_nothing_serious(opened: Visit) -> None:
+    page = opened.page
+    if page.is_visible("#sheet"):
+        page.click("#sheet")
+    page.click("summary")
+    page.locator("#map").press("ArrowRight")
+    page.locator("#map").press("Enter")
+    require_access(page)
+    page.select_option("#colouring", label="typicality")
+    require_access(page)
 
 
 def test_the_phones_sheet_opens_and_holds_the_legend(browser: Browser, drawn: Drawn) -> None:
