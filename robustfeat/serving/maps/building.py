@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError
 from robustfeat.hub.preprocessing import MAX_PIXELS
+from robustfeat.serving.heads.cells import SEPARATOR
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
 from robustfeat.serving.heads.head import Head
-from robustfeat.serving.heads.labels.labels import SEPARATOR, Labels
+from robustfeat.serving.heads.labels.labels import Labels
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.serving.maps.clusters import find_clusters
@@ -95,7 +96,9 @@ def build_map(
     if places is None or options.clusters != 0:
         reduced = reduce_features(features, rows)
         if options.clusters != 0 and len(rows) > 1:
-            own.append(_cluster_colouring(find_clusters(reduced, options.clusters, seed=options.seed)))
+            own.append(
+                _cluster_colouring(find_clusters(reduced, options.clusters, seed=options.seed, quiet=options.quiet))
+            )
         if places is None:
             places = lay_out(reduced, seed=options.seed, threads=options.threads, quiet=options.quiet)
     numbers = {int(row): point for point, row in enumerate(rows)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.progress import Progress
+
 __all__ = ["find_clusters"]
 
 _CANDIDATES = (4, 6, 8, 10, 12, 16, 20, 25, 30)
@@ -12,13 +14,16 @@ _SCORED_ROWS = 2000
 _BATCH_ROWS = 4096
 
 
-def find_clusters(reduced: NDArray[np.float32], clusters: int | None, *, seed: int = 0) -> NDArray[np.int32]:
+def find_clusters(
+    reduced: NDArray[np.float32], clusters: int | None, *, seed: int = 0, quiet: bool = True
+) -> NDArray[np.int32]:
     """The cluster of each row, the largest cluster first.
 
     Args:
         reduced: (n, d), as `reduce_features` gives them.
         clusters: how many; None chooses among 4 to 30 by the mean silhouette of 2,000 rows (Rousseeuw, 1987).
         seed: of the starts and of that sample.
+        quiet: no progress.
 
     Returns:
         (n,) int32, from 0.
@@ -30,15 +35,18 @@ def find_clusters(reduced: NDArray[np.float32], clusters: int | None, *, seed: i
         return _by_size(_fit(reduced, min(clusters, distinct), seed))
     scored = np.sort(np.random.default_rng(seed).permutation(len(reduced))[:_SCORED_ROWS])
     best, found = -np.inf, np.zeros(len(reduced), np.int32)
+    progress = Progress("clusters", len(_CANDIDATES), "numbers of them", quiet=quiet)
     for count in _CANDIDATES:
         if count >= min(distinct, len(scored)):
             break
         labels = _fit(reduced, count, seed)
+        progress.advance(1)
         if len(np.unique(labels[scored])) < 2:
             continue
         score = silhouette_score(reduced[scored], labels[scored])
         if score > best:
             best, found = score, labels
+    progress.finish()
     return _by_size(found)
 
 

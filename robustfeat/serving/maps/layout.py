@@ -112,4 +112,4 @@ def to_unit_square(places: Any) -> NDArray[np.float32]:
     found = np.asarray(places, np.float64)
     low, high = found.min(0), found.max(0)
     side = max(float((high - low).max()), 1e-12)
-    return ((found - (low + high) / 2) / side + 0.5).astype(np.float32)
+    return np.asarray((found - (low + high) / 2) / side + 0.5, np.float32)
