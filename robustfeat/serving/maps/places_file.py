@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,8 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError
 from robustfeat.files import new_file
-from robustfeat.serving.heads.cells import encode_line, quote_cell, unquote_cell
+from robustfeat.serving.heads.cells import csv_line, encode_line, unquote_cell
+from robustfeat.serving.maps.colourings import Colouring
 from robustfeat.serving.maps.document import CollectionMap
 from robustfeat.serving.maps.layout import to_unit_square
 
@@ -24,25 +24,19 @@ def write_places(shown: CollectionMap, target: str) -> int:
     Raises:
         InputError: it cannot be written.
     """
+    columns = [_texts(one) for one in shown.colourings]
+    places = [(f"{x:.7g}", f"{y:.7g}") for x, y in shown.places.tolist()]
     with new_file(target) as partial, open(partial, "wb") as handle:
-        for row in _lines(shown):
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerow(row)
-            handle.write(encode_line(text.getvalue()))
+        handle.write(encode_line(csv_line(["path", "x", "y", *(one.name for one in shown.colourings)])))
+        for path, place, *values in zip(shown.paths, places, *columns, strict=True):
+            handle.write(encode_line(csv_line([path, *place, *values])))
         return handle.tell()
 
 
-def _lines(shown: CollectionMap) -> Sequence[Sequence[str]]:
-    columns = []
-    for one in shown.colourings:
-        values = one.values.tolist()
-        if one.is_numeric:
-            columns.append(["" if value != value else f"{value:.6g}" for value in values])  # noqa: PLR0124 - NaN
-        else:
-            columns.append(["" if value < 0 else quote_cell(one.names[value]) for value in values])
-    places = [(f"{x:.7g}", f"{y:.7g}") for x, y in shown.places.tolist()]
-    body = [(quote_cell(path), *place, *rest) for path, place, *rest in zip(shown.paths, places, *columns, strict=True)]
-    return [("path", "x", "y", *(one.name for one in shown.colourings)), *body]
+def _texts(one: Colouring) -> list[str]:
+    if one.is_numeric:
+        return ["" if np.isnan(value) else f"{value:.6g}" for value in one.values.tolist()]
+    return ["" if value < 0 else one.names[value] for value in one.values.tolist()]
 
 
 def read_places(file: str, paths: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
