@@ -27,7 +27,7 @@ from robustfeat.serving.collections.directions import Directions, product_error
 __all__ = ["Groups", "find_duplicates"]
 
 _BLOCK_ROWS = 512
-_TILE_ROWS = 4096
+_TILE_ROWS = 1024
 _SAMPLE_ROWS = 4096
 _SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 _FLOPS, _PAIR_S = 5e10, 3e-6
