@@ -30,7 +30,9 @@ const drawn = {
   pixels: new Int32Array(count),
 };
 
+let someFaint = false;
 function refreshDrawn() {
+  someFaint = pointed < 0 && tone.includes(DIM);
   for (let at = 0; at < count; at++) {
     const row = order[at];
     const rings = tone[row] === FULL ? (selected[row] ? SELECTED : 0) | (marked[row] ? MARKED : 0) : 0;
@@ -167,7 +169,9 @@ function drawPoints() {
 let spreads = [];
 let everyZoom = false;
 const LEVELS = 20;
-const SPARSE = 20;  // no thumbnails before one point in so many has room for its own
+// No thumbnails before one point in so many has room for its own: on the whole map, and zoomed in.
+const SPARSE = 8;
+const SPARSE_ZOOMED = 36;
 
 function levelOf() {
   return Math.max(0, Math.min(LEVELS, Math.floor(2 * Math.log2(view.scale / view.fit) + 1e-6)));
@@ -191,7 +195,8 @@ function thumbsShown() {
   if (!thumbs) return [];
   const level = levelOf();
   const placed = spreadOf(level);
-  const enough = placed.length >= Math.min(count, thumbs.count) / SPARSE || level === LEVELS;
+  const wanted = Math.min(count, thumbs.count) / (level ? SPARSE_ZOOMED : SPARSE);
+  const enough = placed.length >= wanted || level === LEVELS;
   return everyZoom || enough ? placed : [];
 }
 
@@ -242,6 +247,7 @@ function drawNames() {
   context.textBaseline = "middle";
   context.lineJoin = "round";
   context.font = `600 ${view.width < 500 ? 12 : 13}px system-ui, sans-serif`;
+  context.globalAlpha = someFaint ? 0.4 : 1;  // what stands out is not hidden by a name
   const taken = [];
   for (const category of colouring.byCount) {
     const aside = pointed >= 0 && pointed !== category;
@@ -261,6 +267,7 @@ function drawNames() {
     context.fillStyle = theme.ink;
     context.fillText(name, left, top);
   }
+  context.globalAlpha = 1;
 }
 
 function shorten(text, most) {
