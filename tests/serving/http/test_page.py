@@ -412,3 +412,31 @@ def test_a_pasted_image_is_found_in_a_collection_of_the_server(browser: Browser,
         found = page.locator("#neighbours li")
         expect(found).to_have_count(8)
         expect(found.first).to_have_text(f"hat/{PHOTOS[4].name}1.00")
+
+
+def test_later_images_and_other_models_keep_the_labels(browser: Browser, model: Path) -> None:
+    with (
+        serving("--model", "robustfeat=builtin", "--model", f"small={model}") as server,
+        opened(browser, server) as seen,
+    ):
+        page: Page = seen.page
+        expect(page.locator("#model-choice")).to_be_visible()
+        add(page, {photo.name: photo.read_bytes() for photo in PHOTOS[:8]})
+        wait_for_images(page, "8 images ready.")
+        for name in ("first", "second"):
+            page.fill("#new-class-name", name)
+            page.keyboard.press("Enter")
+        page.focus("#view-images")
+        for key in "1122":
+            page.keyboard.press(key)
+        wait_for_fit(page, 4)
+        add(page, {photo.name: photo.read_bytes() for photo in PHOTOS[8:12]})
+        wait_for_images(page, "12 images ready.")
+        predicted = page.locator(".tile[aria-label*=', predicted ']")
+        expect(predicted).to_have_count(8)
+        texts = "(tiles) => tiles.map((tile) => tile.textContent)"
+        before = predicted.evaluate_all(texts)
+        page.select_option("#model-choice", "small")
+        wait_until(lambda: len(after := predicted.evaluate_all(texts)) == 8 and after != before)
+        wait_for_fit(page, 4)
+        assert page.locator(".tile.labelled").count() == 4

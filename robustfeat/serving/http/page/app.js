@@ -20,22 +20,23 @@ let saved = true; // whether the labels were downloaded
 
 async function start() {
   const info = await (await request("info")).json();
-  const model = info.models[0];
-  byId("model").textContent = `${model.name} · ${count(model.feature_size, "feature")}`;
-  byId("model").hidden = false;
+  const [model] = info.models;
 
   const grid = new Grid();
   const map = new ImageMap(choose);
   const matrix = new Matrix(choose);
-  const embedder = new Embedder(info.limits);
+  const embedder = new Embedder(info.limits, model.name);
   const teacher = new Teacher(model.name);
   const classes = new Classes(teacher, label);
-  const selected = new Selected(choose, (info.collections ?? []).filter((one) => one.model === model.name).map((one) => one.name));
+  const selected = new Selected(choose);
+  showModel(model);
 
   store.addEventListener("change", ({ detail }) => {
     const has = (...kinds) => kinds.some((kind) => detail.has(kind));
     if (has("images")) showState();
-    if (has("labels")) { saved = false; teacher.changed(); }
+    if (has("images") && store.head) teacher.classify(store.images.filter((image) => image.answer === null));
+    if (has("labels")) saved = false;
+    if (has("labels") || (has("embedded") && !store.head)) teacher.changed();
     if (has("images", "labels", "answers")) { fillFilter(); order(); }
     if (has("images", "labels", "answers", "selection")) { if (view === "images") grid.draw(); else if (view === "map") map.draw(); else matrix.draw(); selected.draw(); }
     if (has("images", "labels", "answers", "selection", "fit")) classes.draw();
@@ -44,6 +45,14 @@ async function start() {
   watchFiles((images) => embedder.add(images));
   watchKeys({ label, accept, next, undo: () => step("undo"), redo: () => step("redo") });
   watchButtons();
+
+  function showModel(chosen) {
+    byId("model").textContent = `${chosen.name} · ${count(chosen.feature_size, "feature")}`;
+    byId("model").hidden = info.models.length > 1;
+    byId("models").hidden = info.models.length < 2;
+    const own = (info.collections ?? []).filter((one) => one.model === chosen.name);
+    selected.offer(own.map((one) => one.name));
+  }
 
   /** Labels the selected images, and goes on to the next one. */
   function label(classId) {
@@ -148,6 +157,16 @@ async function start() {
       order();
       byId("view-images").scrollTop = 0;
       grid.draw();
+    });
+    byId("model-choice").append(...info.models.map((one) => element("option", { value: one.name, text: `${one.name} · ${one.feature_size}` })));
+    byId("model-choice").addEventListener("change", () => {
+      const chosen = info.models.find((one) => one.name === byId("model-choice").value);
+      teacher.forget();
+      teacher.model = chosen.name;
+      embedder.change(chosen.name);
+      map.reset();
+      showModel(chosen);
+      store.changed("answers");
     });
     byId("clear").addEventListener("click", async () => {
       if (!(await confirm("Clear the page? All images and labels leave it; the names of the classes stay.", "Clear"))) return;

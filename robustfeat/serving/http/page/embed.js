@@ -18,9 +18,10 @@ export class Embedder {
   #total = 0;
   #stop = new AbortController();
 
-  /** `limits` are those of /info. */
-  constructor(limits) {
+  /** `limits` are those of /info, `model` is the name of the model. */
+  constructor(limits, model) {
     this.#limits = limits;
+    this.model = model;
     byId("cancel").addEventListener("click", () => this.cancel());
     byId("retry").addEventListener("click", () => this.retry());
   }
@@ -52,6 +53,14 @@ export class Embedder {
     this.#queue = [];
     this.#show();
     store.changed("images");
+  }
+
+  /** Embeds all of them anew, by another model. */
+  change(model) {
+    this.cancel();
+    this.model = model;
+    store.forgetFeatures();
+    this.add(store.images);
   }
 
   /** Embeds those again that failed for a passing reason. */
@@ -93,7 +102,7 @@ export class Embedder {
         const form = new FormData();
         // The server needs no names, and headers of parts could not hold all of them.
         batch.forEach((image, at) => form.append("images", image.file, `${at}`));
-        const answer = await request("embed", { method: "POST", body: form, signal: stop });
+        const answer = await request(`embed?model=${encodeURIComponent(this.model)}`, { method: "POST", body: form, signal: stop });
         accept(batch, (await answer.json()).data);
         return true;
       } catch (error) {
@@ -150,6 +159,7 @@ export class Embedder {
     byId("retry").textContent = `Try ${count(passing, "image")} again`;
     if (finished) {
       const failed = store.images.filter((image) => image.state === State.FAILED).length;
+      store.changed("embedded");
       toast(`${count(store.ready.length, "image")} ready${failed ? `, ${failed.toLocaleString("en")} failed` : ""}.`);
     }
   }

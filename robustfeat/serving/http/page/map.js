@@ -37,7 +37,7 @@ export class ImageMap {
   draw() {
     if (!this.#canvas.clientWidth) return;
     const ids = store.ready.map((image) => image.id);
-    const key = `${ids.length} ${ids[0]} ${ids.at(-1)}`;
+    const key = `${ids.length} ${ids[0]} ${ids.at(-1)} ${store.vectors.version}`;
     if (key !== this.#ids) {
       this.#ids = key;
       this.#places = ids.length > 1 ? principal(store.vectors, ids) : new Map(ids.map((id) => [id, [0, 0]]));

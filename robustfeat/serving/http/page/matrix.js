@@ -30,7 +30,7 @@ export class Matrix {
   draw() {
     if (!this.#canvas.clientWidth) return;
     const ready = store.ready.slice(0, MOST);
-    const key = ready.map((image) => `${image.id}:${store.classOf(image) ?? ""}`).join();
+    const key = store.vectors.version + ready.map((image) => `${image.id}:${store.classOf(image) ?? ""}`).join();
     if (key !== this.#key) {
       this.#key = key;
       const groups = Map.groupBy(ready, (image) => store.classOf(image) ?? -1);

@@ -14,13 +14,17 @@ export class Selected {
   #drawn = null;
   #asked = 0;
 
-  /** `choose` selects an image; `collections` are names of /similar. */
-  constructor(choose, collections) {
+  /** `choose` selects an image. */
+  constructor(choose) {
     this.#choose = choose;
-    byId("within").hidden = !collections.length;
-    byId("collection").append(element("option", { value: "", text: "these images" }),
-      ...collections.map((name) => element("option", { value: name, text: name })));
     byId("collection").addEventListener("change", () => this.#drawNeighbours(store.images[store.active]));
+  }
+
+  /** Offers collections of the server, by name, to search in. */
+  offer(collections) {
+    byId("within").hidden = !collections.length;
+    byId("collection").replaceChildren(element("option", { value: "", text: "these images" }),
+      ...collections.map((name) => element("option", { value: name, text: name })));
   }
 
   draw() {

@@ -52,11 +52,18 @@ class Store extends EventTarget {
     return added;
   }
 
-  clear() {
-    this.images = [];
+  /** Forgets what a model has said; images and labels stay. */
+  forgetFeatures() {
     this.vectors.clear();
+    this.head = null;
+    for (const image of this.images) image.answer = null;
+  }
+
+  clear() {
+    this.forgetFeatures();
+    this.images = [];
     this.selected = new Set();
-    this.active = this.head = null;
+    this.active = null;
     this.#done = [];
     this.#undone = [];
     this.changed("images", "labels", "answers", "selection");

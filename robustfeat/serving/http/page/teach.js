@@ -11,13 +11,12 @@ const TRIES = 5;
 
 export class Teacher {
   #fitting = null;
-  #model;
   state = "";
   busy = false;
 
   /** `model` is the name under which the features were asked for. */
   constructor(model) {
-    this.#model = model;
+    this.model = model;
   }
 
   /** The labelled images that are fitted. */
@@ -29,12 +28,18 @@ export class Teacher {
     return new Set(this.rows.map((image) => image.label)).size > 1;
   }
 
+  /** Forgets the fit that runs, and what was told of the last one. */
+  forget() {
+    this.#fitting?.abort();
+    this.busy = false;
+    this.state = "";
+  }
+
   /** Labels have changed: fits, and forgets the fit that runs. */
   async changed() {
     this.#fitting?.abort();
     if (!this.possible) {
-      this.busy = false;
-      this.state = "";
+      this.forget();
       store.head = null;
       for (const image of store.images) image.answer = null;
       store.changed("answers");
@@ -49,7 +54,7 @@ export class Teacher {
       const began = performance.now();
       const answer = await this.#ask("application/json", "head", signal);
       store.head = new Head(await answer.json());
-      this.#classify();
+      this.classify(store.images);
       this.state = describe(store.head);
       this.seconds = (performance.now() - began) / 1000;
       announce(this.state);
@@ -74,7 +79,7 @@ export class Teacher {
     rows.forEach((image, at) => features.set(store.vectors.of(image.id), at * store.vectors.size));
     const labels = rows.map((image) => classes.findIndex(({ id }) => id === image.label));
     const body = JSON.stringify({
-      model: this.#model, classes: classes.map((one) => one.name), labels, features: base64(features), name,
+      model: this.model, classes: classes.map((one) => one.name), labels, features: base64(features), name,
     });
     for (let attempt = 1; ; attempt += 1) {
       try {
@@ -88,10 +93,11 @@ export class Teacher {
     }
   }
 
-  #classify() {
+  /** Lets the head say what images are. */
+  classify(images) {
     const { head } = store;
     const ids = head.classes.map((name) => store.classes.find((one) => one.name === name)?.id ?? null);
-    for (const image of store.images) {
+    for (const image of images) {
       if (image.state !== State.READY) continue;
       const { best, share, shares, certainty } = head.answer(store.vectors.of(image.id), store.vectors.norm(image.id));
       const known = head.calibration !== null;

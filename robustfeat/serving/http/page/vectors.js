@@ -4,6 +4,7 @@ export class Vectors {
   #values = new Float32Array(0);
   #norms = [];
   size = 0;
+  version = 0; // another one when features were forgotten
 
   /** Sets the features of image `id`. */
   set(id, features) {
@@ -37,6 +38,7 @@ export class Vectors {
     this.#values = new Float32Array(0);
     this.#norms = [];
     this.size = 0;
+    this.version += 1;
   }
 }
 
