@@ -141,11 +141,11 @@ def test_a_classifier_is_taught_by_keyboard_and_served(
 ) -> None:
     with opened(browser, plain, width=width, height=812, dark=dark, accept_downloads=True) as seen:
         page: Page = seen.page
+        # From the start: a browser that is told late, on a loaded machine, would show a dialog of its own.
+        page.on("filechooser", lambda chooser: chooser.set_files(PHOTOS))
         expect(page.locator("#model")).to_have_text("robustfeat · 512 features")
         tab_to(page, "#choose")
-        with page.expect_file_chooser() as chooser:
-            page.keyboard.press("Enter")
-        chooser.value.set_files(PHOTOS)
+        page.keyboard.press("Enter")
         wait_for_images(page)
         name_classes(page, list(KINDS))
         tab_to(page, "#view-images")
