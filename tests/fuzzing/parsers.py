@@ -30,12 +30,13 @@ from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.external_data import inline_external_data
 from robustfeat.hub.float16 import convert_to_float16, with_float32_ends
 from robustfeat.hub.folder import CONFIG, ModelFolder
+from robustfeat.hub.head_folder import HEAD, TENSORS
 from robustfeat.hub.image_files import name_contents, without_png_metadata
 from robustfeat.hub.onnx_layout import PROCESSORS, is_onnx_layout, read_onnx_layout
 from robustfeat.hub.preprocessing import Preprocessing, decode
 from robustfeat.serving.bulk.formats import map_features
 from robustfeat.serving.heads.features import open_features
-from robustfeat.serving.heads.head import JSON, TENSORS, Head
+from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.labels.reading import read_labels
 from robustfeat.serving.http.bodies import images_of
 from robustfeat.serving.http.keys import parse_keys
@@ -254,12 +255,12 @@ def head_files() -> tuple[bytes, bytes]:
     folder = scratch() / "head"
     folder.mkdir()
     head.write(folder)
-    return (folder / JSON).read_bytes(), (folder / TENSORS).read_bytes()
+    return (folder / HEAD).read_bytes(), (folder / TENSORS).read_bytes()
 
 
 def head_of(text: bytes, data: bytes) -> object:
     folder = scratch() / "head"
-    (folder / JSON).write_bytes(text)
+    (folder / HEAD).write_bytes(text)
     (folder / TENSORS).write_bytes(data)
     return Head.load(folder)
 
