@@ -22,4 +22,4 @@ def columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 def cell(text: str) -> str:
     """Text that stays in its cell: no tag of HTML, link or image begins in it."""
-    return " ".join(text.splitlines()).replace("|", r"\|").replace("<", "&lt;").replace("[", r"\[")
+    return " ".join(text.splitlines()).replace("|", r"\|").replace("<", "&lt;").replace("](", r"]\(")

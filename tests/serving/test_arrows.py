@@ -9,8 +9,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inputs": set(),
     "decoding": {"inputs"},
     "online": {"decoding", "inputs"},
-    "http": {"online", "heads"},
-    "torchserve": {"online"},
+    "engines": set(),
+    "collections": {"heads", "inputs"},
+    "http": {"online", "heads", "collections", "engines", "inputs"},
+    "torchserve": {"online", "engines"},
 }
 
 

@@ -135,7 +135,7 @@ def test_what_does_not_join_is_one_line(
     refused([one, str(other), three], r"different runs: inputs is 30 and 31; list the inputs once")
     with list_inputs([folder]) as inputs:
         scaled = FeatureExtractor.from_pretrained(threads=2, streams=2)
-        embed_files(scaled, inputs, other, part=Part(2, 3), shard_rows=4, batch_size=4, quiet=True)
+        embed_files(scaled, inputs, other, part=Part(2, 3), shard_rows=4, batch_size=4, restart=True, quiet=True)
     refused([one, str(other), three], r"differ in \w+: .*with the same model and options")
     damaged = [Path(shutil.copy(file, tmp_path)) for file in parted[1].parent.glob("part-2.*")]
     next(file for file in damaged if file.suffix == ".npy").write_bytes(b"junk")
