@@ -54,7 +54,7 @@ def test_names_of_classes_are_text_in_a_report() -> None:
     names = ["<script>alert(1)</script>", "![x](http://example.org/x.png)"]
     text = Report.of(np.array([0, 1]), np.array([0, 1]), names).to_text("<b>test</b>")
     assert "&lt;script>alert(1)&lt;/script>" in text
-    assert r"!\[x](http://example.org/x.png)" in text
+    assert r"![x]\(http://example.org/x.png)" in text
     assert "<" not in text
 
 
