@@ -110,6 +110,7 @@ def fit_command(
     labelled = match_labels(features, known, multi_label=multi_label)
     remark(labelled.summary(), quiet)
     place = Path(out).absolute()  # so that `.` has a name
+    trials = place.with_name(f".{place.name}.trials.json")
     with new_folder(place) as folder:  # before the fit: two fits do not share their trials
         head, report = fit_head(
             features,
@@ -119,12 +120,13 @@ def fit_command(
             scalings=tuple(SCALINGS) if scaling is None else (scaling,),
             method=selection,
             threads=extraction.options.threads,
-            resume=place.with_name(f".{place.name}.trials.json"),
+            resume=trials,
             quiet=quiet,
         )
         head.write(folder)
         if report:
             write_report(report, folder, "held out", _thumbnails(inputs, images))
+    trials.unlink(missing_ok=True)
     chosen = "" if head.selection["C"] is None else f"C {head.selection['C']:g}, "
     remark(f"chosen: {chosen}{head.scaling} scaling", quiet)
     if not head.selection["converged"]:

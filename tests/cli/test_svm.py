@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -247,6 +249,21 @@ def test_a_head_is_made_wherever_no_other_fit_makes_it(robustfeat: Run, features
     assert "two: another process is writing it (process" in only_line(second.stderr)
     assert not (tmp_path / "two").exists()
     assert not (tmp_path / ".two.trials.json").exists()
+
+
+def test_a_fit_that_cannot_write_its_head_keeps_what_it_tried(features: Path, tmp_path: Path, robustfeat: Run) -> None:
+    fit = ["svm", "fit", features, "--labels", "folder", "--selection", "holdout", "--out", tmp_path / "head"]
+    command = shlex.join(map(str, [sys.executable, "-m", "robustfeat", *fit]))
+    # Files of at most 8 KiB: the settings fit in, the head does not.
+    limited = ["bash", "-c", f"ulimit -f 8; exec {command}"]
+    failed = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "File too large" in failed.stderr.splitlines()[-1]
+    assert [file.name for file in tmp_path.iterdir()] == [".head.trials.json"]
+    resumed = robustfeat(*fit)
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"[1-9]\d* settings were tried before the stop", resumed.stderr)
+    assert [file.name for file in tmp_path.iterdir()] == ["head"]
 
 
 def processor_seconds(pid: int) -> float:

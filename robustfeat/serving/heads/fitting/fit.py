@@ -127,8 +127,8 @@ def fit_head(
         cs, scalings: what to choose from.
         method: one of `SELECTIONS`.
         threads: processors; by default what the cgroup grants.
-        resume: a file that keeps the settings that were tried until the head is there: a stopped fit of the same rows
-            and settings resumes from it.
+        resume: a file that keeps the settings that were tried: a stopped fit of the same rows and settings resumes from
+            it. It stays; remove it once the head is written.
         quiet: no progress.
 
     Returns:
@@ -160,7 +160,6 @@ def fit_head(
         progress=progress,
     )
     progress.finish()
-    trials.remove()
     measured: dict[str, Array] = {}
     if len(selection.held):
         answers = targets[selection.held]

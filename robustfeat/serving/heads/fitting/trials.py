@@ -63,11 +63,6 @@ class Trials:
             with new_file(self._file) as partial:
                 partial.write_text(json.dumps(content))
 
-    def remove(self) -> None:
-        """Deletes the file: the head is there."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
-
     def _read(self) -> list[Candidate]:
         if self._file is None or not self._file.is_file():
             return []
