@@ -248,7 +248,9 @@ class _Handler(BaseHTTPRequestHandler):
     @staticmethod
     def _tags(card: dict[str, Any]) -> list[str]:
         """The tags of a card, and those that the Hub makes of its other fields."""
-        return [*card.get("tags", []), *([f"license:{card['license']}"] if "license" in card else [])]
+        made = [f"license:{card['license']}"] if "license" in card else []
+        made += [card["library_name"]] if "library_name" in card else []
+        return [*card.get("tags", []), *made]
 
     def info(self, kind: str, repo: str, revision: str = "main") -> None:
         if (found := self._find(kind, repo)) and (commit := self._commit(found, revision)):

@@ -301,9 +301,10 @@ def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listi
         HubError: the Hub refuses, fails or cannot be reached.
     """
     with _searching(query, access) as api:
-        for found in api.list_models(filter=TAG, search=query or None, limit=_MOST_FOUND):
-            if HEAD_TAG in (found.tags or ()):  # the Hub takes the library's name for a tag, too
-                continue
+        ours = api.list_models(filter=TAG, search=query or None)
+        # The Hub takes the library's name for a tag, too.
+        models = (found for found in ours if HEAD_TAG not in (found.tags or ()))
+        for found in itertools.islice(models, _MOST_FOUND):
             # The list itself has neither sizes nor scores.
             model = api.model_info(found.id, files_metadata=True)
             size = sum(file.size or 0 for file in model.siblings or ())
