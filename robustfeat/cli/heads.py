@@ -6,30 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from robustfeat.hub.head_folder import HeadFolder
     from robustfeat.serving.heads.head import Head
 
-__all__ = ["find_head", "is_head", "load_head"]
+__all__ = ["is_head", "load_head"]
 
 
-def find_head(place: str) -> HeadFolder:
-    """The folder of a head, downloaded where need be.
+def load_head(place: str) -> Head:
+    """The head that a user names, downloaded where need be.
 
     Raises:
         HeadError: there is no such head, or it is damaged.
         HubError: the Hub refuses, fails or cannot be reached.
-    """
-    from robustfeat.hub.head_folder import resolve_head
-
-    name, revision = _split(place)
-    return resolve_head(name, revision=revision)
-
-
-def load_head(place: str) -> Head:
-    """The head that a user names.
-
-    Raises:
-        HeadError, HubError: as `find_head`.
     """
     from robustfeat.serving.heads.head import Head
 

@@ -122,7 +122,7 @@ def command(
     The same input and seed give the same map. The exit code is 3 if images failed or have no thumbnail because they
     could not be read.
     """
-    from robustfeat.serving.heads.head import Head
+    from robustfeat.cli.heads import load_head
     from robustfeat.serving.heads.labels.reading import read_labels
     from robustfeat.serving.maps.building import (
         MapOptions,
@@ -139,7 +139,7 @@ def command(
     for out in outs:
         require_output(out, inputs, (".html", ".csv"))
     known = read_labels(labels, multi_label=list(labels) != ["folder"]) if labels else None
-    head = None if head_place is None else Head.load(head_place)
+    head = None if head_place is None else load_head(head_place)
     features = open_inputs(inputs, extraction, quiet, names=names, head=head, head_place=head_place or "")
     chosen = choose_rows(features, rows, seed)
     if len(chosen) == rows < int(features.good.sum()):

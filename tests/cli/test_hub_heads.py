@@ -291,6 +291,14 @@ def test_heads_are_no_models_in_the_list(published: FakeHub, call: Call, copy: P
     assert [json.loads(line)["model"] for line in listed] == ["org/tiny"]
 
 
+def test_any_number_of_heads_hides_no_model_in_the_list(hub: FakeHub, call: Call) -> None:
+    for number in range(31):
+        hub.add(f"org/head-{number}", {"README.md": b"---\nlibrary_name: robustfeat\ntags: [robustfeat-head]\n---\n"})
+        hub.add(f"org/model-{number}", {"README.md": b"---\nlibrary_name: robustfeat\n---\n"})
+    listed = [json.loads(line)["model"] for line in call("models", "--remote", "org", "--json").stdout.splitlines()]
+    assert listed == sorted(f"org/model-{number}" for number in range(31))[:30]
+
+
 def test_a_head_of_a_model_on_the_hub_says_where_it_is(
     hub: FakeHub, call: Call, small_fp32: Path, examples: Path, tmp_path: Path
 ) -> None:
@@ -317,6 +325,13 @@ def test_export_takes_a_head_by_its_name(published: FakeHub, call: Call, clothes
     done = call("export", "--head", "org/clothes", "--out", tmp_path / "c.onnx", "--quiet")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c.onnx").stat().st_size > 10**6
+
+
+def test_map_takes_a_head_by_its_name(published: FakeHub, call: Call, examples: Path, tmp_path: Path) -> None:
+    done = call("map", examples, "--head", "org/clothes", "--out", tmp_path / "map.html", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert '"prediction"' in (tmp_path / "map.html").read_text("utf-8")
+    assert "org/none: no such" in one_line(call("map", examples, "--head", "org/none", "--out", tmp_path / "no.html"))
 
 
 def test_info_shows_a_head(published: FakeHub, call: Call, clothes: Path) -> None:
