@@ -206,9 +206,11 @@ def _map_array(place: str) -> NDArray[Any]:
 
 def _read_names(names: str, place: str, rows: int) -> list[str]:
     try:
-        paths = Path(names).read_text("utf-8-sig", errors="surrogateescape").splitlines()
+        text = Path(names).read_text("utf-8-sig", errors="surrogateescape")
     except OSError as exc:
         raise InputError(f"cannot be read ({exc.strerror})", argument="names", value=names) from exc
+    # Not `splitlines`: names may hold the other characters at which it ends a line.
+    paths = text.removesuffix("\n").split("\n") if text else []
     if len(paths) != rows:
         what = f"holds {len(paths):,} lines; expected the paths of the {rows:,} rows of {place}"
         raise InputError(what, argument="names", value=names)

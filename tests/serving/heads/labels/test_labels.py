@@ -460,10 +460,20 @@ def test_an_array_made_elsewhere_is_read_with_its_names(tmp_path: Path, write_fe
         head.predict(open_array(str(tmp_path / "other.npy"), str(tmp_path / "names.txt")))
 
 
+def test_names_end_at_newlines_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "other.npy", np.ones((5, 2)))
+    names = ["a\u2028.jpg", "b\x85.jpg", "c\x0b\x0c.jpg", "d\x1c\x1d\x1e.jpg", "\udcff.jpg"]
+    for end in ("", "\n", "\r\n"):
+        text = (end or "\n").join(names) + end
+        (tmp_path / "names.txt").write_bytes(text.encode("utf-8-sig", "surrogateescape"))
+        assert open_array(str(tmp_path / "other.npy"), str(tmp_path / "names.txt")).paths == names
+
+
 @pytest.mark.parametrize(
     ("content", "names", "reason"),
     [
         (np.ones((3, 2)), "a\nb\n", r"names=.*: holds 2 lines; expected the paths of the 3 rows"),
+        (np.ones((1, 2)), "", r"names=.*: holds 0 lines; expected the paths of the 1 rows"),
         (np.ones(3), "a\nb\nc\n", r"must hold an \(n, D\) array of floats; got \(3,\) float64"),
         (np.ones((3, 2), int), "a\nb\nc\n", r"got \(3, 2\) int64"),
         (np.array([[{}]], object), "a\n", r"not a \.npy file of numbers \("),
