@@ -44,7 +44,7 @@ def test_a_report_equals_scikit_learn() -> None:
     assert report.confusion is not None
     assert report.confusion.tolist() == confusion_matrix(targets, predicted).tolist()
     assert json.loads(json.dumps(report.to_dict()))["rows"] == 500
-    table = report.to_text("test").splitlines()
+    table = report.to_markdown("test").splitlines()
     assert len(table) == 4 + len(names)
     assert len({line.replace(r"\|", "").count("|") for line in table[2:]}) == 1
 
@@ -52,10 +52,14 @@ def test_a_report_equals_scikit_learn() -> None:
 def test_names_of_classes_are_text_in_a_report() -> None:
     """Markdown may hold HTML, links and images."""
     names = ["<script>alert(1)</script>", "![x](http://example.org/x.png)"]
-    text = Report.of(np.array([0, 1]), np.array([0, 1]), names).to_text("<b>test</b>")
+    report = Report.of(np.array([0, 1]), np.array([0, 1]), names)
+    text = report.to_markdown("<b>test</b>")
     assert "&lt;script>alert(1)&lt;/script>" in text
     assert r"![x]\(http://example.org/x.png)" in text
     assert "<" not in text
+    # A terminal shows no Markdown.
+    assert all(f"| {name} " in report.to_text("<b>test</b>") for name in names)
+    assert len(Report.of(np.array([0, 1]), np.array([0, 1]), ["a<b|c", "d\ne"]).to_text("test").split("\n")) == 6
 
 
 def test_classes_that_do_not_occur_do_not_count_for_balanced_accuracy() -> None:

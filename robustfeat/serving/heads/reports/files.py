@@ -29,7 +29,7 @@ def write_report(report: Report, folder: Path, title: str, thumbnails: Thumbnail
 
     `thumbnails` reads the images that the page shows.
     """
-    text = report.to_text(title) + "\n"
+    text = report.to_markdown(title) + "\n"
     if report.answers and report.unseen:
         text += "\n" + suspects_text(report.answers)
         (folder / "suspects.csv").write_bytes(encode_line(suspects_csv(report.answers)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -118,13 +118,20 @@ class Report:
         }
 
     def to_text(self, title: str) -> str:
-        """The table, in Markdown."""
+        """The table for a terminal: names are as they are, but in one line."""
+        return self._lay_out(title, lambda text: " ".join(text.splitlines()))
+
+    def to_markdown(self, title: str) -> str:
+        """The same in Markdown: names begin no HTML, link or image."""
+        return self._lay_out(title, cell)
+
+    def _lay_out(self, title: str, shown: Callable[[str], str]) -> str:
         low, high = self.interval
         head = (
-            f"{cell(title)}: accuracy {self.accuracy:.4f} (95 %: {low:.4f} to {high:.4f}), "
+            f"{shown(title)}: accuracy {self.accuracy:.4f} (95 %: {low:.4f} to {high:.4f}), "
             f"balanced accuracy {self.balanced_accuracy:.4f}, macro F1 {self.macro_f1:.4f} on {self.rows:,} rows"
         )
-        names = [cell(one.name) for one in self.classes]
+        names = [shown(one.name) for one in self.classes]
         width = max(5, *map(len, names))
         lines = [head, "", f"| {'class':{width}} |   rows | precision | recall |     F1 |"]
         lines.append(f"|{'-' * (width + 2)}|-------:|----------:|-------:|-------:|")
