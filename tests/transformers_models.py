@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -179,7 +180,7 @@ def _fit_batch_norm(network: nn.Module, pixels: torch.Tensor) -> None:
         norm.running_var.clamp_(min=1.1 * float(norm.running_var.mean()))
 
 
-TEXT_MODELS = {"clip": ("CLIP", 77), "siglip": ("Siglip", 16)}
+TEXT_MODELS = {"clip": ("CLIP", 77), "siglip": ("Siglip", 16), "siglip2": ("Siglip", 16)}
 """The prefix of transformers' classes, and the most tokens that a text has."""
 
 TEXTS = ["a red dress", "Two dogs, on GRASS!", "x", "a very long description of " + "flowers and trees " * 30]
@@ -199,10 +200,11 @@ def write_two_towers(kind: str, out: Path) -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     out.mkdir(parents=True)
-    tokenizer = _clip_tokenizer() if kind == "clip" else _siglip_tokenizer(most)
+    tokenizer = _clip_tokenizer() if kind == "clip" else _siglip_tokenizer(most, second=kind == "siglip2")
     text = {**_TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": most, "projection_size": 32}
     text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text["pad_token_id"] = tokenizer.pad_token_id
+    if kind != "siglip2":  # whose config leaves it to a default that is wrong
+        text["pad_token_id"] = tokenizer.pad_token_id
     config: Any = getattr(transformers, f"{prefix}Config")(
         text_config=text, vision_config={**_TOKENS, "projection_dim": 32}, projection_dim=32
     )
@@ -213,6 +215,9 @@ def write_two_towers(kind: str, out: Path) -> None:
             nn.init.normal_(parameter, std=0.2)
     network.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if kind == "siglip2":
+        file = out / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "GemmaTokenizer"}))
     settings = _CROP if kind == "clip" else _SQUARE
     getattr(transformers, f"{prefix}ImageProcessorPil")(**settings).save_pretrained(out)
     suffix = "ModelWithProjection" if kind == "clip" else "Model"
@@ -225,10 +230,15 @@ def reference_texts(kind: str, folder: Path, texts: Sequence[str]) -> NDArray[np
     """What transformers' own tokenizer and network give for texts, (n, D) float32."""
     prefix, most = TEXT_MODELS[kind]
     network: Any = getattr(transformers, f"{prefix}Model").from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    file = str(folder / "tokenizer.json")
+    tokenizer: Any = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=file, pad_token={"siglip": "</s>", "siglip2": "<pad>"}.get(kind, "<|endoftext|>")
+    )
+    if kind == "siglip2":  # as transformers' Siglip2Tokenizer does
+        texts = [text.lower() for text in texts]
     padding = True if kind == "clip" else "max_length"  # as their processors do it
     encoded = tokenizer(list(texts), padding=padding, truncation=True, max_length=most, return_tensors="pt")
-    if kind == "siglip":
+    if kind != "clip":
         encoded = {"input_ids": encoded["input_ids"]}
     with torch.no_grad():
         found = network.get_text_features(**encoded)
@@ -246,21 +256,28 @@ def _clip_tokenizer() -> Any:
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)  # type: ignore[arg-type]
 
 
-def _siglip_tokenizer(most: int) -> Any:
-    """Of SigLIP's kind: pieces of lower-case text without punctuation, and an end that also fills up."""
+def _siglip_tokenizer(most: int, *, second: bool) -> Any:
+    """Of SigLIP's kind: pieces of lower-case text without punctuation, and an end that also fills up.
+
+    The second one has a token of its own to fill up with, and leaves lower case to others.
+    """
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
     from tokenizers.models import Unigram
 
     pieces = ["▁", *"aredsognw", "▁a", "▁red"]
-    scored = [("</s>", 0.0), ("<unk>", 0.0), *((piece, -float(len(piece))) for piece in pieces)]
-    tokenizer = Tokenizer(Unigram(scored, unk_id=1))
+    special = ["<pad>", "</s>", "<unk>"] if second else ["</s>", "<unk>"]
+    scored = [*((token, 0.0) for token in special), *((piece, -float(len(piece))) for piece in pieces)]
+    tokenizer = Tokenizer(Unigram(scored, unk_id=len(special) - 1))
+    lower = [] if second else [normalizers.Lowercase()]
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex("[[:punct:]]"), ""), normalizers.Strip()]
+        [*lower, normalizers.Replace(Regex("[[:punct:]]"), ""), normalizers.Strip()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", special.index("</s>"))]
+    )
     return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="<unk>", model_max_length=most
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token=special[0], unk_token="<unk>", model_max_length=most
     )
 
 

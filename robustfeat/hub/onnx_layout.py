@@ -21,6 +21,7 @@ from robustfeat.hub.outputs import read_outputs
 __all__ = [
     "PROCESSORS",
     "TOKENIZER",
+    "TOKENIZER_SETTINGS",
     "external_names",
     "find_network",
     "find_text_network",
@@ -35,6 +36,7 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Where the image processor is described; the second one, of transformers 5, describes those of texts, too."""
 
 TOKENIZER = "tokenizer.json"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 """By which a text tower's texts become numbers."""
 
 _STEMS = ("vision_model", "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -91,16 +92,28 @@ class HubFolder(ModelFolder):
         return self.snapshot.listing or super().names_beside()
 
     def read_beside(self, name: str) -> bytes:
-        """Downloaded at the same commit where need be, and compared with the hash that the Hub has of large files."""
-        if self.snapshot.missing([name]):
-            self.snapshot.download([name])
-            told = self.access.files(self.repo, self.revision)[name].sha256
-            if told and (found := file_sha256(self.path / name)) != told:
-                raise ModelFolderError(
-                    f"{self.path / name}: truncated (sha256 must be {told[:12]}..., got {found[:12]}...)",
-                    fix=self._remedy,
-                )
-        return super().read_beside(name)
+        """Downloaded at the same commit where need be; each time its hash is the one that the Hub told, or told once.
+
+        A file that differs is downloaded once more.
+        """
+        kept = kept_list(self.path).with_suffix(".beside.json")
+        told = _read_hashes(kept)
+        self.snapshot.fetch([name])
+        if name not in told and self.snapshot.reachable:
+            files = self.access.files(self.repo, self.revision)
+            told[name] = files[name].sha256 or files[name].blob_id
+            _write_hashes(kept, told)
+        expected = told.get(name)  # offline, the cache is believed as long as nothing was told
+        content = super().read_beside(name)
+        if expected and not _has_hash(content, expected) and self.snapshot.reachable:
+            self.access.download(self.repo, name, self.revision, force=True)
+            content = super().read_beside(name)
+        if expected and not _has_hash(content, expected):
+            raise ModelFolderError(
+                f"{self.path / name}: altered or truncated (the Hub's hash is {expected[:12]}...)",
+                fix="run the same command again where the Hub can be reached",
+            )
+        return content
 
     def _refuse_code(self) -> None:
         refuse_code(self.snapshot.listing or (), f"{self.repo} at {self.revision[:12]}")
@@ -122,10 +135,7 @@ class HubFolder(ModelFolder):
         told = self.access.files(self.repo, self.revision)
         refuse_without_network(data, told, self.repo, f"hf:{self.repo}")
         hashes = {name: told[name].sha256 or self._download_sha256(name) for name in used_names(told)}
-        with suppress(OSError, InputError):  # a cache that others own
-            kept.parent.mkdir(exist_ok=True)
-            with new_file(kept) as partial:
-                partial.write_text(json.dumps(hashes))
+        _write_hashes(kept, hashes)
         return hashes
 
     def _download_sha256(self, name: str) -> str:
@@ -143,15 +153,35 @@ def kept_list(snapshot: Path) -> Path:
 
 
 def _read_list(file: Path) -> dict[str, str]:
+    """The sha256 of a model's files by name; none where there is no such list, or a damaged one."""
+    data = _read_hashes(file)
+    if set(used_names(data)) != set(data) or not is_complete(data):
+        return {}
+    return data if all(len(value) == 64 for value in data.values()) else {}
+
+
+def _read_hashes(file: Path) -> dict[str, str]:
     """Hashes by name; none where there is no such list, or a damaged one."""
     try:
         data = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(data, dict) or set(used_names(data)) != set(data) or not is_complete(data):
-        return {}
-    plain = all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in data.values())
+    values = data.values() if isinstance(data, dict) else [None]
+    plain = all(isinstance(value, str) and re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", value) for value in values)
     return data if plain else {}
+
+
+def _has_hash(content: bytes, expected: str) -> bool:
+    """Whether a content has a sha256, or the SHA-1 by which git knows it."""
+    of_git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+    return expected in {hashlib.sha256(content).hexdigest(), of_git.hexdigest()}
+
+
+def _write_hashes(file: Path, hashes: Mapping[str, str]) -> None:
+    with suppress(OSError, InputError):  # a cache that others own
+        file.parent.mkdir(exist_ok=True)
+        with new_file(file) as partial:
+            partial.write_text(json.dumps(hashes))
 
 
 def copy_folder(folder: HubFolder, out: str | Path) -> ModelFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from robustfeat.errors import EngineError, InputError, ModelFolderError, first_line
 from robustfeat.hub.external_data import inline_external_data
 from robustfeat.hub.folder import ModelFolder
-from robustfeat.hub.onnx_layout import TOKENIZER, external_names, find_text_network
+from robustfeat.hub.onnx_layout import TOKENIZER, TOKENIZER_SETTINGS, external_names, find_text_network
 from robustfeat.hub.outputs import TextTower
 from robustfeat.serving.engines.engine import open_on_processor
 from robustfeat.serving.engines.options import RunOptions
@@ -21,6 +22,8 @@ __all__ = ["TextEncoder"]
 
 _TOKENIZER_BYTES = 2**26
 _TEXT_CHARACTERS = 100_000
+_LOWERCASED = ("Gemma", "Siglip2")
+"""Beginnings of `tokenizer_class`: SigLIP 2 was trained on lower case, and its tokenizer.json leaves that to others."""
 
 
 class TextEncoder:
@@ -131,8 +134,29 @@ def _open_tokenizer(folder: ModelFolder, tower: TextTower) -> Any:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as exc:  # the library raises Exception itself
         raise ModelFolderError(f"{file}: not a tokenizer ({first_line(exc)})") from exc
+    own, told = tokenizer.padding, _read_settings(folder)
     tokenizer.enable_truncation(tower.most_tokens)
     tokenizer.no_padding()
     if tower.pad_token is not None:
-        tokenizer.enable_padding(length=tower.most_tokens, pad_id=tower.pad_token)
+        # As transformers does it: the tokenizer's own settings decide, before those of the network.
+        pad = told.get("pad_token")
+        number = tokenizer.token_to_id(str(pad["content"] if isinstance(pad, dict) and "content" in pad else pad))
+        if number is None:
+            number = own["pad_id"] if own else tower.pad_token
+        tokenizer.enable_padding(length=tower.most_tokens, pad_id=number)
+    if str(told.get("tokenizer_class")).startswith(_LOWERCASED):
+        lower = tokenizers.normalizers.Lowercase()
+        known = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = tokenizers.normalizers.Sequence([lower, *known])
     return tokenizer
+
+
+def _read_settings(folder: ModelFolder) -> dict[str, Any]:
+    """tokenizer_config.json; empty where there is none."""
+    if TOKENIZER_SETTINGS not in folder.names_beside():
+        return {}
+    try:
+        settings = json.loads(folder.read_beside(TOKENIZER_SETTINGS))
+    except (ValueError, RecursionError) as exc:
+        raise ModelFolderError(f"{folder.path / TOKENIZER_SETTINGS}: not valid JSON ({first_line(exc)})") from exc
+    return settings if isinstance(settings, dict) else {}

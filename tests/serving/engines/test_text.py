@@ -102,3 +102,24 @@ def test_the_hub_is_asked_for_a_text_tower_only_when_there_are_texts(
     found = extractor.embed_texts(TEXTS)
     np.testing.assert_allclose(found, reference_texts("clip", towers("clip"), TEXTS), atol=1e-5)
     np.testing.assert_array_equal(load(offline=True).embed_texts(TEXTS), found)
+
+
+@pytest.mark.parametrize("name", ["onnx/text_model.onnx", "tokenizer.json"])
+def test_a_text_tower_that_was_altered_in_the_cache_is_not_used(
+    name: str, towers: Towers, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.add("org/clip", files_of(towers("clip")))
+
+    def load(*, offline: bool = False) -> FeatureExtractor:
+        cache = tmp_path / "cache"
+        return FeatureExtractor.from_pretrained("org/clip", endpoint=hub.url, cache_dir=cache, local_files_only=offline)
+
+    found = load().embed_texts(TEXTS)
+    file = load().folder.path / name
+    file.write_bytes(file.read_bytes().replace(b"a", b"b"))
+    for _ in range(2):
+        with pytest.raises(ModelFolderError, match=r"altered or truncated .*where the Hub can be reached"):
+            load(offline=True).embed_texts(TEXTS)
+    np.testing.assert_array_equal(load().embed_texts(TEXTS), found)  # it was downloaded once more
+    np.testing.assert_array_equal(load(offline=True).embed_texts(TEXTS), found)
