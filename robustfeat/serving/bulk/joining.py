@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import time
 from collections import Counter
@@ -20,12 +21,14 @@ from robustfeat.serving.bulk.formats import Block, read_features
 from robustfeat.serving.bulk.job import Job, Places, brief
 from robustfeat.serving.bulk.outputs import finish_commit, open_existing, read_meta, require_own_stem
 from robustfeat.serving.bulk.shards import claim_folder, discard_folder, write_output
-from robustfeat.serving.bulk.storage import open_folder
+from robustfeat.serving.bulk.storage import file_exists, open_folder
 from robustfeat.serving.identity import FEATURE_KEYS, ModelIdentity
+from robustfeat.serving.inputs.remote import is_remote
 
 __all__ = ["join_parts"]
 
 _ROW = re.compile(rb'^\{"row": [0-9]+')
+_OTHER_NAME = "choose another name"
 _OWN_KEYS = {"part", "images", "failed", "skipped", "left_out", "timing", "format", "features_sha256", "index_sha256"}
 """Of a meta file: what belongs to the part rather than to the run."""
 
@@ -55,14 +58,14 @@ def join_parts(parts: Sequence[str], out: str, *, quiet: bool = False) -> Embedd
         quiet: no progress.
 
     Raises:
-        InputError: a part is missing, given twice, damaged, or of another run; `out` cannot be written, or an
-            unfinished run is there.
+        InputError: a part is missing, given twice, damaged, or of another run; `out` is a part, holds features of
+            another model or cannot be written, or an unfinished run is there.
     """
     began = time.monotonic()
     places = Places.of(out)
     found = _in_order([_read(place) for place in parts])
     first = found[0]
-    finish_commit(places)
+    _require_room(places, found)
     folder = open_folder(places.shards)
     job = Job(0, 0, 1, {"joins": [part.meta_sha256 for part in found], "continues": None})
     claim_folder(folder, job, places, restart=False)
@@ -98,6 +101,24 @@ def join_parts(parts: Sequence[str], out: str, *, quiet: bool = False) -> Embedd
         feature_size=size,
         seconds=time.monotonic() - began,
     )
+
+
+def _require_room(places: Places, parts: Sequence[_Part]) -> None:
+    """Refuses to replace a part, or features of another model."""
+    if any(_real(part.places.meta) == _real(places.meta) for part in parts):
+        raise InputError("is a part, too, or shares its index", argument="out", value=places.features, fix=_OTHER_NAME)
+    finish_commit(places)
+    if file_exists(places.meta):
+        _, there, _, _ = read_meta(places)
+        if not there.same_features(parts[0].model):
+            raise InputError(
+                f"{places.features}: holds features of the model {there.name}, the parts are of {parts[0].model.name}",
+                fix=_OTHER_NAME,
+            )
+
+
+def _real(place: str) -> str:
+    return place if is_remote(place) else os.path.realpath(place)
 
 
 def _read(place: str) -> _Part:

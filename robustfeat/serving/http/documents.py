@@ -106,6 +106,7 @@ def describe(app: FastAPI, *, keys: bool, names: dict[str, list[str]]) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = derive()
+            document["servers"] = [{"url": "."}]  # where the document lies, whatever prefix a proxy adds
             components = document.setdefault("components", {})
             schemas = components.setdefault("schemas", {})
             for form in _bodies.values():

@@ -31,14 +31,18 @@ def add_docs(routes: Routes) -> None:
 
 
 def add_page(routes: Routes, visited: Callable[[], None]) -> None:
-    """The page at /, and the files that it loads; `visited` is called when somebody opens it."""
+    """The page at /, and the files that it loads; `visited` is called when a browser loads its program.
+
+    Load balancers ask for / alone.
+    """
     assets = Assets(_HERE / "page", PAGE_POLICY)
 
     @routes.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        visited()
         return await assets.answer(request, _INDEX)
 
     @routes.get("/page/{name}", include_in_schema=False)
     async def part_of_page(request: Request, name: str) -> Response:
+        if name == "app.js":
+            visited()
         return await assets.answer(request, name)

@@ -140,6 +140,14 @@ def test_what_does_not_join_is_one_line(
     damaged = [Path(shutil.copy(file, tmp_path)) for file in parted[1].parent.glob("part-2.*")]
     next(file for file in damaged if file.suffix == ".npy").write_bytes(b"junk")
     refused([one, str(tmp_path / "part-2.npy"), three], "part-2.npy: its sha256 is .* do not belong together")
+    for place in (parted[1], parted[1].with_suffix(".parquet"), parted[1].parent / "x" / ".." / "part-2.npy"):
+        (parted[1].parent / "x").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match="is a part, too, or shares its index; choose another name"):
+            join_parts([one, two, three], str(place), quiet=True)
+    with list_inputs([example_files[0]]) as inputs:
+        embed_files(scaled, inputs, whole, restart=True, quiet=True)
+    with pytest.raises(InputError, match=r"whole.npy: holds features of the model .*, the parts are of"):
+        join_parts([one, two, three], str(whole), quiet=True)
     with pytest.raises(InputError, match="excludes `part`; choose one of them"):
         embed(folder, out, part=Part(1, 3), append=True)
 

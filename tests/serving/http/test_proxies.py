@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,6 +146,9 @@ def test_the_documented_nginx_passes_large_bodies_and_the_clients_address(
         assert too_large.status == 413
         assert "at most 33,554,432 bytes" in too_large.json["error"]["message"]  # ours, not nginx's page
         assert ask(port, "GET", "/features/health/ready", headers=host).status == 200
+        (told,) = ask(port, "GET", "/features/openapi.json", headers=host).json["servers"]
+        place = urllib.parse.urljoin("/features/openapi.json", told["url"]) + "embed"
+        assert ask(port, "POST", place, photos[0], host).status == 200  # as /docs asks
         answer = ask(port, "GET", "/health/ready", headers={**host, "X-Request-ID": "of-the-client"})
         assert answer.headers["x-request-id"] == "of-the-client"
         server.get("/info", **{"X-Forwarded-For": "203.0.113.7", "X-Request-ID": "last"})

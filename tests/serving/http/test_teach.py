@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import itertools
+import json
 import os
 import signal
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +217,47 @@ def test_keys_and_queues_hold_for_fits(features: NDArray[np.float32], tmp_path: 
         for thread in threads:
             thread.join()
         assert [answer.status for answer in answers[2:]] == [200, 200]
+
+
+def test_a_client_that_leaves_while_it_waits_leaves_the_queue(features: NDArray[np.float32], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one first-key rate=1000\n")
+    with serving("--keys", keys) as server:
+        server.headers = {"authorization": "Bearer first-key"}
+        assert teach(server, features).status == 200
+        os.kill(fitter_of(server), signal.SIGSTOP)
+        answers: list[Answer] = []
+        threads = [threading.Thread(target=lambda: answers.append(teach(server, features))) for _ in range(2)]
+        threads[0].start()
+        time.sleep(0.5)  # its fit has begun
+        data = base64.b64encode(np.asarray(features, "<f4").tobytes()).decode()
+        body = json.dumps({"classes": CLASSES, "labels": LABELS, "features": data}).encode()
+        leaving = http.client.HTTPConnection("127.0.0.1", server.port)
+        leaving.request("POST", "/teach", body, {**server.headers, "content-type": "application/json"})
+        time.sleep(0.5)
+        leaving.close()
+        time.sleep(0.5)
+        threads[1].start()
+        time.sleep(0.5)
+        assert not answers  # no 429
+        os.kill(fitter_of(server), signal.SIGCONT)
+        for thread in threads:
+            thread.join()
+        assert [answer.status for answer in answers] == [200, 200]
+
+
+def test_only_a_browser_starts_the_process_ahead() -> None:
+    with serving() as server:
+        (worker,) = server.workers()
+
+        def fitters() -> list[int]:
+            return [pid for pid in children(worker) if b"fitter_program" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+        assert server.get("/").status == 200  # as load balancers ask
+        time.sleep(0.5)
+        assert not fitters()
+        assert server.get("/page/app.js").status == 200
+        wait_until(lambda: len(fitters()) == 1)
 
 
 def test_nothing_of_images_or_labels_reaches_a_disk(features: NDArray[np.float32], tmp_path: Path) -> None:

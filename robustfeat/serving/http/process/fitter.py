@@ -78,20 +78,29 @@ class Fitter:
         if self._waiting.total() >= _WAITING:
             raise ApiError(503, "queue_full", "too many heads are being fitted; try again soon", retry_after_s=1)
         self._waiting[key] += 1
+        try:
+            await self._turn.acquire()
+        except BaseException:  # a client that leaves while it waits leaves the queue
+            self._leave(key)
+            raise
         # A fit that was begun is finished even if its client leaves: a new process would cost more.
         task = asyncio.create_task(self._fit(asked, rows, key))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # which nobody may wait for
         return await asyncio.shield(task)
 
+    def _leave(self, key: str) -> None:
+        self._waiting[key] -= 1
+        if not self._waiting[key]:
+            del self._waiting[key]
+
     async def _fit(self, asked: Mapping[str, Any], rows: bytes, key: str) -> bytes:
+        """Has the turn, and gives it back."""
         try:
-            async with self._turn:
-                state, data = await self._exchange(json.dumps(asked).encode(), rows)
-                self._rest()
+            state, data = await self._exchange(json.dumps(asked).encode(), rows)
+            self._rest()
         finally:
-            self._waiting[key] -= 1
-            if not self._waiting[key]:
-                del self._waiting[key]
+            self._turn.release()
+            self._leave(key)
         if state != DONE:
             raise ApiError(422, "bad_request", data.decode())
         return data
