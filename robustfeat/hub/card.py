@@ -202,7 +202,7 @@ def _metadata(config: ModelConfig) -> str:
 
 
 def license_fields(license_id: str | None) -> dict[str, Any]:
-    """A card's metadata for a license; None where none is named."""
+    """A card's metadata for a license; without one, the Hub is pointed to the terms in the card's text."""
     text = license_id or "see-terms"
     if text in _LICENSES:
         return {"license": text}

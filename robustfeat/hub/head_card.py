@@ -90,7 +90,7 @@ def _metadata(about: Mapping[str, Any], license_id: str | None) -> str:
         pipeline_tag="image-classification",
         base_model=None if place == _UNKNOWN else place,
         tags=[HEAD_TAG, "image-classification"],
-        **license_fields(license_id),
+        **({} if license_id is None else license_fields(license_id)),
     )
     return str(data.to_yaml(line_break="\n")).strip()
 

@@ -123,6 +123,7 @@ def test_a_second_push_sends_nothing_and_keeps_an_edited_card(hub: FakeHub, call
     again = call("push", copy, "org/clothes")
     assert "nothing was sent" in again.stderr
     assert changing(hub) == []
+    assert b"\nlicense" not in hub.read("org/clothes", "README.md")  # none was stated
     edited = hub.read("org/clothes", "README.md") + b"\nEdited.\n"
     hub.commit(hub.model("org/clothes"), "main", {"README.md": edited})
     assert "nothing was sent" in call("push", copy, "org/clothes").stderr
