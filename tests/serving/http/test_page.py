@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from robustfeat import FeatureExtractor
 from robustfeat.serving.bulk.embedding import embed_files
@@ -375,9 +375,13 @@ def test_classes_are_corrected_by_mouse_and_undone(browser: Browser, plain: Serv
         page.click("#accept")
         wait_for_fit(page, 5)
         page.click("[aria-label='Rename second']")
-        page.keyboard.insert_text("hats")
+        page.keyboard.insert_text("ha")
+        add(page, {PHOTOS[10].name: PHOTOS[10].read_bytes()})
+        wait_for_images(page, "11 images ready.")  # meanwhile the name stays in work
+        page.keyboard.insert_text("ts")
         page.keyboard.press("Enter")
         expect(page.locator("#classes .text")).to_have_text(["first", "hats"])
+        expect(page.locator("#classes input")).to_have_count(0)
         page.click("[aria-label='Remove hats']")
         expect(page.locator("#results")).to_be_hidden()
         page.click("#undo")
@@ -412,6 +416,27 @@ def test_a_pasted_image_is_found_in_a_collection_of_the_server(browser: Browser,
         found = page.locator("#neighbours li")
         expect(found).to_have_count(8)
         expect(found.first).to_have_text(f"hat/{PHOTOS[4].name}1.00")
+        asked: list[str] = []
+        ended: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("requestfailed", lambda request: ended.append(request.url))
+        page.route("**/similar/**", lambda route: len(asked) == 1 or route.continue_())  # the first hangs
+        for name in ("first", "second"):
+            page.fill("#new-class-name", name)
+            page.keyboard.press("Enter")
+        page.click(".assign >> nth=0")
+        expect(page.locator("#selected-state")).to_have_text("Labelled first.")
+        page.click(".tile")
+        page.evaluate("0")  # after the requests of what was done before
+        assert not asked
+        page.select_option("#collection", "")
+        page.select_option("#collection", "clothes")
+        page.select_option("#collection", "")
+        expect(page.locator("#neighbours li")).to_have_count(0)
+        page.select_option("#collection", "clothes")
+        expect(found).to_have_count(8)
+        assert len(asked) == 2
+        assert ended == asked[:1]
 
 
 def test_later_images_and_other_models_keep_the_labels(browser: Browser, model: Path) -> None:
@@ -440,3 +465,100 @@ def test_later_images_and_other_models_keep_the_labels(browser: Browser, model: 
         wait_until(lambda: len(after := predicted.evaluate_all(texts)) == 8 and after != before)
         wait_for_fit(page, 4)
         assert page.locator(".tile.labelled").count() == 4
+
+
+def test_another_model_is_chosen_while_images_are_embedded(browser: Browser, model: Path) -> None:
+    with (
+        serving("--model", "robustfeat=builtin", "--model", f"small={model}") as server,
+        opened(browser, server) as seen,
+    ):
+        page: Page = seen.page
+        expect(page.locator("#model-choice")).to_be_visible()
+        hanging: list[Route] = []
+        page.route(
+            "**/embed?*",
+            lambda route: hanging.append(route) if "robustfeat" in route.request.url else route.continue_(),
+        )
+        add(page, {photo.name: photo.read_bytes() for photo in PHOTOS})
+        expect(page.locator("#progress-text")).to_have_text("Embedding 0 of 40 images")
+        wait_until(lambda: page.evaluate("1") and len(hanging) == 2)
+        page.select_option("#model-choice", "small")
+        wait_for_images(page)
+
+
+def test_images_that_were_cancelled_are_good_once_they_succeed(browser: Browser, plain: Server) -> None:
+    with opened(browser, plain, accept_downloads=True) as seen:
+        page: Page = seen.page
+        expect(page.locator("#model")).to_be_visible()
+        hanging: list[Route] = []
+        page.route("**/embed?*", lambda route: route.continue_() if len(hanging) == 2 else hanging.append(route))
+        add(page, {photo.name: photo.read_bytes() for photo in PHOTOS})
+        wait_until(lambda: page.evaluate("1") and len(hanging) == 2)
+        page.click("#cancel")
+        expect(page.locator(".tile[title$=': cancelled']")).to_have_count(page.locator(".tile").count())
+        page.click("#retry")
+        wait_for_images(page)
+        expect(page.locator(".tile[title$='.jpg']")).to_have_count(page.locator(".tile").count())
+        for name in ("first", "second"):
+            page.fill("#new-class-name", name)
+            page.keyboard.press("Enter")
+        page.focus("#view-images")
+        for key in "12":
+            page.keyboard.press(key)
+        wait_for_fit(page, 2)
+        assert {row["error"] for row in predictions(page).values()} == {""}
+
+
+def test_no_image_is_lost_when_a_halved_batch_finds_the_server_busy(browser: Browser, plain: Server) -> None:
+    with opened(browser, plain) as seen:
+        page: Page = seen.page
+        expect(page.locator("#model")).to_be_visible()
+        routes: list[Route] = []
+
+        def forward(route: Route) -> None:
+            """A proxy: the first batch is too large for it, its first half finds it busy with the second batch."""
+            routes.append(route)
+            if len(routes) == 1:
+                route.fulfill(status=413)
+            elif len(routes) == 3:
+                route.fulfill(status=503)
+                page.wait_for_timeout(0)
+                routes[1].continue_()
+            elif len(routes) > 3:
+                route.continue_()
+
+        page.route("**/embed?*", forward)
+        add(page, {photo.name: photo.read_bytes() for photo in PHOTOS})
+        wait_for_images(page)
+        assert len(seen.faults) == 2
+        assert all(re.search(r"status of (413|503)", fault) for fault in seen.faults)
+        seen.faults.clear()
+
+
+def test_a_thumbnail_in_the_making_is_forgotten_with_its_image(browser: Browser, plain: Server) -> None:
+    with opened(browser, plain) as seen:
+        widths = seen.page.evaluate(
+            """async () => {
+                const { forgetThumbnails, thumbnail } = await import("/page/thumbnails.js");
+                const file = (width) => new OffscreenCanvas(width, 8).getContext("2d").canvas.convertToBlob();
+                const [before, after] = [await file(20), await file(30)].map((file) => ({ id: 0, file }));
+                const held = Promise.withResolvers();
+                const dropped = Promise.withResolvers();
+                const [decode, revoke] = [createImageBitmap, URL.revokeObjectURL];
+                let decoded = 0;
+                window.createImageBitmap = async (...given) => {
+                    decoded += 1;
+                    if (given[0] === before.file) await held.promise;
+                    return decode(...given);
+                };
+                URL.revokeObjectURL = (url) => { revoke.call(URL, url); dropped.resolve(); };
+                const width = (image) => new Promise((then) => thumbnail(image, (found) => then(found.bitmap.width)));
+                thumbnail(before, dropped.resolve);
+                forgetThumbnails();
+                const found = await Promise.all([width(after), width(after)]);
+                held.resolve();
+                await dropped.promise;
+                return [...found, await width(after), decoded];
+            }"""
+        )
+        assert widths == [30, 30, 30, 2]

@@ -170,11 +170,11 @@ async function start() {
     });
     byId("clear").addEventListener("click", async () => {
       if (!(await confirm("Clear the page? All images and labels leave it; the names of the classes stay.", "Clear"))) return;
+      store.clear();
       embedder.cancel();
       grid.clear();
       forgetThumbnails();
       map.reset();
-      store.clear();
       saved = true;
       byId("choose").focus();
     });

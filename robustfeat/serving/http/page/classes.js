@@ -32,7 +32,8 @@ export class Classes {
     const predicted = tally((image) => (image.label === null ? image.answer?.classId ?? null : null));
     const current = store.active === null ? null : store.images[store.active].label;
     const possible = [...store.selected].some((id) => store.images[id].state === State.READY);
-    list.replaceChildren(...store.classes.map((one, at) => this.#row(one, at, {
+    const renaming = list.querySelector("input"); // stays until the user has finished
+    if (!renaming) list.replaceChildren(...store.classes.map((one, at) => this.#row(one, at, {
       labelled: labelled.get(one.id) ?? 0, predicted: predicted.get(one.id) ?? 0, current: current === one.id, possible,
     })));
     if (focused) list.querySelector(`[data-key="${focused}"]`)?.focus();
@@ -78,12 +79,14 @@ export class Classes {
       done = true;
       const name = input.value.trim();
       if (accepted && name !== one.name && this.#accepts(name)) store.renameClass(one.id, name);
+      input.remove();
       this.draw();
       byId("classes").querySelector(`[data-key="edit-${one.id}"]`)?.focus();
     };
     input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter") finish(true);
-      else if (event.key === "Escape") finish(false);
+      if (event.key !== "Enter" && event.key !== "Escape") return;
+      event.preventDefault(); // Enter would press the button that gets the focus
+      finish(event.key === "Enter");
     });
     input.addEventListener("blur", () => finish(true));
     row.replaceChildren(input);

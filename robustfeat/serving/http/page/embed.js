@@ -14,9 +14,8 @@ const LONGEST_PAUSE_S = 10;
 export class Embedder {
   #limits;
   #queue = [];
-  #running = 0;
   #total = 0;
-  #stop = new AbortController();
+  #run = newRun();
 
   /** `limits` are those of /info, `model` is the name of the model. */
   constructor(limits, model) {
@@ -28,10 +27,10 @@ export class Embedder {
 
   /** Embeds images, after those that wait already. */
   add(images) {
-    if (!this.#running && !this.#queue.length) this.#total = 0;
+    if (!this.#run.workers && !this.#queue.length) this.#total = 0;
     const most = this.#limits.body_bytes - 1024;
     for (const image of images) {
-      image.passing = false;
+      Object.assign(image, { problem: "", passing: false });
       if (image.file.size > most) fail(image, `larger than the ${Math.round(most / 2 ** 20)} MiB that this server takes`);
       else if (!image.file.size) fail(image, "the file is empty");
       else {
@@ -41,23 +40,20 @@ export class Embedder {
       }
     }
     store.changed("images");
-    while (this.#running < AT_ONCE && this.#queue.length) this.#work();
+    while (this.#run.workers < AT_ONCE && this.#queue.length) this.#work(this.#run);
     this.#show();
   }
 
   /** Stops; what was not embedded can be embedded later. */
   cancel() {
-    this.#stop.abort(new DOMException("cancelled", "AbortError"));
-    this.#stop = new AbortController();
-    for (const image of this.#queue) fail(image, "cancelled", true);
-    this.#queue = [];
+    this.#endRun();
     this.#show();
     store.changed("images");
   }
 
   /** Embeds all of them anew, by another model. */
   change(model) {
-    this.cancel();
+    this.#endRun();
     this.model = model;
     store.forgetFeatures();
     this.add(store.images);
@@ -68,9 +64,17 @@ export class Embedder {
     this.add(store.images.filter((image) => image.state === State.FAILED && image.passing));
   }
 
-  async #work() {
-    this.#running += 1;
-    const stop = this.#stop.signal;
+  /** Begins another run. Workers of the old one change nothing any more. */
+  #endRun() {
+    this.#run.stop.abort(new DOMException("cancelled", "AbortError"));
+    this.#run = newRun();
+    this.#queue = [];
+    for (const image of store.images) if (image.state === State.WAITING || image.state === State.SENT) fail(image, "cancelled", true);
+  }
+
+  async #work(run) {
+    run.workers += 1;
+    const stop = run.stop.signal;
     while (this.#queue.length && !stop.aborted) {
       const batch = this.#take();
       for (const image of batch) image.state = State.SENT;
@@ -79,7 +83,7 @@ export class Embedder {
       store.changed("images");
       if (!sent) break;
     }
-    this.#running -= 1;
+    run.workers -= 1;
     this.#show();
   }
 
@@ -95,7 +99,7 @@ export class Embedder {
     return batch;
   }
 
-  /** Sends a batch until it is answered or given up. False where it waits again, since another one took the room. */
+  /** Sends a batch until it is answered or given up. False where it waits again, since another one took the room; true after `stop`. */
   async #send(batch, stop) {
     for (let attempt = 1; ; attempt += 1) {
       try {
@@ -103,15 +107,17 @@ export class Embedder {
         // The server needs no names, and headers of parts could not hold all of them.
         batch.forEach((image, at) => form.append("images", image.file, `${at}`));
         const answer = await request(`embed?model=${encodeURIComponent(this.model)}`, { method: "POST", body: form, signal: stop });
-        accept(batch, (await answer.json()).data);
-        return true;
+        const { data } = await answer.json();
+        return stop.aborted || accept(batch, data);
       } catch (error) {
-        if (stop.aborted) return failAll(batch, "cancelled", true);
+        if (stop.aborted) return true;
         const refused = error instanceof Refusal;
         if (refused && error.data) return accept(batch, error.data); // none of them can be read
         if (refused && error.status === 413 && batch.length > 1) {
           const half = batch.length >> 1;
-          return (await this.#send(batch.slice(0, half), stop)) && this.#send(batch.slice(half), stop);
+          if (await this.#send(batch.slice(0, half), stop)) return this.#send(batch.slice(half), stop);
+          this.#queue.unshift(...batch.slice(half));
+          return false;
         }
         if (refused && error.status === 401) { // no key was given
           failAll(batch, "the server asks for a key", true);
@@ -121,12 +127,12 @@ export class Embedder {
         const busy = refused && (error.status === 429 || error.status === 503);
         const passing = !refused || error.passing;
         if (!passing || attempt >= (busy ? BUSY_TRIES : TRIES)) return failAll(batch, messageOf(error), passing);
-        if (busy && this.#running > 1) {
+        if (busy && this.#run.workers > 1) {
           this.#queue.unshift(...batch);
           return false;
         }
         const seconds = Math.min(LONGEST_PAUSE_S, error.retryAfterS ?? 2 ** (attempt - 2));
-        if (!(await this.#wait(seconds, busy, stop))) return failAll(batch, "cancelled", true);
+        if (!(await this.#wait(seconds, busy, stop))) return true;
       }
     }
   }
@@ -148,7 +154,7 @@ export class Embedder {
 
   #show() {
     const at = store.images.filter((image) => image.state === State.WAITING || image.state === State.SENT).length;
-    const busy = this.#running > 0 || this.#queue.length > 0;
+    const busy = this.#run.workers > 0 || this.#queue.length > 0;
     const finished = !byId("progress").hidden && !busy;
     byId("progress").hidden = !busy;
     byId("progress-bar").max = this.#total || 1;
@@ -157,12 +163,17 @@ export class Embedder {
     const passing = store.images.filter((image) => image.state === State.FAILED && image.passing).length;
     byId("retry").hidden = busy || !passing;
     byId("retry").textContent = `Try ${count(passing, "image")} again`;
-    if (finished) {
+    if (finished && store.images.length) {
       const failed = store.images.filter((image) => image.state === State.FAILED).length;
       store.changed("embedded");
       toast(`${count(store.ready.length, "image")} ready${failed ? `, ${failed.toLocaleString("en")} failed` : ""}.`);
     }
   }
+}
+
+/** What is sent until the user cancels or chooses another model; `workers` are those still running. */
+function newRun() {
+  return { stop: new AbortController(), workers: 0 };
 }
 
 function accept(batch, data) {
@@ -173,7 +184,7 @@ function accept(batch, data) {
       fail(image, entry.error.message, entry.error.code === "internal");
     } else {
       store.vectors.set(image.id, entry.embedding);
-      image.state = State.READY;
+      Object.assign(image, { state: State.READY, problem: "" });
     }
   }
   return true;

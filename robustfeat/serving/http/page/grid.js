@@ -91,7 +91,6 @@ export class Grid {
     const picture = element("span", { class: "picture" });
     const tile = element("div", { class: "tile", role: "option", id: `tile-${id}`, data: { id } }, picture,
       element("span", { class: "caption" }, element("i", { class: "dot" }), element("bdi", { class: "text" }), element("span", { class: "share" })));
-    tile.title = image.shown.slice(0, 300);
     this.#tiles.set(id, tile);
     this.#box.append(tile);
     thumbnail(image, (found) => {
@@ -150,7 +149,7 @@ function show(tile, image) {
   dot.hidden = classId === null;
   share.textContent = image.state === State.FAILED ? "!" : image.label !== null ? "✓" : shareOf(image);
   tile.setAttribute("aria-label", labelOf(image, name));
-  if (image.problem) tile.title = `${image.shown.slice(0, 300)}: ${image.problem}`;
+  tile.title = image.shown.slice(0, 300) + (image.problem && `: ${image.problem}`);
 }
 
 function labelOf(image, name) {

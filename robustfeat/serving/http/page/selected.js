@@ -12,7 +12,7 @@ const BARS = 3;
 export class Selected {
   #choose;
   #drawn = null;
-  #asked = 0;
+  #asked = null; // {image, name, stop}: the search in a collection that the list shows
 
   /** `choose` selects an image. */
   constructor(choose) {
@@ -63,13 +63,12 @@ export class Selected {
   #drawNeighbours(image) {
     const known = image.state === State.READY;
     byId("similar").hidden = !known;
-    const asked = (this.#asked += 1);
-    if (!known) return;
-    const name = byId("collection").value;
-    if (name) {
-      this.#ask(name, image, asked);
-      return;
-    }
+    const name = known ? byId("collection").value : "";
+    if (name && this.#asked?.image === image && this.#asked.name === name) return;
+    this.#asked?.stop.abort();
+    this.#asked = name ? { image, name, stop: new AbortController() } : null;
+    if (name) this.#ask(this.#asked);
+    if (name || !known) return;
     const ids = store.ready.map((one) => one.id);
     byId("neighbours").replaceChildren(...nearest(store.vectors, image.id, ids, NEIGHBOURS).map(([id, cosine]) => this.#neighbour(id, cosine)));
   }
@@ -85,10 +84,10 @@ export class Selected {
   }
 
   /** The most similar images of a collection that the server has; it tells their names, not their pictures. */
-  async #ask(name, image, asked) {
+  async #ask(asked) {
     const list = byId("neighbours");
     try {
-      const answer = await request(`similar/${encodeURIComponent(name)}?k=${NEIGHBOURS}`, { method: "POST", body: image.file });
+      const answer = await request(`similar/${encodeURIComponent(asked.name)}?k=${NEIGHBOURS}`, { method: "POST", body: asked.image.file, signal: asked.stop.signal });
       const { matches } = (await answer.json()).data[0];
       if (asked !== this.#asked) return;
       list.replaceChildren(...matches.map((row) => element("li", { class: "row-of-collection" },

@@ -6,6 +6,7 @@ const AT_ONCE = 4;
 
 const kept = new Map(); // id to {url, bitmap}; the one used longest ago first
 const waiting = new Map(); // id to {image, callbacks}
+const making = new Map(); // id to {image, callbacks} of those in work; `forgetThumbnails` removes them
 let running = 0;
 
 /** The thumbnail of an image, {url, bitmap}; null where the browser cannot decode it. `then` gets it, perhaps at once. */
@@ -15,6 +16,11 @@ export function thumbnail(image, then) {
     kept.delete(image.id);
     kept.set(image.id, known);
     then(known);
+    return;
+  }
+  const begun = making.get(image.id);
+  if (begun) {
+    begun.callbacks.push(then);
     return;
   }
   const entry = waiting.get(image.id) ?? { image, callbacks: [] };
@@ -29,6 +35,7 @@ export function forgetThumbnails() {
   for (const one of kept.values()) drop(one);
   kept.clear();
   waiting.clear();
+  making.clear();
 }
 
 function drop(one) {
@@ -41,21 +48,29 @@ function drop(one) {
 async function work() {
   if (running >= AT_ONCE || !waiting.size) return;
   running += 1;
-  const [id, { image, callbacks }] = [...waiting].at(-1);
+  const [id, entry] = [...waiting].at(-1);
   waiting.delete(id);
+  making.set(id, entry);
   let made = null;
   try {
-    made = await make(image.file);
+    made = await make(entry.image.file);
   } catch { /* of another format than browsers know */ }
+  if (making.get(id) === entry) {
+    making.delete(id);
+    keep(id, made);
+    for (const then of entry.callbacks) then(made);
+  } else drop(made);
+  running -= 1;
+  work();
+}
+
+function keep(id, made) {
   kept.set(id, made);
   if (kept.size > MOST) {
     const [oldest, one] = kept.entries().next().value;
     kept.delete(oldest);
     drop(one);
   }
-  for (const then of callbacks) then(made);
-  running -= 1;
-  work();
 }
 
 async function make(file) {
