@@ -82,7 +82,7 @@ def plant(options: argparse.Namespace, folder: Path) -> dict[Pair, str]:
     """Writes photographs and copies to `folder`; gives the kind of each pair of names."""
     rng = np.random.default_rng(0)
     with list_inputs(options.images) as found:
-        chosen = set(rng.permutation(len(found))[: options.count].tolist())
+        chosen = set(rng.permutation(len(found))[options.skip :][: options.count].tolist())
         sources = [source for number, source in enumerate(found) if number in chosen]
     parquet, planted = ParquetSources(), {}
     kinds = [kind for kind in COPIES for _ in range(options.copies)]
@@ -189,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", nargs="+", required=True, help="as `robustfeat embed` takes them")
     parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many, which an earlier run drew")
     parser.add_argument("--copies", type=int, default=500)
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--embed", nargs="*", default=[], help="further options of `robustfeat embed`, without --")

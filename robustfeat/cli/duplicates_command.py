@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +11,9 @@ from robustfeat.cli.extraction import Number
 from robustfeat.cli.feature_inputs import remark
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
+
+if TYPE_CHECKING:
+    from robustfeat.serving.collections.keeping import Measures
 
 
 @click.command("duplicates", cls=Command, short_help="List duplicate images, and which of them to drop.")
@@ -70,8 +74,9 @@ def command(
 
     if keep != "first" and not images:
         raise click.UsageError(f"--keep {keep} reads the images; pass --images with the folder that embed was given")
-    require_output(out, (feats,))
-    require_output(drop_list, (feats, *([out] if out else [])), ("",))
+    inputs = [feats, *images, *([names] if names else [])]
+    require_output(out, inputs)
+    require_output(drop_list, [*inputs, *([out] if out else [])], ("",), option="--drop-list")
     if null and drop_list is None:
         raise click.UsageError("--null is for --drop-list")
     features = open_features(feats) if names is None else open_array(feats, names)
@@ -81,7 +86,7 @@ def command(
     threads = threads or available_cpus()
     progress = Progress("duplicates", int(features.good.sum()), "rows", quiet=quiet)
 
-    def measure(paths: Sequence[str]) -> dict[str, tuple[float, int]]:
+    def measure(paths: Sequence[str]) -> Measures:
         read = Progress("read", len(paths), quiet=quiet)
         found = measure_images(keep, images, paths, threads=threads, progress=read)
         read.finish()
@@ -92,7 +97,7 @@ def command(
     )
     progress.finish()
     if drop_list is not None:
-        write_lines(sorting.drop_list(result.verdicts, null=null), drop_list)
+        write_lines(sorting.drop_list(result.verdicts, features, null=null), drop_list)
     to_lines = sorting.to_jsonl if as_json or (out or "").endswith(".jsonl") else sorting.to_csv
     write_lines(to_lines(result.verdicts), out)
     remark(
@@ -100,6 +105,12 @@ def command(
         f"({result.exact:,} exact copies, {result.near:,} near)",
         quiet,
     )
+    if result.repeated:
+        say(
+            f"robustfeat: {result.repeated:,} rows have the path and the bytes of an earlier row and were left out; "
+            "to compare files of several folders, embed a folder that holds them all",
+            err=True,
+        )
     if result.unread:
         say(f"robustfeat: {result.unread:,} images were not found or not read: others were kept first", err=True)
     if features.errors:

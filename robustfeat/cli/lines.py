@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,18 +13,35 @@ import click
 __all__ = ["require_output", "write_lines"]
 
 
-def require_output(out: str | None, inputs: Iterable[str], suffixes: tuple[str, ...] = (".csv", ".jsonl")) -> None:
-    """Asks of --out what would else be found after the work."""
+def require_output(
+    out: str | None, inputs: Iterable[str], suffixes: tuple[str, ...] = (".csv", ".jsonl"), *, option: str = "--out"
+) -> None:
+    """Checks an output before the work: its name, its folder, and that it is no input.
+
+    The index and the meta file of features count as inputs, too.
+    """
     from robustfeat.errors import InputError
 
     if out is None:
         return
     if not out.endswith(suffixes):
-        raise click.UsageError(f"--out {out}: expected a name ending in {' or '.join(suffixes)}")
+        raise click.UsageError(f"{option} {out}: expected a name ending in {' or '.join(suffixes)}")
     if not Path(out).absolute().parent.is_dir():
-        raise InputError(f"--out {out}: the folder {Path(out).parent} does not exist; make it first")
-    if any(Path(out).absolute() == Path(name).absolute() for name in inputs):
-        raise InputError(f"--out {out}: is an input, too; choose another name")
+        raise InputError(f"{option} {out}: the folder {Path(out).parent} does not exist; make it first")
+    place = os.path.realpath(out)
+    if any(place == os.path.realpath(file) for name in inputs for file in _files(name)):
+        raise InputError(f"{option} {out}: is an input, too; choose another name")
+
+
+def _files(name: str) -> tuple[str, ...]:
+    """An input, and the index and meta file beside it where it is a file of features."""
+    from robustfeat.serving.bulk.formats import FORMATS
+    from robustfeat.serving.bulk.job import Places
+
+    if Path(name).suffix not in FORMATS or not Path(name).is_file():
+        return (name,)
+    places = Places.of(name, argument=None)
+    return name, places.index, places.meta
 
 
 def write_lines(lines: Iterable[str], out: str | None = None, stream: TextIO | None = None) -> None:

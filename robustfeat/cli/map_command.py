@@ -123,7 +123,7 @@ def command(
     could not be read.
     """
     from robustfeat.cli.heads import load_head
-    from robustfeat.serving.heads.labels.reading import read_labels
+    from robustfeat.serving.heads.labels.reading import label_file, read_labels
     from robustfeat.serving.maps.building import (
         MapOptions,
         add_thumbnails,
@@ -136,8 +136,10 @@ def command(
     from robustfeat.serving.maps.layers import duplicates_layer
     from robustfeat.serving.maps.places_file import write_places
 
+    read = [*inputs, *images, *map(label_file, labels), *(layer.partition("=")[2] for layer in layers)]
+    read += [name for name in (names, layout) if name]
     for out in outs:
-        require_output(out, inputs, (".html", ".csv"))
+        require_output(out, read, (".html", ".csv"))
     known = read_labels(labels, multi_label=list(labels) != ["folder"]) if labels else None
     head = None if head_place is None else load_head(head_place)
     features = open_inputs(inputs, extraction, quiet, names=names, head=head, head_place=head_place or "")

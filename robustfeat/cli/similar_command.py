@@ -77,7 +77,7 @@ def command(
 
     if not queries and not texts:
         raise click.UsageError("Missing argument 'QUERY...', or --text.")
-    require_output(out, (feats, *queries))
+    require_output(out, [feats, *queries, *([names] if names else [])])
     features = open_features(feats) if names is None else open_array(feats, names)
     found = join_queries(list(_open_queries(features, queries, texts, extraction, quiet)))
     progress = Progress("similar", len(found.names), "queries", quiet=quiet)

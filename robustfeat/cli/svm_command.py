@@ -187,9 +187,10 @@ def predict_command(
     the predictions go to --out, else on stderr; paths that --labels names are left out of it.
     """
     from robustfeat.cli.heads import load_head
+    from robustfeat.serving.heads.labels.reading import label_file
     from robustfeat.serving.heads.predictions import Rejection, Suggestions, predict_rows, to_csv, to_jsonl
 
-    require_output(out, (*inputs, *labels))
+    require_output(out, [*inputs, *map(label_file, labels), *([names] if names else [])])
     if labels and suggest is None:
         raise click.UsageError("--labels says what --suggest need not list; pass --suggest N too")
     opened = load_head(head)

@@ -246,6 +246,92 @@ def test_wrong_options_are_one_line(robustfeat: Run, copies: Path, arguments: li
     assert said in result.stderr.splitlines()[-1]
 
 
+@pytest.fixture(scope="module")
+def two_folders(robustfeat: Run, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of the folders a and b beside them. b/1.jpg is a copy of a/7.jpg, and a/1.jpg is something else."""
+    root = tmp_path_factory.mktemp("two")
+    for name, image in (("a/1.jpg", "shoes/shoes-1.jpg"), ("a/7.jpg", "hat/hat-1.jpg"), ("b/1.jpg", "hat/hat-1.jpg")):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(examples / image, root / name)
+    done = robustfeat("embed", root / "a", root / "b", "--out", root / "feats.npy", "--quiet")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_the_drop_list_names_no_image_that_is_kept(robustfeat: Run, two_folders: Path, tmp_path: Path) -> None:
+    feats, listed, table = two_folders / "feats.npy", tmp_path / "drop.txt", tmp_path / "all.csv"
+    result = robustfeat("duplicates", feats, "--quiet", "--drop-list", listed, "--out", table)
+    assert (result.returncode, result.stdout) == (1, "")
+    said = "'1.jpg': is the path of row 2, which is to drop, and of row 0, which is not; embed one folder"
+    assert said in only_line(result.stderr)
+    assert not list(tmp_path.iterdir())
+    rows = rows_of(robustfeat("duplicates", feats, "--quiet").stdout)
+    assert [(one["row"], one["action"]) for one in rows] == [("1", "keep"), ("2", "drop")]
+
+
+def test_a_file_that_is_listed_twice_is_no_duplicate(robustfeat: Run, two_folders: Path, tmp_path: Path) -> None:
+    photos, feats, listed = two_folders / "a", tmp_path / "feats.npy", tmp_path / "drop.txt"
+    assert robustfeat("embed", photos, photos / "7.jpg", "--out", feats, "--quiet").returncode == 0
+    result = robustfeat("duplicates", feats, "--drop-list", listed)
+    assert result.returncode == 0, result.stderr
+    assert rows_of(result.stdout) == []
+    assert "1 rows have the path and the bytes of an earlier row and were left out" in result.stderr
+    assert listed.read_text() == ""
+    # A copy of a file that is listed twice is dropped as ever.
+    shutil.copytree(photos, tmp_path / "a")
+    shutil.copy(photos / "7.jpg", tmp_path / "a" / "0.jpg")
+    feats = tmp_path / "more.npy"
+    done = robustfeat("embed", tmp_path / "a", tmp_path / "a" / "7.jpg", "--out", feats, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert robustfeat("duplicates", feats, "--drop-list", listed).returncode == 0
+    assert listed.read_text() == "7.jpg\n"
+
+
+def test_images_of_the_same_path_are_measured_by_their_bytes(robustfeat: Run, examples: Path, tmp_path: Path) -> None:
+    image = Image.open(examples / "hat" / "hat-1.jpg")
+    for name, scale in (("a/0.png", 2), ("a/1.png", 4), ("b/1.png", 1)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        size = (image.width * scale // 2, image.height * scale // 2)
+        image.resize(size, Image.Resampling.LANCZOS).save(tmp_path / name)
+    folders, feats = (tmp_path / "a", tmp_path / "b"), tmp_path / "feats.npy"
+    assert robustfeat("embed", *folders, "--out", feats, "--quiet").returncode == 0
+    places = [part for folder in folders for part in ("--images", folder)]
+    result = robustfeat("duplicates", feats, "--threshold", "0.8", "--keep", "largest", *places, "--quiet")
+    assert result.returncode == 0, result.stderr
+    assert [(one["row"], one["action"]) for one in rows_of(result.stdout)] == [
+        ("1", "keep"),
+        ("0", "drop"),
+        ("2", "drop"),
+    ]
+
+
+def test_no_output_overwrites_an_input(robustfeat: Run, features: Path, tmp_path: Path) -> None:
+    for name in ("feats.npy", "feats.index.jsonl", "feats.meta.json"):
+        shutil.copy(features.with_name(name), tmp_path / name)
+    feats, names, link = tmp_path / "feats.npy", tmp_path / "names.csv", tmp_path / "link.jsonl"
+    names.write_text("".join(f"{row}\n" for row in range(40)))
+    link.symlink_to(tmp_path / "feats.index.jsonl")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    index, meta = tmp_path / "feats.index.jsonl", tmp_path / "feats.meta.json"
+    for arguments in (
+        ("similar", feats, "4", "--out", index),
+        ("similar", feats, "4", "--out", link),
+        ("similar", feats, "4", "--out", f"{tmp_path}/../{tmp_path.name}/{index.name}"),
+        ("similar", feats, "4", "--names", names, "--out", names),
+        ("duplicates", feats, "--out", index),
+        ("duplicates", feats, "--drop-list", index),
+        ("duplicates", feats, "--drop-list", meta),
+        ("duplicates", feats, "--drop-list", feats),
+        ("duplicates", feats, "--names", names, "--drop-list", names),
+        ("duplicates", feats, "--out", tmp_path / "new.csv", "--drop-list", tmp_path / "new.csv"),
+    ):
+        result = robustfeat(*arguments)
+        line = only_line(result.stderr)
+        assert result.returncode == 1, arguments
+        assert line.endswith(f"{arguments[-2]} {arguments[-1]}: is an input, too; choose another name"), line
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before, arguments
+
+
 @pytest.mark.skipif(os.name != "posix", reason="names of bytes")
 def test_names_that_lines_cannot_hold(robustfeat: Run, examples: Path, tmp_path: Path) -> None:
     root = tmp_path / "odd"

@@ -127,6 +127,19 @@ def test_labels_and_layers_come_from_tables(mapped: Path, robustfeat: Run, tmp_p
     assert any("cosine 0." in text for text in duplicates["texts"])
 
 
+@pytest.mark.parametrize("option", ["--labels {}", "--labels {}:label", "--layer a={}", "--layout {}", "--names {}"])
+def test_no_output_overwrites_an_input(mapped: Path, robustfeat: Run, tmp_path: Path, option: str) -> None:
+    file, link = tmp_path / "own.csv", tmp_path / "link.csv"
+    file.write_text("path,label,x,y\nhat/hat-1.jpg,red,0,0\n")
+    link.symlink_to(file)
+    before = file.read_bytes()
+    for out in (file, link):
+        done = robustfeat("map", mapped / "feats.npy", *option.format(file).split(), "--out", out)
+        assert (done.returncode, file.read_bytes()) == (1, before)
+        assert f"--out {out}: is an input, too; choose another name" in done.stderr
+        assert link.is_symlink()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -196,6 +196,7 @@ def test_bad_input_is_one_line(robustfeat: Run, head: Path, features: Path, tmp_
         (fit('path,label\nhat/hat-1.jpg,"a\nhat/hat-2.jpg,b\n'), "not a CSV file (line 3: "),
         (fit("path,label\nhat/hat-1.jpg,a, b\nhat/hat-2.jpg,b\n"), "line 2: has 3 columns; expected 2"),
         (["predict", head, features, "--suggest", 1, "--labels", few, "--out", few], "is an input, too"),
+        (["predict", head, features, "--suggest", 1, "--labels", f"{few}:label", "--out", few], "is an input, too"),
         (fit("path,label\nnone.jpg,a\n"), "none of its 1 paths is one of the 40 rows"),
         (["fit", features, "--labels", tmp_path / "none.csv", "--out", out], "cannot be read"),
         (["fit", features, "--labels", "folder", "--out", head], "exists already"),

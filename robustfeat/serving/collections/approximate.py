@@ -61,7 +61,7 @@ def make_index(features: Features, *, threads: int, progress: Progress | None = 
         progress: counts rows.
 
     Raises:
-        InputError: as `index_place`, or the files cannot be written.
+        InputError: as `index_place`, all rows failed, or the files cannot be written.
         ModuleNotFoundError: faiss is missing.
     """
     import faiss
@@ -69,6 +69,8 @@ def make_index(features: Features, *, threads: int, progress: Progress | None = 
     place, size = index_place(features), features.values.shape[1]
     faiss.omp_set_num_threads(threads)
     rows = np.flatnonzero(features.good)
+    if not len(rows):
+        raise InputError(f"{features.place}: has no image that did not fail, so it cannot have an index")
     lists = min(_MOST_LISTS, max(1, int(4 * np.sqrt(len(rows)))), max(1, len(rows) // _FITTED_ROWS))
     index = faiss.index_factory(size, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     fitted = rows[np.linspace(0, len(rows) - 1, min(len(rows), _FITTED_ROWS * lists)).astype(np.int64)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,17 @@ from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.inputs.parquet import ParquetSources
 from robustfeat.serving.inputs.sources import ImageSource
 
-__all__ = ["KEEP", "measure_images", "sharpness"]
+__all__ = ["KEEP", "Measures", "measure_images", "sharpness"]
 
 KEEP = ("first", "largest", "sharpest")
 """What is kept: the row that comes first, the image of most pixels, or the one of most detail."""
+
+Measures = dict[tuple[str, bytes | None], tuple[float, int]]
+"""How good images are, the best largest: their pixels or sharpness, and the bytes of their files.
+
+By path and sha256, since images of several folders may have the same path; and by path and None, for features that
+have no sha256.
+"""
 
 _AT_ONCE = 32
 """Image files that are in memory at a time."""
@@ -36,8 +44,8 @@ def measure_images(
     *,
     threads: int = 1,
     progress: Progress | None = None,
-) -> dict[str, tuple[float, int]]:
-    """How good images are, the best largest: their pixels or sharpness, and the bytes of their files. By path.
+) -> Measures:
+    """How good images are.
 
     Images that are not found or cannot be read are left out. They were decoded before, by decoders that may crash;
     these few are decoded here.
@@ -51,14 +59,15 @@ def measure_images(
     """
     measure = {"largest": _pixels, "sharpest": _detail}[keep]
     wanted, parquet = set(paths), ParquetSources()
-    measured: dict[str, tuple[float, int]] = {}
+    measured: Measures = {}
     with list_inputs(inputs) as found, ThreadPoolExecutor(threads) as pool:
         chosen = (image for image in found if image.path in wanted)
         while part := list(itertools.islice(chosen, _AT_ONCE)):
             contents = [_read(source, parquet) for source in part]
             for source, data, value in zip(part, contents, pool.map(_try(measure), contents), strict=True):
                 if value is not None:
-                    measured[source.path] = value, len(data)
+                    sha256 = hashlib.sha256(data).digest()
+                    measured[source.path, sha256] = measured[source.path, None] = value, len(data)
             if progress:
                 progress.advance(len(part))
     return measured

@@ -16,10 +16,10 @@ from robustfeat.progress import Progress
 from robustfeat.serving.collections.directions import Directions, product_error, to_units
 from robustfeat.serving.heads.features import CHUNK_ROWS
 
-__all__ = ["Neighbours", "find_neighbours"]
+__all__ = ["Neighbours", "find_neighbours", "queries_per_pass"]
 
-_QUERIES = 4096
-"""Queries that share one pass over the collection."""
+_QUERIES, _ANSWERS = 4096, 2**22
+"""The most queries that share one pass over the collection, and the most neighbours that these have together."""
 
 _PRODUCTS = 2**21
 """Products that are in memory at a time: 8 MB, which a processor's caches hold."""
@@ -33,12 +33,17 @@ class Neighbours:
     """The nearest rows to each of m queries.
 
     Attributes:
-        rows: (m, k) int64, the nearest first; -1 where there are no more.
+        rows: (m, k) int64, the nearest first; -1 where there are no more. k is at most the rows of the collection.
         cosines: (m, k) float64; NaN there.
     """
 
     rows: NDArray[np.int64]
     cosines: NDArray[np.float64]
+
+
+def queries_per_pass(k: int) -> int:
+    """How many queries share one pass, so that the k neighbours of each take at most 64 MB."""
+    return max(1, min(_QUERIES, _ANSWERS // max(k, 1)))
 
 
 def find_neighbours(
@@ -55,7 +60,7 @@ def find_neighbours(
     Args:
         collection: the rows.
         queries: (m, D) features of the same model. A query that is not finite has no neighbours.
-        k: 1 or more.
+        k: 1 or more; of more than the collection has rows, all rows answer.
         own: (m,) the row that each query is, which is left out of its answer; -1 for none.
         block_rows: rows that are multiplied at a time; by default as many as are fast.
         progress: counts queries.
@@ -67,15 +72,17 @@ def find_neighbours(
         raise ValueError(f"queries must be (m, {collection.size}); got {queries.shape}")
     if k < 1:
         raise ValueError(f"k must be 1 or more; got {k}")
+    k = min(k, len(collection))
     rows = np.full((len(queries), k), -1, np.int64)
     cosines = np.full((len(queries), k), np.nan)
-    for start in range(0, len(queries), _QUERIES):
-        part = slice(start, min(start + _QUERIES, len(queries)))
+    step = queries_per_pass(k)
+    for start in range(0, len(queries), step):
+        part = slice(start, min(start + step, len(queries)))
         finite = np.flatnonzero(np.isfinite(queries[part]).all(1)) + start
         if len(finite):
             excluded = np.full(len(finite), -1, np.int64) if own is None else own[finite]
-            nearest = _Nearest(collection, to_units(queries[finite]), min(k, len(collection)), excluded)
-            rows[finite, : nearest.k], cosines[finite, : nearest.k] = nearest.search(block_rows)
+            nearest = _Nearest(collection, to_units(queries[finite]), k, excluded)
+            rows[finite], cosines[finite] = nearest.search(block_rows)
         if progress:
             progress.advance(part.stop - part.start)
     return Neighbours(rows, cosines)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError
 from robustfeat.progress import Progress, json_line
-from robustfeat.serving.collections.neighbours import Neighbours
+from robustfeat.serving.collections.neighbours import Neighbours, queries_per_pass
 from robustfeat.serving.heads.cells import csv_line
-from robustfeat.serving.heads.features import CHUNK_ROWS, Features
+from robustfeat.serving.heads.features import Features
 from robustfeat.serving.inputs.sources import path_fields
 
 __all__ = ["Match", "Queries", "Search", "find_similar", "join_queries", "rows_named", "to_csv", "to_jsonl"]
@@ -123,8 +123,10 @@ def find_similar(
         k: rows per query.
         progress: counts queries.
     """
-    for start in range(0, len(queries.names), CHUNK_ROWS):
-        part = slice(start, min(start + CHUNK_ROWS, len(queries.names)))
+    k = max(1, min(k, len(features)))
+    step = queries_per_pass(k)
+    for start in range(0, len(queries.names), step):
+        part = slice(start, min(start + step, len(queries.names)))
         found = search(queries.values[part], k, queries.rows[part])
         for number in range(part.start, part.stop):
             name = queries.names[number]

@@ -13,6 +13,7 @@ from robustfeat.errors import InputError
 from robustfeat.progress import Progress, json_line
 from robustfeat.serving.collections.directions import Directions
 from robustfeat.serving.collections.duplicates import Groups, find_duplicates
+from robustfeat.serving.collections.keeping import Measures
 from robustfeat.serving.heads.cells import csv_line
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.inputs.sources import path_fields
@@ -48,6 +49,7 @@ class Sorted:
         verdicts: group by group, the kept image first.
         groups, exact, near: how many there are, and how many images to drop.
         unread: images among duplicates that could not be measured, so that others were preferred.
+        repeated: rows left out because an earlier row has the same path and the same bytes.
     """
 
     verdicts: Sequence[Verdict]
@@ -55,43 +57,71 @@ class Sorted:
     exact: int
     near: int
     unread: int
+    repeated: int
 
 
 def sort_duplicates(
     features: Features,
     threshold: float,
-    measure: Callable[[Sequence[str]], dict[str, tuple[float, int]]] | None = None,
+    measure: Callable[[Sequence[str]], Measures] | None = None,
     *,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Sorted:
     """Groups the duplicates of a collection, and says of each whether to keep or drop it.
 
-    Files of the same bytes are duplicates whatever their features. Failed rows are left out.
+    Files of the same bytes are duplicates whatever their features. Failed rows are left out, and so are rows with
+    the path and the bytes of an earlier row: they may be the same file, listed twice.
 
     Args:
         features: the collection.
         threshold: images are near-duplicates from this cosine on.
-        measure: how good images are, the best largest, by path; of a group the best is kept. By default the first row
-            is kept.
+        measure: how good the images of some paths are, the best largest; of a group the best is kept. By default the
+            first row is kept.
         threads: of the search.
         progress: counts rows.
     """
     collection = Directions(features)
-    groups = _group(collection, threshold, np.flatnonzero(features.good), threads, progress)
+    good = np.flatnonzero(features.good)
+    order = _without_repeats(features, good)
+    if progress:
+        progress.advance(len(good) - len(order))
+    groups = _group(collection, threshold, order, threads, progress)
     unread = 0
     if measure:
         rows = np.flatnonzero(groups.involved)
-        paths = [features.paths[row] for row in rows.tolist()]
-        found = measure(paths)
+        images = [(features.paths[row], _sha256(features, row)) for row in rows.tolist()]
+        found = measure([path for path, _ in images])
         worst = (-np.inf, -1)
-        merits = [found.get(path, worst) for path in paths]
+        merits = [found.get(image, worst) for image in images]
         unread = sum(merit is worst for merit in merits)
-        order = sorted(range(len(rows)), key=lambda at: (-merits[at][0], -merits[at][1], at))
-        groups = _group(collection, threshold, rows[np.array(order, np.int64)], threads, None)
+        best = sorted(range(len(rows)), key=lambda at: (-merits[at][0], -merits[at][1], at))
+        groups = _group(collection, threshold, rows[np.array(best, np.int64)], threads, None)
     verdicts = _verdicts(features, groups)
     kinds = [one.kind for one in verdicts]
-    return Sorted(verdicts, kinds.count("kept"), kinds.count("exact"), kinds.count("near"), unread)
+    counts = kinds.count("kept"), kinds.count("exact"), kinds.count("near")
+    return Sorted(verdicts, *counts, unread, len(good) - len(order))
+
+
+def _without_repeats(features: Features, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows without those that have the path and the bytes of an earlier one."""
+    first = _first_copies(features.hashes, rows)
+    copies = np.flatnonzero(first != rows)
+    files = {(row, features.paths[row]) for row in first[copies].tolist()}
+    repeats = []
+    for at in copies.tolist():
+        file = int(first[at]), features.paths[int(rows[at])]
+        if file in files:
+            repeats.append(at)
+        files.add(file)
+    return np.delete(rows, repeats)
+
+
+def _sha256(features: Features, row: int) -> bytes | None:
+    """The sha256 of the image file of a row; None where it is not known."""
+    if features.hashes is None or not features.hashes[row].any():
+        return None
+    return bytes(features.hashes[row])
 
 
 def _group(
@@ -156,16 +186,32 @@ def to_jsonl(verdicts: Iterable[Verdict]) -> Iterator[str]:
         yield json_line({**fields, "action": one.action, "kind": one.kind}) + "\n"
 
 
-def drop_list(verdicts: Iterable[Verdict], *, null: bool = False) -> Iterator[str]:
-    """The paths to drop, one per line, or each with a NUL behind it.
+def drop_list(verdicts: Iterable[Verdict], features: Features, *, null: bool = False) -> Iterator[str]:
+    """The paths to drop, one per line, or each with a NUL behind it. All are checked before the first is given.
 
     Raises:
-        InputError: a path has a line break in it, and the lines do not end in NUL.
+        InputError: an image to keep has the path of one to drop; or a path has a line break in it, and the lines do
+            not end in NUL.
     """
-    for one in verdicts:
-        if one.action == "drop":
-            if not null and "\n" in one.path:
-                raise InputError(
-                    f"{one.path!r}: has a line break, so a list of lines cannot hold it", fix="pass `null`"
-                )
-            yield one.path + ("\0" if null else "\n")
+    dropped = [one for one in verdicts if one.action == "drop"]
+    _require_own_paths(dropped, features)
+    for one in dropped:
+        if not null and "\n" in one.path:
+            raise InputError(f"{one.path!r}: has a line break, so a list of lines cannot hold it", fix="pass `null`")
+    return (one.path + ("\0" if null else "\n") for one in dropped)
+
+
+def _require_own_paths(dropped: Sequence[Verdict], features: Features) -> None:
+    """Paths are relative to the folders that were embedded, so images of two folders may have the same one."""
+    rows = {one.path: one.row for one in dropped}
+    files = {(one.path, _sha256(features, one.row)) for one in dropped}
+    numbers = {one.row for one in dropped}
+    for row, path in enumerate(features.paths):
+        if path not in rows or row in numbers:
+            continue
+        sha256 = _sha256(features, row)
+        if sha256 is None or (path, sha256) not in files:
+            raise InputError(
+                f"{path!r}: is the path of row {rows[path]}, which is to drop, and of row {row}, which is not",
+                fix="embed one folder that holds all the images, so that each has its own path",
+            )

@@ -80,6 +80,14 @@ def test_few_rows_have_an_index_too(write_features: WriteFeatures, tmp_path: Pat
     assert found.rows.tolist() == [[0, 1, 2, -1, -1]]
 
 
+def test_features_of_failed_images_only_have_no_index(write_features: WriteFeatures, tmp_path: Path) -> None:
+    values = np.full((2, 8), np.nan, np.float32)
+    write_features(tmp_path / "none.npy", values, ["a", "b"], {0: "damaged", 1: "damaged"})
+    with pytest.raises(InputError, match=r"none\.npy: has no image that did not fail"):
+        make_index(robustfeat.load(tmp_path / "none.npy"), threads=1)
+    assert not list(tmp_path.glob("*.faiss*"))
+
+
 def test_arrays_made_elsewhere_have_no_index(features_of: FeaturesOf) -> None:
     with pytest.raises(InputError, match="only features that embed wrote to this machine can have an index"):
         make_index(features_of(np.ones((2, 4), np.float32)), threads=1)

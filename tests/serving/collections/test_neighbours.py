@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from robustfeat import InputError
 from robustfeat.serving.collections.directions import Directions, product_error
-from robustfeat.serving.collections.neighbours import find_neighbours
+from robustfeat.serving.collections.neighbours import Neighbours, find_neighbours
+from robustfeat.serving.collections.similar import Queries, find_similar
 from tests.serving.collections.conftest import FeaturesOf
 
 BLOCKS = [1, 7, 64, 1000, None]
@@ -51,7 +52,7 @@ def test_the_nearest_rows_are_those_of_brute_force(
     values, failed = collection
     queries = np.concatenate([values[[7, 3, 120, 30, 31, 5]], np.random.default_rng(1).standard_normal((3, 24))])
     found = find_neighbours(Directions(features_of(values, failed)), queries, k, block_rows=block_rows)
-    assert found.rows.shape == found.cosines.shape == (9, k)
+    assert found.rows.shape == found.cosines.shape == (9, min(k, 300))
     for number, query in enumerate(queries):
         expected = brute_force(values, query, set(failed))[:k]
         count = len(expected)
@@ -112,13 +113,32 @@ def test_all_rows_are_alike_and_the_first_ones_answer(features_of: FeaturesOf) -
 
 def test_one_row_no_row_and_failed_queries(features_of: FeaturesOf) -> None:
     one = Directions(features_of(np.ones((1, 4), np.float32)))
-    assert find_neighbours(one, np.ones((1, 4)), 3).rows.tolist() == [[0, -1, -1]]
-    assert find_neighbours(one, np.ones((1, 4)), 3, own=np.array([0])).rows.tolist() == [[-1, -1, -1]]
+    assert find_neighbours(one, np.ones((1, 4)), 3).rows.tolist() == [[0]]
+    assert find_neighbours(one, np.ones((1, 4)), 3, own=np.array([0])).rows.tolist() == [[-1]]
     none = Directions(features_of(np.ones((0, 4), np.float32)))
-    assert find_neighbours(none, np.ones((1, 4)), 2).rows.tolist() == [[-1, -1]]
+    assert find_neighbours(none, np.ones((1, 4)), 2).rows.shape == (1, 0)
     bad = np.array([[np.nan] * 4, [np.inf, 0, 0, 0], [1, 1, 1, 1]])
     assert find_neighbours(one, bad, 1).rows.tolist() == [[-1], [-1], [0]]
-    assert find_neighbours(one, np.ones((0, 4)), 2).rows.shape == (0, 2)
+    assert find_neighbours(one, np.ones((0, 4)), 2).rows.shape == (0, 1)
+
+
+def test_a_huge_k_costs_no_more_memory_than_all_rows(features_of: FeaturesOf) -> None:
+    values = np.random.default_rng(5).standard_normal((3000, 8)).astype(np.float32)
+    features = features_of(values)
+    directions = Directions(features)
+    found = find_neighbours(directions, values[:2], 10**6)
+    assert found.rows.shape == found.cosines.shape == (2, 3000)
+    asked = []
+
+    def search(queries: NDArray[np.float32], k: int, own: NDArray[np.int64]) -> Neighbours:
+        asked.append(queries.shape[0] * k)
+        return find_neighbours(directions, queries, k, own=own)
+
+    first = next(find_similar(features, search, Queries.of_features(features, own=True), 10**6))
+    assert first.row == brute_force(values, values[0], {0})[0][1]
+    assert asked[0] <= 2**22
+    few = find_neighbours(directions, values[:1400], 3000)  # more than one pass
+    assert (few.rows[1399] == find_neighbours(directions, values[1399:1400], 3000).rows[0]).all()
 
 
 def test_a_query_of_zeros_is_at_cosine_0_to_all(features_of: FeaturesOf) -> None:

@@ -16,7 +16,7 @@ from robustfeat.serving.heads.labels.csv_files import open_text, read_csv
 from robustfeat.serving.heads.labels.labels import Labels, check_label
 from robustfeat.serving.heads.labels.parquet_files import read_parquet
 
-__all__ = ["read_labels"]
+__all__ = ["label_file", "read_labels"]
 
 _FILE = re.compile(r"(?P<file>.*\.(?P<kind>csv|tsv|parquet|txt|npy))(:(?P<column>.+))?", re.IGNORECASE | re.DOTALL)
 
@@ -70,6 +70,12 @@ def read_labels(
     if not found:
         raise InputError("holds no labels", argument="labels", value=names)
     return Labels(names, found, repeated)
+
+
+def label_file(source: str) -> str:
+    """The file of a source of labels, without its column: of `labels.csv:colour`, labels.csv."""
+    match = _FILE.fullmatch(source)
+    return match["file"] if match else source
 
 
 def _folders(*, multi_label: bool, path_column: str | None, rows: int | None) -> Labels:
