@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,11 @@ import pytest
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError
-from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
+from robustfeat.serving.bulk.embedding import embed_files
 from robustfeat.serving.bulk.joining import join_parts
 from robustfeat.serving.bulk.parts import Part
 from robustfeat.serving.inputs.listing import list_inputs
-
-Embed = Callable[..., EmbeddingResult]
-
-
-@pytest.fixture(scope="module")
-def extractor(model: Path) -> FeatureExtractor:
-    return FeatureExtractor.from_pretrained(model, threads=2, streams=2)
-
-
-@pytest.fixture(scope="module")
-def embed(extractor: FeatureExtractor) -> Embed:
-    def call(place: Path, out: Path, **options: Any) -> EmbeddingResult:
-        options = {"batch_size": 4, "shard_rows": 4, "workers": 1, "quiet": True, **options}
-        with list_inputs([place]) as inputs:
-            return embed_files(extractor, inputs, out, **options)
-
-    return call
+from tests.serving.bulk.conftest import Embed
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,12 @@ from pyarrow import parquet
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError
-from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
+from robustfeat.serving.bulk.embedding import embed_files
 from robustfeat.serving.bulk.outputs import NewOutput
 from robustfeat.serving.bulk.shards import write_shards
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.inputs.listing import list_inputs
-
-Embed = Callable[..., EmbeddingResult]
-
-
-@pytest.fixture(scope="module")
-def extractor(model: Path) -> FeatureExtractor:
-    return FeatureExtractor.from_pretrained(model, threads=2, streams=2)
-
-
-@pytest.fixture(scope="module")
-def embed(extractor: FeatureExtractor) -> Embed:
-    def call(place: Path, out: Path, **options: Any) -> EmbeddingResult:
-        options = {"batch_size": 4, "shard_rows": 4, "workers": 1, "quiet": True, **options}
-        with list_inputs([place]) as inputs:
-            return embed_files(extractor, inputs, out, **options)
-
-    return call
+from tests.serving.bulk.conftest import Embed
 
 
 @pytest.fixture

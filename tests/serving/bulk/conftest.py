@@ -1,0 +1,30 @@
+"""Embedding in small batches and shards, so that few images are several of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustfeat import FeatureExtractor
+from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
+from robustfeat.serving.inputs.listing import list_inputs
+
+Embed = Callable[..., EmbeddingResult]
+
+
+@pytest.fixture(scope="module")
+def extractor(model: Path) -> FeatureExtractor:
+    return FeatureExtractor.from_pretrained(model, threads=2, streams=2)
+
+
+@pytest.fixture(scope="module")
+def embed(extractor: FeatureExtractor) -> Embed:
+    def call(place: Path, out: Path, **options: Any) -> EmbeddingResult:
+        options = {"batch_size": 4, "shard_rows": 4, "workers": 1, "quiet": True, **options}
+        with list_inputs([place]) as inputs:
+            return embed_files(extractor, inputs, out, **options)
+
+    return call
