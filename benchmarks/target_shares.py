@@ -78,10 +78,10 @@ def wanted_shares(names: list[str], prior: Array) -> dict[str, Array]:
     half = np.array([0.25 if name in {"Bird", "Dog"} else 0.5 / (len(names) - 2) for name in names])
     man_made = np.where([name in {*LIVING, "Others"} for name in names], 0, prior)
     return {
-        "those of training": prior,
+        "as in training": prior,
         "ImageNet's": np.array([IMAGENET[name] for name in names]) / 1000,
         "half birds and dogs": half,
-        "man-made things alone": man_made / man_made.sum(),
+        "only man-made things": man_made / man_made.sum(),
     }
 
 
