@@ -89,9 +89,9 @@ def _figure2(measures: Measures) -> Exhibit:
     return Exhibit(
         "fig2", "Figure 2: h(s) at lambda = 1", rows, [Panel("", "s", "h(s)", curves)],
         [
-            "h(s) = mu sqrt(log(s) / 2) - lambda sqrt(s), where mu bounds the norm of q's gradient; Theorem 3's gain "
-            "is its square, and the paper takes s = 1000.",
-            "The paper's figure has no numbers: expected is where the derivative of h is 0.",
+            "h(s) = mu sqrt(log(s) / 2) - lambda sqrt(s), where mu bounds the norm of q's gradient. Theorem 3's gain "
+            "is its square. The paper uses s = 1000.",
+            "The paper's figure has no numbers. Expected is the s where the derivative of h is 0.",
         ],
     )  # fmt: skip
 
@@ -148,8 +148,8 @@ def _verdicts(measures: Measures) -> Exhibit:
         f"SVM accuracy minus ERM's, in points; pre-trained on {measures.study.title}",
         list(rows.values()),
         notes=[
-            f"Of the paper's {len(of_paper)} comparisons: {counts}. docs/protocol.md says what these mean"
-            f"{'; the others are controls' if len(measures.methods) > len(METHODS) else ''}."
+            f"Of the paper's {len(of_paper)} comparisons: {counts}. docs/protocol.md defines these marks."
+            f"{' The other rows are controls.' if len(measures.methods) > len(METHODS) else ''}"
         ],
     )
 
@@ -268,8 +268,8 @@ def _opinions(measures: Measures) -> Exhibit:
         f"Second opinions, accuracy in %; pre-trained on {measures.study.title}",
         rows,
         notes=[
-            "LIBSVM is one against one with the hinge loss, on at most 5,000 training rows, first seed; * marks a "
-            "solver that was stopped before its end, and + one with LinearSVC's C and scaling instead of its own "
+            "LIBSVM is one against one with the hinge loss, on at most 5,000 training rows of the first seed. * marks "
+            "a solver that was stopped before convergence. + marks C and scaling from LinearSVC instead of its own "
             "choice."
         ],
     )  # fmt: skip
@@ -302,8 +302,8 @@ def _corruptions(measures: Measures) -> Exhibit:
         rows,
         panels,
         [
-            f"Of {limit} test images of each target. Kept: corrupted / clean. Drift: 1 - cosine of an image's features "
-            "before and after. docs/evaluation.md tells more."
+            f"Measured on {limit} test images per target. Kept is corrupted / clean. Drift is 1 - cosine between the "
+            "features of an image before and after. docs/evaluation.md describes both."
         ],
     )
 
