@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import speed_chart
 from tests.conftest import ROOT, Run
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -58,9 +59,14 @@ def test_four_commands_lead_from_class_folders_to_an_endpoint(tmp_path: Path) ->
     script = block.replace(".venv/bin/robustfeat", f"{sys.executable} -m robustfeat").replace("8000", port)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = ["bash", "-e", "-c", f"{script}\necho"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    log = tmp_path / "stderr"
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
+            start_new_session=True,
+        ) as process,
+    ):  # fmt: skip
         try:
             assert process.stdout is not None
             answer = json.loads(process.stdout.readline())
@@ -69,6 +75,33 @@ def test_four_commands_lead_from_class_folders_to_an_endpoint(tmp_path: Path) ->
     assert answer["head"] == "clothes"
     assert answer["data"][0]["prediction"] == "hat"
     assert (tmp_path / "clothes" / "report.md").exists()
+    (printed,) = re.findall(r"<!-- printed -->\n```text\n(.*?)\n```", README, re.DOTALL)
+    *lines, last = printed.splitlines()
+    assert set(map(without_numbers, lines)) <= set(map(without_numbers, log.read_text().splitlines()))
+    assert set(re.findall(r'"(\w+)":', last)) <= {*answer, *answer["data"][0]}
+
+
+def without_numbers(line: str) -> str:
+    """Accuracies and ports differ between machines."""
+    return re.sub(r"[\d.]+", "0", line)
+
+
+def test_the_chart_shows_the_measured_rates() -> None:
+    drawn = speed_chart.CHART.read_text("utf-8")
+    text = (ROOT / "docs" / "embedding.md").read_text("utf-8")
+    assert drawn == speed_chart.chart(speed_chart.programs(text)), "run `python benchmarks/speed_chart.py`"
+    bars = [
+        (float(length), int(rate))
+        for length, rate in re.findall(r'x="\d+" y="\d+" width="([\d.]+)".*\n<text[^>]*>(\d+)</text>', drawn)
+    ]
+    assert len(bars) == 14
+    for panel in (bars[0::2], bars[1::2]):
+        longest = max(rate for _, rate in panel)
+        assert [length for length, _ in panel] == pytest.approx([200 * rate / longest for _, rate in panel], abs=0.06)
+
+
+def test_it_stays_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 def test_every_command_is_in_the_table() -> None:
