@@ -56,8 +56,8 @@ class Limits:
 
 
 LIMITS = {
-    "documents": Limits(16.8, 8, 0.37, 780, 100),
-    "tables": Limits(11.4, 2, 0.42, 0, 24),
+    "documents": Limits(12.6, 1.5, 0.12, 160, 20),
+    "tables": Limits(10.4, 0.6, 0.3, 0, 4),
     "changelog": Limits(17.3, 9.1, 0.52, 185, 8),
     "help": Limits(9.4, 0.6, 0.43, 0, 14),
     "docstrings": Limits(10.8, 1.1, 0.31, 0, 285),
