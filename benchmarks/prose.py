@@ -58,7 +58,7 @@ class Limits:
 LIMITS = {
     "documents": Limits(12.6, 1.5, 0.12, 160, 20),
     "tables": Limits(10.4, 0.6, 0.3, 0, 4),
-    "changelog": Limits(17.3, 9.1, 0.52, 185, 8),
+    "changelog": Limits(14, 4, 0.15, 0, 0),
     "help": Limits(9.4, 0.6, 0.43, 0, 14),
     "docstrings": Limits(10.8, 1.1, 0.31, 0, 285),
     "comments": Limits(10.1, 0.3, 0.26, 0, 36),
