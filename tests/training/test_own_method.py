@@ -1,4 +1,4 @@
-"""The method in docs/training.md is a file that works as it stands."""
+"""The method in docs/training-methods.md is a file that works as it stands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.conftest import ROOT, train_arguments
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    text = (ROOT / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "training-methods.md").read_text()
     block = re.search(r"<!-- own method -->\n```python\n(.*?)```", text, re.DOTALL)
     assert block
     (tmp_path / "steady.py").write_text(block[1])
