@@ -56,9 +56,9 @@ class Limits:
 
 
 LIMITS = {
-    "documents": Limits(12.6, 1.5, 0.12, 160, 20),
-    "tables": Limits(10.4, 0.6, 0.3, 0, 4),
-    "changelog": Limits(14, 4, 0.15, 0, 0),
+    "documents": Limits(12.0, 0.6, 0.08, 45, 4),
+    "tables": Limits(10.2, 0.6, 0.28, 0, 2),
+    "changelog": Limits(11.5, 0.5, 0.05, 0, 1),
     "help": Limits(9.4, 0.6, 0.43, 0, 14),
     "docstrings": Limits(10.8, 1.1, 0.31, 0, 285),
     "comments": Limits(10.1, 0.3, 0.26, 0, 36),
