@@ -39,6 +39,7 @@ _COMMANDS = (
     "svm",
     "torchserve",
     "train",
+    "triton",
     "verify",
 )
 _EXTRAS = {
