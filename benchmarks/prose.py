@@ -31,6 +31,8 @@ import click
 ROOT = Path(__file__).parents[1]
 LONG_SENTENCE, LONG_LINE, WORDS_OF_A_CELL = 30, 100, 5  # words, characters, words
 
+PRE_REGISTERED = "docs/protocol.md"  # keeps the words that were written before the runs
+
 PHRASES = (
     r"(that|those) of",
     r"what (is|are|was)",
@@ -56,7 +58,7 @@ class Limits:
 
 
 LIMITS = {
-    "documents": Limits(12.0, 0.6, 0.08, 45, 4),
+    "documents": Limits(12.4, 0.5, 0.08, 12, 1),
     "tables": Limits(10.2, 0.6, 0.28, 0, 2),
     "changelog": Limits(11.5, 0.5, 0.05, 0, 1),
     "help": Limits(9.4, 0.6, 0.43, 0, 14),
@@ -256,6 +258,8 @@ def measure() -> Iterator[Prose]:
     """Each file's prose, and each command's."""
     for file in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))):
         text = file.read_text("utf-8")
+        if file == ROOT / PRE_REGISTERED:
+            continue
         kind, name = "changelog" if file.name == "CHANGELOG.md" else "documents", file.relative_to(ROOT).as_posix()
         yield Prose(kind, name, document_passages(text), long_lines(text))
         yield Prose("tables", name, cells(text))
