@@ -268,9 +268,9 @@ def _opinions(measures: Measures) -> Exhibit:
         f"Second opinions, accuracy in %; pre-trained on {measures.study.title}",
         rows,
         notes=[
-            "LIBSVM is one against one with the hinge loss, on at most 5,000 training rows of the first seed. * marks "
-            "a solver that was stopped before convergence. + marks C and scaling from LinearSVC instead of its own "
-            "choice."
+            "LIBSVM is one against one with the hinge loss, on at most 5,000 training rows of the first seed. An "
+            "asterisk marks a solver that was stopped before convergence. A plus sign marks C and scaling from "
+            "LinearSVC instead of its own choice."
         ],
     )  # fmt: skip
 

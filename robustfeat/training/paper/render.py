@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +23,9 @@ svg { max-width: 100%; height: auto; }"""
 
 
 def markdown(exhibit: Exhibit) -> str:
-    """Heading, table and notes."""
-    return "\n".join([f"### {exhibit.title}", "", table(exhibit.rows), *exhibit.notes]).rstrip() + "\n"
+    """Heading, table and notes, the latter in lines of up to 100 characters."""
+    notes = [textwrap.fill(note, 100, break_on_hyphens=False) for note in exhibit.notes]
+    return "\n".join([f"### {exhibit.title}", "", table(exhibit.rows), *notes]).rstrip() + "\n"
 
 
 def write_exhibit(exhibit: Exhibit, folder: Path) -> list[Path]:
