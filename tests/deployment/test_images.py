@@ -1,0 +1,142 @@
+"""docker/: Dockerfiles, locks and compose.yaml."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from tests.conftest import ROOT
+from tests.deployment.plain_root import instructions
+from tests.serving.http.conftest import Server
+from tests.serving.http.test_proxies import ask, free_port, nginx
+
+DOCKER = ROOT / "docker"
+DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
+LOCKED = {"cpu": ("cpu",), "gpu": ("gpu",), "train": ("train", "cpu"), "build": ()}
+"""The extras in each lock; none is what builds the package."""
+
+
+def tool(name: str) -> str:
+    """A program that a package of the extra `dev` carries."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda file: file.name)
+def test_hadolint_finds_nothing(dockerfile: Path) -> None:
+    done = subprocess.run([tool("hadolint"), "--no-color", dockerfile], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def locked(name: str) -> dict[str, str]:
+    """Versions by the packages' names."""
+    text = (DOCKER / "locks" / f"{name}.txt").read_text("utf-8")
+    entries = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.M)).splitlines()
+    found = {}
+    for entry in entries:
+        # A package, its version and hashes: no URL, no index, no option.
+        match = re.fullmatch(r"([a-z0-9.-]+)==(\S+)((?:\s+--hash=sha256:[0-9a-f]{64})+)", entry)
+        assert match, entry
+        found[match[1]] = match[2]
+    return found
+
+
+def requirements(extra: str, project: dict[str, Any]) -> list[Requirement]:
+    """Of an extra and those that it names."""
+    lines = [Requirement(line) for line in project["optional-dependencies"][extra]]
+    inner = [
+        one
+        for line in lines
+        if line.name == "robustfeat"
+        for name in line.extras
+        for one in requirements(name, project)
+    ]
+    return [line for line in lines if line.name != "robustfeat"] + inner
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_a_lock_holds_what_the_project_asks_for(name: str) -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    project = data["project"]
+    wanted = [Requirement(line) for line in data["build-system"]["requires"]]
+    if LOCKED[name]:
+        wanted = [Requirement(line) for line in project["dependencies"]]
+        wanted += [one for extra in LOCKED[name] for one in requirements(extra, project)]
+    versions = locked(name)
+    for one in wanted:
+        if one.marker is None or one.marker.evaluate({"sys_platform": "linux", "python_version": "3.13"}):
+            found = versions.get(re.sub(r"[-_.]+", "-", one.name.lower()))
+            assert found, f"{one.name}: run docker/lock"
+            assert one.specifier.contains(found), f"{one}, got {found}: run docker/lock"
+
+
+def test_a_server_needs_no_torch() -> None:
+    assert not {"torch", "timm", "onnx"} & (set(locked("cpu")) | set(locked("gpu")))
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda file: file.name)
+def test_what_is_copied_is_there_and_not_ignored(dockerfile: Path) -> None:
+    """.dockerignore leaves out everything that it does not name with `!`."""
+    lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    assert "*" in lines
+    kept = [line[1:] for line in lines if line.startswith("!")]
+    for name, text in instructions(dockerfile):
+        if name == "COPY" and not text.startswith("--from"):
+            for source in text.split()[:-1]:
+                assert (ROOT / source).exists()
+                assert any(f"{source.rstrip('/')}/".startswith(f"{place}/") for place in kept), source
+
+
+def test_the_images_run_as_nobody_and_the_last_stage_serves() -> None:
+    for dockerfile in DOCKERFILES:
+        found = list(instructions(dockerfile))
+        assert [text for name, text in found if name == "USER"][-1] == "65534:65534"
+    (last, _) = [text for name, text in instructions(DOCKER / "serve.Dockerfile") if name == "FROM"][-1].split(" AS ")
+    assert last == "runtime"  # with the built-in model, where nobody names a target
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    command = [tool("docker-compose"), "-f", DOCKER / "compose.yaml", "config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = yaml.safe_load(done.stdout)
+    return found
+
+
+def test_compose_mounts_files_that_exist_and_opens_ports_to_this_machine_only(compose: dict[str, Any]) -> None:
+    for service in compose["services"].values():
+        for volume in service.get("volumes", []):
+            assert volume["type"] == "volume" or Path(volume["source"]).is_file(), volume
+        for port in service.get("ports", []):
+            assert port["host_ip"] == "127.0.0.1"
+    server = compose["services"]["robustfeat"]
+    assert server["read_only"] is True
+    assert server["deploy"]["replicas"] == 2
+    assert "ports" not in server
+    assert Path(server["build"]["context"], server["build"]["dockerfile"]).is_file()
+
+
+def test_the_nginx_of_compose_balances_and_hides_the_metrics(photos: list[bytes], tmp_path: Path) -> None:
+    port = free_port()
+    server = Server("--workers", 1)
+    text = (DOCKER / "nginx" / "robustfeat.conf").read_text("utf-8")
+    text = text.replace("robustfeat:8000", f"127.0.0.1:{server.port}").replace("listen 80", f"listen {port}")
+    with nginx(tmp_path, text, port):
+        host = {"Host": "localhost"}
+        assert ask(port, "POST", "/embed", photos[0], host).body == server.post("/embed", photos[0]).body
+        assert ask(port, "POST", "/embed", bytes(2**25 + 1), host).status == 413
+        assert "33,554,432" in ask(port, "POST", "/embed", bytes(2**25 + 1), host).body.decode()
+        assert ask(port, "GET", "/metrics", headers=host).status == 404
+    assert server.stop() == 0
