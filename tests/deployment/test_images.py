@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -140,3 +142,26 @@ def test_the_nginx_of_compose_balances_and_hides_the_metrics(photos: list[bytes]
         assert "33,554,432" in ask(port, "POST", "/embed", bytes(2**25 + 1), host).body.decode()
         assert ask(port, "GET", "/metrics", headers=host).status == 404
     assert server.stop() == 0
+
+
+def test_the_documented_builds_name_what_there_is() -> None:
+    """Files, stages and arguments of each `docker build` in docs/deploy.md."""
+    text = (ROOT / "docs" / "deploy.md").read_text("utf-8")
+    commands = re.findall(r"docker build [^`\n]*", text)
+    assert len(commands) == 4
+    for command in commands:
+        pairs = list(itertools.pairwise(shlex.split(command)))
+        found = list(instructions(ROOT / dict(pairs)["-f"]))
+        stages = {text.split(" AS ")[-1] for name, text in found if name == "FROM"}
+        declared = {text.partition("=")[0] for name, text in found if name == "ARG"}
+        assert {value for option, value in pairs if option == "--target"} <= stages
+        assert {value.partition("=")[0] for option, value in pairs if option == "--build-arg"} <= declared
+    for path in re.findall(r"\b(?:docker|deploy)/[\w./-]+", text):
+        assert (ROOT / path.rstrip(".")).exists(), path
+
+
+def test_the_workflow_builds_every_dockerfile_and_lock() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "images.yml").read_text("utf-8"))
+    built = workflow["jobs"]["publish"]["strategy"]["matrix"]["include"]
+    assert {f"{one['file']}.Dockerfile" for one in built} == {file.name for file in DOCKERFILES}
+    assert {one["extra"] for one in built if one["file"] == "serve"} == {"cpu", "gpu"}

@@ -9,9 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
-import yaml
 
 from robustfeat import FeatureExtractor
 from robustfeat.serving.bulk.embedding import embed_files
@@ -73,25 +71,6 @@ def test_the_program_of_the_page_prints_what_it_says(documented: Server, tmp_pat
         [sys.executable, "-"], input=code, capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert result.stdout.strip() == expected, result.stderr
-
-
-def test_the_manifest_names_what_there_is(documented: Server) -> None:
-    from robustfeat.cli.serve_command import command
-
-    (block,) = re.findall(r"<!-- manifest -->\n```yaml\n(.*?)```", TEXT, re.DOTALL)
-    deployment, service = yaml.safe_load_all(block)
-    spec = deployment["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert documented.get(container[probe]["httpGet"]["path"]).status == 200
-    name, *arguments = container["args"]
-    assert name == "serve"
-    options = command.make_context("serve", arguments, resilient_parsing=False).params
-    assert options["port"] == container["ports"][0]["containerPort"]
-    assert options["hosts"] == (service["metadata"]["name"],)
-    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert spec["terminationGracePeriodSeconds"] > pause + options["drain"] + 5
-    assert isinstance(command, click.Command)
 
 
 def test_every_code_of_an_error_is_in_the_table() -> None:
