@@ -27,6 +27,10 @@ SELECTIONS = ("auto", "folds", "holdout")
 """How unseen rows come about. `auto` takes folds below `FEW` rows, and a held-out part above."""
 
 FEW = 5000
+MOST = 100_000
+"""So many rows choose the settings, however many there are: 10,000 of them score, which tells 1 % apart."""
+_LEAST_OF_CLASS = 20
+
 FOLDS = 5
 _LEAST_SCORED = 1000
 """Folds are drawn again until so many predictions are scored, at most `_MOST_DRAWS` times."""
@@ -74,7 +78,7 @@ def choose(
 
     By folds, the choice is the smallest C whose score lies within one standard error of the best one of all, with that
     one's scaling (Breiman et al., 1984): with few rows the best score is partly luck, and the smaller C is the simpler
-    model. By a held-out part it is the best score, the first one of equals.
+    model. By a held-out part it is the best score, the first one of equals. Of more than `MOST` rows, a draw chooses.
 
     Args:
         data: labelled rows.
@@ -93,7 +97,7 @@ def choose(
         raise InputError(f"expected {', '.join(SELECTIONS[:-1])} or {SELECTIONS[-1]}", argument="method", value=method)
     trials = Trials() if trials is None else trials
     folds = method == "folds" or (method == "auto" and len(data.targets) < FEW)
-    draws = fold(data.targets, seed) if folds else [[hold_out(data.targets, seed)]]
+    draws = fold(data.targets, seed) if folds else [[_hold_out_of_part(data.targets, seed)]]
     draws = [[(fit, held) for fit, held in draw if len(held)] for draw in draws]
     splits = [split for draw in draws for split in draw]
     grid: Sequence[float | None] = cs if KINDS[data.kind].linear else [None]
@@ -231,6 +235,35 @@ def fold(targets: NDArray[Any], seed: int = 0) -> list[list[Split]]:
             splits.append((np.setdiff1d(np.arange(len(targets)), held), held))
         found.append(splits)
     return found
+
+
+def _hold_out_of_part(targets: NDArray[Any], seed: int) -> Split:
+    part = draw_part(targets, MOST, seed)
+    fit, held = hold_out(targets[part], seed)
+    return part[fit], part[held]
+
+
+def draw_part(targets: NDArray[Any], most: int, seed: int = 0) -> NDArray[np.int64]:
+    """Draws about `most` rows: the same share of each class, but at least 20 rows, or all that it has.
+
+    Args:
+        targets: (m,) int64, or (m, K) bool, which are drawn from without regard to their labels.
+        most: all rows are taken if there are no more.
+        seed: of the draw.
+
+    Returns:
+        Their places, ascending.
+    """
+    if len(targets) <= most:
+        return np.arange(len(targets))
+    order = np.random.default_rng(seed).permutation(len(targets))
+    if targets.ndim == 2:
+        return np.sort(order[:most])
+    order = order[np.argsort(targets[order], kind="stable")]
+    counts = np.bincount(targets)
+    wanted = np.maximum(np.ceil(most / len(targets) * counts), _LEAST_OF_CLASS)
+    rank = np.arange(len(targets)) - (np.cumsum(counts) - counts)[targets[order]]
+    return np.sort(order[rank < wanted[targets[order]]])
 
 
 def hold_out(targets: NDArray[Any], seed: int = 0) -> Split:

@@ -121,14 +121,12 @@ def _class_means(data: TrainingSet, rows: ScaledRows, targets: NDArray[Any]) -> 
     """Means, variances and shares, of the classes, or of the rows without and with each label."""
     classes, size = len(data.numbers), rows.size - 1
     groups = classes * (2 if data.multi_label else 1)
-    count, first, second = np.zeros(groups), np.zeros((groups, size)), np.zeros((groups, size))
 
     def sums(part: slice, padded: Array) -> tuple[Array, Array, Array]:
         x, member = padded[:, :-1], _members(targets[part], classes)
         return member.sum(0), member.T @ x, member.T @ x**2
 
-    for more in rows.map(sums):
-        count, first, second = count + more[0], first + more[1], second + more[2]
+    count, first, second = rows.sum(sums)
     means = first / count[:, None]
     of_all = slice(0, 2 if data.multi_label else groups)
     overall = first[of_all].sum(0) / rows.count

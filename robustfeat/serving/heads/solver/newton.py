@@ -107,10 +107,7 @@ class Newton:
         self.passes += 1
         if self._report:
             self._report(self.passes)
-        totals: list[Array] = []
-        for found in self._rows.map(terms):
-            totals = [total + more for total, more in zip(totals, found, strict=True)] if totals else list(found)
-        return totals
+        return self._rows.sum(terms)
 
     def _move(self, loss: Loss, point: _Point, step: Array, slope: Array, c: float) -> _Point | None:
         """The point that a line search along the step finds (Armijo's rule); None if there is none."""

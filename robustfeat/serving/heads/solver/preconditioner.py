@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ matrices), and of an inversion for r^3."""
 
 _LARGEST = 2**26
 """Values that the outputs' preconditioners may have together; beyond it they share one."""
+
+_AT_ONCE = 2**22
+"""Values of the products that a pass over the rows sums."""
 
 
 class Preconditioner:
@@ -50,13 +54,19 @@ class Preconditioner:
     def __call__(self, active: NDArray[np.int64], vectors: Array) -> Array:
         """(n, r) of these outputs to (n, r)."""
         if self._inverses is None:
-            self._invert(slice(None))
-        assert self._inverses is not None
+            assert self._products is not None
+            self._invert(np.arange(len(self._products)))
+        inverses = self._inverses
+        assert inverses is not None
         if self._shared:
-            product: Array = vectors @ self._inverses[0]
+            product: Array = vectors @ inverses[0]
         else:
-            inverses = self._inverses if len(active) == self._outputs else self._inverses[active]
-            product = np.matmul(inverses, vectors[:, :, None])[:, :, 0]
+            product = np.empty_like(vectors)
+
+            def multiply(place: int) -> None:
+                product[place] = inverses[active[place]] @ vectors[place]
+
+            self._rows.each(multiply, range(len(active)))
         return product
 
     def renew_where_worthwhile(self, active: NDArray[np.int64], curvature: NDArray[np.float32]) -> None:
@@ -64,20 +74,23 @@ class Preconditioner:
         size, count = self._rows.size, self._rows.count
         if self._products is None:  # all rows bend alike where the weights are zero
             self._level = float(curvature.mean())
-            self._products = self._product(np.full(count, self._level))[None]
+            self._products = self._product(np.full((count, 1), self._level))
         if self._outputs * size**2 > _LARGEST:
             return
         least = _INVERSION * size**3
+        outdated = []
         for output, bends in zip(active, curvature.T, strict=True):
             spent = self._spent[output] * _PASS * count * size
             if spent < least:
                 continue
             if self._shared:
                 self._part()
-            changed = np.count_nonzero(bends != self._counted[:, output])
-            used = np.count_nonzero(bends)
-            if spent > least + min(changed, used) * float(size) ** 2:
-                self._renew(output, bends, anew=bool(used < changed))
+            rows = min(np.count_nonzero(bends != self._counted[:, output]), np.count_nonzero(bends))
+            if spent > least + rows * float(size) ** 2:
+                outdated.append((output, bends))
+        at_once = max(1, _AT_ONCE // size**2)
+        for start in range(0, len(outdated), at_once):
+            self._renew(outdated[start : start + at_once])
 
     def _part(self) -> None:
         """From one for all to one for each."""
@@ -88,39 +101,62 @@ class Preconditioner:
         if self._inverses is not None:
             self._inverses = np.repeat(self._inverses, self._outputs, 0)
 
-    def _renew(self, output: int, bends: NDArray[np.float32], *, anew: bool) -> None:
+    def _renew(self, outdated: Sequence[tuple[np.int64, NDArray[np.float32]]]) -> None:
+        """Counts only the rows that bend differently than before, or all of them where those are fewer."""
         assert self._products is not None
-        if anew:
-            self._products[output] = self._product(bends)
-        else:
-            self._products[output] += self._product(bends - self._counted[:, output])
-        self._counted[:, output] = bends
-        self._spent[output] = 0
+        outputs, changes = np.array([output for output, _ in outdated]), []
+        for output, bends in outdated:
+            change = bends - self._counted[:, output]
+            if np.count_nonzero(bends) < np.count_nonzero(change):
+                change, self._products[output] = bends, 0
+            changes.append(change)
+            self._counted[:, output] = bends
+        self._products[outputs] += self._product(np.stack(changes, 1))
+        self._spent[outputs] = 0
         if self._inverses is not None:
-            self._invert(output)
+            self._invert(outputs)
 
-    def _invert(self, chosen: Any) -> None:
+    def _invert(self, outputs: NDArray[np.int64]) -> None:
         assert self._products is not None
         if self._inverses is None:
             self._inverses = np.empty_like(self._products)
-        hessians = self._c * self._products[chosen]
-        at = np.arange(self._rows.size)
-        hessians[..., at, at] += self._shrunk
-        self._inverses[chosen] = np.linalg.inv(hessians)
+        products, inverses, at = self._products, self._inverses, np.arange(self._rows.size)
+
+        def invert(output: np.int64) -> None:
+            hessian = self._c * products[output]
+            hessian[at, at] += self._shrunk
+            inverses[output] = _inverse(hessian)
+
+        self._rows.each(invert, outputs.tolist())
 
     def _product(self, bends: NDArray[np.floating[Any]]) -> Array:
-        """X^T B X, (r, r), for a diagonal B, (m,), whose values may be below zero."""
+        """X^T B X, (n, r, r), for n diagonals B, (m, n), whose values may be below zero."""
+        shape = (bends.shape[1], self._rows.size, self._rows.size)
 
-        def terms(part: slice, x: Array) -> Array:
-            total = np.zeros((self._rows.size, self._rows.size))
-            for sign in (1, -1):
-                used = np.flatnonzero(sign * bends[part] > 0)
-                if len(used):
-                    scaled = x[used] * np.sqrt(np.abs(bends[part][used]), dtype=np.float64)[:, None]
-                    total += sign * (scaled.T @ scaled)
-            return total
+        def terms(part: slice, x: Array) -> tuple[Array]:
+            total = np.zeros(shape)
+            for product, diagonal in zip(total, bends[part].T, strict=True):
+                for sign in (1, -1):
+                    used = np.flatnonzero(sign * diagonal > 0)
+                    if len(used):
+                        scaled = x[used] * np.sqrt(np.abs(diagonal[used]), dtype=np.float64)[:, None]
+                        product += sign * (scaled.T @ scaled)
+            return (total,)
 
-        total = np.zeros((self._rows.size, self._rows.size))
-        for more in self._rows.map(terms):
-            total += more
+        (total,) = self._rows.sum(terms, large=True)
         return total
+
+
+def _inverse(matrix: Array) -> Array:
+    """Of a symmetric positive definite (r, r), by halves and the Schur complement: in products of large matrices."""
+    size = len(matrix)
+    if size <= 64:
+        inverse: Array = np.linalg.inv(matrix)
+        return inverse
+    half = size // 2
+    top, across = _inverse(matrix[:half, :half]), matrix[:half, half:]
+    moved = top @ across
+    rest = matrix[half:, half:] - across.T @ moved
+    bottom = _inverse((rest + rest.T) / 2)  # what rounding adds to one side alone would grow
+    corner = moved @ bottom
+    return np.block([[top + corner @ moved.T, -corner], [-corner.T, bottom]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -15,12 +15,15 @@ from robustfeat.serving.heads.kinds import Array
 __all__ = ["ScaledRows"]
 
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 _BLOCK = 512
 """Rows of a block: of 512 features a processor's cache holds it. Passes over a file took a quarter less processor time
 than with 4,096."""
-_ALONE = 4096
-"""So many rows are not worth a second thread."""
+_WIDE = 256
+"""Values of a row from which work on (r, r) matrices is worth a second thread."""
+_CHUNK = 4
+"""Blocks that a thread sums before it hands over. The number does not depend on the threads, nor does the result."""
 _IN_MEMORY = 2**26
 """Rows of up to so many values (131,072 rows of 512, 512 MiB) are scaled once and kept; others at each pass."""
 
@@ -51,6 +54,7 @@ class ScaledRows:
         spanned: bool = False,
     ) -> None:
         self._values, self._rows, self._threads = values, rows, threads
+        self._pool: ThreadPoolExecutor | None = None
         self.count, self.size = len(rows), values.shape[1] + 1
         self._unit = scaling == "l2"
         self.arrays: dict[str, Array] = {}
@@ -63,9 +67,22 @@ class ScaledRows:
             if spanned and self.count < self.size - 1:
                 self._span()
 
-    def map(self, function: Callable[[slice, Array], _T]) -> Iterator[_T]:
-        """Calls `function` with each block's places, from 0 to m, and (n, r) float64 rows; results come in order."""
-        return self._map(lambda part: function(part, self._block(part)))
+    def sum(self, function: Callable[[slice, Array], tuple[Array, ...]], *, large: bool = False) -> list[Array]:
+        """Sums over blocks what `function` gives for a block's places, from 0 to m, and its (n, r) float64 rows.
+
+        Args:
+            function: called in several threads at once.
+            large: blocks of more rows, for results so large that their sums take time.
+        """
+        return self._sum(lambda part: function(part, self._block(part)), large=large)
+
+    def each(self, function: Callable[[_T], None], items: Sequence[_T]) -> None:
+        """Calls `function` with each item, in several threads at once; it must not use this object."""
+        if self._threads == 1 or self.size < _WIDE:
+            deque(map(function, items), 0)
+            return
+        shares = [items[first :: self._threads] for first in range(min(self._threads, len(items)))]
+        deque(self._in_threads(lambda share: deque(map(function, share), 0), shares), 0)
 
     def to_features(self, weights: Array) -> Array:
         """Weights (K, r) of these rows to weights (K, D + 1) of scaled features and the intercept."""
@@ -75,7 +92,7 @@ class ScaledRows:
 
     def _keep(self) -> None:
         kept = np.empty((self.count, self.size))
-        for part in self._parts():
+        for part in self._parts(_BLOCK):
             kept[part] = self._block(part)
         self._kept = kept
 
@@ -85,22 +102,31 @@ class ScaledRows:
         self._kept = _padded(triangle.T)
         self.size = self.count + 1
 
-    def _map(self, function: Callable[[slice], _T]) -> Iterator[_T]:
-        parts = self._parts()
-        if self._threads == 1 or self.count <= _ALONE:
-            yield from map(function, parts)
-            return
-        waiting: deque[Future[_T]] = deque()
-        with ThreadPoolExecutor(self._threads) as pool:
-            for part in parts:
-                waiting.append(pool.submit(function, part))
-                if len(waiting) > 2 * self._threads:  # results may be as large as a Hessian
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+    def _sum(self, function: Callable[[slice], tuple[Array, ...]], *, large: bool = False) -> list[Array]:
+        parts = self._parts(_CHUNK * _BLOCK if large else _BLOCK)
+        share = 1 if large else _CHUNK
+        chunks = [parts[start : start + share] for start in range(0, len(parts), share)]
 
-    def _parts(self) -> list[slice]:
-        return [slice(start, min(start + _BLOCK, self.count)) for start in range(0, self.count, _BLOCK)]
+        def sum_chunk(chunk: Sequence[slice]) -> list[Array]:
+            return _total(map(function, chunk))
+
+        if self._threads == 1 or len(chunks) == 1:
+            return _total(map(sum_chunk, chunks))
+        return _total(self._in_threads(sum_chunk, chunks))
+
+    def _in_threads(self, function: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:
+        """Results in order, and few at once, since each may be as large as a Hessian."""
+        self._pool = self._pool or ThreadPoolExecutor(self._threads)
+        waiting: deque[Future[_R]] = deque()
+        for item in items:
+            waiting.append(self._pool.submit(function, item))
+            if len(waiting) > 2 * self._threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _parts(self, size: int) -> list[slice]:
+        return [slice(start, min(start + size, self.count)) for start in range(0, self.count, size)]
 
     def _raw(self, part: slice) -> Array:
         return self._values[self._rows[part]].astype(np.float64)
@@ -121,8 +147,9 @@ class ScaledRows:
 
     def _measure(self) -> tuple[Array, Array]:
         """Means and standard deviations by feature, as scikit-learn's StandardScaler has them: 1 for constant ones."""
-        mean: Array = sum(self._map(lambda part: self._raw(part).sum(0)), np.zeros(self.size - 1)) / self.count
-        squares = sum(self._map(lambda part: ((self._raw(part) - mean) ** 2).sum(0)), np.zeros(self.size - 1))
+        (total,) = self._sum(lambda part: (self._raw(part).sum(0),))
+        mean = total / self.count
+        (squares,) = self._sum(lambda part: (((self._raw(part) - mean) ** 2).sum(0),))
         variance = squares / self.count
         epsilon = np.finfo(np.float64).eps
         constant = variance <= self.count * epsilon * variance + (self.count * mean * epsilon) ** 2
@@ -131,3 +158,15 @@ class ScaledRows:
 
 def _padded(x: Array) -> Array:
     return np.concatenate([x, np.ones((len(x), 1))], 1)
+
+
+def _total(results: Iterable[Sequence[Array]]) -> list[Array]:
+    """Sums by position, in the order of the results; their first arrays are overwritten."""
+    totals: list[Array] = []
+    for found in results:
+        if totals:
+            for total, more in zip(totals, found, strict=True):
+                total += more
+        else:
+            totals = list(found)
+    return totals

@@ -135,7 +135,6 @@ def test_fits_equal_scikit_learn(
     in_memory: int, kind: str, scaling: str, task: str, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "_BLOCK", 100)
-    monkeypatch.setattr(rows, "_ALONE", 0)
     monkeypatch.setattr(rows, "_IN_MEMORY", in_memory)
     x, classes = digits[0][:900] + 0.01, digits[1][:900]
     tasks: dict[str, NDArray[np.int64] | NDArray[np.bool_]] = {

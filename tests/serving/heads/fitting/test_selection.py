@@ -19,8 +19,8 @@ from robustfeat.cli import cli
 from robustfeat.errors import InputError
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.heads.fitting import selection
-from robustfeat.serving.heads.fitting.fit import fit_head, select
-from robustfeat.serving.heads.fitting.selection import FOLDS, Selection, fold
+from robustfeat.serving.heads.fitting.fit import fit_head, select, select_and_fit
+from robustfeat.serving.heads.fitting.selection import FOLDS, Selection, draw_part, fold
 from robustfeat.serving.heads.fitting.training_set import Fits
 from robustfeat.serving.heads.fitting.trials import Trials, fingerprint_rows
 from robustfeat.serving.heads.labels.matching import match_labels
@@ -136,6 +136,32 @@ def test_few_rows_are_folded_and_many_held_out(monkeypatch: pytest.MonkeyPatch) 
     assert method("holdout") == ("holdout", 1)
     monkeypatch.setattr(selection, "FEW", 120)
     assert method("auto") == ("holdout", 1)
+
+
+def test_a_part_has_the_shares_of_the_classes_and_some_rows_of_each() -> None:
+    y = np.random.default_rng(1).permutation(np.repeat(np.arange(5), [8000, 1500, 400, 30, 3]))
+    part = draw_part(y, 1000)
+    assert (np.diff(part) > 0).all()
+    np.testing.assert_array_equal(np.bincount(y[part]), [806, 152, 41, 20, 3])
+    np.testing.assert_array_equal(part, draw_part(y, 1000))
+    assert set(part) != set(draw_part(y, 1000, seed=1))
+    np.testing.assert_array_equal(draw_part(y, len(y)), np.arange(len(y)))
+    several = np.stack([y == 0, y == 1], 1)
+    assert len(set(draw_part(several, 1000))) == 1000
+
+
+def test_a_part_of_very_many_rows_chooses_and_all_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs([2400, 1600, 2000], 6, 1.5)
+    monkeypatch.setattr(selection, "MOST", 1500)
+    found, head, converged = select_and_fit(x, y, scalings=("none",))
+    part = draw_part(y, 1500)
+    assert converged
+    assert set(found.held) < set(part)
+    assert len(found.held) == 150
+    of_part = select(x[part], y[part], scalings=("none",), method="holdout")
+    assert [one.score for one in found.candidates] == [one.score for one in of_part.candidates]
+    classifier = LinearSVC(C=found.best.c, dual=False, tol=1e-10)
+    np.testing.assert_allclose(head.arrays["coefficients"], classifier.fit(x, y).coef_, rtol=1e-3, atol=1e-4)
 
 
 def test_a_choice_by_folds_depends_less_on_luck() -> None:

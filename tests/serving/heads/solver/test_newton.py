@@ -16,6 +16,7 @@ from sklearn.svm import LinearSVC
 from robustfeat.serving.heads.fitting.training_set import TrainingSet
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.solver import preconditioner
+from robustfeat.serving.heads.solver.rows import ScaledRows
 
 Data = tuple[NDArray[np.float64], NDArray[np.int64]]
 
@@ -173,6 +174,25 @@ def test_renewed_preconditioners_save_passes(monkeypatch: pytest.MonkeyPatch) ->
         passes[cost] = fits._newton.passes
     assert passes[1e9] < passes[12.0] < passes[0.0]
     assert passes[1e9] < 40
+
+
+@pytest.mark.parametrize("size", [1, 64, 65, 130, 301])
+@pytest.mark.parametrize("c", [1e-3, 1.0, 1e3])
+def test_preconditioners_are_inverses_of_hessians(size: int, c: float) -> None:
+    """Also where most directions hardly vary: there the halves of an inverse lose what is left of symmetry."""
+    draw = np.random.default_rng(0)
+    x = np.maximum(draw.normal(0.5, 1, (900, size)) * np.geomspace(10, 1e-3, size), 0)
+    rows = ScaledRows(x, np.arange(900), "none", 2)
+    one = preconditioner.Preconditioner(rows, np.ones(size + 1), 3)
+    one.set_c(c)
+    bends = np.where(draw.random((900, 3)) < 0.3, np.float32(2), np.float32(0))
+    one.count(np.arange(3), np.full(3, 10**6))  # passes have cost enough for an inverse of each output's own
+    one.renew_where_worthwhile(np.arange(3), bends)
+    vectors = draw.normal(size=(2, size + 1))
+    padded = np.concatenate([x, np.ones((900, 1))], 1)
+    for output, vector, found in zip([0, 2], vectors, one(np.array([0, 2]), vectors), strict=True):
+        hessian = np.eye(size + 1) + c * padded.T @ (bends[:, [output]] * padded)
+        np.testing.assert_allclose(hessian @ found, vector, atol=1e-8)
 
 
 def test_features_that_are_too_large_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,16 @@ def test_blocks_of_a_file_are_those_in_memory(
     places = np.sort(draw.permutation(len(values))[:9000])
 
     def read() -> NDArray[np.float64]:
-        blocks = list(ScaledRows(values, places, scaling, threads).map(lambda part, x: (part, x.copy())))
-        assert [part.start for part, _ in blocks] == sorted(part.start for part, _ in blocks)
-        return np.concatenate([x for _, x in blocks])
+        seen: dict[int, NDArray[np.float64]] = {}
+
+        def note(part: slice, x: Array) -> tuple[Array]:
+            seen[part.start] = x.copy()
+            return (x.sum(0),)
+
+        (total,) = ScaledRows(values, places, scaling, threads).sum(note)
+        read = np.concatenate([seen[start] for start in sorted(seen)])
+        np.testing.assert_allclose(total, read.sum(0), atol=1e-9)
+        return read
 
     kept = read()
     monkeypatch.setattr(module, "_IN_MEMORY", 0)
@@ -34,18 +42,43 @@ def test_blocks_of_a_file_are_those_in_memory(
     assert kept.shape == (9000, 7)
 
 
-def test_blocks_are_not_computed_far_ahead_of_those_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_sums_do_not_depend_on_the_threads(large: bool) -> None:
+    values = np.random.default_rng(0).normal(size=(7000, 5))
+
+    def sums(threads: int) -> list[Array]:
+        rows = ScaledRows(values, np.arange(7000), "standard", threads)
+        return rows.sum(lambda part, x: (x.T @ x, np.sqrt(np.abs(x)).sum(0)), large=large)
+
+    alone = sums(1)
+    for threads in (2, 3, 8):
+        for one, other in zip(alone, sums(threads), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_few_results_are_in_memory_at_once(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result of a block may be a Hessian: of a million rows all of them would fill the memory."""
     monkeypatch.setattr(module, "_BLOCK", 10)
-    rows = ScaledRows(np.zeros((5000, 3), np.float32), np.arange(5000), "none", 2)
-    begun: list[int] = []
+    rows = ScaledRows(np.ones((20_000, 3), np.float32), np.arange(20_000), "none", 2)
+    alive: list[weakref.ref[Array]] = []
+    most = []
 
-    def note(part: slice, x: Array) -> int:
-        begun.append(part.start)
-        return int(part.start)
+    def note(part: slice, x: Array) -> tuple[Array]:
+        result = np.full(1, float(len(x)))
+        alive.append(weakref.ref(result))
+        most.append(sum(reference() is not None for reference in alive[-100:]))
+        return (result,)
 
-    taken = rows.map(note)
-    for number in range(100):
-        assert next(taken) == 10 * number
-        assert len(begun) <= number + 1 + 2 * 2
-    assert list(taken) == list(range(1000, 5000, 10))
+    assert rows.sum(note, large=large)[0] == 20_000
+    assert max(most) <= 12, "about two a thread that wait, and two that each thread adds"
+
+
+@pytest.mark.parametrize("size", [3, 300])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_each_item_is_visited_once(size: int, threads: int) -> None:
+    rows = ScaledRows(np.zeros((4, size), np.float32), np.arange(4), "none", threads)
+    for count in (0, 1, 7):
+        visited: list[int] = []
+        rows.each(visited.append, range(count))
+        assert sorted(visited) == list(range(count))
