@@ -122,7 +122,7 @@ class Preconditioner:
             self._inverses = np.empty_like(self._products)
         products, inverses, at = self._products, self._inverses, np.arange(self._rows.size)
 
-        def invert(output: np.int64) -> None:
+        def invert(output: int) -> None:
             hessian = self._c * products[output]
             hessian[at, at] += self._shrunk
             inverses[output] = _inverse(hessian)
@@ -134,29 +134,32 @@ class Preconditioner:
         shape = (bends.shape[1], self._rows.size, self._rows.size)
 
         def terms(part: slice, x: Array) -> tuple[Array]:
-            total = np.zeros(shape)
-            for product, diagonal in zip(total, bends[part].T, strict=True):
+            total: Array = np.zeros(shape)
+            for at, diagonal in enumerate(bends[part].T):
                 for sign in (1, -1):
                     used = np.flatnonzero(sign * diagonal > 0)
                     if len(used):
                         scaled = x[used] * np.sqrt(np.abs(diagonal[used]), dtype=np.float64)[:, None]
-                        product += sign * (scaled.T @ scaled)
+                        total[at] += sign * (scaled.T @ scaled)
             return (total,)
 
-        (total,) = self._rows.sum(terms, large=True)
-        return total
+        (products,) = self._rows.sum(terms, large=True)
+        return products
 
 
 def _inverse(matrix: Array) -> Array:
-    """Of a symmetric positive definite (r, r), by halves and the Schur complement: in products of large matrices."""
+    """Inverts a symmetric positive definite (r, r) by halves and their Schur complement.
+
+    That is half the operations of `np.linalg.inv`, most of them in products of large matrices.
+    """
     size = len(matrix)
     if size <= 64:
-        inverse: Array = np.linalg.inv(matrix)
-        return inverse
+        return np.asarray(np.linalg.inv(matrix), np.float64)
     half = size // 2
     top, across = _inverse(matrix[:half, :half]), matrix[:half, half:]
     moved = top @ across
     rest = matrix[half:, half:] - across.T @ moved
-    bottom = _inverse((rest + rest.T) / 2)  # what rounding adds to one side alone would grow
+    bottom = _inverse(0.5 * (rest + rest.T))  # rounding makes it asymmetric, and that would grow
     corner = moved @ bottom
-    return np.block([[top + corner @ moved.T, -corner], [-corner.T, bottom]])
+    inverse: Array = np.block([[top + corner @ moved.T, -corner], [-corner.T, bottom]])
+    return inverse

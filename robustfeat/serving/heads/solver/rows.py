@@ -165,8 +165,8 @@ def _total(results: Iterable[Sequence[Array]]) -> list[Array]:
     totals: list[Array] = []
     for found in results:
         if totals:
-            for total, more in zip(totals, found, strict=True):
-                total += more
+            for at, more in enumerate(found):
+                totals[at] += more
         else:
             totals = list(found)
     return totals
