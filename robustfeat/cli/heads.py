@@ -1,4 +1,4 @@
-"""HEAD on the command line: a folder, or ORG/NAME[@REVISION] on the Hub."""
+"""HEAD on the command line: a folder, or ORG/NAME on the Hub, with [@REVISION][#SHA256]."""
 
 from __future__ import annotations
 
@@ -11,25 +11,20 @@ if TYPE_CHECKING:
 __all__ = ["is_head", "load_head"]
 
 
-def load_head(place: str) -> Head:
+def load_head(text: str) -> Head:
     """The head that a user names, downloaded where need be.
 
     Raises:
-        HeadError: there is no such head, or it is damaged.
+        HeadError: there is no such head, it is damaged, or it has another hash.
         HubError: the Hub refuses, fails or cannot be reached.
     """
+    from robustfeat.hub.place import Place
     from robustfeat.serving.heads.head import Head
 
-    name, revision = _split(place)
-    return Head.from_pretrained(name, revision=revision)
+    place = Place.parse(text)
+    return Head.from_pretrained(place.name, revision=place.revision, sha256=place.sha256)
 
 
 def is_head(place: str) -> bool:
     """Whether this is a folder with a head in it."""
     return Path(place, "head.json").is_file()
-
-
-def _split(place: str) -> tuple[str, str | None]:
-    """The name, and the revision behind an @ in it; a folder may have one in its name."""
-    name, at, revision = place.rpartition("@")
-    return (name, revision) if at and "/" in name and not Path(place).exists() else (place, None)

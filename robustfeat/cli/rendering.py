@@ -52,7 +52,11 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except RobustFeatError as exc:
-            raise Failure(exc.render(self._spell), exc.exit_code) from exc
+            raise Failure(self.explain(exc), exc.exit_code) from exc
+
+    def explain(self, exc: RobustFeatError) -> str:
+        """An error as it is printed."""
+        return exc.render(self._spell)
 
     def respell(self, text: str) -> str:
         """The text with options where it names parameters in backticks."""

@@ -5,24 +5,27 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-import re
 import socket
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from robustfeat.cli.extraction import ABOVE_ZERO, Extraction, serving_options
 from robustfeat.cli.rendering import Command, say
+from robustfeat.errors import RobustFeatError
+from robustfeat.progress import visible
 
 if TYPE_CHECKING:
-    from robustfeat.serving.http.keys import KeyRing
-    from robustfeat.serving.http.limits import Limits
+    from robustfeat.serving.http.manifest import Manifest
+    from robustfeat.serving.http.options import ServerOptions
     from robustfeat.serving.http.process.log import Log
     from robustfeat.serving.http.service import Service
-    from robustfeat.serving.http.similar import ServedCollection
+    from robustfeat.serving.http.watched import WatchedFile
+
+_RETIRE_S = 15.0
+"""More than a request's time: a worker whose place another one has taken may need so much for the last answers."""
 
 
 @click.command("serve", cls=Command, short_help="Answer over HTTP.")
@@ -30,15 +33,16 @@ if TYPE_CHECKING:
     "--model",
     "models",
     multiple=True,
-    metavar="[NAME=]MODEL",
-    help="A model to serve under a name; may be repeated, the first is the default.  [default: robustfeat=builtin]",
+    metavar="[NAME=]MODEL[@REV][#SHA256]",
+    help="A model to serve under a name; may be repeated, the first is the default. A revision on the Hub and a config "
+    "hash, as robustfeat info prints it, pin it.  [default: robustfeat=builtin]",
 )
 @click.option(
     "--head",
     "heads",
     multiple=True,
-    metavar="[NAME=]HEAD",
-    help="A head to serve at /predict/NAME: a folder, or ORG/NAME[@REVISION] on the Hub.",
+    metavar="[NAME=]HEAD[@REV][#SHA256]",
+    help="A head to serve at /predict/NAME: a folder, or ORG/NAME on the Hub; pinned like a model.",
 )
 @click.option(
     "--collection",
@@ -46,6 +50,13 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="[NAME=]FEATS",
     help="Features of a served model, to search at /similar/NAME.",
+)
+@click.option(
+    "--manifest",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Models, heads and collections in a file of TOML, in place of these options; the server reloads when it "
+    "changes.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 and :: answer other machines, too.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
@@ -117,6 +128,7 @@ def command(
     models: tuple[str, ...],
     heads: tuple[str, ...],
     collections: tuple[str, ...],
+    manifest: Path | None,
     host: str,
     port: int,
     workers: int,
@@ -140,22 +152,22 @@ def command(
 
     It answers this machine alone unless --host says otherwise; give it --keys before you open it to others.
     """
-    from robustfeat.errors import InputError
     from robustfeat.serving.http.keys import ENVIRONMENT, KeyRing
     from robustfeat.serving.http.limits import Limits
-    from robustfeat.serving.http.process.log import Log
-    from robustfeat.serving.http.process.supervisor import Supervisor
+    from robustfeat.serving.http.manifest import Manifest, read_manifest
+    from robustfeat.serving.http.options import ServerOptions
+    from robustfeat.serving.http.watched import WatchedFile
     from robustfeat.system import anonymous_memory
 
-    model_places, head_places = _named("--model", *(models or ("robustfeat=builtin",))), _named("--head", *heads)
-    # A file's name without its suffix is the name of its collection.
-    collection_places = _named(
-        "--collection", *(one if "=" in one else f"{Path(one).stem}={one}" for one in collections)
-    )
-    if len(model_places) > 1 and (extraction.options.revision or extraction.options.config_hash):
-        raise click.UsageError(
-            "--revision and --config-hash are for one model; pull the models and serve their folders"
-        )
+    if manifest and (models or heads or collections):
+        raise click.UsageError("--manifest names all models, heads and collections; leave the options for them out")
+    named, watched = Manifest.of_options(models, heads, collections), manifest and WatchedFile(manifest)
+    run_options = extraction.options
+
+    def asked() -> Manifest:
+        found = read_manifest(manifest) if manifest else named
+        return found.pin_model(run_options.revision, run_options.config_hash)
+
     limits = Limits(
         max_body_bytes=max_body_bytes,
         max_pixels=max_pixels,
@@ -165,119 +177,93 @@ def command(
         decode_timeout_s=decode_timeout_s,
         max_connections=max_connections,
     )
-    ring = KeyRing(keys, os.environ.get(ENVIRONMENT))
-    listener = _listen(host, port)
-    counts = anonymous_memory()
+    options = ServerOptions(
+        run=run_options,
+        limits=limits,
+        keys=KeyRing(keys, os.environ.get(ENVIRONMENT)),
+        hosts=_hosts(host, hosts),
+        workers=workers,
+        counts=anonymous_memory(),
+        page=not no_page,
+        log_requests=log_requests,
+        drain_s=drain,
+    )
+    click.get_current_context().exit(_serve(options, asked, watched, host, _listen(host, port)))
 
-    def run(number: int, report: int) -> None:
+
+def _serve(
+    options: ServerOptions,
+    asked: Callable[[], Manifest],
+    watched: WatchedFile | None,
+    host: str,
+    listener: socket.socket,
+) -> int:
+    """Serves until a signal; the exit code.
+
+    Args:
+        options: of all workers.
+        asked: what is to be served now.
+        watched: the file that says so, if there is one.
+        host, listener: where.
+    """
+    from robustfeat.serving.http.manifest import Manifest
+    from robustfeat.serving.http.process.log import Log
+    from robustfeat.serving.http.process.supervisor import Start, Supervisor
+
+    def run(start: Start) -> None:
+        from robustfeat.serving.http.opening import open_service
         from robustfeat.serving.http.process.worker import run_worker
 
-        def open_service() -> Service:
-            place = (counts, number, workers)
-            log = Log(number, requests=log_requests)
-            service = _open(model_places, head_places, extraction, limits, ring, _hosts(host, hosts), log, place)
-            service.collections = _open_collections(collection_places, service)
-            service.page = not no_page
-            return service
+        def open_served() -> Service:
+            manifest = asked() if start.loaded is None else Manifest.from_dict(start.loaded)
+            return open_service(manifest, options, start.number)
 
-        run_worker(open_service, listener, report, drain)
+        run_worker(open_served, listener, start, options.drain_s)
 
-    def announce() -> None:
-        _announce(host, listener, head_places, collection_places, restricted=bool(ring.names))
+    def refresh() -> bool:
+        with contextlib.suppress(RobustFeatError):  # the workers say so
+            options.keys.refresh()
+        return watched is not None and watched.changed()
 
-    def refresh() -> None:
-        with contextlib.suppress(InputError):  # the workers say so
-            ring.refresh()
-
-    log = Log("supervisor").error
-    supervisor = Supervisor(listener, run, workers=workers, drain_s=drain, announce=announce, refresh=refresh, log=log)
-    click.get_current_context().exit(supervisor.serve())
-
-
-def _open(
-    model_places: dict[str, str],
-    head_places: dict[str, str],
-    extraction: Extraction,
-    limits: Limits,
-    keys: KeyRing,
-    hosts: list[str],
-    log: Log,
-    worker: tuple[int, int, int],
-) -> Service:
-    """What a worker serves; `worker` is where the counts lie, its number, and how many there are."""
-    import tempfile
-
-    from robustfeat.serving.http.admission import Admission
-    from robustfeat.serving.http.process.metrics import Metrics
-    from robustfeat.serving.http.service import ServedModel, Service, match_heads
-    from robustfeat.system import available_cpus
-
-    counts, number, workers = worker
-    processors = max(1, available_cpus() // workers // len(model_places))
-    metrics = Metrics(number, models=len(model_places))
-    if not metrics.shared:
-        log.error("metrics are those of one worker: no space for those of all", folder=tempfile.gettempdir())
-    models = {}
-    for name, place in model_places.items():
-        options = replace(extraction.options, threads=extraction.options.threads or processors)
-        chosen = replace(extraction, model=place, options=options)
-        models[name] = ServedModel(
-            name, chosen.open(throughput=False), limits, metrics, decoders=processors, shared=bool(keys.names)
-        )
-    heads = {}
-    if head_places:
-        from robustfeat.cli.heads import load_head
-
-        heads = match_heads({name: load_head(place) for name, place in head_places.items()}, list(models.values()))
-    admission = Admission(limits, counts, number, workers)
-    return Service(models, heads, limits, keys, hosts, admission, metrics, log, workers)
+    log = Log("supervisor")
+    supervisor = Supervisor(
+        listener,
+        run,
+        workers=options.workers,
+        drain_s=options.drain_s,
+        retire_s=options.limits.timeout_s + _RETIRE_S,
+        announce=_Announcements(host, listener, log, restricted=bool(options.keys.names)),
+        refresh=refresh,
+        explain=lambda exc: visible(command.explain(exc)),
+        log=log,
+    )
+    return supervisor.serve()
 
 
-def _open_collections(places: dict[str, str], service: Service) -> dict[str, ServedCollection]:
-    """Collections by name, each with the model of the service that made it."""
-    if not places:
-        return {}
-    from robustfeat.serving.heads.features import open_features
-    from robustfeat.serving.http.similar import match_collections
-    from robustfeat.system import available_cpus
+class _Announcements:
+    """Says where the server answers, and whether everybody may ask; later, that it has reloaded."""
 
-    features = {name: open_features(place) for name, place in places.items()}
-    return match_collections(features, list(service.models.values()), max(1, available_cpus() // service.workers))
+    def __init__(self, host: str, listener: socket.socket, log: Log, *, restricted: bool) -> None:
+        self._host, self._listener, self._log, self._restricted = host, listener, log, restricted
+        self._started = False
 
-
-def _named(option: str, *entries: str) -> dict[str, str]:
-    """Places by name, of NAME=PLACE or of a place whose last part is the name."""
-    from robustfeat.errors import InputError
-
-    found: dict[str, str] = {}
-    for entry in entries:
-        name, equals, place = ("", "", entry) if Path(entry).is_dir() else entry.partition("=")
-        if not equals:
-            last = Path(entry if Path(entry).exists() else entry.partition("@")[0]).absolute().name
-            name, place = "robustfeat" if entry == "builtin" else last, entry
-        if name in found or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII):
-            raise InputError(
-                f"{option} {entry}: expected NAME=PLACE, each name once, of letters, digits, '.', '_' and '-'"
-            )
-        found[name] = place
-    return found
+    def __call__(self, loaded: Mapping[str, Mapping[str, Any]]) -> None:
+        if self._started:
+            self._log.info("reloaded", **loaded)
+            return
+        self._started = True
+        name, port, *_ = self._listener.getsockname()
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in loaded["heads"])]
+        places += [f"/similar/{name}" for name in loaded["collections"]]
+        say(f"serving at http://{host}:{port} ({', '.join(places)})", err=True)
+        if not self._restricted and not ipaddress.ip_address(name.partition("%")[0]).is_loopback:
+            say("every machine that reaches this address may ask; --keys FILE restricts it", err=True)
 
 
 def _hosts(host: str, allowed: tuple[str, ...]) -> list[str]:
     """Names that requests may have in their Host header, beside addresses."""
     return ["localhost", *{socket.gethostname().lower(), host.lower()}, *(name.lower() for name in allowed)]
-
-
-def _announce(
-    host: str, listener: socket.socket, heads: Iterable[str], collections: Iterable[str], *, restricted: bool
-) -> None:
-    """Says where the server answers, and whether everybody may ask."""
-    address = f"[{host}]" if ":" in host else host
-    places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in heads)]
-    places += [f"/similar/{name}" for name in collections]
-    say(f"serving at http://{address}:{listener.getsockname()[1]} ({', '.join(places)})", err=True)
-    if not restricted and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
-        say("every machine that reaches this address may ask; --keys FILE restricts it", err=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

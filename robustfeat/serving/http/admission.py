@@ -32,13 +32,14 @@ class Admission:
         limits: of the images in a request and in the queue.
         memory: the descriptor of an empty file that all workers inherit.
         worker: its number, from 0.
-        workers: how many there are.
+        workers: how many there are; a share of a key is out of the queues of so many.
+        places: how many numbers workers may have, more than `workers` in a server that reloads.
     """
 
-    def __init__(self, limits: Limits, memory: int, worker: int, workers: int) -> None:
+    def __init__(self, limits: Limits, memory: int, worker: int, workers: int, places: int | None = None) -> None:
         self._limits, self._memory, self._worker, self._workers = limits, memory, worker, workers
         # Numbers of 8 bytes in a slot: the name's hash, tokens, when these were counted, and each worker's images.
-        self._words = 3 + workers
+        self._words = 3 + (places or workers)
         size = 8 * _SLOTS * self._words
         os.truncate(memory, size)
         # The same memory as floats and as whole numbers.

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import hmac
-import os
 import re
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from robustfeat.errors import InputError
+from robustfeat.serving.http.watched import read_text, stamp
 
 __all__ = ["ANYONE", "ENVIRONMENT", "Key", "KeyRing"]
 
 ENVIRONMENT = "ROBUSTFEAT_API_KEYS"
-
-_FILE_BYTES = 2**20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
@@ -81,12 +77,11 @@ class KeyRing:
         if self._file is None:
             return False
         try:
-            found = self._file.stat()
-            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if stamp == self._stamp:
+            found = stamp(self._file)
+            if found == self._stamp:
                 return False
-            self._stamp = stamp
-            lines = _read(self._file).splitlines()
+            self._stamp = found
+            lines = read_text(self._file).splitlines()
         except (OSError, UnicodeDecodeError) as exc:
             self._stamp = ()
             reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
@@ -115,28 +110,6 @@ class KeyRing:
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found
-
-
-def _read(path: Path) -> str:
-    """The text of a file, without ever waiting for it: the server reads it again while it serves.
-
-    Raises:
-        OSError: no file, or a pipe or device.
-        UnicodeDecodeError: its bytes are no UTF-8.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "not a regular file; write the keys to one")
-        data = os.read(descriptor, _FILE_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(data) > _FILE_BYTES:
-        raise OSError(errno.EFBIG, f"larger than {_FILE_BYTES:,} bytes")
-    return data.decode()
 
 
 def parse_keys(lines: Iterable[str], file: Path | None = None) -> list[Key]:

@@ -14,6 +14,7 @@ from robustfeat.serving.http.admission import Admission
 from robustfeat.serving.http.bodies import Buffered
 from robustfeat.serving.http.keys import Key, KeyRing
 from robustfeat.serving.http.limits import Limits
+from robustfeat.serving.http.manifest import Manifest
 from robustfeat.serving.http.process.log import Log
 from robustfeat.serving.http.process.metrics import Metrics, ModelMetrics
 from robustfeat.serving.online.answers import Answer, NamedModel, Vector
@@ -102,16 +103,21 @@ class ServedModel(NamedModel):
         self._metrics.answered(good, len(answers) - good)
         return answers
 
-    async def probe(self) -> None:
-        """Embeds a golden image, all the way that a client's image goes.
+    async def probe(self, count: int = 1) -> None:
+        """Embeds golden images, at most `count` of them, all the way that a client's image goes.
 
         Raises:
-            EngineError: it was not embedded, or has other features.
+            EngineError: one was not embedded, or has other features.
         """
         images, expected = self._golden
-        (answer,) = await self._batcher.embed(images[:1], "")
-        self.require_golden(answer, expected[0])
+        answers = await self._batcher.embed(images[:count], "")
+        for answer, features in zip(answers, expected, strict=False):
+            self.require_golden(answer, features)
         self.last_good = time.monotonic()
+
+    async def check(self) -> None:
+        """As `probe`, of all golden images."""
+        await self.probe(len(self._golden[0]))
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ class Service:
         hosts: names that the Host header may have; see `gate.host_allowed`.
         admission, buffered, metrics, log: shared by all requests.
         workers: how many workers the server has.
+        manifest: what it serves, each with its commit and hash.
         collections: by name.
         page: whether it has the page at /, and what only that needs.
         draining: whether it is being stopped.
@@ -149,6 +156,7 @@ class Service:
     metrics: Metrics
     log: Log
     workers: int
+    manifest: Manifest
     collections: Mapping[str, ServedCollection] = field(default_factory=dict)
     page: bool = True
     draining: bool = False

@@ -69,14 +69,16 @@ class Load:
 def test_a_worker_that_still_loads_ends_with_its_supervisor() -> None:
     code = """if True:
         import os, socket, time
+        from robustfeat.serving.http.process.log import Log
         from robustfeat.serving.http.process.supervisor import Supervisor
 
-        def run(number, report):
+        def run(start):
             print(os.getpid(), flush=True)
             time.sleep(60)
 
-        nothing = dict(announce=lambda: None, refresh=lambda: None, log=print)
-        Supervisor(socket.create_server(("127.0.0.1", 0)), run, workers=1, drain_s=1, **nothing).serve()
+        calls = dict(announce=print, refresh=lambda: False, explain=str, log=Log("supervisor"))
+        listener = socket.create_server(("127.0.0.1", 0))
+        Supervisor(listener, run, workers=1, drain_s=1, retire_s=1, **calls).serve()
     """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout

@@ -38,7 +38,7 @@ def fill(metrics: Metrics, models: int) -> None:
 def test_the_space_of_all_numbers_is_taken_at_the_start(folder: Path, models: int) -> None:
     metrics = Metrics(0, models=models)
     before = {file.name: file.stat().st_size for file in folder.iterdir()}
-    assert sorted(before) == ["counter_0.db", "gauge_sum_0.db", "histogram_0.db"]
+    assert sorted(before) == ["counter_0.db", "gauge_livesum_0.db", "histogram_0.db"]
     assert all(file.stat().st_blocks * 512 >= file.stat().st_size for file in folder.iterdir())
     fill(metrics, models)
     assert {file.name: file.stat().st_size for file in folder.iterdir()} == before

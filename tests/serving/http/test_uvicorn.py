@@ -21,7 +21,7 @@ def source_class(name: str) -> ast.ClassDef:
 
 
 def methods(node: ast.ClassDef) -> set[str]:
-    return {entry.name for entry in node.body if isinstance(entry, ast.FunctionDef)}
+    return {entry.name for entry in node.body if isinstance(entry, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
 
 def attributes_of(node: ast.AST, owner: str) -> set[str]:
@@ -64,9 +64,17 @@ def test_uvicorn_has_the_internals_that_connections_use() -> None:
     require(attributes_of(own, "flow"), FlowControl, "FlowControl")
 
 
-def test_uvicorn_asks_the_server_for_its_signal_handling() -> None:
-    assert {"capture_signals"} == methods(source_class("Server"))
-    require({"capture_signals"}, uvicorn.Server, "Server")
-    assert "capture_signals" in inspect.getsource(uvicorn.Server.serve), (
-        f"uvicorn {uvicorn.__version__}: Server.serve does not call capture_signals; change http/process"
-    )
+def test_uvicorn_asks_the_server_for_its_signal_handling_and_its_end() -> None:
+    overridden = {"capture_signals", "shutdown"}
+    assert overridden == methods(source_class("Server"))
+    require(overridden, uvicorn.Server, "Server")
+    for name in overridden:
+        assert name in inspect.getsource(uvicorn.Server.serve) + inspect.getsource(uvicorn.Server._serve), (
+            f"uvicorn {uvicorn.__version__}: Server.serve does not call {name}; change http/process"
+        )
+    server = connection.Server(uvicorn.Config("none:app", ws="none", log_config=None))
+    used = attributes_of(source_class("Server"), "self")
+    assert {"servers", "server_state"} == used
+    require(used - {"servers"}, server, "Server")
+    assert "self.servers" in inspect.getsource(uvicorn.Server.startup)  # which makes it
+    require({"connections"}, server.server_state, "ServerState")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -35,6 +36,9 @@ _REFUSED_BYTES = 2**26
 _PARSED_AT_ONCE = 2**12
 """Bytes; 256 KiB may hold 6,000 requests."""
 
+_LINGER_S = 1.0
+"""A connection without a request gets so much time for one when the server stops: it may be on its way."""
+
 _UNANSWERED = 32
 """Requests of one connection that wait for their answers; with more, nothing is read from it."""
 
@@ -48,6 +52,21 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leaves signals to the worker."""
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accepts no more connections, answers what is still sent on those that are open, and closes them."""
+        for server in self.servers:
+            server.close()
+        for listener in sockets or ():
+            listener.close()
+        connections: set[Any] = self.server_state.connections
+        for connection in connections:
+            connection._finish()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _LINGER_S
+        while any(not connection._cycles for connection in connections) and loop.time() < end:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
 
 
 class Connection(HttpToolsProtocol):
@@ -80,6 +99,8 @@ class Connection(HttpToolsProtocol):
     """Came while too many requests were unanswered."""
     _offered = False
     """Whether the current head offers another protocol."""
+    _last = False
+    """Whether the next answer is the last one."""
 
     def connection_made(self, transport: Any) -> None:
         """Makes room for a connection beyond the bound, or refuses it; gives the first head its time."""
@@ -112,6 +133,12 @@ class Connection(HttpToolsProtocol):
                 self.flow.pause_reading()
                 return
             self._parse(view[start : start + _PARSED_AT_ONCE])
+
+    def _finish(self) -> None:
+        """Closes the connection after the next answer, which says so."""
+        self._last = True
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def _parse(self, data: memoryview) -> None:
         """Bounds the head and the rest of a refused body, in bytes and in time."""
@@ -168,6 +195,8 @@ class Connection(HttpToolsProtocol):
             self._end(ApiError(431, "head_too_large", _TOO_LARGE))
             raise ValueError("the head is too large")  # which ends the parser, too
         super().on_headers_complete()
+        if self._last:
+            self.cycle.keep_alive = False
         self._cycles.append(self.cycle)
         self.uploading[self] = self.loop.time()
 

@@ -7,6 +7,7 @@ answer with, and reasons from `errors.ApiError`'s fixed set.
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import cache
@@ -57,7 +58,7 @@ class Metrics:
             "robustfeat_errors", "Requests and images that failed, by reason.", ["reason"], registry=own
         )
         self._in_flight = Gauge(
-            "robustfeat_in_flight_requests", "Requests at hand.", registry=own, multiprocess_mode="sum"
+            "robustfeat_in_flight_requests", "Requests at hand.", registry=own, multiprocess_mode="livesum"
         )
         self._items = prometheus_client.Counter(
             "robustfeat_images", "Images by model and outcome.", ["model", "outcome"], registry=own
@@ -67,7 +68,7 @@ class Metrics:
             "Images that wait for a decoder or the model.",
             ["model"],
             registry=own,
-            multiprocess_mode="sum",
+            multiprocess_mode="livesum",
         )
         timed = {
             "queue": "Waiting for a decoder, of the first image of each hand-out.",
@@ -142,11 +143,13 @@ def _reserve(folder: Path, worker: int, models: int) -> bool:
 
     The files are written through memory maps, where a full disk is no error but ends the process.
     """
-    files = [folder / f"{kind}_{worker}.db" for kind in ("counter", "histogram", "gauge_sum")]
+    files = [folder / f"{kind}_{worker}.db" for kind in ("counter", "histogram", "gauge_livesum")]
     try:
         for file in files:
-            with file.open("ab") as opened:
-                os.posix_fallocate(opened.fileno(), 0, _FILE_BYTES + models * _MODEL_BYTES)
+            with file.open("a+b") as opened:
+                opened.seek(0)
+                used = int.from_bytes(opened.read(4), sys.byteorder)  # by a worker of this number that has ended
+                os.posix_fallocate(opened.fileno(), 0, used + _FILE_BYTES + models * _MODEL_BYTES)
     except AttributeError:  # macOS has no such call
         return True
     except OSError:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from robustfeat.serving.http.process.supervisor import HEALTHY, HEARTBEAT_S
+from robustfeat.serving.http.process.supervisor import HEALTHY, HEARTBEAT_S, LOADED, RETIRE, Start, report_line
 from robustfeat.serving.http.service import Service
 
 if TYPE_CHECKING:
@@ -34,20 +34,24 @@ _KEEP_ALIVE_S = 75
 """Longer than the 60 s of common load balancers: so it is they who close an idle connection, not we as they use it."""
 
 
-def run_worker(open_service: Callable[[], Service], listener: socket.socket, report: int, drain_s: float) -> None:
+def run_worker(open_service: Callable[[], Service], listener: socket.socket, start: Start, drain_s: float) -> None:
     """Serves until SIGTERM, and then finishes the requests in flight.
 
     Args:
         open_service: loads the models and heads.
         listener: the socket to accept connections from.
-        report: a pipe to the supervisor for health reports.
+        start: what the supervisor says.
         drain_s: grace period for requests in flight on shutdown.
+
+    Raises:
+        EngineError: a model gives other features for its golden images, in a worker that is tried.
     """
     supervisor = os.getppid()
     # The web framework takes half a second to import: meanwhile the models are loaded, and the decoders start.
     importing = threading.Thread(target=importlib.import_module, args=("robustfeat.serving.http.app",))
     importing.start()
     service = open_service()
+    os.write(start.report, report_line(LOADED, service.manifest.to_dict()))
     _allow_files(service.limits.max_connections + _FILES)
     with ExitStack() as stack:
         for model in service.models.values():
@@ -78,7 +82,7 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, rep
         gc.collect()
         gc.freeze()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(Server(config), service, listener, report, supervisor))
+            runner.run(_serve(Server(config), service, listener, start, supervisor))
 
 
 def _allow_files(count: int) -> None:
@@ -99,17 +103,26 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _serve(
-    server: uvicorn.Server, service: Service, listener: socket.socket, report: int, supervisor: int
+    server: uvicorn.Server, service: Service, listener: socket.socket, start: Start, supervisor: int
 ) -> None:
     def stop() -> None:
         service.draining = server.should_exit = True
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    def retire() -> None:
+        # Other workers go on: the server as a whole is ready, and each request has the time that it was promised.
+        server.config.timeout_graceful_shutdown = None
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_signal_handler(RETIRE, retire)
     for model in service.models.values():
         model.attach()
+        if start.tried:
+            await model.check()
     background = [
         asyncio.create_task(service.maintain()),
-        asyncio.create_task(_report_health(service, report, supervisor, stop)),
+        asyncio.create_task(_report_health(service, start.report, supervisor, stop)),
     ]
 
     def ended(task: asyncio.Task[None]) -> None:
@@ -134,7 +147,7 @@ async def _report_health(service: Service, report: int, supervisor: int, stop: C
         if service.ready and time.monotonic() - reported >= HEARTBEAT_S:
             reported = time.monotonic()
             with contextlib.suppress(OSError):
-                os.write(report, HEALTHY)
+                os.write(report, report_line(HEALTHY))
         await asyncio.sleep(1.0 if reported > 0 else 0.01)
     stop()
     shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)

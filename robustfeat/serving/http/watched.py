@@ -1,0 +1,69 @@
+"""Small text files that a running server reads again when they change."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+__all__ = ["WatchedFile", "read_text", "stamp"]
+
+_MOST_BYTES = 2**20
+
+
+class WatchedFile:
+    """Tells when a file has changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known = self._seen = self._look()
+
+    def changed(self) -> bool:
+        """Whether the file differs from when this was last true, and looks as it did at the call before.
+
+        A file that is still being written is therefore left alone.
+        """
+        before, self._seen = self._seen, self._look()
+        if self._seen == self._known or self._seen != before:
+            return False
+        self._known = self._seen
+        return True
+
+    def _look(self) -> tuple[int, ...]:
+        try:
+            return stamp(self._path)
+        except OSError:
+            return ()
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, without ever waiting for it.
+
+    Raises:
+        OSError: no file, a pipe or device, or more than 1 MiB.
+        UnicodeDecodeError: its bytes are no UTF-8.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        data = os.read(descriptor, _MOST_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > _MOST_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {_MOST_BYTES:,} bytes")
+    return data.decode()
