@@ -161,7 +161,8 @@ def command(
 
     if manifest and (models or heads or collections):
         raise click.UsageError("--manifest names all models, heads and collections; leave the options for them out")
-    named, watched = Manifest.of_options(models, heads, collections), manifest and WatchedFile(manifest)
+    named = Manifest.of_options(models, heads, collections)
+    watched = WatchedFile(manifest) if manifest else None
     run_options = extraction.options
 
     def asked() -> Manifest:

@@ -164,6 +164,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.buffered = Buffered(self.limits)
+        self.metrics.add_gauge(self.metrics.ready, lambda: self.ready)
         self.share_among_keys()
 
     def share_among_keys(self) -> None:

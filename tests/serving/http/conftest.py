@@ -23,6 +23,7 @@ import pytest
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from robustfeat import FeatureExtractor
 from tests.command_server import CommandServer, ForkedCommand
 from tests.conftest import ROOT
 
@@ -126,6 +127,46 @@ class Server:
         code = self.process.wait(60)
         self._reader.join(10)
         return code
+
+
+class Load:
+    """Four clients that ask without a pause, each its own photograph, and check what they get."""
+
+    def __init__(self, server: Server, photos: list[bytes], extractor: FeatureExtractor) -> None:
+        self.server = server
+        self.expected = extractor.embed(photos[:4])
+        self.good, self.lost = [0] * 4, [0] * 4
+        self.wrong: list[tuple[int, bytes]] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(at, photos[at])) for at in range(4)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        wait_until(lambda: min(self.good) > 2)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, at: int, photo: bytes) -> None:
+        while not self._stop.is_set():
+            try:
+                answer = self.server.post("/embed", photo)
+            except (OSError, http.client.HTTPException):
+                self.lost[at] += 1
+                continue
+            found = answer.json["data"][0].get("embedding") if answer.status == 200 else None
+            if found is not None and np.allclose(found, self.expected[at], rtol=1e-4, atol=1e-5):
+                self.good[at] += 1
+            else:
+                self.wrong.append((answer.status, answer.body[:500]))
+
+    def goes_on(self) -> None:
+        before = list(self.good)
+        wait_until(lambda: all(now > then + 5 for now, then in zip(self.good, before, strict=True)))
 
 
 def slow_picture() -> bytes:

@@ -46,7 +46,16 @@ _TOO_LARGE = f"a request's head may have {_HEAD_BYTES:,} bytes; send less in its
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its own signal handling, which ends in exit code 143."""
+    """uvicorn without its own signal handling, which ends in exit code 143.
+
+    Args:
+        config: of uvicorn.
+        closed: called when no more connections are accepted.
+    """
+
+    def __init__(self, config: uvicorn.Config, closed: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._closed = closed
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -59,6 +68,7 @@ class Server(uvicorn.Server):
             server.close()
         for listener in sockets or ():
             listener.close()
+        self._closed()
         connections: set[Any] = self.server_state.connections
         for connection in connections:
             connection._finish()

@@ -36,6 +36,7 @@ class Metrics:
         models: how many are counted.
 
     Attributes:
+        ready: the gauge of workers that are ready.
         shared: whether there is space for the files in which workers share their numbers. Without it each answers
             with its own.
     """
@@ -59,6 +60,12 @@ class Metrics:
         )
         self._in_flight = Gauge(
             "robustfeat_in_flight_requests", "Requests at hand.", registry=own, multiprocess_mode="livesum"
+        )
+        self.ready = Gauge(
+            "robustfeat_ready_workers",
+            "Workers that embedded an image within the last minute.",
+            registry=own,
+            multiprocess_mode="livesum",
         )
         self._items = prometheus_client.Counter(
             "robustfeat_images", "Images by model and outcome.", ["model", "outcome"], registry=own

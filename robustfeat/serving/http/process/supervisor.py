@@ -29,13 +29,16 @@ from robustfeat.errors import RobustFeatError
 from robustfeat.serving.http.process.log import Log
 from robustfeat.system import die_with_parent
 
-__all__ = ["HEALTHY", "HEARTBEAT_S", "LOADED", "Start", "Supervisor", "count_places", "report_line"]
+__all__ = ["CLOSED", "HEALTHY", "HEARTBEAT_S", "LOADED", "RETIRE", "Start", "Supervisor", "count_places", "report_line"]
 
 HEALTHY = "healthy"
 """A worker's report, sent every `HEARTBEAT_S`: it embedded an image within the last minute."""
 
 LOADED = "loaded"
 """The first report of a worker, with what it serves."""
+
+CLOSED = "closed"
+"""The report of a worker that accepts no more connections."""
 
 _FAILED = "failed"
 """The last report of a worker that ends with an error of ours."""
@@ -92,6 +95,7 @@ class _Worker:
     silent_s: float = 0.0
     healthy: bool = False
     loaded: Any = None
+    closed: bool = False
     failure: str | None = None
     unread: bytes = b""
     ends_by: float = float("inf")
@@ -164,6 +168,7 @@ class Supervisor:
                         self._read_reports(pipes[pipe])
                     else:
                         os.read(woken, 4096)
+                self._tell_news()
                 # Time is counted in rounds: nobody is silent while the whole system is suspended.
                 now = time.monotonic()
                 passed, checked = min(1.0, now - checked), now
@@ -295,6 +300,8 @@ class Supervisor:
         for kind, value in map(json.loads, lines):
             if kind == LOADED:
                 worker.loaded = value
+            elif kind == CLOSED:
+                worker.closed = True
             elif kind == _FAILED:
                 worker.failure = value
             elif kind == HEALTHY:
@@ -314,7 +321,11 @@ class Supervisor:
         if old is not None:
             old.ends_by = time.monotonic() + self._retire_s
             os.kill(old.pid, RETIRE)
-        if self._news and not any(self._outdated()):
+
+    def _tell_news(self) -> None:
+        """Announces what is served once no worker of the generation before takes requests."""
+        others = (one for one in self._workers.values() if one.generation < self._generation and not one.closed)
+        if self._news and not self._stopping and not any(others):
             self._news = False
             self._announce(self._loaded)
 

@@ -17,9 +17,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
-from robustfeat.serving.http.process.supervisor import HEALTHY, HEARTBEAT_S, LOADED, RETIRE, Start, report_line
+from robustfeat.serving.http.process.supervisor import CLOSED, HEALTHY, HEARTBEAT_S, LOADED, RETIRE, Start, report_line
 from robustfeat.serving.http.service import Service
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, sta
         gc.collect()
         gc.freeze()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(Server(config), service, listener, start, supervisor))
+            closed = partial(_report, start.report, CLOSED)
+            runner.run(_serve(Server(config, closed), service, listener, start, supervisor))
 
 
 def _allow_files(count: int) -> None:
@@ -137,6 +139,7 @@ async def _serve(
     finally:
         for task in background:
             task.cancel()
+        service.metrics.count()
 
 
 async def _report_health(service: Service, report: int, supervisor: int, stop: Callable[[], None]) -> None:
@@ -146,11 +149,15 @@ async def _report_health(service: Service, report: int, supervisor: int, stop: C
     while os.getppid() == supervisor:
         if service.ready and time.monotonic() - reported >= HEARTBEAT_S:
             reported = time.monotonic()
-            with contextlib.suppress(OSError):
-                os.write(report, report_line(HEALTHY))
+            _report(report, HEALTHY)
         await asyncio.sleep(1.0 if reported > 0 else 0.01)
     stop()
     shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+
+
+def _report(report: int, kind: str) -> None:
+    with contextlib.suppress(OSError):  # the supervisor has ended, or has not read for long
+        os.write(report, report_line(kind))
 
 
 class _LogHandler(logging.Handler):
