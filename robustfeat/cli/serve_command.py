@@ -34,15 +34,15 @@ _RETIRE_S = 15.0
     "models",
     multiple=True,
     metavar="[NAME=]MODEL[@REV][#SHA256]",
-    help="A model to serve under a name; may be repeated, the first is the default. A revision on the Hub and a config "
-    "hash, as robustfeat info prints it, pin it.  [default: robustfeat=builtin]",
+    help="A model to serve under a name. The first one is the default. A revision on the Hub and the config hash of "
+    "robustfeat info pin it.  [default: robustfeat=builtin]",
 )
 @click.option(
     "--head",
     "heads",
     multiple=True,
     metavar="[NAME=]HEAD[@REV][#SHA256]",
-    help="A head to serve at /predict/NAME: a folder, or ORG/NAME on the Hub; pinned like a model.",
+    help="A head to serve at /predict/NAME. It is a folder or ORG/NAME on the Hub, pinned like a model.",
 )
 @click.option(
     "--collection",
@@ -55,8 +55,7 @@ _RETIRE_S = 15.0
     "--manifest",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Models, heads and collections in a file of TOML, in place of these options; the server reloads when it "
-    "changes.",
+    help="TOML file with models, heads and collections, in place of these options. The server reloads when it changes.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 and :: answer other machines, too.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")

@@ -15,8 +15,8 @@ class Place:
     Attributes:
         name: `builtin` for the built-in model, a folder, or ORG/NAME on the Hub.
         revision: a branch, tag or commit on the Hub; None for main.
-        sha256: the hash it must have, as `robustfeat info` prints it: a model's config hash, a head's sha256. Each pins
-            all files that are used. None for any.
+        sha256: its hash, as `robustfeat info` prints it. That is the config hash of a model and the sha256 of a head,
+            which pin all files. None for any.
 
     >>> Place.parse("org/name@v1")
     Place(name='org/name', revision='v1', sha256=None)

@@ -1,4 +1,4 @@
-"""What a server serves, by name: from the command line, or from a file of TOML.
+"""Models, heads and collections of a server by name, from the command line or a file of TOML.
 
 [models]                        # the first is the default; without this table it is the built-in model
 robustfeat = "builtin"
@@ -36,7 +36,7 @@ class Manifest:
     Attributes:
         models: the first is the default.
         heads: at /predict/NAME.
-        collections: files of features, at /similar/NAME; their `sha256` is that of the meta file.
+        collections: files of features, at /similar/NAME. Their `sha256` is the hash of the meta file.
     """
 
     models: Mapping[str, Place]
@@ -45,15 +45,17 @@ class Manifest:
 
     @classmethod
     def of_options(cls, models: Iterable[str], heads: Iterable[str], collections: Iterable[str]) -> Manifest:
-        """What is named by [NAME=]PLACE each.
+        """The manifest of options, each a [NAME=]PLACE.
 
         Raises:
             InputError: a name is odd, or is there twice.
         """
+        # A file's name without its suffix is the name of its collection.
+        files = [one if "=" in one else f"{Path(one).stem}={one}" for one in collections]
         return cls(
             _named("models", models, Place.parse) or _DEFAULT,
             _named("heads", heads, Place.parse),
-            _named("collections", collections, Place),
+            _named("collections", files, Place),
         )
 
     @classmethod
@@ -88,7 +90,7 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What a file of TOML names.
+    """The manifest in a file of TOML.
 
     Raises:
         InputError: it cannot be read, or holds something else.

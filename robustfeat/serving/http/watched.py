@@ -22,7 +22,7 @@ class WatchedFile:
     def changed(self) -> bool:
         """Whether the file differs from when this was last true, and looks as it did at the call before.
 
-        A file that is still being written is therefore left alone.
+        A file that is still being written has therefore not changed yet.
         """
         before, self._seen = self._seen, self._look()
         if self._seen == self._known or self._seen != before:

@@ -19,6 +19,8 @@ import pytest
 
 from robustfeat import FeatureExtractor, Head
 from robustfeat.hub.folder import ModelFolder, seal_folder
+from robustfeat.hub.place import Place
+from robustfeat.serving.http.manifest import Manifest, read_manifest
 from tests.conftest import ROOT, Run, Share, files_of
 from tests.hub_server import FakeHub, Fault
 from tests.serving.http.conftest import Load, Server, anonymous_mib, serving, wait_until
@@ -277,6 +279,18 @@ def test_reloads_leave_no_memory_behind(photos: list[bytes]) -> None:
             wait_until_gone(server, old)
         server.form("/embed", photos[:8])
         assert anonymous_mib(server.process.pid) < 1.15 * before + 5
+
+
+def test_the_documented_manifest_is_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    (block,) = re.findall(r"<!-- manifest of names -->\n```toml\n(.*?)```", page, re.S)
+    file = tmp_path / "served.toml"
+    file.write_text(block)
+    assert read_manifest(file) == Manifest(
+        {"robustfeat": Place("builtin")},
+        {"clothes": Place("org/clothes", "v3")},
+        {"photos": Place("/data/photos.npy")},
+    )
 
 
 def test_a_closed_terminal_ends_the_server() -> None:

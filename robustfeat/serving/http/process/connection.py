@@ -63,7 +63,7 @@ class Server(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accepts no more connections, answers what is still sent on those that are open, and closes them."""
+        """Accepts no more connections, answers requests that still arrive on open ones, and closes them."""
         for server in self.servers:
             server.close()
         for listener in sockets or ():

@@ -2,10 +2,10 @@
 
 It imports no library, so a fork takes an instant and copies no thread.
 
-What is served has a generation. The first worker of a generation looks up what the names mean, and reports the commit
-and the hash of everything it has loaded; all other workers of that generation load just that. A reload starts a worker
-of a new generation beside the old ones. If it ends, nothing has changed. Once it is healthy, workers of the new
-generation take the places of the old ones, one after the other.
+Workers belong to generations. The first worker of a generation turns names into commits and hashes, and reports them.
+All other workers of that generation load exactly these. A reload starts a worker of a new generation beside the old
+ones. If it ends, nothing has changed. Once it is healthy, workers of the new generation replace the old ones one by
+one.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _SILENCE_S = 60.0
 """A healthy worker that stops to report is replaced after this time: two minutes after its last image."""
 
 _LOADING_S = 600.0
-"""A replacement must be healthy within this time. The first of a generation has no limit: it may download the model."""
+"""Limit for a replacement to become healthy. The first of a generation has none, because it may download the model."""
 
 _GRACE_S = 5.0
 _STEADY_S = 10.0
 _LONGEST_PAUSE_S = 30.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RETIRE = signal.SIGUSR1
-"""Lets a worker answer the requests that it has and end, while others go on."""
+"""Lets a worker answer its requests and end, while other workers accept new ones."""
 
 
 def count_places(workers: int) -> int:
@@ -76,7 +76,7 @@ class Start:
         number: its number, below `count_places`.
         report: the pipe for its reports.
         loaded: what the other workers of its generation serve, as the first one reported it; None for that one.
-        tried: whether the server goes on without it if it fails: it must check its models before it serves.
+        tried: whether it is the first of a reload, and must check its models before it serves.
     """
 
     number: int
@@ -115,7 +115,7 @@ class Supervisor:
         workers: number of workers.
         drain_s: grace period for requests in flight on shutdown.
         retire_s: the same for a worker whose place another one has taken.
-        announce: called with what is served, when the first worker is healthy, and when a reload is done.
+        announce: called with the loaded manifest when the first worker is healthy, and when a reload is done.
         refresh: called about twice a second; new workers inherit its results. Whether to reload.
         explain: an error as one line.
     """
@@ -219,7 +219,7 @@ class Supervisor:
                 worker.ends_by = 0.0
 
     def _start_workers(self) -> None:
-        """Starts what is missing, as far as its time has come, and a worker of the next generation if one is wanted."""
+        """Starts workers that are missing and due, and the first one of a reload."""
         if self._stopping:
             return
         current = [worker for worker in self._workers.values() if worker.generation == self._generation]
@@ -323,7 +323,7 @@ class Supervisor:
             os.kill(old.pid, RETIRE)
 
     def _tell_news(self) -> None:
-        """Announces what is served once no worker of the generation before takes requests."""
+        """Announces a new generation once no older worker takes requests."""
         others = (one for one in self._workers.values() if one.generation < self._generation and not one.closed)
         if self._news and not self._stopping and not any(others):
             self._news = False

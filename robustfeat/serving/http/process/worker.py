@@ -111,7 +111,7 @@ async def _serve(
         service.draining = server.should_exit = True
 
     def retire() -> None:
-        # Other workers go on: the server as a whole is ready, and each request has the time that it was promised.
+        # The server as a whole stays ready, and each request keeps its full time.
         server.config.timeout_graceful_shutdown = None
         server.should_exit = True
 
