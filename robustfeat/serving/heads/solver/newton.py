@@ -4,7 +4,8 @@ An objective is 1/2 |w|^2 + C times the sum of a loss over rows, for each class 
 loss, one against the rest) or for all together (softmax). Its Hessian is I + C X^T B X, where B holds the losses'
 second derivatives: for the squared hinge 2 on the rows that violate the margin. A Newton step is solved by conjugate
 gradients, all classes in the same passes over the rows, preconditioned by the inverse of an earlier Hessian. So a
-Hessian is computed about once for each C, rather than once a step, and a step takes a few passes.
+Hessian is computed about once for each C, rather than once a step, and a step takes a few passes. Hessians of few rows
+are so small that each step computes and solves them.
 """
 
 from __future__ import annotations
@@ -70,9 +71,12 @@ class Newton:
         for _ in range(_MAX_STEPS):
             if not (np.isfinite(point.value).all() and np.abs(point.gradient).max() < _LARGEST_GRADIENT):
                 raise ValueError("they are too large: scale them")
-            self._preconditioner.renew_where_worthwhile(active, point.curvature)
-            step, passes = self._solve(loss, active, point, c)
-            self._preconditioner.count(active, passes)
+            if self._rows.is_small and not loss.joint:
+                step = self._solve_exactly(point, c)
+            else:
+                self._preconditioner.renew_where_worthwhile(active, point.curvature)
+                step, passes = self._solve(loss, active, point, c)
+                self._preconditioner.count(active, passes)
             slope = _dot(loss, point.gradient, step)
             going = -slope / 2 > _TOLERANCE * point.value
             if not going.any():
@@ -123,6 +127,18 @@ class Newton:
                 lowest = -0.5 * slope * length**2 / (there.value - point.value - slope * length)
             length = np.where(high, np.clip(np.nan_to_num(lowest), 0.1 * length, 0.5 * length), length)
         return None
+
+    def _solve_exactly(self, point: _Point, c: float) -> Array:
+        """The Newton step (K, r) from the Hessians themselves."""
+
+        def hessians(part: slice, x: Array) -> tuple[Array]:
+            return (np.matmul(x.T * point.curvature[part].T[:, None, :], x),)
+
+        (total,) = self._sum(hessians)
+        total *= c
+        at = np.arange(self._rows.size)
+        total[:, at, at] += np.maximum(self._shrunk, 1e-9)
+        return np.asarray(np.linalg.solve(total, -point.gradient[:, :, None])[:, :, 0], np.float64)
 
     def _solve(self, loss: Loss, active: NDArray[np.int64], point: _Point, c: float) -> tuple[Array, NDArray[np.int64]]:
         """The Newton step (K, r) by preconditioned conjugate gradients, and the passes that each output needed."""

@@ -20,6 +20,7 @@ _R = TypeVar("_R")
 _BLOCK = 512
 """Rows of a block: of 512 features a processor's cache holds it. Passes over a file took a quarter less processor time
 than with 4,096."""
+_SMALL = 64
 _WIDE = 256
 """Values of a row from which work on (r, r) matrices is worth a second thread."""
 _CHUNK = 4
@@ -66,6 +67,11 @@ class ScaledRows:
             self._keep()
             if spanned and self.count < self.size - 1:
                 self._span()
+
+    @property
+    def is_small(self) -> bool:
+        """Whether (r, r) matrices take less time than the calls of functions that make and solve them."""
+        return self.count <= _BLOCK and self.size <= _SMALL
 
     def sum(self, function: Callable[[slice, Array], tuple[Array, ...]], *, large: bool = False) -> list[Array]:
         """Sums over blocks what `function` gives for a block's places, from 0 to m, and its (n, r) float64 rows.

@@ -16,6 +16,7 @@ from sklearn.svm import LinearSVC
 from robustfeat.serving.heads.fitting.training_set import TrainingSet
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.solver import preconditioner
+from robustfeat.serving.heads.solver import rows as module
 from robustfeat.serving.heads.solver.rows import ScaledRows
 
 Data = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -160,6 +161,28 @@ def test_the_way_to_a_minimum_does_not_matter(kind: str, monkeypatch: pytest.Mon
     margins.append(head_of(x, y, kind, 0.1, 1.0).raw_margins(x))
     for found in margins:
         np.testing.assert_allclose(found, direct, atol=1e-3 * np.abs(direct).max())
+
+
+@pytest.mark.parametrize(
+    "data", [iris(), tumours(), blobs([9, 9, 9], 500, 3.0)], ids=["iris", "tumours", "few of many"]
+)
+@pytest.mark.parametrize("kind", ["svm", "logistic"])
+def test_small_hessians_are_solved_exactly_and_lead_to_the_same_minimum(
+    kind: str, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = data[0][:400], data[1][:400]
+    places = np.arange(len(x))
+    margins, steps = [], []
+    for most in (64, 0):
+        monkeypatch.setattr(module, "_SMALL", most)
+        fits = TrainingSet(x, places, y, kind).fits("none", places)
+        head, converged = fits.fit(1.0)
+        assert converged
+        assert fits._newton is not None
+        margins.append(head.raw_margins(x))
+        steps.append(fits._newton.passes)
+    np.testing.assert_allclose(margins[0], margins[1], atol=1e-3 * np.abs(margins[1]).max())
+    assert steps[0] <= steps[1]
 
 
 def test_renewed_preconditioners_save_passes(monkeypatch: pytest.MonkeyPatch) -> None:
