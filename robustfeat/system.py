@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 __all__ = [
+    "allow_open_files",
     "anonymous_memory",
     "available_cpus",
     "available_memory",
@@ -72,6 +73,18 @@ def available_memory(
                 allowed, used = int((folder / limit).read_text()), int((folder / usage).read_text())
                 rooms.append(max(0, allowed - used + _file_cache(folder)))
     return min(rooms, default=None)
+
+
+def allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files so that `count` more fit, as far as its hard limit allows."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        new = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, new), hard))
 
 
 def open_standard_streams() -> None:

@@ -27,7 +27,19 @@ def _parse_part(_: click.Context, __: click.Parameter, text: str | None) -> Part
 
 @click.command("embed", cls=Command, short_help="Turn images into features.")
 @click.argument("inputs", nargs=-1, metavar="[INPUT]...")
-@click.option("--out", required=True, metavar="FEATS", help="Where to write: a .npy, .parquet or .safetensors file.")
+@click.option(
+    "--out",
+    required=True,
+    metavar="FEATS",
+    help="Where to write: a .npy, .parquet or .safetensors file, or a folder of several files, such as feats/ or "
+    "feats.parquet/.",
+)
+@click.option(
+    "--rows-per-file",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Rows of each file where FEATS is a folder; 1,048,576 by default. Raised to a multiple of --shard-rows.",
+)
 @extraction_options
 @click.option("--files-from", metavar="FILE", help="Read more INPUTs from FILE, one a line; - for stdin.")
 @click.option("--null", is_flag=True, help="The lines of --files-from end in NUL.")
@@ -81,6 +93,7 @@ def _parse_part(_: click.Context, __: click.Parameter, text: str | None) -> Part
 def command(
     inputs: tuple[str, ...],
     out: str,
+    rows_per_file: int | None,
     extraction: Extraction,
     files_from: str | None,
     null: bool,
@@ -102,8 +115,9 @@ def command(
     the extra heic, HEIC; their content tells the format.
 
     Beside FEATS come NAME.index.jsonl (which row is which file, and what failed) and NAME.meta.json (which model made
-    it). An image that cannot be read is a row of NaN, and the exit code is then 3. A run that was killed goes on when
-    the same command is given again.
+    it). Where FEATS ends in a slash it becomes a folder: files of features, their index files and one meta file. An
+    image that cannot be read is a row of NaN, and the exit code is then 3. A run that was killed goes on when the same
+    command is given again.
     """
     from robustfeat.serving.bulk.embedding import embed_files
     from robustfeat.serving.bulk.job import Places
@@ -128,6 +142,7 @@ def command(
             append=append,
             sync=sync,
             part=part,
+            rows_per_file=rows_per_file,
             shard_rows=shard_rows,
             ray=ray,
             quiet=quiet,

@@ -25,7 +25,7 @@ _SHOWN_CLASSES = 20
 @pin_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as a JSON object.")
 def command(place: str, revision: str | None, config_hash: str | None, as_json: bool) -> None:
-    """Shows MODEL (default: builtin), HEAD or FEATS, a file of features, after verifying the hashes of its files.
+    """Shows MODEL (default: builtin), HEAD or FEATS (one file or a folder of features), and verifies its hashes.
 
     Of a model on the Hub it downloads config.json alone (and preprocessor_config.json of a model of transformers), and
     verifies what the cache holds besides.
@@ -89,6 +89,7 @@ def _show_features(place: str, as_json: bool) -> None:
     lines = {
         "features": place,
         "rows": f"{output.rows:,}, {failed:,} of them failed",
+        **({"files": f"{len(output.files):,}"} if output.places.is_dataset else {}),
         "model": f"{model.name}{f' ({model.source})' if model.source else ''}, {model.feature_size} features",
         "run": ", ".join([f"{model.engine} {model.engine_version}".rstrip(), *ways]),
         "weights": model.weights_sha256[:16],

@@ -36,8 +36,10 @@ def require_output(
 def _files(name: str) -> tuple[str, ...]:
     """An input, and the index and meta file beside it where it is a file of features."""
     from robustfeat.serving.bulk.formats import FORMATS
-    from robustfeat.serving.bulk.job import Places
+    from robustfeat.serving.bulk.job import Places, holds_dataset
 
+    if holds_dataset(name) and Path(name).is_dir():
+        return (name, *map(str, Path(name).iterdir()))
     if Path(name).suffix not in FORMATS or not Path(name).is_file():
         return (name,)
     places = Places.of(name, argument=None)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from robustfeat.errors import InputError
-from robustfeat.serving.bulk.formats import Block, read_features
+from robustfeat.serving.bulk.formats import Block, BlockStream
 from robustfeat.serving.bulk.job import Places, brief
-from robustfeat.serving.bulk.outputs import Output, index_records, open_existing
-from robustfeat.serving.bulk.plan import Plan
+from robustfeat.serving.bulk.outputs import FileRecord, Output, index_records, open_existing, read_records
+from robustfeat.serving.bulk.plan import Fresh, Plan
 from robustfeat.serving.bulk.storage import file_exists
 from robustfeat.serving.identity import FEATURE_KEYS, ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
@@ -37,13 +37,24 @@ class _Append(Plan):
     def unchanged(self) -> bool:
         return not len(self.fresh)
 
-    def blocks(self, fresh: Iterator[Block]) -> Iterator[Block]:
+    def kept_files(self, places: Places, rows_per_file: int | None) -> Sequence[FileRecord]:
         there = self.existing
-        there.index.seek(0)
-        places, size = there.places, there.model.feature_size
-        for features in read_features(there.features, places.features, places.suffix, size, there.rows):
-            yield Block(features, b"".join(itertools.islice(there.index, len(features))))
-        yield from fresh
+        if there.places != places or there.meta.get("rows_per_file") != rows_per_file or rows_per_file is None:
+            return ()
+        return [record for record in read_records(there.meta) if record.rows == rows_per_file]
+
+    def blocks(self, fresh: Fresh, start: int) -> Iterator[Block]:
+        there = self.existing
+        if start < there.rows:
+            first = start // there.files[0].rows
+            before = sum(file.rows for file in there.files[:first])
+            yield from BlockStream(self._existing_blocks(first)).skip(start - before)
+        yield from fresh(max(0, start - there.rows))
+
+    def _existing_blocks(self, first_file: int) -> Iterator[Block]:
+        lines = self.existing.index_lines(first_file)
+        for features in self.existing.features(first_file):
+            yield Block(features, b"".join(itertools.islice(lines, len(features))))
 
 
 @contextmanager
@@ -96,7 +107,7 @@ def open_to_continue(places: Places, model: ModelIdentity, argument: str) -> Ite
             )
         # The header is checked before the work, not after it.
         if output.rows:
-            next(read_features(output.features, places.features, places.suffix, model.feature_size, output.rows))
+            next(output.features())
         yield output
 
 

@@ -38,6 +38,7 @@ def embed(
     restart: bool = False,
     append: bool = False,
     sync: bool = False,
+    rows_per_file: int | None = None,
     match: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> EmbeddingResult:
@@ -49,7 +50,8 @@ def embed(
     Args:
         inputs: a folder, an image, a glob, FILE.tar, FILE.parquet or FILE.parquet:COLUMN, or several of them; each may
             also be a URL such as s3://bucket/photos.
-        out: a .npy, .parquet or .safetensors file, or its URL.
+        out: a .npy, .parquet or .safetensors file, or its URL. Text with a slash at its end names a folder of several
+            files: `feats/` of .npy files, `feats.parquet/` of .parquet files.
         model: `builtin`, a model folder, or ORG/NAME on the Hub.
         revision: a branch, tag or commit on the Hub; main by default.
         config_hash: the hash that `robustfeat info` prints, which pins all files of the model.
@@ -66,6 +68,7 @@ def embed(
         restart: discard what an unfinished call left, and replace features of another model.
         append: add the inputs that `out` does not hold yet, by path.
         sync: bring `out` in step with `inputs`: drop rows of files that vanished, and embed only images that are new.
+        rows_per_file: rows of each file where `out` is a folder; 1,048,576 by default.
         match: one or more patterns such as `*.jpg`: take files of folders and archives by name, whatever their suffix.
         quiet: no progress on stderr.
 
@@ -96,6 +99,7 @@ def embed(
             restart=restart,
             append=append,
             sync=sync,
+            rows_per_file=rows_per_file,
             quiet=quiet,
         )
 

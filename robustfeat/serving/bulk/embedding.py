@@ -1,8 +1,8 @@
 """Bulk embedding: image files to a file of features, with an index and a description beside it.
 
 Rows are embedded in shards. Each is written whole to a folder beside the output, `.NAME.shards`; a repeated command
-resumes a killed run after its last shard. When all shards are there, they are joined to the output files, and the
-folder is deleted.
+resumes a killed run after its last shard. Shards are joined to the output files: those of a dataset one by one as the
+run goes, a single file at the end. Then the folder is deleted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.files import START_OVER
 from robustfeat.progress import Progress
 from robustfeat.serving.bulk.appending import plan_append
+from robustfeat.serving.bulk.commits import finish_commit, require_own_place, require_own_stem, require_same_model
 from robustfeat.serving.bulk.job import Job, Places, identify
-from robustfeat.serving.bulk.outputs import finish_commit, require_own_stem, require_same_model
 from robustfeat.serving.bulk.parts import Part, plan_part
 from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.plan import Plan
 from robustfeat.serving.bulk.ray import embed_on_ray
-from robustfeat.serving.bulk.shards import claim_folder, discard_folder, finished_shards, join_shards, write_shards
+from robustfeat.serving.bulk.shards import ShardCollector, claim_folder, discard_folder, finished_shards, write_shards
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_folder
 from robustfeat.serving.bulk.syncing import plan_sync
+from robustfeat.serving.bulk.writing import cut_files
 from robustfeat.serving.decoding.pool import DEADLINE_S
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.identity import ModelIdentity
@@ -43,7 +44,7 @@ class EmbeddingResult:
     """What was written.
 
     Attributes:
-        features, index, meta: the three files.
+        features, index, meta: the three files. Of a dataset: its folder, the pattern of its index files, its meta file.
         images: rows in them.
         failed: how many of those are NaN.
         skipped: files of the folders and archives that are not in them.
@@ -83,6 +84,7 @@ def embed_files(
     append: bool = False,
     sync: bool = False,
     part: Part | None = None,
+    rows_per_file: int | None = None,
     shard_rows: int = SHARD_ROWS,
     deadline_s: float = DEADLINE_S,
     ray: str | None = None,
@@ -96,10 +98,13 @@ def embed_files(
     repeated call resumes one that was killed; its files are then the same, byte for byte, as the files of an unbroken
     one.
 
+    Where `out` ends in a slash it is a dataset: a folder of such files, 000000.npy and so on, each with its own index
+    file, and one meta file for all of them. Rows are numbered through.
+
     Args:
         extractor: made with `streams` equal to its threads, for the best throughput.
         inputs: from `list_inputs`.
-        out: a path, or a URL of fsspec.
+        out: a path, or a URL of fsspec. NAME.parquet/ is a dataset of Parquet files.
         batch_size: the extractor's by default.
         workers: decoder processes; by default what the cgroup grants.
         on_error: `nan`, or `stop` at the first image that fails.
@@ -107,33 +112,40 @@ def embed_files(
         append: add the inputs that `out` does not hold yet (by path), as further rows.
         sync: make `out` hold the rows of `inputs`, and embed only images whose bytes it does not hold yet.
         part: embed only this part of `inputs`; `join_parts` makes the whole of all parts.
+        rows_per_file: of a dataset, raised to whole shards; by default as the dataset has it that is there, or
+            `ROWS_PER_FILE`.
         shard_rows: how many rows a killed run may lose.
         deadline_s: an image that takes longer is a failed row.
         ray: run on Ray, at this address (`auto`: the running cluster, or one on this machine).
         quiet: no progress.
 
     Raises:
-        InputError: `out` cannot be written, shares its index with another output, holds features of another model, or
-            cannot be continued; an unfinished run there differs from this one; more than one of `append`, `sync` and
-            `part` is set; or an image failed and `on_error` is `stop`.
+        InputError: `out` cannot be written, shares its index with another output, holds features of another model or
+            files that `embed` did not write, or cannot be continued; an unfinished run there differs from this one;
+            more than one of `append`, `sync` and `part` is set; `rows_per_file` is set and `out` is one file; or an
+            image failed and `on_error` is `stop`.
         EngineError: no decoder process can be started.
     """
     require_on_error(on_error)
     began = time.monotonic()
     places = Places.of(str(out))
     finish_commit(places)
-    if not (append or sync or restart):
-        require_same_model(places, extractor.identity)
+    if not restart:
+        require_own_place(places)
+        if not (append or sync):
+            require_same_model(places, extractor.identity)
     batch_size = batch_size or extractor.batch_size
     shard_rows = -(-shard_rows // batch_size) * batch_size  # shards of whole batches
+    rows_per_file = cut_files(places, rows_per_file, shard_rows)
     asked = {"append": append, "sync": sync, "part": part}
     with _open_plan(asked, inputs, places, extractor.identity, shard_rows, quiet=quiet) as plan:
-        job = _plan_job(extractor, plan, batch_size, shard_rows)
+        job = _plan_job(extractor, plan, batch_size, shard_rows, rows_per_file)
         with _open_run(places, job, restart=restart, quiet=quiet) as run:
             stop = on_error == "stop"
-            run.follow(_embed(run, extractor, plan.fresh, ray=ray, workers=workers, deadline_s=deadline_s, stop=stop))
-            timing = run.timing(time.monotonic() - began)
-            images, failed = join_shards(places, run.folder, job, plan, timing=timing)
+            collector = ShardCollector(places, run.folder, job, plan)
+            counts = _embed(run, extractor, plan.fresh, ray=ray, workers=workers, deadline_s=deadline_s, stop=stop)
+            run.follow(counts, collector)
+            images, failed = collector.finish(run.timing(time.monotonic() - began))
         return EmbeddingResult(
             features=places.features,
             index=places.index,
@@ -165,7 +177,9 @@ def _open_plan(
     return nullcontext(Plan(inputs))
 
 
-def _plan_job(extractor: FeatureExtractor, plan: Plan, batch_size: int, shard_rows: int) -> Job:
+def _plan_job(
+    extractor: FeatureExtractor, plan: Plan, batch_size: int, shard_rows: int, rows_per_file: int | None
+) -> Job:
     """What the run consists of."""
     identity = identify(extractor.identity, plan.fresh, batch_size) | {
         "max_pixels": extractor.options.max_pixels,
@@ -173,6 +187,8 @@ def _plan_job(extractor: FeatureExtractor, plan: Plan, batch_size: int, shard_ro
     }
     if plan.part:
         identity["part"] = plan.part
+    if rows_per_file:
+        identity["rows_per_file"] = rows_per_file
     return Job(len(plan.fresh), plan.first_row, shard_rows, identity)
 
 
@@ -195,13 +211,17 @@ class _Run:
         """Shards that are left."""
         return [number for number in range(self.job.shards) if number not in self.done]
 
-    def follow(self, counts: Generator[tuple[int, int]]) -> None:
-        """Shows the progress of `counts`, pairs of rows and failed rows, to its end."""
-        failed = 0
+    def follow(self, counts: Generator[tuple[int, int]], collector: ShardCollector) -> None:
+        """Shows the progress of `counts`, pairs of rows and failed rows, to its end, and collects their shards."""
+        failed, uncollected = 0, 0
         with closing(counts):
             for rows, bad in counts:
                 failed += bad
                 self.progress.advance(rows, f"{failed:,} failed" if failed else "")
+                uncollected += rows
+                if uncollected >= self.job.shard_rows:
+                    collector.collect()
+                    uncollected = 0
         self.progress.finish(f"{failed:,} failed" if failed else "")
 
     def timing(self, seconds: float) -> dict[str, float]:
@@ -229,7 +249,7 @@ def _open_run(places: Places, job: Job, *, restart: bool, quiet: bool) -> Iterat
     except BaseException as exc:
         kept = 0
         with suppress(RobustFeatError, OSError):  # storage may be what failed
-            kept = sum(len(job.rows(number)) for number in finished_shards(folder))
+            kept = sum(len(job.rows(number)) for number in finished_shards(folder, job))
             if not kept:
                 discard_folder(folder)
         if isinstance(exc, OSError):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.inputs.remote import is_remote
 
-__all__ = ["FORMATS", "Block", "FeatureFormat", "map_features", "read_features"]
+__all__ = ["FORMATS", "Block", "BlockStream", "FeatureFormat", "map_features", "read_features"]
 
 _READ_BYTES = 2**23
 _HEADER_BYTES = 2**24
@@ -30,6 +30,38 @@ class Block:
 
     features: NDArray[np.float32]
     index: bytes
+
+    def split(self, rows: int) -> tuple[Block, Block]:
+        """The first rows, and the others."""
+        lines = self.index.splitlines(keepends=True)
+        first, second = b"".join(lines[:rows]), b"".join(lines[rows:])
+        return Block(self.features[:rows], first), Block(self.features[rows:], second)
+
+
+class BlockStream:
+    """Blocks, taken file by file wherever they are cut."""
+
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        self._blocks = blocks
+        self._rest: Block | None = None
+
+    def take(self, rows: int) -> Iterator[Block]:
+        """The next blocks, of `rows` rows in all."""
+        while rows:
+            block = self._rest or next(self._blocks)
+            self._rest = None
+            if len(block.features) > rows:
+                block, self._rest = block.split(rows)
+            rows -= len(block.features)
+            yield block
+
+    def skip(self, rows: int) -> Iterator[Block]:
+        """What follows the next `rows` rows."""
+        for _ in self.take(rows):
+            pass
+        if self._rest:
+            yield self._rest
+        yield from self._blocks
 
 
 @dataclass(frozen=True)

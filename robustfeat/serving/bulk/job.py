@@ -10,16 +10,29 @@ from typing import Any
 
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.formats import FORMATS
+from robustfeat.serving.bulk.storage import file_exists
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.remote import is_remote
 
-__all__ = ["Job", "Places", "brief", "identify"]
+__all__ = ["Job", "Places", "brief", "holds_dataset", "identify"]
+
+_DATASET_META = "_meta.json"
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the output files lie, and the folder of shards until they are there; paths or URLs."""
+    """Where the files of an output lie, and the folder of shards until they are there; paths or URLs.
+
+    An output is one file of features or a dataset: a folder with several of them.
+
+    Attributes:
+        features: the file of features, or the folder of a dataset, which ends in a slash.
+        index: the index file, or the pattern of those of a dataset.
+        meta: the meta file.
+        shards: the folder of shards.
+        suffix: the format of the features.
+    """
 
     features: str
     index: str
@@ -29,14 +42,14 @@ class Places:
 
     @classmethod
     def of(cls, out: str, argument: str | None = "out") -> Places:
-        """The places around one file of features.
+        """The places around one file of features, or in a folder of several.
 
         Args:
-            out: that file.
+            out: the file; or the folder, with a slash at its end unless it holds a dataset already.
             argument: the caller's parameter that named it, for messages.
 
         Raises:
-            InputError: the suffix is unknown or the folder missing.
+            InputError: the suffix is unknown, the folder missing, or something else is in the place of the output.
         """
 
         def error(what: str, fix: str | None = None) -> InputError:
@@ -44,23 +57,66 @@ class Places:
                 return InputError(f"{out}: {what}", fix=fix)
             return InputError(what, argument=argument, value=out, fix=fix)
 
-        stem, dot, ending = out.rpartition(".")
-        if dot + ending == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        is_dataset = out.endswith("/") or holds_dataset(out)
+        folder, slash, name = out.rstrip("/").rpartition("/")
+        stem, dot, ending = name.rpartition(".")
+        suffix = dot + ending
+        if is_dataset and suffix not in FORMATS:
+            stem, suffix = name, ".npy"
+        if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
             raise error("needs pyarrow", "pip install 'robustfeat[parquet]', or choose a name ending in .npy")
-        if dot + ending not in FORMATS or not stem.rpartition("/")[2]:
-            raise error(f"expected a name ending in {', '.join(FORMATS)}")
-        folder, slash, name = out.rpartition("/")
+        if suffix not in FORMATS or not stem or name in {".", ".."} or folder.endswith(":/"):
+            raise error(f"expected a name ending in {', '.join(FORMATS)}, or in / for a folder of several files")
         if not is_remote(out):
-            if not Path(folder or ".").is_dir():
+            if not Path(folder or slash or ".").is_dir():
                 raise error(f"the folder {folder} does not exist", "make it first")
-            if Path(out).is_dir():
+            if not is_dataset and Path(out).is_dir():
                 raise error("is a folder", "name a file")
-        return cls(out, f"{stem}.index.jsonl", f"{stem}.meta.json", f"{folder}{slash}.{name}.shards", dot + ending)
+            if is_dataset and Path(out.rstrip("/")).is_file():
+                raise error("is a file", "choose another name")
+        beside, shards = f"{folder}{slash}", f"{folder}{slash}.{name}.shards"
+        if is_dataset:
+            root = f"{beside}{name}/"
+            return cls(root, f"{root}_*.index.jsonl", f"{root}{_DATASET_META}", shards, suffix)
+        return cls(out, f"{beside}{stem}.index.jsonl", f"{beside}{stem}.meta.json", shards, suffix)
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether the output is a folder of several files."""
+        return self.features.endswith("/")
+
+    def file(self, kind: str, number: int = 0) -> str:
+        """The place of file `number` of the `features` or of the `index`, or of the `meta` file.
+
+        Readers of Parquet, such as Spark, pass over names that begin with an underscore.
+        """
+        if not self.is_dataset or kind == "meta":
+            return str(getattr(self, kind))
+        return (
+            f"{self.features}{number:06}{self.suffix}"
+            if kind == "features"
+            else (f"{self.features}_{number:06}.index.jsonl")
+        )
+
+    def staged(self, kind: str, number: int = 0) -> str:
+        """The name of the same file in the folder of shards, where it lies until all are there."""
+        return f"new-{kind}-{number:06}" if self.is_dataset and kind != "meta" else f"new-{kind}"
+
+    def with_suffix(self, suffix: str) -> Places:
+        """The same dataset, with its files in another format."""
+        return replace(self, suffix=suffix)
 
     def with_format(self, suffix: str) -> Places:
         """The output of the same stem in another format; it would share index and meta file."""
         features, shards = self.features.removesuffix(self.suffix), self.shards.removesuffix(f"{self.suffix}.shards")
         return replace(self, features=features + suffix, shards=f"{shards}{suffix}.shards", suffix=suffix)
+
+
+def holds_dataset(place: str) -> bool:
+    """Whether a folder of this machine, or a URL that ends in a slash, is a dataset of features."""
+    if is_remote(place):
+        return place.endswith("/") and file_exists(f"{place}{_DATASET_META}")
+    return Path(place, _DATASET_META).is_file()
 
 
 @dataclass(frozen=True)
@@ -78,6 +134,12 @@ class Job:
     first_row: int
     shard_rows: int
     identity: dict[str, Any]
+
+    @property
+    def rows_per_file(self) -> int | None:
+        """Rows of a file of the output; None where one file holds them all."""
+        rows: int | None = self.identity.get("rows_per_file")
+        return rows
 
     @property
     def shards(self) -> int:

@@ -16,12 +16,14 @@ import numpy as np
 from robustfeat.errors import InputError
 from robustfeat.files import START_OVER
 from robustfeat.progress import Progress
+from robustfeat.serving.bulk.commits import finish_commit, require_own_place, require_own_stem
 from robustfeat.serving.bulk.embedding import EmbeddingResult
-from robustfeat.serving.bulk.formats import Block, read_features
+from robustfeat.serving.bulk.formats import Block, BlockStream
 from robustfeat.serving.bulk.job import Job, Places, brief
-from robustfeat.serving.bulk.outputs import finish_commit, open_existing, read_meta, require_own_stem
-from robustfeat.serving.bulk.shards import claim_folder, discard_folder, write_output
+from robustfeat.serving.bulk.outputs import FILES_KEY, open_existing, read_meta
+from robustfeat.serving.bulk.shards import claim_folder, discard_folder
 from robustfeat.serving.bulk.storage import file_exists, open_folder
+from robustfeat.serving.bulk.writing import OutputWriter, cut_files
 from robustfeat.serving.identity import FEATURE_KEYS, ModelIdentity
 from robustfeat.serving.inputs.remote import is_remote
 
@@ -30,6 +32,7 @@ __all__ = ["join_parts"]
 _ROW = re.compile(rb'^\{"row": [0-9]+')
 _OTHER_NAME = "choose another name"
 _OWN_KEYS = {"part", "images", "failed", "skipped", "left_out", "timing", "format", "features_sha256", "index_sha256"}
+_OWN_KEYS |= {"rows_per_file", FILES_KEY}
 """Of a meta file: what belongs to the part rather than to the run."""
 
 
@@ -47,19 +50,23 @@ class _Part:
         return dict(self.meta["part"])
 
 
-def join_parts(parts: Sequence[str], out: str, *, quiet: bool = False) -> EmbeddingResult:
+def join_parts(
+    parts: Sequence[str], out: str, *, rows_per_file: int | None = None, quiet: bool = False
+) -> EmbeddingResult:
     """Makes one output of all parts of a run, with the bytes of a run that was not parted.
 
-    The parts stay. They may lie anywhere, in any order and format.
+    The parts stay. They may lie anywhere, in any order and format. If a call is killed, repeat it: it resumes.
 
     Args:
         parts: what `embed_files` wrote with `part`, all of them.
-        out: a path, or a URL of fsspec.
+        out: a path, or a URL of fsspec; with a slash at its end a dataset.
+        rows_per_file: as in `embed_files`.
         quiet: no progress.
 
     Raises:
         InputError: a part is missing, given twice, damaged, or of another run; `out` is a part, holds features of
-            another model or cannot be written, or an unfinished run is there.
+            another model or files that `embed` did not write, or cannot be written; an unfinished run is there; or
+            `rows_per_file` is set and `out` is one file.
     """
     began = time.monotonic()
     places = Places.of(out)
@@ -67,19 +74,29 @@ def join_parts(parts: Sequence[str], out: str, *, quiet: bool = False) -> Embedd
     first = found[0]
     _require_room(places, found)
     folder = open_folder(places.shards)
-    job = Job(0, 0, 1, {"joins": [part.meta_sha256 for part in found], "continues": None})
+    shard_rows = int(first.about["shard_rows"])
+    identity = {"joins": [part.meta_sha256 for part in found], "continues": None}
+    if rows_per_file := cut_files(places, rows_per_file, shard_rows):
+        identity["rows_per_file"] = rows_per_file
+    job = Job(0, 0, 1, identity)
     claim_folder(folder, job, places, restart=False)
     images, size = int(first.about["inputs"]), first.model.feature_size
     progress = Progress("join", images, "rows", quiet=quiet)
     seconds = sum(float(part.meta["timing"]["seconds"]) for part in found)
     meta = {key: value for key, value in first.meta.items() if key not in _OWN_KEYS}
     meta["inputs_sha256"] = first.about["inputs_sha256"]
+    if rows_per_file:
+        meta["rows_per_file"] = rows_per_file
     counts = {key: first.meta[key] for key in ("skipped", "left_out")}
     counts["timing"] = {"seconds": round(seconds, 3), "images_per_s": round(images / max(seconds, 1e-9), 1)}
     try:
         require_own_stem(places)
-        blocks = _blocks(found, int(first.about["shard_rows"]), progress)
-        failed = write_output(places, folder, images, blocks, meta, counts)
+        writer = OutputWriter(places, folder, images, meta)
+        stream = BlockStream(BlockStream(_blocks(found, shard_rows, progress)).skip(writer.rows))
+        while (rows := writer.next_rows) is not None:
+            writer.write(stream.take(len(rows)))
+        failed = writer.commit(counts)
+        discard_folder(folder)
     except BaseException as exc:
         discard_folder(folder)
         if isinstance(exc, OSError):
@@ -108,6 +125,7 @@ def _require_room(places: Places, parts: Sequence[_Part]) -> None:
     if any(_real(part.places.meta) == _real(places.meta) for part in parts):
         raise InputError("is a part, too, or shares its index", argument="out", value=places.features, fix=_OTHER_NAME)
     finish_commit(places)
+    require_own_place(places)
     if file_exists(places.meta):
         _, there, _, _ = read_meta(places)
         if not there.same_features(parts[0].model):
@@ -182,18 +200,14 @@ def _blocks(parts: Sequence[_Part], shard_rows: int, progress: Progress) -> Iter
     """The rows of all parts, in blocks of a shard, as a run that was not parted has them."""
     row = 0
     for part in parts:
-        places, size = part.places, part.model.feature_size
-        with open_existing(places) as output:
+        with open_existing(part.places) as output:
             if output.meta_sha256 != part.meta_sha256:
-                raise InputError(f"{places.features}: another process has changed it", fix="repeat the command")
-            vectors = itertools.chain.from_iterable(
-                read_features(output.features, places.features, places.suffix, size, part.rows)
-            )
-            output.index.seek(0)
+                raise InputError(f"{part.places.features}: another process has changed it", fix="repeat the command")
+            vectors, index_lines = itertools.chain.from_iterable(output.features()), output.index_lines()
             for start in range(0, part.rows, shard_rows):
                 count = min(shard_rows, part.rows - start)
                 features = np.stack(list(itertools.islice(vectors, count)))
-                lines = list(itertools.islice(output.index, count))
+                lines = list(itertools.islice(index_lines, count))
                 index = b"".join(_ROW.sub(b'{"row": %d' % (row + at), line) for at, line in enumerate(lines))
                 row += count
                 progress.advance(count)

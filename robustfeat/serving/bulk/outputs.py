@@ -1,41 +1,77 @@
-"""The three files of an output: features, index and meta. They name each other and change as one.
+"""The files of an output, opened for reading: features, index and meta. They name each other and change as one.
 
-NAME.meta.json holds the sha256 of the other two. A run writes all three into its folder of shards, then a commit file,
-and then moves them to their names. A reader who finds the commit file takes those that are not moved yet from the
-folder: it reads the three old files or the three new ones.
+The meta file holds the sha256 of the others. An output is one file of features with its index, or a dataset of several
+such pairs with one meta file; rows are numbered through. `commits` says how the files appear together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from robustfeat.errors import InputError
-from robustfeat.serving.bulk.formats import FORMATS
+from robustfeat.serving.bulk.formats import FORMATS, map_features, read_features
 from robustfeat.serving.bulk.job import Places
-from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, file_exists, open_folder, open_input, open_output
+from robustfeat.serving.bulk.stacked import Rows, StackedRows
+from robustfeat.serving.bulk.storage import file_exists, open_input
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.sources import path_of_index
+from robustfeat.system import allow_open_files
 
 __all__ = [
-    "NewOutput",
+    "COMMIT",
+    "FILES_KEY",
+    "MALFORMED",
+    "FileRecord",
+    "OpenFile",
     "Output",
-    "finish_commit",
     "index_records",
     "open_existing",
     "read_meta",
-    "require_own_stem",
-    "require_same_model",
+    "read_records",
 ]
 
-_COMMIT = "commit"
-_STAGED = {"features": "new-features", "index": "new-index", "meta": "new-meta"}
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+COMMIT = "commit"
+"""The file in the folder of shards that says that a new output is complete and being moved to its place."""
+
+FILES_KEY = "feature_files"
+"""Of a meta file: what lists the files of a dataset."""
+
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a meta file or an index raises where `embed` did not write it."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of features and its index, as the meta file lists them.
+
+    Attributes:
+        rows: in them.
+        failed: how many of those are NaN.
+        features_sha256, index_sha256: of the two files; None in outputs of version 0.1.
+    """
+
+    rows: int
+    failed: int
+    features_sha256: str | None
+    index_sha256: str | None
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """One file of features and its index, opened for reading at random."""
+
+    features: Any
+    index: Any
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -44,155 +80,50 @@ class Output:
 
     Attributes:
         places: where it lies.
-        features, index: files, opened for reading at random.
-        meta: the contents of the third file.
+        files: of a dataset several.
+        meta: the contents of the meta file.
         meta_sha256: its hash, which tells outputs apart.
         model: what made the features.
-        rows: rows of the features, and lines of the index.
+        rows: of all files.
     """
 
     places: Places
-    features: Any
-    index: Any
+    files: Sequence[OpenFile]
     meta: Mapping[str, Any]
     meta_sha256: str
     model: ModelIdentity
     rows: int
 
+    def index_lines(self, first_file: int = 0) -> Iterator[bytes]:
+        """The lines of the index, of all files from `first_file` on."""
+        for file in self.files[first_file:]:
+            file.index.seek(0)
+            yield from file.index
 
-class NewOutput:
-    """An output in the making, in the folder of shards of a run that has claimed it.
-
-    Args:
-        places: where the output will lie.
-        folder: the folder of shards.
-    """
-
-    def __init__(self, places: Places, folder: LocalFolder | RemoteFolder) -> None:
-        self._places, self._folder = places, folder
-        self._hashes: dict[str, str] = {}
-
-    @contextmanager
-    def open(self, kind: str) -> Iterator[Any]:
-        """Opens `features` or `index` to be written in one go."""
-        with open_output(f"{self._places.shards}/{_STAGED[kind]}") as handle:
-            hashing = _HashingFile(handle)
-            yield hashing
-        self._hashes[f"{kind}_sha256"] = hashing.sha256.hexdigest()
-
-    def commit(self, meta: Mapping[str, Any], *, after: Output | None = None) -> None:
-        """Writes the meta file, with the hashes of the other two, and replaces the output by the new one.
-
-        Args:
-            after: the output that this one continues.
+    def features(self, first_file: int = 0) -> Iterator[NDArray[np.float32]]:
+        """All features in order, in blocks, of all files from `first_file` on.
 
         Raises:
-            InputError: another process has replaced `after`.
+            InputError: a file cannot be read, or holds something else.
         """
-        if after:
-            with open_input(self._places.meta) as handle:
-                if hashlib.sha256(handle.read()).hexdigest() != after.meta_sha256:
-                    what = f"{self._places.features}: another process has changed it"
-                    raise InputError(what, fix="repeat the command")
-        data = {**meta, "format": self._places.suffix, **self._hashes}
-        self._folder.write(_STAGED["meta"], json.dumps(data, indent=2).encode() + b"\n")
-        self._folder.write(_COMMIT, b"")
-        _move(self._places, self._folder)
+        for number, file in enumerate(self.files[first_file:], first_file):
+            place = self.places.file("features", number)
+            yield from read_features(file.features, place, self.places.suffix, self.model.feature_size, file.rows)
 
+    def map_features(self) -> Rows:
+        """All features, (rows, D) float32, memory-mapped as `formats.map_features` does.
 
-class _HashingFile:
-    """A file that is written from its start to its end, with the hash of what was written."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        return int(self._handle.write(data))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._handle, name)
-
-
-def finish_commit(places: Places) -> None:
-    """Ends the commit of a run that was killed in the midst of it.
-
-    Raises:
-        InputError: a file cannot be moved, or another process is at it.
-    """
-    folder = open_folder(places.shards)
-    if _COMMIT not in folder.names():
-        return
-    folder.create()
-    try:
-        _move(places, folder)
-    except OSError as exc:
-        raise InputError(
-            f"{places.features}: cannot be written ({exc.strerror or exc})",
-            fix="free space or restore the permissions, then repeat the command",
-        ) from exc
-    finally:
-        folder.release()
-
-
-def _move(places: Places, folder: LocalFolder | RemoteFolder) -> None:
-    names = folder.names()
-    # The meta file comes first: where the others are still the old ones, their hashes are not those that it says.
-    for kind in ("meta", "index", "features"):
-        if _STAGED[kind] in names:
-            folder.move(_STAGED[kind], getattr(places, kind))
-    folder.delete(_COMMIT)
-
-
-def require_own_stem(places: Places) -> None:
-    """Refuses an output whose index and meta file belong to another one: that of the same stem in another format.
-
-    Raises:
-        InputError: naming the other one.
-    """
-    for suffix in FORMATS:
-        if suffix == places.suffix:
-            continue
-        other = places.with_format(suffix)
-        unfinished = bool(open_folder(other.shards).names())
-        if unfinished or (file_exists(other.features) and _describes(places.meta, suffix, places)):
-            what = "an unfinished run is there for" if unfinished else "they belong to"
-            raise InputError(
-                f"{places.features}: its index and meta files would be {places.index} and {places.meta}, "
-                f"and {what} {other.features}",
-                fix="choose another name",
+        Raises:
+            InputError: as there.
+        """
+        parts = [
+            map_features(
+                file.features, self.places.file("features", at), self.places.suffix, self.model.feature_size, file.rows
             )
-
-
-def require_same_model(places: Places, model: ModelIdentity) -> None:
-    """Refuses to replace an output of another model; one that does not say its model may be replaced.
-
-    Raises:
-        InputError: naming both.
-    """
-    try:
-        _, there, _, _ = read_meta(places)
-    except InputError:
-        return
-    if not there.same_features(model):
-        theirs, ours = f"{there.name} ({there.weights_sha256[:12]})", f"{model.name} ({model.weights_sha256[:12]})"
-        raise InputError(
-            f"{places.features}: holds features of the model {theirs}, this is {ours}",
-            fix="use another `out`, or pass `restart=True` to replace them",
-        )
-
-
-def _describes(meta: str, suffix: str, places: Places) -> bool:
-    """Whether a meta file belongs to the features in a file with this suffix."""
-    if not file_exists(meta):
-        return False
-    try:
-        with open_input(meta) as handle:
-            found = json.loads(handle.read())["format"]
-    except _MALFORMED:  # written by version 0.1, or by something else
-        return not file_exists(places.features)
-    return bool(found == suffix)
+            for at, file in enumerate(self.files)
+            if file.rows or len(self.files) == 1
+        ]
+        return parts[0] if len(parts) == 1 else StackedRows(parts)
 
 
 @contextmanager
@@ -230,38 +161,59 @@ def read_meta(places: Places) -> tuple[dict[str, Any], ModelIdentity, int, str]:
         model, rows = ModelIdentity.of_meta(meta), int(meta["images"])
         if rows < 0:
             raise ValueError(f"images is {rows}")
-    except _MALFORMED as exc:
+        if (listed := sum(record.rows for record in read_records(meta))) != rows:
+            raise ValueError(f"images is {rows}, its files have {listed}")
+        if places.is_dataset and meta["format"] not in FORMATS:
+            raise ValueError(f"format is {meta['format']}")
+    except MALFORMED as exc:
         raise InputError(f"{places.meta}: not what robustfeat embed writes ({exc!r})") from exc
     return meta, model, rows, hashlib.sha256(data).hexdigest()
 
 
+def read_records(meta: Mapping[str, Any]) -> list[FileRecord]:
+    """The files that a meta file lists."""
+    # Version 0.1 wrote no hashes: the numbers of rows have to do.
+    keys = ("features_sha256", "index_sha256")
+    if FILES_KEY not in meta:
+        return [FileRecord(int(meta["images"]), int(meta.get("failed", 0)), *map(meta.get, keys))]
+    return [
+        FileRecord(int(one["rows"]), int(one["failed"]), *(str(one[key]) for key in keys)) for one in meta[FILES_KEY]
+    ]
+
+
 def _open(places: Places, stack: ExitStack) -> Output:
     meta, model, rows, meta_sha256 = read_meta(places)
-    # Version 0.1 wrote no hashes: the numbers of rows have to do.
-    expected = {kind: meta.get(f"{kind}_sha256") for kind in ("features", "index")}
-    files = {}
-    for kind, sha256 in expected.items():
-        files[kind] = handle = stack.enter_context(_open_current(places, kind))
-        if sha256 is not None and (found := hashlib.file_digest(handle, "sha256").hexdigest()) != sha256:
-            raise InputError(
-                f"{getattr(places, kind)}: its sha256 is {found[:12]}..., {places.meta} says {str(sha256)[:12]}...; "
-                "the files do not belong together",
-                fix="embed the images again",
-            )
-        handle.seek(0)
-    return Output(places, files["features"], files["index"], meta, meta_sha256, model, rows)
+    records = read_records(meta)
+    if places.is_dataset:
+        places = places.with_suffix(meta["format"])
+        allow_open_files(4 * len(records))
+    files = []
+    for number, record in enumerate(records):
+        expected = {"features": record.features_sha256, "index": record.index_sha256}
+        handles = {}
+        for kind, sha256 in expected.items():
+            handles[kind] = handle = stack.enter_context(_open_current(places, kind, number))
+            if sha256 is not None and (found := hashlib.file_digest(handle, "sha256").hexdigest()) != sha256:
+                raise InputError(
+                    f"{places.file(kind, number)}: its sha256 is {found[:12]}..., {places.meta} says "
+                    f"{str(sha256)[:12]}...; the files do not belong together",
+                    fix="embed the images again",
+                )
+            handle.seek(0)
+        files.append(OpenFile(handles["features"], handles["index"], record.rows))
+    return Output(places, files, meta, meta_sha256, model, rows)
 
 
 @contextmanager
-def _open_current(places: Places, kind: str) -> Iterator[Any]:
+def _open_current(places: Places, kind: str, number: int = 0) -> Iterator[Any]:
     """Opens one of the files: at its place, or in the folder of shards where it is not moved yet."""
-    staged = f"{places.shards}/{_STAGED[kind]}"
-    place = staged if _committed(places) and file_exists(staged) else getattr(places, kind)
+    staged = f"{places.shards}/{places.staged(kind, number)}"
+    place = staged if _committed(places) and file_exists(staged) else places.file(kind, number)
     if not file_exists(place):
-        raise InputError(
-            f"{place}: no such file; expected what robustfeat embed writes: "
-            f"{Path(places.features).name} with its index and meta files beside it"
-        )
+        named = f"{Path(places.features).name} with its index and meta files beside it"
+        if places.is_dataset:
+            named = "a folder with files of features, their index files, and a meta file"
+        raise InputError(f"{place}: no such file; expected what robustfeat embed writes: {named}")
     with ExitStack() as stack:
         try:
             handle = stack.enter_context(open_input(place))
@@ -271,7 +223,7 @@ def _open_current(places: Places, kind: str) -> Iterator[Any]:
 
 
 def _committed(places: Places) -> bool:
-    return file_exists(f"{places.shards}/{_COMMIT}")
+    return file_exists(f"{places.shards}/{COMMIT}")
 
 
 def index_records(output: Output) -> Iterator[dict[str, Any]]:
@@ -282,15 +234,14 @@ def index_records(output: Output) -> Iterator[dict[str, Any]]:
     """
     shown = output.places.index
     row = -1
-    output.index.seek(0)
-    for row, line in enumerate(output.index):
+    for row, line in enumerate(output.index_lines()):
         try:
             record = json.loads(line)
             path_of_index(record)
             if record["row"] != row:
                 raise ValueError(f"row {record['row']} in line {row + 1}")
             record["error"]
-        except _MALFORMED as exc:
+        except MALFORMED as exc:
             raise InputError(f"{shown}: not what robustfeat embed writes ({exc})") from exc
         yield record
     if row + 1 != output.rows:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from robustfeat.serving.bulk.formats import Block
-from robustfeat.serving.bulk.outputs import Output
+from robustfeat.serving.bulk.job import Places
+from robustfeat.serving.bulk.outputs import FileRecord, Output
 from robustfeat.serving.inputs.input_list import InputList
 
-__all__ = ["Plan"]
+__all__ = ["Fresh", "Plan"]
+
+Fresh = Callable[[int], Iterator[Block]]
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,18 @@ class Plan:
         """Whether the output stays as it is."""
         return False
 
-    def blocks(self, fresh: Iterator[Block]) -> Iterator[Block]:
-        """All rows of the output in order, from the rows of `fresh`.
+    def kept_files(self, places: Places, rows_per_file: int | None) -> Sequence[FileRecord]:
+        """The first files of `existing` that are also those of the new output."""
+        return ()
+
+    def blocks(self, fresh: Fresh, start: int) -> Iterator[Block]:
+        """The rows of the output from `start` on, in order.
+
+        Args:
+            fresh: gives the rows of the inputs `fresh` from a number on.
+            start: how many rows need not be given.
 
         Raises:
             InputError: the existing output cannot be read.
         """
-        return fresh
+        return fresh(start)

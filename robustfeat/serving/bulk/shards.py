@@ -10,21 +10,22 @@ import itertools
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from robustfeat.errors import InputError
-from robustfeat.serving.bulk.formats import FORMATS, Block
+from robustfeat.serving.bulk.commits import count_completed
+from robustfeat.serving.bulk.formats import Block, BlockStream
 from robustfeat.serving.bulk.job import Job, Places, brief
-from robustfeat.serving.bulk.outputs import NewOutput, Output
 from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.plan import Plan
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder
+from robustfeat.serving.bulk.writing import OutputWriter
 from robustfeat.serving.inputs.input_list import InputList
 
-__all__ = ["claim_folder", "discard_folder", "finished_shards", "join_shards", "write_output", "write_shards"]
+__all__ = ["ShardCollector", "claim_folder", "discard_folder", "finished_shards", "write_shards"]
 
 _JOB_FILE = "job.json"
 _SHARD = re.compile("([0-9]{6,12})[.]jsonl")
@@ -60,7 +61,7 @@ def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *
             folder.create()
             folder.write(_JOB_FILE, json.dumps(mine).encode())
             return set()
-        return finished_shards(folder)
+        return finished_shards(folder, job)
     except BaseException as exc:
         folder.release()
         if isinstance(exc, OSError):
@@ -85,9 +86,14 @@ def _read_job(folder: LocalFolder | RemoteFolder, places: Places, *, restart: bo
     return found
 
 
-def finished_shards(folder: LocalFolder | RemoteFolder) -> set[int]:
-    """Numbers of the shards that are complete."""
-    return {int(match[1]) for name in folder.names() if (match := _SHARD.fullmatch(name))}
+def finished_shards(folder: LocalFolder | RemoteFolder, job: Job) -> set[int]:
+    """Numbers of the shards that are complete, and of those that are in a complete file of a new output."""
+    names = folder.names()
+    done = {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
+    if job.identity["continues"] is None:
+        rows = count_completed(names) * (job.rows_per_file or job.images)
+        done.update(range(min(-(-rows // job.shard_rows), job.shards)))
+    return done
 
 
 def discard_folder(folder: LocalFolder | RemoteFolder) -> None:
@@ -138,77 +144,66 @@ def write_shards(
             yield len(batch.features), len(batch.failed)
 
 
-def join_shards(
-    places: Places,
-    folder: LocalFolder | RemoteFolder,
-    job: Job,
-    plan: Plan,
-    *,
-    timing: dict[str, float],
-) -> tuple[int, int]:
-    """Makes the output of the shards and the rows that it has already; gives its rows and how many of them failed.
+class ShardCollector:
+    """Makes an output of shards, and of the rows that are there already.
 
-    The folder is deleted then. Repeated after a kill at any point, it ends with the same files.
-
-    Raises:
-        InputError: another process has changed the output that is there, or it cannot be read.
-    """
-    if plan.existing and plan.unchanged:
-        discard_folder(folder)
-        return plan.existing.rows, int(plan.existing.meta["failed"])
-    meta = {key: value for key, value in job.identity.items() if key not in {"continues", "inputs"}}
-    meta["versions"] = meta["versions"] | {"python": platform.python_version()}
-    left_out = plan.fresh.left_out
-    counts = {"skipped": sum(left_out.values()), "left_out": left_out, "timing": timing}
-    blocks = plan.blocks(_blocks_of_shards(folder, job, meta["feature_size"]))
-    failed = write_output(places, folder, plan.images, blocks, meta, counts, after=plan.existing)
-    return plan.images, failed
-
-
-def write_output(
-    places: Places,
-    folder: LocalFolder | RemoteFolder,
-    images: int,
-    blocks: Iterator[Block],
-    meta: Mapping[str, Any],
-    counts: Mapping[str, Any],
-    *,
-    after: Output | None = None,
-) -> int:
-    """Writes an output from its rows, and deletes the folder of shards that was claimed for it.
+    A file of a new dataset is written as soon as its shards are there, and these are deleted: a run takes the room of
+    its output and of one file more.
 
     Args:
-        images: rows.
-        blocks: of all rows, in order.
-        meta: what made them, for the meta file.
-        counts: for its end.
-        after: the output that this one continues.
-
-    Returns:
-        How many rows failed.
-
-    Raises:
-        InputError: another process has changed `after`.
+        places: where the output will lie.
+        folder: the folder of shards, claimed.
+        job: the run.
+        plan: what the output consists of.
     """
-    failed = 0
-    output = NewOutput(places, folder)
-    with output.open("index") as index, output.open("features") as features:
 
-        def written() -> Iterator[Block]:
-            nonlocal failed
-            for block in blocks:
-                failed += block.index.count(b"\n") - block.index.count(b'"error": null}\n')
-                index.write(block.index)
-                yield block
+    def __init__(self, places: Places, folder: LocalFolder | RemoteFolder, job: Job, plan: Plan) -> None:
+        self._folder, self._job, self._plan = folder, job, plan
+        meta = {key: value for key, value in job.identity.items() if key not in {"continues", "inputs"}}
+        meta["versions"] = meta["versions"] | {"python": platform.python_version()}
+        self._feature_size = int(meta["feature_size"])
+        self._writer = OutputWriter(places, folder, plan.images, meta, plan.kept_files(places, job.rows_per_file))
 
-        about = {key: str(meta[key]) for key in ("model", "precision", "engine", "preprocessing_hash")}
-        FORMATS[places.suffix].write(features, (images, meta["feature_size"]), about, written())
-    output.commit({**meta, "images": images, "failed": failed, **counts}, after=after)
-    discard_folder(folder)
-    return failed
+    def collect(self) -> None:
+        """Writes the files of a new dataset whose shards are there."""
+        if self._plan.existing or not self._job.rows_per_file:
+            return
+        done = finished_shards(self._folder, self._job)
+        while (rows := self._writer.next_rows) is not None and rows.stop < self._plan.images:
+            shards = range(rows.start // self._job.shard_rows, rows.stop // self._job.shard_rows)
+            if not done.issuperset(shards):
+                return
+            self._writer.write(BlockStream(self._fresh(rows.start)).take(len(rows)))
+            self._folder.delete(*(f"{number:06}.{kind}" for number in shards for kind in ("jsonl", "f32")))
 
+    def finish(self, timing: dict[str, float]) -> tuple[int, int]:
+        """Writes what is left and puts the output to its place; gives its rows and how many of them failed.
 
-def _blocks_of_shards(folder: LocalFolder | RemoteFolder, job: Job, size: int) -> Iterator[Block]:
-    for number in range(job.shards):
-        features = np.frombuffer(folder.read(f"{number:06}.f32"), "<f4").reshape(-1, size)
-        yield Block(features, folder.read(f"{number:06}.jsonl"))
+        The folder is deleted then. Repeated after a kill at any point, it ends with the same files.
+
+        Raises:
+            InputError: another process has changed the output that is there, or it cannot be read.
+        """
+        plan = self._plan
+        if plan.existing and plan.unchanged:
+            discard_folder(self._folder)
+            return plan.existing.rows, int(plan.existing.meta["failed"])
+        stream = BlockStream(plan.blocks(self._fresh, self._writer.rows))
+        while (rows := self._writer.next_rows) is not None:
+            self._writer.write(stream.take(len(rows)))
+        left_out = plan.fresh.left_out
+        counts = {"skipped": sum(left_out.values()), "left_out": left_out, "timing": timing}
+        failed = self._writer.commit(counts, after=plan.existing)
+        discard_folder(self._folder)
+        return plan.images, failed
+
+    def _fresh(self, start: int) -> Iterator[Block]:
+        """The rows of the inputs from `start` on."""
+        first, extra = divmod(start, self._job.shard_rows)
+
+        def blocks() -> Iterator[Block]:
+            for number in range(first, self._job.shards):
+                features = np.frombuffer(self._folder.read(f"{number:06}.f32"), "<f4")
+                yield Block(features.reshape(-1, self._feature_size), self._folder.read(f"{number:06}.jsonl"))
+
+        return BlockStream(blocks()).skip(extra)

@@ -15,7 +15,7 @@ from robustfeat.errors import InputError, first_line
 from robustfeat.files import FileLock, create_file, create_folder, new_file, resolve_link
 from robustfeat.serving.inputs.remote import is_remote, open_remote
 
-__all__ = ["LocalFolder", "RemoteFolder", "file_exists", "open_folder", "open_input", "open_output"]
+__all__ = ["LocalFolder", "RemoteFolder", "file_exists", "make_folder", "open_folder", "open_input", "open_output"]
 
 
 class LocalFolder:
@@ -80,9 +80,10 @@ class LocalFolder:
             source.unlink()
         _sync(real.parent)
 
-    def delete(self, name: str) -> None:
-        """Deletes a file, if it is there."""
-        (self.place / name).unlink(missing_ok=True)
+    def delete(self, *names: str) -> None:
+        """Deletes those of the files that are there."""
+        for name in names:
+            (self.place / name).unlink(missing_ok=True)
         _sync(self.place)
 
     def remove(self, first: str) -> None:
@@ -146,10 +147,11 @@ class RemoteFolder:
             self._filesystem.rm_file(f"{self._path}/{name}")
             self._filesystem.invalidate_cache()
 
-    def delete(self, name: str) -> None:
-        """Deletes a file, if it is there."""
-        with self._explaining("deleted"), suppress(FileNotFoundError):
-            self._filesystem.rm_file(f"{self._path}/{name}")
+    def delete(self, *names: str) -> None:
+        """Deletes those of the files that are there."""
+        for name in names:
+            with self._explaining("deleted"), suppress(FileNotFoundError):
+                self._filesystem.rm_file(f"{self._path}/{name}")
 
     def remove(self, first: str) -> None:
         """Deletes the folder, `first` (the file without which it means nothing) before all others."""
@@ -167,6 +169,14 @@ class RemoteFolder:
 def open_folder(place: str) -> LocalFolder | RemoteFolder:
     """A folder by its path or URL; it need not exist."""
     return RemoteFolder(place) if is_remote(place) else LocalFolder(place)
+
+
+def make_folder(place: str) -> None:
+    """Makes a folder for files to be moved to, where storage has folders and this one is not there."""
+    if is_remote(place):
+        RemoteFolder(place.rstrip("/")).create()
+    else:
+        Path(place).mkdir(exist_ok=True)
 
 
 def file_exists(place: str) -> bool:

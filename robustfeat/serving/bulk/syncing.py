@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
 from robustfeat.serving.bulk.appending import open_to_continue, output_exists
-from robustfeat.serving.bulk.formats import Block, map_features
+from robustfeat.serving.bulk.formats import Block
 from robustfeat.serving.bulk.job import Places
 from robustfeat.serving.bulk.outputs import Output, index_records
-from robustfeat.serving.bulk.plan import Plan
+from robustfeat.serving.bulk.plan import Fresh, Plan
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.parquet import ParquetSources
@@ -57,23 +58,23 @@ class _Sync(Plan):
     def unchanged(self) -> bool:
         if len(self.fresh) or len(self.rows) != self.existing.rows:
             return False
-        self.existing.index.seek(0)
         self.kept.seek(0)
-        return all(old == new for old, new in zip(self.existing.index, self.kept, strict=True))
+        return all(old == new for old, new in zip(self.existing.index_lines(), self.kept, strict=True))
 
-    def blocks(self, fresh: Iterator[Block]) -> Iterator[Block]:
+    def blocks(self, fresh: Fresh, start: int) -> Iterator[Block]:
         there = self.existing
         size = there.model.feature_size
-        known = np.empty((0, size), np.float32)
-        if there.rows:
-            known = map_features(there.features, there.places.features, there.places.suffix, size, there.rows)
+        known: Rows = there.map_features() if there.rows else np.empty((0, size), np.float32)
+        before = int((self.rows[:start] == _FRESH).sum())
         embedded = (
             (vector, line)
-            for block in fresh
+            for block in fresh(before)
             for vector, line in zip(block.features, block.index.splitlines(keepends=True), strict=True)
         )
         self.kept.seek(0)
-        for first in range(0, len(self.rows), _BLOCK_ROWS):
+        for _ in range(start - before):
+            self.kept.readline()
+        for first in range(start, len(self.rows), _BLOCK_ROWS):
             rows = self.rows[first : first + _BLOCK_ROWS]
             features = np.empty((len(rows), size), np.float32)
             features[rows >= 0] = known[rows[rows >= 0]]

@@ -49,6 +49,8 @@ def index_place(features: Features) -> str:
     """
     if features.meta_sha256 is None or is_remote(features.place):
         raise InputError(f"{features.place}: only features that embed wrote to this machine can have an index")
+    if features.place.endswith("/"):
+        return f"{features.place}_rows.faiss"
     return features.place.rpartition(".")[0] + ".faiss"
 
 

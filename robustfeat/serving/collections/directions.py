@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
 
 __all__ = ["Directions", "lengths_of", "product_error", "to_units"]
@@ -31,7 +32,9 @@ class Directions:
 
     def __init__(self, features: Features) -> None:
         self.features = features
-        self._values = np.asarray(features.values)  # a slice of a memory map costs more than a slice of an array
+        values = features.values
+        # A slice of a memory map costs more than a slice of an array.
+        self._values: Rows = np.asarray(values) if isinstance(values, np.ndarray) else values
         self.lengths = np.empty(len(features))
         for rows, values in features.chunks():
             self.lengths[rows.start : rows.stop] = lengths_of(values)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError
 from robustfeat.progress import Progress, json_line
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.collections.neighbours import Neighbours, queries_per_pass
 from robustfeat.serving.heads.cells import csv_line
 from robustfeat.serving.heads.features import Features
@@ -33,7 +34,7 @@ class Queries:
     """
 
     names: Sequence[str]
-    values: NDArray[np.float32]
+    values: Rows
     rows: NDArray[np.int64]
     errors: dict[int, str] = field(default_factory=dict)
 
@@ -105,7 +106,7 @@ def join_queries(parts: Sequence[Queries]) -> Queries:
     starts = np.cumsum([0, *(len(part.names) for part in parts)]).tolist()
     return Queries(
         [name for part in parts for name in part.names],
-        np.concatenate([part.values for part in parts]),
+        np.concatenate([np.asarray(part.values) for part in parts]),
         np.concatenate([part.rows for part in parts]),
         {start + at: why for start, part in zip(starts, parts, strict=False) for at, why in part.errors.items()},
     )

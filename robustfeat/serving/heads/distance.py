@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.heads.kinds import Array, Arrays
 
 __all__ = ["DISTANCE_ARRAYS", "distance_shapes", "fit_distance", "measure_distance", "measure_typicality"]
@@ -30,7 +31,7 @@ _MOST_UNSEEN = 1_000
 
 
 def fit_distance(
-    values: NDArray[Any],
+    values: Rows,
     rows: NDArray[np.int64],
     groups: NDArray[np.int64],
     splits: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
@@ -95,7 +96,7 @@ def measure_typicality(arrays: Arrays, features: NDArray[Any]) -> Array:
 
 
 def _fit(
-    values: NDArray[Any], rows: NDArray[np.int64], groups: NDArray[np.int64], places: NDArray[np.int64]
+    values: Rows, rows: NDArray[np.int64], groups: NDArray[np.int64], places: NDArray[np.int64]
 ) -> dict[str, Array]:
     if len(places) > _MOST_ROWS:
         places = np.sort(np.random.default_rng(0).choice(places, _MOST_ROWS, replace=False))

@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
-from robustfeat.serving.bulk.formats import FORMATS, map_features
-from robustfeat.serving.bulk.job import Places
+from robustfeat.serving.bulk.formats import FORMATS
+from robustfeat.serving.bulk.index_paths import IndexPaths
+from robustfeat.serving.bulk.job import Places, holds_dataset
 from robustfeat.serving.bulk.outputs import Output, index_records, open_existing
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.bulk.storage import file_exists
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.serving.inputs.input_list import InputList
-from robustfeat.serving.inputs.sources import path_of_index, printable
+from robustfeat.serving.inputs.sources import printable
 
 __all__ = [
     "CHUNK_ROWS",
@@ -44,7 +46,8 @@ class Features:
 
     Attributes:
         place: where they lie, for messages.
-        values: (n, D) float32, or another float of an array made elsewhere, memory-mapped; failed rows are NaN.
+        values: (n, D) float32, or another float of an array made elsewhere, memory-mapped; failed rows are NaN. Rows of
+            several files are a `StackedRows`, which slices and row numbers read as they read an array.
         paths: n names, as the index has them.
         errors: why rows failed, by row.
         model: what made them; None of an array made elsewhere.
@@ -54,7 +57,7 @@ class Features:
     """
 
     place: str
-    values: NDArray[np.float32]
+    values: Rows
     paths: Sequence[str]
     errors: dict[int, str]
     model: ModelIdentity | None
@@ -103,7 +106,9 @@ class Features:
 
 
 def is_feature_file(place: str) -> bool:
-    """Whether an argument names features rather than images (a Parquet file may hold either)."""
+    """Whether an argument names features rather than images (a Parquet file or a folder may hold either)."""
+    if holds_dataset(place):
+        return True
     suffix = Path(place).suffix
     if suffix not in FORMATS:
         return False
@@ -114,7 +119,8 @@ def load(place: str | os.PathLike[str]) -> Features:
     """What `embed` has written: features, the names of their rows, and which rows failed.
 
     Args:
-        place: a .npy, .parquet or .safetensors file, with its index and meta file beside it, or its URL.
+        place: a .npy, .parquet or .safetensors file, with its index and meta file beside it, or a folder of such files
+            that `embed` wrote; or its URL, which for a folder ends in a slash.
 
     Raises:
         InputError: a file is missing, or they do not belong together.
@@ -130,18 +136,17 @@ def open_features(place: str) -> Features:
     """
     places = Places.of(place, argument=None)
     with open_existing(places) as output:
-        paths: list[str] = []
         errors: dict[int, str] = {}
         hashes = np.zeros((output.rows, 32), np.uint8)
         for row, record in enumerate(index_records(output)):
-            paths.append(path_of_index(record))
             _note_hash(hashes, row, record.get("sha256"), places.index)
             if record["error"] is not None:
                 errors[row] = str(record["error"])
-        if places.suffix == ".parquet" and "features_sha256" not in output.meta:
+        paths = IndexPaths([file.index for file in output.files], places.index)
+        if places.suffix == ".parquet" and not places.is_dataset and "features_sha256" not in output.meta:
             _require_own_paths(output, paths)
-        values = map_features(output.features, place, places.suffix, output.model.feature_size, output.rows)
-    return Features(place, values, paths, errors, output.model, hashes, output.meta_sha256)
+        values = output.map_features()
+    return Features(places.features, values, paths, errors, output.model, hashes, output.meta_sha256)
 
 
 def _note_hash(hashes: NDArray[np.uint8], row: int, sha256: Any, index: str) -> None:
@@ -223,7 +228,7 @@ def _require_own_paths(output: Output, paths: Sequence[str]) -> None:
 
     row, places = 0, output.places
     try:
-        for batch in parquet.ParquetFile(output.features).iter_batches(columns=["path"]):
+        for batch in parquet.ParquetFile(output.files[0].features).iter_batches(columns=["path"]):
             for path in batch.column(0).to_pylist():
                 if row >= len(paths) or path != printable(paths[row]):
                     raise InputError(

@@ -23,6 +23,7 @@ from robustfeat.errors import HeadError, InputError, first_line
 from robustfeat.files import new_folder
 from robustfeat.hub.head_folder import HEAD, TENSORS, HeadFolder, about_sha256, resolve_head
 from robustfeat.hub.remote import HubAccess
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.heads import convert
 from robustfeat.serving.heads.distance import DISTANCE_ARRAYS, distance_shapes, measure_typicality
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
@@ -203,7 +204,7 @@ class Head(convert.HeadParts):
             parts.append(self._raw_margins(values[chunk if rows is None else rows[chunk]]))
         return np.concatenate(parts)
 
-    def _values(self, features: NDArray[Any] | Features) -> NDArray[Any]:
+    def _values(self, features: NDArray[Any] | Features) -> Rows:
         if isinstance(features, Features):
             self.require_features(features, "this head")
             return features.values

@@ -17,8 +17,8 @@ from pyarrow import parquet
 
 from robustfeat import FeatureExtractor
 from robustfeat.errors import InputError
+from robustfeat.serving.bulk.commits import NewOutput
 from robustfeat.serving.bulk.embedding import embed_files
-from robustfeat.serving.bulk.outputs import NewOutput
 from robustfeat.serving.bulk.shards import write_shards
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.inputs.listing import list_inputs

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
 from robustfeat.progress import Progress
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.heads.distance import fit_distance
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.fitting.calibration import calibrate
@@ -32,7 +33,7 @@ __all__ = ["fit_head", "require_two", "select", "select_and_fit"]
 
 
 def select_and_fit(
-    values: NDArray[Any],
+    values: Rows,
     targets: NDArray[Any],
     *,
     kind: str = "svm",
@@ -78,7 +79,7 @@ def select_and_fit(
 
 
 def select(
-    values: NDArray[Any],
+    values: Rows,
     targets: NDArray[Any],
     *,
     kind: str = "svm",

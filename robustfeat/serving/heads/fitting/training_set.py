@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, Array
 from robustfeat.serving.heads.solver.losses import loss_of
@@ -37,7 +38,7 @@ class TrainingSet:
 
     def __init__(
         self,
-        values: NDArray[Any],
+        values: Rows,
         rows: NDArray[np.int64],
         targets: NDArray[Any],
         kind: str,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.files import new_file
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.heads.features import CHUNK_ROWS
 
 __all__ = ["Candidate", "Trials", "fingerprint_rows"]
@@ -86,7 +87,7 @@ def _candidate(values: dict[str, Any]) -> Candidate:
     return one
 
 
-def fingerprint_rows(values: NDArray[Any], rows: NDArray[np.int64], targets: NDArray[Any], settings: Any) -> str:
+def fingerprint_rows(values: Rows, rows: NDArray[np.int64], targets: NDArray[Any], settings: Any) -> str:
     """sha256 of features, which of them have which labels, and JSON-like settings."""
     digest = hashlib.sha256(json.dumps([values.shape, str(values.dtype), settings]).encode())
     for array in (rows, targets):

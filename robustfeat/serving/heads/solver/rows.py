@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.heads.kinds import Array
 
 __all__ = ["ScaledRows"]
@@ -47,7 +48,7 @@ class ScaledRows:
 
     def __init__(
         self,
-        values: NDArray[Any],
+        values: Rows,
         rows: NDArray[np.int64],
         scaling: str,
         threads: int = 1,
