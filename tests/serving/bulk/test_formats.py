@@ -81,5 +81,7 @@ def test_the_header_of_safetensors_is_aligned(folder: Path, out: Path) -> None:
 def test_an_unknown_suffix_is_refused_before_anything_is_done(folder: Path, robustfeat: Run) -> None:
     result = robustfeat("embed", folder / "images", "--out", folder / "feats.csv")
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].endswith("expected a name ending in .npy, .parquet, .safetensors")
+    assert result.stderr.splitlines()[-1].endswith(
+        "in .npy, .parquet, .safetensors, or in / for a folder of several files"
+    )
     assert not (folder / "feats.csv").exists()
