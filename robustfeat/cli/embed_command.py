@@ -116,8 +116,8 @@ def command(
 
     Beside FEATS come NAME.index.jsonl (which row is which file, and what failed) and NAME.meta.json (which model made
     it). Where FEATS ends in a slash it becomes a folder: files of features, their index files and one meta file. An
-    image that cannot be read is a row of NaN, and the exit code is then 3. A run that was killed goes on when the same
-    command is given again.
+    image that cannot be read is a row of NaN, and the exit code is then 3. If a run is killed, repeat the command: it
+    resumes.
     """
     from robustfeat.serving.bulk.embedding import embed_files
     from robustfeat.serving.bulk.job import Places

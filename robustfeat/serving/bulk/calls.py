@@ -50,8 +50,7 @@ def embed(
     Args:
         inputs: a folder, an image, a glob, FILE.tar, FILE.parquet or FILE.parquet:COLUMN, or several of them; each may
             also be a URL such as s3://bucket/photos.
-        out: a .npy, .parquet or .safetensors file, or its URL. Text with a slash at its end names a folder of several
-            files: `feats/` of .npy files, `feats.parquet/` of .parquet files.
+        out: a .npy, .parquet or .safetensors file, or a folder of them (`feats/`, `feats.parquet/`); or its URL.
         model: `builtin`, a model folder, or ORG/NAME on the Hub.
         revision: a branch, tag or commit on the Hub; main by default.
         config_hash: the hash that `robustfeat info` prints, which pins all files of the model.
@@ -80,15 +79,12 @@ def embed(
         ModelFolderError, HubError, EngineError: the model cannot be loaded; see `FeatureExtractor.from_pretrained`.
         ValueError: `on_error` is something else.
     """
-    places = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    target = os.fspath(out)
-    _require(places, target, on_error)
+    places, target = _require(inputs, out, on_error)
     run = RunOptions(precision, engine, device, decoding, threads, max_pixels=max_pixels)
     options = replace(run, revision=revision, config_hash=config_hash, pooling=pooling).for_throughput()
     extractor = FeatureExtractor.load(model, options)
-    patterns = [match] if isinstance(match, str) else match
     scratch = None if is_remote(target) else Path(target).parent
-    with list_inputs([os.fspath(place) for place in places], match=patterns, folder=scratch) as found:
+    with list_inputs(places, match=[match] if isinstance(match, str) else match, folder=scratch) as found:
         return embed_files(
             extractor,
             found,
@@ -104,9 +100,14 @@ def embed(
         )
 
 
-def _require(places: Sequence[object], target: str, on_error: str) -> None:
-    """Refuses wrong arguments before the model is loaded."""
+def _require(
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], on_error: str
+) -> tuple[list[str], str]:
+    """Inputs and output as text; refuses wrong arguments before the model is loaded."""
     require_on_error(on_error)
+    target = os.fspath(out)
     Places.of(target)
+    places = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     if not places:
         raise InputError("got none", argument="inputs", fix="name at least one folder or image")
+    return [os.fspath(place) for place in places], target

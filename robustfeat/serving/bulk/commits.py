@@ -90,7 +90,7 @@ class NewOutput:
 
 
 class HashingFile:
-    """A file that is written from its start to its end, with the hash of what was written."""
+    """A file that is written from its start to its end, and the hash of its bytes."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -127,7 +127,7 @@ def _listed(places: Places, files: Sequence[FileRecord]) -> dict[str, Any]:
 
 def _kinds(places: Places, files: int) -> Iterator[tuple[str, int]]:
     """Kind and number of each file of an output."""
-    # The meta file comes first: where the others are still the old ones, their hashes are not those that it says.
+    # The meta file comes first: where the others are still the old ones, its hashes do not fit them.
     yield "meta", 0
     for number in range(files):
         yield "index", number
@@ -185,7 +185,7 @@ def _move(places: Places, folder: LocalFolder | RemoteFolder) -> None:
 
 
 def require_own_stem(places: Places) -> None:
-    """Refuses an output whose index and meta file belong to another one: that of the same stem in another format.
+    """Refuses an output whose index and meta file belong to another one, of the same stem in another format.
 
     Raises:
         InputError: naming the other one.

@@ -1,7 +1,7 @@
 """Bulk embedding: image files to a file of features, with an index and a description beside it.
 
 Rows are embedded in shards. Each is written whole to a folder beside the output, `.NAME.shards`; a repeated command
-resumes a killed run after its last shard. Shards are joined to the output files: those of a dataset one by one as the
+resumes a killed run after its last shard. Shards are joined to the output files: the files of a dataset one by one as the
 run goes, a single file at the end. Then the folder is deleted.
 """
 
@@ -112,8 +112,7 @@ def embed_files(
         append: add the inputs that `out` does not hold yet (by path), as further rows.
         sync: make `out` hold the rows of `inputs`, and embed only images whose bytes it does not hold yet.
         part: embed only this part of `inputs`; `join_parts` makes the whole of all parts.
-        rows_per_file: of a dataset, raised to whole shards; by default as the dataset has it that is there, or
-            `ROWS_PER_FILE`.
+        rows_per_file: of a dataset, raised to whole shards; by default as in the dataset there, or `ROWS_PER_FILE`.
         shard_rows: how many rows a killed run may lose.
         deadline_s: an image that takes longer is a failed row.
         ray: run on Ray, at this address (`auto`: the running cluster, or one on this machine).
@@ -128,12 +127,7 @@ def embed_files(
     """
     require_on_error(on_error)
     began = time.monotonic()
-    places = Places.of(str(out))
-    finish_commit(places)
-    if not restart:
-        require_own_place(places)
-        if not (append or sync):
-            require_same_model(places, extractor.identity)
+    places = _find_places(str(out), None if append or sync else extractor.identity, restart=restart)
     batch_size = batch_size or extractor.batch_size
     shard_rows = -(-shard_rows // batch_size) * batch_size  # shards of whole batches
     rows_per_file = cut_files(places, rows_per_file, shard_rows)
@@ -158,6 +152,21 @@ def embed_files(
             feature_size=extractor.feature_size,
             seconds=time.monotonic() - began,
         )
+
+
+def _find_places(out: str, model: ModelIdentity | None, *, restart: bool) -> Places:
+    """Where `out` lies, after it is clear that it may be written there.
+
+    Args:
+        model: refuse to replace features of another one.
+    """
+    places = Places.of(out)
+    finish_commit(places)
+    if not restart:
+        require_own_place(places)
+        if model:
+            require_same_model(places, model)
+    return places
 
 
 def _open_plan(

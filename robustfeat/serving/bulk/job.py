@@ -28,7 +28,7 @@ class Places:
 
     Attributes:
         features: the file of features, or the folder of a dataset, which ends in a slash.
-        index: the index file, or the pattern of those of a dataset.
+        index: the index file, or the pattern of the index files of a dataset.
         meta: the meta file.
         shards: the folder of shards.
         suffix: the format of the features.

@@ -75,7 +75,7 @@ def join_parts(
     _require_room(places, found)
     folder = open_folder(places.shards)
     shard_rows = int(first.about["shard_rows"])
-    identity = {"joins": [part.meta_sha256 for part in found], "continues": None}
+    identity: dict[str, Any] = {"joins": [part.meta_sha256 for part in found], "continues": None}
     if rows_per_file := cut_files(places, rows_per_file, shard_rows):
         identity["rows_per_file"] = rows_per_file
     job = Job(0, 0, 1, identity)

@@ -48,7 +48,7 @@ class Plan:
         return False
 
     def kept_files(self, places: Places, rows_per_file: int | None) -> Sequence[FileRecord]:
-        """The first files of `existing` that are also those of the new output."""
+        """The first files of `existing` that the new output has, too."""
         return ()
 
     def blocks(self, fresh: Fresh, start: int) -> Iterator[Block]:

@@ -177,7 +177,7 @@ class ShardCollector:
             self._folder.delete(*(f"{number:06}.{kind}" for number in shards for kind in ("jsonl", "f32")))
 
     def finish(self, timing: dict[str, float]) -> tuple[int, int]:
-        """Writes what is left and puts the output to its place; gives its rows and how many of them failed.
+        """Writes the remaining files and puts the output to its place; gives its rows and how many of them failed.
 
         The folder is deleted then. Repeated after a kill at any point, it ends with the same files.
 

@@ -81,7 +81,7 @@ class LocalFolder:
         _sync(real.parent)
 
     def delete(self, *names: str) -> None:
-        """Deletes those of the files that are there."""
+        """Deletes files, if they are there."""
         for name in names:
             (self.place / name).unlink(missing_ok=True)
         _sync(self.place)
@@ -148,7 +148,7 @@ class RemoteFolder:
             self._filesystem.invalidate_cache()
 
     def delete(self, *names: str) -> None:
-        """Deletes those of the files that are there."""
+        """Deletes files, if they are there."""
         for name in names:
             with self._explaining("deleted"), suppress(FileNotFoundError):
                 self._filesystem.rm_file(f"{self._path}/{name}")

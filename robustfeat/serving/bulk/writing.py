@@ -23,7 +23,7 @@ def cut_files(places: Places, rows_per_file: int | None, shard_rows: int) -> int
 
     Args:
         places: of the output.
-        rows_per_file: what was asked for; None for as many as the dataset has that is there, or `ROWS_PER_FILE`.
+        rows_per_file: None for as many as the dataset there has, or `ROWS_PER_FILE`.
         shard_rows: of the run.
 
     Raises:

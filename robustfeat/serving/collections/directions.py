@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.serving.bulk.stacked import Rows
-from robustfeat.serving.heads.features import CHUNK_ROWS, Features
+from robustfeat.serving.heads.features import CHUNK_ROWS, Features, Rows
 
 __all__ = ["Directions", "lengths_of", "product_error", "to_units"]
 

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import InputError
 from robustfeat.progress import Progress, json_line
-from robustfeat.serving.bulk.stacked import Rows
 from robustfeat.serving.collections.neighbours import Neighbours, queries_per_pass
 from robustfeat.serving.heads.cells import csv_line
-from robustfeat.serving.heads.features import Features
+from robustfeat.serving.heads.features import Features, Rows
 from robustfeat.serving.inputs.sources import path_fields
 
 __all__ = ["Match", "Queries", "Search", "find_similar", "join_queries", "rows_named", "to_csv", "to_jsonl"]

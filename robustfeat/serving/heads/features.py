@@ -27,6 +27,7 @@ from robustfeat.serving.inputs.sources import printable
 __all__ = [
     "CHUNK_ROWS",
     "Features",
+    "Rows",
     "count_unnamed_rows",
     "embed_features",
     "is_feature_file",

@@ -23,7 +23,7 @@ from robustfeat.errors import HeadError, InputError, first_line
 from robustfeat.files import new_folder
 from robustfeat.hub.head_folder import HEAD, TENSORS, HeadFolder, about_sha256, resolve_head
 from robustfeat.hub.remote import HubAccess
-from robustfeat.serving.bulk.stacked import Rows
+from robustfeat.serving.bulk.stacked import Rows, StackedRows
 from robustfeat.serving.heads import convert
 from robustfeat.serving.heads.distance import DISTANCE_ARRAYS, distance_shapes, measure_typicality
 from robustfeat.serving.heads.features import CHUNK_ROWS, Features
@@ -169,7 +169,7 @@ class Head(convert.HeadParts):
             return (x - self.arrays["scaling.mean"]) / self.arrays["scaling.scale"]
         return x
 
-    def margins(self, features: NDArray[Any] | Features, rows: NDArray[np.int64] | None = None) -> Array:
+    def margins(self, features: Rows | Features, rows: NDArray[np.int64] | None = None) -> Array:
         """How much each class is favoured.
 
         Args:
@@ -192,7 +192,7 @@ class Head(convert.HeadParts):
             return np.concatenate([-margins, margins], 1)
         return margins
 
-    def raw_margins(self, features: NDArray[Any] | Features, rows: NDArray[np.int64] | None = None) -> Array:
+    def raw_margins(self, features: Rows | Features, rows: NDArray[np.int64] | None = None) -> Array:
         """`margins`, but (n, 1) where one row of coefficients parts two classes."""
         values = self._values(features)
         count = len(values) if rows is None else len(rows)
@@ -204,11 +204,11 @@ class Head(convert.HeadParts):
             parts.append(self._raw_margins(values[chunk if rows is None else rows[chunk]]))
         return np.concatenate(parts)
 
-    def _values(self, features: NDArray[Any] | Features) -> Rows:
+    def _values(self, features: Rows | Features) -> Rows:
         if isinstance(features, Features):
             self.require_features(features, "this head")
             return features.values
-        values = np.asarray(features)
+        values = features if isinstance(features, StackedRows) else np.asarray(features)
         if values.ndim != 2 or values.shape[1] != self.feature_size:
             raise ValueError(f"features must be (n, {self.feature_size}); got {values.shape}")
         return values
@@ -257,7 +257,7 @@ class Head(convert.HeadParts):
             return np.stack([pair[:, 1] - pair[:, 0] for pair in pairs], 1)
         return margins(self.arrays, x)
 
-    def predict(self, features: NDArray[Any] | Features, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
+    def predict(self, features: Rows | Features, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
         """The class of each row, (n,), or with several labels (n, K) bool; arguments and errors as of `margins`."""
         return self.decide(self.margins(features, rows))
 
@@ -268,7 +268,7 @@ class Head(convert.HeadParts):
         chosen: NDArray[Any] = np.array(self.classes)[margins.argmax(1)]
         return chosen
 
-    def probabilities(self, features: NDArray[Any] | Features) -> Array:
+    def probabilities(self, features: Rows | Features) -> Array:
         """Calibrated probabilities, (n, K): rows add up to 1, but with several labels, where each stands alone.
 
         Raises:
@@ -325,7 +325,7 @@ class Head(convert.HeadParts):
         self.require_typicality()
         return 1 / (1 + len(self.arrays["distance.unseen"]))
 
-    def typicality(self, features: NDArray[Any] | Features) -> Array:
+    def typicality(self, features: Rows | Features) -> Array:
         """How usual rows are among images of the classes, (n,): see `measure_typicality`.
 
         Raises:

@@ -53,7 +53,8 @@ def list_inputs(
         folder: see `InputList`.
 
     Raises:
-        InputError: an argument does not exist or cannot be read, or there is no image at all.
+        InputError: an argument does not exist or cannot be read, a folder lies in another one of them, or there is no
+            image at all.
     """
     try:
         listing = InputList(choice=Choice(match), folder=folder)
@@ -62,6 +63,7 @@ def list_inputs(
             f"{folder}: the list of inputs cannot be written ({exc.strerror})", fix="choose another `out`"
         ) from exc
     try:
+        _require_apart([str(argument).removeprefix("file://") for argument in arguments])
         for argument in map(str, arguments):
             if argument == "-":
                 _list_lines("-", null, listing)
@@ -85,6 +87,20 @@ def list_inputs(
             raise InputError(f"the list of inputs cannot be written ({exc.strerror or exc})", fix="free space") from exc
         raise
     return listing
+
+
+def _require_apart(arguments: Sequence[str]) -> None:
+    """Refuses a folder inside another one: each of its images would be two rows under two paths."""
+    folders = {os.path.realpath(one): one for one in arguments if not is_remote(one) and os.path.isdir(one)}
+    for real, folder in folders.items():
+        above = real
+        while (parent := os.path.dirname(above)) != above:
+            above = parent
+            if above in folders:
+                raise InputError(
+                    f"{folder}: lies in {folders[above]}, so that its images would be two rows each",
+                    fix=f"leave out {folder}",
+                )
 
 
 def list_folder(root: Path) -> tuple[list[ImageSource], dict[str, int]]:

@@ -582,6 +582,23 @@ def test_any_part_of_a_long_list_can_be_read(tmp_path: Path) -> None:
             assert found.sha256 == same.sha256 != other.sha256
 
 
+def test_a_folder_inside_another_one_is_refused(tmp_path: Path) -> None:
+    inner = tmp_path / "photos" / "2024" / "may"
+    inner.mkdir(parents=True)
+    (inner / "a.jpg").touch()
+    (tmp_path / "photos-2").mkdir()
+    (tmp_path / "photos-2" / "b.jpg").touch()
+    (tmp_path / "link").symlink_to(inner)
+    outer = tmp_path / "photos"
+    for folder in (inner, tmp_path / "link"):
+        for arguments in ([outer, folder], [folder, outer]):
+            said = rf"{folder}: lies in {outer}, so that its images would be two rows each; leave out {folder}"
+            with pytest.raises(InputError, match=said):
+                list_inputs(arguments)
+    with list_inputs([outer, inner / "a.jpg", tmp_path / "photos-2", outer]) as found:
+        assert [image.path for image in found] == ["2024/may/a.jpg", "a.jpg", "b.jpg", "2024/may/a.jpg"]
+
+
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     root = touch(tmp_path / "root", "a/x.jpg", "b/y.jpg", "b/c/z.jpg")
     touch(tmp_path / "elsewhere", "w.jpg")
