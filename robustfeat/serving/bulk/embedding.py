@@ -1,8 +1,8 @@
 """Bulk embedding: image files to a file of features, with an index and a description beside it.
 
 Rows are embedded in shards. Each is written whole to a folder beside the output, `.NAME.shards`; a repeated command
-resumes a killed run after its last shard. Shards are joined to the output files: the files of a dataset one by one as the
-run goes, a single file at the end. Then the folder is deleted.
+resumes a killed run after its last shard. The files of a dataset are made of their shards as soon as these are there, a
+single file at the end. Then the folder is deleted.
 """
 
 from __future__ import annotations
