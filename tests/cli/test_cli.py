@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import Run, train_arguments
+from tests.conftest import Run, train_arguments, files_of
 
 
 def only_line(text: str) -> str:
@@ -159,13 +159,13 @@ def test_a_full_disk_gives_one_line_and_keeps_the_old_file(
     """40 rows of 512 float32 are 82 kB and fit; a hundred do not."""
     out = tmp_path / "out" / "feats.npy"
     out.parent.mkdir()
-    out.write_bytes(b"old")
+    assert robustfeat("embed", examples / "hat", "--out", out, "--model", model, "--quiet").returncode == 0
+    old = files_of(out.parent)
     arguments = ["embed", examples, examples, examples, "--out", out, "--model", model, "--quiet"]
     result = robustfeat(*arguments, file_bytes=100_000)
     assert result.returncode == 1
     assert "cannot be written" in only_line(result.stderr)
-    assert out.read_bytes() == b"old"
-    assert [entry.name for entry in out.parent.iterdir()] == ["feats.npy"]
+    assert files_of(out.parent) == old
 
 
 def test_a_full_disk_during_training_gives_one_line(robustfeat: Run, dataset: Path, tmp_path: Path) -> None:

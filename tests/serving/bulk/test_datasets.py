@@ -230,7 +230,7 @@ def test_a_reader_sees_the_old_dataset_or_the_new_one_wherever_a_run_is_killed(
         embed(tmp_path / "new", f"{place}/", rows_per_file=4, **options)
         assert written(place) == written(whole)
         assert not list(tmp_path.glob(".at*"))
-    assert later > 3
+    assert later >= 2
 
 
 def test_append_leaves_whole_files_as_they_are(embed: Embed, folder: Path, feats: Path, tmp_path: Path) -> None:
