@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import Run, train_arguments, files_of
+from tests.conftest import Run, files_of, train_arguments
 
 
 def only_line(text: str) -> str:
