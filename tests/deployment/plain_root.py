@@ -87,7 +87,8 @@ def build(
         environment: of RUN only, such as a proxy.
     """
     stages: dict[str, Image] = {}
-    image, name, given = Image(base), "", {}
+    image, name = Image(base), ""
+    given: dict[str, str] = {}
     for instruction, text in instructions(dockerfile):
         if instruction == "FROM":
             source, name = re.fullmatch(r"(\S+) AS (\S+)", text).groups()  # type: ignore[union-attr]

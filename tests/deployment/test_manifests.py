@@ -158,6 +158,32 @@ def test_the_init_container_fills_the_cache_that_the_server_reads(
     )
 
 
+# Of kserve 0.21's models V1alpha1ServingRuntimeSpec, V1alpha1SupportedModelFormat, V1beta1PredictorSpec and
+# V1beta1ModelSpec: the fields that our files use, with their types.
+RUNTIME = {"supportedModelFormats": list, "protocolVersions": list, "containers": list}
+FORMAT = {"name": str, "version": str, "autoSelect": bool}
+PREDICTOR = {"minReplicas": int, "maxReplicas": int, "model": dict}
+MODEL = {"runtime": str, "modelFormat": dict, "protocolVersion": str, "storageUri": str}
+
+
+def assert_fields(found: Manifest, known: dict[str, type]) -> None:
+    assert {name: type(value) for name, value in found.items()} == {name: known[name] for name in found}
+
+
+def test_kserve_knows_the_fields() -> None:
+    runtime, service = read("kserve/runtime.yaml"), read("kserve/inference-service.yaml")
+    assert_fields(runtime["spec"], RUNTIME)
+    for one in runtime["spec"]["supportedModelFormats"]:
+        assert_fields(one, FORMAT)
+    assert set(service["spec"]) == {"predictor"}
+    assert_fields(service["spec"]["predictor"], PREDICTOR)
+    assert_fields(service["spec"]["predictor"]["model"], MODEL)
+    # A runtime's containers are those of a pod.
+    pod: Manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "features"}}
+    pod["spec"] = {"containers": runtime["spec"]["containers"]}
+    kubernetes_validate.validate(pod, KUBERNETES[-1], strict=True)
+
+
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Server]:
     server = Server("--allowed-host", "*")
