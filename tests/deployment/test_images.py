@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 from tests.deployment.plain_root import instructions
-from tests.serving.http.conftest import Server
+from tests.serving.http.conftest import Server, wait_until
 from tests.serving.http.test_proxies import ask, free_port, nginx
 
 DOCKER = ROOT / "docker"
@@ -130,18 +131,39 @@ def test_compose_mounts_files_that_exist_and_opens_ports_to_this_machine_only(co
     assert Path(server["build"]["context"], server["build"]["dockerfile"]).is_file()
 
 
-def test_the_nginx_of_compose_balances_and_hides_the_metrics(photos: list[bytes], tmp_path: Path) -> None:
-    port = free_port()
-    server = Server("--workers", 1)
+def test_the_nginx_of_compose_asks_another_replica_and_hides_the_metrics(photos: list[bytes], tmp_path: Path) -> None:
+    port, host = free_port(), {"Host": "localhost"}
+    replicas = Server(), Server("--max-queue", 1, "--max-items", 1)
+    places = "".join(f"server 127.0.0.1:{replica.port} max_fails=0;" for replica in replicas)
     text = (DOCKER / "nginx" / "robustfeat.conf").read_text("utf-8")
-    text = text.replace("robustfeat:8000", f"127.0.0.1:{server.port}").replace("listen 80", f"listen {port}")
+    text = text.replace("server robustfeat:8000 max_fails=0;", places).replace("listen 80", f"listen {port}")
     with nginx(tmp_path, text, port):
-        host = {"Host": "localhost"}
-        assert ask(port, "POST", "/embed", photos[0], host).body == server.post("/embed", photos[0]).body
-        assert ask(port, "POST", "/embed", bytes(2**25 + 1), host).status == 413
-        assert "33,554,432" in ask(port, "POST", "/embed", bytes(2**25 + 1), host).body.decode()
+        with ThreadPoolExecutor(16) as clients:  # more than the second replica has room for
+            answers = list(clients.map(lambda _: ask(port, "POST", "/embed", photos[0], host).status, range(32)))
+        assert answers == [200] * 32
+        wait_until(lambda: 'status="503"' in replicas[1].get("/metrics").body.decode())
+        too_large = ask(port, "POST", "/embed", bytes(2**25 + 1), host)
+        assert too_large.status == 413
+        assert "33,554,432" in too_large.body.decode()  # ours, not nginx's page
         assert ask(port, "GET", "/metrics", headers=host).status == 404
-    assert server.stop() == 0
+        assert replicas[0].stop() == 0
+        for _ in range(4):
+            assert ask(port, "POST", "/embed", photos[0], host).status == 200
+    assert replicas[1].stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("schema", "file"),
+    [
+        ("github-workflows", "workflows/ci.yml"),
+        ("github-workflows", "workflows/images.yml"),
+        ("dependabot", "dependabot.yml"),
+    ],
+)
+def test_github_takes_the_files(schema: str, file: str) -> None:
+    command = [tool("check-jsonschema"), "--builtin-schema", f"vendor.{schema}", ROOT / ".github" / file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_documented_builds_name_what_there_is() -> None:

@@ -94,6 +94,26 @@ def test_the_image_is_the_one_that_is_built(deployment: Manifest) -> None:
     assert {"/tmp", re.findall(r"XDG_CACHE_HOME=(/\S+)", text)[0]} == mounted
 
 
+def assert_restricted(pod: Manifest, container: Manifest) -> None:
+    """What the profile `restricted` of Kubernetes' Pod Security Standards asks of a container."""
+    settings = {**pod.get("securityContext", {}), **container["securityContext"]}
+    assert settings["runAsNonRoot"] is True
+    assert settings["runAsUser"] != 0
+    assert settings["allowPrivilegeEscalation"] is False
+    assert settings["capabilities"] == {"drop": ["ALL"]}
+    assert settings["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
+def test_the_pods_are_restricted() -> None:
+    pod = read("base/deployment.yaml")["spec"]["template"]["spec"]
+    patch = read("overlays/production/deployment.yaml")["spec"]["template"]["spec"]
+    for container in (*pod["containers"], *patch["initContainers"]):
+        assert_restricted(pod, container)
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    for container in read("kserve/runtime.yaml")["spec"]["containers"]:
+        assert_restricted({}, container)
+
+
 def test_the_selectors_find_the_pods(deployment: Manifest) -> None:
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     for name in ("service", "disruption-budget", "network-policy"):
