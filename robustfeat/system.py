@@ -14,9 +14,11 @@ from pathlib import Path, PurePosixPath
 
 __all__ = [
     "allow_open_files",
+    "anonymous_bytes",
     "anonymous_memory",
     "available_cpus",
     "available_memory",
+    "child_processes",
     "cpu_quota",
     "die_with_parent",
     "offer_to_die_first",
@@ -129,6 +131,23 @@ def anonymous_memory() -> int:
         return os.memfd_create("robustfeat")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Resident memory of a process that no file backs and no other process shares; 0 where the system does not tell."""
+    with suppress(OSError, ValueError):
+        _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def child_processes(pid: int) -> list[int]:
+    """The processes that a process has started; empty where the system does not tell."""
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError, ValueError):
+            found += map(int, file.read_text().split())
+    return found
 
 
 def offer_to_die_first() -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from robustfeat import __version__
 from robustfeat.cli.extraction import ABOVE_ZERO, Extraction, serving_options
-from robustfeat.cli.rendering import Command, say
+from robustfeat.cli.rendering import Command, Failure, say
 from robustfeat.errors import RobustFeatError
 from robustfeat.progress import visible
 
 if TYPE_CHECKING:
+    from robustfeat.serving.http.limits import Limits
     from robustfeat.serving.http.manifest import Manifest
     from robustfeat.serving.http.options import ServerOptions
     from robustfeat.serving.http.process.log import Log
@@ -28,7 +32,36 @@ _RETIRE_S = 15.0
 """More than a request's time: a worker whose place another one has taken may need so much for the last answers."""
 
 
-@click.command("serve", cls=Command, short_help="Answer over HTTP.")
+class ServeCommand(Command):
+    """Logs the error that ends the server where all lines are to be JSON."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As `Command.invoke`."""
+        try:
+            return super().invoke(ctx)
+        except Failure as exc:
+            if ctx.params["log_format"] != "json":
+                raise
+            from robustfeat.serving.http.process.log import Log
+
+            Log("supervisor").error("failed", error=visible(exc.message), exit_code=exc.exit_code)
+            ctx.exit(exc.exit_code)
+
+
+def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command its bounds as one argument `limits`."""
+
+    @functools.wraps(command)
+    def collected(**options: Any) -> Any:
+        from robustfeat.serving.http.limits import Limits
+
+        bounds = {field.name: options.pop(field.name) for field in fields(Limits)}
+        return command(limits=Limits(**bounds), **options)
+
+    return collected
+
+
+@click.command("serve", cls=ServeCommand, short_help="Answer over HTTP.")
 @click.option(
     "--model",
     "models",
@@ -121,8 +154,24 @@ _RETIRE_S = 15.0
     help="For the requests at hand when the server is stopped.",
 )
 @click.option("--no-page", is_flag=True, help="Without the page at /, and without /teach, which fits its heads.")
+@click.option(
+    "--forwarded-allow-ips",
+    metavar="LIST",
+    envvar="FORWARDED_ALLOW_IPS",
+    default="127.0.0.1",
+    show_default=True,
+    help="Proxies whose X-Forwarded-For is believed, as addresses and networks with commas between them, or *.",
+)
 @click.option("--log-requests", is_flag=True, help="A line of JSON on stderr for every request.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="With json every line on stderr is JSON, from the start to the end. With text only errors and requests are.",
+)
 @serving_options
+@_collect_limits
 def command(
     models: tuple[str, ...],
     heads: tuple[str, ...],
@@ -133,16 +182,12 @@ def command(
     workers: int,
     keys: Path | None,
     hosts: tuple[str, ...],
-    max_body_bytes: int,
-    max_pixels: int,
-    max_items: int,
-    max_queue: int,
-    max_connections: int,
-    timeout_s: float,
-    decode_timeout_s: float,
+    limits: Limits,
     drain: float,
     no_page: bool,
+    forwarded_allow_ips: str,
     log_requests: bool,
+    log_format: str,
     extraction: Extraction,
 ) -> None:
     """Serves features at /embed, /v1/embeddings and /v2, heads at /predict/NAME, and collections at /similar/NAME.
@@ -152,9 +197,9 @@ def command(
     It answers this machine alone unless --host says otherwise; give it --keys before you open it to others.
     """
     from robustfeat.serving.http.keys import ENVIRONMENT, KeyRing
-    from robustfeat.serving.http.limits import Limits
     from robustfeat.serving.http.manifest import Manifest, read_manifest
-    from robustfeat.serving.http.options import ServerOptions
+    from robustfeat.serving.http.options import ServerOptions, parse_proxies
+    from robustfeat.serving.http.process.reloads import Reloads
     from robustfeat.serving.http.watched import WatchedFile
     from robustfeat.system import anonymous_memory
 
@@ -168,15 +213,6 @@ def command(
         found = read_manifest(manifest) if manifest else named
         return found.pin_model(run_options.revision, run_options.config_hash)
 
-    limits = Limits(
-        max_body_bytes=max_body_bytes,
-        max_pixels=max_pixels,
-        max_items=max_items,
-        max_queue=max_queue,
-        timeout_s=timeout_s,
-        decode_timeout_s=decode_timeout_s,
-        max_connections=max_connections,
-    )
     options = ServerOptions(
         run=run_options,
         limits=limits,
@@ -184,8 +220,11 @@ def command(
         hosts=_hosts(host, hosts),
         workers=workers,
         counts=anonymous_memory(),
+        reloads=Reloads(),
         page=not no_page,
+        proxies=parse_proxies(forwarded_allow_ips),
         log_requests=log_requests,
+        log_stages=log_format == "json",
         drain_s=drain,
     )
     click.get_current_context().exit(_serve(options, asked, watched, host, _listen(host, port)))
@@ -218,23 +257,25 @@ def _serve(
             manifest = asked() if start.loaded is None else Manifest.from_dict(start.loaded)
             return open_service(manifest, options, start.number)
 
-        run_worker(open_served, listener, start, options.drain_s)
+        run_worker(open_served, listener, start, options)
 
     def refresh() -> bool:
         with contextlib.suppress(RobustFeatError):  # the workers say so
             options.keys.refresh()
         return watched is not None and watched.changed()
 
-    log = Log("supervisor")
+    log = Log("supervisor", stages=options.log_stages)
+    log.stage("starting", version=__version__, pid=os.getpid(), workers=options.workers)
     supervisor = Supervisor(
         listener,
         run,
         workers=options.workers,
         drain_s=options.drain_s,
         retire_s=options.limits.timeout_s + _RETIRE_S,
-        announce=_Announcements(host, listener, log, restricted=bool(options.keys.names)),
+        announce=_Announcements(host, listener, log, options),
         refresh=refresh,
         explain=lambda exc: visible(command.explain(exc)),
+        reloads=options.reloads,
         log=log,
     )
     return supervisor.serve()
@@ -243,8 +284,8 @@ def _serve(
 class _Announcements:
     """Says where the server answers, and whether everybody may ask; later, that it has reloaded."""
 
-    def __init__(self, host: str, listener: socket.socket, log: Log, *, restricted: bool) -> None:
-        self._host, self._listener, self._log, self._restricted = host, listener, log, restricted
+    def __init__(self, host: str, listener: socket.socket, log: Log, options: ServerOptions) -> None:
+        self._host, self._listener, self._log, self._options = host, listener, log, options
         self._started = False
 
     def __call__(self, loaded: Mapping[str, Mapping[str, Any]]) -> None:
@@ -256,8 +297,12 @@ class _Announcements:
         host = f"[{self._host}]" if ":" in self._host else self._host
         places = ["/embed", "/v1/embeddings", "/v2", *(f"/predict/{name}" for name in loaded["heads"])]
         places += [f"/similar/{name}" for name in loaded["collections"]]
+        if self._options.log_stages:
+            keys = sorted(self._options.keys.names)
+            self._log.stage("serving", version=__version__, address=f"http://{host}:{port}", keys=keys, **loaded)
+            return
         say(f"serving at http://{host}:{port} ({', '.join(places)})", err=True)
-        if not self._restricted and not ipaddress.ip_address(name.partition("%")[0]).is_loopback:
+        if not self._options.keys.names and not ipaddress.ip_address(name.partition("%")[0]).is_loopback:
             say("every machine that reaches this address may ask; --keys FILE restricts it", err=True)
 
 

@@ -10,6 +10,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from robustfeat.serving.http.process.connection import _UNANSWERED, connection_class
+from robustfeat.serving.http.process.log import Log
 
 __all__ = ["converse"]
 
@@ -52,7 +53,7 @@ async def _answer(scope: Any, receive: Any, send: Any) -> None:
 
 @cache
 def _web() -> tuple[asyncio.Runner, uvicorn.Config, type[Any]]:
-    kind = connection_class(10, lambda _: None)
+    kind = connection_class(10, lambda _: None, Log("fuzzing"))
     config = uvicorn.Config(_answer, http=kind, ws="none", lifespan="off", log_config=None, access_log=False)
     config.load()
     return asyncio.Runner(), config, kind

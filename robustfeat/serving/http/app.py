@@ -23,6 +23,7 @@ from robustfeat.serving.http.gate import Gate
 from robustfeat.serving.http.pages import add_docs, add_page
 from robustfeat.serving.http.process.fitter import Fitter
 from robustfeat.serving.http.process.metrics import CONTENT_TYPE
+from robustfeat.serving.http.request_notes import CURRENT
 from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import ServedHead, ServedModel, Service
 from robustfeat.serving.online.answers import (
@@ -123,7 +124,10 @@ def _add_predict(routes: Routes, service: Service) -> None:
     async def predict(request: Request, head: Annotated[str, Path(description="Of those served.")]) -> Response:
         """As /embed takes them."""
         chosen = service.head(head)
+        if (notes := CURRENT.get()) is not None:
+            notes.head = head
         served, answers = await _embed(service, request, chosen.model.name)
+        service.metrics.head_images(head, sum(answer.features is not None for answer in answers))
         return _json({**served.about, "head": head, "data": _predictions(chosen.head, answers)})
 
 

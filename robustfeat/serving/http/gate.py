@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from robustfeat.serving.http.bodies import too_large
 from robustfeat.serving.http.keys import ANYONE, Key
+from robustfeat.serving.http.request_notes import CURRENT, RequestNotes
 from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import Service
 from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
@@ -62,6 +63,8 @@ class Gate:
         headers: Headers = dict(scope["headers"])
         given = headers.get(b"x-request-id")
         request_id = given if given and _ID.fullmatch(given) else os.urandom(16).hex().encode()
+        notes = RequestNotes(request_id.decode())
+        CURRENT.set(notes)
         status = 0
 
         async def answer(message: Message) -> None:
@@ -91,7 +94,7 @@ class Gate:
             except ApiError as exc:
                 refusal = exc
             except Exception:
-                service.log.error("internal error", request_id=request_id.decode(), trace=traceback.format_exc())
+                service.log.error("internal error", trace=traceback.format_exc())
                 refusal = _internal()
             if refusal is not None and status == 0:
                 await self._refuse(refusal, path, scope["method"], answer)
@@ -102,7 +105,7 @@ class Gate:
             status = status or 499
         finally:
             del scope[ON_DISCONNECT]
-            self._finish(scope, status, began, request_id)
+            self._finish(scope, status, began, notes, refusal)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         path, state = scope["path"], scope["state"]
@@ -123,23 +126,29 @@ class Gate:
             raise _too_late(self._service, state) from None
         await response(scope, receive, send)
 
-    def _finish(self, scope: Scope, status: int, began: float, request_id: bytes) -> None:
+    def _finish(self, scope: Scope, status: int, began: float, notes: RequestNotes, refusal: ApiError | None) -> None:
         service, path = self._service, scope["path"]
         seconds = time.perf_counter() - began
         service.metrics.in_flight -= 1
         route = next((known for known in _ROUTES if path == known or path.startswith(f"{known}/")), "other")
         service.metrics.request(route, status)
+        key = scope["state"]["key"].name
+        if key:
+            service.metrics.key_request(key, status)
         if status == 200 and scope["method"] == "POST":
             service.metrics.seconds(seconds)
         if service.log.requests:
             service.log.info(
                 "request",
-                request_id=request_id.decode(),
                 method=scope["method"],
                 path=path[:200],
                 status=status,
+                code=refusal.code if refusal else None,
                 milliseconds=round(1000 * seconds, 2),
-                key=scope["state"]["key"].name or None,
+                model=notes.model,
+                head=notes.head,
+                images=notes.images,
+                key=key or None,
                 client=scope["client"][0] if scope.get("client") else None,
             )
 

@@ -35,9 +35,10 @@ def open_service(manifest: Manifest, options: ServerOptions, number: int) -> Ser
     Raises:
         RobustFeatError: something cannot be loaded, or does not fit together.
     """
-    log = Log(number, requests=options.log_requests)
+    log = Log(number, requests=options.log_requests, stages=options.log_stages)
     processors = max(1, available_cpus() // options.workers // len(manifest.models))
-    metrics = Metrics(number, models=len(manifest.models))
+    metrics = Metrics(number, models=len(manifest.models), heads=len(manifest.heads))
+    metrics.add_gauge(metrics.refused, lambda: options.reloads.refused)
     if not metrics.shared:
         log.error("metrics are those of one worker: no space for those of all", folder=tempfile.gettempdir())
     models = {

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from robustfeat.errors import InputError
 from robustfeat.serving.http.keys import KeyRing
 from robustfeat.serving.http.limits import Limits
+from robustfeat.serving.http.process.reloads import Reloads
 
 if TYPE_CHECKING:
     from robustfeat.serving.engines.options import RunOptions
 
-__all__ = ["ServerOptions"]
+__all__ = ["ServerOptions", "parse_proxies"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,11 @@ class ServerOptions:
         hosts: names that the Host header may have, beside addresses.
         workers: how many workers there are.
         counts: the descriptor of an empty file that all of them inherit (see `Admission`).
+        reloads: tells whether the last reload was refused.
         page: whether there is the page at /.
+        proxies: addresses and networks whose X-Forwarded-For is believed; `*` for all.
         log_requests: whether there is a log line for every request.
+        log_stages: whether there is a log line for each stage of the server's life.
         drain_s: grace period for requests in flight on shutdown.
     """
 
@@ -36,6 +42,28 @@ class ServerOptions:
     hosts: list[str]
     workers: int
     counts: int
+    reloads: Reloads
     page: bool
+    proxies: list[str]
     log_requests: bool
+    log_stages: bool
     drain_s: float
+
+
+def parse_proxies(text: str) -> list[str]:
+    """Addresses and networks with commas between them, or `*`.
+
+    Raises:
+        InputError: an entry is something else.
+    """
+    entries = [entry for entry in (part.strip() for part in text.split(",")) if entry]
+    for entry in entries:
+        try:
+            if entry != "*":
+                ipaddress.ip_network(entry)
+        except ValueError as exc:
+            raise InputError(
+                f"expected addresses and networks such as 10.0.0.0/8, with commas between them, or *; got {entry!r}",
+                argument="forwarded_allow_ips",
+            ) from exc
+    return entries

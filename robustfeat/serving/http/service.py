@@ -17,6 +17,7 @@ from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.http.manifest import Manifest
 from robustfeat.serving.http.process.log import Log
 from robustfeat.serving.http.process.metrics import Metrics, ModelMetrics
+from robustfeat.serving.http.request_notes import CURRENT
 from robustfeat.serving.online.answers import Answer, NamedModel, Vector
 from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError
@@ -66,6 +67,7 @@ class ServedModel(NamedModel):
         super().__init__(name, extractor)
         self._metrics: ModelMetrics = metrics.of_model(name)
         self.batch_size = min(extractor.batch_size, _SHARED_BATCH) if shared else extractor.batch_size
+        self._metrics.set_capacity(self.batch_size)
         self._batcher = Batcher(
             extractor,
             self._metrics,
@@ -165,6 +167,13 @@ class Service:
     def __post_init__(self) -> None:
         self.buffered = Buffered(self.limits)
         self.metrics.add_gauge(self.metrics.ready, lambda: self.ready)
+        for name, model in self.models.items():
+            about = model.identity.values("name", "revision", "engine", "precision", "device")
+            self.metrics.loaded("model", model=name, config_hash=model.extractor.folder.config_hash, **about)
+        for name, one in self.heads.items():
+            self.metrics.loaded(
+                "head", head=name, model=one.model.name, revision=one.head.revision, sha256=one.head.sha256
+            )
         self.share_among_keys()
 
     def share_among_keys(self) -> None:
@@ -217,7 +226,12 @@ class Service:
 
     async def embed_admitted(self, model: ServedModel, images: Sequence[bytes | Vector], key: Key) -> list[Answer]:
         """The same for images that `admission` has let in."""
+        notes = CURRENT.get()
+        if notes is not None:
+            notes.model, notes.images = model.name, len(images)
         answers = await model.embed(images, key)
+        if key.name:
+            self.metrics.key_images(key.name, len(images))
         unreadable = sum(answer.problem is not None for answer in answers)
         if unreadable:
             self.metrics.error("unreadable_image", unreadable)
@@ -242,6 +256,7 @@ class Service:
             for _ in range(10):  # a little at a time, since requests wait for it
                 await asyncio.sleep(0.1)
                 self.metrics.count()
+            self.metrics.measure_memory()
             try:
                 if self.keys.refresh():
                     self.share_among_keys()

@@ -28,13 +28,14 @@ def test_a_worker_that_still_loads_ends_with_its_supervisor() -> None:
     code = """if True:
         import os, socket, time
         from robustfeat.serving.http.process.log import Log
+        from robustfeat.serving.http.process.reloads import Reloads
         from robustfeat.serving.http.process.supervisor import Supervisor
 
         def run(start):
             print(os.getpid(), flush=True)
             time.sleep(60)
 
-        calls = dict(announce=print, refresh=lambda: False, explain=str, log=Log("supervisor"))
+        calls = dict(announce=print, refresh=lambda: False, explain=str, reloads=Reloads(), log=Log("supervisor"))
         listener = socket.create_server(("127.0.0.1", 0))
         Supervisor(listener, run, workers=1, drain_s=1, retire_s=1, **calls).serve()
     """

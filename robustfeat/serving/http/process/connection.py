@@ -21,6 +21,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from robustfeat.serving.http.gate import ON_DISCONNECT
+from robustfeat.serving.http.process.log import Log
 from robustfeat.serving.online.errors import ApiError, error_answer
 
 __all__ = ["Connection", "Server", "connection_class"]
@@ -41,6 +42,8 @@ _LINGER_S = 1.0
 
 _UNANSWERED = 32
 """Requests of one connection that wait for their answers; with more, nothing is read from it."""
+
+_MAPPED = "::ffff:"
 
 _TOO_LARGE = f"a request's head may have {_HEAD_BYTES:,} bytes; send less in its headers"
 
@@ -86,12 +89,14 @@ class Connection(HttpToolsProtocol):
         max_connections: open at once. One more takes the place of the one that has been idle longest,
             or else of the longest upload beyond `SLOW_S`, or gets 503.
         count_error: counts an error by its code.
+        log: has a line for each answer without a request, if it has lines for requests.
         idle: connections without a request to answer, the one that has been idle longest first.
         uploading: those whose body is not complete, and since when, the first to begin first.
     """
 
     max_connections: int
     count_error: Callable[[str], None]
+    log: Log
     idle: dict[Connection, None]
     uploading: dict[Connection, float]
 
@@ -116,6 +121,8 @@ class Connection(HttpToolsProtocol):
         """Makes room for a connection beyond the bound, or refuses it; gives the first head its time."""
         self._cycles: deque[Any] = deque()  # requests that are not answered yet; clients may send several
         super().connection_made(transport)
+        if self.client and self.client[0].startswith(_MAPPED):  # of IPv4, at a socket for both
+            self.client = (self.client[0].removeprefix(_MAPPED), self.client[1])
         self.flow = _Flow(transport, self._full)
         if len(self.connections) > self.max_connections and not (self._close_idle() or self._close_slow()):
             message = "too many connections are open; try again soon"
@@ -284,7 +291,11 @@ class Connection(HttpToolsProtocol):
         self.count_error(exc.code)
         body = error_answer(exc, "/")
         headers = {**exc.headers, "content-type": "application/json", "content-length": str(len(body))}
-        headers |= {"connection": "close", "x-request-id": os.urandom(16).hex()}
+        request_id = os.urandom(16).hex()
+        headers |= {"connection": "close", "x-request-id": request_id}
+        if self.log.requests:
+            client = self.client[0] if self.client else None
+            self.log.info("request", request_id=request_id, status=exc.status, code=exc.code, client=client)
         lines = [f"HTTP/1.1 {exc.status} {HTTPStatus(exc.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
@@ -321,14 +332,14 @@ class Connection(HttpToolsProtocol):
         self.loop.call_later(PATIENCE_S, self.transport.abort)
 
 
-def connection_class(max_connections: int, count_error: Callable[[str], None]) -> type[Connection]:
+def connection_class(max_connections: int, count_error: Callable[[str], None], log: Log) -> type[Connection]:
     """The class of a server's connections.
 
     Args:
-        max_connections, count_error: see `Connection`.
+        max_connections, count_error, log: see `Connection`.
     """
-    bounds = {"max_connections": max_connections, "count_error": staticmethod(count_error), "idle": {}, "uploading": {}}
-    return type("BoundedConnection", (Connection,), bounds)
+    own = {"max_connections": max_connections, "count_error": staticmethod(count_error), "log": log}
+    return type("BoundedConnection", (Connection,), {**own, "idle": {}, "uploading": {}})
 
 
 class _Flow(FlowControl):

@@ -1,12 +1,13 @@
 """What /metrics tells, counted over all workers.
 
 Labels take few values, whatever clients send: the models, routes and heads that are served, status codes that we
-answer with, and reasons from `errors.ApiError`'s fixed set.
+answer with, reasons from `errors.ApiError`'s fixed set, and the names of `MOST_KEYS` keys.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections import Counter, deque
 from collections.abc import Callable
@@ -17,13 +18,19 @@ import prometheus_client
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
-__all__ = ["CONTENT_TYPE", "Metrics", "ModelMetrics"]
+import robustfeat
+from robustfeat.system import anonymous_bytes, child_processes
+
+__all__ = ["CONTENT_TYPE", "MOST_KEYS", "Metrics", "ModelMetrics"]
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_FILE_BYTES, _MODEL_BYTES = 2**17, 2**14
-"""More than the numbers of a server, and those of a model, take in a file."""
+_FILE_BYTES, _NAME_BYTES = 2**19, 2**14
+"""More than the numbers of a server, and of a model or head, take in a file."""
+
+MOST_KEYS = 64
+"""Names of keys that are counted, in the order of their first requests. All others are counted as `other`."""
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -33,16 +40,17 @@ class Metrics:
 
     Args:
         worker: its number. The one that takes a dead worker's place goes on with its counts.
-        models: how many are counted.
+        models, heads: how many are counted.
 
     Attributes:
         ready: the gauge of workers that are ready.
+        refused: the gauge of whether the last reload was refused.
         shared: whether there is space for the files in which workers share their numbers. Without it each answers
             with its own.
     """
 
-    def __init__(self, worker: int, models: int = 1) -> None:
-        self.shared = _reserve(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]), worker, models)
+    def __init__(self, worker: int, models: int = 1, heads: int = 0) -> None:
+        self.shared = _reserve(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]), worker, models + heads)
         # Files named by the worker's number: a process that dies leaves none behind.
         values.ValueClass = values.MultiProcessValue(lambda: worker) if self.shared else values.MutexValue
         own = self._own = CollectorRegistry()
@@ -89,6 +97,23 @@ class Metrics:
         self._sizes = Histogram(
             "robustfeat_batch_images", "Images in a batch.", ["model"], registry=own, buckets=_SIZES
         )
+        self._predicted = prometheus_client.Counter(
+            "robustfeat_head_images", "Images that a head answered for.", ["head"], registry=own
+        )
+        self._key_requests = prometheus_client.Counter(
+            "robustfeat_key_requests", "Requests by key and status.", ["key", "status"], registry=own
+        )
+        self._key_images = prometheus_client.Counter(
+            "robustfeat_key_images", "Images that were let in, by key.", ["key"], registry=own
+        )
+        self._capacity = Gauge(
+            "robustfeat_batch_capacity_images",
+            "The largest batch of a model.",
+            ["model"],
+            registry=own,
+            multiprocess_mode="livemax",
+        )
+        self._add_process(own)
         # Requests leave their numbers here, and do not wait for the files that all workers share.
         self._noted: deque[tuple[Callable[[float], None], float]] = deque()
         self._added: Counter[Callable[[float], None]] = Counter()
@@ -99,6 +124,59 @@ class Metrics:
         # `labels` takes a lock and checks; each combination is asked for once.
         self._count = cache(lambda route, status: self._requests.labels(route, str(status)).inc)
         self._failed = cache(lambda reason: self._errors.labels(reason).inc)
+        self._of_head = cache(lambda head: self._predicted.labels(head).inc)
+        self._of_key = cache(lambda key, status: self._key_requests.labels(key, str(status)).inc)
+        self._images_of_key = cache(lambda key: self._key_images.labels(key).inc)
+        self._keys: set[str] = set()
+
+    def _add_process(self, own: CollectorRegistry) -> None:
+        """Adds what is known of the process."""
+        build = Gauge(
+            "robustfeat_build_info",
+            "The version of the server; 1.",
+            ["version", "python"],
+            registry=own,
+            multiprocess_mode="livemax",
+        )
+        build.labels(robustfeat.__version__, platform.python_version()).set(1)
+        self._memory = Gauge(
+            "robustfeat_memory_bytes",
+            "Anonymous memory of workers and decoders.",
+            ["process"],
+            registry=own,
+            multiprocess_mode="livesum",
+        )
+        self._loaded = {
+            "model": Gauge(
+                "robustfeat_model_info",
+                "A model that is served; 1.",
+                ["model", "name", "revision", "config_hash", "engine", "precision", "device"],
+                registry=own,
+                multiprocess_mode="livemax",
+            ),
+            "head": Gauge(
+                "robustfeat_head_info",
+                "A head that is served; 1.",
+                ["head", "model", "revision", "sha256"],
+                registry=own,
+                multiprocess_mode="livemax",
+            ),
+        }
+        self.refused = Gauge(
+            "robustfeat_last_reload_refused",
+            "Whether the last reload was refused.",
+            registry=own,
+            multiprocess_mode="livemax",
+        )
+
+    def loaded(self, kind: str, **about: str | None) -> None:
+        """Says that a model or head is served; `about` has the labels."""
+        self._loaded[kind].labels(**{name: value or "" for name, value in about.items()}).set(1)
+
+    def measure_memory(self) -> None:
+        """Measures the memory of this worker and its decoders, some 0.1 ms each."""
+        self._memory.labels("worker").set(anonymous_bytes(os.getpid()))
+        self._memory.labels("decoders").set(sum(map(anonymous_bytes, child_processes(os.getpid()))))
 
     def add_gauge(self, gauge: Gauge, read: Callable[[], float]) -> None:
         """Registers a function that gives a gauge's value whenever the numbers are counted."""
@@ -120,6 +198,24 @@ class Metrics:
     def error(self, reason: str, count: int = 1) -> None:
         """Counts what failed."""
         self._added[self._failed(reason)] += count
+
+    def head_images(self, head: str, count: int) -> None:
+        """Counts images that a head answered for."""
+        self._added[self._of_head(head)] += count
+
+    def key_request(self, key: str, status: int) -> None:
+        """Counts the answer to a request with a key."""
+        self._added[self._of_key(self._known(key), status)] += 1
+
+    def key_images(self, key: str, count: int) -> None:
+        """Counts images of a key that were let in."""
+        self._added[self._images_of_key(self._known(key))] += count
+
+    def _known(self, key: str) -> str:
+        if key not in self._keys and len(self._keys) >= MOST_KEYS:
+            return "other"
+        self._keys.add(key)
+        return key
 
     def count(self) -> None:
         """Counts what was noted: to be called ten times a second, on the loop."""
@@ -145,18 +241,18 @@ class Metrics:
         return generate_latest(registry)
 
 
-def _reserve(folder: Path, worker: int, models: int) -> bool:
+def _reserve(folder: Path, worker: int, names: int) -> bool:
     """Takes the disk space of a worker's files; whether there is enough.
 
     The files are written through memory maps, where a full disk is no error but ends the process.
     """
-    files = [folder / f"{kind}_{worker}.db" for kind in ("counter", "histogram", "gauge_livesum")]
+    files = [folder / f"{kind}_{worker}.db" for kind in ("counter", "histogram", "gauge_livesum", "gauge_livemax")]
     try:
         for file in files:
             with file.open("a+b") as opened:
                 opened.seek(0)
                 used = int.from_bytes(opened.read(4), sys.byteorder)  # by a worker of this number that has ended
-                os.posix_fallocate(opened.fileno(), 0, used + _FILE_BYTES + models * _MODEL_BYTES)
+                os.posix_fallocate(opened.fileno(), 0, used + _FILE_BYTES + names * _NAME_BYTES)
     except AttributeError:  # macOS has no such call
         return True
     except OSError:
@@ -177,6 +273,10 @@ class ModelMetrics:
         )
         self._sizes = metrics._sizes.labels(name).observe
         self._good, self._failed = (metrics._items.labels(name, outcome).inc for outcome in ("good", "failed"))
+
+    def set_capacity(self, images: int) -> None:
+        """Says how many images the largest batch has."""
+        self._metrics._capacity.labels(self._name).set(images)
 
     def add_queue(self, length: Callable[[], float]) -> None:
         """Registers a function that gives the number of waiting images."""

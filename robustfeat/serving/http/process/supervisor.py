@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from typing import Any
 
 from robustfeat.errors import RobustFeatError
 from robustfeat.serving.http.process.log import Log
+from robustfeat.serving.http.process.reloads import Reloads
 from robustfeat.system import die_with_parent
 
 __all__ = ["CLOSED", "HEALTHY", "HEARTBEAT_S", "LOADED", "RETIRE", "Start", "Supervisor", "count_places", "report_line"]
@@ -118,6 +120,7 @@ class Supervisor:
         announce: called with the loaded manifest when the first worker is healthy, and when a reload is done.
         refresh: called about twice a second; new workers inherit its results. Whether to reload.
         explain: an error as one line.
+        reloads: is told whether the last reload was refused.
     """
 
     def __init__(
@@ -131,11 +134,13 @@ class Supervisor:
         announce: Callable[[Any], None],
         refresh: Callable[[], bool],
         explain: Callable[[RobustFeatError], str],
+        reloads: Reloads,
         log: Log,
     ) -> None:
         self._listener, self._run, self._count = listener, run, workers
         self._drain_s, self._retire_s = drain_s, retire_s
-        self._announce, self._refresh, self._explain, self._log = announce, refresh, explain, log
+        self._announce, self._refresh, self._explain = announce, refresh, explain
+        self._reloads, self._log = reloads, log
         self._workers: dict[int, _Worker] = {}
         self._due: dict[int, float] = {}
         self._pauses: dict[int, float] = {}
@@ -177,7 +182,9 @@ class Supervisor:
                     code = self._check(worker)
                     if code is not None:
                         return code
-            return 1 if self._forced else 0
+            code = 1 if self._forced else 0
+            self._log.stage("drained", exit_code=code)
+            return code
         finally:
             if os.getpid() == parent:
                 signal.set_wakeup_fd(-1)
@@ -208,6 +215,7 @@ class Supervisor:
             return
         if not self._stopping:
             self._stopping = True
+            self._log.stage("draining", seconds=self._drain_s)
             self._listener.close()
             for worker in self._workers.values():
                 worker.ends_by = time.monotonic() + self._drain_s + _GRACE_S
@@ -289,6 +297,11 @@ class Supervisor:
             os.set_blocking(theirs, True)
             os.write(theirs, report_line(_FAILED, self._explain(exc)))
             raise SystemExit(exc.exit_code) from None
+        except Exception:
+            if not self._started:
+                raise
+            self._log.error("worker failed", number=number, trace=traceback.format_exc())
+            raise SystemExit(1) from None
         raise SystemExit(0)
 
     def _read_reports(self, worker: _Worker) -> None:
@@ -313,7 +326,7 @@ class Supervisor:
     def _welcome(self, worker: _Worker) -> None:
         """Takes a worker among those that serve, when it is healthy for the first time."""
         if worker.generation > self._generation:
-            self._generation, self._loaded = worker.generation, None
+            self._generation, self._loaded, self._reloads.refused = worker.generation, None, False
             self._due.clear()
         if self._loaded is None:
             self._loaded, self._news, self._started = worker.loaded, True, True
@@ -357,6 +370,7 @@ class Supervisor:
             return code if code > 0 else 1
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if worker.generation > self._generation:
+            self._reloads.refused = True
             self._log.error("reload refused", error=worker.failure or f"the worker that was tried ended by {how}")
         else:
             self._replace(worker, how)

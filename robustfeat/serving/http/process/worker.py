@@ -7,7 +7,6 @@ import contextlib
 import gc
 import importlib
 import importlib.util
-import logging
 import os
 import resource
 import shutil
@@ -20,6 +19,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
+from robustfeat.serving.http.options import ServerOptions
+from robustfeat.serving.http.process.log import adopt_logging
 from robustfeat.serving.http.process.supervisor import CLOSED, HEALTHY, HEARTBEAT_S, LOADED, RETIRE, Start, report_line
 from robustfeat.serving.http.service import Service
 
@@ -35,14 +36,16 @@ _KEEP_ALIVE_S = 75
 """Longer than the 60 s of common load balancers: so it is they who close an idle connection, not we as they use it."""
 
 
-def run_worker(open_service: Callable[[], Service], listener: socket.socket, start: Start, drain_s: float) -> None:
+def run_worker(
+    open_service: Callable[[], Service], listener: socket.socket, start: Start, options: ServerOptions
+) -> None:
     """Serves until SIGTERM, and then finishes the requests in flight.
 
     Args:
         open_service: loads the models and heads.
         listener: the socket to accept connections from.
         start: what the supervisor says.
-        drain_s: grace period for requests in flight on shutdown.
+        options: of the server.
 
     Raises:
         EngineError: a model gives other features for its golden images, in a worker that is tried.
@@ -51,8 +54,10 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, sta
     # The web framework takes half a second to import: meanwhile the models are loaded, and the decoders start.
     importing = threading.Thread(target=importlib.import_module, args=("robustfeat.serving.http.app",))
     importing.start()
+    began = time.monotonic()
     service = open_service()
     os.write(start.report, report_line(LOADED, service.manifest.to_dict()))
+    service.log.stage("loaded", seconds=round(time.monotonic() - began, 3))
     _allow_files(service.limits.max_connections + _FILES)
     with ExitStack() as stack:
         for model in service.models.values():
@@ -65,19 +70,17 @@ def run_worker(open_service: Callable[[], Service], listener: socket.socket, sta
 
         config = uvicorn.Config(
             create_app(service),
-            http=connection_class(service.limits.max_connections, service.metrics.error),
+            http=connection_class(service.limits.max_connections, service.metrics.error, service.log),
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
+            forwarded_allow_ips=options.proxies,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=drain_s,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=options.drain_s,  # type: ignore[arg-type]
         )
-        logger = logging.getLogger("uvicorn")
-        logger.propagate = False
-        logger.addHandler(_LogHandler(service))
-        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs what clients send
+        adopt_logging(service.log)
         # What is there now stays: without this, the garbage collector looked through it all, and requests waited
         # (the p99 of refusals under overload fell from 60 to 7 ms).
         gc.collect()
@@ -158,15 +161,3 @@ async def _report_health(service: Service, report: int, supervisor: int, stop: C
 def _report(report: int, kind: str) -> None:
     with contextlib.suppress(OSError):  # the supervisor has ended, or has not read for long
         os.write(report, report_line(kind))
-
-
-class _LogHandler(logging.Handler):
-    """Writes uvicorn's errors to the service's log."""
-
-    def __init__(self, service: Service) -> None:
-        super().__init__(logging.ERROR)
-        self._log = service.log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
-        self._log.error(record.getMessage(), trace=trace)
