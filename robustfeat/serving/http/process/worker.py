@@ -8,7 +8,6 @@ import gc
 import importlib
 import importlib.util
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -23,6 +22,7 @@ from robustfeat.serving.http.options import ServerOptions
 from robustfeat.serving.http.process.log import adopt_logging
 from robustfeat.serving.http.process.supervisor import CLOSED, HEALTHY, HEARTBEAT_S, LOADED, RETIRE, Start, report_line
 from robustfeat.serving.http.service import Service
+from robustfeat.system import allow_open_files
 
 if TYPE_CHECKING:
     import uvicorn
@@ -58,7 +58,7 @@ def run_worker(
     service = open_service()
     os.write(start.report, report_line(LOADED, service.manifest.to_dict()))
     service.log.stage("loaded", seconds=round(time.monotonic() - began, 3))
-    _allow_files(service.limits.max_connections + _FILES)
+    allow_open_files(service.limits.max_connections + _FILES)
     with ExitStack() as stack:
         for model in service.models.values():
             stack.enter_context(model)
@@ -88,14 +88,6 @@ def run_worker(
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             closed = partial(_report, start.report, CLOSED)
             runner.run(_serve(Server(config, closed), service, listener, start, supervisor))
-
-
-def _allow_files(count: int) -> None:
-    """Raises the limit of open files to `count`, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard < 0 else min(count, hard), hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
