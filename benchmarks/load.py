@@ -1,4 +1,4 @@
-"""Loads on an HTTP server, from connections that are kept: so many requests at hand, or constant arrivals."""
+"""Loads on an HTTP server, from connections that are kept: so many requests at hand, or arrivals that do not wait."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ class Connection(asyncio.Protocol):
         assert length
         if len(self.buffer) >= end + 4 + int(length[1]):
             status, body = int(self.buffer[9:12]), bytes(self.buffer[end + 4 :])
+            if re.search(rb"(?i)\r\nconnection: *close", self.buffer[: end + 2]):
+                self.transport.close()
             self.buffer.clear()
             if self.answer and not self.answer.done():
                 self.answer.set_result((status, body))
@@ -103,15 +105,20 @@ class Client:
 
     async def open(self, requests: Sequence[bytes], rate: float, seconds: float) -> Result:
         """Constant arrivals."""
-        result, began = Result(seconds), time.perf_counter()
+        return await self.arrivals(requests, itertools.repeat(1 / rate, round(rate * seconds)))
+
+    async def arrivals(self, requests: Sequence[bytes], gaps: Iterable[float]) -> Result:
+        """A request after each of these gaps, in seconds."""
+        result, began = Result(0), time.perf_counter()
         waiting: set[asyncio.Task[None]] = set()
 
         async def one(request: bytes, due: float) -> None:
             status, _ = await self.ask(request)
             result.add(status, time.perf_counter() - due)
 
-        for number in range(round(rate * seconds)):
-            due = began + number / rate
+        due = began
+        for number, gap in enumerate(gaps):
+            due += gap
             if (pause := due - time.perf_counter()) > 0:
                 await asyncio.sleep(pause)
             task = asyncio.create_task(one(requests[number % len(requests)], due))

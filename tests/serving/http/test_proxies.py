@@ -32,7 +32,7 @@ worker_processes 1;
 daemon off;
 pid nginx.pid;
 error_log stderr;
-events { worker_connections 64; }
+events { worker_connections 1024; }
 http {
     access_log off;
     client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c; uwsgi_temp_path d; scgi_temp_path e;
