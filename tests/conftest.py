@@ -56,12 +56,13 @@ ORDER = (
     "tests/training/loop/",
     "tests/training/",
     "tests/",
+    "tests/deployment/",
     "tests/serving/http/",
     "tests/serving/torchserve/",
     "tests/serving/",
 )
 # Their tests share a server, which starts once if one worker has them all. Of the others, a file goes to one worker.
-SHARING = ("tests/serving/http/", "tests/serving/torchserve/")
+SHARING = ("tests/deployment/", "tests/serving/http/", "tests/serving/torchserve/")
 
 WriteFeatures = Callable[..., Path]
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from tests.command_server import CommandServer
 from tests.conftest import ROOT
 from tests.deployment.plain_root import instructions
 from tests.serving.http.conftest import Server, wait_until
@@ -131,9 +132,11 @@ def test_compose_mounts_files_that_exist_and_opens_ports_to_this_machine_only(co
     assert Path(server["build"]["context"], server["build"]["dockerfile"]).is_file()
 
 
-def test_the_nginx_of_compose_asks_another_replica_and_hides_the_metrics(photos: list[bytes], tmp_path: Path) -> None:
+def test_the_nginx_of_compose_asks_another_replica_and_hides_the_metrics(
+    commands: CommandServer, photos: list[bytes], tmp_path: Path
+) -> None:
     port, host = free_port(), {"Host": "localhost"}
-    replicas = Server(), Server("--max-queue", 1, "--max-items", 1)
+    replicas = [Server(*options, forked_from=commands) for options in ((), ("--max-queue", 1, "--max-items", 1))]
     places = "".join(f"server 127.0.0.1:{replica.port} max_fails=0;" for replica in replicas)
     text = (DOCKER / "nginx" / "robustfeat.conf").read_text("utf-8")
     text = text.replace("server robustfeat:8000 max_fails=0;", places).replace("listen 80", f"listen {port}")

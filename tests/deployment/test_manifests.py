@@ -6,7 +6,6 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +73,11 @@ def test_the_schemas_refuse_what_is_wrong(deployment: Manifest) -> None:
         kubernetes_validate.validate(wrong, KUBERNETES[-1], strict=True)
 
 
-def test_the_probes_and_options_are_the_servers(deployment: Manifest, plain: Server) -> None:
+def test_the_probes_and_options_are_the_servers(deployment: Manifest, server: Server) -> None:
     spec = deployment["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert plain.get(container[probe]["httpGet"]["path"]).status == 200
+        assert server.get(container[probe]["httpGet"]["path"]).status == 200
     options = server_arguments(container["args"])
     assert options["port"] == container["ports"][0]["containerPort"]
     assert options["hosts"] == (read("base/service.yaml")["metadata"]["name"],)
@@ -126,11 +125,10 @@ def test_the_selectors_find_the_pods(deployment: Manifest) -> None:
     assert monitor["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
 
 
-def test_the_autoscaler_follows_a_metric_of_the_server(plain: Server, photos: list[bytes]) -> None:
-    plain.post("/embed", photos[0])
+def test_the_autoscaler_follows_a_metric_of_the_server(server: Server) -> None:
     metrics = read("base/autoscaler.yaml")["spec"]["metrics"]
     (name,) = (metric["pods"]["metric"]["name"] for metric in metrics if metric["type"] == "Pods")
-    assert f"\n{name}{{" in plain.get("/metrics").body.decode()
+    assert f"\n{name}{{" in server.get("/metrics").body.decode()
     (rule,) = read("monitoring/adapter.yaml")["rules"]["custom"]
     assert rule["name"]["as"] == name == rule["seriesQuery"].partition("{")[0]
 
@@ -204,14 +202,7 @@ def test_kserve_knows_the_fields() -> None:
     kubernetes_validate.validate(pod, KUBERNETES[-1], strict=True)
 
 
-@pytest.fixture(scope="module")
-def plain() -> Iterator[Server]:
-    server = Server("--allowed-host", "*")
-    yield server
-    assert server.stop() == 0
-
-
-def test_kserve_asks_what_the_server_answers(plain: Server) -> None:
+def test_kserve_asks_what_the_server_answers(server: Server) -> None:
     runtime, service = read("kserve/runtime.yaml"), read("kserve/inference-service.yaml")
     (container,) = runtime["spec"]["containers"]
     assert container["name"] == "kserve-container"  # by this name KServe finds it
@@ -223,7 +214,7 @@ def test_kserve_asks_what_the_server_answers(plain: Server) -> None:
     assert options["models"] == ("robustfeat=/mnt/models",)  # where KServe puts what storageUri names
     assert options["port"] == container["ports"][0]["containerPort"]
     path = container["readinessProbe"]["httpGet"]["path"].replace("{{.Name}}", "robustfeat")
-    assert plain.ask("GET", path, headers={"host": "features.default.example.com"}).json == {
+    assert server.ask("GET", path, headers={"host": "features.default.example.com"}).json == {
         "name": "robustfeat",
         "ready": True,
     }

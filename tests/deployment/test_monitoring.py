@@ -9,7 +9,6 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,6 @@ ALERTS = DOCKER / "prometheus" / "alerts.yaml"
 DASHBOARD: dict[str, Any] = json.loads((DOCKER / "grafana" / "robustfeat.json").read_text("utf-8"))
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 RULES: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text("utf-8"))["groups"][0]["rules"]
-
-
-@pytest.fixture(scope="module")
-def server(photos: list[bytes]) -> Iterator[Server]:
-    """One that has answered, refused and failed."""
-    started = Server()
-    started.form("/embed", [photos[0], b"no image"])
-    started.post("/embed", b"no image")
-    started.get("/info")
-    yield started
-    assert started.stop() == 0
 
 
 @pytest.fixture(scope="module")
