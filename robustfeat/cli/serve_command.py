@@ -170,6 +170,11 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="With json every line on stderr is JSON, from the start to the end. With text only errors and requests are.",
 )
+@click.option(
+    "--otlp-endpoint",
+    metavar="URL",
+    help="Send traces of requests to this collector of OpenTelemetry, by OTLP over HTTP (extra otel).",
+)
 @serving_options
 @_collect_limits
 def command(
@@ -188,6 +193,7 @@ def command(
     forwarded_allow_ips: str,
     log_requests: bool,
     log_format: str,
+    otlp_endpoint: str | None,
     extraction: Extraction,
 ) -> None:
     """Serves features at /embed, /v1/embeddings and /v2, heads at /predict/NAME, and collections at /similar/NAME.
@@ -198,7 +204,7 @@ def command(
     """
     from robustfeat.serving.http.keys import ENVIRONMENT, KeyRing
     from robustfeat.serving.http.manifest import Manifest, read_manifest
-    from robustfeat.serving.http.options import ServerOptions, parse_proxies
+    from robustfeat.serving.http.options import ServerOptions, check_otlp_endpoint, parse_proxies
     from robustfeat.serving.http.process.reloads import Reloads
     from robustfeat.serving.http.watched import WatchedFile
     from robustfeat.system import anonymous_memory
@@ -225,6 +231,7 @@ def command(
         proxies=parse_proxies(forwarded_allow_ips),
         log_requests=log_requests,
         log_stages=log_format == "json",
+        otlp_endpoint=check_otlp_endpoint(otlp_endpoint),
         drain_s=drain,
     )
     click.get_current_context().exit(_serve(options, asked, watched, host, _listen(host, port)))

@@ -23,6 +23,7 @@ from robustfeat.serving.http.request_notes import CURRENT, RequestNotes
 from robustfeat.serving.http.routes import Routes
 from robustfeat.serving.http.service import Service
 from robustfeat.serving.online.errors import ApiError, error_answer, timed_out
+from robustfeat.serving.online.timeline import Timeline
 
 __all__ = ["ON_DISCONNECT", "Gate", "host_allowed"]
 
@@ -63,7 +64,8 @@ class Gate:
         headers: Headers = dict(scope["headers"])
         given = headers.get(b"x-request-id")
         request_id = given if given and _ID.fullmatch(given) else os.urandom(16).hex().encode()
-        notes = RequestNotes(request_id.decode())
+        traced = service.tracer is not None and not _ANY_KEY.fullmatch(path)
+        notes = RequestNotes(request_id.decode(), timeline=Timeline() if traced else None)
         CURRENT.set(notes)
         status = 0
 
@@ -137,6 +139,7 @@ class Gate:
             service.metrics.key_request(key, status)
         if status == 200 and scope["method"] == "POST":
             service.metrics.seconds(seconds)
+        trace = self._trace(scope, status, route, began, notes, refusal)
         if service.log.requests:
             service.log.info(
                 "request",
@@ -150,7 +153,31 @@ class Gate:
                 images=notes.images,
                 key=key or None,
                 client=scope["client"][0] if scope.get("client") else None,
+                **trace,
             )
+
+    def _trace(
+        self, scope: Scope, status: int, route: str, began: float, notes: RequestNotes, refusal: ApiError | None
+    ) -> dict[str, str]:
+        """Records a request that is traced; the id of its trace, for the log."""
+        if self._service.tracer is None or notes.timeline is None:
+            return {}
+        attributes = {
+            "http.request.method": scope["method"],
+            "http.route": route,
+            "url.path": scope["path"][:200],
+            "http.response.status_code": status,
+            "client.address": scope["client"][0] if scope.get("client") else None,
+            "robustfeat.request_id": notes.id,
+            "robustfeat.model": notes.model,
+            "robustfeat.head": notes.head,
+            "robustfeat.images": notes.images,
+            "robustfeat.key": scope["state"]["key"].name or None,
+        }
+        failure = (refusal.code if refusal else str(status)) if status >= 500 else None
+        name = f"{scope['method']} {route}"
+        headers = dict(scope["headers"])
+        return {"trace_id": self._service.tracer.record(name, began, attributes, notes.timeline, headers, failure)}
 
     def _check_host(self, scope: Scope, headers: Headers) -> None:
         if scope["http_version"] == "1.0" and b"host" not in headers:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from robustfeat.errors import InputError
 from robustfeat.serving.http.keys import KeyRing
@@ -14,7 +16,7 @@ from robustfeat.serving.http.process.reloads import Reloads
 if TYPE_CHECKING:
     from robustfeat.serving.engines.options import RunOptions
 
-__all__ = ["ServerOptions", "parse_proxies"]
+__all__ = ["ServerOptions", "check_otlp_endpoint", "parse_proxies"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ServerOptions:
         proxies: addresses and networks whose X-Forwarded-For is believed; `*` for all.
         log_requests: whether there is a log line for every request.
         log_stages: whether there is a log line for each stage of the server's life.
+        otlp_endpoint: address of the collector that gets traces of requests; None for none.
         drain_s: grace period for requests in flight on shutdown.
     """
 
@@ -47,6 +50,7 @@ class ServerOptions:
     proxies: list[str]
     log_requests: bool
     log_stages: bool
+    otlp_endpoint: str | None
     drain_s: float
 
 
@@ -67,3 +71,25 @@ def parse_proxies(text: str) -> list[str]:
                 argument="forwarded_allow_ips",
             ) from exc
     return entries
+
+
+def check_otlp_endpoint(address: str | None) -> str | None:
+    """The address of a collector, if requests can be traced there.
+
+    Raises:
+        InputError: it is no address, or the libraries are missing.
+    """
+    if not address:
+        return None
+    parts = urlsplit(address)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise InputError("expected an address such as http://localhost:4318", argument="otlp_endpoint", value=address)
+    try:
+        found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
+    except ModuleNotFoundError:
+        found = None
+    if found is None or importlib.util.find_spec("opentelemetry.sdk") is None:
+        raise InputError(
+            "needs the libraries of OpenTelemetry", argument="otlp_endpoint", fix="pip install 'robustfeat[otel]'"
+        )
+    return address

@@ -21,10 +21,12 @@ from robustfeat.serving.http.request_notes import CURRENT
 from robustfeat.serving.online.answers import Answer, NamedModel, Vector
 from robustfeat.serving.online.batching import Batcher
 from robustfeat.serving.online.errors import ApiError
+from robustfeat.serving.online.timeline import Timeline
 from robustfeat.serving.verify import golden_answers
 
-if TYPE_CHECKING:  # with a head come the libraries of heads
+if TYPE_CHECKING:  # with these come further libraries
     from robustfeat.serving.heads.head import Head
+    from robustfeat.serving.http.process.tracing import Tracer
     from robustfeat.serving.http.similar import ServedCollection
 
 __all__ = ["READY_S", "ServedHead", "ServedModel", "Service", "match_heads"]
@@ -95,9 +97,9 @@ class ServedModel(NamedModel):
         """Whether it embedded an image within the last minute."""
         return time.monotonic() - self.last_good < READY_S
 
-    async def embed(self, images: Sequence[bytes | Vector], key: Key) -> list[Answer]:
+    async def embed(self, images: Sequence[bytes | Vector], key: Key, timeline: Timeline | None = None) -> list[Answer]:
         """As `Batcher.embed`, counted."""
-        answers = await self._batcher.embed(images, key.name)
+        answers = await self._batcher.embed(images, key.name, timeline)
         good = sum(answer.features is not None for answer in answers)
         # A prepared tensor says nothing of the decoders.
         if any(a.features is not None and isinstance(i, bytes) for a, i in zip(answers, images, strict=True)):
@@ -147,6 +149,7 @@ class Service:
         collections: by name.
         page: whether it has the page at /, and what only that needs.
         draining: whether it is being stopped.
+        tracer: records requests, where they are traced.
     """
 
     models: dict[str, ServedModel]
@@ -162,6 +165,7 @@ class Service:
     collections: Mapping[str, ServedCollection] = field(default_factory=dict)
     page: bool = True
     draining: bool = False
+    tracer: Tracer | None = None
     buffered: Buffered = field(init=False)
 
     def __post_init__(self) -> None:
@@ -229,7 +233,7 @@ class Service:
         notes = CURRENT.get()
         if notes is not None:
             notes.model, notes.images = model.name, len(images)
-        answers = await model.embed(images, key)
+        answers = await model.embed(images, key, notes.timeline if notes is not None else None)
         if key.name:
             self.metrics.key_images(key.name, len(images))
         unreadable = sum(answer.problem is not None for answer in answers)

@@ -24,6 +24,7 @@ from robustfeat.serving.decoding.process import DecoderLostError
 from robustfeat.serving.decoding.worker import LARGE
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.online.answers import Answer, Vector
+from robustfeat.serving.online.timeline import Timeline
 
 __all__ = ["BatchMetrics", "Batcher", "FairQueue"]
 
@@ -109,10 +110,10 @@ _PENDING = Answer(problem="not decoded yet")
 class _Request:
     """The images of one request and their answers."""
 
-    __slots__ = ("answers", "future", "key", "left")
+    __slots__ = ("answers", "future", "key", "left", "timeline")
 
-    def __init__(self, key: str, count: int) -> None:
-        self.key, self.left = key, count
+    def __init__(self, key: str, count: int, timeline: Timeline | None) -> None:
+        self.key, self.left, self.timeline = key, count, timeline
         self.answers: list[Answer] = [_PENDING] * count
         self.future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
 
@@ -201,18 +202,23 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._decoders.attach()
 
-    async def embed(self, images: Sequence[bytes | Vector], key: str = "") -> list[Answer]:
+    async def embed(
+        self, images: Sequence[bytes | Vector], key: str = "", timeline: Timeline | None = None
+    ) -> list[Answer]:
         """Features of images.
 
         Args:
             images: each the bytes of an image file, or the network's input, (3, S, S) float32.
             key: whose turn it is.
+            timeline: is told when the images pass each stage.
 
         Returns:
             One for each image.
         """
-        request = _Request(key, len(images))
+        request = _Request(key, len(images), timeline)
         now = time.perf_counter()
+        if timeline is not None:
+            timeline.queued = now
         items = [_Item(request, index, image, now) for index, image in enumerate(images)]
         for item in items:
             if isinstance(item.image, bytes):
@@ -281,7 +287,8 @@ class Batcher:
     ) -> None:
         """Takes the outcome of images that a decoder had."""
         self._large -= large
-        seconds = time.perf_counter() - began
+        now = time.perf_counter()
+        seconds = now - began
         if isinstance(outcome, DecoderLostError):
             self._waiting.charge(items[outcome.offset].lane, seconds)
             self._retry(items, outcome)
@@ -289,6 +296,8 @@ class Batcher:
         self._metrics.decoded(began - items[0].since, seconds)
         for item, error in zip(items, outcome, strict=False):
             self._waiting.charge(item.lane, seconds / len(outcome))
+            if item.request.timeline is not None:
+                item.request.timeline.note_decoded(began, now)
             if error is None:
                 item.image = b""
                 self._ready.put(item.request.key, item)
@@ -322,17 +331,20 @@ class Batcher:
         while (batch := self._batches.get()) is not None:
             began = time.perf_counter()
             answers = self._infer(batch)
-            self._metrics.ran(time.perf_counter() - began, len(batch))
+            ended = time.perf_counter()
+            self._metrics.ran(ended - began, len(batch))
             with contextlib.suppress(RuntimeError):  # the loop is closed, and all its requests with it
                 assert self._loop is not None
-                self._loop.call_soon_threadsafe(self._finish, batch, answers)
+                self._loop.call_soon_threadsafe(self._finish, batch, answers, began, ended)
 
-    def _finish(self, batch: Sequence[_Item], answers: Sequence[Answer]) -> None:
+    def _finish(self, batch: Sequence[_Item], answers: Sequence[Answer], began: float, ended: float) -> None:
         self._busy = False
         for item in batch:
             self._free(item)
         self._feed()
         for item, answer in zip(batch, answers, strict=True):
+            if item.request.timeline is not None:
+                item.request.timeline.note_run(began, ended)
             item.answer(answer)
 
     def _infer(self, batch: Sequence[_Item]) -> Sequence[Answer]:

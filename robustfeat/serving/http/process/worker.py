@@ -81,6 +81,10 @@ def run_worker(
             timeout_graceful_shutdown=options.drain_s,  # type: ignore[arg-type]
         )
         adopt_logging(service.log)
+        if options.otlp_endpoint is not None:
+            from robustfeat.serving.http.process.tracing import Tracer
+
+            service.tracer = Tracer(options.otlp_endpoint, start.number)
         # What is there now stays: without this, the garbage collector looked through it all, and requests waited
         # (the p99 of refusals under overload fell from 60 to 7 ms).
         gc.collect()
@@ -135,6 +139,8 @@ async def _serve(
         for task in background:
             task.cancel()
         service.metrics.count()
+        if service.tracer is not None:
+            service.tracer.close()
 
 
 async def _report_health(service: Service, report: int, supervisor: int, stop: Callable[[], None]) -> None:
