@@ -165,7 +165,9 @@ def test_the_init_container_fills_the_cache_that_the_server_reads(
     keys.write_text("team 5tUgR0secretsecret\n")
     settings = {entry["name"]: entry["value"] for entry in main["env"] if "value" in entry}
     options = [one.replace("/keys/keys", str(keys)) for one in arguments(main)[1:]]
-    options = [one for one in options if not one.startswith(("--host", "--port"))]
+    options = [
+        one for one in options if not one.startswith(("--host", "--port", "--log-format"))
+    ]  # as `Server` has them
     server = Server(*options, **{**environment, **settings})
     assert server.get("/health/ready").status == 200
     assert server.stop() == 0

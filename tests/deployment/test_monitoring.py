@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.command_server import CommandServer
 from tests.conftest import ROOT
-from tests.serving.http.conftest import Server
+from tests.serving.http.conftest import Server, wait_until
 from tests.serving.http.test_proxies import free_port
 
 DOCKER = ROOT / "docker"
@@ -28,13 +30,31 @@ RULES: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text("utf-8"))["groups"
 
 
 @pytest.fixture(scope="module")
-def exported(server: Server) -> dict[str, set[str]]:
+def watched(
+    commands: CommandServer, clothes: Path, photos: list[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server with a key and a head that has answered, refused and failed."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("team 5tUgR0-a-key-of-the-tests\n")
+    started = Server("--keys", keys, "--head", f"clothes={clothes}", forked_from=commands)
+    started.headers = {"Authorization": "Bearer 5tUgR0-a-key-of-the-tests"}
+    ask_all(started, photos)
+    yield started
+    assert started.stop() == 0
+
+
+def ask_all(server: Server, photos: list[bytes]) -> None:
+    server.form("/embed", [photos[0], b"no image"])
+    server.post("/predict/clothes", photos[0])
+
+
+@pytest.fixture(scope="module")
+def exported(watched: Server) -> dict[str, set[str]]:
     """The labels of each series at /metrics."""
-    deadline = time.monotonic() + 10
-    while not server.metric("robustfeat_errors_total"):  # counted ten times a second
-        assert time.monotonic() < deadline
+    # Answers are counted ten times a second, and memory is measured more rarely.
+    wait_until(lambda: bool(watched.metric("robustfeat_errors_total") and watched.metric("robustfeat_memory_bytes")))
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(server.get("/metrics").body.decode()):
+    for family in text_string_to_metric_families(watched.get("/metrics").body.decode()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found
@@ -94,11 +114,11 @@ def test_each_alert_fires_when_it_should_and_not_before() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed")
-def test_prometheus_answers_every_query_of_the_dashboard(server: Server, photos: list[bytes], tmp_path: Path) -> None:
+def test_prometheus_answers_every_query_of_the_dashboard(watched: Server, photos: list[bytes], tmp_path: Path) -> None:
     port = free_port()
     config = {
         "global": {"scrape_interval": "1s"},
-        "scrape_configs": [{"job_name": "robustfeat", "static_configs": [{"targets": [f"127.0.0.1:{server.port}"]}]}],
+        "scrape_configs": [{"job_name": "robustfeat", "static_configs": [{"targets": [f"127.0.0.1:{watched.port}"]}]}],
     }
     (tmp_path / "prometheus.yaml").write_text(json.dumps(config))
     command = ["prometheus", f"--config.file={tmp_path}/prometheus.yaml", f"--storage.tsdb.path={tmp_path}/data"]
@@ -106,7 +126,7 @@ def test_prometheus_answers_every_query_of_the_dashboard(server: Server, photos:
     try:
         end = time.monotonic() + 15
         while time.monotonic() < end:  # so that there are rates
-            server.form("/embed", [photos[0], b"no image"])
+            ask_all(watched, photos)
             time.sleep(0.2)
         for query in QUERIES:
             asked = query.replace("$instance", ".*").replace("$__rate_interval", "10s")
