@@ -1,6 +1,6 @@
-"""Robust image features that anyone can train, publish, download and serve.
+"""Train, publish, download and serve robust image features.
 
-The names below are the public interface (docs/python.md); all other modules are internal.
+The names in `__all__` are the public interface (docs/python.md). All other modules are internal.
 """
 
 import importlib
@@ -59,7 +59,7 @@ __all__ = [
     "load",
 ]
 
-# Imported on first use: `robustfeat --help` does not pay for NumPy, an inference engine and scikit-learn.
+# Import on first use, so `robustfeat --help` does not load NumPy, an inference engine and scikit-learn.
 _MODULES = {
     "EmbeddingResult": "robustfeat.serving.bulk.embedding",
     "FeatureExtractor": "robustfeat.serving.extractor",

@@ -1,4 +1,4 @@
-"""`python -m robustfeat` is the command `robustfeat`."""
+"""Runs the `robustfeat` command for `python -m robustfeat`."""
 
 from robustfeat.cli import main
 

@@ -1,7 +1,7 @@
-"""Whether an installation can do what is asked of it, and what to do where it cannot.
+"""Checks an installation and suggests fixes.
 
-Every check is a function that tells its findings; none can stop the others. What may crash or hang, because libraries
-are broken, runs in processes of its own. Nothing is imported here that may be missing.
+Every check is a function that yields findings, and no check can stop the others. Broken libraries may crash or hang, so
+they run in separate processes. This module imports nothing that may be missing.
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ _LITTLE_SPACE = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        check: which.
-        status: of `OK`, `NOTE` (worth knowing) and `PROBLEM` (what was asked will fail, or go wrong).
-        found: what there is.
-        fix: what to do; None where nothing need be done. Parameters stand in backticks there, and in `found`, as in
-            `RobustFeatError`.
+        check: the name of the check.
+        status: `OK`, `NOTE` (worth knowing) or `PROBLEM` (the requested run will fail or give wrong results).
+        found: the facts.
+        fix: what to do; None for nothing. Like `found`, it has parameters in backticks (see `RobustFeatError`).
     """
 
     check: str
@@ -65,12 +64,12 @@ def examine(
     only: Container[str] | None = None,
     cgroup: Path = CGROUP,
 ) -> Iterator[Finding]:
-    """Findings, each as soon as it is made; the checks that take seconds come last.
+    """Yields findings as they arrive. Checks that take seconds come last.
 
     Args:
-        model, options: what the installation is to run; by default what `robustfeat embed` runs.
-        only: checks to make; all by default.
-        cgroup: where its limits are told.
+        model, options: the model to run and how; by default as in `robustfeat embed`.
+        only: names of the checks to run; by default all.
+        cgroup: the mount point of the cgroup hierarchy.
     """
     broken = False
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
@@ -83,12 +82,12 @@ def examine(
         ("hub", _hub),
         ("cache", lambda: _cache(model)),
         ("model", lambda: _model(model, options)),
-        # Where the model is broken, the engines may still be well.
+        # If the model is broken, the engines may still work.
         ("engine", lambda: _engines(*(_unpinned(options) if broken else (model, options)))),
         ("torch", lambda: _torch(torch)),
     ]
     chosen = [name for name, _ in checks if only is None or name in only]
-    # Importing torch takes as long as all else.
+    # Importing torch takes as long as all other checks.
     torch = Trial(try_torch) if "torch" in chosen and importlib.util.find_spec("torch") else None
     for name, check in checks:
         if name not in chosen:
@@ -98,9 +97,9 @@ def examine(
         except RobustFeatError as exc:
             broken |= name == "model"
             yield _failed(name, PROBLEM, exc)
-        except Exception as exc:  # of a broken library
+        except Exception as exc:  # a broken library may raise anything
             reason = f"{type(exc).__name__}: {first_line(exc)}"
-            yield Finding(name, PROBLEM, reason, "pip install --force-reinstall what it names")
+            yield Finding(name, PROBLEM, reason, "pip install --force-reinstall the package that it names")
 
 
 def _failed(check: str, status: str, exc: RobustFeatError, before: str = "") -> Finding:
@@ -108,7 +107,7 @@ def _failed(check: str, status: str, exc: RobustFeatError, before: str = "") -> 
 
 
 def _unpinned(options: RunOptions) -> tuple[str, RunOptions]:
-    """The built-in model, which shows whether the engines work."""
+    """The built-in model and options to run it, to show whether the engines work."""
     return "builtin", replace(options, revision=None, config_hash=None)
 
 
@@ -138,7 +137,7 @@ def _packages() -> Iterator[Finding]:
         for extra in _extras(entry) - {"dev"}:
             optional.setdefault(extra, []).append(entry)
     for extra, entries in list(optional.items()):
-        if not all(_applies(entry, extra) for entry in entries):  # as on a Python that they do not support
+        if not all(_applies(entry, extra) for entry in entries):  # a package may not support this Python
             del optional[extra]
     old = {
         _compared(entry): entry
@@ -150,7 +149,7 @@ def _packages() -> Iterator[Finding]:
         yield Finding("packages", NOTE, found, f"pip install '{_plain(entry)}'")
     here = sorted(extra for extra, entries in optional.items() if all(map(_satisfied, entries)))
     if not lacking:
-        yield Finding("packages", OK, f"all that is needed; extras here: {', '.join(here) or 'none'}")
+        yield Finding("packages", OK, f"all required; installed extras: {', '.join(here) or 'none'}")
 
 
 def _extras(entry: Requirement) -> set[str]:
@@ -192,7 +191,7 @@ def _runtime() -> Iterator[Finding]:
         fix = f"pip uninstall -y {' '.join(wheels)}, then pip install 'robustfeat[{extra}]'"
         yield Finding("runtime", PROBLEM, f"{found} overwrite each other's files", fix)
     elif wheels:
-        yield Finding("runtime", OK, f"{found}, and no other ONNX Runtime beside it")
+        yield Finding("runtime", OK, f"{found}, and no other ONNX Runtime")
     elif (version := _version("openvino")) is not None:
         yield Finding("runtime", NOTE, f"openvino {version}, and no ONNX Runtime")
     else:
@@ -207,22 +206,22 @@ def _threads(options: RunOptions, cgroup: Path) -> Iterator[Finding]:
     found = f"{visible} processors, {limit}: {chosen} {'thread' if chosen == 1 else 'threads'} for the model"
     if options.threads and options.threads > granted:
         fix = f"pass `threads={granted}` or less, or leave it out"
-        yield Finding("threads", PROBLEM, f"{found}, which is more than the {granted} granted", fix)
+        yield Finding("threads", PROBLEM, f"{found}, more than the {granted} available", fix)
     else:
         yield Finding("threads", OK, found)
     given = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
     for name, text in given.items():
         if text.isdecimal() and int(text) > granted:
             fix = f"export {name}={granted}"
-            yield Finding("threads", PROBLEM, f"{name} is {text}, and {granted} processors are granted", fix)
+            yield Finding("threads", PROBLEM, f"{name} is {text}, but {granted} processors are available", fix)
     if visible > granted and not given:
         fix = " ".join(["export", *(f"{name}={granted}" for name in _THREAD_VARIABLES)])
-        found = f"programs that count processors start {visible} threads, and the quota grants {quota:g} processors"
+        found = f"programs that count processors start {visible} threads, but the quota allows {quota:g} processors"
         yield Finding("threads", NOTE, found, fix)
 
 
 def _gpus() -> list[str]:
-    """Name, driver and memory of each NVIDIA GPU that answers."""
+    """Name, driver and memory of each working NVIDIA GPU."""
     if program := shutil.which("nvidia-smi"):
         query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         with suppress(OSError, subprocess.TimeoutExpired):
@@ -234,12 +233,12 @@ def _gpus() -> list[str]:
 def _gpu(options: RunOptions) -> Iterator[Finding]:
     gpus = _gpus()
     if not gpus:
-        if options.requires_gpu:  # whether it runs all the same is told by the engine
+        if options.requires_gpu:  # a note only: the engine's check shows whether it runs
             chosen = "`device=cuda`" if options.device == "cuda" else "`engine=tensorrt`"
             fix = f"install the NVIDIA driver (in a container: start it with its GPUs), or leave out {chosen}"
-            yield Finding("gpu", NOTE, "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)", fix)
+            yield Finding("gpu", NOTE, "CUDA is required, but no NVIDIA GPU answers (nvidia-smi)", fix)
         else:
-            yield Finding("gpu", OK, "none by NVIDIA; all runs on the processor")
+            yield Finding("gpu", OK, "no NVIDIA GPU; everything runs on the processor")
         return
     found = "; ".join(gpus)
     if _version("onnxruntime-gpu") is None:
@@ -256,16 +255,16 @@ def _model(model: str, options: RunOptions) -> Iterator[Finding]:
     folder.verify()
     megabytes = folder.size_bytes() / 1e6
     count = len(folder.config.files)
-    yield Finding("model", OK, f"{folder.config.name}: {count} files of {megabytes:.0f} MB, every hash as it must be")
+    yield Finding("model", OK, f"{folder.config.name}: {count} files of {megabytes:.0f} MB, hashes verified")
 
 
 def _engines(model: str, options: RunOptions) -> Iterator[Finding]:
-    """What is asked for, then the other engine; each makes a session and asks it. `robustfeat verify` runs all ways."""
+    """Runs the chosen engine, then the other one, each in a process. `robustfeat verify` runs all combinations."""
     first, way, device = _try_engine(model, options, PROBLEM)
     yield first
     if device == "cpu" and options.device == "auto" and options.may_use_gpu and _gpus():
-        fix = "`device=cuda` tells why; docs/embedding.md says what it needs"
-        yield Finding("engine", NOTE, "it runs on the processor, and there is a GPU", fix)
+        fix = "run again with `device=cuda` to see why; docs/embedding.md lists its requirements"
+        yield Finding("engine", NOTE, "it runs on the processor although there is a GPU", fix)
     for engine, extra in _ENGINES.items():
         if engine in {way, options.engine}:
             continue
@@ -277,7 +276,7 @@ def _engines(model: str, options: RunOptions) -> Iterator[Finding]:
 
 
 def _try_engine(model: str, options: RunOptions, status: str) -> tuple[Finding, str | None, str | None]:
-    """The finding, with `status` if it does not run, and which engine ran where."""
+    """The finding, with `status` if the engine fails, and the engine and the device that ran."""
     label = f"{options.engine} {options.precision}"
     try:
         limit_s = BUILD_LIMIT_S if options.engine == "tensorrt" else TRIAL_S
@@ -290,11 +289,11 @@ def _try_engine(model: str, options: RunOptions, status: str) -> tuple[Finding, 
         f"golden images {'through' if ran['is_reference'] else 'of'} {ran['model']} "
         f"at {ran['images_per_s']:,.0f} images/s"
     )
-    if not ran["is_reference"]:  # whose folder has no features to compare with
+    if not ran["is_reference"]:  # else the folder has no golden features to compare with
         found += f", cosine {ran['cosine']:.5f}"
     if not ran["short"]:
         return Finding("engine", OK, found), ran["engine"], ran["device"]
-    fix = "use another precision or engine; this one is wrong here"
+    fix = "use another precision or engine; this one gives wrong features here"
     return Finding("engine", PROBLEM, found, fix), ran["engine"], ran["device"]
 
 
@@ -317,7 +316,7 @@ def _torchserve() -> Iterator[Finding]:
     from robustfeat.serving.torchserve.java import find_java
 
     wanted = _version("torchserve") is not None
-    for name in ("torch", "yaml"):  # which it needs and does not name; without the latter it hangs
+    for name in ("torch", "yaml"):  # TorchServe needs both without declaring them, and hangs without yaml
         if wanted and importlib.util.find_spec(name) is None:
             fix = "pip install 'robustfeat[torchserve]'"
             yield Finding("torchserve", PROBLEM, f"TorchServe is installed without {name}, which it needs", fix)
@@ -335,7 +334,7 @@ def _hub() -> Iterator[Finding]:
 
     access = HubAccess()
     if access.offline:
-        yield Finding("hub", NOTE, "HF_HUB_OFFLINE forbids asking it; the cache answers", "unset HF_HUB_OFFLINE")
+        yield Finding("hub", NOTE, "HF_HUB_OFFLINE forbids requests; the cache is used", "unset HF_HUB_OFFLINE")
         return
     try:
         with access.explaining("the Hub"):
@@ -355,7 +354,7 @@ def _cache(model: str) -> Iterator[Finding]:
     place = Path(constants.HF_HUB_CACHE)
     if place.parts[:1] == ("~",):
         status = PROBLEM if is_hub_name(model) else NOTE
-        yield Finding("cache", status, NO_HOME, "set HF_HOME to a folder that can be written")
+        yield Finding("cache", status, NO_HOME, "set HF_HOME to a writable folder")
         return
     models = list(cached_models())
     size = sum(model.size_bytes or 0 for model in models) / 1e6
@@ -366,7 +365,7 @@ def _cache(model: str) -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as exc:
-        fix = "set HF_HOME to a folder of yours, and unset HF_HUB_CACHE"
+        fix = "set HF_HOME to your own folder, and unset HF_HUB_CACHE"
         status = PROBLEM if is_hub_name(model) else NOTE
         yield Finding("cache", status, f"{place}: cannot be written ({exc.strerror})", fix)
         return

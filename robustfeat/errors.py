@@ -1,24 +1,24 @@
-"""Every error that robustfeat raises on purpose.
+"""All errors that robustfeat raises on purpose.
 
     RobustFeatError
-    ├── DecodeError         an image cannot be turned into pixels
+    ├── DecodeError         an image cannot be decoded
     ├── InputError          an input (file, folder, option value) is missing or unusable
     ├── ModelFolderError    a model folder is incomplete, altered, or from a newer version
     ├── HubError            the Hub refuses
-    │   └── UnreachableError    it gives no answer, or fails
+    │   └── UnreachableError    the Hub fails or does not answer
     ├── HeadError           a head is incomplete, altered, or from a newer version
-    ├── EngineError         the inference engine is missing, or is not what was asked for
-    │   └── NotFiniteError  a model gives features that are NaN or infinite
+    ├── EngineError         the inference engine is missing or cannot run as requested
+    │   └── NotFiniteError  a model's features are NaN or infinite
     ├── DataError           a training set or concept map cannot be used
-    ├── TrainingError       training cannot go on
-    │   ├── DivergedError       its loss is no longer finite
-    │   └── StoppedError        a signal stopped it
+    ├── TrainingError       training cannot continue
+    │   ├── DivergedError       the loss is no longer finite
+    │   └── StoppedError        a signal stopped training
     ├── CheckpointError     a checkpoint is missing, damaged, or belongs to another run
-    └── ExportError         an exported file disagrees with the network that it came from
+    └── ExportError         an exported file disagrees with its network
 
-Each message is one line: the subject, what was expected, what arrived, and how to fix it. The parts are data:
-messages name parameters as Python does, and the command line renders them as its options before it prints the line
-and exits with the error's `exit_code`. Wrong arguments to a function raise `ValueError` or `TypeError`.
+Each message is one line: the subject, what was expected, what arrived, and how to fix it. The parts are data. Messages
+name parameters as in Python; the command line prints them as options and exits with the error's `exit_code`. Wrong
+arguments of a function raise `ValueError` or `TypeError`.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ _REFERENCE = re.compile(r"`([A-Za-z_]\w*)(?:=([^`]*))?`")
 
 
 def respell(text: str, spell: Callable[[str, str | None], str | None]) -> str:
-    """The text with the parameters in backticks named by `spell`; see `RobustFeatError.render`."""
+    """Spells the parameters in a text's backticks by `spell`; see `RobustFeatError.render`."""
     return _REFERENCE.sub(lambda match: spell(match[1], match[2]) or match[0], text)
 
 
 class RobustFeatError(Exception):
-    """Base of all errors above.
+    """Base class of all errors above.
 
     Args:
-        what: what was expected and what arrived, after the subject where `argument` is the subject.
-        argument: the parameter at fault.
-        value: what was passed for it, where that helps.
-        fix: what to do about it. Parameters of the caller stand in backticks there, as a name or as Python passes
-            them: "pass `resume=True` to resume it, or choose another `out`".
+        what: what was expected and what arrived. Without `argument`, it starts with the subject.
+        argument: the wrong parameter, which becomes the subject.
+        value: the parameter's value, if it helps.
+        fix: what to do. Parameters of the caller are in backticks, as a name or with a value: "pass `resume=True` to
+            resume it, or choose another `out`".
 
     Attributes:
-        exit_code: of the command that the error ends.
+        exit_code: exit code of a command that ends with this error.
 
     >>> str(InputError("expected 1 or more", argument="batch_size", value=0, fix="leave `batch_size` out"))
     'batch_size=0: expected 1 or more; leave `batch_size` out'
@@ -82,10 +82,10 @@ class RobustFeatError(Exception):
         self.what, self.argument, self.value, self.fix = what, argument, value, fix
 
     def render(self, spell: Callable[[str, str | None], str | None]) -> str:
-        """The message with parameters named by `spell`.
+        """The message with parameters spelled by `spell`.
 
         Args:
-            spell: the spelling of a parameter and its value, if it has one; None keeps Python's.
+            spell: returns the spelling of a parameter and its value, if any. None keeps Python's spelling.
         """
         value = None if self.value is None else str(self.value)
         parts = []
@@ -98,12 +98,12 @@ class RobustFeatError(Exception):
 
     @property
     def problem(self) -> str:
-        """The message without the fix; the argument stands in backticks, as in `fix`."""
+        """The message without the fix. The argument is in backticks, as in `fix`."""
         return self.what if self.argument is None else f"`{self._subject}`: {self.what}"
 
     @property
     def fix_parameters(self) -> set[str]:
-        """The parameters that the fix names."""
+        """Names of the parameters in the fix."""
         return {match[1] for match in _REFERENCE.finditer(self.fix or "")}
 
     @property
@@ -115,7 +115,7 @@ class RobustFeatError(Exception):
 
 
 class DecodeError(RobustFeatError):
-    """An image cannot be turned into pixels."""
+    """An image cannot be decoded."""
 
 
 class InputError(RobustFeatError):
@@ -131,7 +131,7 @@ class HubError(RobustFeatError):
 
 
 class UnreachableError(HubError):
-    """The Hub gives no answer, or fails: what the cache holds is the best there is."""
+    """The Hub fails or does not answer, so only the cache is available."""
 
 
 class HeadError(RobustFeatError):
@@ -139,11 +139,11 @@ class HeadError(RobustFeatError):
 
 
 class EngineError(RobustFeatError):
-    """The inference engine is missing, or is not what was asked for."""
+    """The inference engine is missing or cannot run as requested."""
 
 
 class NotFiniteError(EngineError):
-    """A model gives features that are NaN or infinite."""
+    """A model's features are NaN or infinite."""
 
 
 class DataError(RobustFeatError):
@@ -151,7 +151,7 @@ class DataError(RobustFeatError):
 
 
 class TrainingError(RobustFeatError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class DivergedError(TrainingError):
@@ -159,9 +159,9 @@ class DivergedError(TrainingError):
 
 
 class StoppedError(TrainingError):
-    """A signal stopped it, and what it had is saved.
+    """A signal stopped training after it saved a checkpoint.
 
-    The exit code is EX_TEMPFAIL of sysexits.h: nothing is wrong, and the command can be repeated to resume.
+    The exit code is EX_TEMPFAIL of sysexits.h: nothing is wrong, and training can be resumed.
     """
 
     exit_code = 75
@@ -172,9 +172,9 @@ class CheckpointError(RobustFeatError):
 
 
 class ExportError(RobustFeatError):
-    """An exported file disagrees with the network that it came from."""
+    """An exported file disagrees with its network."""
 
 
 def first_line(exc: BaseException) -> str:
-    """What a library's exception says, in one line."""
+    """The message of a library's exception, as one line."""
     return (str(exc).strip() or type(exc).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all: written under a temporary name beside the target, then renamed.
+"""Writes outputs that appear whole or not at all: under a temporary name beside the target, then renamed.
 
 Locks keep two processes from writing the same output.
 """
@@ -28,19 +28,19 @@ __all__ = [
     "resolve_link",
 ]
 
-START_OVER = "nothing was left behind: free space or choose another place, then run again"
-"""The fix where an output could not be written and its partial files are removed."""
+START_OVER = "partial files were removed: free space or choose another place, then run again"
+"""The fix after an output could not be written and its partial files were removed."""
 
 
 def _beside(target: Path) -> Path:
-    # Always the same name: the next process removes what a killed one left.
+    # The name is always the same, so the next process removes the files of a killed one.
     return target.with_name(f".{target.name}.partial")
 
 
 def create_file(path: Path) -> BinaryIO:
-    """A new file, opened for writing, in place of whatever has its name; a link of that name is not followed.
+    """Creates a file for writing and replaces any other of its name. A link is replaced, not followed.
 
-    In a folder that others write to, a link may have been planted there, to have another file overwritten.
+    In a shared folder, somebody may have planted a link so that another file is overwritten.
 
     Raises:
         OSError: the file system refuses.
@@ -50,7 +50,7 @@ def create_file(path: Path) -> BinaryIO:
 
 
 def create_folder(path: Path) -> None:
-    """Makes a folder, where there is none; a link of its name is removed, not followed.
+    """Creates a folder if it is missing. A link of its name is removed, not followed.
 
     Raises:
         OSError: the file system refuses.
@@ -66,10 +66,10 @@ def _explain(target: Path, exc: OSError) -> InputError:
 
 @contextmanager
 def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to; it becomes `target` when the block ends well and vanishes when it does not.
+    """Yields a path to write to. It becomes `target` if the block succeeds, and is removed if it fails.
 
     Raises:
-        InputError: the file system refuses (full, read-only, missing folder), or `target` is no regular file.
+        InputError: the file system refuses (full, read-only, missing folder), or `target` is not a regular file.
     """
     try:
         target = resolve_link(target)
@@ -92,23 +92,23 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def resolve_link(target: str | os.PathLike[str]) -> Path:
-    """What a link points to, not the link, is what a new file replaces.
+    """The file that a new file replaces: the target of a link rather than the link.
 
     Raises:
-        OSError: it lies where everybody may write, and is another user's: it may point to a file of ours. Linux itself
-            follows no such link (`fs.protected_symlinks`).
+        OSError: the link is another user's, in a folder that everybody may write to, so it may point to one of our
+            files. Linux does not follow such links either (`fs.protected_symlinks`).
     """
     path = Path(target)
     if path.is_symlink():
         link, folder = path.lstat(), path.parent.stat()
         is_shared = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
         if is_shared and link.st_uid not in {os.geteuid(), folder.st_uid}:
-            raise OSError(errno.EACCES, "a link that another user has put there")
+            raise OSError(errno.EACCES, "a link that another user created")
     return Path(os.path.realpath(path))
 
 
 def require_new(target: str | os.PathLike[str]) -> None:
-    """Asks what `new_folder` will ask, before the work whose result goes there.
+    """Makes the checks of `new_folder` before long work whose result goes there.
 
     Raises:
         InputError: `target` exists and is not an empty folder.
@@ -120,13 +120,13 @@ def require_new(target: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A fresh folder to fill; it becomes `target` when the block ends well and vanishes when it does not.
+    """Yields a new folder to fill. It becomes `target` if the block succeeds, and is removed if it fails.
 
     Raises:
         InputError: `target` exists and is not an empty folder, another process is filling it, or the file system
             refuses.
     """
-    target = Path(target).absolute()  # so that `.` has a name
+    target = Path(target).absolute()  # `.` has no name otherwise
     require_new(target)
     partial = _beside(target)
     try:
@@ -141,7 +141,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
             f"{target}: another process is writing it{lock.holder_note()}", fix="wait for it, or choose another place"
         )
     try:
-        for entry in partial.iterdir():  # of a killed process
+        for entry in partial.iterdir():  # left by a killed process
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         yield partial
         if target.is_dir():
@@ -159,11 +159,11 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 class FileLock:
     """An exclusive lock on a file or a folder, held by one process at a time.
 
-    The kernel frees it when its process ends, even by a kill: forked children do not keep it. `take` takes it and
-    `release` frees it.
+    The kernel releases it when its process ends, even by a kill. Forked children do not keep it. `take` takes the lock
+    and `release` releases it.
 
     Args:
-        path: a folder that exists, or a file. A missing file is made, and it stays; a link is replaced by a file.
+        path: an existing folder, or a file. A missing file is created and kept; a link is replaced by a file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -171,22 +171,22 @@ class FileLock:
         self._descriptor: int | None = None
 
     def take(self, *, on_wait: Callable[[], None] | None = None) -> bool:
-        """Takes the lock; False where another process holds it, or has just renamed or removed what was locked.
+        """Takes the lock. Returns False if another process holds it or has just renamed or removed the locked file.
 
         Args:
-            on_wait: called before waiting for the holder. With it, the lock is always taken; without it, `take` does
-                not wait.
+            on_wait: called before waiting for the holder. With it, `take` waits and always succeeds; without it,
+                `take` does not wait.
 
         Raises:
-            OSError: the path cannot be opened, or its file system keeps no locks.
+            OSError: the path cannot be opened, or its file system has no locks.
         """
         self.release()
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         if self._path.is_dir():
             flags = os.O_RDONLY | os.O_DIRECTORY
-        elif self._path.is_symlink():  # somebody else's file would be locked, or made
+        elif self._path.is_symlink():  # opening it could lock or create another user's file
             self._path.unlink(missing_ok=True)
-        # The holder may remove or replace the file while this process waits. The new file is locked then.
+        # The holder may remove or replace the file during the wait. Then lock the new file.
         while not self._try(flags | os.O_CLOEXEC, on_wait):
             if on_wait is None:
                 return False
@@ -214,19 +214,19 @@ class FileLock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Frees the lock, if it is held."""
+        """Releases the lock if it is held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
             _held.discard(self)
 
     def holder_note(self) -> str:
-        """Text for a message: ` (process 4711)`, the holder, or nothing where the system does not say."""
+        """Names the holder for a message, as ` (process 4711)`. Empty if the system does not know it."""
         with suppress(OSError, ValueError):
             status = self._path.stat()
             place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
             for line in Path("/proc/locks").read_text().splitlines():
-                # NUMBER: FLOCK ADVISORY WRITE PROCESS MAJOR:MINOR:INODE START END
+                # The format is NUMBER: FLOCK ADVISORY WRITE PROCESS MAJOR:MINOR:INODE START END.
                 _, kind, _, _, process, where, *_ = line.split()
                 if kind == "FLOCK" and where == place and int(process) > 0:
                     return f" (process {process})"
@@ -237,7 +237,7 @@ _held: set[FileLock] = set()
 
 
 def _release_in_child() -> None:
-    # A child that outlives its parent would keep the lock. The parent's copy of the descriptor stays open.
+    # A child that outlives its parent would keep the lock. The parent's own descriptor stays open.
     for lock in list(_held):
         lock.release()
 
@@ -248,9 +248,9 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def lock_inherited(descriptor: int) -> Iterator[None]:
-    """Holds a lock on a file whose descriptor several processes have inherited; waits for it.
+    """Waits for and holds a lock on a file whose descriptor several processes inherited.
 
-    A `FileLock` would not do: processes that share a descriptor share its `flock`.
+    A `FileLock` would not work here, since processes that share a descriptor share its `flock`.
     """
     import fcntl
 

@@ -1,4 +1,4 @@
-"""Progress on stderr: one line redrawn on a terminal, a plain line now and then elsewhere."""
+"""Prints progress on stderr: one redrawn line on a terminal, else a plain line at intervals."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _REDRAW_S = 0.1
 _PLAIN_LINE_S = 10.0
 _PASSWORD = re.compile(r"(://[^\s/@:]{1,200}):[^\s/@]{1,500}@")
 _CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""DEL and the C1 controls, other ends of lines, what turns the direction of text, and halves of characters."""
+"""DEL and C1 controls, other line ends, controls of text direction, and surrogates."""
 
 
 class Progress:
-    """Counts `done` of `total` and says how fast it goes and how long is left.
+    """Shows `done` of `total`, the rate and the time left.
 
     Args:
-        label: what is being done.
-        total: how many there are.
-        unit: what is counted, in the plural.
-        start: how many were done before (a resumed run); they do not count for the speed.
+        label: name of the work.
+        total: number of items.
+        unit: name of the items, in the plural.
+        start: items that an earlier run finished. They do not count for the rate.
         quiet: print nothing.
         stream: where to print; stderr by default.
     """
@@ -39,7 +39,7 @@ class Progress:
         quiet: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        # A process without a terminal may have no stderr at all.
+        # A process without a terminal may have no stderr.
         self.label, self.total, self.unit, self.quiet = label, total, unit, quiet or (stream or sys.stderr) is None
         self.done = self._start = start
         self._stream = stream or sys.stderr
@@ -48,7 +48,7 @@ class Progress:
         self._width = 0
 
     def advance(self, count: int, note: str = "") -> None:
-        """`count` more are done; `note` is shown behind the numbers."""
+        """Adds `count` finished items, and shows `note` after the numbers."""
         self.done += count
         now = time.monotonic()
         pause = _REDRAW_S if self._terminal else _PLAIN_LINE_S
@@ -57,12 +57,12 @@ class Progress:
             self._print(self._line(now, note), last=False)
 
     def finish(self, note: str = "") -> None:
-        """Prints the closing line."""
+        """Prints the last line."""
         if not self.quiet:
             self._print(self._line(time.monotonic(), note), last=True)
 
     def say(self, text: str) -> None:
-        """A line of its own, printed above the bar."""
+        """Prints a line above the bar."""
         if not self.quiet:
             self._print(visible(text), last=True)
 
@@ -86,7 +86,7 @@ class Progress:
 
 
 def remark(text: str, *, quiet: bool = False) -> None:
-    """Prints a line on stderr, where no bar is being drawn.
+    """Prints a line on stderr while no bar is shown.
 
     Args:
         text: the line.
@@ -97,9 +97,9 @@ def remark(text: str, *, quiet: bool = False) -> None:
 
 
 def visible(text: str) -> str:
-    r"""The text as one line: characters that would move a terminal's cursor, or hide, are written as escapes.
+    r"""Makes a text one safe line: control and invisible characters become escapes, and passwords in URLs are removed.
 
-    Names of models, files and classes come from strangers. Passwords in URLs are left out: such lines are kept in logs.
+    Names of models, files and classes come from strangers, and lines may be kept in logs.
 
     >>> visible("a\x1b[2Jb\nc")
     'a\\x1b[2Jb\\nc'
@@ -109,9 +109,9 @@ def visible(text: str) -> str:
 
 
 def json_line(content: Any, *, compact: bool = False) -> str:
-    r"""JSON in one line that names of strangers cannot make a terminal obey: control characters are escapes.
+    r"""Renders JSON as one line that is safe on a terminal: all control characters are escapes.
 
-    JSON itself writes those below 32 so, and leaves DEL, the C1 ones and marks of direction as they are.
+    JSON itself escapes characters below 32, but not DEL, C1 controls and controls of text direction.
 
     >>> json_line({"é": "\x1b\x9b2J"})
     '{"é": "\\u001b\\u009b2J"}'
@@ -121,7 +121,7 @@ def json_line(content: Any, *, compact: bool = False) -> str:
 
 
 def clock(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Formats a duration in seconds as `1:02:03` or `2:03`."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     minutes, seconds_left = divmod(rest, 60)

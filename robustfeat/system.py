@@ -1,4 +1,4 @@
-"""What the system grants this process, processors and memory, and processes of our own."""
+"""Finds the processors and the memory available to this process, and starts child processes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def available_cpus(cgroup: Path = CGROUP) -> int:
-    """Processors within the affinity mask and the cgroup's quota; at least 1.
+    """Number of processors within the affinity mask and the cgroup's quota, at least 1.
 
-    Engines count the host's cores by default; a container with a quota of 2 on a host of 64 then runs 64 threads
+    By default, engines count the host's cores. A container with a quota of 2 on a host of 64 cores then runs 64 threads
     on 2 cores and loses half its throughput.
     """
     quota = cpu_quota(cgroup)
@@ -43,16 +43,16 @@ def available_cpus(cgroup: Path = CGROUP) -> int:
 
 
 def visible_cpus() -> int:
-    """Processors in the affinity mask: what programs see that do not know of quotas."""
+    """Number of processors in the affinity mask, which programs see that ignore quotas."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota(cgroup: Path = CGROUP, membership: Path = MEMBERSHIP) -> float | None:
-    """Processors that this process's cgroup and those around it grant (v2 and v1); None where there is no limit.
+    """Processors that this process's cgroup (v2 or v1) and its parents allow; None without a limit.
 
     Args:
-        cgroup: where the hierarchy is mounted.
-        membership: tells which group this process is in.
+        cgroup: the mount point of the hierarchy.
+        membership: the file that names this process's group.
     """
     quotas = [quota for folder in _groups(cgroup, membership, "cpu") if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
@@ -61,9 +61,9 @@ def cpu_quota(cgroup: Path = CGROUP, membership: Path = MEMBERSHIP) -> float | N
 def available_memory(
     cgroup: Path = CGROUP, membership: Path = MEMBERSHIP, meminfo: Path = Path("/proc/meminfo")
 ) -> int | None:
-    """Bytes that can be had without swapping: the host's, and at most what its cgroups still grant.
+    """Memory available without swapping, in bytes, within the limits of the cgroups.
 
-    None where the system does not tell. What a cgroup holds as file cache counts as available: it can be dropped.
+    None if the system does not report it. A cgroup's file cache counts as available, since it can be dropped.
     """
     rooms = []
     with suppress(OSError, ValueError, StopIteration):
@@ -71,7 +71,7 @@ def available_memory(
         rooms.append(int(line.split()[1]) * 1024)
     for folder in _groups(cgroup, membership, "memory"):
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with suppress(OSError, ValueError):  # "max" is no number: no limit
+            with suppress(OSError, ValueError):  # "max", which is not a number, means no limit
                 allowed, used = int((folder / limit).read_text()), int((folder / usage).read_text())
                 rooms.append(max(0, allowed - used + _file_cache(folder)))
     return min(rooms, default=None)
@@ -90,9 +90,9 @@ def allow_open_files(count: int) -> None:
 
 
 def open_standard_streams() -> None:
-    """Opens those of stdin, stdout and stderr that are closed, as some daemons leave them: what is written is dropped.
+    """Connects closed standard streams, as some daemons leave them, to the null device.
 
-    Otherwise the next file or socket would get their numbers, and with them what was meant for a terminal.
+    Otherwise the next file or socket would get their numbers, and then the output for a terminal.
     """
     for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
         try:
@@ -108,16 +108,17 @@ def open_standard_streams() -> None:
 
 
 def python_command(code: str, *arguments: str) -> list[str]:
-    """The command line that runs `code`, with this process's search path for modules."""
+    """A command line that runs `code` with this process's module search path."""
     return [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}", *arguments]
 
 
 def die_with_parent(number: signal.Signals, parent: int) -> None:
-    """Lets this process, and what it becomes by `exec`, get a signal when its parent ends, where the system can.
+    """Makes the system signal this process, also after `exec`, when its parent ends. Linux only.
 
     Args:
         number: the signal.
-        parent: the parent's process id, from before this process began. The process ends if it has another by now.
+        parent: the parent's process id from before this process started. If the parent has changed, this process
+            ends.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
@@ -126,7 +127,7 @@ def die_with_parent(number: signal.Signals, parent: int) -> None:
 
 
 def anonymous_memory() -> int:
-    """The descriptor of an empty file in memory, without a name: nothing stays behind, and no full disk matters."""
+    """Opens an empty, nameless file in memory. It leaves nothing behind and does not depend on disk space."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("robustfeat")
     with tempfile.TemporaryFile() as file:
@@ -151,13 +152,13 @@ def child_processes(pid: int) -> list[int]:
 
 
 def offer_to_die_first() -> None:
-    """Lets the system kill this process, before all others, when memory runs out; where it is Linux."""
+    """Makes the system kill this process first when memory runs out. Linux only."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _groups(cgroup: Path, membership: Path, controller: str) -> Iterator[Path]:
-    """Folders of this process's group, of those around it, and of the roots, in v2 and in v1's `controller`."""
+    """Folders of this process's cgroup, its parents and the roots, in v2 and in v1's `controller`."""
     roots = {"": cgroup, controller: cgroup / controller}
     yield from roots.values()
     lines = []

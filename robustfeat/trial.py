@@ -1,4 +1,4 @@
-"""Trials of libraries that may crash or hang: each runs in a process of its own and reports its result as JSON."""
+"""Tries libraries that may crash or hang in a separate process, which reports the result as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def try_engine(model: str, options: str) -> dict[str, Any]:
     """Runs a model's golden images; `options` are `RunOptions` as JSON.
 
     Returns:
-        The `Check`, and which engine ran where.
+        The `Check`, with the engine and the device that ran.
     """
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.verify import check_golden
@@ -46,7 +46,7 @@ def try_torch() -> dict[str, Any]:
     """Imports PyTorch.
 
     Returns:
-        The versions, in words.
+        The versions, as text.
     """
     import torch
     import torchvision
@@ -56,24 +56,24 @@ def try_torch() -> dict[str, Any]:
 
 
 def report(function: Callable[..., dict[str, Any]]) -> None:
-    """In the process of a trial: prints what it returns or raises."""
+    """Runs in the trial's process and prints the function's result or error."""
     try:
         answer = {"result": function(*sys.argv[1:])}
     except RobustFeatError as exc:
         value = None if exc.value is None else str(exc.value)
         answer = {"error": {"what": exc.what, "argument": exc.argument, "value": value, "fix": exc.fix}}
-    except Exception as exc:  # whatever a broken library raises
+    except Exception as exc:  # a broken library may raise anything
         answer = {"error": {"what": first_line(exc)}}
     print(json.dumps(answer))
 
 
 class Trial:
-    """A trial at work.
+    """A running trial.
 
     Args:
         function: `try_engine` or `try_torch`.
-        arguments: of the function.
-        limit_s: how long it may take.
+        arguments: the function's arguments.
+        limit_s: time limit in seconds.
     """
 
     def __init__(self, function: Callable[..., dict[str, Any]], *arguments: str, limit_s: float = TRIAL_S) -> None:
@@ -90,10 +90,10 @@ class Trial:
         )
 
     def result(self) -> dict[str, Any]:
-        """What the function returned.
+        """The function's result.
 
         Raises:
-            EngineError: it raised an error, crashed, or did not end in time.
+            EngineError: the function failed, crashed, or exceeded the time limit.
         """
         try:
             said, errors = self._process.communicate(timeout=self._limit_s)

@@ -38,7 +38,7 @@ def test_without_a_home_folder_nothing_is_cached_and_doctor_says_what_to_set() -
         Path("~").expanduser()
     assert list(cached_models()) == []
     (finding,) = examine(only={"cache"})
-    assert (finding.status, finding.fix) == ("note", "set HF_HOME to a folder that can be written")
+    assert (finding.status, finding.fix) == ("note", "set HF_HOME to a writable folder")
     assert "no home folder" in finding.found
     with pytest.raises(HubError, match="no home folder; set HF_HOME"), HubAccess().explaining("a/b"):
         Path("~").expanduser()

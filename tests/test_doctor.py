@@ -115,7 +115,7 @@ def test_an_engine_that_does_not_run_is_found(
 def test_cuda_that_is_asked_for_and_absent_is_found() -> None:
     (found,) = check("gpu", device="cuda")
     assert found.status == NOTE
-    assert found.found == "CUDA is asked for, and no NVIDIA GPU answers (nvidia-smi)"
+    assert found.found == "CUDA is required, but no NVIDIA GPU answers (nvidia-smi)"
     (found,) = problems(check("engine", device="cuda"))
     assert "ONNX Runtime runs on the CPU here" in found.found
     (found,) = check("gpu", engine="tensorrt")
@@ -171,7 +171,7 @@ def test_a_quota_below_the_threads_of_the_environment_is_found(tmp_path: Path, m
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     (found,) = problems(check("threads", cgroup=quota(tmp_path, 1)))
     assert (found.found, found.fix) == (
-        "OMP_NUM_THREADS is 8, and 1 processors are granted",
+        "OMP_NUM_THREADS is 8, but 1 processors are available",
         "export OMP_NUM_THREADS=1",
     )
 

@@ -275,9 +275,7 @@ def test_a_link_of_another_user_in_a_shared_folder_is_not_followed(tmp_path: Pat
         partial.write_text("new")
     assert own.read_text() == "new"
     shared.chmod(0o1777)
-    refused = pytest.raises(
-        InputError, match=r"shared/out: a link that another user has put there; choose another place"
-    )
+    refused = pytest.raises(InputError, match=r"shared/out: a link that another user created; choose another place")
     with refused, new_file(link) as partial:
         partial.write_text("newer")
     assert own.read_text() == "new"

@@ -1,6 +1,6 @@
-"""The command `robustfeat`: one module a command; each parses, calls and prints.
+"""The `robustfeat` command. Each subcommand has one module, which parses, calls and prints.
 
-Only click is imported here and at the top of the commands' modules, so that `--help` answers at once.
+This file and the head of each module import little besides click, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -67,28 +67,27 @@ class _LazyGroup(click.Group):
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 3 done but some inputs failed or a check fell short, "
-    "75 training stopped by a signal and saved.",
+    epilog="Exit codes: 0 success; 1 error; 2 wrong usage; 3 success, but some inputs or checks failed; "
+    "75 a signal stopped training after it saved a checkpoint.",
 )
 @click.version_option(__version__, prog_name="robustfeat")
 def cli() -> None:
-    """Robust image features: train, export, publish, embed and serve.
+    """Train, export, publish, embed and serve robust image features.
 
-    A model is a folder. MODEL is such a folder, ORG/NAME on the Hugging Face Hub, or `builtin` for the model that the
-    package carries.
+    A MODEL is a model folder, ORG/NAME on the Hugging Face Hub, or `builtin` for the model inside the package.
     """
 
 
 def main() -> None:
-    """Runs the command line; errors of ours are one line on stderr."""
+    """Runs the command line and prints each error of robustfeat as one line on stderr."""
     open_standard_streams()
-    # Of large images and odd metadata; what matters of it becomes an error of ours.
+    # Pillow warns of large images and odd metadata. We raise errors for all that matters.
     warnings.filterwarnings("ignore", module="PIL")
     warnings.filterwarnings("ignore", module="huggingface_hub")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # of text that no terminal can show
-    # The Hub's client: its bars where somebody watches them, and of its warnings what becomes an error of ours.
+            stream.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a character
+    # The Hub's client shows its bars only on a terminal. Its warnings repeat errors that we raise.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "HF_DEBUG" not in os.environ:
@@ -98,17 +97,17 @@ def main() -> None:
     except click.ClickException as exc:
         exc.show()
         code = exc.exit_code
-    except RobustFeatError as exc:  # of a command that does not render its own
+    except RobustFeatError as exc:  # raised outside a `Command`, which renders its errors itself
         Failure(str(exc)).show()
         code = exc.exit_code
     except click.Abort:
         click.echo("robustfeat: interrupted", err=True)
-        # Not `sys.exit`: that waits for threads, and a solver may compute for minutes. All that cleans up has done so.
+        # `sys.exit` would wait for threads, and a solver may compute for minutes. All cleanup is done by now.
         os._exit(1)
-    except BrokenPipeError:  # who read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except OSError as exc:  # such as a full disk behind stdout
+    except OSError as exc:  # for example a full disk behind stdout
         place = "" if exc.filename else "the output cannot be written: "
         click.echo(f"robustfeat: {place}{' '.join(str(exc).split())}", err=True)
         code = 1

@@ -16,15 +16,15 @@ from robustfeat.progress import visible
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
-@click.command("doctor", cls=Command, short_help="Examine this installation.")
+@click.command("doctor", cls=Command, short_help="Check this installation.")
 @click.argument("model", default="builtin")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @serving_options
 def command(model: str, as_json: bool, extraction: Extraction) -> int:
-    """Looks whether this machine can embed and serve with MODEL (default: builtin) and these options.
+    """Checks whether this machine can embed and serve with MODEL (default: builtin) and these options.
 
-    A model on the Hub is downloaded and verified whole. Each line is a check: ok, a note, or a problem, and how to mend
-    it. The exit code is 3 where there is a problem.
+    A model on the Hub is downloaded and verified. Each line reports one check: ok, a note, or a problem with its fix.
+    The exit code is 3 if there is a problem.
     """
     from robustfeat.doctor import PROBLEM, examine
 

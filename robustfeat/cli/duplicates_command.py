@@ -9,6 +9,7 @@ import click
 
 from robustfeat.cli.extraction import Number
 from robustfeat.cli.feature_inputs import remark
+from robustfeat.cli.head_options import names_option
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
 
@@ -16,36 +17,34 @@ if TYPE_CHECKING:
     from robustfeat.serving.collections.keeping import Measures
 
 
-@click.command("duplicates", cls=Command, short_help="List duplicate images, and which of them to drop.")
+@click.command("duplicates", cls=Command, short_help="List duplicate images and which ones to drop.")
 @click.argument("feats", metavar="FEATS")
 @click.option(
     "--threshold",
     type=Number(min=0, min_open=True, max=1),
     metavar="COSINE",
-    help="Images are near-duplicates from this cosine on.  [default: measured for the built-in model; see the docs]",
+    help="Smallest cosine of near-duplicates.  [default: measured for the built-in model; see the docs]",
 )
 @click.option(
     "--keep",
     type=click.Choice(["first", "largest", "sharpest"]),
     default="first",
     show_default=True,
-    help="Which image of a group stays: the first row, the one of most pixels, or the one of most detail.",
+    help="Image to keep per group: the first row, the most pixels, or the most detail.",
 )
 @click.option(
     "--images",
     multiple=True,
     metavar="INPUT",
-    help="Where the images lie, as embed was told; --keep largest and sharpest read them. Repeatable.",
+    help="Images behind FEATS, as passed to embed. --keep largest and sharpest read them. Repeatable.",
 )
-@click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
+@click.option("--out", metavar="FILE", help="Write to this .csv or .jsonl file instead of CSV to stdout.")
 @click.option("--drop-list", metavar="FILE", help="Also write the paths to drop to FILE, one per line.")
-@click.option("--null", is_flag=True, help="The lines of --drop-list end in NUL.")
-@click.option(
-    "--names", metavar="FILE", help="The path of each row, one per line, of a .npy file that embed did not write."
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Processors to use.  [default: all granted]")
-@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout.")
-@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+@click.option("--null", is_flag=True, help="End the lines of --drop-list with NUL instead of a newline.")
+@names_option
+@click.option("--threads", type=click.IntRange(min=1), help="Number of processors to use.  [default: all available]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line instead of CSV.")
+@click.option("--quiet", is_flag=True, help="Hide progress and the summary.")
 def command(
     feats: str,
     threshold: float | None,
@@ -59,11 +58,13 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Lists the duplicates in FEATS as CSV: group, row, path, cosine, action (keep or drop), kind. It deletes nothing.
+    """Lists the duplicates in FEATS and which ones to drop. It deletes nothing.
+
+    Prints CSV with the columns group, row, path, cosine, action (keep or drop) and kind.
 
     Exact duplicates are files with the same bytes. Near-duplicates have features whose cosine reaches --threshold.
-    Every image to drop is that similar to the kept image of its group, so a chain of similar images is not one group.
-    No pair is missed. Failed rows are left out, and the exit code is then 3.
+    Each image to drop reaches it with the kept image of its group, so a chain of similar images is not one group. The
+    search misses no pair. Failed rows are left out, and the exit code is then 3.
     """
     from robustfeat.progress import Progress
     from robustfeat.serving.collections import sorting
@@ -73,12 +74,12 @@ def command(
     from robustfeat.system import available_cpus
 
     if keep != "first" and not images:
-        raise click.UsageError(f"--keep {keep} reads the images; pass --images with the folder that embed was given")
+        raise click.UsageError(f"--keep {keep} reads the images; pass those given to embed as --images")
     inputs = [feats, *images, *([names] if names else [])]
     require_output(out, inputs)
     require_output(drop_list, [*inputs, *([out] if out else [])], ("",), option="--drop-list")
     if null and drop_list is None:
-        raise click.UsageError("--null is for --drop-list")
+        raise click.UsageError("--null applies to --drop-list; pass that, too")
     features = open_features(feats) if names is None else open_array(feats, names)
     if threshold is None:
         threshold, why = default_threshold(features)
@@ -112,7 +113,7 @@ def command(
             err=True,
         )
     if result.unread:
-        say(f"robustfeat: {result.unread:,} images were not found or not read: others were kept first", err=True)
+        say(f"robustfeat: {result.unread:,} images could not be found or read; others were preferred", err=True)
     if features.errors:
         say(f"robustfeat: {len(features.errors):,} images failed and were left out", err=True)
     return 3 if features.errors or result.unread else 0

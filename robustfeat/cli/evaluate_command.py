@@ -22,31 +22,69 @@ if TYPE_CHECKING:
 
 @click.command("evaluate", cls=Command, short_help="Measure how well a model's features transfer.")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("--task", "tasks", metavar="NAME=DATA", multiple=True, required=True, help="Labelled images; repeatable.")
-@click.option("--train-rows", type=click.IntRange(min=2), help="At most so many training images of a task.")
-@click.option("--test-rows", type=click.IntRange(min=1), help="At most so many test images.")
 @click.option(
-    "--val-fraction", type=float, default=0.2, show_default=True, help="Test share where DATA has no such split."
+    "--task",
+    "tasks",
+    metavar="NAME=DATA",
+    multiple=True,
+    required=True,
+    help="Labelled images to score on. Repeatable.",
 )
-@click.option("--image-size", type=int, help="Input side of a run or a network of your own.")
-@click.option("--crop-pct", type=float, help="Its centre crop.")
+@click.option(
+    "--train-rows", type=click.IntRange(min=2), help="Largest number of training images per task.  [default: all]"
+)
+@click.option("--test-rows", type=click.IntRange(min=1), help="Largest number of test images per task.  [default: all]")
+@click.option(
+    "--val-fraction",
+    type=float,
+    default=0.2,
+    show_default=True,
+    help="Share of images held out for testing if DATA has no test split.",
+)
+@click.option("--image-size", type=int, help="Side of the input in pixels, for a run or your own network.")
+@click.option(
+    "--crop-pct",
+    type=float,
+    help="Share of the resized image that the crop keeps, for a run or your own network.",
+)
 @selection_option("holdout")
-@click.option("--few-shot/--no-few-shot", default=True, show_default=True, help="1, 5, 10 and 50 images a class.")
-@click.option("--libsvm", is_flag=True, help="Also LIBSVM's one-against-one SVM, on at most 5,000 images.")
-@click.option("--corruptions", is_flag=True, help="Also accuracy on corrupted test images, and the features' drift.")
-@click.option("--finetune", is_flag=True, help="Also train all layers on the task; the test error of each epoch.")
-@click.option("--epochs", type=click.IntRange(min=1), default=100, show_default=True, help="Of --finetune.")
 @click.option(
-    "--lr", type=ABOVE_ZERO, default=0.01, show_default=True, help="Of --finetune; a tenth in its second half."
+    "--few-shot/--no-few-shot",
+    default=True,
+    show_default=True,
+    help="Also fit SVMs on 1, 5, 10 and 50 images per class.",
 )
-@click.option("--batch-size", type=click.IntRange(min=2), default=128, show_default=True, help="Of --finetune.")
-@click.option("--plot", metavar="FILE", help="Draw the curves of --finetune, as .png or .svg.")
-@click.option("--cache", metavar="FILE", help="Keep features there, by image and model; what it has is not computed.")
-@click.option("--device", type=click.Choice([AUTO, *DEVICES]), default=AUTO, show_default=True)
-@click.option("--threads", type=click.IntRange(1, 1024), help="Processors for fitting.")
-@click.option("--out", metavar="FILE", help="Also write the results as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line instead of the table.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--libsvm", is_flag=True, help="Also fit LIBSVM's one-against-one SVM, on at most 5,000 images.")
+@click.option("--corruptions", is_flag=True, help="Also measure accuracy and feature drift on corrupted test images.")
+@click.option("--finetune", is_flag=True, help="Also train all layers on the task, with the test error per epoch.")
+@click.option(
+    "--epochs", type=click.IntRange(min=1), default=100, show_default=True, help="Number of epochs of --finetune."
+)
+@click.option(
+    "--lr",
+    type=ABOVE_ZERO,
+    default=0.01,
+    show_default=True,
+    help="Learning rate of --finetune. Its second half uses a tenth.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=2), default=128, show_default=True, help="Images per batch of --finetune."
+)
+@click.option("--plot", metavar="FILE", help="Draw the curves of --finetune to a .png or .svg file.")
+@click.option("--cache", metavar="FILE", help="Cache features by image and model in this file, and reuse them.")
+@click.option(
+    "--device",
+    type=click.Choice([AUTO, *DEVICES]),
+    default=AUTO,
+    show_default=True,
+    help="Device that runs the network. auto uses a GPU if one works.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Number of processors for fitting.  [default: all available]"
+)
+@click.option("--out", metavar="FILE", help="Also write the results to this file as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line instead of the table.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(
     models: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -73,12 +111,12 @@ def command(
 ) -> int:
     """Scores each MODEL's frozen features on each task.
 
-    By a linear SVM, with C and scaling chosen by training images that were not fitted, by naive Bayes and nearest
-    neighbours, and by SVMs of few images a class. --finetune trains the network itself.
+    The scores come from a linear SVM, whose C and scaling are chosen on held-out training images, from naive Bayes and
+    nearest neighbours, and from SVMs on few images per class. --finetune trains the network itself.
 
-    MODEL is a model folder, ORG/NAME, `builtin`, a run of `robustfeat train`, or package.module:build, a function that
-    returns a torch module from images to features. DATA is what `robustfeat train` takes; its validation or test split
-    is the test set, and is looked at once, at the end.
+    MODEL is a model folder, ORG/NAME on the Hub, `builtin`, a run of `robustfeat train`, or package.module:build, a
+    function that returns a torch module from images to features. DATA is any DATA of `robustfeat train`. Its validation
+    or test split is the test set, which is used once, at the end.
     """
     from robustfeat.progress import remark
     from robustfeat.system import available_cpus
@@ -86,7 +124,7 @@ def command(
     _refuse_options(out, plot, cache, finetune)
     named = _require_places(tasks, models, image_size, crop_pct)
 
-    import torch  # takes seconds, as what follows
+    import torch  # PyTorch and its users take seconds to import
 
     from robustfeat.training.evaluation.finetuning import require_batch
     from robustfeat.training.evaluation.report import draw_finetuning, evaluate_task, evaluation_table
@@ -94,7 +132,7 @@ def command(
     from robustfeat.training.evaluation.tasks import open_task
 
     torch.set_num_threads(threads or available_cpus())
-    # All that can be wrong comes before anything that takes long.
+    # Check every argument before the long work.
     opened = [
         open_task(name, place, train_rows=train_rows, test_rows=test_rows, val_fraction=val_fraction)
         for name, place in named
@@ -132,13 +170,13 @@ def command(
 def _require_places(
     tasks: Sequence[str], models: Sequence[str], image_size: int | None, crop_pct: float | None
 ) -> list[tuple[str, str]]:
-    """Name and DATA of each task; refuses what cannot be a task or a model before anything slow is imported."""
+    """Name and DATA of each task. Refuses wrong tasks and models before the slow imports."""
     from robustfeat.errors import InputError
     from robustfeat.training.evaluation.arguments import parse_task, require_model, require_task
 
     named = [parse_task(text) for text in tasks]
     if len({name for name, _ in named}) < len(named):
-        raise InputError("two tasks have the same name", argument="tasks", fix="tell them apart as NAME=DATA")
+        raise InputError("two tasks have the same name", argument="tasks", fix="name them as NAME=DATA")
     for name, place in named:
         require_task(name, place)
     for model in models:
@@ -147,7 +185,7 @@ def _require_places(
 
 
 def _name_apart(subjects: Sequence[Subject], models: Sequence[str]) -> None:
-    """Names subjects of the same name by what was passed for them."""
+    """Replaces names that two subjects share by the arguments that named them."""
     names = [subject.name for subject in subjects]
     for model, subject in zip(models, subjects, strict=True):
         if names.count(subject.name) > 1:
@@ -155,7 +193,7 @@ def _name_apart(subjects: Sequence[Subject], models: Sequence[str]) -> None:
 
 
 def _show(results: list[dict[str, Any]], out: str | None, as_json: bool) -> None:
-    """Writes all results, so that what is done stays whatever happens to the next one, and prints the last one."""
+    """Writes all results so far, in case the next task fails, and prints the last one."""
     from robustfeat.files import new_file
 
     if out:
@@ -171,7 +209,7 @@ def _refuse_options(out: str | None, plot: str | None, cache: str | None, finetu
     context = click.get_current_context()
     for name in ("epochs", "lr", "batch_size"):
         if not finetune and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise InputError(f"--{name.replace('_', '-')}: is an option of --finetune; add that, or leave it out")
+            raise InputError(f"--{name.replace('_', '-')}: applies to --finetune; add --finetune, or leave it out")
     if plot and (not finetune or Path(plot).suffix not in {".png", ".svg"}):
         raise InputError(f"--plot {plot}: expected a .png or .svg file, together with --finetune")
     named: dict[str, str] = {}
@@ -179,11 +217,11 @@ def _refuse_options(out: str | None, plot: str | None, cache: str | None, finetu
         if file == "":
             raise InputError(f"{option}: expected a file; got an empty name")
         if file and (other := named.setdefault(os.path.realpath(file), option)) != option:
-            raise InputError(f"{option} {file}: is what {other} names; give each a file of its own")
+            raise InputError(f"{option} {file}: is also the file of {other}; name another file")
     for option, file in (("--out", out), ("--plot", plot)):
         if file and not os.access(Path(file).absolute().parent, os.W_OK | os.X_OK):
-            raise InputError(f"{option} {file}: its folder does not exist or cannot be written to; make it first")
+            raise InputError(f"{option} {file}: the folder does not exist or is not writable; make it first")
         if file and Path(file).is_dir():
             raise InputError(f"{option} {file}: is a folder; name a file in it")
         if file and Path(file).exists() and not Path(file).is_file():
-            raise InputError(f"{option} {file}: is no regular file; name one, or use --json for the standard output")
+            raise InputError(f"{option} {file}: is not a regular file; name one, or use --json for stdout")

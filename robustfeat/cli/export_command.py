@@ -23,32 +23,48 @@ _OF_HEADS = ("model", "revision", "config_hash", "precision")
 _OF_BOTH = ("run", "head", "out", "as_json", "quiet")
 
 
-@click.command("export", cls=Command, short_help="Make a model folder of a training run, or one ONNX file with a head.")
+@click.command("export", cls=Command, short_help="Export a training run, or a head as one ONNX file.")
 @click.argument("run", metavar="[RUN]", required=False)
-@click.option("--out", required=True, metavar="OUT", help="The model folder to make, or the .onnx file with --head.")
-@click.option("--head", metavar="HEAD", help="Make one ONNX file of a head and its model, from pixels to answers.")
-@click.option("--model", default="builtin", show_default=True, help="The head's model.")
+@click.option("--out", required=True, metavar="OUT", help="Model folder to create, or the .onnx file with --head.")
+@click.option("--head", metavar="HEAD", help="Export a head and its model as one ONNX file, from pixels to answers.")
+@click.option(
+    "--model",
+    default="builtin",
+    show_default=True,
+    metavar="MODEL",
+    help="The model of --head: a folder, ORG/NAME on the Hub, or builtin.",
+)
 @pin_options
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
     default="fp32",
     show_default=True,
-    help="Of the network before the head, which is computed in fp32.",
+    help="Precision of the network with --head. The head itself is always fp32.",
 )
-@click.option("--name", help="The model's name, with its version.  [default: RUN's name]")
+@click.option("--name", help="Name of the model, with its version.  [default: RUN's name]")
 @click.option("--image-size", type=int, help="Side of the network's input in pixels.  [default: the recipe's]")
 @click.option("--crop-pct", type=float, help="Share of the resized image that the crop keeps.  [default: the recipe's]")
-@click.option("--calibration", metavar="FOLDER", help="Images for int8.  [default: 256 of the run's training images]")
-@click.option("--best", is_flag=True, help="Take the run's best.pt instead of its last epoch.")
-@click.option("--no-int8", is_flag=True, help="Leave the int8 model out.")
-@click.option("--compact", is_flag=True, help="Store the weights once, in fp16; half the size.")
-@click.option("--results", metavar="FILE.json", help="Measured results for the card; docs/hub.md describes the file.")
-@click.option("--terms", help="Terms of use, for the card.")
-@click.option("--license", "license_id", metavar="ID", help="The Hub's name of a license, such as apache-2.0.")
-@click.option("--dataset", "datasets", multiple=True, metavar="ORG/NAME", help="A training set's name on the Hub.")
+@click.option(
+    "--calibration",
+    metavar="FOLDER",
+    help="Images to calibrate the int8 model.  [default: 256 of the run's training images]",
+)
+@click.option("--best", is_flag=True, help="Export the run's best.pt instead of its last epoch.")
+@click.option("--no-int8", is_flag=True, help="Do not write an int8 model.")
+@click.option("--compact", is_flag=True, help="Store the weights once, in fp16, which halves the size.")
+@click.option("--results", metavar="FILE.json", help="Measured results for the card. docs/hub.md describes the file.")
+@click.option("--terms", help="Terms of use for the card.")
+@click.option("--license", "license_id", metavar="ID", help="License for the card, by its Hub name: apache-2.0, mit.")
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    metavar="ORG/NAME",
+    help="Training set for the card, on the Hub. Repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(
     run: str | None,
     out: str,
@@ -71,13 +87,13 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Exports the network of RUN to safetensors and ONNX (fp32 and int8), each checked against PyTorch.
+    """Exports the network of RUN to safetensors and ONNX (fp32 and int8).
 
-    In int8 the layers that change the features most stay in fp32. A network of which less than three quarters would be
-    int8 gets no int8 file; a line says so.
+    Each file is checked against PyTorch. In the int8 file, layers that would change the features most stay fp32. If
+    less than three quarters of a network can be int8, no int8 file is written, and a line says so.
 
-    With --head HEAD, it writes one ONNX file that takes pixels and gives HEAD's probabilities, scores and typicality.
-    Its answers are checked against HEAD's own. docs/heads.md shows how to use the file without robustfeat.
+    --head HEAD writes one ONNX file instead. It takes pixels and returns HEAD's probabilities, scores and typicality,
+    and is checked against HEAD. docs/heads.md shows how to use the file without robustfeat.
     """
     _require_one(run, head)
     if run is None:
@@ -113,7 +129,7 @@ def command(
 
 
 def _require_one(run: str | None, head: str | None) -> None:
-    """Refuses RUN and --head together, neither, and options of the other one."""
+    """Refuses RUN and --head together, neither of them, and options that belong to the other."""
     if (run is None) == (head is None):
         raise click.UsageError("pass RUN or --head HEAD" + (", not both" if run else ""))
     context = click.get_current_context()
@@ -156,7 +172,7 @@ def _export_head(place: str, out: str, model: str, options: RunOptions, *, as_js
 
 
 def _read_results(place: str | None) -> tuple[dict[str, Any], list[Evaluation]]:
-    """The tables and the numbers of --results."""
+    """The tables and evaluations in the file of --results."""
     from robustfeat.errors import InputError
     from robustfeat.hub.config import Evaluation
 
@@ -165,9 +181,9 @@ def _read_results(place: str | None) -> tuple[dict[str, Any], list[Evaluation]]:
     try:
         measured = json.loads(Path(place).read_text("utf-8"))
     except (OSError, ValueError) as exc:
-        raise InputError(f"--results {place}: not a JSON file that can be read ({exc})") from exc
+        raise InputError(f"--results {place}: expected a readable JSON file ({exc})") from exc
     if not isinstance(measured, dict):
-        raise InputError(f"--results {place}: expected an object, a title to text or to a list of rows")
+        raise InputError(f"--results {place}: expected an object from titles to text or lists of rows")
     try:
         return measured, [Evaluation(**entry) for entry in measured.pop("evaluations", ())]
     except (TypeError, ValueError) as exc:
@@ -176,7 +192,7 @@ def _read_results(place: str | None) -> tuple[dict[str, Any], list[Evaluation]]:
 
 
 def print_report(out: str, report: ExportReport, as_json: bool) -> None:
-    """What was made, and how close each ONNX file is to what computed the golden features."""
+    """Prints the new folder and each ONNX file's cosine to the golden features."""
     config = report.folder.config
     name = config.name
     if as_json:

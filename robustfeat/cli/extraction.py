@@ -1,4 +1,4 @@
-"""The options of commands that embed images, and what they mean."""
+"""Options shared by the commands that embed images."""
 
 from __future__ import annotations
 
@@ -37,21 +37,25 @@ __all__ = [
 
 
 class Number(click.FloatRange):
-    """A float within bounds that is not infinite; click lets NaN through."""
+    """A finite float within bounds. click's own type accepts NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number; what is none fails as click's own types do."""
+        """The number; anything else fails as it does in click's own types."""
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
-            self.fail(f"{value} is no finite number.", param, ctx)
+            self.fail(f"{value} is not a finite number.", param, ctx)
         return number
 
 
 ABOVE_ZERO = Number(min=0, min_open=True)
 
 _PIN_OPTIONS = (
-    click.option("--revision", metavar="REV", help="A branch, tag or commit on the Hub.  [default: main]"),
-    click.option("--config-hash", metavar="SHA256", help="The hash that robustfeat info prints; it pins all files."),
+    click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.  [default: main]"),
+    click.option(
+        "--config-hash",
+        metavar="SHA256",
+        help="Refuse a model with another config hash. robustfeat info prints it; it covers all files.",
+    ),
 )
 
 pooling_option = click.option(
@@ -59,19 +63,19 @@ pooling_option = click.option(
     type=click.Choice([AUTO, *POOLINGS]),
     default=AUTO,
     show_default=True,
-    help="Features of a model of transformers; auto goes by its type.",
+    help="How the output of a transformers model becomes one vector. auto chooses by model type.",
 )
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """How images are embedded, as the command line says.
+    """The command line's options for embedding images.
 
     Attributes:
         model: a model folder, ORG/NAME on the Hub, or builtin.
-        options: how it is run, and which version of it.
-        workers, batch_size: as `embed_files` takes them.
-        given: the options that were typed, for commands that may not need them.
+        options: how to run the model, and which version of it.
+        workers, batch_size: arguments of `embed_files`.
+        given: names of the options that the user typed. Commands that embed nothing refuse them.
     """
 
     options: RunOptions
@@ -81,14 +85,18 @@ class Extraction:
     given: tuple[str, ...] = field(default=(), compare=False)
 
     def open(self, *, throughput: bool = True) -> FeatureExtractor:
-        """The extractor: for the best throughput, or for the soonest answer to a single image."""
+        """Opens the extractor, tuned for throughput or for the latency of one image."""
         from robustfeat.serving.extractor import FeatureExtractor
 
         return FeatureExtractor.load(self.model, self.options.for_throughput() if throughput else self.options)
 
 
 _MODEL_OPTION = click.option(
-    "--model", default="builtin", show_default=True, help="A model folder, ORG/NAME on the Hub, or builtin."
+    "--model",
+    default="builtin",
+    show_default=True,
+    metavar="MODEL",
+    help="Model folder, ORG/NAME on the Hub, or builtin.",
 )
 _RUN_OPTIONS = (
     *_PIN_OPTIONS,
@@ -97,31 +105,34 @@ _RUN_OPTIONS = (
         type=click.Choice(PRECISIONS),
         default="fp32",
         show_default=True,
-        help="fp16 is for GPUs, bf16 (with OpenVINO) and int8 are for processors.",
+        help="Precision of the model. fp16 is for GPUs; bf16 (with OpenVINO) and int8 are for processors.",
     ),
     click.option(
         "--engine",
         type=click.Choice([AUTO, *ENGINES]),
         default=AUTO,
         show_default=True,
-        help="auto is ONNX Runtime, or OpenVINO for bf16. tensorrt needs an NVIDIA GPU.",
+        help="Inference engine. auto is OpenVINO for bf16, else ONNX Runtime. tensorrt needs an NVIDIA GPU.",
     ),
     click.option(
         "--device",
         type=click.Choice([AUTO, *DEVICES]),
         default=AUTO,
         show_default=True,
-        help="auto takes a GPU where one answers; cuda fails where none does.",
+        help="Device that runs the model. auto uses a GPU if one works; cuda fails without one.",
     ),
     click.option(
         "--decoding",
         type=click.Choice(DECODINGS),
         default="exact",
         show_default=True,
-        help="scaled decodes large JPEGs at a fraction of their size: faster, slightly other features.",
+        help="How to decode JPEGs. scaled reads large ones at a fraction of their size, which is faster and changes "
+        "features slightly.",
     ),
     pooling_option,
-    click.option("--threads", type=click.IntRange(min=1), help="Processors for the model.  [default: all granted]"),
+    click.option(
+        "--threads", type=click.IntRange(min=1), help="Number of processors for the model.  [default: all available]"
+    ),
 )
 _BULK_OPTIONS = (
     click.option(
@@ -129,40 +140,42 @@ _BULK_OPTIONS = (
         type=click.IntRange(min=1),
         default=MAX_PIXELS,
         show_default=True,
-        help="Largest accepted image, in pixels; decoding takes up to 24 bytes for each.",
+        help="Largest accepted image, in pixels. Decoding takes up to 24 bytes per pixel.",
     ),
     click.option(
-        "--workers", type=click.IntRange(min=1), help="Processes that decode.  [default: all processors granted]"
+        "--workers",
+        type=click.IntRange(min=1),
+        help="Number of decoder processes.  [default: one per available processor]",
     ),
     click.option(
-        "--batch-size", type=click.IntRange(min=1), help="Images in a batch.  [default: by the model's input]"
+        "--batch-size", type=click.IntRange(min=1), help="Images per batch.  [default: set by the model's input size]"
     ),
 )
 
 
 def pin_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command the options that say which version of a model it takes."""
+    """Adds the options that choose a model's version to a command."""
     for option in reversed(_PIN_OPTIONS):
         command = option(command)
     return command
 
 
 def extraction_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command these options, as one argument `extraction`."""
+    """Adds all options for embedding to a command, which gets them as one argument, `extraction`."""
     return _collect(
         command, (_MODEL_OPTION, *_RUN_OPTIONS, *_BULK_OPTIONS), ("model", "workers", "batch_size"), ("streams",)
     )
 
 
 def serving_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The same without the options that say which model, and how it works in bulk."""
+    """Adds the options that run a model, without those that choose one or embed in bulk."""
     return _collect(command, _RUN_OPTIONS, (), ("streams", "max_pixels"))
 
 
 def _collect(
     command: Callable[..., Any], added: Sequence[Callable[..., Any]], others: Sequence[str], unasked: Sequence[str]
 ) -> Callable[..., Any]:
-    """Gives a command the options `added`; those of `RunOptions` but for `unasked`, which follow from the command."""
+    """Adds the options `added`, which cover all fields of `RunOptions` except `unasked`, to a command."""
 
     @functools.wraps(command)
     def collected(**options: Any) -> Any:
@@ -180,6 +193,6 @@ def _collect(
 
 
 def quiet_downloads(quiet: bool) -> None:
-    """Leaves out the progress bars of the Hub's client, which reads this when it is imported."""
+    """Hides the progress bars of the Hub's client, which reads this variable at import."""
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -1,4 +1,4 @@
-"""INPUT of commands that take features, or images that are embedded first, and their labels."""
+"""Opens the INPUT of commands that take features or images, and its labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def open_labels(
     path_column: str | None,
     multi_label: bool,
 ) -> Labels:
-    """What --labels says. Rows without names have their labels in order."""
+    """Reads --labels. Labels of rows without names come in the rows' order."""
     from robustfeat.serving.heads.features import count_unnamed_rows
     from robustfeat.serving.heads.labels.reading import read_labels
 
@@ -45,7 +45,11 @@ def open_inputs(
     head: Head | None = None,
     head_place: str = "",
 ) -> Features:
-    """The features that INPUT names, or those of the images that it names. `head` refuses those of another model."""
+    """Opens the features of INPUT, or embeds its images.
+
+    Raises:
+        HeadError: `head` belongs to another model.
+    """
     from robustfeat.serving.inputs.listing import list_inputs
 
     features = _open_features(inputs, extraction, quiet, names, head, head_place)
@@ -68,9 +72,13 @@ def open_labelled(
     head: Head | None = None,
     head_place: str = "",
 ) -> tuple[Features, int]:
-    """The same, but of images those that have labels; and how many images have none.
+    """Opens the features of INPUT, or embeds those of its images that have labels.
 
-    `check` may refuse the paths of these images before the work of embedding them.
+    Args:
+        check: called with the images' paths before they are embedded; it may raise an error.
+
+    Returns:
+        The features, and the number of images without a label.
     """
     from robustfeat.serving.heads.labels.matching import labelled_inputs
     from robustfeat.serving.inputs.listing import list_inputs
@@ -97,17 +105,17 @@ def _open_features(
     head: Head | None,
     head_place: str,
 ) -> Features | None:
-    """The features that INPUT names; None where it names images."""
+    """The features in INPUT, or None if INPUT names images."""
     from robustfeat.serving.heads.features import count_unnamed_rows, is_feature_file, open_array, open_features
 
     if head is not None and head.model is None:
-        remark(f"{head_place}: does not say whose features it takes, so that is not checked", quiet)
+        remark(f"{head_place}: does not name its model, so the model of the features is not checked", quiet)
     if not any(is_feature_file(place) for place in inputs):
         if names is not None:
             raise click.UsageError(f"--names is for a .npy file of features; {inputs[0]} holds images")
         return None
     if len(inputs) > 1:
-        raise click.UsageError(f"features come alone; got {len(inputs)} INPUTs")
+        raise click.UsageError(f"expected one file of features; got {len(inputs)} INPUTs")
     typed = [name for name in extraction.given if name != "threads"]
     if typed:
         raise click.UsageError(f"--{typed[0].replace('_', '-')} is for images; {inputs[0]} holds features")
@@ -118,7 +126,7 @@ def _open_features(
     else:
         features = open_array(inputs[0], names)
         numbered = " its rows have no names, so they are numbered from 0;" if names is None else ""
-        remark(f"{inputs[0]}:{numbered} of an unknown model, so whether a head suits it is not checked", quiet)
+        remark(f"{inputs[0]}:{numbered} its model is unknown, so whether it matches a head is not checked", quiet)
     if head is not None:
         head.require_features(features, head_place)
     return features
@@ -145,6 +153,6 @@ def _say_left_out(images: InputList, quiet: bool) -> None:
 
 
 def remark(text: str, quiet: bool) -> None:
-    """Prints a line on stderr, unless there is nothing to say."""
+    """Prints a line on stderr, unless it is empty or `quiet` is set."""
     if text and not quiet:
         say(text, err=True)

@@ -1,4 +1,4 @@
-"""The options of commands that fit or use heads."""
+"""Options shared by the commands that fit or use heads."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ __all__ = ["labels_options", "names_option", "selection_option"]
 names_option = click.option(
     "--names",
     metavar="FILE",
-    help="The path of each row, one per line, of a .npy file that embed did not write.  [default: row numbers]",
+    help="File with the path of each row, one per line, for a .npy file that embed did not write.  "
+    "[default: row numbers]",
 )
 
 
 def labels_options(*, required: bool = False) -> Callable[..., Any]:
-    """Gives a command --labels, which says what the images are, and --path-column."""
+    """Adds --labels and --path-column to a command."""
     labels = click.option(
         "--labels",
         multiple=True,
         required=required,
         metavar="LABELS",
-        help="folder (the first folder of each path), FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN; for a .npy "
-        "file without --names also FILE.txt or FILE.npy, in the order of its rows. May be repeated.",
+        help="Where to find labels: folder (the first folder of each path), FILE.csv, FILE.csv:COLUMN or "
+        "FILE.parquet:COLUMN. A .npy file without --names also takes FILE.txt or FILE.npy, in row order. Repeatable.",
     )
     path_column = click.option(
-        "--path-column", metavar="COLUMN", help="The column of paths in LABELS.  [default: path, file, image_path, ...]"
+        "--path-column",
+        metavar="COLUMN",
+        help="Column of paths in LABELS.  [default: path, file, image_path, ...]",
     )
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,12 +40,12 @@ def labels_options(*, required: bool = False) -> Callable[..., Any]:
 
 
 def selection_option(default: str) -> Callable[..., Any]:
-    """Gives a command --selection, which says how C and scaling are chosen."""
+    """Adds --selection to a command."""
     return click.option(
         "--selection",
-        type=click.Choice(["auto", "folds", "holdout"]),  # a test compares: to import them takes NumPy
+        type=click.Choice(["auto", "folds", "holdout"]),  # importing them would import NumPy; a test compares
         default=default,
         show_default=True,
-        help="Choose C and scaling by repeated 5-fold cross-validation (auto: below 5,000 rows) or by a held-out "
-        "10 %, as the published results do.",
+        help="How to choose C and scaling: by repeated 5-fold cross-validation, or on a held-out 10 % of rows as in "
+        "the published results. auto is folds below 5,000 rows.",
     )

@@ -1,4 +1,4 @@
-"""HEAD on the command line: a folder, or ORG/NAME on the Hub, with [@REVISION][#SHA256]."""
+"""Opens the HEAD argument: a folder, or ORG/NAME on the Hub, with [@REVISION][#SHA256]."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["is_head", "load_head"]
 
 
 def load_head(text: str) -> Head:
-    """The head that a user names, downloaded where need be.
+    """Loads a head and downloads it first if it is on the Hub.
 
     Raises:
-        HeadError: there is no such head, it is damaged, or it has another hash.
+        HeadError: the head does not exist, is damaged, or has another hash.
         HubError: the Hub refuses, fails or cannot be reached.
     """
     from robustfeat.hub.place import Place
@@ -26,5 +26,5 @@ def load_head(text: str) -> Head:
 
 
 def is_head(place: str) -> bool:
-    """Whether this is a folder with a head in it."""
+    """Whether the folder contains a head."""
     return Path(place, "head.json").is_file()

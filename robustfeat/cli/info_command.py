@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES = 20
 
 
-@click.command("info", cls=Command, short_help="Show what a model, a head or features are.")
+@click.command("info", cls=Command, short_help="Show facts about a model, a head or features.")
 @click.argument("place", default="builtin", metavar="[MODEL|HEAD|FEATS]")
 @pin_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as a JSON object.")
 def command(place: str, revision: str | None, config_hash: str | None, as_json: bool) -> None:
-    """Shows MODEL (default: builtin), HEAD or FEATS (one file or a folder of features), and verifies its hashes.
+    """Shows facts about MODEL (default: builtin), HEAD or FEATS (a file or a folder of features).
 
-    Of a model on the Hub it downloads config.json alone (and preprocessor_config.json of a model of transformers), and
-    verifies what the cache holds besides.
+    File hashes are verified first. From a model on the Hub only config.json is downloaded (for transformers also
+    preprocessor_config.json). Other files are verified if the cache has them.
     """
     from robustfeat.hub.catalog import resolve
     from robustfeat.hub.head_folder import HeadFolder
@@ -150,7 +150,7 @@ def _input(contract: Preprocessing) -> str:
 
 
 def _networks(folder: ModelFolder) -> list[str]:
-    """The precisions, with the names of files where a folder may call them differently."""
+    """The precisions, with file names if the folder is not in robustfeat's own layout."""
     from robustfeat.hub.onnx_layout import find_network
 
     if folder.is_own:

@@ -8,27 +8,27 @@ from robustfeat.cli.embed_command import show_result
 from robustfeat.cli.rendering import Command
 
 
-@click.command("join", cls=Command, short_help="Join the parts that `embed --part` wrote.")
+@click.command("join", cls=Command, short_help="Join the parts written by `embed --part`.")
 @click.argument("parts", nargs=-1, required=True, metavar="PART...")
 @click.option(
     "--out",
     required=True,
     metavar="FEATS",
-    help="Where to write: a .npy, .parquet or .safetensors file, or a folder of several files, such as feats/.",
+    help="Features to write: a .npy, .parquet or .safetensors file, or a folder of several files, such as feats/.",
 )
 @click.option(
     "--rows-per-file",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Rows of each file where FEATS is a folder; 1,048,576 by default. Raised to whole shards of the parts.",
+    help="Rows per file if FEATS is a folder, rounded up to whole shards of the parts.  [default: 1048576]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(parts: tuple[str, ...], out: str, rows_per_file: int | None, as_json: bool, quiet: bool) -> int:
-    """Joins all parts of a run to FEATS, which gets the bytes of a run that was not parted.
+    """Joins the parts of a run to FEATS, byte-identical to the output of a run without parts.
 
-    A PART is a file or a folder of features that `robustfeat embed --part I/N` wrote. The parts stay, and may be named
-    in any order.
+    A PART is a file or a folder of features from `robustfeat embed --part I/N`. All parts are needed, in any order.
+    They are kept.
     """
     from robustfeat.serving.bulk.joining import join_parts
 

@@ -1,4 +1,4 @@
-"""Lines of CSV or JSON that a command writes: to stdout, or to the file that --out names."""
+"""Writes a command's CSV or JSON lines to stdout or to the file of --out."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["require_output", "write_lines"]
 def require_output(
     out: str | None, inputs: Iterable[str], suffixes: tuple[str, ...] = (".csv", ".jsonl"), *, option: str = "--out"
 ) -> None:
-    """Checks an output before the work: its name, its folder, and that it is no input.
+    """Refuses an output with a wrong name or no folder, or one that is also an input.
 
-    The index and the meta file of features count as inputs, too.
+    The index and meta files of features count as inputs, too.
     """
     from robustfeat.errors import InputError
 
@@ -30,11 +30,11 @@ def require_output(
         raise InputError(f"{option} {out}: the folder {Path(out).parent} does not exist; make it first")
     place = os.path.realpath(out)
     if any(place == os.path.realpath(file) for name in inputs for file in _files(name)):
-        raise InputError(f"{option} {out}: is an input, too; choose another name")
+        raise InputError(f"{option} {out}: is also an input; choose another name")
 
 
 def _files(name: str) -> tuple[str, ...]:
-    """An input, and the index and meta file beside it where it is a file of features."""
+    """An input file, with its index and meta files if it holds features."""
     from robustfeat.serving.bulk.formats import FORMATS
     from robustfeat.serving.bulk.job import Places, holds_dataset
 
@@ -47,9 +47,9 @@ def _files(name: str) -> tuple[str, ...]:
 
 
 def write_lines(lines: Iterable[str], out: str | None = None, stream: TextIO | None = None) -> None:
-    """Writes to the file `out`, which appears whole, or to a stream, stdout by default.
+    """Writes lines to the file `out`, which appears whole, or else to a stream (default: stdout).
 
-    Names that are not UTF-8 keep their bytes, whatever the terminal's encoding.
+    Names that are not UTF-8 keep their bytes, whatever the terminal's encoding is.
     """
     from robustfeat.files import new_file
     from robustfeat.serving.heads.cells import encode_line

@@ -10,6 +10,7 @@ import click
 
 from robustfeat.cli.extraction import Extraction, Number, extraction_options
 from robustfeat.cli.feature_inputs import open_inputs, remark
+from robustfeat.cli.head_options import names_option
 from robustfeat.cli.lines import require_output
 from robustfeat.cli.rendering import Command, say
 
@@ -24,7 +25,7 @@ class _Clusters(click.ParamType[int | None]):
     name = "clusters"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """None for `auto`."""
+        """A number of clusters, or None for `auto`."""
         if value in {None, "auto"}:
             return None
         if isinstance(value, int) or (str(value).isdecimal() and int(value) <= 1000):
@@ -32,7 +33,7 @@ class _Clusters(click.ParamType[int | None]):
         return self.fail(f"{value!r} is neither auto nor a number from 0 to 1000.", param, ctx)
 
 
-@click.command("map", cls=Command, short_help="Draw a collection as a page of points and thumbnails.")
+@click.command("map", cls=Command, short_help="Draw a collection as an interactive map.")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option(
     "--out",
@@ -40,9 +41,14 @@ class _Clusters(click.ParamType[int | None]):
     required=True,
     multiple=True,
     metavar="FILE",
-    help="A page, FILE.html, or the places of the images, FILE.csv; may be repeated.",
+    help="Write an interactive page (.html) or the images' coordinates (.csv). Repeatable.",
 )
-@click.option("--images", multiple=True, metavar="INPUT", help="Where the images of a file of features lie.")
+@click.option(
+    "--images",
+    multiple=True,
+    metavar="INPUT",
+    help="Images behind a file of features, as passed to embed, for thumbnails. Repeatable.",
+)
 @click.option(
     "--labels",
     multiple=True,
@@ -50,31 +56,37 @@ class _Clusters(click.ParamType[int | None]):
     help="Colour by labels: folder (the first folder of each path), FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN.  "
     "[default: folder, where the paths have folders]",
 )
-@click.option("--head", "head_place", metavar="HEAD", help="Colour by what a head says; show its suspicious labels.")
+@click.option(
+    "--head", "head_place", metavar="HEAD", help="Colour by a head's predictions, and mark its suspicious labels."
+)
 @click.option(
     "--clusters",
     type=_Clusters(),
     default="auto",
     show_default=True,
     metavar="auto|N",
-    help="How many groups k-means finds; 0 for none.",
+    help="Number of k-means clusters; 0 disables clustering.",
 )
 @click.option(
     "--layer",
     "layers",
     multiple=True,
     metavar="NAME=FILE.csv",
-    help="Mark the images that a file with a column `path` lists; a column `group` links them. May be repeated.",
+    help="Mark the images listed in the column `path` of a file. A column `group` links images. Repeatable.",
 )
 @click.option(
     "--duplicates",
     type=Number(0, 1),
     metavar="COSINE",
-    help="Mark images whose features are at least that similar; 0 for none.  [default: as `duplicates` takes it]",
+    help="Mark pairs of images with at least this cosine; 0 disables marking.  [default: as for `duplicates`]",
 )
-@click.option("--layout", metavar="FILE.csv", help="Take the places of an earlier --out FILE.csv.")
+@click.option("--layout", metavar="FILE.csv", help="Reuse the coordinates of an earlier --out FILE.csv.")
 @click.option(
-    "--rows", type=click.IntRange(min=1), default=_MOST_ROWS, show_default=True, help="Most images, drawn at random."
+    "--rows",
+    type=click.IntRange(min=1),
+    default=_MOST_ROWS,
+    show_default=True,
+    help="Largest number of images on the map. A larger collection is sampled at random.",
 )
 @click.option(
     "--thumbnail-mb",
@@ -82,18 +94,20 @@ class _Clusters(click.ParamType[int | None]):
     default=24.0,
     show_default=True,
     metavar="MB",
-    help="Largest size of all thumbnails in the page; 0 for none.",
+    help="Largest total size of the thumbnails, in MB; 0 leaves them out.",
 )
 @click.option("--title", help="Title of the page.  [default: the name of INPUT]")
 @click.option(
-    "--seed", type=click.IntRange(min=0, max=2**32 - 1), default=0, show_default=True, help="Of all that is random."
+    "--seed",
+    type=click.IntRange(min=0, max=2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Random seed for sampling, layout and clusters.",
 )
-@click.option(
-    "--names", metavar="FILE", help="The path of each row, one per line, of a .npy file that embed did not write."
-)
+@names_option
 @extraction_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(
     inputs: tuple[str, ...],
     outs: tuple[str, ...],
@@ -113,14 +127,14 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Draws a collection as a map: similar images lie near each other.
+    """Draws a collection as a map on which similar images lie close together.
 
-    INPUT is a file of features (with the index and meta files that `embed` writes beside it), or images as `embed`
-    takes them; those are embedded first. The page needs no other file and no network. It colours the points by label,
-    cluster, prediction and typicality, shows thumbnails, and saves the paths within a lasso.
+    INPUT is a file of features, with the index and meta files that `embed` writes beside it, or an INPUT of `embed`.
+    Images are embedded first. The page needs no other file and no network. It colours points by label, cluster,
+    prediction and typicality, shows thumbnails, and saves the paths inside a lasso.
 
-    The same input and seed give the same map. The exit code is 3 if images failed or have no thumbnail because they
-    could not be read.
+    The same input and seed give the same map. The exit code is 3 if images failed, or could not be read for their
+    thumbnails.
     """
     from robustfeat.cli.heads import load_head
     from robustfeat.serving.heads.labels.reading import label_file, read_labels
@@ -161,7 +175,7 @@ def command(
     if pages and thumbnail_mb and places:
         shown, missing = add_thumbnails(shown, places, int(thumbnail_mb * 1e6), quiet=quiet)
     elif pages and thumbnail_mb:
-        remark("no thumbnails: pass --images to say where the images lie", quiet)
+        remark("the page has no thumbnails: pass the images as --images to add them", quiet)
     sizes = {out: write_page(shown, out) if out in pages else write_places(shown, out) for out in outs}
     drawn = len(shown.sprites.rows) if shown.sprites else 0
     for out, size in sizes.items():
@@ -176,7 +190,7 @@ def command(
 
 
 def _image_inputs(inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """INPUT where it names images that can be read a second time."""
+    """INPUT if it names images that can be read a second time, else nothing."""
     from robustfeat.serving.heads.features import is_feature_file
 
     return () if "-" in inputs or any(map(is_feature_file, inputs)) else inputs

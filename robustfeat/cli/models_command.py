@@ -15,20 +15,22 @@ if TYPE_CHECKING:
     from robustfeat.hub.catalog import Listing
 
 
-@click.command("models", cls=Command, short_help="List models: those that are here, good public ones, or the Hub's.")
+@click.command("models", cls=Command, short_help="List local models, good public ones, or the Hub's.")
 @click.option(
     "--remote",
     is_flag=False,
     flag_value="",
     metavar="[QUERY]",
-    help="Models on the Hub instead, with QUERY in the name: robustfeat's, then ONNX models of others.",
+    help="List models on the Hub with QUERY in the name: robustfeat's, then ONNX models of others.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line; `group` says which list it is of.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per line. `group` names the list of the model."
+)
 def command(remote: str | None, as_json: bool) -> None:
-    """Lists the built-in model and those in the Hub's cache, with size, revision and scores.
+    """Lists the built-in model and the models in the Hub's cache, with size, revision and scores.
 
-    Below them stand good public models, each with the command that gets it. Scores are published by their makers, or
-    measured by robustfeat; `--json` names the sources.
+    Good public models follow, each with the command that gets it. Their scores were published by their makers or
+    measured by robustfeat. --json names the sources.
     """
     from robustfeat.hub.catalog import cached_models, list_builtin, public_models, search_models, search_others
 
@@ -45,7 +47,7 @@ def command(remote: str | None, as_json: bool) -> None:
 def _print(
     group: str, models: Iterable[Listing], print_one: Callable[[Listing], None], as_json: bool, title: str = ""
 ) -> int:
-    """Prints a list, and gives its length."""
+    """Prints a list and returns its length."""
     count = 0
     for count, model in enumerate(models, 1):
         if as_json:
@@ -78,6 +80,6 @@ def _say_other(model: Listing) -> None:
 
 
 def _command(model: str) -> str:
-    """What gets a model that is not here."""
+    """The command that downloads or imports a model."""
     library, _, name = model.rpartition(":")
     return f"robustfeat import {model} --out {name}" if library else f"robustfeat pull {model}"

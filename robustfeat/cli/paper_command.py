@@ -16,7 +16,7 @@ _NAMES = (
 _WITHOUT_DATA = {"table1", "fig2"}
 
 
-@click.command("paper", cls=Command, short_help="The paper's tables and figures, computed here.")
+@click.command("paper", cls=Command, short_help="Reproduce the paper's tables and figures.")
 @click.argument("exhibits", metavar="EXHIBIT...", nargs=-1, required=True, type=click.Choice([*_NAMES, "all"]))
 @click.option("--out", required=True, metavar="REPORT", help="Folder for runs, results and the report.")
 @click.option(
@@ -24,19 +24,31 @@ _WITHOUT_DATA = {"table1", "fig2"}
     type=click.Choice(["tiny", "paper"]),
     default="tiny",
     show_default=True,
-    help="How large: two cores and a day, or the paper's own.",
+    help="Size of the study: tiny takes a day on two cores, paper has the sizes of the paper.",
 )
-@click.option("--quick", is_flag=True, help="A check of the programs in minutes; the numbers mean nothing.")
-@click.option("--benchmark", metavar="DATA", help="What to pre-train on: Tiny ImageNet, or ImageNet.")
+@click.option("--quick", is_flag=True, help="Check the program in minutes. The numbers mean nothing.")
+@click.option("--benchmark", metavar="DATA", help="Images to pre-train on: Tiny ImageNet (tiny) or ImageNet (paper).")
 @click.option(
-    "--target", "targets", metavar="NAME=DATA", multiple=True, help="For cifar10, sop and svhn: what stands for it."
+    "--target",
+    "targets",
+    metavar="NAME=DATA",
+    multiple=True,
+    help="Images of a target task; NAME is cifar10, sop or svhn. Repeatable.",
 )
-@click.option("--biased", is_flag=True, help="Tables of models trained on ImageNet's shares of concepts.")
-@click.option("--controls", is_flag=True, help="Tables with the control methods, too.")
-@click.option("--device", type=click.Choice([AUTO, *DEVICES]), default=AUTO, show_default=True)
-@click.option("--threads", type=click.IntRange(1, 1024), help="Processors for the network.")
-@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--biased", is_flag=True, help="Train on ImageNet's shares of concepts.")
+@click.option("--controls", is_flag=True, help="Also train the control methods.")
+@click.option(
+    "--device",
+    type=click.Choice([AUTO, *DEVICES]),
+    default=AUTO,
+    show_default=True,
+    help="Device that runs the network. auto uses a GPU if one works.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Number of processors for the network.  [default: all available]"
+)
+@click.option("--workers", type=click.IntRange(min=0), help="Number of decoder processes.  [default: by processors]")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(
     exhibits: tuple[str, ...],
     out: str,
@@ -51,15 +63,15 @@ def command(
     workers: int | None,
     quiet: bool,
 ) -> int:
-    """Computes tables and figures of the HRRL paper: table1 to table4, fig2 to fig5, and others, or all.
+    """Reproduces tables and figures of the HRRL paper.
 
-    The others are verdicts (of all comparisons with ERM), selection (of tau and lambda), opinions (of other
-    classifiers) and corruptions (of test images).
+    EXHIBIT is table1 to table4, fig2 to fig5, verdicts (all comparisons with ERM), selection (of tau and lambda),
+    opinions (other classifiers), corruptions (of test images), or all. table1 and fig2 need no data. docs/protocol.md
+    describes the comparisons.
 
-    Trains what is missing in REPORT/runs, measures it, keeps each result in REPORT/cells, and writes CSV, Markdown, PNG
-    and SVG files and REPORT/index.html. A run that is stopped goes on when the command is given again. SIGINT and
-    SIGTERM in a training save it first and make the exit code 75. table1 and fig2
-    need no data. docs/protocol.md says what is compared, and how.
+    Missing models are trained in REPORT/runs, and each result is kept in REPORT/cells. The command writes CSV,
+    Markdown, PNG and SVG files and REPORT/index.html. To resume an interrupted run, rerun the command. On SIGINT or
+    SIGTERM, training saves a checkpoint, and the exit code is 75.
     """
     from robustfeat.errors import InputError
     from robustfeat.system import available_cpus
@@ -75,7 +87,7 @@ def command(
     named = [parse_task(text, "targets") for text in targets]
     places = dict(named)
     if len(places) < len(named):
-        raise InputError("--target: the same target is given twice; one DATA stands for each")
+        raise InputError("--target: expected one DATA per target; got a target twice")
     chosen = SCALES["quick" if quick else scale]()
     if unknown := sorted(set(places) - set(chosen.targets)):
         raise InputError(f"--target {unknown[0]}: expected {', '.join(chosen.targets)}, such as cifar10=data/cifar10")
@@ -84,7 +96,7 @@ def command(
         for data in (*places.values(), *([benchmark] if benchmark else [])):
             require_place(data)
 
-    import torch  # takes seconds, as what follows
+    import torch  # PyTorch and its users take seconds to import
 
     from robustfeat.training.paper.exhibits import EXHIBITS
     from robustfeat.training.paper.measures import Measures
@@ -97,7 +109,7 @@ def command(
     measures.require_data(names)
     measures.compute(names)
     page = Path(out) / f"index{study.suffix}.html"
-    with study.locks.held("pages"):  # of tables as well: some have the same name with and without --biased
+    with study.locks.held("pages"):  # covers tables, too: some have the same name with and without --biased
         made = []
         for name in names:
             exhibit = EXHIBITS[name](measures)
@@ -108,5 +120,5 @@ def command(
             write_page(made, page, f"HRRL: {study.title}", study.differences())
         else:
             write_page(made, page, "HRRL: what needs no training")
-    study.say(f"{page} shows what was asked for")
+    study.say(f"{page} shows the results")
     return 0

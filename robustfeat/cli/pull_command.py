@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     "precisions",
     type=click.Choice(["fp32", "fp16", "int8"]),
     multiple=True,
-    help="Which ONNX.  [default: all]",
+    help="ONNX file to download. Repeatable.  [default: all]",
 )
 @click.option(
     "--all",
     "everything",
     is_flag=True,
-    help="Also the card, and a model's weights for PyTorch and training's record.",
+    help="Also download the card and, for a model, the PyTorch weights and training.json.",
 )
-@click.option("--out", metavar="FOLDER", help="Also make a folder of its own, with everything.")
-@click.option("--force", is_flag=True, help="Download anew what the cache holds.")
+@click.option("--out", metavar="FOLDER", help="Also copy all files to this new folder.")
+@click.option("--force", is_flag=True, help="Download files again that are in the cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(
     repo: str,
     revision: str | None,
@@ -47,10 +47,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Downloads what embedding needs of a model, or a head; verifies it, and prints the folder where it lies.
+    """Downloads and verifies a head, or the files of a model that embedding needs, and prints their folder.
 
-    Files go to the cache of the Hub's libraries, from where they load without a network (HF_HUB_OFFLINE=1). The token
-    is that of `hf auth login` or HF_TOKEN; HF_ENDPOINT names a mirror or a private Hub.
+    Files go to the cache of the Hub's libraries and then load without a network (HF_HUB_OFFLINE=1). The token comes
+    from `hf auth login` or HF_TOKEN. HF_ENDPOINT names a mirror or a private Hub.
     """
     from robustfeat.cli.extraction import quiet_downloads
     from robustfeat.errors import HubError
@@ -60,7 +60,7 @@ def command(
     from robustfeat.hub.remote import is_hub_name
 
     if not is_hub_name(repo):
-        raise HubError(f"{repo}: not a name on the Hub; expected ORG/NAME")
+        raise HubError(f"{repo}: not a Hub name; expected ORG/NAME")
     if out is not None:
         require_new(out)
     quiet_downloads(quiet)
@@ -72,7 +72,7 @@ def command(
     else:
         about, said = _pull_model(found, out, precisions, everything=everything)
     if not found.asked:
-        say(f"{repo}: the Hub was not asked; this is what the cache holds", err=True)
+        say(f"{repo}: the Hub was not contacted; these files come from the cache", err=True)
     if as_json:
         click.echo(json.dumps(about))
         return
@@ -84,7 +84,7 @@ def command(
 def _pull_model(
     hub: HubFolder, out: str | None, precisions: tuple[str, ...], *, everything: bool
 ) -> tuple[dict[str, Any], str]:
-    """Facts for JSON, and a line."""
+    """Downloads a model; gives facts for JSON, and a line for people."""
     from robustfeat.hub.pull import copy_folder
 
     folder: ModelFolder = hub
@@ -101,7 +101,7 @@ def _pull_model(
 
 
 def _pull_head(folder: HeadFolder, out: str | None, *, everything: bool) -> tuple[dict[str, Any], str]:
-    """The same of a head."""
+    """Downloads a head; gives facts for JSON, and a line for people."""
     from robustfeat.hub.head_folder import copy_head, read_card
     from robustfeat.serving.heads.head import Head
 

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 @click.command("push", cls=Command, short_help="Publish a model or a head on the Hugging Face Hub.")
 @click.argument("folder", metavar="FOLDER")
 @click.argument("repo", metavar="ORG/NAME")
-@click.option("--private", is_flag=True, help="Make the repository a private one.")
-@click.option("--revision", metavar="BRANCH", help="The branch to push to, made where it is missing.  [default: main]")
-@click.option("--tag", help="A name for this version, which never moves.")
-@click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
-@click.option("--dry-run", is_flag=True, help="Say what would be sent; change nothing there.")
-@click.option("--license", "license_id", metavar="ID", help="Of a head, for its card; a model's is said at export.")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
+@click.option("--revision", metavar="BRANCH", help="Branch to push to, created if missing.  [default: main]")
+@click.option("--tag", help="Tag this version. A tag never moves.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of pushing.")
+@click.option("--dry-run", is_flag=True, help="List the files to send, and send nothing.")
+@click.option(
+    "--license",
+    "license_id",
+    metavar="ID",
+    help="License for a head's card, by its Hub name: apache-2.0, mit. A model gets it at export.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(
     folder: str,
     repo: str,
@@ -40,18 +45,20 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Publishes FOLDER (or builtin) as ORG/NAME, and prints its address and the line that loads it.
+    """Publishes FOLDER, a model or a head (or `builtin`), as ORG/NAME on the Hub.
 
-    A model folder is verified first, its golden images with every engine that is installed; a head is verified, and its
-    reports, which show training images, stay here. What differs from the repository is sent in one commit; without a
-    difference nothing is sent. The token is that of `hf auth login` or HF_TOKEN; HF_ENDPOINT names a private Hub.
+    Prints its address and the Python line that loads it. The folder is verified first; a model's golden images run on
+    every installed engine. A head's reports are not sent, since they show training images. All changed files go in one
+    commit; if none changed, nothing is sent.
+
+    The token comes from `hf auth login` or HF_TOKEN. HF_ENDPOINT names a private Hub.
     """
     from robustfeat.cli.extraction import quiet_downloads
     from robustfeat.cli.heads import is_head
     from robustfeat.hub.push import Target
 
     if tag and create_pr:
-        raise click.UsageError("--tag is for what is published, --create-pr for what is proposed: choose one")
+        raise click.UsageError("--tag and --create-pr exclude each other: a pull request cannot be tagged")
     quiet_downloads(quiet)
     target = Target(repo, private=private, revision=revision, tag=tag, create_pr=create_pr, dry_run=dry_run)
     if is_head(folder):
@@ -72,7 +79,7 @@ def _push_head(place: str, target: Target, license_id: str | None) -> PushReport
     from robustfeat.serving.heads.head import Head
 
     folder = HeadFolder(place)
-    Head.of_folder(folder)  # what it says makes sense, too
+    Head.of_folder(folder)  # refuses a head.json with inconsistent contents
     return push_head(folder, target, license_id=license_id)
 
 
@@ -99,7 +106,7 @@ def _push_model(place: str, target: Target) -> PushReport:
 
 
 def _print(report: PushReport, target: Target, loader: str, quiet: bool) -> None:
-    """What was done, or would be; `loader` is the class that loads it."""
+    """Prints the changes that were sent or would be; `loader` is the class that loads the folder."""
     if target.dry_run or not quiet:
         for change in report.changes:
             say(f"{change.action:8}{change.path} ({change.size_bytes:,} bytes)", err=not target.dry_run)

@@ -1,4 +1,4 @@
-"""Errors as the command line prints them: one line, with options where Python has parameters."""
+"""Prints errors as one line, with option names in place of Python's parameter names."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["Command", "Failure", "say"]
 
 
 class Failure(click.ClickException):
-    """An error of ours, as one line on stderr, and its exit code."""
+    """An error that click prints as one line on stderr, with its exit code."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # click's is the class's, and it reads the exception's
+        self.exit_code = exit_code  # type: ignore[misc]  # click declares it on the class but reads the instance's
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Prints it, also where it names a file whose name has two lines."""
+        """Prints the message as one line, even if a file name in it contains a newline."""
         click.echo(f"robustfeat: {visible(self.message)}", file=file, err=True)
 
 
 def say(text: str = "", *, err: bool = False) -> None:
-    """Prints one line, which stays one whatever names are in it."""
+    """Prints one line, even if names in it contain control characters."""
     click.echo(visible(text), err=err)
 
 
@@ -34,7 +34,7 @@ class Command(click.Command):
     """A command whose errors name its options.
 
     Args:
-        fallback: spells a parameter that is none of the command's, and its value; None keeps Python's spelling.
+        fallback: spells a parameter that the command lacks, with its value. None keeps Python's spelling.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Command(click.Command):
         self._fallback = fallback
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs it.
+        """Runs the command.
 
         Raises:
-            Failure: instead of a `RobustFeatError`.
+            Failure: the command raised a `RobustFeatError`.
         """
         try:
             return super().invoke(ctx)
@@ -59,7 +59,7 @@ class Command(click.Command):
         return exc.render(self._spell)
 
     def respell(self, text: str) -> str:
-        """The text with options where it names parameters in backticks."""
+        """Replaces parameter names in backticks by option names."""
         return respell(text, self._spell)
 
     def _spell(self, name: str, value: str | None) -> str | None:

@@ -13,6 +13,7 @@ import click
 
 from robustfeat.cli.extraction import Extraction, extraction_options
 from robustfeat.cli.feature_inputs import remark
+from robustfeat.cli.head_options import names_option
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
 
@@ -24,28 +25,26 @@ if TYPE_CHECKING:
     from robustfeat.serving.inputs.input_list import InputList
 
 _RUN = ("precision", "engine", "decoding", "pooling")
-"""How images are embedded follows FEATS, unless the command line says otherwise."""
+"""Options whose defaults come from FEATS: queries are embedded as its images were."""
 
 
-@click.command("similar", cls=Command, short_help="Find the images that are most like others.")
+@click.command("similar", cls=Command, short_help="Search a collection by image, row or words.")
 @click.argument("feats", metavar="FEATS")
 @click.argument("queries", nargs=-1, metavar="[QUERY]...")
 @click.option(
-    "--text", "texts", multiple=True, metavar="WORDS", help="Search by words, with a model such as CLIP; repeatable."
+    "--text", "texts", multiple=True, metavar="WORDS", help="Search by words, with a model such as CLIP. Repeatable."
 )
 @click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Images to find per query.")
-@click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
-@click.option(
-    "--names", metavar="FILE", help="The path of each row, one per line, of a .npy file that embed did not write."
-)
+@click.option("--out", metavar="FILE", help="Write to this .csv or .jsonl file instead of CSV to stdout.")
+@names_option
 @click.option(
     "--approximate",
     is_flag=True,
-    help="Search by an index beside FEATS, which is made first where it is missing; for more than 10^7 rows.",
+    help="Search an approximate index, for more than 10^7 rows. It lies beside FEATS and is built if missing.",
 )
 @extraction_options
-@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line instead of CSV.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(
     feats: str,
     queries: tuple[str, ...],
@@ -58,14 +57,16 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Finds the rows of FEATS with the highest cosine to each QUERY, as CSV: query, rank, row, path, cosine.
+    """Finds the rows of FEATS with the highest cosine to each QUERY.
 
-    A QUERY is the number of a row (from 0), a path in the index of FEATS, a file of features of the same model, or
-    images as `embed` takes them. Images and words are embedded with the model of FEATS; it is found by itself if it is
-    the built-in one, and --model names any other. For a file whose name is also a number or in the index, write ./NAME.
+    Prints CSV with the columns query, rank, row, path and cosine.
 
-    The search is exact, but for --approximate. Of equal cosines the smaller row comes first. A query that is a row of
-    FEATS is left out of its own answer; its copies are not. Failed rows never answer. The exit code is 3 if a query
+    A QUERY is a row number (from 0), a path in the index of FEATS, a file of features from the same model, or an INPUT
+    of `embed`. Images and words are embedded with the model of FEATS. If it is not the built-in model, pass --model.
+    Write ./NAME for a file whose name is also a row number or in the index.
+
+    The search is exact unless --approximate is set. Among equal cosines the smaller row comes first. A query that is a
+    row of FEATS does not find itself, but finds its copies. Failed rows are never found. The exit code is 3 if a query
     failed.
     """
     from threadpoolctl import threadpool_limits
@@ -103,7 +104,7 @@ def _exact(features: Features) -> Search:
 
 
 def _open_index(features: Features, threads: int, quiet: bool) -> Search:
-    """The index beside the features, made anew where there is none."""
+    """Opens the index beside the features, and builds it if it is missing."""
     from robustfeat.progress import Progress
     from robustfeat.serving.collections.approximate import index_place, make_index, open_index
 
@@ -115,7 +116,7 @@ def _open_index(features: Features, threads: int, quiet: bool) -> Search:
 
 
 def _aside(matches: Iterator[Match], failures: list[Match]) -> Iterator[Match]:
-    """The same matches; those of failed queries are noted, too."""
+    """Passes all matches on, and appends those of failed queries to `failures`."""
     for one in matches:
         if one.error is not None:
             failures.append(one)
@@ -125,7 +126,7 @@ def _aside(matches: Iterator[Match], failures: list[Match]) -> Iterator[Match]:
 def _open_queries(
     features: Features, queries: tuple[str, ...], texts: tuple[str, ...], extraction: Extraction, quiet: bool
 ) -> Iterator[Queries]:
-    """The queries in their order, texts last. Neighbouring images are embedded at once."""
+    """The queries in their order, then the texts. Consecutive images are embedded together."""
     from robustfeat.serving.collections.similar import Queries, rows_named
     from robustfeat.serving.heads.features import embed_features, is_feature_file, open_features
     from robustfeat.serving.inputs.choice import say_left_out
@@ -160,7 +161,7 @@ def _open_queries(
 
 
 def _listed(places: list[str], features: Features) -> InputList:
-    """The images that queries name."""
+    """Lists the images of the queries `places`."""
     from robustfeat.errors import InputError
     from robustfeat.serving.inputs.listing import list_inputs
 
@@ -170,7 +171,7 @@ def _listed(places: list[str], features: Features) -> InputList:
         if exc.fix is not None or exc.argument is not None:
             raise
         raise InputError(
-            exc.what, fix=f"rows of {features.place} go by their number, or by their path in its index"
+            exc.what, fix=f"to name a row of {features.place}, pass its number or its path in the index"
         ) from exc
 
 
@@ -181,7 +182,7 @@ def _require_model(features: Features, model: ModelIdentity | None, place: str) 
 
 
 def _open_extractor(features: Features, extraction: Extraction) -> FeatureExtractor:
-    """The model that made the features, run as it was then."""
+    """Opens the model of the features, with the options that made them."""
     from robustfeat.errors import InputError
     from robustfeat.hub.catalog import builtin_model
     from robustfeat.hub.folder import weights_sha256
@@ -189,12 +190,12 @@ def _open_extractor(features: Features, extraction: Extraction) -> FeatureExtrac
     model = features.model
     if model is None:
         raise InputError(
-            f"{features.place}: of an unknown model, so images and words cannot be embedded",
-            fix="pass rows or paths of it",
+            f"{features.place}: its model is unknown, so images and words cannot be embedded",
+            fix="pass row numbers or paths",
         )
     if "model" not in extraction.given and weights_sha256(builtin_model().config.files) != model.weights_sha256:
         raise InputError(
-            f"{features.place}: of the model {model.name}; images and words need it, too",
+            f"{features.place}: made by the model {model.name}, which images and words need, too",
             fix="pass its folder or its name on the Hub as `model`",
         )
     same: dict[str, Any] = {key: getattr(model, key) or "auto" for key in _RUN if key not in extraction.given}

@@ -1,4 +1,4 @@
-"""`robustfeat svm`: heads that turn features into answers."""
+"""`robustfeat svm`: fits, applies and measures heads."""
 
 from __future__ import annotations
 
@@ -24,43 +24,49 @@ _SHOWN_CLASSES = 60
 
 _inputs = click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-_quiet = click.option("--quiet", is_flag=True, help="No progress, no report on stderr.")
+_quiet = click.option("--quiet", is_flag=True, help="Hide progress and the report on stderr.")
 
 
 _images = click.option(
     "--images",
     multiple=True,
     metavar="INPUT",
-    help="Where the images of a file of features lie: report.html shows some of them.",
+    help="Images behind a file of features, as passed to embed. report.html shows some of them. Repeatable.",
 )
 
 
-@click.group("svm", short_help="Turn features into answers: fit, predict, score.")
+@click.group("svm", short_help="Fit a classifier on features, predict and score.")
 def command() -> None:
-    """Fits linear classifiers on features, and answers with them.
+    """Fits classifiers (heads) on features, and predicts with them.
 
-    A HEAD is a folder that `svm fit` makes, or ORG/NAME[@REVISION] on the Hub. INPUT is a file of features (with the
-    index and meta files that `embed` writes beside it), or images as `embed` takes them; those are embedded first. For
-    very many images run `embed` first: it goes on after a stop.
+    A HEAD is a folder from `svm fit`, or ORG/NAME[@REVISION] on the Hub. INPUT is a file of features, with the index
+    and meta files that `embed` writes beside it, or an INPUT of `embed`. Images are embedded first. For very many
+    images run `embed` first, since it can resume.
     """
 
 
-@command.command("fit", cls=Command, short_help="Learn a head from labelled features or images.")
+@command.command("fit", cls=Command, short_help="Fit a head on labelled features or images.")
 @_inputs
 @names_option
 @labels_options(required=True)
-@click.option("--out", required=True, metavar="HEAD", help="The folder to make.")
+@click.option("--out", required=True, metavar="HEAD", help="Folder to create for the head.")
 @click.option(
     "--kind",
     type=click.Choice(["svm", "logistic", "naive-bayes", "nearest-mean"]),
     default="svm",
     show_default=True,
-    help="What to fit.",
+    help="Kind of classifier.",
 )
-@click.option("--C", "c", type=Number(1e-6, 1e6), help="Instead of choosing from 0.001 to 10.")
-@click.option("--scaling", type=click.Choice(["none", "l2", "standard"]), help="Instead of choosing one.")
+@click.option(
+    "--C", "c", type=Number(1e-6, 1e6), help="Fix C, the weight of the loss.  [default: chosen from 0.001 to 10]"
+)
+@click.option(
+    "--scaling",
+    type=click.Choice(["none", "l2", "standard"]),
+    help="Fix how features are scaled.  [default: chosen from all three]",
+)
 @selection_option("auto")
-@click.option("--multi-label", is_flag=True, help="An image may have several labels: cat|dog, or a list.")
+@click.option("--multi-label", is_flag=True, help="Accept several labels per image: cat|dog, or a list.")
 @_images
 @extraction_options
 @_json
@@ -81,15 +87,14 @@ def fit_command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Learns a head from features or images and their labels, and writes it to a new folder.
+    """Fits a head on labelled features or images and writes it to a new folder.
 
-    Rows are matched with labels by path. Images without a label are not embedded, failed rows are left out. C and
-    scaling are chosen by rows that were not fitted; then all rows are fitted. What the choice reached on those rows is
-    in report.md and report.html, and the confusion matrix in confusion.png. suspects.csv lists the rows whose label is
-    probably wrong.
+    Rows and labels are matched by path. Images without a label are not embedded, and failed rows are left out. C and
+    scaling are chosen on held-out rows, then the head is fitted on all rows. report.md and report.html show the
+    held-out accuracy, and confusion.png the confusion matrix. suspects.csv lists rows whose label is probably wrong.
 
-    A fit that was stopped resumes with the same command: the settings that were tried are kept beside HEAD until it is
-    written. The exit code is 3 if labelled images failed.
+    To resume an interrupted fit, rerun the command: finished trials are kept beside HEAD until it is written. The exit
+    code is 3 if labelled images failed.
     """
     from robustfeat.files import new_folder, require_new
     from robustfeat.serving.heads.fitting.fit import fit_head, require_two
@@ -130,9 +135,9 @@ def fit_command(
     chosen = "" if head.selection["C"] is None else f"C {head.selection['C']:g}, "
     remark(f"chosen: {chosen}{head.scaling} scaling", quiet)
     if not head.selection["converged"]:
-        remark("the solver stopped before its end: a smaller --C, or --scaling standard, may help", quiet)
+        remark("the solver did not converge: a smaller --C, or --scaling standard, may help", quiet)
     if report is None:
-        remark("every class has one row: nothing could be held out, so nothing is known of its accuracy", quiet)
+        remark("every class has one row, so none could be held out and the accuracy is unknown", quiet)
     else:
         _show(report, "held out", quiet)
         if report.suspects:
@@ -146,23 +151,26 @@ def fit_command(
     return _left_out(labelled.failed)
 
 
-@command.command("predict", cls=Command, short_help="Answer for features or images.")
+@command.command("predict", cls=Command, short_help="Predict the class of features or images.")
 @click.argument("head", metavar="HEAD")
 @_inputs
 @names_option
-@click.option("--out", metavar="FILE", help="A .csv or .jsonl file, instead of CSV on stdout.")
-@click.option("--probabilities", is_flag=True, help="Calibrated probabilities beside the margins.")
+@click.option("--out", metavar="FILE", help="Write to this .csv or .jsonl file instead of CSV to stdout.")
+@click.option("--probabilities", is_flag=True, help="Add calibrated probabilities to the margins.")
 @click.option(
     "--reject",
     "least",
     type=Number(0, 1),
     metavar="P",
-    help="Predict no class for images with a typicality below P, such as 0.05; needs a head of more than 1/P rows.",
+    help="Predict no class for images with a typicality below P, for example 0.05. The head needs more than 1/P "
+    "training rows.",
 )
-@click.option("--suggest", type=click.IntRange(min=1), metavar="N", help="List the N least certain, to label next.")
+@click.option(
+    "--suggest", type=click.IntRange(min=1), metavar="N", help="Also list the N least certain images, to label next."
+)
 @labels_options()
 @extraction_options
-@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line instead of CSV.")
 @_quiet
 def predict_command(
     head: str,
@@ -178,13 +186,15 @@ def predict_command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Predicts the class of every row, as CSV: path, prediction, error, typicality, and the margin of each class.
+    """Predicts the class of every row.
 
-    Typicality is near 0 for an image that is of none of the classes: it is the share of unseen images of the classes
-    that are at least as unlike them.
+    Prints CSV with the columns path, prediction, error and typicality, and the margin of each class.
 
-    A failed image has no prediction, and the exit code is then 3. --suggest lists paths and predictions: on stdout if
-    the predictions go to --out, else on stderr; paths that --labels names are left out of it.
+    Typicality is the share of unseen images of the classes that are at least as unlike the training images. It is near
+    0 for an image of no known class.
+
+    A failed image has no prediction, and the exit code is then 3. --suggest lists paths and predictions on stdout if
+    --out is set, else on stderr. It leaves out the paths in --labels.
     """
     from robustfeat.cli.heads import load_head
     from robustfeat.serving.heads.labels.reading import label_file
@@ -192,7 +202,7 @@ def predict_command(
 
     require_output(out, [*inputs, *map(label_file, labels), *([names] if names else [])])
     if labels and suggest is None:
-        raise click.UsageError("--labels says what --suggest need not list; pass --suggest N too")
+        raise click.UsageError("--labels excludes images from --suggest; pass --suggest N, too")
     opened = load_head(head)
     if probabilities:
         opened.require_calibration()
@@ -208,7 +218,7 @@ def predict_command(
     known = known and known.matched(features.paths)
     suggestions = Suggestions(suggest or 0, (lambda path: known.of(path) is not None) if known else lambda path: False)
     if out is None:
-        features.check()  # what is on stdout cannot be taken back
+        features.check()  # printed lines cannot be withdrawn
     predictions = predict_rows(opened, features, probabilities=probabilities)
     rejection = Rejection(least or 0.0)
     predictions = rejection.watch(predictions)
@@ -235,7 +245,7 @@ def predict_command(
 @names_option
 @labels_options(required=True)
 @click.option(
-    "--report", "report_folder", metavar="FOLDER", help="Write report.md, report.html and confusion.png there."
+    "--report", "report_folder", metavar="FOLDER", help="Write report.md, report.html and confusion.png to this folder."
 )
 @_images
 @extraction_options
@@ -253,9 +263,9 @@ def score_command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Prints the accuracy on the labelled rows, a fraction of 1.
+    """Prints the accuracy on the labelled rows, from 0 to 1.
 
-    Failed rows are left out, and the exit code is then 3. With several labels a row, a row counts if all are right.
+    Failed rows are left out, and the exit code is then 3. With several labels per row, all must be right.
     """
     from robustfeat.cli.heads import load_head
     from robustfeat.files import require_new
@@ -297,7 +307,7 @@ def score_command(
 
 
 def _thumbnails(inputs: tuple[str, ...], images: tuple[str, ...]) -> Thumbnails:
-    """Reads images of `inputs` again, or of `images` where `inputs` are features."""
+    """Reads thumbnails from `images`, or from `inputs` if those are images."""
     from robustfeat.serving.heads.features import is_feature_file
     from robustfeat.serving.heads.reports.thumbnails import read_thumbnails
 
@@ -309,7 +319,7 @@ def _show(report: Report, title: str, quiet: bool) -> None:
     lines = report.to_text(title).split("\n")
     if not quiet:
         for line in lines if len(report.classes) <= _SHOWN_CLASSES else lines[:1]:
-            say(line, err=True)  # it keeps a name from breaking its line
+            say(line, err=True)  # line by line: a class name may contain a newline
 
 
 def _left_out(failed: int) -> int:

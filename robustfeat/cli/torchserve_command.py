@@ -12,15 +12,23 @@ from robustfeat.cli.extraction import Extraction, serving_options
 from robustfeat.cli.rendering import Command, say
 
 
-@click.command("torchserve", cls=Command, short_help="Write an archive for TorchServe, and run it.")
+@click.command("torchserve", cls=Command, short_help="Write an archive for TorchServe and run it.")
 @click.argument("model", default="builtin")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="STORE", help="The model store."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    metavar="STORE",
+    help="Folder for the archive, the model store.",
 )
-@click.option("--name", help="Under which it is served.  [default: the model's]")
-@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes that answer.")
+@click.option("--name", help="Name of the served model.  [default: MODEL's name]")
 @click.option(
-    "--batch-size", type=click.IntRange(1, 256), help="Requests that a worker gets together.  [default: by the model]"
+    "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Number of worker processes."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 256),
+    help="Largest number of requests per batch.  [default: set by the model's input size]",
 )
 @click.option(
     "--batch-delay",
@@ -28,15 +36,17 @@ from robustfeat.cli.rendering import Command, say
     default=1,
     show_default=True,
     metavar="MS",
-    help="How long a request waits for others to make a batch.",
+    help="Longest wait of a request for others to join its batch, in milliseconds.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 answers other machines, too.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0 answers other machines."
+)
 @click.option(
     "--port",
     type=click.IntRange(1, 64_531),
     default=8080,
     show_default=True,
-    help="Of inference; management, metrics and gRPC take the four after it.",
+    help="Port of inference. Management, metrics and gRPC use the next four.",
 )
 @click.option(
     "--token-life",
@@ -44,25 +54,41 @@ from robustfeat.cli.rendering import Command, say
     default=60 * 24,
     show_default=True,
     metavar="MINUTES",
-    help="How long the tokens in key_file.json are good.",
+    help="Lifetime of the tokens in key_file.json, in minutes.",
 )
 @click.option(
-    "--max-body", type=click.IntRange(1, 2047), default=32, show_default=True, metavar="MIB", help="Of a request."
+    "--max-body",
+    type=click.IntRange(1, 2047),
+    default=32,
+    show_default=True,
+    metavar="MIB",
+    help="Largest accepted request body, in MiB.",
 )
-@click.option("--max-pixels", type=click.IntRange(1), default=100_000_000, show_default=True, help="Of an image.")
-@click.option("--max-items", type=click.IntRange(1), default=64, show_default=True, help="Images in a request.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=100_000_000,
+    show_default=True,
+    help="Largest accepted image, in pixels.",
+)
+@click.option("--max-items", type=click.IntRange(1), default=64, show_default=True, help="Most images per request.")
 @click.option(
     "--timeout",
     type=click.IntRange(1),
     default=60,
     show_default=True,
     metavar="SECONDS",
-    help="From a worker's getting a request to its answer.",
+    help="Longest time from a worker's receipt of a request to its answer.",
 )
 @click.option(
-    "--decode-timeout", type=click.IntRange(1), default=10, show_default=True, metavar="SECONDS", help="For an image."
+    "--decode-timeout",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="Longest time to decode one image.",
 )
-@click.option("--run", is_flag=True, help="Start TorchServe on it, and stop it on SIGTERM or Ctrl+C.")
+@click.option("--run", is_flag=True, help="Start TorchServe with the archive; SIGTERM or Ctrl+C stops it.")
 @serving_options
 def command(
     model: str,
@@ -82,11 +108,11 @@ def command(
     run: bool,
     extraction: Extraction,
 ) -> None:
-    """Writes MODEL (default: builtin) as an archive for TorchServe, with a config.properties, to the folder STORE.
+    """Writes MODEL (default: builtin) to the folder STORE as an archive for TorchServe, with a config.properties.
 
-    Its workers embed as `robustfeat embed` does. The archive holds all but the libraries in its requirements.txt. --run
-    needs the extra `torchserve` and Java 17. TorchServe's makers have archived it: prefer `robustfeat serve` where you
-    may choose.
+    TorchServe then returns the features of `robustfeat embed`. The archive contains everything except the libraries in
+    its requirements.txt. --run needs the extra `torchserve` and Java 17. TorchServe is no longer maintained: prefer
+    `robustfeat serve` if you can choose.
     """
     from robustfeat.hub.catalog import resolve_model
     from robustfeat.serving.torchserve.archive import (
@@ -115,7 +141,7 @@ def command(
     )
     with claim_store(out):
         server = None
-        if run:  # what is missing is told before anything is written
+        if run:  # first, so that a missing Java fails before anything is written
             from robustfeat.serving.torchserve.server import TorchServe
 
             server = TorchServe(out, served, addresses, workers)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _spell_key(name: str, value: str | None) -> str | None:
-    """The spelling of a recipe's key that has no option of its own."""
+    """Spells a key of the recipe that has no option."""
     from robustfeat.training.recipe import Recipe
 
     if name not in {item.name for item in dataclasses.fields(Recipe)}:
@@ -43,65 +43,108 @@ def _spell_key(name: str, value: str | None) -> str | None:
     "train",
     cls=Command,
     fallback=_spell_key,
-    short_help="Pre-train a network with HRRL or a relative of it.",
+    short_help="Pre-train a network with HRRL or a related method.",
 )
 @click.argument("data", metavar="DATA")
 @click.option("--out", required=True, metavar="RUN", help="Folder for the checkpoint and the metrics.")
 @click.option(
-    "--config", metavar="RECIPE", help="A shipped recipe's name or a TOML file; the options below override it."
+    "--config", metavar="RECIPE", help="Name of a shipped recipe, or a TOML file. The options below override it."
 )
 @click.option(
     "--method",
-    help="erm, el, cl, hrrl or stable; random, balanced or groupdro to compare with; or module:Class.  [default: hrrl]",
+    help="Training method: erm, el, cl, hrrl or stable; random, balanced or groupdro as baselines; or module:Class.  "
+    "[default: hrrl]",
 )
-@click.option("--network", metavar="NAME", help="resnet18, or timm:NAME for a classifier of timm.  [default: resnet18]")
+@click.option(
+    "--network",
+    metavar="NAME",
+    help="Network to train: resnet18, or timm:NAME for a classifier of timm.  [default: resnet18]",
+)
 @click.option(
     "--init", metavar="MODEL|FILE", help="Start from the weights of a run, a model or a file.  [default: random]"
 )
-@click.option("--teacher", metavar="MODEL", help="Learn this model's features of the same crop, too.  [default: none]")
-@click.option("--probe", metavar="DATA", help="Labelled images to score the features with, epoch by epoch.")
+@click.option("--teacher", metavar="MODEL", help="Also learn this model's features of the same crop.  [default: none]")
+@click.option("--probe", metavar="DATA", help="Labelled images on which each epoch's features are scored.")
 @click.option(
-    "--labels/--no-labels", default=None, help="Learn the labels, or features alone: the teacher's or the start's."
+    "--labels/--no-labels",
+    default=None,
+    help="Learn the labels, or only the features of the teacher or the start.  [default: labels]",
 )
 @click.option(
     "--concepts",
     metavar="NAME|CSV",
-    help="imagenet11, classes, a CSV file class,concept, or clusters:K (by the teacher).  [default: imagenet11]",
+    help="Groups of classes: imagenet11, classes, a CSV file class,concept, or clusters:K of the teacher's features.  "
+    "[default: imagenet11]",
 )
-@click.option("--epochs", type=int)
-@click.option("--batch-size", type=int, help="Images in a step, of all processes together.")
-@click.option("--lr", type=float, help="Learning rate.")
-@click.option("--weight-decay", type=float)
-@click.option("--image-size", type=int, help="Side of the training and validation images in pixels, in all epochs.")
-@click.option("--tau", type=float, help="Example level: length of the step at 224 px.")
+@click.option("--epochs", type=int, help="Number of epochs.  [default: 90]")
+@click.option("--batch-size", type=int, help="Images per step, over all processes.  [default: 256]")
+@click.option("--lr", type=float, help="Learning rate.  [default: 0.1]")
+@click.option("--weight-decay", type=float, help="Weight decay of the optimizer.  [default: 0.0001]")
+@click.option(
+    "--image-size",
+    type=int,
+    help="Side of the training and validation images in pixels, in all epochs.  [default: 224]",
+)
+@click.option("--tau", type=float, help="Example level: length of the step at 224 px.  [default: 1]")
 @click.option(
     "--inner",
     type=click.Choice(["full", "half", "free"]),
-    help="Example level: a whole inner pass, one at half the resolution, or none, with replayed batches.",
+    help="Example level: run a full inner pass, one at half the resolution, or none and replay batches.  "
+    "[default: full]",
 )
-@click.option("--lambda", "lam", type=float, help="Concept level: strength of the pull towards q0.")
-@click.option("--c", "q_warmup_divisor", metavar="C|auto", help="Concept level: divides q's first steps.")
-@click.option("--reference", metavar="CSV", help="Concept level: q0, as concept,share.  [default: N_k / N]")
-@click.option("--target", metavar="IMAGES", help="Concept level: q0, estimated from a target's images.")
-@click.option("--target-model", metavar="MODEL", default="builtin", show_default=True, help="What classifies them.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]))
-@click.option("--compile/--no-compile", default=None, help="Run the network through torch.compile.")
-@click.option("--seed", type=int)
-@click.option("--val-fraction", type=float, help="Share held out where DATA has no validation split.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key of a recipe; repeatable.")
-@click.option("--resume", is_flag=True, help="Resume from the checkpoint in RUN, by its recipe.")
-@click.option("--device", type=click.Choice([AUTO, *DEVICES]), default=AUTO, show_default=True)
-@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Processors for the network.")
-@click.option("--cache-px", type=int, help="Decode once, to squares of this side; 0 decodes each time.")
+@click.option("--lambda", "lam", type=float, help="Concept level: strength of the pull towards q0.  [default: 10]")
+@click.option(
+    "--c", "q_warmup_divisor", metavar="C|auto", help="Concept level: divisor of the first steps of q.  [default: 10]"
+)
+@click.option("--reference", metavar="CSV", help="Concept level: file of q0, concept,share.  [default: N_k / N]")
+@click.option("--target", metavar="IMAGES", help="Concept level: estimate q0 from these images of the target.")
+@click.option(
+    "--target-model",
+    metavar="MODEL",
+    default="builtin",
+    show_default=True,
+    help="Model that classifies the images of --target.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Precision of training. fp16 needs a GPU.  [default: fp32]",
+)
+@click.option(
+    "--compile/--no-compile", default=None, help="Compile the network with torch.compile.  [default: no-compile]"
+)
+@click.option("--seed", type=int, help="Random seed of weights, order and crops.  [default: 0]")
+@click.option(
+    "--val-fraction", type=float, help="Share of images held out if DATA has no validation split.  [default: 0.02]"
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any other key of the recipe. Repeatable."
+)
+@click.option("--resume", is_flag=True, help="Resume from the checkpoint in RUN, with its recipe.")
+@click.option(
+    "--device",
+    type=click.Choice([AUTO, *DEVICES]),
+    default=AUTO,
+    show_default=True,
+    help="Device that trains the network. auto uses a GPU if one works.",
+)
+@click.option("--workers", type=click.IntRange(min=0), help="Number of decoder processes.  [default: by processors]")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Number of processors for the network.  [default: all available]"
+)
+@click.option(
+    "--cache-px",
+    type=int,
+    help="Decode each image once, to a square of this side in pixels; 0 decodes in every epoch.  [default: 0]",
+)
 @click.option(
     "--cache",
     default="auto",
     show_default=True,
     metavar="ram|device|FOLDER",
-    help="Where those are kept; auto is the GPU's memory or, on a CPU, ram.",
+    help="Where --cache-px keeps the squares. auto is the GPU's memory or, on a CPU, ram.",
 )
-@click.option("--stream", is_flag=True, help="Read a dataset of the Hub over the network and keep nothing.")
+@click.option("--stream", is_flag=True, help="Read a Hub dataset over the network, and store nothing.")
 @click.option(
     "--checkpoint-every-s",
     type=float,
@@ -110,7 +153,7 @@ def _spell_key(name: str, value: str | None) -> str | None:
     help="Seconds between checkpoints within an epoch.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(
     data: str,
     out: str,
@@ -130,13 +173,16 @@ def command(
     quiet: bool,
     **overrides: Any,
 ) -> int:
-    """Trains a network on DATA: ResNet-18, or another by --network.
+    """Trains ResNet-18, or another --network, on DATA.
 
-    DATA is a folder of class folders, or with train/ and val/ (or validation/, test/) of them, with train-*.parquet and
-    validation-*.parquet files that have the columns image and label, or with train-*.tar and validation-*.tar shards;
-    or hf://datasets/ORG/NAME, a dataset of the Hub. Without --config the recipe is the paper's for ImageNet: 90
-    epochs of batches of 256 at 224 px, lr 0.1, tau 1, lambda 10, fp32. SIGINT and SIGTERM save a checkpoint first
-    and make the exit code 75; --resume then goes on exactly. Several GPUs, or processes on a CPU, train together by
+    DATA is a folder, or hf://datasets/ORG/NAME, a dataset on the Hub. The folder has one folder per class, or train/
+    and val/ (validation/, test/) with one folder per class. It may also have train-*.parquet and validation-*.parquet
+    files with the columns image and label, or train-*.tar and validation-*.tar shards.
+
+    Defaults are the paper's recipe for ImageNet. With --config they come from RECIPE, and with --resume from RUN.
+
+    On SIGINT or SIGTERM, training saves a checkpoint, and the exit code is 75. --resume then continues exactly. To
+    train on several GPUs, or with several processes on a CPU, run
     `torchrun --nproc-per-node N -m robustfeat train ...`.
     """
     from robustfeat.errors import InputError
@@ -160,7 +206,7 @@ def command(
     )
     cache = cache.lower() if cache.lower() in {"auto", "ram", "device"} else cache
     ranks = Ranks.from_environment()
-    if ranks.world == 1:  # of several processes each would print it; `train` checks again, in all of them together
+    if ranks.world == 1:  # each of several processes would print the error; `train` checks again, for all together
         check_arguments(
             data,
             recipe,
@@ -196,23 +242,23 @@ def _refuse_empty(**values: str | None) -> None:
 
     for name, value in values.items():
         if value == "":
-            raise InputError("got nothing", argument=name, fix="name one, or leave the option out")
+            raise InputError("expected a name; got an empty one", argument=name, fix="pass a name, or leave it out")
 
 
 def _refuse_foreign_code(method: str, source: str) -> None:
-    """A file must not choose code that is run: whoever starts a training names the code."""
+    """Refuses a method outside the package that a file names: only the command line may choose code to run."""
     from robustfeat.errors import InputError
     from robustfeat.training.methods import METHODS
 
     if method not in METHODS:
         raise InputError(
-            f"{source}: its recipe asks for code, method = {method!r}, which is not run because a file says so",
+            f"{source}: its recipe names code outside robustfeat, method = {method!r}; a file may not choose code",
             fix=f"add `method={method}` if you trust that code",
         )
 
 
 def _changes(overrides: dict[str, Any], settings: tuple[str, ...], reference: str | None) -> dict[str, Any]:
-    """The keys of the recipe that the options change."""
+    """The recipe's keys that the options change, with their values."""
     from robustfeat.training.concepts import load_reference
 
     changes = {name: value for name, value in overrides.items() if value is not None}
@@ -228,7 +274,7 @@ def _changes(overrides: dict[str, Any], settings: tuple[str, ...], reference: st
 
 
 def _report(result: TrainingResult, as_json: bool, quiet: bool) -> int:
-    """Prints how the run ended, and gives the exit code."""
+    """Prints the result of the run and returns the exit code."""
     unknown = math.isnan(result.validation_accuracy)  # labels were not learned
     if as_json:
         summary = {
@@ -239,14 +285,14 @@ def _report(result: TrainingResult, as_json: bool, quiet: bool) -> int:
         }
         click.echo(json.dumps(summary))
     elif not quiet:
-        told = [] if unknown else [f"validation accuracy {result.validation_accuracy:.2%}"]
+        scores = [] if unknown else [f"validation accuracy {result.validation_accuracy:.2%}"]
         if result.probe_accuracy is not None:
-            told.append(f"probe {result.probe_accuracy:.2%}")
-        say(f"{result.run}" + (": " + ", ".join(told) if told else ""), err=True)
+            scores.append(f"probe {result.probe_accuracy:.2%}")
+        say(f"{result.run}" + (": " + ", ".join(scores) if scores else ""), err=True)
     if not result.bad_images:
         return 0
     say(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)
-    # torchrun takes any exit code but 0 for a crash, and reports or restarts a run that is done.
+    # torchrun treats every other exit code as a crash, and would report or restart a finished run.
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 3
 
 
@@ -268,7 +314,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _toml_value(text: str) -> Any:
-    """A number, true, a list, a table; what is none of them is text."""
+    """Parses a TOML value; anything that is not one is text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from robustfeat.serving.verify import Check
 
 
-@click.command("verify", cls=Command, short_help="Run a model's golden images through every engine here.")
+@click.command("verify", cls=Command, short_help="Check a model on every installed engine.")
 @click.argument("model", default="builtin")
 @pin_options
 @pooling_option
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(model: str, revision: str | None, config_hash: str | None, pooling: str, as_json: bool, quiet: bool) -> int:
-    """Compares MODEL (default: builtin) with the answers that it must give, on this machine.
+    """Checks MODEL (default: builtin) on this machine against its golden features.
 
-    Every file's hash is verified. Then the golden images go through every engine and precision that is installed, and
-    through PyTorch. `timm` stands for the folder as timm loads it, with timm's preprocessing. Each prints its smallest
-    cosine to the features in the folder. An engine also prints its speed, in images per second of the model alone, one
-    batch at a time. The exit code is 3 where one falls short, or where none could be run.
+    All file hashes are verified. Then every installed engine and precision embeds the golden images, and so does
+    PyTorch. `timm` is the folder loaded by timm, with timm's preprocessing. Each line shows the smallest cosine to the
+    golden features. An engine's line also shows its speed: images per second of the network, one batch at a time. The
+    exit code is 3 if a cosine is too small or nothing could run.
 
-    A model of transformers (docs/hub.md) comes without golden images. Its ways to run are then compared with the first
-    of them, on the built-in model's images.
+    A transformers model (docs/hub.md) has no golden images. Its engines are compared with the first one, on the
+    built-in model's images.
     """
     from robustfeat.cli.extraction import quiet_downloads
     from robustfeat.hub.catalog import resolve_model
@@ -47,7 +47,7 @@ def command(model: str, revision: str | None, config_hash: str | None, pooling: 
         say(f"{folder.config.name}: {len(folder.config.files)} files, hashes verified", err=True)
     if not quiet and not folder.is_own:
         say(
-            "no golden images: the first way to run is the reference for the others, on robustfeat's own images",
+            "no golden images: the first engine is the reference for the others, on robustfeat's own images",
             err=True,
         )
     ran = []
@@ -66,7 +66,7 @@ def _checks(folder: ModelFolder, pooling: str) -> Iterator[Check]:
     ways = [replace(way, pooling=pooling) for way in (*ways_to_run(folder, "fp16"), *ways_on_gpu())]
     yield from check_ways(partial(FeatureExtractor.open, folder), ways, timed=True)
     if WEIGHTS not in folder.config.files:
-        return  # PyTorch has nothing to run
+        return  # without weights, PyTorch has nothing to run
     library, extra = ("transformers", "transformers") if folder.config.library == "transformers" else ("timm", "train")
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec(library)):
         yield Check("pytorch", "fp32", None, MIN_COSINE["fp32"], f"not installed: pip install 'robustfeat[{extra}]'")

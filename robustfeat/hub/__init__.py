@@ -1,1 +1,1 @@
-"""What a model is and where it lives: config, preprocessing, model folder, card, the built-in model."""
+"""Models as folders: config, preprocessing, layout, card, the built-in model, and the Hub."""

@@ -1,4 +1,4 @@
-"""The model card, README.md of a model folder, rendered from the config."""
+"""Renders the model card, README.md of a model folder, from the config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robustfeat.hub.preprocessing import Preprocessing
 __all__ = ["PLACE", "describe_preprocessing", "license_fields", "render_card"]
 
 PLACE = "ORG/NAME"
-"""Stands in a card for the repository's name, until it is pushed."""
+"""Placeholder in a card for the repository's name. A push replaces it."""
 
 _LICENSES = frozenset(
     """
@@ -26,13 +26,13 @@ _LICENSES = frozenset(
     postgresql unlicense wtfpl zlib apple-amlr unknown
     """.split()  # noqa: SIM905 - one a line would be sixty lines
 )
-"""The Hub's names of licences; it takes any other one as `other` with a name."""
+"""The Hub's names of licenses. A card states any other license as `other` with a name."""
 
 
 def render_card(config: ModelConfig) -> str:
-    """Markdown with the Hub's metadata in front: what the model is, how to use it, how it was made, how it fares.
+    """Renders a card with the Hub's metadata: description, use, preprocessing, training and results.
 
-    `PLACE` stands where the repository's name belongs; a push puts it there.
+    The card contains `PLACE` instead of the repository's name. A push replaces it.
     """
     contract = config.preprocessing
     card = f"""\
@@ -42,11 +42,11 @@ def render_card(config: ModelConfig) -> str:
 
 # {config.name}
 
-{config.architecture}, {config.feature_size} features an image, input {contract.image_size} px. {_origin(config)}
+{config.architecture}, {config.feature_size} features per image, input {contract.image_size} px. {_origin(config)}
 
 ## Use
 
-Where it says `{PLACE}` the path of a folder may stand as well. With robustfeat, from a folder of images to `feats.npy`:
+`{PLACE}` may also be the path of a model folder. With robustfeat, embed a folder of images to `feats.npy`:
 
 ```bash
 robustfeat embed images/ --out feats.npy --model {PLACE}
@@ -83,15 +83,15 @@ Hash `{contract.hash}`.
 
 {config.provenance.get("terms", "not stated")}
 
-The features are meant for a linear classifier on top. Robust here means trained against shifts of examples and
-concepts; nothing is claimed against adaptive attacks.
+The features are meant for a linear classifier. Robust means trained against shifts of examples and concepts.
+Robustness against adaptive attacks is not claimed.
 """
 
 
 def _elsewhere(config: ModelConfig) -> str:
-    """How another library loads the model."""
+    """Describes how another library loads the model."""
     if config.library == "onnx":
-        return "The weights are in the ONNX file only: PyTorch cannot load this model.\n"
+        return "Only the ONNX file has the weights, so PyTorch cannot load this model.\n"
     if config.library == "transformers":
         return _with_transformers(config)
     if config.library != "timm":
@@ -115,11 +115,11 @@ print(tuple(features.shape))  # (1, {config.feature_size})
 
 
 def _int8(config: ModelConfig) -> str:
-    """How much of the int8 file is int8."""
+    """Describes the int8 file."""
     if not config.int8_share:
         return ""
     kept = "; the others stay in fp32" if config.int8["kept"] else ""
-    return f"`onnx/model_int8.onnx` is the same with {config.int8_share} in int8{kept}.\n"
+    return f"`onnx/model_int8.onnx` is the same network with {config.int8_share} in int8{kept}.\n"
 
 
 def _own_library(config: ModelConfig) -> str:
@@ -157,7 +157,7 @@ print(tuple(features.shape))  # (1, {config.feature_size})
 
 
 def describe_preprocessing(contract: Preprocessing) -> str:
-    """From an image to the network's input, in two lines of words."""
+    """Describes the steps from an image to the network's input in two lines of text."""
     colours = contract.channel_order.upper() + (", transparent pixels on white" if contract.version > 1 else "")
     size = f"{contract.resize_size} px"
     sides = {
@@ -176,13 +176,13 @@ def _metadata(config: ModelConfig) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     data = ModelCardData(
-        library_name=config.library,  # so that the Hub shows how to load it
+        library_name=config.library,  # the Hub then shows how to load the model
         pipeline_tag="image-feature-extraction",
         **license_fields(config.provenance.get("license")),
         datasets=list(config.provenance.get("datasets", ())) or None,
         metrics=sorted({evaluation.metric for evaluation in config.evaluations}) or None,
         tags=["robustfeat", "onnx", "image-feature-extraction"],
-        model_name=config.name if config.evaluations else None,  # of model-index
+        model_name=config.name if config.evaluations else None,  # required by model-index
         eval_results=[
             EvalResult(
                 task_type="image-classification",
@@ -202,7 +202,7 @@ def _metadata(config: ModelConfig) -> str:
 
 
 def license_fields(license_id: str | None) -> dict[str, Any]:
-    """A card's metadata for a license; without one, the Hub is pointed to the terms in the card's text."""
+    """A card's metadata for a license. Without one, it points the Hub to the terms in the card's text."""
     text = license_id or "see-terms"
     if text in _LICENSES:
         return {"license": text}
@@ -221,7 +221,7 @@ def _origin(config: ModelConfig) -> str:
         f"Pre-trained with {_method(str(method))} "
         f"on {config.provenance['data']['images']:,} images {grouped} {len(config.concepts)} concepts."
         + (f" It learned from the features of `{cell(str(teacher))}`." if teacher else "")
-        + (f" The weights are those after epoch {epoch} of {config.recipe.get('epochs')}, the best." if epoch else "")
+        + (f" The weights are from epoch {epoch} of {config.recipe.get('epochs')}, the best." if epoch else "")
     )
 
 
@@ -232,7 +232,7 @@ def _method(name: str) -> str:
 
 
 def _table(name: str, content: Any) -> str:
-    """A result: text as it is, a list of rows (mappings with the same keys) as a table."""
+    """Renders a result. Text stays as it is; rows (mappings with the same keys) become a table."""
     if not isinstance(content, list) or not content or not isinstance(content[0], Mapping):
         return f"{name}: {content}\n"
     return f"{name}:\n\n{table(content)}"

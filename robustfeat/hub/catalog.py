@@ -1,4 +1,4 @@
-"""Where models are found: the built-in one, folders, the Hub and its cache."""
+"""Finds and lists models: the built-in model, folders, the Hub and its cache."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ __all__ = [
 ]
 
 BUILTIN = "builtin"
-"""The name of the model that the package carries; accepted wherever a model is."""
+"""The name of the model inside the package, accepted in place of a folder."""
 
 TAG = "robustfeat"
-"""The Hub's tag of our models."""
+"""Tag of robustfeat's models on the Hub."""
 
 _MODELS = "models--"
-_MOST_FOUND = 30  # each costs a call
+_MOST_FOUND = 30  # each model takes one request
 
 _PUBLIC = "public_models.json"
 _TASKS = ("image-feature-extraction", "image-classification", "zero-shot-image-classification")
-"""The Hub's names of what networks whose features are of use are made for."""
-_MOST_ASKED, _MOST_OTHERS = 50, 10  # of each task
+"""Hub tasks whose networks give useful features."""
+_MOST_ASKED, _MOST_OTHERS = 50, 10  # per task
 
 
 def builtin_model(*, config_hash: str | None = None) -> ModelFolder:
-    """The model that the package carries."""
+    """Opens the model inside the package."""
     place = Path(str(resources.files("robustfeat.hub").joinpath(BUILTIN)))
     folder = ModelFolder(place, config_hash=config_hash)
     folder.source = BUILTIN
@@ -62,14 +62,14 @@ def builtin_model(*, config_hash: str | None = None) -> ModelFolder:
 
 
 def sample_images() -> list[bytes]:
-    """The golden images of the built-in model, for models that bring none of their own."""
+    """The built-in model's golden images, for models without golden images."""
     folder = resources.files("robustfeat.hub").joinpath(BUILTIN, "golden")
     files = sorted((file for file in folder.iterdir() if not file.name.endswith(".npy")), key=lambda file: file.name)
     return [file.read_bytes() for file in files]
 
 
 def _accuracy(one: Mapping[str, Any]) -> str:
-    """An entry of `accuracies` in words."""
+    """An entry of `accuracies` as text."""
     beside = f"; the built-in model {one['builtin']:.1f} %" if "builtin" in one else ""
     return f"{one['task']}: {one['percent']:.1f} % ({one['kind']}{beside})"
 
@@ -81,41 +81,41 @@ def resolve_model(
     config_hash: str | None = None,
     access: HubAccess | None = None,
 ) -> ModelFolder:
-    """The model that a user names.
+    """Opens a model by the name that a user gives.
 
     Args:
-        name: None or `builtin` for the built-in one, a folder, or ORG/NAME on the Hub where no such folder exists.
+        name: None or `builtin` for the built-in model, a folder, or ORG/NAME on the Hub if no such folder exists.
         revision: a branch, tag or commit on the Hub; main by default.
         config_hash: the sha256 that config.json must have.
-        access: which Hub, as whom.
+        access: the Hub to use, and the credentials.
 
     Raises:
-        ModelFolderError: there is no such model, or it is damaged.
+        ModelFolderError: the model does not exist or is damaged.
         HubError: the Hub refuses, fails or cannot be reached.
     """
     text = BUILTIN if name is None else os.fspath(name)
     hub_name = text != BUILTIN and is_hub_name(text) and isinstance(name, str)
     if hub_name and Path(text).exists() and not Path(text, CONFIG).is_file():
-        raise ModelFolderError(f"{text}: a folder of this name is in the way of the model on the Hub", fix="rename it")
+        raise ModelFolderError(f"{text}: a folder of this name hides the model on the Hub", fix="rename the folder")
     if hub_name and not Path(text).exists():
         return HubFolder(Snapshot(text, CONFIG, revision=revision, access=access), config_hash=config_hash)
     if revision is not None:
         raise ModelFolderError(
-            f"{text}: is no model on the Hub, so it has no revision {revision}", fix="leave that out"
+            f"{text}: is not a model on the Hub, so it has no revision {revision}", fix="leave that out"
         )
     return builtin_model(config_hash=config_hash) if text == BUILTIN else ModelFolder(text, config_hash=config_hash)
 
 
 def resolve(name: str, *, revision: str | None = None, config_hash: str | None = None) -> ModelFolder | HeadFolder:
-    """The model or head that a user names, whichever is there.
+    """Opens a model or a head by the name that a user gives.
 
     Args:
-        name: `builtin`, a folder, or ORG/NAME on the Hub where no such folder exists.
+        name: `builtin`, a folder, or ORG/NAME on the Hub if no such folder exists.
         revision: a branch, tag or commit on the Hub; main by default.
         config_hash: the sha256 that config.json or head.json must have.
 
     Raises:
-        ModelFolderError, HeadError: there is no such model or head, or it is damaged.
+        ModelFolderError, HeadError: the model or head does not exist or is damaged.
         HubError: the Hub refuses, fails or cannot be reached.
     """
     if is_hub_name(name) and not Path(name).exists():
@@ -128,13 +128,15 @@ def resolve(name: str, *, revision: str | None = None, config_hash: str | None =
 def open_repository(
     repo: str, *, revision: str | None = None, config_hash: str | None = None, force: bool = False
 ) -> HubFolder | HeadFolder:
-    """The model or head in a repository on the Hub, with arguments as of `resolve`.
+    """Opens the model or head in a repository on the Hub.
 
     Args:
-        force: download what is used anew.
+        repo: ORG/NAME.
+        revision, config_hash: see `resolve`.
+        force: download cached files again.
 
     Raises:
-        ModelFolderError, HeadError, HubError: as `resolve`.
+        ModelFolderError, HeadError, HubError: see `resolve`.
     """
     snapshot = Snapshot(repo, *KINDS, revision=revision, force=force)
     if snapshot.key == HEAD:
@@ -144,21 +146,21 @@ def open_repository(
 
 @dataclass(frozen=True)
 class Listing:
-    """A model in a list.
+    """An entry in a list of models. Unknown values are None.
 
     Attributes:
-        model: what a user types to get it; `timm:NAME` has to be imported.
-        name: of the model, with its version; None where only the Hub knows.
+        model: the argument that names the model; `timm:NAME` has to be imported.
+        name: name of the model, with its version.
         revision: the commit on the Hub.
-        refs: the branches and tags that are known to lead there.
-        size_bytes: on the disk, or of the repository's files.
-        scores: accuracies, in words.
-        problem: why it cannot be used; None where nothing is known against it.
-        features: the length of a vector, where it is known.
-        image_size: the side of the network's input in pixels, where it is known.
-        license: the Hub's name of it, or what is known of one.
+        refs: known branches and tags that point to this commit.
+        size_bytes: size on the disk or in the repository.
+        scores: accuracies, as text.
+        problem: why the model cannot be used; None for no known problem.
+        features: the length of a feature vector.
+        image_size: the side of the network's input in pixels.
+        license: the license, by the Hub's name if it has one.
         sources: where the scores were published.
-        downloads: in the last month, where the Hub tells.
+        downloads: downloads in the last month.
     """
 
     model: str
@@ -175,7 +177,7 @@ class Listing:
     downloads: int | None = None
 
     def of(self, config: ModelConfig) -> Listing:
-        """The same with what config.json says."""
+        """Fills in the facts from a config.json."""
         return replace(
             self,
             name=config.name,
@@ -186,15 +188,15 @@ class Listing:
 
 
 def list_builtin() -> Listing:
-    """The built-in model in a list."""
+    """The entry of the built-in model."""
     own = builtin_model()
     return Listing(BUILTIN, None, None, (), own.size_bytes(), ()).of(own.config)
 
 
 def public_models() -> Iterator[Listing]:
-    """A short list of good models that others made, with what is published or was measured of each.
+    """A short list of good public models, with published and measured facts.
 
-    They are described in `public_models.json`; docs/models.md says how to choose.
+    The facts are in `public_models.json`. docs/models.md helps to choose.
     """
     text = resources.files("robustfeat.hub").joinpath(_PUBLIC).read_text("utf-8")
     for entry in json.loads(text):
@@ -213,9 +215,9 @@ def public_models() -> Iterator[Listing]:
 
 
 def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
-    """Models in the cache of the Hub's libraries, in the order of their names: ours, and ONNX models of transformers.
+    """Models in the cache of the Hub's libraries, sorted by name: robustfeat's, and ONNX models of transformers.
 
-    Those libraries leave out a repository with a single damaged snapshot; here only that snapshot is missing, or has a
+    The Hub's client skips a repository if one snapshot is damaged. This list skips only that snapshot, or reports its
     problem.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -236,7 +238,7 @@ def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
             foreign = is_onnx_layout(data)
             if not foreign and (not isinstance(data, dict) or "robustfeat" not in data):
                 continue
-            # Other libraries' models lie there, too: those that were never opened here are passed over.
+            # The cache also holds other libraries' models. Skip those that robustfeat never opened.
             if foreign and not kept_list(snapshot.place).is_file():
                 continue
             commit = snapshot.place.name
@@ -251,7 +253,7 @@ def cached_models(access: HubAccess | None = None) -> Iterator[Listing]:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The files of a commit in the cache: their size, when the latest was written, and what is wrong with them."""
+    """The files of one commit in the cache: total size, newest modification time, and any problem."""
 
     place: Path
     size_bytes: int
@@ -270,7 +272,7 @@ class _Snapshot:
                 continue
             if stat.S_ISREG(status.st_mode):
                 blobs[status.st_dev, status.st_ino] = status
-        problem = f"{min(missing)} is a link to nothing; pull the model again" if missing else None
+        problem = f"{min(missing)} is a broken link; pull the model again" if missing else None
         modified = max((status.st_mtime for status in blobs.values()), default=0.0)
         return cls(place, sum(status.st_size for status in blobs.values()), modified, problem)
 
@@ -278,12 +280,12 @@ class _Snapshot:
 def _folders(place: Path) -> list[Path]:
     try:
         return [entry for entry in place.iterdir() if entry.is_dir()]
-    except OSError:  # nothing was ever downloaded there, or others may not look
+    except OSError:  # nothing was downloaded yet, or the folder is not readable
         return []
 
 
 def _read_refs(place: Path) -> dict[str, list[str]]:
-    """The branches and tags that are known, by their commit."""
+    """Known branches and tags, by commit."""
     refs: dict[str, list[str]] = {}
     for file in place.rglob("*"):
         with suppress(OSError, UnicodeDecodeError):
@@ -292,30 +294,30 @@ def _read_refs(place: Path) -> dict[str, list[str]]:
 
 
 def search_models(query: str, access: HubAccess | None = None) -> Iterator[Listing]:
-    """The Hub's models that carry our tag, at most thirty.
+    """Lists the Hub's models with robustfeat's tag, at most thirty.
 
     Args:
-        query: part of their names; empty for all.
+        query: a part of the name; empty for all.
 
     Raises:
         HubError: the Hub refuses, fails or cannot be reached.
     """
     with _searching(query, access) as api:
         ours = api.list_models(filter=TAG, search=query or None)
-        # The Hub takes the library's name for a tag, too.
+        # The Hub also treats the library's name as a tag.
         models = (found for found in ours if HEAD_TAG not in (found.tags or ()))
         for found in itertools.islice(models, _MOST_FOUND):
-            # The list itself has neither sizes nor scores.
+            # The Hub's list has neither sizes nor scores.
             model = api.model_info(found.id, files_metadata=True)
             size = sum(file.size or 0 for file in model.siblings or ())
             yield Listing(model.id, None, model.sha, ("main",), size, tuple(_scores(model)))
 
 
 def search_others(query: str, access: HubAccess | None = None) -> Iterator[Listing]:
-    """The Hub's ONNX models for images that are not ours and load by their names, the most downloaded of each task.
+    """Lists the most downloaded image models on the Hub that others made and robustfeat loads as ONNX, per task.
 
     Args:
-        query: part of their names; empty for all.
+        query: a part of the name; empty for all.
 
     Raises:
         HubError: the Hub refuses, fails or cannot be reached.
@@ -343,7 +345,7 @@ def search_others(query: str, access: HubAccess | None = None) -> Iterator[Listi
 
 @contextmanager
 def _searching(query: str, access: HubAccess | None) -> Iterator[Any]:
-    """The Hub's client, once the Hub answers; errors in the block become ours."""
+    """The Hub's client, once the Hub answers. Errors in the block become `HubError`."""
     access = access or HubAccess()
     with access.explaining(query or "the Hub"):
         access.reach()
@@ -351,19 +353,19 @@ def _searching(query: str, access: HubAccess | None) -> Iterator[Any]:
 
 
 def _loads(model: Any) -> bool:
-    """Whether a model in the Hub's list is none of ours, and loads by its name."""
+    """Whether a model in the Hub's list is not robustfeat's and can be loaded by name."""
     names = {file.rfilename for file in model.siblings or ()}
     described = is_onnx_layout(model.config) and any(name in names for name in PROCESSORS)
     return TAG not in (model.tags or ()) and described and find_network(names, "fp32") is not None
 
 
 def _scores(model: Any) -> Iterator[str]:
-    """From where the Hub keeps the card's model-index: beside the rest of the card, or in it."""
+    """Reads the scores in a card's model-index, which the Hub lists inside or outside the card's data."""
     from huggingface_hub.repocard_data import model_index_to_eval_results
 
     results = getattr(model.card_data, "eval_results", None)
     if not results and model.model_index:
-        with suppress(KeyError, TypeError, ValueError):  # cards are written by hand, too
+        with suppress(KeyError, TypeError, ValueError):  # cards may be written by hand
             _, results = model_index_to_eval_results(model.model_index)
     for result in results or ():
         yield f"{result.dataset_name} {result.metric_name or result.metric_type} {result.metric_value}"

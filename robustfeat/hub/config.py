@@ -1,4 +1,4 @@
-"""What config.json says about a model: timm's keys, so that other libraries load it, and a `robustfeat` block."""
+"""Reads and writes config.json: timm's keys, which other libraries read, and a `robustfeat` block."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from robustfeat.hub.preprocessing import Preprocessing
 __all__ = ["FORMAT_VERSION", "Evaluation", "ModelConfig"]
 
 FORMAT_VERSION = 1
-"""Folders of a newer version are refused; older ones are read as long as this number has not changed."""
+"""Version of the folder format. Other versions are refused."""
 
 _KEYS = {"architecture", "num_classes", "num_features", "dtype", "pretrained_cfg", "model_args", "robustfeat"}
 _LIBRARIES = {"onnx", "robustfeat", "torchvision", "transformers"}
 CODE_ENTRIES = {"auto_map", "custom_pipelines", "custom_generate"}
-"""By which other libraries find code in a repository, to run it."""
+"""Keys by which other libraries find code in a repository and run it."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measured number, as the Hub lists it beside a model.
+    """One measured number, as the Hub lists it for a model.
 
     Attributes:
-        dataset: its name, for people.
-        dataset_id: its name on the Hub, or a short one where it is not there.
-        split: what was measured on.
-        metric: such as accuracy.
-        value: in the metric's unit; accuracies in %.
-        protocol: how the features became answers, in a few words.
+        dataset: readable name of the dataset.
+        dataset_id: name of the dataset on the Hub, or a short name if it is not there.
+        split: the split of the dataset.
+        metric: the metric, such as accuracy.
+        value: the number, in the metric's unit; accuracies in %.
+        protocol: how the features became predictions, in a few words.
     """
 
     dataset: str
@@ -59,28 +59,28 @@ class ModelConfig:
     """A model's identity and contract.
 
     Attributes:
-        name: with its version, such as `robustfeat-resnet18-tiny-v1`; a changed model gets a new name.
-        architecture: timm's name of the network; `torchvision:NAME` or `robustfeat:NAME` of one that timm lacks;
-            `transformers:CLASS`; or `onnx:NAME` where the ONNX file is all that there is of it.
-        feature_size: D, the length of a feature vector; 0 where only the network itself tells.
+        name: name with version, such as `robustfeat-resnet18-tiny-v1`. A changed model gets a new name.
+        architecture: timm's name of the network; `torchvision:NAME` or `robustfeat:NAME` if timm lacks it;
+            `transformers:CLASS`; or `onnx:NAME` for a network that exists only as an ONNX file.
+        feature_size: D, the length of a feature vector; 0 if only the network itself defines it.
         num_classes: outputs of the classifier in model.safetensors; 0 for none.
         preprocessing: the contract between image files and the network's input.
         first_conv, classifier: names of the first and the last layer, for libraries that adapt them.
-        fixed_input_size: whether timm makes the network for the size of its input.
-        transformers: what config.json says of a network of transformers, in its own words; empty for others.
-        pooling: how the outputs of such a network became the features: a way of `hub.outputs.POOLED`.
-        concepts: names of the K concepts that training knew; empty for imported models.
-        recipe: how it was trained, as `training.json` says in full; empty for imported models.
-        int8: of the int8 file, how many layers it computes in int8 (`layers`, `of`), their share of the
-            `multiply_adds`, and the weights of those `kept` in floating point; empty without it, and in older folders.
-        provenance: where it comes from and under which terms: `source`, `data`, `terms`, `versions`;
-            `license` and `datasets`, where they are known, as the Hub names them.
-        results: measured results, by title: text, or a table as a list of rows.
+        fixed_input_size: whether timm builds the network for one input size.
+        transformers: the transformers config of such a network; empty for others.
+        pooling: how the outputs of a transformers network became features: a key of `hub.outputs.POOLED`.
+        concepts: names of the K concepts in training; empty for imported models.
+        recipe: summary of the training recipe, which `training.json` has in full; empty for imported models.
+        int8: facts about the int8 file: int8 layers (`layers`, `of`), their share of the `multiply_adds`, and the
+            weights `kept` in floating point; empty without such a file, and in older folders.
+        provenance: `source`, `data`, `terms` and `versions`; also `license` and `datasets` by their Hub names, if
+            known.
+        results: measured results by title: text, or a table as a list of rows.
         evaluations: measured numbers, as the Hub lists them.
-        files: sha256 of every file but the card and config.json itself, by path within the folder.
-        card_sha256: that of the card as it was written, which tells whether it was edited since; not verified.
-        outputs: of a network of transformers, whose features are one of its outputs or made from it. None for our
-            own, which give `features`.
+        files: sha256 of every file except the card and config.json, by path within the folder.
+        card_sha256: sha256 of the card as written, to detect later edits. It is not verified.
+        outputs: outputs of a transformers network, from which features are made. None for robustfeat's own networks,
+            which output `features`.
     """
 
     name: str
@@ -105,20 +105,20 @@ class ModelConfig:
 
     @property
     def library(self) -> str:
-        """What builds the network: timm, torchvision, transformers or robustfeat, or onnx where only engines run it."""
+        """The library that builds the network: timm, torchvision, transformers, robustfeat, or onnx (engines only)."""
         prefix, colon, _ = self.architecture.partition(":")
         return prefix if colon and prefix in _LIBRARIES else "timm"
 
     @property
     def int8_share(self) -> str:
-        """How much of the int8 file is int8, in words; empty where that is not known."""
+        """The int8 share of the int8 file as text; empty if unknown."""
         if not self.int8:
             return ""
         share = 100 * self.int8["multiply_adds"]
         return f"{self.int8['layers']} of {self.int8['of']} layers, {share:.1f} % of the multiply-adds"
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed."""
+        """Copies the config with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class ModelConfig:
             "architecture": self.architecture,
             "num_classes": self.num_classes,
             "num_features": self.feature_size,
-            # transformers would run fp16 weights in fp16 without this
+            # without this entry, transformers would run fp16 weights in fp16
             "dtype": "float32",
             "pretrained_cfg": {
                 "num_classes": self.num_classes,
@@ -144,7 +144,7 @@ class ModelConfig:
                 "first_conv": self.first_conv,
                 "classifier": self.classifier,
             },
-            # for transformers, which does not ask timm's settings
+            # transformers does not read timm's settings
             **({"model_args": {"img_size": [side, side]}} if self.fixed_input_size else {}),
             "robustfeat": {
                 "format_version": FORMAT_VERSION,
@@ -166,27 +166,27 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Any, source: str) -> ModelConfig:
-        """The inverse of `to_dict`; `source` names the file in messages.
+        """Reverses `to_dict`; `source` names the file in messages.
 
         Raises:
-            ModelFolderError: it is not a config of ours, is of a newer format, or contradicts itself.
+            ModelFolderError: the config is not robustfeat's, has another format version, or contradicts itself.
         """
         block = data.get("robustfeat") if isinstance(data, dict) else None
         if not isinstance(block, dict):
             raise ModelFolderError(
                 f"{source}: has no robustfeat block; expected a folder made by robustfeat export or robustfeat import, "
-                "or a model of transformers with ONNX files (model_type)"
+                "or a transformers model with ONNX files (model_type)"
             )
         version = block.get("format_version")
         if version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             remedy = "upgrade robustfeat" if newer else "export the model again"
             raise ModelFolderError(f"{source}: format_version must be {FORMAT_VERSION}; got {version!r}", fix=remedy)
-        own = _KEYS if "model_type" not in data else set(data) - CODE_ENTRIES  # with the entries of transformers
+        own = _KEYS if "model_type" not in data else set(data) - CODE_ENTRIES  # transformers adds its own entries
         if unknown := sorted(set(data) - own):
-            what = "names code to run" if unknown[0] in CODE_ENTRIES else "no model of ours has"
+            what = "names code to run" if unknown[0] in CODE_ENTRIES else "is unknown"
             raise ModelFolderError(
-                f"{source}: the entry {unknown[0]!r} {what}", fix="do not use this model, or remove it"
+                f"{source}: the entry {unknown[0]!r} {what}", fix="do not use this model, or remove the entry"
             )
         try:
             timm_block = data["pretrained_cfg"]

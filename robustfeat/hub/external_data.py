@@ -1,9 +1,9 @@
-"""Weights that an ONNX file keeps in other files, put into the file itself.
+"""Moves an ONNX file's external data into the file itself.
 
-Engines read such files on their own, by whatever name the ONNX file gives. With the weights inside, an engine
-gets one piece of memory, every byte of which was verified, and opens no file.
+An engine would open external files by any name that the ONNX file gives. With the weights inside, it gets one verified
+piece of memory and opens no file.
 
-An ONNX file is a protobuf message, with messages within messages (see `protobuf`).
+An ONNX file is a protobuf message with nested messages (see `protobuf`).
 Reference: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 """
 
@@ -34,35 +34,35 @@ MESSAGES: dict[str, dict[int, str]] = {
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
     "TensorProto": {},
 }
-"""The fields through which a message of ONNX leads to tensors, by the message's name."""
+"""Fields that lead from an ONNX message to tensors, by the message's name."""
 
 _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14
 _EXTERNAL = 1
 MAX_BYTES = 2**31 - 1
-"""Engines read no larger message."""
+"""Largest message that engines read, in bytes."""
 
 _Pieces = list[bytes | memoryview]
 
 
 def inline_external_data(content: bytes, read: Callable[[str], bytes]) -> bytes:
-    """An ONNX file with its external data inside; `content` itself where there are none.
+    """Returns an ONNX file with its external data inside, or `content` itself if there are none.
 
     Args:
-        content: of the file.
-        read: gives the content of a file that is named there, or raises.
+        content: the content of the file.
+        read: returns the content of an external file by its name, or raises.
 
     Raises:
-        ValueError: it is no ONNX file, a reference leads nowhere, or the result is too large for an engine.
+        ValueError: the file is not ONNX, a reference is broken, or the result is too large for an engine.
     """
     pieces = _Inliner(read).convert(content)
     return content if pieces is None else b"".join(pieces)
 
 
 def write_with_data_inside(content: bytes, read: Callable[[str], bytes | mmap.mmap], target: BinaryIO) -> None:
-    """Writes what `inline_external_data` gives, piece by piece: where `read` maps files, no copy of them is made.
+    """Writes the result of `inline_external_data` piece by piece, without copies if `read` maps files.
 
     Raises:
-        ValueError: as there.
+        ValueError: see `inline_external_data`.
     """
     target.writelines(_Inliner(read).convert(content) or [content])
 
@@ -74,16 +74,16 @@ class _Inliner:
         self._inlined = 0
 
     def convert(self, content: bytes) -> _Pieces | None:
-        """The file in pieces; None where it has no external data."""
+        """The file in pieces, or None if it has no external data."""
         if not any(number == 7 and wire == BYTES for number, wire, *_ in iterate_fields(memoryview(content))):
             raise ValueError("not an ONNX file: it has no graph")
         try:
             return self._message(memoryview(content), "ModelProto")
         except RecursionError as exc:
-            raise ValueError("its graphs lie too deep within each other") from exc
+            raise ValueError("its graphs are nested too deeply") from exc
 
     def _message(self, message: memoryview, kind: str) -> _Pieces | None:
-        """The message with its tensors' data inside; None where nothing changes."""
+        """The message with its tensors' data inside, or None if nothing changes."""
         if kind == "TensorProto":
             return self._tensor(message)
         pieces: _Pieces = []
@@ -115,7 +115,7 @@ class _Inliner:
         if not external and not place:
             return None
         if not external or "location" not in place:
-            raise ValueError("a tensor says in part that its data lie in another file")
+            raise ValueError("a tensor has an incomplete reference to external data")
         data = self._find(place)
         return [*kept, varint(_RAW_DATA << 3 | BYTES), varint(len(data)), data]
 
@@ -130,5 +130,5 @@ class _Inliner:
             raise ValueError(f"a tensor's data end outside {location}")
         self._inlined += size
         if self._inlined > MAX_BYTES:
-            raise ValueError("with its weights it is larger than 2 GB, which engines cannot read")
+            raise ValueError("with its weights it exceeds 2 GB, the limit of engines")
         return data[first : first + size]

@@ -1,13 +1,13 @@
-"""An ONNX file in fp16, made from the same file in fp32, with float32 inputs and outputs.
+"""Converts an ONNX file from fp32 to fp16, with float32 inputs and outputs.
 
-Weights, constants and intermediate values are fp16. `Cast` nodes follow the inputs and precede the outputs.
+Weights, constants and intermediate values become fp16. `Cast` nodes follow the inputs and precede the outputs.
 Some numbers need more than rounding:
 
-- BatchNorm becomes one factor and one offset per channel, computed in float64. Its statistics often lie outside the
-  range of fp16, and the result does not.
-- The scales of `Resize` stay float32. ONNX demands it, and a rounded scale gives other sizes.
-- A single number that fp16 rounds to 0, such as an epsilon, becomes the smallest number of fp16.
-- Numbers beyond 1e30, such as those of masks, become the largest number of fp16.
+- BatchNorm becomes one factor and one offset per channel, computed in float64. Its statistics often exceed the range of
+  fp16, but factor and offset do not.
+- The scales of `Resize` stay float32. ONNX requires it, and a rounded scale would change sizes.
+- A single number that fp16 rounds to 0, such as an epsilon, becomes the smallest fp16 number.
+- Numbers beyond 1e30, as in masks, become the largest fp16 number.
 
 Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 """
@@ -38,41 +38,41 @@ _LARGEST, _SMALLEST, _MASK = 65504.0, 2.0**-24, 1e30
 _SUFFIX = "_fp16"
 
 _SCALES = {"Resize": 2, "Upsample": 1}
-"""Operators and which of their inputs are scales."""
+"""Operators, and the positions of their scale inputs."""
 
 
 def convert_to_float16(content: bytes) -> bytes:
-    """The network of an ONNX file in fp16; inputs and outputs keep names and shapes, and float32.
+    """Converts a network to fp16. Inputs and outputs keep their names and shapes, and stay float32.
 
     Args:
-        content: of a file with its weights inside (see `inline_external_data`).
+        content: an ONNX file with its weights inside (see `inline_external_data`).
 
     Raises:
-        ValueError: it is no ONNX file, is quantised, or a weight is beyond the range of fp16.
+        ValueError: the file is not ONNX, is quantised, or a weight exceeds the range of fp16.
     """
     return _Conversion(whole=True).model(content)
 
 
 def with_float32_ends(content: bytes) -> bytes:
-    """The same network with float32 inputs and outputs in place of float16 ones; `content` itself where it has none.
+    """Converts float16 inputs and outputs to float32. Returns `content` itself if there are none.
 
     Raises:
-        ValueError: it is no ONNX file.
+        ValueError: the file is not ONNX.
     """
     return _Conversion(whole=False).model(content)
 
 
 @dataclass
 class _Conversion:
-    """One conversion: of the whole network, or of its float16 inputs and outputs."""
+    """Converts the whole network, or only its float16 inputs and outputs."""
 
     whole: bool
     renamed: dict[str, str] = field(default_factory=dict)
-    """Inputs and outputs, and the names of their fp16 counterparts within the network."""
+    """Inputs and outputs, with the names of their fp16 counterparts inside the network."""
     kept: set[str] = field(default_factory=set)
     """Values that stay float32."""
     used: set[str] = field(default_factory=set)
-    """Values that nodes read."""
+    """Values that nodes use as inputs."""
 
     def model(self, content: bytes) -> bytes:
         try:
@@ -80,7 +80,7 @@ class _Conversion:
         except (IndexError, OverflowError) as exc:
             raise ValueError("not an ONNX file, or a damaged one (a node or tensor is incomplete)") from exc
         except RecursionError as exc:
-            raise ValueError("its graphs lie too deep within each other") from exc
+            raise ValueError("its graphs are nested too deeply") from exc
 
     def _model(self, content: bytes) -> bytes:
         model = Message.parse(content)
@@ -105,7 +105,7 @@ class _Conversion:
         return model.replacing({_GRAPH: [self._graph(graph, before, after)], _FUNCTION: functions}).encode()
 
     def _graph(self, graph: Message, before: Sequence[Message] = (), after: Sequence[Message] = ()) -> Message:
-        """A graph with other nodes at its start and end."""
+        """Converts a graph and adds nodes at its start and end."""
         tensors = {tensor.text(_TENSOR_NAME): tensor for tensor in map(Message.parse, graph.values(_INITIALIZER))}
         nodes = graph.values(_NODE)
         if self.whole:
@@ -119,7 +119,7 @@ class _Conversion:
             _VALUE_INFO: [],
         }
         if self.whole:
-            # The statistics that only BatchNorm read may not fit; an initializer that is also an input must stay.
+            # Statistics that only BatchNorm used may not fit fp16. An initializer that is an input must stay.
             needed = self.used | {_name_and_type(value)[0] for value in graph.values(_INPUT)}
             changes[_INITIALIZER] = [
                 tensor if name in self.kept else _halve(tensor) for name, tensor in tensors.items() if name in needed
@@ -170,7 +170,7 @@ class _Conversion:
         return attribute
 
     def _end(self, value: Value) -> Value:
-        """An input or output: float32 where a Cast stands beside it, else fp16."""
+        """An input or output: float32 if a Cast is beside it, else fp16."""
         name, kind = _name_and_type(value)
         if kind not in {_FLOAT, _HALF} or not (self.whole or name in self.renamed):
             return value
@@ -182,9 +182,9 @@ class _Conversion:
 
 
 def _fold_batch_norm(node: Message, tensors: dict[str, Message]) -> Message:
-    """The node with parameters that do not depend on its statistics, which `tensors` gets, where they are weights.
+    """Folds BatchNorm's statistics into a factor and an offset, if they are weights, and puts those into `tensors`.
 
-    scale (x - mean) / sqrt(var + eps) + bias is factor x / sqrt(1 + eps) + offset.
+    scale (x - mean) / sqrt(var + eps) + bias = factor x / sqrt(1 + eps) + offset.
     """
     reads = node.texts(_READS)
     parameters = [tensors[name] for name in reads[1:5] if name in tensors]
@@ -196,7 +196,7 @@ def _fold_batch_norm(node: Message, tensors: dict[str, Message]) -> Message:
     epsilon = 1e-5
     if "epsilon" in given:
         epsilon = float(np.frombuffer(given["epsilon"].data(_NUMBER), "<f4")[0])
-    with np.errstate(all="ignore"):  # of a damaged file; the features say it
+    with np.errstate(all="ignore"):  # a damaged file may overflow; the features then show it
         factor = scale / np.sqrt(variance + epsilon)
         offset = bias - mean * factor
     parts = {
@@ -212,28 +212,28 @@ def _fold_batch_norm(node: Message, tensors: dict[str, Message]) -> Message:
 
 
 def _halve(tensor: Message) -> Message:
-    """A tensor in fp16 if it is float32; else itself."""
+    """Converts a float32 tensor to fp16; others stay as they are."""
     if tensor.integers(_DATA_TYPE) != [_FLOAT]:
         return tensor
     return _tensor(tensor.text(_TENSOR_NAME), _values(tensor))
 
 
 def _values(tensor: Message) -> NDArray[np.float32]:
-    """The numbers of a float32 tensor."""
+    """The values of a float32 tensor."""
     flat: NDArray[np.float32] = np.frombuffer(tensor.data(_RAW_DATA) or tensor.data(_FLOAT_DATA), "<f4")
     return flat.reshape(tensor.integers(_DIMS))
 
 
 def _tensor(name: str, values: NDArray[np.floating[Any]]) -> Message:
-    """A float16 tensor.
+    """Makes a float16 tensor.
 
     Raises:
-        ValueError: a number is beyond the range of fp16.
+        ValueError: a value exceeds the range of fp16.
     """
     size = np.abs(values)
     if np.any((size > _LARGEST) & (size < _MASK)):
         largest = float(size[size < _MASK].max())
-        raise ValueError(f"{name or 'a constant'} has the number {largest:.3g}, and the largest one of fp16 is 65504")
+        raise ValueError(f"{name or 'a constant'} has the value {largest:.3g}; fp16 ends at 65504")
     half = np.where(np.isinf(values), values, np.clip(values, -_LARGEST, _LARGEST)).astype("<f2")
     if half.size == 1 and not half.any() and values.any():
         half = np.full_like(half, _SMALLEST * np.sign(values.reshape(-1)[0]))
@@ -259,7 +259,7 @@ def _node(operator: str, read: str, written: str, **attributes: int) -> Message:
 
 
 def _name_and_type(value: Value) -> tuple[str, int | None]:
-    """The name of an input or output, and its element type if it is a tensor."""
+    """The name of an input or output, and the element type of a tensor."""
     message = Message.parse(value)
     for outer in message.values(2):
         for tensor in Message.parse(outer).values(1):

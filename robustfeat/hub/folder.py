@@ -1,11 +1,11 @@
-"""The model folder: one layout for training to write, the Hub to move and serving to read.
+"""The model folder, which training writes, the Hub moves and serving reads.
 
     config.json  model.safetensors  onnx/model.onnx  onnx/model_int8.onnx
     golden/  preprocessor_config.json  training.json  README.md
 
-`onnx/model_fp16.onnx` may lie there, too. Without it, fp16 is converted from fp32 when it is loaded.
-In a compact folder (such as the built-in one) `model.onnx` lies beside `model.safetensors` and keeps its weights in it.
-A folder without `model.safetensors` has its weights in `onnx/model.onnx` alone. Folders in the layout of Optimum and
+`onnx/model_fp16.onnx` is optional. Without it, fp16 is converted from fp32 at load time.
+In a compact folder, such as the built-in model, `model.onnx` lies beside `model.safetensors` and takes its weights from
+it. Without `model.safetensors`, only `onnx/model.onnx` has the weights. Folders in the layout of Optimum and
 transformers.js (`onnx_layout`) are read as they are.
 """
 
@@ -55,10 +55,10 @@ _PROGRAMS = {".bat", ".dll", ".dylib", ".exe", ".ipynb", ".jar", ".js", ".ps1", 
 
 
 def weights_sha256(files: Mapping[str, str]) -> str:
-    """The hash that stands for a model's weights, from the hashes of its files.
+    """A hash that identifies a model's weights, from the hashes of its files.
 
-    It is that of model.safetensors, or else of the fp32 ONNX file (or the first precision that is there); empty where
-    there is neither. Weights in files beside an ONNX file count, too.
+    It is the hash of model.safetensors, else of the fp32 ONNX file, else of the first precision. It covers the external
+    data of an ONNX file. Without any weights it is empty.
     """
     if WEIGHTS in files:
         return files[WEIGHTS]
@@ -70,33 +70,33 @@ def weights_sha256(files: Mapping[str, str]) -> str:
 
 
 def holds_code(name: str) -> bool:
-    """Whether a file's name is that of a pickle or of code: what a model folder never needs."""
+    """Whether a file is a pickle or code by its name. A model folder never needs one."""
     return any(suffix.lower() in _PICKLES | _PROGRAMS for suffix in PurePosixPath(name).suffixes)
 
 
 class ModelFolder:
-    """A model folder that was opened: its config is valid, its files are there, and nothing in it is code.
+    """An open model folder, with a valid config, all its files, and no code.
 
-    In the layout of Optimum and transformers.js, the files that are used get their hashes here. Other files, which may
-    be pickles or code there, are never opened.
+    In the layout of Optimum and transformers.js, the hashes of used files are computed here. Other files there may be
+    pickles or code, and are never opened.
 
     Args:
         path: the folder.
-        config_hash: the `config_hash` that it must have, which pins all files.
+        config_hash: the expected `config_hash`, which pins all files.
 
     Attributes:
         path: the folder.
-        config: what config.json says.
+        config: the parsed config.json.
         config_bytes: the content of config.json.
-        config_hash: its sha256. config.json lists the hashes of all files; where it is of transformers, the sha256 of
-            such a list stands here (see `list_hash`).
-        is_own: whether it is a folder of ours, with golden images, rather than one of transformers.
-        source: what a user types to get it: `builtin`, a path, or ORG/NAME on the Hub.
-        revision, access: the commit on the Hub, and which Hub, as whom; None for other folders.
+        config_hash: the sha256 of config.json, which lists the hashes of all files. For a transformers model it is the
+            sha256 of such a list (see `list_hash`).
+        is_own: whether the folder has robustfeat's layout and golden images, or else the layout of transformers.
+        source: the argument that names the model: `builtin`, a path, or ORG/NAME on the Hub.
+        revision, access: the commit on the Hub, and the Hub with the credentials; None for local folders.
 
     Raises:
-        ModelFolderError: the folder or a file is missing, config.json is of another kind or of a newer format, or a
-            pickle or code lies in a folder of ours.
+        ModelFolderError: the folder or a file is missing, config.json is of another kind or format version, or a folder
+            in robustfeat's layout contains a pickle or code.
     """
 
     source: str
@@ -111,8 +111,8 @@ class ModelFolder:
         if not file.is_file():
             reason = f"no {CONFIG}" if self.path.is_dir() else "a file" if self.path.exists() else "no such folder"
             raise ModelFolderError(
-                f"{self.path}: not a model folder ({reason}); expected builtin, ORG/NAME on the Hub, or what "
-                "robustfeat export, robustfeat import or Optimum makes"
+                f"{self.path}: not a model folder ({reason}); expected builtin, ORG/NAME on the Hub, or a folder from "
+                "robustfeat export, robustfeat import or Optimum"
             )
         try:
             self.config_bytes = file.read_bytes()
@@ -121,7 +121,7 @@ class ModelFolder:
             raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)})", fix=self._remedy) from exc
         if config_hash is not None and not re.fullmatch("(sha256:)?[0-9a-fA-F]{64}", config_hash):
             raise ModelFolderError(
-                f"{config_hash!r} is no config hash, which has 64 hex digits", fix="copy it from robustfeat info"
+                f"a config hash has 64 hex digits; got {config_hash!r}", fix="copy it from robustfeat info"
             )
         self._hashes: Mapping[str, str] = {}
         self.is_own = not is_onnx_layout(data)
@@ -131,7 +131,7 @@ class ModelFolder:
             self._open_onnx_layout(data, config_hash)
 
     def _open_own(self, data: Any, config_hash: str | None) -> None:
-        """Reads our own config.json, and refuses a folder that is incomplete or holds code."""
+        """Reads robustfeat's config.json and refuses an incomplete folder or one with code."""
         file = self.path / CONFIG
         self._pin(hashlib.sha256(self.config_bytes).hexdigest(), config_hash)
         self.config = ModelConfig.from_dict(data, str(file))
@@ -141,16 +141,16 @@ class ModelFolder:
             plain = path_parts and "/".join(path_parts) == name and not {"..", "/"} & set(path_parts)
             if not plain or "\\" in name or "\0" in name:
                 raise ModelFolderError(
-                    f"{file}: lists {name!r}, which lies outside the folder", fix="do not use this model"
+                    f"{file}: lists {name!r}, which is outside the folder", fix="do not use this model"
                 )
             if name in {CONFIG, CARD}:
-                raise ModelFolderError(f"{file}: lists {name!r} among the files that it vouches for", fix=self._remedy)
+                raise ModelFolderError(f"{file}: lists {name!r}, which cannot have a hash there", fix=self._remedy)
         self._require_files()
         self._refuse_code()
         self._check_preprocessor()
 
     def _open_onnx_layout(self, data: Mapping[str, Any], config_hash: str | None) -> None:
-        """Reads a config.json of transformers and how it prepares images, once the hashes of its files are known."""
+        """Reads the config.json and the image processor of transformers, after hashing the files."""
         self._hashes = self._list_files(data)
         self._pin(list_hash(self.config_bytes, self._hashes), config_hash)
         file = next(name for name in PROCESSORS if name in self._hashes)
@@ -164,7 +164,7 @@ class ModelFolder:
         self.config = read_onnx_layout(data, processor, self._hashes, weights, str(self._place))
 
     def _list_files(self, data: Mapping[str, Any]) -> dict[str, str]:
-        """The hashes of the files that are used of a model of transformers, by their names."""
+        """Hashes of the used files of a transformers model, by name."""
         names = ModelFolder.names_beside(self)
         refuse_without_network(data, names, str(self.path), str(self.path))
         return {name: file_sha256(self.path / name) for name in used_names(names)}
@@ -173,30 +173,30 @@ class ModelFolder:
         self.config_hash = found
         if wanted is not None and found != wanted.lower().removeprefix("sha256:"):
             raise ModelFolderError(
-                f"{self.path / CONFIG}: the sha256 must be {wanted[:12]}..., got {found[:12]}...: not the model that "
-                "was asked for",
+                f"{self.path / CONFIG}: the sha256 must be {wanted[:12]}..., got {found[:12]}...: not the requested "
+                "model",
                 fix="check the name and the revision",
             )
 
     def _refuse_code(self) -> None:
         present = (entry.relative_to(self.path).as_posix() for entry in sorted(self.path.rglob("*")))
-        # The folders of git and of the Hub's client, which no library loads models from, are their own affair.
+        # No library loads models from the folders of git and of the Hub's client.
         theirs = (".git/", ".cache/")
         refuse_code([*self.config.files, *(name for name in present if not name.startswith(theirs))], str(self.path))
 
     @property
     def _place(self) -> str | Path:
-        """Names the model in messages."""
+        """The model's name in messages."""
         return self.path
 
     @property
     def version(self) -> str:
-        """Its commit on the Hub, or else the start of its weights' hash."""
+        """The commit on the Hub, or else the start of the weights' hash."""
         return self.revision or weights_sha256(self.config.files)[:12]
 
     @property
     def precisions(self) -> list[str]:
-        """What the folder holds ONNX files for; fp16 is also made from fp32."""
+        """Precisions with an ONNX file. fp16 can also be converted from fp32."""
         return [precision for precision in ONNX if self._find_onnx(precision)]
 
     @property
@@ -206,32 +206,32 @@ class ModelFolder:
 
     @property
     def present(self) -> list[str]:
-        """The listed files that are here: all of them, but for a model on the Hub, whose files come as needed."""
+        """The listed files that exist. A model on the Hub downloads its files on demand; other folders have all."""
         return [name for name in self._hashes if (self.path / name).is_file()]
 
     @property
     def absent(self) -> list[str]:
-        """Those that are not."""
+        """The listed files that are not downloaded yet."""
         return [name for name in self._hashes if not (self.path / name).is_file()]
 
     def onnx(self, precision: str) -> Path:
-        """The ONNX file of that precision, for other programs, its hash and that of its external weights verified.
+        """The path of the ONNX file of a precision, for other programs, after verifying it and its external weights.
 
         Raises:
-            ModelFolderError: there is none, or it was altered.
+            ModelFolderError: the file is missing or was altered.
         """
         name = self._onnx_name(precision)
         self.verify([name, WEIGHTS] if name == COMPACT_ONNX else [name])
         return self.path / name
 
     def read_onnx(self, precision: str) -> bytes:
-        """The network of that precision as one ONNX file, all of it verified, weights that lie in other files included.
+        """Reads and verifies the network of a precision as one ONNX file with all its weights.
 
-        Engines get these bytes and open no file, so that whatever is replaced meanwhile is not run. fp16 is converted
-        from fp32 where the folder has no file for it; its inputs and outputs are float32 in both cases.
+        Engines get these bytes and open no file, so a file that is replaced later does not run. fp16 is converted from
+        fp32 if the folder has no fp16 file. Inputs and outputs are always float32.
 
         Raises:
-            ModelFolderError: there is none, it was altered, or it keeps weights in a file that config.json does not
+            ModelFolderError: the file is missing, was altered, or keeps weights in a file that config.json does not
                 list.
             EngineError: the network cannot be converted to fp16.
         """
@@ -252,12 +252,12 @@ class ModelFolder:
             raise ModelFolderError(f"{self.path / name}: cannot be used ({exc})", fix=self._remedy) from exc
 
     def golden(self) -> tuple[list[bytes], NDArray[np.float32]]:
-        """The golden images' bytes and the (n, D) float32 features that this model must give for them."""
+        """The golden images' bytes, and their features, (n, D) float32, which this model must reproduce."""
         names = sorted(name for name in self.config.files if name.startswith("golden/") and name != GOLDEN_FEATURES)
         content = self.read(GOLDEN_FEATURES)
         try:
             features: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
-        except Exception as exc:  # NumPy reads the header as Python's text: what is raised has no common base
+        except Exception as exc:  # NumPy parses the header as Python source, so errors have no common base
             raise ModelFolderError(f"{self.path / GOLDEN_FEATURES}: not an array ({first_line(exc)})") from exc
         shape = getattr(features, "shape", "an archive of arrays")
         if not names or shape != (len(names), self.config.feature_size):
@@ -268,12 +268,12 @@ class ModelFolder:
         return [self.read(name) for name in names], features
 
     def read(self, name: str) -> bytes:
-        """The content of a listed file, whose sha256 is that in config.json.
+        """Reads a listed file and verifies its sha256.
 
-        What is used is read by this alone: a file may be replaced after it was verified.
+        All used files are read here, since a file may be replaced after `verify`.
 
         Raises:
-            ModelFolderError: it is not listed, cannot be read, or differs.
+            ModelFolderError: the file is not listed, cannot be read, or has another hash.
         """
         self._require_listed(name)
         self.fetch([name])
@@ -285,14 +285,14 @@ class ModelFolder:
         return content
 
     def names_beside(self) -> list[str]:
-        """All files of a folder in the layout of transformers.js, those of its text tower among them."""
+        """All files of a folder in the layout of transformers.js, including its text tower's."""
         return [entry.relative_to(self.path).as_posix() for entry in self.path.rglob("*") if entry.is_file()]
 
     def read_beside(self, name: str) -> bytes:
-        """The content of one of `names_beside`, whose hash is no part of `config_hash`.
+        """Reads one of `names_beside`, whose hash is not part of `config_hash`.
 
         Raises:
-            ModelFolderError: it cannot be read.
+            ModelFolderError: the file cannot be read.
         """
         try:
             return (self.path / name).read_bytes()
@@ -300,10 +300,10 @@ class ModelFolder:
             raise ModelFolderError(f"{self.path / name}: cannot be read ({exc.strerror})") from exc
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Compares the files' sha256 with config.json; all of them by default.
+        """Compares files' sha256 with config.json; by default all files.
 
         Raises:
-            ModelFolderError: naming the first file that differs.
+            ModelFolderError: a file differs. The message names the first one.
         """
         chosen = list(self._hashes if names is None else names)
         for name in chosen:
@@ -324,8 +324,8 @@ class ModelFolder:
             if self.is_own:
                 raise ModelFolderError(f"{self.path}: {name} is not listed in {CONFIG}", fix=self._remedy)
             raise ModelFolderError(
-                f"{self.path}: {name} is not one of the files that are used of such a folder",
-                fix="import the ONNX file, which takes its weights in (robustfeat import)",
+                f"{self.path}: {name} is not a file that robustfeat uses in this layout",
+                fix="import the ONNX file with its weights (robustfeat import)",
             )
 
     def _compare(self, name: str, actual: str) -> None:
@@ -337,10 +337,10 @@ class ModelFolder:
             )
 
     def fetch(self, names: Sequence[str]) -> None:
-        """Sees to it that these files are here. They always are in a folder of one's own."""
+        """Downloads missing files. A local folder has all of them."""
 
     def size_bytes(self) -> int:
-        """Bytes of the listed files that are here."""
+        """Size of the listed files that exist, in bytes."""
         return sum((self.path / name).stat().st_size for name in self.present)
 
     def _require_files(self) -> None:
@@ -348,7 +348,7 @@ class ModelFolder:
             raise ModelFolderError(f"{self.path}: {name} is missing", fix=self._remedy)
 
     def _check_preprocessor(self) -> None:
-        """Other libraries read this file; what names code in it is theirs to run, and ours to refuse."""
+        """Refuses an image processor that names code: other libraries read this file and would run the code."""
         file = self.path / PREPROCESSOR
         if not file.is_file():
             return
@@ -358,7 +358,7 @@ class ModelFolder:
             raise ModelFolderError(f"{file}: not valid JSON ({first_line(exc)})", fix=self._remedy) from exc
         if found := sorted(CODE_ENTRIES & set(data if isinstance(data, dict) else ())):
             raise ModelFolderError(
-                f"{file}: the entry {found[0]!r} names code to run", fix="do not use this model, or remove it"
+                f"{file}: the entry {found[0]!r} names code to run", fix="do not use this model, or remove the entry"
             )
 
     def _onnx_name(self, precision: str) -> str:
@@ -379,31 +379,30 @@ class ModelFolder:
 
 
 def list_hash(config: bytes, files: Mapping[str, str]) -> str:
-    """What pins a model of transformers: the sha256 of a list of its files' hashes, config.json included.
+    """The sha256 that pins a transformers model: of the list of its files' hashes, including config.json.
 
-    The list is a JSON object from names to hashes in the order of the names, without spaces.
+    The list is a JSON object from names to hashes, sorted by name, without spaces.
     """
     hashes = {**files, CONFIG: hashlib.sha256(config).hexdigest()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def refuse_code(names: Iterable[str], place: str) -> None:
-    """Refuses a folder of ours with a pickle or code in it, whoever put it there.
+    """Refuses a folder in robustfeat's layout that contains a pickle or code.
 
     Raises:
-        ModelFolderError: naming the first such file.
+        ModelFolderError: the folder contains one. The message names the first.
     """
     for name in names:
         if holds_code(name):
             raise ModelFolderError(
-                f"{place}: holds {name}, which may run code when it is loaded; a model folder has no pickle and no "
-                "code",
+                f"{place}: contains {name}, which may run code when loaded; a model folder has no pickle and no code",
                 fix="remove the file, or do not use this model",
             )
 
 
 def seal_folder(path: Path, config: ModelConfig, card: str) -> ModelFolder:
-    """Writes the card and config.json with the sha256 of every other file in `path`, and opens the result."""
+    """Writes the card, and config.json with the sha256 of all other files in `path`. Opens the result."""
     files = {
         file.relative_to(path).as_posix(): file_sha256(file)
         for file in sorted(path.rglob("*"))
@@ -417,7 +416,7 @@ def seal_folder(path: Path, config: ModelConfig, card: str) -> ModelFolder:
 
 
 def file_sha256(path: Path) -> str:
-    """64 hex digits."""
+    """The sha256 of a file, 64 hex digits."""
     try:
         with open(path, "rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The card of a head, rendered from head.json when it is pushed."""
+"""Renders the card of a head from head.json for a push."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from robustfeat.hub.remote import is_commit, is_hub_name
 __all__ = ["HEAD_TAG", "render_head_card"]
 
 HEAD_TAG = "robustfeat-head"
-"""The Hub's tag of our heads."""
+"""Tag of robustfeat's heads on the Hub."""
 
 _MOST_CLASSES = 500
 _BUILTIN, _UNKNOWN = "builtin", "MODEL"
 
 
 def render_head_card(about: Mapping[str, Any], sha256: str, license_id: str | None = None) -> str:
-    """Markdown with the Hub's metadata in front: classes, scores, the model that it belongs to, how to use it.
+    """Renders a card with the Hub's metadata: use, model, scores and classes.
 
-    `PLACE` stands where the repository's name belongs; a push puts it there.
+    The card contains `PLACE` instead of the repository's name. A push replaces it.
 
     Args:
         about: the content of head.json.
-        sha256: of head.json.
-        license_id: the Hub's name of a license; None where none is stated.
+        sha256: the sha256 of head.json.
+        license_id: the Hub's name of a license; None for none.
     """
     classes = about["classes"]
     several = ", several of which may apply" if about["multi_label"] else ""
@@ -41,7 +41,7 @@ def render_head_card(about: Mapping[str, Any], sha256: str, license_id: str | No
 # {PLACE}
 
 A head of robustfeat: a classifier of image features ({about["kind"]}), {fitted}.
-It tells {len(classes)} classes{several}.
+It distinguishes {len(classes)} classes{several}.
 
 ## Use
 
@@ -76,8 +76,8 @@ print(head.predict(extractor.embed(["photo.jpg"])))
 
 License of the head: {license_id or "not stated"}. The model has its own.
 
-Nothing in the head is executed: it is numbers and names. It answers with its classes for any image; a low
-`typicality` tells images of none of them.
+A head is numbers and names; nothing in it is executed. It predicts one of its classes for any image. Images of no
+known class have a low `typicality`.
 """
 
 
@@ -96,25 +96,25 @@ def _metadata(about: Mapping[str, Any], license_id: str | None) -> str:
 
 
 def _place(model: Mapping[str, Any] | None) -> tuple[str | None, dict[str, str]]:
-    """Where the head's model is found, None for the built-in one, and the options that it needs."""
+    """The name of the head's model, or None for the built-in one, and the options that it needs."""
     facts = model or {}
     source, revision, pooling = (facts.get(name) for name in ("source", "revision", "pooling"))
     if source == _BUILTIN:
         return None, {}
-    known = isinstance(source, str) and is_hub_name(source)  # others may have written head.json
+    known = isinstance(source, str) and is_hub_name(source)  # another program may have written head.json
     options = {"revision": revision} if known and is_commit(revision) else {}
     return source if known else _UNKNOWN, options | ({"pooling": pooling} if pooling in POOLED else {})
 
 
 def _model_options(model: Mapping[str, Any] | None) -> str:
-    """The options that name the head's model on the command line."""
+    """The head's model as options of the command line."""
     place, options = _place(model)
     named = {} if place is None else {"model": place}
     return "".join(f" --{name} {value}" for name, value in (named | options).items())
 
 
 def _model_arguments(model: Mapping[str, Any] | None) -> str:
-    """The same in Python."""
+    """The head's model as arguments in Python."""
     place, options = _place(model)
     first = [] if place is None else [f'"{place}"']
     return ", ".join([*first, *(f'{name}="{value}"' for name, value in options.items())])
@@ -122,7 +122,7 @@ def _model_arguments(model: Mapping[str, Any] | None) -> str:
 
 def _model(model: Mapping[str, Any] | None) -> str:
     if model is None:
-        return "It does not say whose features it takes."
+        return "The head does not name its model."
     rows = {
         "name": model["name"],
         "source": model.get("source") or f"a folder, `{_UNKNOWN}` above",
@@ -133,11 +133,11 @@ def _model(model: Mapping[str, Any] | None) -> str:
         "hash of its preprocessing": model["preprocessing_hash"],
     }
     facts = table([{"": name, "model": value} for name, value in rows.items() if value is not None])
-    return f"Features of another model are refused.\n\n{facts.strip()}"
+    return f"The head refuses features of another model.\n\n{facts.strip()}"
 
 
 def _scores(about: Mapping[str, Any]) -> str:
-    """What was measured on rows that were not fitted."""
+    """Scores measured on held-out rows."""
     lines = []
     for name, scores in about["scores"].items():
         numbers = {
@@ -148,8 +148,8 @@ def _scores(about: Mapping[str, Any]) -> str:
         if numbers:
             lines.append({"measured on": name.replace("_", " "), **numbers})
     if not lines:
-        return "Nothing was measured.\n"
-    selected = "The rows that were held out also chose the setting: further images say more.\n"
+        return "No scores were measured.\n"
+    selected = "The held-out rows also chose the settings, so scores on new images are more reliable.\n"
     return table(lines) + "\n" + selected
 
 

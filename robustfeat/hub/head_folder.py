@@ -1,9 +1,9 @@
-"""A head's folder: numbers and names, in two files that hold each other's sha256, so that neither changes alone.
+"""A head's folder: two files that contain each other's sha256, so neither can change without the other.
 
-    head.json          what it is; the sha256 of head.safetensors, as `head.safetensors_sha256`
-    head.safetensors   arrays; the sha256 of all else in head.json, as `head_sha256` in its metadata
+    head.json          facts; the sha256 of head.safetensors, as `head.safetensors_sha256`
+    head.safetensors   arrays; the sha256 of the rest of head.json, as `head_sha256` in the metadata
 
-`serving.heads.head` says what they mean.
+`serving.heads.head` describes the contents.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ __all__ = ["HEAD", "TENSORS", "VERSIONS", "HeadFolder", "about_sha256", "copy_he
 HEAD, TENSORS = "head.json", "head.safetensors"
 CARD = "README.md"
 VERSIONS = range(1, 3)
-"""Of the format. Heads of a newer version are refused. Version 1 knew no distances."""
+"""Versions of the format. Heads of a newer version are refused. Version 1 had no distances."""
 
 
 class HeadFolder:
-    """A head's folder that was opened: its two files are there, and belong to each other.
+    """An open folder of a head, whose two files belong together.
 
     Args:
         path: the folder.
-        sha256: of head.json, which pins both files.
-        snapshot: the repository whose cached folder it is; None for a folder of one's own.
+        sha256: the expected sha256 of head.json, which pins both files.
+        snapshot: the repository of a cached folder; None for a local folder.
 
     Attributes:
         path: the folder.
         about: the content of head.json, without the hash of the other file.
-        files: the bytes of both files, as they were verified.
-        sha256: of head.json.
-        revision: the commit on the Hub; None for other folders.
-        snapshot: as above.
+        files: the verified bytes of both files.
+        sha256: the sha256 of head.json.
+        revision: the commit on the Hub; None for a local folder.
+        snapshot: see Args.
 
     Raises:
         HeadError: a file is missing, damaged, altered or of a newer format.
-        HubError: it cannot be downloaded.
+        HubError: the files cannot be downloaded.
     """
 
     def __init__(
@@ -68,22 +68,22 @@ class HeadFolder:
 
     @property
     def asked(self) -> bool:
-        """Whether the Hub said what it holds, rather than the cache."""
+        """Whether the list of files comes from the Hub rather than from the cache."""
         return self.snapshot is not None and self.snapshot.listing is not None
 
     @property
     def place(self) -> str:
-        """What a user types to get it, for messages."""
+        """The argument that names the head, for messages."""
         return self.snapshot.repo if self.snapshot else str(self.path)
 
     def _read(self, name: str) -> bytes:
         try:
             return (self.path / name).read_bytes()
         except FileNotFoundError as exc:
-            raise HeadError(f"{self.path}: not a head (no {name}); expected what svm fit makes") from exc
+            raise HeadError(f"{self.path}: not a head (no {name}); expected a folder from svm fit") from exc
         except OSError as exc:
             raise HeadError(
-                f"{self.path}: not a head that can be read ({first_line(exc)}); expected a folder that svm fit makes"
+                f"{self.path}: not a readable head ({first_line(exc)}); expected a folder from svm fit"
             ) from exc
 
     def _pin(self, wanted: str | None) -> None:
@@ -91,17 +91,17 @@ class HeadFolder:
             return
         if not re.fullmatch("(sha256:)?[0-9a-fA-F]{64}", wanted):
             raise HeadError(
-                f"{wanted!r} is no sha256 of a head, which has 64 hex digits", fix="copy it from robustfeat info"
+                f"the sha256 of a head has 64 hex digits; got {wanted!r}", fix="copy it from robustfeat info"
             )
         if self.sha256 != wanted.lower().removeprefix("sha256:"):
             raise HeadError(
-                f"{self.path / HEAD}: the sha256 must be {wanted[:12]}..., got {self.sha256[:12]}...: not the head "
-                "that was asked for",
+                f"{self.path / HEAD}: the sha256 must be {wanted[:12]}..., got {self.sha256[:12]}...: not the "
+                "requested head",
                 fix="check the name and the revision",
             )
 
     def _verify(self, about: dict[str, Any]) -> dict[str, Any]:
-        """What head.json says, once both files are known to belong to each other."""
+        """Checks that both files belong together, and returns the content of head.json."""
         version = about["format_version"]
         if version not in VERSIONS:
             raise HeadError(
@@ -118,12 +118,12 @@ class HeadFolder:
             )
         length = int.from_bytes(data[:8], "little")
         if json.loads(data[8 : 8 + length])["__metadata__"]["head_sha256"] != about_sha256(about):
-            raise HeadError(f"{self.path / HEAD}: altered since it was written", fix=self._remedy)
+            raise HeadError(f"{self.path / HEAD}: altered after it was written", fix=self._remedy)
         return about
 
 
 def about_sha256(about: Mapping[str, Any]) -> str:
-    """The hash of what head.json says, whatever its white space."""
+    """The hash of head.json's content, independent of its white space."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,16 +134,16 @@ def resolve_head(
     sha256: str | None = None,
     access: HubAccess | None = None,
 ) -> HeadFolder:
-    """The head that a user names.
+    """Opens a head by the name that a user gives.
 
     Args:
-        name: a folder, or ORG/NAME on the Hub where no such folder exists.
+        name: a folder, or ORG/NAME on the Hub if no such folder exists.
         revision: a branch, tag or commit on the Hub; main by default.
-        sha256: that head.json must have.
-        access: which Hub, as whom.
+        sha256: the expected sha256 of head.json.
+        access: the Hub to use, and the credentials.
 
     Raises:
-        HeadError: there is no such head, or it is damaged.
+        HeadError: the head does not exist or is damaged.
         HubError: the Hub refuses, fails or cannot be reached.
     """
     text = os.fspath(name)
@@ -152,18 +152,18 @@ def resolve_head(
         snapshot = Snapshot(text, HEAD, revision=revision, access=access)
         return HeadFolder(snapshot.path, sha256=sha256, snapshot=snapshot)
     if on_hub and not Path(text, HEAD).is_file():
-        raise HeadError(f"{text}: a folder of this name is in the way of the head on the Hub", fix="rename it")
+        raise HeadError(f"{text}: a folder of this name hides the head on the Hub", fix="rename the folder")
     if revision is not None:
-        raise HeadError(f"{text}: is no head on the Hub, so it has no revision {revision}", fix="leave that out")
+        raise HeadError(f"{text}: is not a head on the Hub, so it has no revision {revision}", fix="leave that out")
     return HeadFolder(text, sha256=sha256)
 
 
 def copy_head(head: HeadFolder, out: str | os.PathLike[str]) -> HeadFolder:
-    """A folder of its own with the head's files and its card, verified.
+    """Copies a head's verified files and its card to a new folder.
 
     Raises:
         HubError: the card cannot be downloaded.
-        InputError: `out` exists, or cannot be written.
+        InputError: `out` exists or cannot be written.
     """
     card = read_card(head)
     with new_folder(out) as path:
@@ -174,10 +174,10 @@ def copy_head(head: HeadFolder, out: str | os.PathLike[str]) -> HeadFolder:
 
 
 def read_card(head: HeadFolder) -> bytes | None:
-    """The card of a head, downloaded where need be; None where it has none.
+    """Reads the card of a head, and downloads it first if it is on the Hub. None if there is no card.
 
     Raises:
-        HubError: it cannot be downloaded.
+        HubError: the card cannot be downloaded.
     """
     snapshot = head.snapshot
     if snapshot and not (head.path / CARD).is_file():

@@ -1,8 +1,8 @@
-"""AVIF and HEIC images, which share a container: who reads them here, and opening them.
+"""Opens AVIF and HEIC images, which share a container.
 
-Pillow reads AVIF by libavif. HEIC needs pillow-heif, an extra, because its wheels hold an encoder under the GPL. Both
-say an image's size before anything is decoded. How an image is turned is told by the container, whatever Exif or XMP
-say: pillow-heif turns it as it loads, and Pillow puts it into the Exif data of an AVIF image.
+Pillow reads AVIF with libavif. HEIC needs pillow-heif, an extra, since its wheels contain an encoder under the GPL.
+Both know an image's size before decoding. The container defines the orientation, and Exif and XMP do not count:
+pillow-heif rotates an image as it loads, and Pillow copies the orientation to the Exif data of an AVIF image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from robustfeat.hub.image_files import AVIF, HEIC, name_contents
 __all__ = ["HEIF_FORMATS", "decoder_versions", "format_of", "is_readable", "open_heif", "use_one_thread"]
 
 HEIF_FORMATS: Mapping[str, str] = MappingProxyType({AVIF: "AVIF", HEIC: "HEIF"})
-"""The formats of this module, as Pillow calls them, by what `name_contents` says."""
+"""Pillow's names of the formats, by the names of `name_contents`."""
 
 _PACKAGE = "pillow_heif"
 _FIXES = {
@@ -39,32 +39,32 @@ _one_thread = False
 
 
 def format_of(data: bytes) -> str | None:
-    """`AVIF`, `HEIF`, or None for the bytes of any other file."""
+    """Returns `AVIF` or `HEIF`, or None for the bytes of any other file."""
     found = name_contents(data)
     return HEIF_FORMATS.get(found[0]) if found else None
 
 
 def is_readable(name: str) -> bool:
-    """Whether this installation reads `AVIF` or `HEIF`."""
+    """Whether this installation reads the format, `AVIF` or `HEIF`."""
     if name == "AVIF":
         return bool(features.check("avif"))
     try:
         return importlib.util.find_spec(_PACKAGE) is not None
-    except ValueError:  # its entry in sys.modules is None
+    except ValueError:  # sys.modules has None for it
         return False
 
 
 def decoder_versions() -> dict[str, str]:
-    """The versions of installed libraries that decode these formats, but for Pillow's own."""
+    """Versions of the installed libraries that decode these formats, except Pillow's own."""
     if not is_readable("HEIF"):
         return {}
-    from importlib.metadata import version  # loads the parser of emails, which takes as long as Pillow
+    from importlib.metadata import version  # imports the email parser, which takes as long as Pillow
 
     return {"pillow-heif": version("pillow-heif")}
 
 
 def use_one_thread() -> None:
-    """Lets libraries start one thread at most: where there is a process per processor, more cost memory alone."""
+    """Limits the libraries to one thread. With a process per processor, more threads only cost memory."""
     global _one_thread  # noqa: PLW0603
     from PIL import AvifImagePlugin
 
@@ -73,19 +73,19 @@ def use_one_thread() -> None:
 
 
 def open_heif(data: bytes, name: str) -> ImageFile.ImageFile:
-    """An AVIF or HEIC image, not yet decoded; of several, the primary one.
+    """Opens an AVIF or HEIC image without decoding it. Of several images, the primary one counts.
 
     Args:
         data: the file's bytes.
         name: `AVIF` or `HEIF`.
 
     Raises:
-        DecodeError: it is damaged, or nothing here reads it.
+        DecodeError: the image is damaged, or this installation cannot read it.
     """
     what = next(said for said, format_name in HEIF_FORMATS.items() if format_name == name)
     if not is_readable(name):
         raise DecodeError(f"{what}, which this installation does not read", fix=_FIXES[name])
-    # The plugins themselves: Image.open drops their reasons, and asks for plugins that the whole process then has.
+    # Call the plugins directly: Image.open hides their reasons, and registers plugins for the whole process.
     try:
         image: ImageFile.ImageFile = _plugin(name)(io.BytesIO(data))
     except ImportError as exc:
@@ -94,12 +94,12 @@ def open_heif(data: bytes, name: str) -> ImageFile.ImageFile:
     except SyntaxError as exc:
         over = _too_large(data) if name == "AVIF" else None
         raise DecodeError(over or f"damaged: {first_line(exc)}") from exc
-    image.info.pop("xmp", None)  # Pillow would take an orientation from it
+    image.info.pop("xmp", None)  # Pillow would read an orientation from it
     return image
 
 
 def _too_large(data: bytes) -> str | None:
-    """What is said of an image that libavif refuses by its size, and calls damaged."""
+    """The error for an image that libavif calls damaged because of its size."""
     for match in _SIZE.finditer(data, 0, _HEAD_BYTES):
         width, height = (int.from_bytes(side, "big") for side in match.groups())
         if max(width, height) > _AVIF_SIDE or width * height > _AVIF_PIXELS:

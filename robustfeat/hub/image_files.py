@@ -1,4 +1,4 @@
-"""What the bytes of a file are, where they are no image that is read, and PNG files without their metadata."""
+"""Names files that are not readable images, and strips metadata from PNG files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 __all__ = ["AVIF", "HEIC", "name_contents", "without_png_metadata"]
 
 AVIF, HEIC = "an AVIF image", "a HEIC image"
-"""What `name_contents` says of these."""
+"""Names that `name_contents` gives these formats."""
 
 _CONVERT = "convert it to JPEG or PNG"
 _UNPACK = "unpack it, or pack its files as an uncompressed .tar"
@@ -50,14 +50,14 @@ _HEAD = 1024
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PICTURE = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
 _TURNING = {b"Raw profile type exif", b"XML:com.adobe.xmp"}
-"""Texts in which Pillow looks for an orientation."""
+"""PNG texts in which Pillow looks for an orientation."""
 _MOST_TEXT = 2**20
 
 
 def name_contents(data: bytes) -> tuple[str, str] | None:
-    r"""What a file is, and what to do where that is not read; None where its beginning does not tell.
+    r"""Names a file's type and how to convert it, or returns None if its first bytes do not identify it.
 
-    JPEG, PNG, WebP, GIF, BMP and TIFF are not told.
+    JPEG, PNG, WebP, GIF, BMP and TIFF give None.
 
     >>> name_contents(b"PK\x03\x04...")[0]
     'a zip archive'
@@ -67,10 +67,10 @@ def name_contents(data: bytes) -> tuple[str, str] | None:
 
 
 def without_png_metadata(data: bytes) -> bytes:
-    """A PNG file without the chunks that do not change its picture; other files as they are.
+    """Strips a PNG file of chunks that do not change its picture. Other files stay as they are.
 
-    Pillow refuses files with large or damaged texts and profiles, although it needs none of them for the picture.
-    What Pillow reads an orientation from stays, up to 1 MiB. Animations become their first frame.
+    Pillow refuses files with large or damaged texts and profiles, but does not need them for the picture. Chunks with
+    an orientation stay, up to 1 MiB. Animations become their first frame.
     """
     if not data.startswith(_PNG):
         return data

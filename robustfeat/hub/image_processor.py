@@ -1,7 +1,7 @@
-"""The image processors of transformers, as preprocessing contracts.
+"""Converts the image processors of transformers to preprocessing contracts.
 
-`preprocessor_config.json` names a class and holds the settings that differ from the defaults of that class. The table
-of defaults and the order of the steps follow transformers 5.24. What a contract cannot say is refused.
+`preprocessor_config.json` names a class and the settings that differ from its defaults. The table of defaults and the
+order of the steps follow transformers 5.24. Settings that a contract cannot express are refused.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Siglip": {"size": {"height": 224, "width": 224}, "default_to_square": False},
     "ViT": {"size": 224, "resample": _BILINEAR},
 }
-"""Defaults of each class, by its name without `ImageProcessor`; `_COMMON` has the rest."""
+"""Defaults of each class, by the name without `ImageProcessor`; `_COMMON` has the rest."""
 
 _OF_MODEL_TYPE = {
     "Beit": "beit data2vec-vision",
@@ -91,35 +91,35 @@ _OF_MODEL_TYPE = {
     "Siglip": "siglip siglip_vision_model",
     "ViT": "dinat ijepa swiftformer swin swinv2 vit vit_mae vit_msn",
 }
-"""The class where `preprocessor_config.json` names none, by the model types of config.json."""
+"""Classes by the model types of config.json, in case `preprocessor_config.json` names no class."""
 
 _FILTERS = {int(value): name for name, value in INTERPOLATIONS.items()}
 _OVERSHOOTING = ("bicubic", "lanczos")
 _WARPED_FROM = 384
-"""ConvNext resizes both sides from here on, and crops nothing."""
-_REMEDY = "use another model, or import its ONNX file with settings of your own (robustfeat import)"
+"""Size in pixels from which ConvNext resizes both sides and does not crop."""
+_REMEDY = "use another model, or import its ONNX file with your own settings (robustfeat import)"
 
 
 def read_image_processor(
     processor: Mapping[str, Any], config: Mapping[str, Any], source: str = "preprocessor_config.json"
 ) -> Preprocessing:
-    """The contract that gives a network what its image processor in transformers gives it.
+    """Returns the contract that prepares images as an image processor of transformers does.
 
     Args:
         processor: the content of preprocessor_config.json.
-        config: the content of config.json, whose `model_type` decides where `processor` names no class.
-        source: names the file in messages.
+        config: the content of config.json. Its `model_type` decides if `processor` names no class.
+        source: the file's name in messages.
 
     Raises:
-        ModelFolderError: the class is unknown, or a setting cannot be said in a contract, such as a size that depends
-            on the image.
+        ModelFolderError: the class is unknown, or a contract cannot express a setting, such as a size that depends on
+            the image.
     """
     reader = _Reader(processor, _class_of(processor, config, source), source)
     try:
         mode, resized = reader.resize()
         side = reader.crop(mode, resized)
         mean, std = reader.mean_and_std()
-        # Where the margins on both sides are equal, there is nothing to round.
+        # With equal margins on both sides, nothing is rounded.
         rounding = "even" if mode == "squash" and (resized - side) % 2 == 0 else "down"
         return Preprocessing(
             image_size=side,
@@ -131,15 +131,15 @@ def read_image_processor(
             crop_rounding=rounding,
             channel_order="bgr" if reader.settings.get("do_flip_channel_order") else "rgb",
         )
-    except (ValueError, ArithmeticError) as exc:  # numbers without measure
+    except (ValueError, ArithmeticError) as exc:  # absurd numbers
         raise ModelFolderError(f"{source}: cannot be a preprocessing contract ({exc})", fix=_REMEDY) from exc
 
 
 def _class_of(processor: Mapping[str, Any], config: Mapping[str, Any], source: str) -> str:
-    """The key of the class in `_DEFAULTS`."""
+    """The class's key in `_DEFAULTS`."""
     code = processor.get("auto_map")
     if isinstance(code, Mapping) and {"AutoImageProcessor", "AutoFeatureExtractor"} & set(code):
-        raise ModelFolderError(f"{source}: auto_map names code that prepares images, which is never run", fix=_REMEDY)
+        raise ModelFolderError(f"{source}: auto_map names code to prepare images, which never runs", fix=_REMEDY)
     named = processor.get("image_processor_type") or processor.get("feature_extractor_type")
     named = named or config.get("image_processor_type")
     if named is None:
@@ -163,21 +163,21 @@ def _class_of(processor: Mapping[str, Any], config: Mapping[str, Any], source: s
 
 
 class _Reader:
-    """The settings of one image processor, the defaults of its class included."""
+    """The settings of one image processor, with the defaults of its class."""
 
     def __init__(self, processor: Mapping[str, Any], kind: str, source: str) -> None:
         self._kind, self._source = kind, source
         defaults = {**_COMMON, **_DEFAULTS[kind]}
-        # As in transformers: null means the default, and keys that a class does not know have no effect.
+        # As in transformers, null means the default, and unknown keys have no effect.
         given = {key: processor[key] for key in defaults if processor.get(key) is not None}
         self.settings: dict[str, Any] = {**defaults, **given}
-        # One that prepares pixels, however, may be of a later version of the class.
+        # An unknown `do_...` key, however, may be a step of a later version of the class.
         for key, value in processor.items():
             if key.startswith("do_") and key not in self.settings and value and key not in _HARMLESS:
-                raise self._refuse(key, value, "no setting that is known of this class")
+                raise self._refuse(key, value, "this class has no such setting")
 
     def resize(self) -> tuple[str, int]:
-        """How an image becomes a square (`crop_mode`), and the side R to which it is resized."""
+        """The `crop_mode`, and R, the resized side."""
         settings = self.settings
         if not settings["do_resize"]:
             raise self._refuse("do_resize", False, "images keep their own sizes")
@@ -201,7 +201,7 @@ class _Reader:
         return "center", int(256 / 224 * side) if self._kind == "Levit" else side
 
     def crop(self, mode: str, resized: int) -> int:
-        """The side S of the network's input."""
+        """S, the side of the network's input."""
         own = self._size_of("size")["shortest_edge"] if self._kind == "ConvNext" else None
         if not self.settings["do_center_crop"]:
             side = own or (resized if mode == "squash" else None)
@@ -229,12 +229,12 @@ class _Reader:
         if name is None:
             raise self._refuse("resample", value, f"expected a number from 0 to {max(_FILTERS)}")
         if self._kind == "DINOv3ViT" and name in _OVERSHOOTING:
-            # It resizes after it rescales, so that nothing is rounded, nor cut at black and white.
+            # This class resizes after rescaling, so nothing is rounded or clipped to black and white.
             raise self._refuse("resample", value, f"{name} without the limits of 8 bits")
         return name
 
     def mean_and_std(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation for values in [0, 1], with the factor and the offset of rescaling folded in."""
+        """Mean and standard deviation for values in [0, 1], including the factor and the offset of rescaling."""
         settings, none = self.settings, ([0.0] * 3, [1.0] * 3)
         # MobileViT has no such step.
         normalises = settings["do_normalize"] and self._kind != "MobileViT"
@@ -242,14 +242,14 @@ class _Reader:
         rescales = settings["do_rescale"]
         scale = 255 * self._number("rescale_factor") if rescales else 255.0
         offset = 1.0 if rescales and settings.get("rescale_offset") else 0.0
-        # EfficientNet divides twice where it is to answer with classes.
+        # EfficientNet divides a second time for classification.
         again = self._three("image_std") if settings.get("include_top") else none[1]
         red, green, blue = ((offset + mean) / scale for mean in means)
         x, y, z = (std * other / scale for std, other in zip(stds, again, strict=True))
         return (red, green, blue), (x, y, z)
 
     def _size_of(self, key: str) -> dict[str, int]:
-        """`height` and `width`, or `shortest_edge`."""
+        """The size as `height` and `width`, or as `shortest_edge`."""
         value = self.settings[key]
         square = self.settings["default_to_square"] or key != "size"
         if type(value) is int:
@@ -286,7 +286,7 @@ class _Reader:
 
 
 _HARMLESS = frozenset({"do_convert_rgb", "do_reduce_labels"})
-"""Colours are always RGB, and labels are of segmentation."""
+"""Settings without effect: colours are always RGB, and labels belong to segmentation."""
 
 
 def _is_number(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Tables in Markdown."""
+"""Renders tables in Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["cell", "columns", "table"]
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """A line for the columns and one for each row, where those that are missing are empty; ends with a newline."""
+    """Renders rows as a table with empty cells for missing values. It ends with a newline."""
     names = columns(rows)
     lines = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
     head, *body = (f"| {' | '.join(map(cell, line))} |" for line in lines)
@@ -16,10 +16,10 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """The keys of the rows together, in the order in which they first occur."""
+    """All keys of the rows, in the order of their first occurrence."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def cell(text: str) -> str:
-    """Text that stays in its cell: no tag of HTML, link or image begins in it."""
+    """Escapes text for a cell, so it starts no HTML tag, link or image."""
     return " ".join(text.splitlines()).replace("|", r"\|").replace("<", "&lt;").replace("](", r"]\(")

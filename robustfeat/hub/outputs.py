@@ -1,8 +1,7 @@
-"""What the outputs of a network of transformers mean, by its model type.
+"""The meaning of a transformers network's outputs, by model type.
 
-Exports give some of `image_embeds` (N, D), `pooler_output` (N, D) or (N, D, 1, 1) and `last_hidden_state`, which holds
-tokens (N, T, D) or a map (N, D, H, W). Where tokens of another kind stand before those of the patches, a mean over the
-patches leaves them out.
+Exports have some of `image_embeds` (N, D), `pooler_output` (N, D) or (N, D, 1, 1) and `last_hidden_state`, which is
+tokens (N, T, D) or a map (N, D, H, W). A mean over the patches skips other tokens in front of them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ POOLED = {
     "cls": "last_hidden_state",
     "mean": "last_hidden_state",
 }
-"""Ways to one vector per image, and the output that each takes."""
+"""Ways to get one vector per image, and the output that each uses."""
 
 _PREFERRED = {
     ("embeds", "pooler", "cls"): "clip clip_vision_model metaclip_2 chinese_clip chinese_clip_vision_model",
@@ -28,7 +27,7 @@ _PREFERRED = {
     ("pooler", "mean"): "beit data2vec-vision siglip siglip_vision_model swin swinv2",
     ("mean",): "ijepa",
 }
-"""By model type; others have `_OTHERS`, and the mean where the output is a map."""
+"""Preferred ways by model type. Other types have `_OTHERS`, and the mean if the output is a map."""
 
 _OTHERS = ("embeds", "pooler")
 
@@ -38,29 +37,28 @@ _PREFIX = {
     "dinov2_with_registers dinov3_convnext dinov3_vit metaclip_2 vit vit_msn",
     2: "deit",
 }
-"""Tokens before those of the patches: the class token, and DeiT's for distillation. Registers come on top."""
+"""Tokens before the patches: the class token, and DeiT's distillation token. Registers are added to these."""
 
 
 _TEXTS = {"embeds": "clip metaclip_2 chinese_clip", "pooler": "siglip siglip2"}
-"""By the way of `POOLED` that gives features of images in the same space: model types with a text tower."""
+"""Model types with a text tower, by the way of `POOLED` whose image features share its space."""
 
 _TEXT_TOKENS = {"siglip": 64, "siglip2": 64, "chinese_clip": 512}
 _CLIP_TOKENS = 77
-"""Where config.json leaves it to the default of the class."""
+"""Default of the class, in case config.json has no value."""
 
 _MOST_TEXT_TOKENS = 2**16
 
 
 @dataclass(frozen=True)
 class TextTower:
-    """How texts become vectors in the space of a model's features.
+    """How to embed texts in the space of a model's features.
 
     Attributes:
-        pooling: the way of `POOLED` that gives features of images in this space.
-        output: of the text network, (N, D).
-        most_tokens: longer texts are cut.
-        pad_token: shorter ones are filled up with it, where the network was trained so (it then attends to all);
-            None where they are not.
+        pooling: the way of `POOLED` whose image features are in this space.
+        output: the output of the text network, (N, D).
+        most_tokens: the length to which longer texts are cut.
+        pad_token: the token that pads shorter texts, if the network was trained to attend to padding; else None.
     """
 
     pooling: str
@@ -74,10 +72,10 @@ class Outputs:
     """How the outputs of a network become one vector per image.
 
     Attributes:
-        model_type: as config.json names it.
-        preferred: ways of `POOLED`; the first whose output is there is the default.
-        prefix: tokens before those of the patches; None where it is unknown. The first of them is the class token.
-        text: the text tower of such models; None where they have none.
+        model_type: the model type in config.json.
+        preferred: ways of `POOLED`. The first one whose output exists is the default.
+        prefix: number of tokens before the patches, of which the first is the class token; None if unknown.
+        text: the text tower; None for models without one.
     """
 
     model_type: str
@@ -87,7 +85,7 @@ class Outputs:
 
 
 def read_outputs(config: Mapping[str, Any]) -> Outputs:
-    """The outputs of the model type in config.json, with the registers that it counts."""
+    """The outputs of the model type in config.json, including its registers."""
     kind = str(config.get("model_type"))
     preferred = next((ways for ways, types in _PREFERRED.items() if kind in types.split()), _OTHERS)
     prefix = next((count for count, types in _PREFIX.items() if kind in types.split()), None)

@@ -1,4 +1,4 @@
-"""What a push sends: a model's or a head's files, as they were verified, its card, and what else lies in its folder."""
+"""Collects the files of a push: a model's or a head's verified files, its card, and other files in its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from robustfeat.hub.head_folder import HEAD, TENSORS, HeadFolder
 __all__ = ["Parcel", "head_parcel", "model_parcel"]
 
 _REPORTS = frozenset({"report.html", "report.md", "suspects.csv"})
-"""Of `svm fit`. They show training images, or name their files."""
+"""Reports of `svm fit`, which show training images or name their files."""
 
 _SECRET_NAMES = re.compile(
     r"id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|kdbx|keystore|env)|credentials(\..*)?|\.?netrc"
@@ -31,14 +31,14 @@ _SECRETS = re.compile(
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a push sends.
+    """The files of a push.
 
     Attributes:
-        key: the file that describes the rest, of `snapshot.KINDS`.
-        name: what the commit is called.
-        sha256: of the describing file, by which all is pinned.
-        contents: what the repository shall hold, by path.
-        card_is_edited: whether somebody wrote or chose what the card says, so that it replaces the one on the Hub.
+        key: the file that describes the others, a key of `snapshot.KINDS`.
+        name: the name in the commit message.
+        sha256: the sha256 of the describing file, which pins all files.
+        contents: the repository's new files, by path.
+        card_is_edited: whether a person wrote the card, which then replaces the card on the Hub.
         left_out: files of the folder that are not sent.
     """
 
@@ -56,10 +56,10 @@ class Parcel:
         return (content if isinstance(content, bytes) else content.read_bytes()).decode()
 
     def files_of(self, description: bytes) -> set[str]:
-        """The files that an earlier version of the same had, by what describes it.
+        """The files of an earlier version, from its describing file.
 
         Raises:
-            ValueError, TypeError, KeyError, RecursionError: it is none.
+            ValueError, TypeError, KeyError, RecursionError: the file describes no such version.
         """
         data: Any = json.loads(description)
         if self.key == CONFIG:
@@ -68,13 +68,13 @@ class Parcel:
 
 
 def model_parcel(folder: ModelFolder, repo: str) -> Parcel:
-    """A model folder, whose files were verified, for a repository.
+    """Collects the files of a verified model folder.
 
     Raises:
         ModelFolderError: a file was altered, or looks like a secret.
     """
     card = _read_card(folder.path, ModelFolderError)
-    # As they were verified, not as they are when the client sends them.
+    # Send the verified bytes, not the files as they are at the time of sending.
     files = {name: folder.read(name) for name in folder.config.files} | {CONFIG: folder.config_bytes}
     text = (card or render_card(folder.config)).replace(PLACE, repo)
     return Parcel(
@@ -87,22 +87,22 @@ def model_parcel(folder: ModelFolder, repo: str) -> Parcel:
 
 
 def head_parcel(folder: HeadFolder, repo: str, *, license_id: str | None = None) -> Parcel:
-    """A head's folder for a repository.
+    """Collects the files of a head's folder.
 
     Args:
         folder: the head.
         repo: ORG/NAME.
-        license_id: the Hub's name of a license, for the card where the folder has none of its own.
+        license_id: the Hub's name of a license, for a generated card.
 
     Raises:
-        HeadError: a file looks like a secret, or there are a card and a license.
+        HeadError: a file looks like a secret, or both a card and a license are given.
     """
     card = _read_card(folder.path, HeadError)
     if card is not None and license_id is not None:
         raise HeadError(
-            f"{folder.path / CARD}: is the card, which states the license",
+            f"{folder.path / CARD}: the folder has a card, which states the license",
             argument=None,
-            fix="leave `license_id` out, or remove the file to have it written anew",
+            fix="leave `license_id` out, or remove the card to generate a new one",
         )
     text = (card or render_head_card(folder.about, folder.sha256, license_id)).replace(PLACE, repo)
     return Parcel(
@@ -126,9 +126,9 @@ def _read_card(path: Path, kind: type[RobustFeatError]) -> str | None:
 def _contents(
     path: Path, files: Mapping[str, bytes], card: str, left_out: Iterable[str], kind: type[RobustFeatError]
 ) -> dict[str, Path | bytes]:
-    """The files, the card, and what else lies in the folder."""
+    """The files, the card, and the folder's other files."""
     contents: dict[str, Path | bytes] = dict(files)
-    for file in path.rglob("*"):  # a licence, the card's pictures
+    for file in path.rglob("*"):  # for example a license, or the card's pictures
         name = file.relative_to(path).as_posix()
         if file.is_file() and not file.is_symlink() and not any(part.startswith(".") for part in Path(name).parts):
             contents.setdefault(name, file)
@@ -142,9 +142,9 @@ def _contents(
 
 
 def _refuse_secret(file: Path, content: bytes, kind: type[RobustFeatError]) -> None:
-    """What is pushed can be read by others, and stays in the repository's history."""
+    """Refuses secrets: others can read a pushed file, and it stays in the repository's history."""
     if _SECRET_NAMES.fullmatch(file.name.lower()) or _SECRETS.search(content):
         raise kind(
-            f"{file}: looks like a key or a password, which a push would publish; nothing was sent",
+            f"{file}: looks like a key or a password; nothing was sent",
             fix="move it out of the folder",
         )

@@ -1,16 +1,16 @@
-"""From the bytes of an image file to the network's input, in NumPy and Pillow alone.
+"""Prepares the network's input from the bytes of an image file, with only NumPy and Pillow.
 
-Training's evaluation, bulk embedding and serving all call these functions, so that a vector computed in one
-place equals a vector computed in another. The steps, in order:
+Training's evaluation, bulk embedding and serving all call these functions, so they all compute the same vectors. The
+steps, in order:
 
-1. `decode`: the first frame, EXIF orientation applied, 16 bits scaled to 8, RGB; what is transparent is seen on a
-   white page (version 1 of the contract dropped the alpha, so that hidden pixels counted);
-2. `resize_and_crop`: the shorter side to floor(image_size / crop_pct), antialiased, then the centre square (other
-   crop modes squash the image or pad it);
-3. `normalise`: to [0, 1], minus the mean, over the standard deviation, channels first.
+1. `decode` reads the first frame, applies the EXIF orientation, scales 16 bits to 8, converts to RGB, and puts
+   transparent pixels on white (version 1 of the contract dropped the alpha and showed hidden pixels).
+2. `resize_and_crop` resizes the shorter side to floor(image_size / crop_pct), antialiased, then takes the centre square
+   (other crop modes squash or pad the image).
+3. `normalise` scales to [0, 1], subtracts the mean, divides by the standard deviation, and puts channels first.
 
-Steps 2 and 3 give what torchvision's `Resize`, `CenterCrop` and `Normalize` give for a Pillow image, to within one
-of 255 levels: only the pixels that the crop keeps are computed.
+Steps 2 and 3 agree with torchvision's `Resize`, `CenterCrop` and `Normalize` on a Pillow image to one of 255 levels.
+They differ because only the pixels inside the crop are computed.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ __all__ = [
 ]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
-"""What is read by default, told by content; HEIF (HEIC) by the extra `heic`. EPS is never added: reading it starts an
-interpreter."""
+"""Formats that are read by default, recognised by content. HEIF (HEIC) needs the extra `heic`. EPS is never added,
+since reading it starts an interpreter."""
 
 CONTRACT_VERSION = 2
-"""Of new models. Version 1 dropped the alpha of transparent images, and stays as it is for models that have it."""
+"""Version for new models. Version 1, which dropped the alpha of transparent images, stays for models that have it."""
 
 MAX_PIXELS = 100_000_000
-"""Images of more pixels are refused from their header, before anything is decoded."""
+"""Largest accepted image. Larger ones are refused from their header, without decoding."""
 
 BYTES_PER_PIXEL = 24
-"""What decoding takes at most, beside the file: 4 for RGB, 8 where it is turned, 16 for WebP, 22
-for AVIF and HEIC with alpha and more than 8 bits, 23 for WebP with alpha."""
+"""Most memory for decoding, besides the file: 4 for RGB, 8 with rotation, 16 for WebP, 22 for AVIF and HEIC with alpha
+and more than 8 bits, 23 for WebP with alpha."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -75,10 +75,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 }
-"""Filters by timm's names. All but nearest are antialiased."""
+"""Filters by timm's names. All except nearest are antialiased."""
 
 CROP_MODES = ("center", "squash", "border")
-"""By timm's names."""
+"""Crop modes by timm's names."""
 
 _CHOICES = {
     "interpolation": tuple(INTERPOLATIONS),
@@ -87,11 +87,11 @@ _CHOICES = {
     "channel_order": ("rgb", "bgr"),
 }
 _LATER = {"crop_mode": "center", "crop_rounding": "even", "channel_order": "rgb"}
-"""Fields that came after version 2, which are not named at these values: older hashes stay."""
+"""Fields added after version 2. They are omitted at these values, so older hashes stay valid."""
 
 _ORIENTATION_TAG = 0x0112
 _TURNING = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
-"""Where Pillow finds an orientation in an image's `info`."""
+"""Keys of an image's `info` in which Pillow looks for an orientation."""
 _BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -106,19 +106,19 @@ _TRANSPOSE = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The preprocessing contract of a model: everything that decides the network's input.
+    """The preprocessing contract of a model, which fully determines the network's input.
 
     Attributes:
         image_size: side S of the network's square input, in pixels.
-        crop_pct: the shorter side is resized to floor(S / crop_pct) before the centre crop, as timm does.
+        crop_pct: the shorter side is resized to floor(S / crop_pct) before the centre crop, as in timm.
         interpolation: one of `INTERPOLATIONS`.
         mean, std: per channel, in the order of `channel_order`, for values in [0, 1].
-        version: of the contract, which decides how `decode` treats transparent images.
-        crop_mode: how an image becomes a square. With R = floor(S / crop_pct): `center` resizes the shorter side to R,
-            `squash` resizes both sides to R and changes the aspect ratio, and `border` resizes the longer side to R and
+        version: version of the contract. It decides how `decode` treats transparent images.
+        crop_mode: how an image becomes a square. With R = floor(S / crop_pct): `center` resizes the shorter side to R.
+            `squash` resizes both sides to R and changes the aspect ratio. `border` resizes the longer side to R and
             pads the shorter one with the mean colour. Each then takes the centre S x S.
-        crop_rounding: where the margins of that centre are no whole pixels, `even` rounds to the even one, as
-            torchvision and timm do, and `down` takes the smaller one, as transformers does.
+        crop_rounding: how fractional margins of the centre crop are rounded: `even` to the nearest, ties to even, as in
+            torchvision and timm; `down` as in transformers.
         channel_order: `rgb` or `bgr`.
     """
 
@@ -154,30 +154,30 @@ class Preprocessing:
 
     @property
     def resize_size(self) -> int:
-        """R, what the shorter side (or the side that `crop_mode` says) is resized to, in pixels."""
+        """R in pixels: the size of the shorter side, or of the side that `crop_mode` selects, after resizing."""
         return math.floor(self.image_size / self.crop_pct)
 
     @property
     def hash(self) -> str:
-        """sha256 of the contract, 64 hex digits; equal hashes mean equal inputs for equal files."""
+        """sha256 of the contract, 64 hex digits. Equal hashes mean equal inputs for equal files."""
         canonical = self._fields()
         canonical["contract"] = canonical.pop("version")
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; version 1 is not named, as it was written before there was another."""
+        """Plain data for JSON. Version 1 is omitted, since it was written before there were versions."""
         data = {**self._fields(), "mean": list(self.mean), "std": list(self.std)}
         if self.version == 1:
             del data["version"]
         return data
 
     def _fields(self) -> dict[str, Any]:
-        """Without those of `_LATER` that have their defaults."""
+        """The fields, without those of `_LATER` at their defaults."""
         return {name: value for name, value in asdict(self).items() if _LATER.get(name) != value}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`.
+        """Reverses `to_dict`.
 
         Raises:
             ValueError: a key is unknown or missing, or a value is out of range.
@@ -202,29 +202,29 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     at_least: int | None = None,
 ) -> Image.Image:
-    """The picture in an image file.
+    """Decodes an image file.
 
     Args:
         data: the file's bytes.
-        version: of the contract.
-        formats: Pillow's names of the formats that may be read.
-        max_pixels: larger images are refused before they are decoded.
-        at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its shorter side
-            keeps this many pixels.
+        version: version of the contract.
+        formats: Pillow's names of the accepted formats.
+        max_pixels: largest accepted image; larger ones are refused before decoding.
+        at_least: smallest length in pixels of a JPEG's shorter side. Larger JPEGs may be decoded at a half, a quarter
+            or an eighth of their size.
 
     Returns:
-        RGB, upright.
+        An upright RGB image.
 
     Raises:
-        DecodeError: with the reason, in one line.
+        DecodeError: the file cannot be decoded; the message is one line.
     """
     if not data:
         raise DecodeError("the file is empty")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice its own limit
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice this limit
     try:
         with _open(data, formats) as image:
-            is_heif = image.format == "HEIF"  # whose thumbnail may show anything
+            is_heif = image.format == "HEIF"  # its thumbnail may show anything
             if at_least is not None and image.width * image.height <= max_pixels and not is_heif:
                 image.draft(None, (at_least, at_least))  # other formats ignore it
             return to_rgb(image, version=version, max_pixels=max_pixels)
@@ -236,12 +236,12 @@ def decode(
         raise TooLargeError(f"over the limit of {max_pixels:,} pixels") from None
     except MemoryError:
         raise DecodeError("out of memory while decoding") from None
-    except Exception as exc:  # Pillow's plugins raise almost anything on damaged files
+    except Exception as exc:  # Pillow's plugins raise almost any error for damaged files
         raise DecodeError(f"damaged: {first_line(exc)}") from exc
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels, by the header of an image file, before it is turned upright.
+    """Reads width and height in pixels from an image file's header, without applying the orientation.
 
     Raises:
         DecodeError: the header cannot be read.
@@ -249,17 +249,17 @@ def image_size(data: bytes) -> tuple[int, int]:
     try:
         with _open(data, FORMATS) as image:
             return image.size
-    except Exception as exc:  # as in `decode`
+    except Exception as exc:  # see `decode`
         raise DecodeError(f"damaged: {first_line(exc)}") from exc
 
 
 def readable_formats(formats: Sequence[str] = FORMATS) -> tuple[str, ...]:
-    """Those of the formats that this installation reads."""
+    """Filters formats to those that this installation reads."""
     return tuple(name for name in formats if name not in HEIF_FORMATS.values() or is_readable(name))
 
 
 def _open(data: bytes, formats: Sequence[str]) -> ImageFile:
-    """An image whose header is read; of an animation or a collection, the image that is shown first."""
+    """Opens an image and reads its header. Of an animation or a collection, the first shown image counts."""
     name = format_of(data)
     if name is not None and name in formats:
         return open_heif(data, name)
@@ -274,13 +274,13 @@ def _unidentified(data: bytes, formats: Sequence[str]) -> DecodeError:
 
 
 def to_rgb(image: Image.Image, *, version: int = CONTRACT_VERSION, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An open Pillow image as the network sees it: first frame, upright, 8 bits, RGB, on white where transparent.
+    """Converts an open Pillow image to the network's view: first frame, upright, 8-bit RGB.
 
-    In version 1 of the contract, the alpha is dropped.
+    Transparent pixels are put on white. Version 1 of the contract drops the alpha instead.
 
     Raises:
-        DecodeError: too many pixels, a pixel type without a defined range (32-bit integers or floats), or a TIFF that
-            Pillow misreads.
+        DecodeError: the image has too many pixels or a pixel type without a defined range (32-bit integers or floats),
+            or is a TIFF that Pillow misreads.
     """
     sees_alpha = version > 1
     width, height = image.size
@@ -289,9 +289,9 @@ def to_rgb(image: Image.Image, *, version: int = CONTRACT_VERSION, max_pixels: i
     if image.format == "TIFF":
         refuse_misread(image.tag_v2, sees_alpha=sees_alpha)  # type: ignore[attr-defined]
     bits = key_bits(image)
-    image.load()  # first: a TIFF is turned by Pillow as it loads, and its orientation is then gone
+    image.load()  # first, since Pillow rotates a TIFF at load and then removes its orientation
     orientation = _orientation(image)
-    if image.mode in {"RGBa", "La"}:  # HEIC whose colours are multiplied with their alpha
+    if image.mode in {"RGBa", "La"}:  # HEIC with premultiplied alpha
         image = image.convert(image.mode.upper())
     alpha = opacity(image, bits) if sees_alpha else None
     if image.mode.startswith("I") or image.mode == "F":
@@ -303,7 +303,7 @@ def to_rgb(image: Image.Image, *, version: int = CONTRACT_VERSION, max_pixels: i
     if orientation not in _TRANSPOSE:
         return image
     image = image.transpose(_TRANSPOSE[orientation])
-    for name in _TURNING:  # it is upright now, whoever looks at it next
+    for name in _TURNING:  # the image is upright now
         image.info.pop(name, None)
     return image
 
@@ -311,27 +311,27 @@ def to_rgb(image: Image.Image, *, version: int = CONTRACT_VERSION, max_pixels: i
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # damaged metadata is no reason to lose the picture
+    except Exception:  # damaged metadata must not lose the picture
         return 1
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})  # of a TIFF, which Pillow leaves as it is beyond 8 bits
+    tags = getattr(image, "tag_v2", {})  # Pillow does not invert a TIFF of more than 8 bits
     if values.dtype.kind == "f" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise DecodeError(f"pixel mode {image.mode} has no defined range", fix="save it with 8 or 16 bits a channel")
+        raise DecodeError(f"pixel mode {image.mode} has no defined range", fix="save it with 8 or 16 bits per channel")
     bits = 12 if tags.get(_BITS_TAG) == (12,) else 16
     if tags.get(_PHOTOMETRIC_TAG) == 0:
         values = values ^ 2**bits - 1  # white is zero
-    # The high byte: what Pillow itself keeps of a 16-bit RGB file, so grey and colour files agree.
+    # Keep the high byte, as Pillow does for a 16-bit RGB file, so grey and colour files agree.
     return Image.fromarray((values >> bits - 8).astype(np.uint8))
 
 
 def resize_and_crop(image: Image.Image, contract: Preprocessing) -> NDArray[np.uint8]:
-    """The square that the network sees, still in 8 bits.
+    """Resizes and crops to the network's square, in 8 bits.
 
     Args:
-        image: RGB.
+        image: an RGB image.
 
     Returns:
         (S, S, 3) uint8.
@@ -347,22 +347,22 @@ def resize_and_crop(image: Image.Image, contract: Preprocessing) -> NDArray[np.u
     if contract.crop_mode != "center" or contract.interpolation not in {"bilinear", "bicubic"}:
         whole = image.resize((new_width, new_height), INTERPOLATIONS[contract.interpolation])
         return np.asarray(whole.crop((left, top, left + size, top + size)))
-    # The crop in the coordinates of the original, so that nothing outside it is resized. Pillow keeps it in single
-    # precision, which these two filters show by a level here and there, and the others by more.
+    # The box is in the original's coordinates, so pixels outside the crop are not resized. Pillow keeps it in single
+    # precision, which changes a few pixels by one level with these two filters, and more with others.
     x, y = width / new_width, height / new_height
     box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
     return np.asarray(image.resize((size, size), INTERPOLATIONS[contract.interpolation], box))
 
 
 def _margin(side: int, contract: Preprocessing) -> int:
-    """Pixels of a side that lie before the centre crop."""
+    """The margin before the centre crop, in pixels."""
     extra = side - contract.image_size
-    # round() halves to even, as torchvision's centre crop does.
+    # round() rounds ties to even, as in torchvision's centre crop.
     return extra // 2 if contract.crop_rounding == "down" else round(extra / 2)
 
 
 def _resized(width: int, height: int, contract: Preprocessing) -> tuple[int, int]:
-    """Width and height of the whole image after it is resized."""
+    """Width and height of the whole image after resizing."""
     side = contract.resize_size
     if contract.crop_mode == "squash":
         return side, side
@@ -375,7 +375,7 @@ def _resized(width: int, height: int, contract: Preprocessing) -> tuple[int, int
 
 
 def _padded(image: Image.Image, resized: tuple[int, int], contract: Preprocessing) -> NDArray[np.uint8]:
-    """The whole image at its new size in the middle of a square of the mean colour; what protrudes is cut off."""
+    """Pastes the resized image into the middle of a square of the mean colour, and crops to the square."""
     size = contract.image_size
     pixels = np.asarray(image.resize(resized, INTERPOLATIONS[contract.interpolation]))
     square = np.empty((size, size, 3), np.uint8)
@@ -387,7 +387,7 @@ def _padded(image: Image.Image, resized: tuple[int, int], contract: Preprocessin
 
 
 def _overlap(side: int, contract: Preprocessing) -> tuple[slice, slice]:
-    """Where a centred line of pixels and a square meet, in the coordinates of the line and of the square."""
+    """The overlap of a centred line of pixels and a square, in coordinates of the line and of the square."""
     size = contract.image_size
     if side < size:
         start = (size - side) // 2
@@ -399,19 +399,19 @@ def _overlap(side: int, contract: Preprocessing) -> tuple[slice, slice]:
 def prepare_square(
     data: bytes, contract: Preprocessing, *, scaled: bool = False, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """The square that the network sees of an image file.
+    """Decodes an image file to the network's square.
 
     Args:
         data: the file's bytes.
-        scaled: decode a large JPEG at a fraction of its size, at least twice the size that it is then resized to.
-            Up to several times as fast; the features move a little (docs/embedding.md has the figures).
+        scaled: decode a large JPEG at a fraction of its size, but at least twice the resized size. This is up to
+            several times as fast and changes features slightly (docs/embedding.md has figures).
         max_pixels: see `decode`.
 
     Returns:
         (S, S, 3) uint8.
 
     Raises:
-        DecodeError: with the reason, in one line.
+        DecodeError: the file cannot be decoded; the message is one line.
     """
     at_least = 2 * contract.resize_size if scaled else None
     image = decode(data, version=contract.version, max_pixels=max_pixels, at_least=at_least)
@@ -421,15 +421,15 @@ def prepare_square(
 def normalise(
     squares: NDArray[np.uint8], contract: Preprocessing, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """(N, S, S, 3) uint8 to (N, 3, S, S) float32, contiguous: ((v / 255) - mean) / std.
+    """Normalises (N, S, S, 3) uint8 to contiguous (N, 3, S, S) float32: ((v / 255) - mean) / std.
 
-    The squares are RGB, the result has the contract's `channel_order`. It is `out`, where that is given.
+    The squares are RGB. The result has the contract's `channel_order`, and is written to `out` if given.
     """
     if contract.channel_order == "bgr":
         squares = squares[..., ::-1]
     mean = np.asarray(contract.mean, np.float32)[:, None, None]
     std = np.asarray(contract.std, np.float32)[:, None, None]
-    # Transposed while it is small, then in place: six times as fast as the formula written in one line.
+    # Transposing the small array first, then working in place, is six times as fast as the formula in one line.
     if out is None:
         out = np.empty((len(squares), 3, *squares.shape[1:3]), np.float32)
     np.copyto(out, squares.transpose(0, 3, 1, 2))
@@ -440,10 +440,10 @@ def normalise(
 
 
 def preprocess(images: Sequence[Image.Image], contract: Preprocessing) -> NDArray[np.float32]:
-    """Decoded images to the network's input.
+    """Prepares the network's input from decoded images.
 
     Args:
-        images: RGB; sizes may differ.
+        images: RGB images, which may differ in size.
 
     Returns:
         (N, 3, S, S) float32.
@@ -454,7 +454,7 @@ def preprocess(images: Sequence[Image.Image], contract: Preprocessing) -> NDArra
 
 
 def crop_share(size: int, resized: int) -> float:
-    """The `crop_pct` for which a contract resizes to `resized`, whatever the last bits of size / resized are."""
+    """The `crop_pct` with which a contract resizes to exactly `resized` pixels, despite rounding."""
     share = size / resized
     while math.floor(size / share) < resized:
         share = math.nextafter(share, 0)

@@ -1,7 +1,7 @@
-"""The wire format of protobuf, as far as ONNX files need it.
+"""Reads and writes protobuf's wire format, as far as ONNX files need it.
 
-A message is a sequence of fields: a tag (number and wire type) and a value, which may be another message. A field may
-be repeated.
+A message is a sequence of fields. A field has a tag (number and wire type) and a value, which may be another message.
+Fields may repeat.
 Reference: https://protobuf.dev/programming-guides/encoding.
 """
 
@@ -15,17 +15,17 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 class Message:
-    """A message as the list of its fields, to be read and rebuilt. Values of the original are not copied."""
+    """A message as a list of fields, to read and rebuild. It does not copy the original's values."""
 
     def __init__(self, fields: list[tuple[int, int, Value]]) -> None:
         self._fields = fields
 
     @classmethod
     def parse(cls, data: Value) -> Message:
-        """The message in some bytes.
+        """Parses a message.
 
         Raises:
-            ValueError: they hold none.
+            ValueError: the bytes are not a message.
         """
         if isinstance(data, Message):
             return data
@@ -34,27 +34,27 @@ class Message:
 
     @classmethod
     def of(cls, fields: Mapping[int, Iterable[int | str | Value]]) -> Message:
-        """A message of fields and their values: an int is a varint, the others have a length."""
+        """Makes a message of fields. An int becomes a varint; other values have a length."""
         return cls([_field(number, value) for number, values in fields.items() for value in values])
 
     def values(self, number: int) -> list[Value]:
-        """The values of a field, in their order."""
+        """The values of a field, in order."""
         return [value for found, _, value in self._fields if found == number]
 
     def text(self, number: int) -> str:
-        """The value of a field that holds text; empty where there is none."""
+        """The value of a text field; empty if the field is missing."""
         return next(iter(self.texts(number)), "")
 
     def texts(self, number: int) -> list[str]:
-        """The values of a field that holds texts."""
+        """The values of a repeated text field."""
         return [str(value, "utf-8") for value in self.values(number) if not isinstance(value, Message)]
 
     def data(self, number: int) -> bytes:
-        """The bytes of a field's values, one behind the other: packed or not, the numbers of fixed size in it."""
+        """The concatenated bytes of a field's values: its fixed-size numbers, packed or not."""
         return b"".join(value for value in self.values(number) if not isinstance(value, Message))
 
     def integers(self, number: int) -> list[int]:
-        """The values of a field that holds numbers, packed or not."""
+        """The values of a number field, packed or not."""
         found = []
         for value in self.values(number):
             at = 0
@@ -64,7 +64,7 @@ class Message:
         return found
 
     def replacing(self, changes: Mapping[int, Iterable[int | str | Value]]) -> Message:
-        """The message with other values of some fields, which stand where the first one stood, or at the end."""
+        """Replaces the values of some fields. They go to the field's first position, or to the end."""
         left = dict(changes)
         fields = []
         for number, wire, value in self._fields:
@@ -99,10 +99,10 @@ def _field(number: int, value: int | str | Value) -> tuple[int, int, Value]:
 
 
 def iterate_fields(message: memoryview) -> Iterator[tuple[int, int, int, int, int]]:
-    """Number, wire type, and where tag, value and rest begin.
+    """Yields each field's number and wire type, and the positions of its tag, its value and its end.
 
     Raises:
-        ValueError: it is no message.
+        ValueError: the bytes are not a message.
     """
     at = 0
     while at < len(message):
@@ -121,7 +121,7 @@ def iterate_fields(message: memoryview) -> Iterator[tuple[int, int, int, int, in
 
 
 def read_varint(message: memoryview, at: int) -> tuple[int, int]:
-    """The number at a place, without its sign, and where the rest begins."""
+    """Reads an unsigned number at a position, and returns it with the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(message):
@@ -135,7 +135,7 @@ def read_varint(message: memoryview, at: int) -> tuple[int, int]:
 
 
 def varint(value: int) -> bytes:
-    """The encoding of a number that is not negative."""
+    """Encodes a non-negative number."""
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)

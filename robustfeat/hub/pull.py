@@ -1,4 +1,4 @@
-"""Models on the Hub: opened like any folder, their files downloaded as they are needed."""
+"""Opens models on the Hub like local folders, and downloads their files on demand."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from robustfeat.hub.snapshot import Snapshot
 __all__ = ["HubFolder", "copy_folder", "kept_list"]
 
 _LISTS = ".robustfeat"
-"""In a repository's folder of the cache: lists of hashes by commit, of models of transformers."""
+"""Folder in a repository's cache with the hashes of transformers models, by commit."""
 
 
 class HubFolder(ModelFolder):
     """A model folder in the cache of the Hub's libraries, at one commit.
 
-    Each file but config.json comes when it is needed, and its sha256 is compared with config.json whenever it is used:
-    with `config_hash` neither the network nor the cache has to be trusted. Of a model of transformers, the hashes are
-    those that the Hub tells for the commit; they are kept beside the cached files.
+    Files except config.json are downloaded on demand. Every use compares a file's sha256 with config.json, so with
+    `config_hash` neither the network nor the cache has to be trusted. For a transformers model, the hashes come from
+    the Hub's list for the commit, and are kept beside the cached files.
 
     Args:
         snapshot: the repository.
-        config_hash: as `ModelFolder` has it.
+        config_hash: see `ModelFolder`.
 
     Raises:
-        HubError: it cannot be downloaded.
-        ModelFolderError: it is not a model, or one of ours that holds a pickle or code.
+        HubError: the model cannot be downloaded.
+        ModelFolderError: the repository is not a model, or is robustfeat's and contains a pickle or code.
     """
 
     revision: str
@@ -51,11 +51,11 @@ class HubFolder(ModelFolder):
 
     @property
     def asked(self) -> bool:
-        """Whether the Hub said what it holds, rather than the cache."""
+        """Whether the list of files comes from the Hub rather than from the cache."""
         return self.snapshot.listing is not None
 
     def fetch(self, names: Sequence[str]) -> None:
-        """Downloads those of the listed files that are not here."""
+        """Downloads the missing ones of the listed files."""
         was_asked = self.asked
         missing = self.snapshot.missing(names)
         if missing and not was_asked and self.is_own:
@@ -63,17 +63,17 @@ class HubFolder(ModelFolder):
         self.snapshot.download(missing)
 
     def fetch_for_use(self, precisions: Sequence[str], *, everything: bool = False) -> None:
-        """Downloads and verifies what robustfeat uses of the model, for use without a network later.
+        """Downloads and verifies the files that robustfeat uses, for later use without a network.
 
         Args:
-            precisions: those whose ONNX files are wanted.
-            everything: also weights for PyTorch, the card and the record of the training.
+            precisions: the precisions of the ONNX files.
+            everything: also download the PyTorch weights, the card and training.json.
         """
         names = list(self.config.files)
         if not everything:
             networks = [name for precision in precisions if (name := self._find_onnx(precision))]
             if "fp16" in precisions and self._find_onnx("fp16") is None:
-                networks.append(self._onnx_name("fp32"))  # from which it is made
+                networks.append(self._onnx_name("fp32"))  # fp16 is converted from it
             wanted = {*networks, *PROCESSORS}
             if not self.is_own:
                 wanted.update(name for network in networks for name in external_names(names, network))
@@ -85,16 +85,16 @@ class HubFolder(ModelFolder):
             self.snapshot.download([CARD])
 
     def names_beside(self) -> list[str]:
-        """As the Hub lists them; without it, the files that are here."""
+        """Names as the Hub lists them, or offline the names of the cached files."""
         if not self.asked and not self.access.offline:
             with suppress(UnreachableError):
                 self.snapshot.look()
         return self.snapshot.listing or super().names_beside()
 
     def read_beside(self, name: str) -> bytes:
-        """Downloaded at the same commit where need be; each time its hash is the one that the Hub told, or told once.
+        """Reads a file of the same commit, downloads it if needed, and compares the hash with the Hub's.
 
-        A file that differs is downloaded once more.
+        A file with another hash is downloaded once more.
         """
         kept = kept_list(self.path).with_suffix(".beside.json")
         told = _read_hashes(kept)
@@ -103,7 +103,7 @@ class HubFolder(ModelFolder):
             files = self.access.files(self.repo, self.revision)
             told[name] = files[name].sha256 or files[name].blob_id
             _write_hashes(kept, told)
-        expected = told.get(name)  # offline, the cache is believed as long as nothing was told
+        expected = told.get(name)  # offline, without a hash from the Hub, the cache is trusted
         content = super().read_beside(name)
         if expected and not _has_hash(content, expected) and self.snapshot.reachable:
             self.access.download(self.repo, name, self.revision, force=True)
@@ -111,7 +111,7 @@ class HubFolder(ModelFolder):
         if expected and not _has_hash(content, expected):
             raise ModelFolderError(
                 f"{self.path / name}: altered or truncated (the Hub's hash is {expected[:12]}...)",
-                fix="run the same command again where the Hub can be reached",
+                fix="run the same command again when the Hub can be reached",
             )
         return content
 
@@ -124,7 +124,7 @@ class HubFolder(ModelFolder):
         return self.repo
 
     def _list_files(self, data: Mapping[str, Any]) -> dict[str, str]:
-        """As the Hub tells them for the commit, or told once; without both, those of the files that are here."""
+        """Hashes from the Hub for the commit, from now or earlier. Without any, of the cached files."""
         kept = kept_list(self.path)
         if not self.snapshot.forced and (found := _read_list(kept)):
             return found
@@ -139,21 +139,21 @@ class HubFolder(ModelFolder):
         return hashes
 
     def _download_sha256(self, name: str) -> str:
-        """Of a small file, for which the Hub tells none."""
+        """The sha256 of a small file, which the Hub does not list."""
         self.snapshot.download([name])
         return file_sha256(self.path / name)
 
     def _require_files(self) -> None:
-        """They come as they are needed."""
+        """Accepts missing files, which are downloaded on demand."""
 
 
 def kept_list(snapshot: Path) -> Path:
-    """Where the hashes of a commit's files are kept, for a model of transformers."""
+    """The file with the hashes of a commit, for a transformers model."""
     return snapshot.parent.parent / _LISTS / f"{snapshot.name}.json"
 
 
 def _read_list(file: Path) -> dict[str, str]:
-    """The sha256 of a model's files by name; none where there is no such list, or a damaged one."""
+    """The sha256 of a model's files by name; empty if the list is missing or damaged."""
     data = _read_hashes(file)
     if set(used_names(data)) != set(data) or not is_complete(data):
         return {}
@@ -161,7 +161,7 @@ def _read_list(file: Path) -> dict[str, str]:
 
 
 def _read_hashes(file: Path) -> dict[str, str]:
-    """Hashes by name; none where there is no such list, or a damaged one."""
+    """Hashes by name; empty if the list is missing or damaged."""
     try:
         data = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -172,31 +172,31 @@ def _read_hashes(file: Path) -> dict[str, str]:
 
 
 def _has_hash(content: bytes, expected: str) -> bool:
-    """Whether a content has a sha256, or the SHA-1 by which git knows it."""
+    """Whether a content has the given sha256, or the given SHA-1 of git."""
     of_git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
     return expected in {hashlib.sha256(content).hexdigest(), of_git.hexdigest()}
 
 
 def _write_hashes(file: Path, hashes: Mapping[str, str]) -> None:
-    with suppress(OSError, InputError):  # a cache that others own
+    with suppress(OSError, InputError):  # the cache may belong to another user
         file.parent.mkdir(exist_ok=True)
         with new_file(file) as partial:
             partial.write_text(json.dumps(hashes))
 
 
 def copy_folder(folder: HubFolder, out: str | Path) -> ModelFolder:
-    """A folder of its own with all files of a model, each verified.
+    """Copies all files of a model to a new folder, and verifies each.
 
     Raises:
         HubError: a file cannot be downloaded.
-        InputError: `out` exists, or cannot be written.
-        ModelFolderError: a file was altered; nothing is left behind.
+        InputError: `out` exists or cannot be written.
+        ModelFolderError: a file was altered. The new folder is then removed.
     """
     folder.fetch_for_use((), everything=True)
     with new_folder(out) as path:
         for name in (CONFIG, CARD, *folder.config.files):
             if name == CARD and not (folder.path / name).is_file():
-                continue  # it was deleted there
+                continue  # the file was deleted on the Hub
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder.path / name, path / name)
         ModelFolder(path, config_hash=folder.config_hash).verify()

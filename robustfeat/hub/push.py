@@ -1,4 +1,4 @@
-"""Publishing: a model folder or a head to a repository on the Hub, in one commit."""
+"""Publishes a model folder or a head to a repository on the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ _MAIN = "main"
 
 @dataclass(frozen=True)
 class Change:
-    """What a push does to one file: `add`, `replace` or `delete`.
+    """A change to one file.
 
     Attributes:
-        action, path: what and where.
-        size_bytes: what is sent.
+        action: `add`, `replace` or `delete`.
+        path: the file's path in the repository.
+        size_bytes: bytes to send.
     """
 
     action: str
@@ -36,16 +37,16 @@ class Change:
 
 @dataclass(frozen=True)
 class PushReport:
-    """What a push did, or would do.
+    """The result of a push or a dry run.
 
     Attributes:
         repo: ORG/NAME.
-        address: of its page.
-        revision: what loads it: the tag, the branch, or the pull request's; None for main.
-        commit: the repository's newest one; None for a dry run that would make it.
-        created: whether the repository did not exist before.
-        changes: empty where nothing had to be sent.
-        config_hash: the sha256 of config.json, by which the model can be pinned; of head.json, of a head.
+        address: the address of its page.
+        revision: the revision to load: the tag, the branch or the pull request; None for main.
+        commit: the newest commit; None for a dry run with changes.
+        created: whether the repository is new.
+        changes: changes to files; empty if nothing had to be sent.
+        config_hash: the sha256 of config.json or head.json, which pins the model or the head.
         left_out: files of the folder that are not sent.
     """
 
@@ -61,16 +62,16 @@ class PushReport:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a push goes.
+    """The target of a push.
 
     Attributes:
         repo: ORG/NAME.
-        private: make the repository a private one.
-        revision: the branch; main by default, made from main where it does not exist.
-        tag: a name for the result, which then never moves.
-        create_pr: propose the commit as a pull request.
+        private: create the repository as private.
+        revision: the branch, main by default. It is created from main if missing.
+        tag: a tag for the result. A tag never moves.
+        create_pr: open a pull request instead of pushing.
         dry_run: change nothing.
-        access: which Hub, as whom.
+        access: the Hub to use, and the credentials.
     """
 
     repo: str
@@ -84,7 +85,7 @@ class Target:
 
 @dataclass(frozen=True)
 class _Before:
-    """The repository before the push: whether it is there, what it has, and what the branch holds."""
+    """The repository before the push: its existence, head, files, tags and branches."""
 
     exists: bool
     head: str | None
@@ -94,30 +95,29 @@ class _Before:
 
 
 def push_model(folder: ModelFolder, target: Target) -> PushReport:
-    """Makes a repository on the Hub equal to a model folder, and sends only what differs.
+    """Makes a repository on the Hub equal to a model folder, and sends only changed files.
 
-    The repository is made where it does not exist. Files that an earlier version of the model had and this one has not
-    are deleted; other files there stay. What else lies in the folder, such as a licence, is sent as well, unless it is
-    hidden or a link. A card that was edited on the Hub stays as long as the model does not change,
-    unless the folder's own card was edited, too.
+    The repository is created if missing. Files of an earlier version of the model are deleted if this one lacks them;
+    other files on the Hub stay. Other files in the folder, such as a license, are sent too, unless they are hidden or
+    links. A card that was edited on the Hub stays as long as neither the model nor the folder's card changes.
 
     Args:
-        folder: with its ONNX as one file (not a compact one).
-        target: where it goes.
+        folder: a model folder with one-file ONNX (not compact).
+        target: the repository and how to push.
 
     Raises:
-        ModelFolderError: the folder is damaged, or the repository holds what would keep the model from loading.
-        HubError: the Hub refuses, fails or cannot be reached. The model is then as it was there, though a repository or
-            a branch that was made stays; the message says so where the model was published and its tag was not.
+        ModelFolderError: the folder is damaged, or the repository contains files that would prevent loading.
+        HubError: the Hub refuses, fails or cannot be reached. The model on the Hub is then unchanged, but a new
+            repository or branch stays. If only the tag failed, the message says so.
     """
     if not folder.is_own:
         raise ModelFolderError(
-            f"{folder.path}: is in another library's layout, and what is pushed has golden images",
+            f"{folder.path}: has another library's layout; a push needs golden images",
             fix=f"make a model folder of it with robustfeat import {folder.path}",
         )
     _check_request(target)
     if folder.compact:
-        raise ModelFolderError(f"{folder.path}: is a compact folder; what is pushed needs its ONNX as one file")
+        raise ModelFolderError(f"{folder.path}: is a compact folder; a push needs the ONNX network in one file")
     folder.verify()
     return _push(model_parcel(folder, target.repo), target)
 
@@ -125,16 +125,16 @@ def push_model(folder: ModelFolder, target: Target) -> PushReport:
 def push_head(folder: HeadFolder, target: Target, *, license_id: str | None = None) -> PushReport:
     """Makes a repository on the Hub equal to a head's folder, as `push_model` does.
 
-    The reports of `svm fit` stay here: they show training images, or name their files.
+    The reports of `svm fit` are not sent, since they show training images or name their files.
 
     Args:
         folder: the head.
-        target: where it goes.
-        license_id: the Hub's name of a license, for the card where the folder has none of its own.
+        target: the repository and how to push.
+        license_id: the Hub's name of a license, for a generated card.
 
     Raises:
-        HeadError: a file looks like a secret, or there are a card and a license.
-        HubError: as there.
+        HeadError: a file looks like a secret, or both a card and a license are given.
+        HubError: see `push_model`.
     """
     _check_request(target)
     return _push(head_parcel(folder, target.repo, license_id=license_id), target)
@@ -149,7 +149,7 @@ def _push(parcel: Parcel, target: Target) -> PushReport:
     if problems := access.card_problems(repo, parcel.card):
         raise HubError(
             f"{repo}: the Hub refuses the metadata of {CARD} ({'; '.join(problems)[:300]}); nothing was sent",
-            fix="correct it, or remove the file to have it written anew",
+            fix="correct it, or remove the card to generate a new one",
         )
     before = _look(api, target)
     refuse_code(before.files, f"{repo} on the Hub")
@@ -161,7 +161,7 @@ def _push(parcel: Parcel, target: Target) -> PushReport:
     else:
         with access.explaining(repo, revision, writing=True):
             if not before.exists:
-                api.create_repo(repo, private=target.private or None)  # None: as the organisation has it
+                api.create_repo(repo, private=target.private or None)  # None means the organisation's default
             if revision not in {None, _MAIN, *before.branches}:
                 api.create_branch(repo, branch=revision)
             if changes:
@@ -182,10 +182,10 @@ def _push(parcel: Parcel, target: Target) -> PushReport:
 
 
 def _check_request(target: Target) -> None:
-    """Refuses what cannot be pushed, before anything is read or asked."""
+    """Refuses impossible targets before any file is read or request sent."""
     repo, tag = target.repo, target.tag
     if not is_hub_name(repo):
-        raise HubError(f"{repo}: not a name on the Hub; expected ORG/NAME, where ORG may be your user name")
+        raise HubError(f"{repo}: not a Hub name; expected ORG/NAME, where ORG may be your user name")
     if target.access.offline:
         raise HubError(f"{repo}: nothing can be pushed while HF_HUB_OFFLINE is set", fix="unset it")
     for what, ref in (("branch", target.revision), ("tag", tag)):
@@ -196,15 +196,15 @@ def _check_request(target: Target) -> None:
 
 
 def _refuse_taken_names(target: Target, before: _Before, *, will_change: bool) -> None:
-    """Refuses a branch that is a tag there, a tag that is a branch, and a tag that would have to move."""
+    """Refuses a branch name that is a tag, a tag name that is a branch, and a tag that would have to move."""
     repo, revision, tag = target.repo, target.revision, target.tag
     if revision in before.tags or tag in before.branches:
         raise HubError(
-            f"{repo}: {revision if revision in before.tags else tag} names a tag or a branch already",
+            f"{repo}: {revision if revision in before.tags else tag} is already the name of a tag or a branch",
             fix="choose another",
         )
     if tag in before.tags and (will_change or before.tags[tag] != before.head):
-        raise HubError(f"{repo}: the tag {tag} exists and stays where it is", fix="choose another name for it")
+        raise HubError(f"{repo}: the tag {tag} exists, and tags never move", fix="choose another name")
 
 
 def _tag(api: Any, target: Target, tag: str, commit: str | None, kind: str) -> None:
@@ -224,27 +224,27 @@ def _look(api: Any, target: Target) -> _Before:
             info = api.model_info(repo)
         except RepositoryNotFoundError:
             if target.create_pr:
-                what = f"{repo}: does not exist, so it takes no proposals"
+                what = f"{repo}: does not exist, so it takes no pull request"
                 raise HubError(what, fix="push without `create_pr=True`") from None
             return _Before(False, None, {}, {}, {})
         if target.private and not info.private:
-            what = f"{repo}: is public, a private one was asked for, and nothing was sent"
-            raise HubError(what, fix="make it private there")
+            what = f"{repo}: is public, but `private=True` was given; nothing was sent"
+            raise HubError(what, fix="make it private on the Hub")
         refs = api.list_repo_refs(repo)
     heads = {ref.name: ref.target_commit for ref in refs.branches}
     if target.create_pr and branch not in heads:
-        raise HubError(f"{repo}: has no branch {branch} to propose a change to; it has {', '.join(heads)}")
+        raise HubError(f"{repo}: has no branch {branch} for a pull request; it has {', '.join(heads)}")
     head = heads.get(branch, heads.get(_MAIN, info.sha))
     tags = {ref.name: ref.target_commit for ref in refs.tags}
     return _Before(True, head, access.files(repo, head), tags, heads)
 
 
 def _old_files(parcel: Parcel, target: Target, before: _Before) -> set[str]:
-    """The files that the model or head there vouches for; none where there is none."""
+    """The files of the model or head on the Hub; empty if there is none."""
     other = next((key for key in KINDS if key != parcel.key and key in before.files), None)
     if other is not None:
         raise HubError(
-            f"{target.repo}: the name is taken: it holds a {KINDS[other]} ({other})", fix="choose another name"
+            f"{target.repo}: the name is taken: it has a {KINDS[other]} ({other})", fix="choose another name"
         )
     if parcel.key not in before.files or _same(parcel.contents[parcel.key], before.files[parcel.key]):
         return set()
@@ -253,7 +253,7 @@ def _old_files(parcel: Parcel, target: Target, before: _Before) -> set[str]:
         return parcel.files_of(file.read_bytes())
     except (ValueError, TypeError, KeyError, RecursionError):
         raise HubError(
-            f"{target.repo}: the name is taken: it holds a {parcel.key} that is not robustfeat's",
+            f"{target.repo}: the name is taken: it has a {parcel.key} that is not robustfeat's",
             fix="choose another name",
         ) from None
 
@@ -270,7 +270,7 @@ def _changes(parcel: Parcel, before: _Before, old: set[str]) -> tuple[Change, ..
         Change("delete", path, 0) for path in sorted(old) if path in before.files and path not in parcel.contents
     ]
     if not parcel.card_is_edited and [(change.action, change.path) for change in changes] == [("replace", CARD)]:
-        return ()  # it was edited on the Hub
+        return ()  # the card was edited on the Hub
     return tuple(changes)
 
 

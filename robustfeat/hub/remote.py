@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: its names and files, and what its errors mean.
+"""Talks to the Hugging Face Hub and explains its errors.
 
-Everything that speaks to the Hub does so inside `explaining`: its client raises its own errors, those of its HTTP
-library (another one in each major version) and the system's, and their texts run over many lines.
+All requests run inside `explaining`. The Hub's client raises its own errors, its HTTP library's (another library in
+each major version) and the system's, with texts of many lines.
 """
 
 from __future__ import annotations
@@ -21,42 +21,40 @@ from robustfeat.errors import HubError, RobustFeatError, UnreachableError
 
 __all__ = ["DatasetAccess", "HubAccess", "RemoteFile", "is_commit", "is_hub_name", "is_revision"]
 
-NO_HOME = "the Hub's cache has no place, since this user has no home folder"
+NO_HOME = "the Hub's cache has no folder, since this user has no home folder"
 
 _NAME = re.compile(r"(\w|\w[\w.-]*\w)/(\w|\w[\w.-]{,94}\w)", re.ASCII)
 _BAD_REQUEST = 400
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONTACT_S = 3.0
-"""How long the Hub may take to say what it has, before the cache answers; HF_HUB_ETAG_TIMEOUT overrides it."""
+"""Longest wait for the Hub's list of files before the cache is used. HF_HUB_ETAG_TIMEOUT overrides it."""
 
 
 def _client() -> Any:
     """The Hub's client library."""
-    # Or it asks the Hub, before the first call of a day, how to recognise who is using it.
+    # Otherwise the client asks the Hub each day how to detect agents that use it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         import huggingface_hub.constants
         import huggingface_hub.file_download
-    except ValueError as exc:  # it reads numbers and addresses from the environment
-        raise HubError(
-            f"the Hub's client cannot start ({exc})", fix="check the variables HF_... of the environment"
-        ) from exc
+    except ValueError as exc:  # raised for wrong numbers and addresses in the environment
+        raise HubError(f"the Hub's client cannot start ({exc})", fix="check the environment variables HF_...") from exc
     return huggingface_hub
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether this is a commit's full hash, whose content never changes."""
+    """Whether a revision is a full commit hash, whose content never changes."""
     return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this can be the name of a repository: ORG/NAME."""
+    """Whether a text is a valid repository name, ORG/NAME."""
     odd = ".." in name or "--" in name or name.endswith(".git")
     return _NAME.fullmatch(name) is not None and not odd
 
 
 def is_revision(name: str) -> bool:
-    """Whether this can be the name of a branch, tag or commit."""
+    """Whether a text is a valid name of a branch, tag or commit."""
     return re.fullmatch(r"(?![/.-])[^\s\\:?*~^\[\x00-\x20\x7f]+(?<![/.])", name) is not None and ".." not in name
 
 
@@ -65,10 +63,10 @@ class RemoteFile:
     """A file of a repository at one commit.
 
     Attributes:
-        path: within the repository.
-        size: in bytes.
-        blob_id: git's SHA-1 of it, or of its pointer.
-        sha256: of its content, where it is a large file; None else.
+        path: path within the repository.
+        size: size in bytes.
+        blob_id: git's SHA-1 of the file, or of its LFS pointer.
+        sha256: sha256 of a large file's content; None for other files.
     """
 
     path: str
@@ -79,14 +77,14 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class HubAccess:
-    """Which Hub is asked, as whom, and where downloads are kept.
+    """The Hub to use, the credentials, and the cache.
 
     Attributes:
-        token: None takes that of `hf auth login` or HF_TOKEN; False sends none.
-        cache_dir: of the Hub's libraries; by default their own (HF_HUB_CACHE).
-        local_files_only: answer from the cache alone, without a network call; HF_HUB_OFFLINE=1 does so, too.
-        endpoint: of a mirror or a private Hub; by default HF_ENDPOINT, or huggingface.co.
-        repo_type: what the repositories hold; a kind of access, not a setting.
+        token: an access token. None uses the token of `hf auth login` or HF_TOKEN; False sends none.
+        cache_dir: the cache of the Hub's libraries, by default HF_HUB_CACHE.
+        local_files_only: use only the cache, without network requests, as HF_HUB_OFFLINE=1 does.
+        endpoint: the address of a mirror or a private Hub; by default HF_ENDPOINT or huggingface.co.
+        repo_type: the type of the repositories, fixed per class.
     """
 
     repo_type: ClassVar[str] = "model"
@@ -98,17 +96,17 @@ class HubAccess:
 
     @property
     def cache(self) -> Path | None:
-        """Where downloads are kept; None for the Hub's libraries' own place."""
+        """The folder of the cache; None for the default of the Hub's libraries."""
         return None if self.cache_dir is None else Path(self.cache_dir).expanduser().absolute()
 
     @property
     def offline(self) -> bool:
-        """Whether network calls are forbidden."""
+        """Whether network requests are forbidden."""
         return self.local_files_only or bool(_client().constants.HF_HUB_OFFLINE)
 
     @property
     def address(self) -> str:
-        """Of the Hub, without credentials: what may be printed."""
+        """The Hub's address without credentials, safe to print."""
         return _no_credentials(self._url)
 
     @property
@@ -117,7 +115,7 @@ class HubAccess:
 
     @property
     def _token(self) -> str | bool | None:
-        """As the client takes it: a file's last line end is no part of a token."""
+        """The token, without a trailing newline from a file."""
         return self.token.strip() if isinstance(self.token, str) else self.token
 
     def api(self) -> Any:
@@ -125,10 +123,10 @@ class HubAccess:
         return _client().HfApi(endpoint=self.endpoint, token=self._token, library_name="robustfeat")
 
     def look(self, repo: str, revision: str | None) -> tuple[str, list[str]]:
-        """The commit that a revision names, and the files there: one call, which is not repeated when it fails.
+        """Finds a revision's commit and files with one request, which is not retried.
 
         Raises:
-            UnreachableError: there is no answer within seconds.
+            UnreachableError: the Hub does not answer within seconds.
             HubError: the Hub refuses.
         """
         own = _client().constants.HF_HUB_ETAG_TIMEOUT
@@ -137,25 +135,28 @@ class HubAccess:
             info = self.api().repo_info(repo, repo_type=self.repo_type, revision=revision, timeout=timeout)
             names = [file.rfilename for file in info.siblings or ()]
             if not is_commit(info.sha) or not all(isinstance(name, str) for name in names):
-                raise HubError(f"{self.address} does not answer as a Hub does", fix="check HF_ENDPOINT")
+                raise HubError(f"{self.address} does not answer like a Hub", fix="check HF_ENDPOINT")
             return info.sha, names
 
     def files(self, repo: str, revision: str) -> dict[str, RemoteFile]:
-        """What a repository holds at a revision, by path.
+        """Lists a repository's files at a revision, by path.
 
         Raises:
-            HubError: it cannot be listed.
+            HubError: the files cannot be listed.
         """
         with self.explaining(repo, revision):
             entries = self.api().list_repo_tree(repo, recursive=True, revision=revision, repo_type=self.repo_type)
             return {
                 entry.path: RemoteFile(entry.path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
                 for entry in entries
-                if hasattr(entry, "size")  # folders have none
+                if hasattr(entry, "size")  # folders have no size
             }
 
     def reach(self) -> None:
-        """Asks for an answer within seconds; inside `explaining`. What lists things tries again for half a minute."""
+        """Checks that the Hub answers within seconds: the client's list requests retry for half a minute.
+
+        Call it inside `explaining`.
+        """
         utils = _client().utils
         url = f"{self._url}/api/models"
         headers = utils.build_hf_headers(token=self._own_token() or False)
@@ -164,14 +165,14 @@ class HubAccess:
         )
 
     def card_problems(self, repo: str, card: str) -> list[str]:
-        """What the Hub has against a card's metadata; empty if nothing.
+        """The Hub's complaints about a card's metadata; empty if there are none.
 
         Raises:
-            HubError: it does not say.
+            HubError: the Hub does not answer.
         """
         utils = _client().utils
         with self.explaining(repo):
-            # The client's own function asks huggingface.co, whatever Hub is meant.
+            # The client's own function always asks huggingface.co.
             response = utils.get_session().post(
                 f"{self._url}/api/validate-yaml",
                 json={"repoType": "model", "content": card},
@@ -182,20 +183,20 @@ class HubAccess:
             return [str(error["message"]) for error in response.json()["errors"]]
 
     def cached(self, repo: str, name: str, revision: str | None) -> str | None:
-        """The path of a file in the cache, if it is there; nothing is asked of the network."""
+        """The path of a cached file, or None, without network requests."""
         try:
             found = _client().try_to_load_from_cache(
                 repo, name, cache_dir=self.cache, revision=revision, repo_type=self.repo_type
             )
-        except (OSError, ValueError, RuntimeError):  # a damaged cache has nothing, nor has a user without a home
+        except (OSError, ValueError, RuntimeError):  # a damaged cache, or a user without a home folder
             return None
         return found if isinstance(found, str) and Path(found).is_file() else None
 
     def download(self, repo: str, name: str, revision: str | None, *, force: bool = False) -> str:
-        """The path of a file in the cache, downloaded where need be; the client tries again when it is cut off.
+        """The path of a file in the cache, after downloading it if needed. The client resumes broken downloads.
 
         Raises:
-            HubError: it is not in the cache and cannot be downloaded.
+            HubError: the file is not in the cache and cannot be downloaded.
         """
         with self.explaining(repo, revision, name):
             return str(
@@ -213,14 +214,14 @@ class HubAccess:
             )
 
     def download_all(self, repo: str, names: Sequence[str], revision: str | None) -> Path:
-        """The folder in the cache with these files at one commit, downloaded where need be, several at once.
+        """The cached folder with these files of one commit, after downloading missing ones in parallel.
 
         Raises:
-            HubError: one is not in the cache and cannot be downloaded.
+            HubError: a file is not in the cache and cannot be downloaded.
         """
         with self.explaining(repo, revision):
             folder = self._snapshot(repo, revision, [glob.escape(name) for name in names], offline=False)
-            # When the Hub fails, the client is content with what there is.
+            # When the Hub fails, the client accepts an incomplete folder.
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise UnreachableError(
                     f"{self._subject(repo)}: {missing[0]} could not be downloaded", fix="run the same command again"
@@ -228,10 +229,9 @@ class HubAccess:
             return folder
 
     def cached_folder(self, repo: str, revision: str | None, patterns: Sequence[str] = ()) -> Path | None:
-        """The folder in the cache with what was downloaded of a revision; None where there is none.
+        """The cached folder of a revision, without network requests.
 
-        None, too, where files that match `patterns` are known to the client and not there; nothing is asked of the
-        network.
+        None if nothing is cached, or if the client knows that files that match `patterns` are missing.
         """
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -241,9 +241,9 @@ class HubAccess:
             return None
 
     def open(self, repo: str, name: str, revision: str, size: int) -> Any:
-        """A file of the Hub, opened for reading at random: each read is a request, and nothing is kept.
+        """Opens a file on the Hub for random access. Each read is a request, and nothing is stored.
 
-        Inside `explaining`, as what is done with it has to be.
+        Call this, and use the file, inside `explaining`.
         """
         filesystem = _client().HfFileSystem(endpoint=self.endpoint, token=self._token)
         kind = "datasets/" if self.repo_type == "dataset" else ""
@@ -269,9 +269,9 @@ class HubAccess:
     def explaining(
         self, repo: str, revision: str | None = None, name: str | None = None, *, writing: bool = False
     ) -> Iterator[None]:
-        """Makes every error of the Hub's client a `HubError`: one line, with the next step and without the token.
+        """Converts errors of the Hub's client to `HubError`: one line, with the next step and without the token.
 
-        `writing` says that something is to be changed there: then a refusal may mean that the name is taken.
+        `writing` marks a request that changes the Hub. A refusal may then mean that the name is taken.
         """
         try:
             self._check()
@@ -280,7 +280,7 @@ class HubAccess:
             raise
         except Exception as exc:
             what, fix, kind = self._meaning(exc, repo, revision, name, writing=writing)
-            # Without its cause, whose text may hold the token.
+            # Drop the cause, whose text may contain the token.
             raise kind(
                 self._redact(f"{self._subject(repo)}: {what}"), fix=None if fix is None else self._redact(fix)
             ) from None
@@ -289,7 +289,7 @@ class HubAccess:
         return repo if self.repo_type == "model" else f"hf://{self.repo_type}s/{repo}"
 
     def _check(self) -> None:
-        """Refuses an address and a token that nothing can be sent to or with: the network is not to blame."""
+        """Refuses an unusable address or token, which would otherwise look like a network error."""
         parts = urlsplit(self._url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise HubError(
@@ -299,7 +299,7 @@ class HubAccess:
         token = self._own_token()
         if token and not (token.isascii() and token.isprintable() and " " not in token):
             raise HubError(
-                "HF_TOKEN or token: holds characters that no token has", fix="run hf auth login, or copy it again"
+                "HF_TOKEN or token: contains characters that no token has", fix="run hf auth login, or copy it again"
             )
 
     def _own_token(self) -> str | None:
@@ -311,18 +311,18 @@ class HubAccess:
     def _meaning(
         self, exc: Exception, repo: str, revision: str | None, name: str | None, *, writing: bool
     ) -> tuple[str, str | None, type[HubError]]:
-        """What it means, what to do about it, and the class of our error."""
+        """Explains an error: the message, the fix, and the class to raise."""
         from huggingface_hub import errors
 
         cause: BaseException | None = exc
-        # What the client tried instead is said by these two, and why it had to by their cause.
+        # These two errors say what the client tried instead. Their cause says why.
         if isinstance(exc, errors.LocalEntryNotFoundError) or "Force download failed" in str(exc):
             cause = exc.__cause__ or exc
         gate = f"ask for it at {self.address}/{repo}"
         if self.repo_type != "model":
             gate = f"accept its terms at {self.address}/{self.repo_type}s/{repo}"
         meanings = {  # subclasses before their bases
-            errors.OfflineModeIsEnabled: ("HF_HUB_OFFLINE forbids asking the Hub", "unset it"),
+            errors.OfflineModeIsEnabled: ("HF_HUB_OFFLINE forbids requests to the Hub", "unset it"),
             errors.LocalTokenNotFoundError: ("needs a token", "run hf auth login, or set HF_TOKEN"),
             errors.GatedRepoError: ("access is gated", f"{gate}, then run hf auth login"),
             errors.RevisionNotFoundError: (
@@ -332,11 +332,11 @@ class HubAccess:
             errors.RepositoryNotFoundError: (
                 f"no such {self.repo_type} at {self.address}"
                 f"{', and no such folder here' if self.repo_type == 'model' else ''}",
-                "check the name, or, if it is private, log in (hf auth login) with a token that may read it",
+                "check the name; if it is private, log in (hf auth login) with a token that may read it",
             ),
             errors.RemoteEntryNotFoundError: (
                 f"holds no {name}"
-                f"{', so it is no model or head, or an incomplete one' if self.repo_type == 'model' else ''}",
+                f"{', so it is not a model or head, or is incomplete' if self.repo_type == 'model' else ''}",
                 "check the name and the revision",
             ),
         }
@@ -352,41 +352,41 @@ class HubAccess:
             return f"{self.address} cannot be reached ({reason})", "check the network and HF_ENDPOINT", UnreachableError
         if isinstance(cause, json.JSONDecodeError):
             return (
-                f"{self.address} does not answer as a Hub does",
+                f"{self.address} does not answer like a Hub",
                 "check the network and HF_ENDPOINT",
                 UnreachableError,
             )
         return *self._local_trouble(cause), HubError
 
     def _local_trouble(self, cause: BaseException | None) -> tuple[str, str]:
-        """What an error means that does not come from the Hub, and what to do about it."""
+        """Explains an error that does not come from the Hub: the message and the fix."""
         if isinstance(cause, OSError) and cause.errno is not None:
             place = cause.filename or "a file of the cache or the network"
             return f"{place}: {cause.strerror}", "check the disk, HF_HOME and HF_HUB_CACHE"
         if isinstance(cause, RuntimeError) and "home directory" in str(cause):
-            return NO_HOME, "set HF_HOME to a folder that can be written"
+            return NO_HOME, "set HF_HOME to a writable folder"
         return f"{_said(cause)} ({type(cause).__name__})", f"if it stays, delete this {self.repo_type} from the cache"
 
     def _status(self, status: int, said: str, *, writing: bool) -> tuple[str, str | None, type[HubError]]:
         if status == 429 or status >= 500:
-            return f"{self.address} fails or is asked too often ({said})", "try again later", UnreachableError
+            return f"{self.address} fails or limits requests ({said})", "try again later", UnreachableError
         log_in = "log in (hf auth login) with a token that may"
         meanings: dict[int, tuple[str, str]] = {
             401: (f"{self.address} refuses the token", "run hf auth login, or set HF_TOKEN to a valid one"),
             403: (
-                f"the name is taken by somebody else, or the token may not do this ({said})",
+                f"the name belongs to somebody else, or the token may not do this ({said})",
                 f"choose another name, or {log_in}",
             )
             if writing
             else (f"{self.address} forbids it ({said})", log_in),
             409: (f"the name is taken ({said})", "choose another"),
-            412: ("was changed meanwhile by somebody else", "run the same command again"),
+            412: ("somebody else changed it in the meantime", "run the same command again"),
         }
         what, fix = meanings.get(status, (f"{self.address} refuses ({said})", None))
         return what, fix, HubError
 
     def _revisions(self, repo: str) -> str:
-        with suppress(Exception):  # a hint
+        with suppress(Exception):  # the list is only an aid in an error message
             refs = self.api().list_repo_refs(repo, repo_type=self.repo_type)
             names = [ref.name for ref in (*refs.branches, *refs.tags)]
             return f"; it has {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
@@ -398,13 +398,13 @@ class HubAccess:
 
 
 class DatasetAccess(HubAccess):
-    """The same for repositories of datasets."""
+    """`HubAccess` for repositories of datasets."""
 
     repo_type = "dataset"
 
 
 def _no_credentials(text: str) -> str:
-    """Without the user and password that addresses in it may hold."""
+    """Removes user names and passwords from addresses in a text."""
     return re.sub(r"(?<=//)[^/@\s]+@", "", text)
 
 

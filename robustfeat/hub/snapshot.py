@@ -1,4 +1,4 @@
-"""A repository of the Hub in the cache, at one commit; its files come as they are needed."""
+"""A Hub repository in the cache, at one commit, whose files are downloaded on demand."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from robustfeat.hub.remote import HubAccess, is_commit, is_revision
 __all__ = ["KINDS", "Snapshot"]
 
 KINDS = {"config.json": "model", "head.json": "head"}
-"""What a repository holds, by the file that describes it and pins the others."""
+"""Kinds of content, by the file that describes it and pins the others."""
 
 
 class Snapshot:
     """A repository in the cache of the Hub's libraries, at one commit.
 
-    Opening it downloads the file that describes its content. The Hub is asked at most once what it holds.
+    Opening it downloads the file that describes its content. It requests the Hub's list of files at most once.
 
     Args:
         repo: ORG/NAME.
-        kinds: the kinds of content that will do, by the names in `KINDS`.
+        kinds: the accepted kinds of content, keys of `KINDS`.
         revision: a branch, tag or commit; None for main.
-        access: which Hub, as whom.
-        force: download what is used anew.
+        access: the Hub to use, and the credentials.
+        force: download cached files again.
 
     Attributes:
-        repo, access: as above.
+        repo, access: see Args.
         key: the file that describes the content.
         path: the folder in the cache.
         revision: the commit.
-        remedy: how a damaged file is replaced, for messages.
-        listing: the files that the Hub says are there; None where it was not asked.
+        remedy: how to replace a damaged file, for messages.
+        listing: the Hub's list of files; None if it was not requested.
 
     Raises:
-        HubError: it cannot be downloaded, or holds something else.
+        HubError: the repository cannot be downloaded or has another kind of content.
     """
 
     def __init__(
@@ -60,26 +60,26 @@ class Snapshot:
 
     @property
     def forced(self) -> bool:
-        """Whether files are downloaded anew."""
+        """Whether cached files are downloaded again."""
         return self._force
 
     @property
     def reachable(self) -> bool:
-        """Whether the Hub may be asked, and has answered so far."""
+        """Whether requests to the Hub are allowed and none has failed so far."""
         return not (self.access.offline or self._unreachable)
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Those of the files that have to be downloaded; the Hub is asked what it holds before any is.
+        """The files that have to be downloaded, after requesting the Hub's list of files.
 
         Raises:
-            HubError: there are some, and the Hub cannot be asked.
+            HubError: files are missing and the Hub cannot be reached.
         """
         missing = [
             name for name in names if not (self.path / name).is_file() or (self._force and name not in self._fetched)
         ]
         if missing and self._force and not self.reachable:
             raise HubError(
-                f"{self.repo}: the Hub cannot be asked, as `force=True` needs it (what the cache holds stays)",
+                f"{self.repo}: `force=True` needs the Hub, which cannot be reached (the cache is unchanged)",
                 fix="leave `force` out",
             )
         if missing and self.access.offline:
@@ -94,7 +94,7 @@ class Snapshot:
         """Downloads files of this commit.
 
         Raises:
-            HubError: one cannot be downloaded.
+            HubError: a file cannot be downloaded.
         """
         for name in names:
             file = Path(self.access.download(self.repo, name, self.revision, force=self._force))
@@ -103,19 +103,19 @@ class Snapshot:
             self._fetched.add(name)
 
     def fetch(self, names: Sequence[str]) -> None:
-        """Sees to it that these files are here.
+        """Downloads missing files.
 
         Raises:
-            HubError: one cannot be downloaded.
+            HubError: a file cannot be downloaded.
         """
         self.download(self.missing(names))
 
     def look(self) -> None:
-        """Asks the Hub what it holds at this commit."""
+        """Requests the Hub's list of files at this commit."""
         self._look(self.revision)
 
     def _open(self, revision: str | None) -> str:
-        """The path of the describing file in the cache, downloaded where need be."""
+        """The path of the describing file in the cache, after downloading it if needed."""
         held = (self.access.cached(self.repo, key, revision) for key in self._keys)
         known = next((path for path in held if path), None)
         if known and (self.access.offline or (is_commit(revision) and not self._force)):
@@ -127,17 +127,17 @@ class Snapshot:
         except UnreachableError as exc:
             if not known:
                 what = " or ".join(KINDS[key] for key in self._keys)
-                raise UnreachableError(f"{exc}: the {what} is not in the cache, nor is there such a folder") from exc
+                raise UnreachableError(f"{exc}: the {what} is neither in the cache nor a folder") from exc
             self._unreachable = exc
             return known
-        # At the commit whose listing was seen, whatever is pushed meanwhile...
+        # Download at the commit of the list, even if somebody pushes in the meantime ...
         path = self.access.download(self.repo, key, commit, force=self._force)
         if self.access.cached(self.repo, key, revision) != path:
-            self.access.download(self.repo, key, revision)  # ... and so that the cache learns what the name means
+            self.access.download(self.repo, key, revision)  # ... and again by name, so the cache learns its commit
         return path
 
     def _look(self, revision: str | None) -> tuple[str, str]:
-        """Asks the Hub what it holds, and gives the commit and the describing file."""
+        """Requests the Hub's list of files; returns the commit and the describing file."""
         commit, names = self.access.look(self.repo, revision)
         key = next((key for key in self._keys if key in names), None)
         if key is None:
@@ -146,7 +146,7 @@ class Snapshot:
             if other:
                 raise HubError(f"{self.repo}: is a {KINDS[other]} ({other}); expected a {wanted}", fix="check the name")
             raise HubError(
-                f"{self.repo}: holds no {' or '.join(self._keys)}, so it is not a {wanted} of robustfeat",
+                f"{self.repo}: has no {' or '.join(self._keys)}, so it is not a {wanted} of robustfeat",
                 fix="check the name and the revision",
             )
         self.listing = names
@@ -155,5 +155,5 @@ class Snapshot:
     def _offline(self, name: str) -> HubError:
         return HubError(
             f"{self.repo}: {name} is not in the cache, and HF_HUB_OFFLINE or local_files_only forbids downloads",
-            fix=f"allow them once, or run `robustfeat pull {self.repo}` where there is a network",
+            fix=f"allow them once, or run `robustfeat pull {self.repo}` with a network",
         )

@@ -1,8 +1,8 @@
-"""TIFF files that Pillow opens and whose pixels it gets wrong.
+"""Refuses TIFF files that Pillow opens but decodes to wrong pixels.
 
-Pillow reads compressed files with libtiff and uncompressed ones by itself. Its own reader takes each plane of a file
-with separate planes for 8-bit samples, without an error. `tests/hub/test_tiff.py` compares every pixel type that Pillow
-knows, in each layout and compression, with the pixels that were written.
+Pillow reads compressed files with libtiff and uncompressed ones itself. Its own reader treats separate planes as 8-bit
+samples, without an error. `tests/hub/test_tiff.py` compares every pixel type of Pillow, in each layout and compression,
+with the written pixels.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _PLAIN_PLANES = {1: (_BLACK_IS_ZERO,), 8: (_BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK
 
 
 def refuse_misread(tags: Any, *, sees_alpha: bool) -> None:
-    """Refuses a file that Pillow would turn into another picture, or whose values have no defined range.
+    """Refuses a file that Pillow would decode wrongly, or whose values have no defined range.
 
     Args:
-        tags: of its first page, `tag_v2` of Pillow's image.
-        sees_alpha: whether the alpha is used, so that it must be right, too.
+        tags: the tags of the first page, `tag_v2` of Pillow's image.
+        sees_alpha: whether the alpha is used, so it must be right, too.
 
     Raises:
-        DecodeError: it is such a file.
+        DecodeError: the file is refused.
     """
     bits = tags.get(_BITS, (1,))
     if set(tags.get(_SAMPLE_FORMAT, (1,))) != _UNSIGNED or max(bits) > 16:
         raise DecodeError(
             "TIFF: signed, 32-bit and floating-point pixels have no defined range",
-            fix="save it with 8 or 16 bits a channel",
+            fix="save it with 8 or 16 bits per channel",
         )
     compression, photometric = tags.get(_COMPRESSION, _UNCOMPRESSED), tags.get(_PHOTOMETRIC, 0)
     if compression == _WORD_ALIGNED_FAX:
@@ -48,7 +48,7 @@ def refuse_misread(tags: Any, *, sees_alpha: bool) -> None:
         raise DecodeError("uncompressed TIFF: subsampled colours are not read", fix="save it as RGB")
     if tags.get(_PLANAR, 1) == 2 and (
         not _are_planes_read(tags, bits, photometric, uncompressed=uncompressed)
-        # The plane of an alpha beside one of grey or of a palette is read wrong.
+        # Pillow misreads a separate alpha plane beside a grey or palette plane.
         or (sees_alpha and _CHANNELS.get(photometric, 1) == 1 and any(tags.get(_EXTRA_SAMPLES, ())))
     ):
         raise DecodeError(
@@ -58,7 +58,7 @@ def refuse_misread(tags: Any, *, sees_alpha: bool) -> None:
 
 
 def _are_planes_read(tags: Any, bits: tuple[int, ...], photometric: int, *, uncompressed: bool) -> bool:
-    """Whether Pillow gets separate planes right."""
+    """Whether Pillow reads separate planes correctly."""
     accounted = _CHANNELS.get(photometric, 1) + len(tags.get(_EXTRA_SAMPLES, ()))
     if photometric == _LAB or tags.get(_SAMPLES, 1) > accounted:
         return False

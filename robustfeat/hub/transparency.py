@@ -1,4 +1,4 @@
-"""What is transparent in an image, and what is seen of it on a white page."""
+"""Puts transparent images on a white background."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ __all__ = ["key_bits", "on_white", "opacity"]
 
 _EXTRA_SAMPLES_TAG = 338
 _BITS = {"1": 1, "L;2": 2, "L;4": 4, "I;16B": 16, "RGB;16B": 16}
-"""Of a sample, by what Pillow calls the pixels of a PNG file; 8 of others."""
+"""Bits per sample, by Pillow's name of a PNG file's pixels; 8 for other names."""
 
 
 def key_bits(image: Image.Image) -> int:
-    """How many bits the samples of an opened file have, which a transparent colour is given in; 8 once it is loaded."""
+    """Bits per sample of an opened file, in which its transparent colour is given; 8 for a loaded image."""
     tiles: Any = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else None
     return _BITS.get(arguments, 8) if isinstance(arguments, str) else 8
 
 
 def opacity(image: Image.Image, bits: int) -> Image.Image | None:
-    """How opaque each pixel is, in 8 bits; None where all of them are.
+    """The opacity of each pixel in 8 bits; None if all pixels are opaque.
 
-    An alpha of nothing but zeros is taken for none, as many programs write it so.
+    An alpha of only zeros is ignored, since many programs write it for opaque images.
 
     Args:
-        image: loaded.
+        image: a loaded image.
         bits: see `key_bits`.
 
     Raises:
-        DecodeError: one colour of 16 bits a channel is transparent, and Pillow kept 8 of them.
+        DecodeError: the transparent colour has 16 bits per channel, of which Pillow kept 8.
     """
     key = image.info.get("transparency")
     if image.mode in {"LA", "PA", "RGBA"}:
-        # The fourth channel of a TIFF that does not call it alpha may be anything.
+        # The fourth channel of a TIFF may be anything unless the file calls it alpha.
         tags: Any = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {_EXTRA_SAMPLES_TAG: (2,)}
         alpha = image.getchannel("A") if {1, 2} & set(tags.get(_EXTRA_SAMPLES_TAG, ())) else None
     elif image.mode == "P" and image.has_transparency_data:
@@ -48,7 +48,7 @@ def opacity(image: Image.Image, bits: int) -> Image.Image | None:
     elif image.mode == "RGB" and isinstance(key, tuple) and len(key) == 3:
         if bits == 16 or max(key) > 255:
             raise DecodeError(
-                "PNG: a transparent colour of 16 bits a channel is not read", fix="save it with an alpha channel"
+                "PNG: a transparent colour of 16 bits per channel is not read", fix="save it with an alpha channel"
             )
         alpha = _opacity_of_colours(image, key)
     else:
@@ -59,7 +59,7 @@ def opacity(image: Image.Image, bits: int) -> Image.Image | None:
 
 
 def on_white(picture: Image.Image, alpha: Image.Image) -> Image.Image:
-    """What is seen of an RGB picture on a white page: alpha * colour + (1 - alpha) * white."""
+    """Blends an RGB picture with white: alpha * colour + (1 - alpha) * white."""
     page = Image.new("RGB", picture.size, "white")
     page.paste(picture, mask=alpha)
     return page
@@ -69,7 +69,7 @@ def _opacity_of_grey(image: Image.Image, key: int, bits: int) -> Image.Image:
     if image.mode == "I;16":
         seen: NDArray[np.bool_] = np.asarray(image) != key
         return Image.fromarray(seen.view(np.uint8) * np.uint8(255))
-    key = key * 255 // (2**bits - 1)  # Pillow spreads samples over 8 bits, and leaves the key as it is
+    key = key * 255 // (2**bits - 1)  # Pillow scales samples to 8 bits, but not the key
     grey = image.convert("L") if image.mode == "1" else image
     return grey.point([0 if value == key else 255 for value in range(256)])
 

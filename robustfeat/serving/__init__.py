@@ -1,4 +1,4 @@
-"""Serving: a model folder's features for images, and answers from features."""
+"""Computes a model folder's features for images, and predictions from features."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ _HOMES = {"FeatureExtractor": "extractor", "Head": "heads.head", "ImageFeatures"
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: scikit-learn alone takes seconds.
+    # Import on first use, since scikit-learn takes seconds.
     if name in _HOMES:
         import importlib
 

@@ -1,4 +1,4 @@
-"""The place of `embed_files` in version 0.1; it will go with version 0.3."""
+"""Keeps the import of `embed_files` from version 0.1. Version 0.3 will remove it."""
 
 from __future__ import annotations
 

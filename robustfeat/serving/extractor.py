@@ -1,4 +1,4 @@
-"""`FeatureExtractor`: images to features."""
+"""Defines `FeatureExtractor`, which embeds images with one model."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ __all__ = ["FeatureExtractor", "default_batch_size"]
 
 
 _MOST_FEATURES = 2**20
-"""Per image: 4 MB."""
+"""Largest feature vector, 4 MB per image."""
 
 
 class FeatureExtractor:
-    """Turns images into features with one model; make it with `from_pretrained`.
+    """Embeds images with one model. Use `from_pretrained` to make one.
 
     Attributes:
         folder: the model.
         config: its `ModelConfig`.
         engine: the engine that runs it.
-        options: how it is run; what was left to choose is what was chosen.
+        options: how it runs, with the choices made for automatic options.
     """
 
     def __init__(self, folder: ModelFolder, engine: Engine, options: RunOptions) -> None:
@@ -80,35 +80,35 @@ class FeatureExtractor:
         """Loads a model.
 
         Args:
-            name: None or `builtin` for the model that the package carries, a model folder, or ORG/NAME on the Hub,
-                from where the files come that the engine needs. Folder and repository may also have the layout of
-                Optimum and transformers.js (docs/hub.md).
-            revision: a branch, tag or commit on the Hub; main by default. A commit that is in the cache is used
-                without asking the Hub.
-            config_hash: the hash that the model must have, which pins all its files; `robustfeat info` prints it.
-            token: for the Hub; by default that of `hf auth login` or HF_TOKEN. False sends none.
-            cache_dir: of downloads; by default that of the Hub's libraries.
-            local_files_only: answer from the cache alone, without a network call; so does HF_HUB_OFFLINE=1.
-            endpoint: of a mirror or a private Hub; by default HF_ENDPOINT, or huggingface.co.
-            precision: fp32; fp16, meant for GPUs; int8 where the folder holds it; bf16 with OpenVINO on processors
-                that have it.
-            engine: auto (ONNX Runtime, OpenVINO for bf16), onnxruntime, openvino or tensorrt.
+            name: None or `builtin` for the model inside the package, a model folder, or ORG/NAME on the Hub. From the
+                Hub only the files that the engine needs are downloaded. The layout of Optimum and transformers.js is
+                accepted, too (docs/hub.md).
+            revision: a branch, tag or commit on the Hub; main by default. A cached commit needs no network request.
+            config_hash: the expected config hash, which pins all files; `robustfeat info` prints it.
+            token: a token for the Hub; by default the token of `hf auth login` or HF_TOKEN. False sends none.
+            cache_dir: folder of the downloads; by default the cache of the Hub's libraries.
+            local_files_only: use only the cache, without network requests, as HF_HUB_OFFLINE=1 does.
+            endpoint: the address of a mirror or a private Hub; by default HF_ENDPOINT or huggingface.co.
+            precision: fp32; fp16, meant for GPUs; int8 if the folder has it; bf16 with OpenVINO on processors that
+                support it.
+            engine: auto (ONNX Runtime, or OpenVINO for bf16), onnxruntime, openvino or tensorrt.
             device: auto, cpu or cuda.
-            threads: processors for the model; by default what the cgroup grants.
-            streams: batches side by side, each on `threads / streams` processors. One by default, which answers
-                soonest; as many as threads give the best throughput (`embed_files` needs such an extractor).
-            decoding: exact, or scaled: JPEGs of at least four times the size needed are decoded at a fraction of it,
-                several times as fast, and the features move a little.
-            max_pixels: larger images are refused from their header. Above 178,956,970 pixels this raises Pillow's own
-                limit for the process.
-            pooling: what the features of a model of transformers are: auto (by its model type), embeds, pooler, cls
-                or mean.
+            threads: number of processors for the model; by default all that the cgroup allows.
+            streams: number of parallel batches, each on `threads / streams` processors. The default of one has the
+                lowest latency. One per thread has the best throughput, and `embed_files` requires it.
+            decoding: exact or scaled. Scaled decodes JPEGs of at least four times the needed size at a fraction of
+                their size, which is several times as fast and changes features slightly.
+            max_pixels: largest accepted image; larger ones are refused from their header. Above 178,956,970 pixels
+                this raises Pillow's limit for the process.
+            pooling: how the output of a transformers model becomes features: auto (by its model type), embeds,
+                pooler, cls or mean.
 
         Raises:
-            ModelFolderError: the folder is missing, damaged, altered, of a newer format, or one of ours that holds a
-                pickle or code.
-            HubError: the Hub refuses, fails or cannot be reached, and the model is not in the cache.
-            EngineError: no engine is installed, it cannot run as asked, or the precision is too far off here.
+            ModelFolderError: the folder is missing, damaged, altered or of a newer format, or has robustfeat's layout
+                and contains a pickle or code.
+            HubError: the model is not in the cache, and the Hub refuses, fails or cannot be reached.
+            EngineError: no engine is installed, the engine cannot run as requested, or the precision is too inexact
+                on this machine.
         """
         access = HubAccess(token=token, cache_dir=cache_dir, local_files_only=local_files_only, endpoint=endpoint)
         options = RunOptions(
@@ -132,11 +132,11 @@ class FeatureExtractor:
         options: RunOptions = RunOptions(),
         access: HubAccess | None = None,
     ) -> FeatureExtractor:
-        """As `from_pretrained`, with the options as one value."""
+        """Loads a model like `from_pretrained`, with the options as one value."""
         folder = resolve_model(name, revision=options.revision, config_hash=options.config_hash, access=access)
         extractor = cls.open(folder, options)
-        exact = options.precision == "fp32" and extractor.engine.name != "tensorrt"  # whose fp32 may be TF32
-        if not exact and folder.is_own:  # others hold no golden images
+        exact = options.precision == "fp32" and extractor.engine.name != "tensorrt"  # TensorRT's fp32 may be TF32
+        if not exact and folder.is_own:  # other layouts have no golden images
             check = check_golden(extractor)
             if check.short:
                 raise EngineError(
@@ -148,10 +148,10 @@ class FeatureExtractor:
 
     @classmethod
     def open(cls, folder: ModelFolder, options: RunOptions = RunOptions()) -> FeatureExtractor:
-        """Opens a folder, whatever `revision` and `config_hash` say, without asking whether it is exact enough here.
+        """Opens a folder without the check of its golden images. Ignores `revision` and `config_hash`.
 
         Raises:
-            ModelFolderError, EngineError: as `from_pretrained`.
+            ModelFolderError, EngineError: see `from_pretrained`.
         """
         content = folder.read_onnx(options.stored_precision)
         side = folder.config.preprocessing.image_size
@@ -166,7 +166,7 @@ class FeatureExtractor:
         _require_length(folder, size)
         if session.input_shape[1:] != [3, side, side] or session.output_shape[1:] != [size]:
             raise ModelFolderError(
-                f"{folder.path}: config.json promises {side} px in and {size} features out, the ONNX file has "
+                f"{folder.path}: config.json states {side} px and {size} features, but the ONNX file has the shapes "
                 f"{session.input_shape} and {session.output_shape}",
                 fix="export the model again",
             )
@@ -181,9 +181,9 @@ class FeatureExtractor:
         return cls(folder, session, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled, it is where the model lies and how it is run: unpickling opens the same model again, from there.
+        """Pickles the model's place and options. Unpickling opens the same model from there.
 
-        A token is left out: who unpickles it uses one's own.
+        The pickle omits the token, so unpickling uses the token of its own user.
         """
         access = self.folder.access and replace(self.folder.access, token=None)
         options = replace(self.options, revision=self.folder.revision, config_hash=self.folder.config_hash)
@@ -196,7 +196,7 @@ class FeatureExtractor:
 
     @property
     def decoding(self) -> str:
-        """exact, or scaled: large JPEGs are decoded at a fraction of their size."""
+        """exact or scaled; see `from_pretrained`."""
         return self.options.decoding
 
     @property
@@ -206,7 +206,7 @@ class FeatureExtractor:
 
     @property
     def identity(self) -> ModelIdentity:
-        """Which model it is, and how it is run."""
+        """The model, and how it runs."""
         config, engine = self.config, self.engine
         return ModelIdentity(
             name=config.name,
@@ -243,18 +243,18 @@ class FeatureExtractor:
         return default_batch_size(self.config.preprocessing.image_size, self.engine.device)
 
     def embed(self, images: Iterable[Any], *, on_error: str = "raise") -> NDArray[np.float32]:
-        """Features of images.
+        """Embeds images.
 
         Args:
-            images: each a path, the bytes of an image file, a Pillow image, or a (H, W, 3) uint8 RGB array.
-            on_error: `raise`, or `nan` for a row of NaN in place of an image that cannot be read.
+            images: paths, bytes of image files, Pillow images, or (H, W, 3) uint8 RGB arrays.
+            on_error: `raise`, or `nan` for a row of NaN for each image that cannot be read.
 
         Returns:
-            (n, D) float32, row i for image i.
+            (n, D) float32; row i belongs to image i.
 
         Raises:
-            DecodeError: an image cannot be read, and `on_error` is `raise`; the message holds its number.
-            TypeError: an image is of another kind.
+            DecodeError: an image cannot be read and `on_error` is `raise`. The message has its number.
+            TypeError: an image has another type.
         """
         if on_error not in {"raise", "nan"}:
             raise ValueError(f"on_error must be raise or nan; got {on_error!r}")
@@ -276,10 +276,10 @@ class FeatureExtractor:
         return np.concatenate(parts) if parts else np.empty((0, self.feature_size), np.float32)
 
     def prepare(self, image: Any) -> NDArray[np.uint8]:
-        """The (S, S, 3) uint8 square that the network sees of one image (see `embed` for the kinds).
+        """Decodes, resizes and crops one image to the network's (S, S, 3) uint8 square (see `embed` for its types).
 
         Raises:
-            DecodeError: it cannot be read.
+            DecodeError: the image cannot be read.
         """
         contract, scaled, most = self.config.preprocessing, self.decoding == "scaled", self.options.max_pixels
         if isinstance(image, (str, os.PathLike)):
@@ -294,7 +294,7 @@ class FeatureExtractor:
         if isinstance(image, Image.Image):
             try:
                 return resize_and_crop(to_rgb(image, version=contract.version, max_pixels=most), contract)
-            except (OSError, SyntaxError, ValueError) as exc:  # an open image is read from its file only now
+            except (OSError, SyntaxError, ValueError) as exc:  # Pillow reads the file of an open image only now
                 raise DecodeError(f"damaged: {exc}") from exc
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -303,20 +303,20 @@ class FeatureExtractor:
         raise TypeError(f"an image must be a path, bytes, a Pillow image or an array; got {type(image).__name__}")
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, D) float32 for n texts, comparable by cosine with features of images: of models with a text tower.
+        """Embeds n texts to (n, D) float32, comparable by cosine with image features, by the model's text tower.
 
         Raises:
-            InputError: the model has none, or a text is empty.
+            InputError: the model has no text tower, or a text is empty.
             ModelFolderError, HubError, EngineError: the text tower cannot be loaded or run.
         """
         self._texts = self._texts or TextEncoder(self.folder, self.options, self.feature_size)
         return self._texts.embed(texts)
 
     def embed_prepared(self, squares: NDArray[np.uint8], failed: Sequence[int] = ()) -> NDArray[np.float32]:
-        """One batch of squares from `prepare`, (n, S, S, 3) uint8, to (n, D) float32.
+        """Embeds one batch of squares from `prepare`, (n, S, S, 3) uint8, to (n, D) float32.
 
-        A failed image keeps its slot (whatever pixels stand there), so that its neighbours' vectors do not depend on
-        it; its own row is NaN.
+        A failed image keeps its slot with arbitrary pixels, so its neighbours' vectors do not depend on it. Its own row
+        is NaN.
         """
         values = self.engine.new_input((len(squares), 3, *squares.shape[1:3]))
         features = _interruptibly(self.engine.run, normalise(squares, self.config.preprocessing, out=values))
@@ -331,10 +331,10 @@ def _reopen(source: str, options: RunOptions, access: HubAccess | None) -> Featu
 
 
 def _feature_size(folder: ModelFolder, session: Engine) -> int:
-    """D of a network of transformers, which runs once where its file does not tell.
+    """D of a transformers network. If its file does not state D, the network runs once.
 
     Raises:
-        ModelFolderError: it does not take the images that the contract makes.
+        ModelFolderError: the network does not accept images of the contract's size.
     """
     side = folder.config.preprocessing.image_size
     batch, *fixed = session.input_shape or [None]
@@ -345,24 +345,24 @@ def _feature_size(folder: ModelFolder, session: Engine) -> int:
         )
     if fixed and (len(fixed) != 3 or any(isinstance(a, int) and a != b for a, b in zip(fixed, wanted, strict=True))):
         raise ModelFolderError(
-            f"{folder.path}: its image processor gives {wanted}, the ONNX file takes {fixed}",
-            fix="import the ONNX file with a size of your own (robustfeat import)",
+            f"{folder.path}: the image processor makes {wanted}, but the ONNX file takes {fixed}",
+            fix="import the ONNX file with your own size (robustfeat import)",
         )
     size = session.output_shape[-1]
     return size if isinstance(size, int) else session.run(np.zeros((1, *wanted), np.float32)).shape[1]
 
 
 def _require_length(folder: ModelFolder, size: int) -> None:
-    """Refuses vectors of which a few thousand would fill the memory: the network's output is not one per image."""
+    """Refuses huge vectors: the output is then not one vector per image, and a few thousand would fill the memory."""
     if size > _MOST_FEATURES:
         raise ModelFolderError(
-            f"{folder.path}: its features are vectors of {size:,} numbers; at most {_MOST_FEATURES:,} are supported",
-            fix="take another output of the network with robustfeat import",
+            f"{folder.path}: features must have at most {_MOST_FEATURES:,} numbers; got {size:,}",
+            fix="choose another output of the network with robustfeat import",
         )
 
 
 def _interruptibly(run: Callable[[NDArray[np.float32]], NDArray[np.float32]], values: Any) -> NDArray[np.float32]:
-    """Runs a network so that Ctrl+C ends the waiting for it, however long it would run."""
+    """Runs a network in a thread, so Ctrl+C ends the wait at once."""
     if threading.current_thread() is not threading.main_thread():
         return run(values)
     result: Future[NDArray[np.float32]] = Future()
@@ -378,7 +378,7 @@ def _interruptibly(run: Callable[[NDArray[np.float32]], NDArray[np.float32]], va
 
 
 def default_batch_size(side: int, device: str) -> int:
-    """Images of S pixels in a batch where nobody says otherwise: enough to be fast, few enough to stay in the cache."""
+    """Default number of S-pixel images per batch: enough to be fast, few enough to fit the processor's cache."""
     return 128 if device == "cuda" else min(64, max(8, 2**17 // side**2))
 
 

@@ -1,4 +1,4 @@
-"""Features kept by the content of the image, in one SQLite file that several processes may use."""
+"""Caches features by image content in one SQLite file, which processes may share."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from robustfeat.errors import DecodeError, InputError
 __all__ = ["Content", "FeatureCache", "FeatureMaker", "embed_contents"]
 
 Content = bytes | NDArray[np.uint8]
-"""An image: a file's bytes, or the square that the network sees."""
+"""An image: a file's bytes, or the network's square."""
 
 
 class FeatureMaker(Protocol):
-    """What computes features: a `FeatureExtractor`, or a network that is being evaluated."""
+    """Computes features: a `FeatureExtractor`, or a network under evaluation."""
 
     @property
     def fingerprint(self) -> Sequence[Any]:
-        """Plain data for JSON that differs where features may."""
+        """Plain data for JSON. Makers of different features have different fingerprints."""
 
     @property
     def feature_size(self) -> int:
-        """D."""
+        """D, the length of a feature vector."""
 
     def prepare(self, image: bytes) -> NDArray[np.uint8]:
-        """The (S, S, 3) uint8 square that the network sees; DecodeError where the image cannot be read."""
+        """Prepares the network's (S, S, 3) uint8 square. Raises DecodeError if the image cannot be read."""
 
     def embed_prepared(self, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(n, S, S, 3) uint8 to (n, D) float32."""
+        """Embeds (n, S, S, 3) uint8 to (n, D) float32."""
 
 
 class FeatureCache:
-    """Features of one maker by the sha256 of what was embedded.
+    """Features of one maker by the sha256 of the image.
 
-    Another model, precision, engine or decoding has other keys, so that one file serves all.
+    Other models, precisions, engines and decodings have other keys, so one file can serve all.
 
     Args:
-        file: made if need be, with its folder.
-        maker: whose features these are.
+        file: the file of the cache, created with its folder if missing.
+        maker: the maker of the features.
 
     Raises:
-        InputError: the file cannot be opened, or is something else.
+        InputError: the file cannot be opened or is not a cache.
     """
 
     def __init__(self, file: str | os.PathLike[str], maker: FeatureMaker) -> None:
@@ -64,7 +64,7 @@ class FeatureCache:
                 )
         except (OSError, sqlite3.Error) as exc:
             raise InputError(
-                f"{self._file}: cannot be used as a cache of features ({exc})", fix="delete it, or name another"
+                f"{self._file}: not a usable cache of features ({exc})", fix="delete it, or name another file"
             ) from exc
 
     def key(self, content: Content) -> bytes:
@@ -73,7 +73,7 @@ class FeatureCache:
         return hashlib.sha256(self._prefix + kind + hashlib.sha256(data).digest()).digest()
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """What is there: (D,) float32 by key."""
+        """Cached features by key, each (D,) float32."""
         found = {}
         try:
             with closing(self._connect()) as connection:
@@ -88,7 +88,7 @@ class FeatureCache:
         return found
 
     def put(self, features: dict[bytes, NDArray[np.float32]]) -> None:
-        """Keeps features.
+        """Stores features.
 
         Raises:
             InputError: the disk is full, or the file cannot be written.
@@ -111,16 +111,16 @@ def embed_contents(
     *,
     refuse: Callable[[int, DecodeError], DecodeError] | None = None,
 ) -> NDArray[np.float32]:
-    """Features of one batch: the cache gives what it has, the rest is computed and kept there.
+    """Embeds one batch: takes cached features, computes the others and caches them.
 
     With a cache, images of the same content are computed once.
 
     Args:
-        maker: what computes features.
-        contents: the images; an error stands for an image that could not be read.
-        cache: of the same maker; None computes all.
-        refuse: makes the error to raise of the place of the first image that failed, and of its error. By default,
-            its row is NaN.
+        maker: computes the features.
+        contents: the images, or an error for each image that could not be read.
+        cache: a cache of the same maker; None computes all.
+        refuse: returns the error to raise, given the position of the first failed image and its error. By default,
+            the row of a failed image is NaN.
 
     Returns:
         (n, D) float32.

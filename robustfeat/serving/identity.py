@@ -1,4 +1,4 @@
-"""Which model made some features, and how it was run."""
+"""Identifies the model that made features, and how it ran."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from robustfeat.hub.folder import weights_sha256
 __all__ = ["BYTE_KEYS", "FEATURE_KEYS", "MODEL_KEYS", "ModelIdentity"]
 
 MODEL_KEYS = ("name", "weights_sha256", "preprocessing_hash", "feature_size", "pooling", "skipped_tokens")
-"""What heads compare. Features of another precision are almost the same (docs/embedding.md gives the cost), features of
-another model are not."""
+"""Keys that heads compare. Another precision changes features little (docs/embedding.md has figures); another model
+changes them fully."""
 
 FEATURE_KEYS = (
     "files", "preprocessing_hash", "precision", "engine", "device", "decoding", "feature_size", "pooling",
     "skipped_tokens"
 )  # fmt: skip
-"""What `append` compares: the rows of one file come from one way to run one model."""
+"""Keys that `append` compares: all rows of a file come from the same model, run in the same way."""
 
 BYTE_KEYS = ("name", *FEATURE_KEYS, "threads", "versions")
-"""What the machines of a Ray cluster compare: all that decides the bytes of a row, but for the batch size.
+"""Keys that the machines of a Ray cluster compare: all that decides a row's bytes, except the batch size.
 
-The commit on the Hub is in none of the lists, because it changes with the card, too.
+No list has the commit on the Hub, since it also changes with the card.
 """
 
 _CACHE_KEYS = ("files", "preprocessing_hash", "precision", "engine", "engine_version", "decoding")
@@ -35,24 +35,24 @@ _HEAD_KEYS = (
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """A model, its preprocessing, and how it was run.
+    """A model, its preprocessing, and how it ran.
 
     Attributes:
-        name: of the model.
-        revision: its commit on the Hub, if it is known.
+        name: name of the model.
+        revision: its commit on the Hub, if known.
         weights_sha256: see `hub.folder.weights_sha256`.
-        preprocessing_hash: of its preprocessing contract.
-        feature_size: D.
-        precision, engine, decoding: as in `RunOptions`, without auto.
-        device, threads: what it ran on; None in a head.
+        preprocessing_hash: hash of its preprocessing contract.
+        feature_size: D, the length of a feature vector.
+        precision, engine, decoding: see `RunOptions`, without auto.
+        device, threads: where it ran; None in a head.
         files: sha256 of each file of the model; empty in a head.
-        versions: of robustfeat, the engine and the libraries that decode; empty in a head.
-        pooling: which output of a network of transformers the features are (see `hub.outputs`); None for our own
-            networks, and not named there.
-        source: where the model is found, as a user types it: builtin, or ORG/NAME on the Hub; None for a folder. It
-            decides nothing, and is not compared.
-        skipped_tokens: the first tokens of such a network, which the pooling `mean` leaves out: config.json decides it,
-            which is not among `files`. None with another pooling, and in what earlier versions wrote: they did not say.
+        versions: versions of robustfeat, the engine and the decoding libraries; empty in a head.
+        pooling: how the output of a transformers network became features (see `hub.outputs`); None for robustfeat's own
+            networks.
+        source: the argument that names the model: builtin, or ORG/NAME on the Hub; None for a folder. It is not
+            compared.
+        skipped_tokens: number of first tokens that the pooling `mean` skips. It comes from config.json, which is not in
+            `files`. None for other poolings, and in files of earlier versions.
     """
 
     name: str
@@ -81,7 +81,7 @@ class ModelIdentity:
         """The identity in a NAME.meta.json of `embed`.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: something is missing there, or is of another type.
+            KeyError, TypeError, ValueError, AttributeError: a key is missing or has another type.
         """
         return cls(
             name=str(meta["model"]),
@@ -102,7 +102,7 @@ class ModelIdentity:
         )
 
     def to_meta(self, batch_size: int) -> dict[str, Any]:
-        """The part of NAME.meta.json and job.json that decides the features."""
+        """The part of NAME.meta.json and job.json that determines the features."""
         return {
             "model": self.name,
             **self.values("revision", "files", "precision", "engine", "device", "decoding"),
@@ -115,10 +115,10 @@ class ModelIdentity:
 
     @classmethod
     def of_head(cls, data: Mapping[str, Any]) -> ModelIdentity:
-        """The inverse of `to_head`.
+        """Reverses `to_head`.
 
         Raises:
-            KeyError, TypeError: something is missing, or is of another type.
+            KeyError, TypeError: a key is missing or has another type.
         """
         values = {key: data[key] for key in _HEAD_KEYS}
         for name, value in values.items():
@@ -133,7 +133,7 @@ class ModelIdentity:
         return cls(**values, **optional)
 
     def to_head(self) -> dict[str, Any]:
-        """The part that head.json keeps."""
+        """The part that head.json stores."""
         return self.values(*_HEAD_KEYS) | self._pooling() | self._source()
 
     def _pooling(self) -> dict[str, Any]:
@@ -143,20 +143,20 @@ class ModelIdentity:
         return {} if self.source is None else self.values("source")
 
     def values(self, *keys: str) -> dict[str, Any]:
-        """These attributes, for JSON."""
+        """Values of attributes, for JSON."""
         return {key: dict(value) if isinstance(value := getattr(self, key), Mapping) else value for key in keys}
 
     @property
     def fingerprint(self) -> list[Any]:
-        """What caches of features compare, as plain data: devices and threads may change the last bits there.
+        """The keys that feature caches compare, as plain data. Device and threads may differ in the last bits.
 
-        In fp16 they also compare the device, because a processor computes fp16 networks in fp32.
+        In fp16 the device counts, too, since a processor computes fp16 networks in fp32.
         """
         keys = (*_CACHE_KEYS, *(["device"] if self.precision == "fp16" else []))
         return [*self.values(*keys).values(), *self._pooling().values()]
 
     def difference(self, other: ModelIdentity, keys: Sequence[str]) -> str | None:
-        """The first of `keys` in which they differ: `MODEL_KEYS`, `FEATURE_KEYS` or `BYTE_KEYS`; None if in none."""
+        """The first of `keys` (`MODEL_KEYS`, `FEATURE_KEYS` or `BYTE_KEYS`) that differs, or None."""
         return next((key for key in keys if self._differs(other, key)), None)
 
     def _differs(self, other: ModelIdentity, key: str) -> bool:
@@ -164,18 +164,18 @@ class ModelIdentity:
         return mine != theirs and not (key == "skipped_tokens" and None in {mine, theirs})
 
     def same_features(self, other: ModelIdentity) -> bool:
-        """Whether features of both can be mixed: the same model and preprocessing, run in any way."""
+        """Whether the features can be mixed: same model and preprocessing."""
         return self.difference(other, MODEL_KEYS) is None
 
     def same_bytes(self, other: ModelIdentity) -> bool:
-        """Whether both give the same bytes: also run in the same way by the same versions."""
+        """Whether the features are byte-identical: same model, options and versions."""
         return self.difference(other, BYTE_KEYS) is None
 
     def require(self, other: ModelIdentity, mine: str, theirs: str, fix: str = "use the same model for both") -> None:
-        """Refuses features of another model or preprocessing; `mine` and `theirs` are named in the error.
+        """Refuses features of another model or preprocessing.
 
         Raises:
-            InputError: saying both.
+            InputError: the models differ. The message names `mine` and `theirs`.
         """
         key = self.difference(other, MODEL_KEYS)
         if key is None:

@@ -1,4 +1,4 @@
-"""`ImageFeatures`: images to features as a step of a scikit-learn pipeline."""
+"""Defines `ImageFeatures`, which embeds images as a step of a scikit-learn pipeline."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ __all__ = ["ImageFeatures"]
 
 
 class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """A transformer of images to features; it learns nothing.
+    """A transformer that embeds images. It learns nothing.
 
-    Images are paths, encoded bytes, Pillow images or (H, W, 3) uint8 RGB arrays, in a list or in an array of them.
+    Images are paths, encoded bytes, Pillow images or (H, W, 3) uint8 RGB arrays, in a list or an array.
 
-    Parameters are kept as given, as scikit-learn wants; the model is loaded when it is first needed, and again in
-    every process that a search starts.
+    Parameters are stored as given, as scikit-learn requires. The model is loaded on first use, in every process of a
+    search.
 
     Args:
         model: `builtin`, a model folder, or ORG/NAME on the Hub.
         revision: a branch, tag or commit on the Hub.
         precision, engine, device, threads, decoding, max_pixels, pooling: see `FeatureExtractor.from_pretrained`.
-        on_error: `raise`, or `nan` for a row of NaN in place of an image that cannot be read.
-        cache: a file in which features are kept by the images' content; searches and later runs then embed each image
-            once.
+        on_error: `raise`, or `nan` for a row of NaN for each image that cannot be read.
+        cache: a file that caches features by image content. Searches and later runs then embed each image once.
 
     >>> from sklearn.pipeline import make_pipeline
     >>> from sklearn.svm import LinearSVC
     >>> pipeline = make_pipeline(ImageFeatures(), LinearSVC(dual=False))
     """
 
-    __module__ = "robustfeat.serving"  # where pickles find it, wherever the class itself lies
+    __module__ = "robustfeat.serving"  # pickles look the class up here
 
     def __init__(
         self,
@@ -76,7 +75,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """Loads the model.
 
         Raises:
-            ModelFolderError, HubError, EngineError: as `FeatureExtractor.from_pretrained`.
+            ModelFolderError, HubError, EngineError: see `FeatureExtractor.from_pretrained`.
             TypeError: X is not a list of images.
         """
         _images(X)
@@ -84,10 +83,10 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         return self
 
     def transform(self, X: Iterable[Any]) -> NDArray[np.float32]:
-        """(n, D) float32.
+        """Embeds images to (n, D) float32.
 
         Raises:
-            DecodeError: an image cannot be read, and `on_error` is `raise`.
+            DecodeError: an image cannot be read and `on_error` is `raise`.
             TypeError: X is not a list of images.
         """
         images = _images(X)
@@ -104,7 +103,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     def _embed_batch(
         self, start: int, batch: list[Any], extractor: FeatureExtractor, cache: FeatureCache
     ) -> NDArray[np.float32]:
-        # Images are read once: what is embedded is what the key is made of.
+        # Read each image once, so the key belongs to the embedded bytes.
         contents = [_content_or_error(image, extractor) for image in batch]
 
         def refuse(place: int, error: DecodeError) -> DecodeError:
@@ -116,7 +115,7 @@ class ImageFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     @property
     def identity(self) -> ModelIdentity:
-        """The model, for heads on its features."""
+        """The model's identity, for heads on its features."""
         return self._open().identity
 
     def _open(self) -> FeatureExtractor:
@@ -162,10 +161,10 @@ def _images(X: Any) -> list[Any]:
         raise TypeError(f"X must be a list of images; got one {type(X).__name__}: put it in a list")
     if isinstance(X, np.ndarray) and X.dtype.kind not in "OUS" and not (X.ndim == 4 and X.dtype == np.uint8):
         raise TypeError(f"X must be a list of images, or (n, H, W, 3) uint8; got {X.shape} {X.dtype}")
-    if hasattr(X, "to_numpy"):  # of a data frame
+    if hasattr(X, "to_numpy"):  # a column of a data frame
         X = X.to_numpy()
     images = list(X)
-    # A column of a table: each row holds one path.
+    # A column of a table has one path per row.
     if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == 1:
         images = [row[0] for row in images]
     return [str(image) if isinstance(image, np.str_) else image for image in images]
@@ -179,10 +178,10 @@ def _content_or_error(image: Any, extractor: FeatureExtractor) -> Content | Deco
 
 
 def _content(image: Any, extractor: FeatureExtractor) -> Content:
-    """The bytes of an image file; of an image that is no file the square that the network sees.
+    """The bytes of an image file, or the network's square of another image.
 
     Raises:
-        DecodeError: it cannot be read.
+        DecodeError: the image cannot be read.
     """
     if isinstance(image, (str, os.PathLike)):
         try:

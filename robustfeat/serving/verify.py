@@ -1,7 +1,7 @@
-"""The golden check: whether a model gives here the features that its folder holds, and how fast it is.
+"""Checks a model's features against its golden features, and measures its speed.
 
-A folder of transformers holds no golden images. Its ways to run are compared with the first of them, ONNX Runtime in
-fp32 where that is there, on the golden images of the built-in model.
+A transformers folder has no golden images. Its combinations of engine, precision and device are compared with the
+first one, ONNX Runtime in fp32 if installed, on the built-in model's images.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ __all__ = [
 ]
 
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.99}
-"""What a precision must reach against PyTorch's features on every golden image; int8 saturates on some processors."""
+"""Smallest accepted cosine to PyTorch's features per golden image, by precision. int8 saturates on some processors."""
 
 _MIN_COSINE_SCALED = 0.99
 _MEASURE_S = 0.15
 
 
 class GoldenSubject(Protocol):
-    """What is checked: a `FeatureExtractor`."""
+    """The subject of a check, a `FeatureExtractor`."""
 
     folder: ModelFolder
     options: RunOptions
 
     @property
     def batch_size(self) -> int:
-        """Images in a batch."""
+        """Images per batch."""
 
     def prepare(self, image: Any) -> NDArray[np.uint8]:
-        """The (S, S, 3) uint8 square of an image."""
+        """Prepares an image's (S, S, 3) uint8 square."""
 
     def embed_prepared(self, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(n, S, S, 3) uint8 to (n, D) float32."""
+        """Embeds (n, S, S, 3) uint8 to (n, D) float32."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result for one way to run a model.
+    """The result for one engine, precision and device.
 
     Attributes:
-        engine, precision, device: the way.
-        cosine: the smallest one over the golden images; None where it was not run.
-        needed: what it must reach.
-        reason: why it was not run.
-        images_per_s: of the model alone, one batch at a time; None where it was not measured.
-        is_reference: whether the features are what the other ways are compared with, and themselves with nothing.
+        engine, precision, device: the combination.
+        cosine: the smallest cosine over the golden images; None if it did not run.
+        needed: the smallest accepted cosine.
+        reason: why it did not run.
+        images_per_s: images per second of the network, one batch at a time; None if not measured.
+        is_reference: whether the other combinations are compared with this one, which has no reference itself.
     """
 
     engine: str
@@ -80,7 +80,7 @@ class Check:
 
     @property
     def short(self) -> bool:
-        """Whether it was run and falls short."""
+        """Whether it ran with too small a cosine."""
         return self.cosine is not None and not self.cosine >= self.needed
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ class Check:
 
 
 def cosine(a: NDArray[np.floating[Any]], b: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Row-wise cosine similarity of two (n, D) arrays: (n,) float64, NaN where a row is zero."""
+    """Row-wise cosine similarity of two (n, D) arrays: (n,) float64, NaN for zero rows."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(invalid="ignore"):
         similarity: NDArray[np.float64] = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
@@ -110,7 +110,7 @@ def compare(
     images_per_s: float | None = None,
     device: str = "cpu",
 ) -> Check:
-    """The check of features that were computed, (n, D), against PyTorch's, (n, D)."""
+    """Checks computed features, (n, D), against PyTorch's, (n, D)."""
     needed = MIN_COSINE[precision]
     if decoding == "scaled":
         needed = min(needed, _MIN_COSINE_SCALED)
@@ -118,21 +118,21 @@ def compare(
 
 
 def check_golden(subject: GoldenSubject, *, timed: bool = False) -> Check:
-    """Runs the golden images through an open model; `timed` measures its speed, too.
+    """Runs the golden images through an open model; `timed` also measures the speed.
 
-    A folder of transformers has nothing to compare the features with: the check says that they could be computed.
+    A transformers folder has no golden features, so the check only shows that it runs.
     """
     return _check(subject, None, timed=timed)[0]
 
 
 def golden_answers(subject: GoldenSubject) -> tuple[list[bytes], NDArray[np.floating[Any]]]:
-    """Images, and the (n, D) features that a model must go on to give: golden ones, or those that it gives now."""
+    """Images, and the (n, D) features that a model must keep giving: golden ones, or else its features now."""
     images, expected = _golden(subject.folder)
     return images, _features(subject, images)[1] if expected is None else expected
 
 
 def _golden(folder: ModelFolder) -> tuple[list[bytes], NDArray[np.float32] | None]:
-    """Golden images and their features, which a folder of transformers does not know."""
+    """Golden images and their features; a transformers folder has no features."""
     return folder.golden() if folder.is_own else (sample_images(), None)
 
 
@@ -145,7 +145,7 @@ def _features(subject: GoldenSubject, images: list[bytes]) -> tuple[NDArray[np.u
 def _check(
     subject: GoldenSubject, reference: NDArray[np.float32] | None, *, timed: bool
 ) -> tuple[Check, NDArray[np.float32]]:
-    """The check of a model, and the features that it gives, which `reference` has for a folder without golden ones."""
+    """The check of a model and its features, against `reference` if the folder has no golden features."""
     images, expected = _golden(subject.folder)
     squares, features = _features(subject, images)
     expected, options, speed = reference if expected is None else expected, subject.options, None
@@ -170,9 +170,9 @@ def _check(
 
 
 def ways_to_run(folder: ModelFolder, *converted: str) -> Iterator[RunOptions]:
-    """Every engine and precision on the processor, for which a folder holds ONNX files, and those made from fp32.
+    """All engines and precisions on the processor with an ONNX file, including those converted from fp32.
 
-    One of ours without an fp32 file is no model; opening it says so.
+    A folder in robustfeat's layout needs an fp32 file; opening it reports a missing one.
     """
     stored = {*folder.precisions, *(["fp32"] if folder.is_own else [])}
     stored |= set(converted if "fp32" in stored else ())
@@ -185,7 +185,7 @@ def ways_to_run(folder: ModelFolder, *converted: str) -> Iterator[RunOptions]:
 
 
 def ways_on_gpu() -> Iterator[RunOptions]:
-    """Every engine and precision for the GPU, where one answers."""
+    """All engines and precisions on the GPU, if one works."""
     if find_gpu() is not None:
         for engine in ("onnxruntime", "tensorrt"):
             for precision in ("fp32", "fp16"):
@@ -195,15 +195,15 @@ def ways_on_gpu() -> Iterator[RunOptions]:
 def check_ways(
     open_way: Callable[[RunOptions], GoldenSubject], ways: Iterable[RunOptions], *, timed: bool = False
 ) -> Iterator[Check]:
-    """`check_golden` of one way after the other; a way that cannot run here says why.
+    """Runs `check_golden` for each combination. A combination that cannot run gives its reason.
 
     Args:
         open_way: opens the model, such as `partial(FeatureExtractor.open, folder)`.
-        ways: how to run it.
-        timed: measure the speed, too.
+        ways: the combinations.
+        timed: also measure the speed.
 
     Raises:
-        ModelFolderError: a file was altered, or an engine cannot read it, unless another one did.
+        ModelFolderError: a file was altered, or no engine can read it.
     """
     reference: NDArray[np.float32] | None = None
     for options in ways:
@@ -215,10 +215,10 @@ def check_ways(
         except ModelFolderError as exc:
             if reference is None:
                 raise
-            # The file itself is good; not every engine has every operator that other libraries use.
+            # The file itself is good, but an engine may lack an operator.
             yield Check(options.engine, options.precision, None, MIN_COSINE[options.precision], exc.what)
         except EngineError as exc:
-            # The check chooses the parameters itself, so a fix that names some does not help its reader.
+            # The check chose the parameters itself, so a fix that names them would not help.
             reason = exc.problem.replace("`", "") if exc.fix_parameters else str(exc)
             needed = MIN_COSINE[options.precision]
             yield Check(options.engine, options.precision, None, needed, reason, device=options.device)

@@ -107,8 +107,8 @@ def test_features_of_other_models_are_refused_with_both_names(
     assert "digits-v1" in line
     line = only_line(robustfeat("similar", other, examples / "hat").stderr)
     assert (
-        "of the model digits-v1; images and words need it, too; pass its folder or its name on the Hub as --model"
-        in line
+        "made by the model digits-v1, which images and words need, too; pass its folder or its name on the Hub "
+        "as --model" in line
     )
     line = only_line(robustfeat("similar", other, examples / "hat", "--model", "builtin").stderr)
     assert "digits-v1" in line
@@ -123,7 +123,7 @@ def test_arrays_made_elsewhere_are_searched_by_rows(robustfeat: Run, tmp_path: P
     result = robustfeat("similar", array, "b", "--names", names, "--quiet")
     assert [one["path"] for one in rows_of(result.stdout)] == ["a", "c"]
     line = only_line(robustfeat("similar", array, examples / "hat", "--names", names).stderr)
-    assert "of an unknown model, so images and words cannot be embedded" in line
+    assert "its model is unknown, so images and words cannot be embedded" in line
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_images_that_are_gone_are_kept_last(robustfeat: Run, photos: Path, copie
     (rest / "hat" / "blurred.png").unlink()
     (rest / "hat" / "hat-2.jpg").write_bytes(b"changed")
     result = robustfeat("duplicates", copies, "--threshold", "0.97", "--keep", "largest", "--images", rest)
-    assert "2 images were not found or not read" in result.stderr
+    assert "2 images could not be found or read" in result.stderr
     assert {one["path"] for one in rows_of(result.stdout) if one["action"] == "keep"} == {"a copy.jpg", "half.png"}
 
 
@@ -234,8 +234,8 @@ def test_copies_are_found_where_features_tell_nothing(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--keep", "largest"], "pass --images with the folder that embed was given"),
-        (["--null"], "--null is for --drop-list"),
+        (["--keep", "largest"], "pass those given to embed as --images"),
+        (["--null"], "--null applies to --drop-list"),
         (["--threshold", "0"], "0 is not in the range"),
         (["--drop-list", "nowhere/drop.txt"], "the folder nowhere does not exist"),
     ],
@@ -328,7 +328,7 @@ def test_no_output_overwrites_an_input(robustfeat: Run, features: Path, tmp_path
         result = robustfeat(*arguments)
         line = only_line(result.stderr)
         assert result.returncode == 1, arguments
-        assert line.endswith(f"{arguments[-2]} {arguments[-1]}: is an input, too; choose another name"), line
+        assert line.endswith(f"{arguments[-2]} {arguments[-1]}: is also an input; choose another name"), line
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before, arguments
 
 

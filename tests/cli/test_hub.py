@@ -190,8 +190,10 @@ def test_branch_tag_and_privacy(published: FakeHub, call: Call, small_fp32: Path
     assert repo.branches["main"] == before
     assert repo.tags["v2"] == repo.branches["next"]
     assert "onnx/model_int8.onnx" not in published.files("org/name", "next"), "what the new model lacks is deleted"
-    assert "names a tag or a branch already" in one_line(call("push", small_fp32, "org/name", "--revision", "v2"))
-    assert "names a tag or a branch already" in one_line(call("push", small_fp32, "org/name", "--tag", "next"))
+    assert "is already the name of a tag or a branch" in one_line(
+        call("push", small_fp32, "org/name", "--revision", "v2")
+    )
+    assert "is already the name of a tag or a branch" in one_line(call("push", small_fp32, "org/name", "--tag", "next"))
     assert "the tag v2 exists" in one_line(call("push", small_fp32, "org/name", "--tag", "v2"))
     assert "is public" in one_line(call("push", small_fp32, "org/name", "--private"))
     assert call("push", small_fp32, "alice/own", "--private", "--revision", "trial").returncode == 0
@@ -317,9 +319,9 @@ def test_odd_names_of_branches_and_tags_are_refused_at_once(
         (["pull", "org/gated"], None, "access is gated; ask for it at"),
         (["pull", "org/gated"], "hf_bob", "access is gated; ask for it at"),
         (["pull", "org/gated", "--force"], "hf_bob", "access is gated; ask for it at"),
-        (["push", "{model}", "org/name"], "hf_bob", "the name is taken by somebody else"),
-        (["push", "{model}", "org/new"], "hf_bob", "the name is taken by somebody else, or the token may not"),
-        (["push", "{model}", "org/bert"], "hf_alice", "the name is taken: it holds a config.json that is not"),
+        (["push", "{model}", "org/name"], "hf_bob", "the name belongs to somebody else"),
+        (["push", "{model}", "org/new"], "hf_bob", "the name belongs to somebody else, or the token may not"),
+        (["push", "{model}", "org/bert"], "hf_alice", "the name is taken: it has a config.json that is not"),
         (["pull", "org/empty"], "hf_alice", "holds no config.json or head.json, so it is not a model or head"),
         (["pull", "nonsense"], "hf_alice", "expected ORG/NAME"),
         (["pull", "org/na--me"], "hf_alice", "expected ORG/NAME"),
@@ -328,7 +330,7 @@ def test_odd_names_of_branches_and_tags_are_refused_at_once(
         (["info", "org/name", "--revision", ".."], "hf_alice", "must be a branch, a tag or a commit"),
         (["push", "{model}", "a/b/c"], "hf_alice", "expected ORG/NAME"),
         (["info", "builtin", "--revision", "v1"], "hf_alice", "has no revision v1"),
-        (["pull", "org/name", "--config-hash", "0" * 64], "hf_alice", "not the model that was asked for"),
+        (["pull", "org/name", "--config-hash", "0" * 64], "hf_alice", "not the requested model"),
     ],
 )
 def test_each_error_is_one_line_with_the_next_step(
@@ -425,12 +427,12 @@ def test_without_a_network_the_cache_answers_and_the_rest_fails_soon(
             line = one_line(call("info", "org/other", HF_ENDPOINT=endpoint))
             assert time.monotonic() - began < limit_s  # the silent one has three of them
             assert "cannot be reached" in line
-            assert "not in the cache, nor is there such a folder" in line
+            assert "is neither in the cache nor a folder" in line
             assert "check the network" in line
             began = time.monotonic()
             assert "cannot be reached" in one_line(call("models", "--remote", HF_ENDPOINT=endpoint))
             assert time.monotonic() - began < limit_s
-            assert "what the cache holds stays" in one_line(call("pull", "org/name", "--force", HF_ENDPOINT=endpoint))
+            assert "the cache is unchanged" in one_line(call("pull", "org/name", "--force", HF_ENDPOINT=endpoint))
             features = load(tmp_path / "home", example_files, HF_ENDPOINT=endpoint)
             assert features.tobytes() == expected.tobytes()
 
@@ -576,7 +578,7 @@ def test_the_config_hash_pins_a_model(published: FakeHub, call: Call, tmp_path: 
     digest = hashlib.sha256(published.read("org/name", "config.json")).hexdigest()
     assert call("pull", "org/name", "--config-hash", digest).returncode == 0
     edit_config(published, lambda data: data["robustfeat"].update(name="other-v1"))
-    assert "not the model that was asked for" in one_line(call("pull", "org/name", "--config-hash", digest))
+    assert "not the requested model" in one_line(call("pull", "org/name", "--config-hash", digest))
 
 
 # Trust
@@ -618,11 +620,11 @@ def test_what_was_altered_or_added_is_refused_by_name(
         (lambda data: data.update(auto_map={"AutoModel": "modeling.Robust"}), "the entry 'auto_map' names code to run"),
         (
             lambda data: data["robustfeat"]["files"].update({"../../../x": "0"}),
-            "lists '../../../x', which lies outside",
+            "lists '../../../x', which is outside",
         ),
         (
             lambda data: data["robustfeat"]["files"].update({"/etc/passwd": "0"}),
-            "lists '/etc/passwd', which lies outside",
+            "lists '/etc/passwd', which is outside",
         ),
         (
             lambda data: data["robustfeat"]["files"].update({"weights.pkl": "0"}),

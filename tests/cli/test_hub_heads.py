@@ -135,7 +135,7 @@ def test_a_second_push_sends_nothing_and_keeps_an_edited_card(hub: FakeHub, call
     assert call("push", copy, "org/clothes").returncode == 0
     assert b"# Mine" in hub.read("org/clothes", "README.md")
     refused = one_line(call("push", copy, "org/clothes", "--license", "mit"))
-    assert "is the card, which states the license; leave --license out" in refused
+    assert "the folder has a card, which states the license; leave --license out" in refused
 
 
 def test_a_dry_run_and_a_proposal(published: FakeHub, call: Call, copy: Path) -> None:
@@ -153,7 +153,7 @@ def test_what_cannot_be_pushed_is_one_line_and_sends_nothing(
     hub: FakeHub, call: Call, copy: Path, small_fp32: Path
 ) -> None:
     hub.add("org/model", files_of(small_fp32))
-    assert "the name is taken: it holds a model (config.json)" in one_line(call("push", copy, "org/model"))
+    assert "the name is taken: it has a model (config.json)" in one_line(call("push", copy, "org/model"))
     hub.add("org/other", {"head.json": b"{}"})
     assert "holds a head.json that is not robustfeat's" in one_line(call("push", copy, "org/other"))
     (copy / "notes.txt").write_text("token: hf_" + "a" * 34)
@@ -166,7 +166,7 @@ def test_what_cannot_be_pushed_is_one_line_and_sends_nothing(
 
 
 def test_a_model_is_not_pushed_over_a_head(published: FakeHub, call: Call, small_fp32: Path) -> None:
-    assert "the name is taken: it holds a head (head.json)" in one_line(call("push", small_fp32, "org/clothes"))
+    assert "the name is taken: it has a head (head.json)" in one_line(call("push", small_fp32, "org/clothes"))
 
 
 def test_pull_takes_heads(published: FakeHub, call: Call, clothes: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_pull_takes_heads(published: FakeHub, call: Call, clothes: Path, tmp_pat
     assert "--precision is for models" in call("pull", "org/clothes", "--precision", "int8").stderr
     assert call("pull", "org/clothes", "--config-hash", sha256(clothes)).returncode == 0
     wrong = one_line(call("pull", "org/clothes", "--config-hash", "0" * 64))
-    assert "not the head that was asked for" in wrong
+    assert "not the requested head" in wrong
     # What the cache holds is used without a network, and `--force` replaces it.
     (folder / "head.safetensors").resolve().write_bytes(b"damaged")
     damaged = one_line(call("svm", "predict", "org/clothes", tmp_path / "own"))
@@ -216,7 +216,7 @@ def test_a_head_is_pinned_by_revision_and_hash(published: FakeHub, python: Run, 
     newest = load('"org/clothes"').stdout.split()
     assert newest[:2] == [repo.branches["main"], sha256(tmp_path / "other")]
     refused = load(f'"org/clothes", sha256="{wanted}"')
-    assert "not the head that was asked for" in refused.stderr
+    assert "not the requested head" in refused.stderr
     # A commit in the cache is not asked for.
     published.requests.clear()
     assert load(f'"org/clothes", revision="{first}"').stdout.split()[0] == first
@@ -346,4 +346,4 @@ def test_info_shows_a_head(published: FakeHub, call: Call, clothes: Path) -> Non
     assert re.search(rf"^revision: +{commit}$", there.stdout, re.MULTILINE)
     about = json.loads(call("info", "org/clothes", "--json", "--config-hash", sha256(clothes)).stdout)
     assert (about["sha256"], about["revision"], about["kind"]) == (sha256(clothes), commit, "svm")
-    assert "not the head that was asked for" in one_line(call("info", clothes, "--config-hash", "0" * 64))
+    assert "not the requested head" in one_line(call("info", clothes, "--config-hash", "0" * 64))

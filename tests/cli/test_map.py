@@ -74,7 +74,7 @@ def test_the_same_map_is_made_again_and_from_its_table(mapped: Path, robustfeat:
     for name, options in (("again", ()), ("kept", ("--layout", mapped / "map.csv")), ("other", ("--seed", "5"))):
         done = robustfeat("map", mapped / "feats.npy", "--clusters", 0, *options, "--out", tmp_path / f"{name}.html")
         assert done.returncode == 0, done.stderr
-        assert "pass --images to say where the images lie" in done.stderr
+        assert "pass the images as --images to add them" in done.stderr
         places.append(data_of(tmp_path / f"{name}.html")["x"])
     first = data_of(mapped / "map.html")["x"]
     assert places[0] == first
@@ -136,7 +136,7 @@ def test_no_output_overwrites_an_input(mapped: Path, robustfeat: Run, tmp_path: 
     for out in (file, link):
         done = robustfeat("map", mapped / "feats.npy", *option.format(file).split(), "--out", out)
         assert (done.returncode, file.read_bytes()) == (1, before)
-        assert f"--out {out}: is an input, too; choose another name" in done.stderr
+        assert f"--out {out}: is also an input; choose another name" in done.stderr
         assert link.is_symlink()
 
 

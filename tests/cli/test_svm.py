@@ -181,7 +181,7 @@ def test_bad_input_is_one_line(robustfeat: Run, head: Path, features: Path, tmp_
     few = labelled("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,b\n")
     result = robustfeat("svm", "fit", features, "--labels", few, "--out", single)
     assert result.returncode == 0
-    assert "nothing could be held out" in result.stderr
+    assert "so none could be held out" in result.stderr
     assert "fit 1/1 fits" in result.stderr
     score = ["score", head, features, "--quiet", "--labels"]
     cut = tmp_path / "cut.npy"
@@ -195,8 +195,8 @@ def test_bad_input_is_one_line(robustfeat: Run, head: Path, features: Path, tmp_
         (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-1.jpg,b\n"), "labelled a second time"),
         (fit('path,label\nhat/hat-1.jpg,"a\nhat/hat-2.jpg,b\n'), "not a CSV file (line 3: "),
         (fit("path,label\nhat/hat-1.jpg,a, b\nhat/hat-2.jpg,b\n"), "line 2: has 3 columns; expected 2"),
-        (["predict", head, features, "--suggest", 1, "--labels", few, "--out", few], "is an input, too"),
-        (["predict", head, features, "--suggest", 1, "--labels", f"{few}:label", "--out", few], "is an input, too"),
+        (["predict", head, features, "--suggest", 1, "--labels", few, "--out", few], "is also an input"),
+        (["predict", head, features, "--suggest", 1, "--labels", f"{few}:label", "--out", few], "is also an input"),
         (fit("path,label\nnone.jpg,a\n"), "none of its 1 paths is one of the 40 rows"),
         (["fit", features, "--labels", tmp_path / "none.csv", "--out", out], "cannot be read"),
         (["fit", features, "--labels", "folder", "--out", head], "exists already"),
@@ -219,13 +219,13 @@ def test_bad_input_is_one_line(robustfeat: Run, head: Path, features: Path, tmp_
 def test_wrong_usage_is_said(robustfeat: Run, head: Path, features: Path, tmp_path: Path) -> None:
     out = ["--labels", "folder", "--out", tmp_path / "out"]
     for arguments, reason in [
-        (["fit", features, features, *out], "features come alone"),
+        (["fit", features, features, *out], "expected one file of features; got 2 INPUTs"),
         (["fit", features, *out, "--precision", "int8"], "--precision is for images"),
         (["fit", features, *out, "--kind", "nearest-mean", "--C", 1], "has no --C"),
-        (["fit", features, *out, "--C", "nan"], "nan is no finite number"),
-        (["predict", head, features, "--reject", "nan"], "nan is no finite number"),
+        (["fit", features, *out, "--C", "nan"], "nan is not a finite number"),
+        (["predict", head, features, "--reject", "nan"], "nan is not a finite number"),
         (["predict", head, features, "--out", "x.txt"], "ending in .csv or .jsonl"),
-        (["predict", head, features, "--labels", "folder"], "pass --suggest N too"),
+        (["predict", head, features, "--labels", "folder"], "pass --suggest N, too"),
     ]:
         result = robustfeat("svm", *arguments)
         assert result.returncode == 2
@@ -305,7 +305,7 @@ def test_an_array_made_elsewhere_is_fitted_and_predicted(features: Path, tmp_pat
     names.write_text("\n".join(rows))
     fitted = robustfeat("svm", "fit", other, "--names", names, "--labels", "folder", "--out", head, "--C", "0.1")
     assert fitted.returncode == 0
-    assert "of an unknown model, so whether a head suits it is not checked" in fitted.stderr
+    assert "its model is unknown, so whether it matches a head is not checked" in fitted.stderr
     predicted = robustfeat("svm", "predict", head, other, "--names", names, "--quiet")
     assert [line.split(",")[0] for line in predicted.stdout.splitlines()[1:]] == rows
     assert float(robustfeat("svm", "score", head, features, "--labels", "folder", "--quiet").stdout) > 0.9
@@ -323,7 +323,7 @@ def test_rows_without_names_are_numbered_and_have_labels_in_order(
     labels.write_text("".join(f"{path.split('/')[0]}\n" for path in rows))
     fitted = robustfeat("svm", "fit", other, "--labels", labels, "--out", head, "--C", "0.1")
     assert fitted.returncode == 0, fitted.stderr
-    assert f"{other}: its rows have no names, so they are numbered from 0; of an unknown model" in fitted.stderr
+    assert f"{other}: its rows have no names, so they are numbered from 0; its model is unknown" in fitted.stderr
     named = robustfeat("svm", "fit", features, "--labels", "folder", "--out", tmp_path / "named", "--C", "0.1")
     assert named.returncode == 0, named.stderr
     unnamed, wanted = (load_file(place / "head.safetensors")["coefficients"] for place in (head, tmp_path / "named"))

@@ -37,7 +37,7 @@ def test_info_and_card_say_what_it_is(robustfeat: Run, onnx_model: Path) -> None
     card = (onnx_model / "README.md").read_text()
     assert card_problems(card) == []
     assert "library_name: onnx" in card
-    assert "The weights are in the ONNX file only: PyTorch cannot load this model." in card
+    assert "Only the ONNX file has the weights, so PyTorch cannot load this model." in card
     assert "timm" not in card
     assert card == render_card(ModelFolder(onnx_model).config)
 

@@ -63,7 +63,7 @@ def test_a_damaged_snapshot_hides_no_other(tmp_path: Path) -> None:
     (tmp_path / "datasets--org--name").mkdir()
     (tmp_path / "CACHEDIR.TAG").touch()
     problems = {one.revision: one.problem for one in cached_models(HubAccess(cache_dir=tmp_path))}
-    assert problems == {"1" * 40: None, "2" * 40: "onnx.link is a link to nothing; pull the model again"}
+    assert problems == {"1" * 40: None, "2" * 40: "onnx.link is a broken link; pull the model again"}
 
 
 def test_a_cache_that_is_not_there_holds_no_models(tmp_path: Path) -> None:

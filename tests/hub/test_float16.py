@@ -169,7 +169,7 @@ def test_a_weight_beyond_fp16_is_named() -> None:
     model = ModelProto.FromString(network())
     (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "conv")
     weight.CopyFrom(numpy_helper.from_array(WEIGHTS["conv"] * 1e6, "conv"))
-    with pytest.raises(ValueError, match=r"conv has the number 2\.33e\+06, and the largest one of fp16 is 65504"):
+    with pytest.raises(ValueError, match=r"conv has the value 2\.33e\+06; fp16 ends at 65504"):
         convert_to_float16(model.SerializeToString())
 
 

@@ -223,7 +223,7 @@ def test_a_transparent_colour_of_16_bits_is_refused_in_version_2() -> None:
     samples = np.random.default_rng(0).integers(0, 2**16, (9, 16, 3))
     data = png_of(samples, 16, 2, struct.pack(">HHH", 3, 4, 5))
     np.testing.assert_array_equal(levels(decode(data, version=1)), samples >> 8)
-    with pytest.raises(DecodeError, match="a transparent colour of 16 bits a channel is not read; save it with an"):
+    with pytest.raises(DecodeError, match="a transparent colour of 16 bits per channel is not read; save it with an"):
         decode(data)
 
 

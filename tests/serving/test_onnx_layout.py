@@ -401,7 +401,7 @@ def test_a_repository_with_pytorch_weights_alone_says_how_it_is_imported(
     hub.add("org/weights", files)
     result = alone("-m", "robustfeat", "info", "org/weights")
     assert result.stderr == (
-        "robustfeat: org/weights: holds no ONNX file of the whole network (model type 'dinov2'); it holds "
+        "robustfeat: org/weights: has no ONNX file of the whole network (model type 'dinov2'); it has "
         "model.safetensors; make a model folder of it with robustfeat import hf:org/weights\n"
     )
 
@@ -485,7 +485,7 @@ def test_vectors_that_would_fill_the_memory_are_refused(copy: Path) -> None:
     model.graph.node[2].input[0] = "wide"
     (copy / "onnx" / "model.onnx").write_bytes(model.SerializeToString())
     for engine in ("onnxruntime", "openvino"):
-        with pytest.raises(ModelFolderError, match="vectors of 3,000,000,000 numbers; at most 1,048,576"):
+        with pytest.raises(ModelFolderError, match="features must have at most 1,048,576 numbers; got 3,000,000,000"):
             FeatureExtractor.from_pretrained(copy, engine=engine)
 
 
@@ -499,7 +499,7 @@ def test_a_mean_of_no_patches_is_refused() -> None:
 def test_weights_in_a_file_of_another_name_are_not_opened(copy: Path) -> None:
     file = copy / "onnx" / "model.onnx"
     onnx.save(onnx.load(file), file, save_as_external_data=True, location="weights.bin", size_threshold=0)
-    said = r"onnx/weights\.bin is not one of the files that are used of such a folder; import the ONNX file"
+    said = r"onnx/weights\.bin is not a file that robustfeat uses in this layout; import the ONNX file"
     with pytest.raises(ModelFolderError, match=said):
         FeatureExtractor.from_pretrained(copy)
 

@@ -163,7 +163,7 @@ def test_wrong_arguments_are_said(tmp_path: Path, example_files: list[Path]) -> 
     with pytest.raises(ValueError, match="on_error must be"):
         ImageFeatures(on_error="skip").fit(example_files)
     (tmp_path / "notes.txt").write_text("no database, but text that is long enough" * 100)
-    with pytest.raises(InputError, match=r"notes\.txt: cannot be used as a cache"):
+    with pytest.raises(InputError, match=r"notes\.txt: not a usable cache"):
         ImageFeatures(cache=tmp_path / "notes.txt").transform(example_files[:1])
 
 

@@ -119,7 +119,7 @@ def test_a_text_tower_that_was_altered_in_the_cache_is_not_used(
     file = load().folder.path / name
     file.write_bytes(file.read_bytes().replace(b"a", b"b"))
     for _ in range(2):
-        with pytest.raises(ModelFolderError, match=r"altered or truncated .*where the Hub can be reached"):
+        with pytest.raises(ModelFolderError, match=r"altered or truncated .*when the Hub can be reached"):
             load(offline=True).embed_texts(TEXTS)
     np.testing.assert_array_equal(load().embed_texts(TEXTS), found)  # it was downloaded once more
     np.testing.assert_array_equal(load(offline=True).embed_texts(TEXTS), found)

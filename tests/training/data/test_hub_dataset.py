@@ -213,7 +213,7 @@ def test_what_cannot_be_read_is_said(hub: FakeHub, read: Read, stream: bool) -> 
     hub.add("org/broken", {"train-0.parquet": b"x" * 200}, kind="datasets")
     expected = {
         "org/gated": f"access is gated; accept its terms at {hub.url}/datasets/org/gated, then run hf auth login",
-        "org/private": f"no such dataset at {hub.url}; check the name, or, if it is private, log in (hf auth login)",
+        "org/private": f"no such dataset at {hub.url}; check the name; if it is private, log in (hf auth login)",
         "org/gone": f"no such dataset at {hub.url}; check the name",
         "org/words": "holds neither train-*.parquet nor train-*.tar files; it holds data/test-0.parquet, data/words",
         "org/cifar/data": "needs the columns image and label; got img, fine",

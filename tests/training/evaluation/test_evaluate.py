@@ -207,13 +207,13 @@ def test_finished_results_stay_when_a_later_model_fails(
     [
         (["--out", "."], "--out .: is a folder"),
         (["--out", ""], "--out: expected a file; got an empty name"),
-        (["--out", "/dev/null"], "--out /dev/null: is no regular file"),
-        (["--out", "a/../one", "--cache", "one"], "--out a/../one: is what --cache names"),
-        (["--out", "loop/one"], "--out loop/one: its folder does not exist"),
-        (["--finetune", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: its folder does not exist"),
+        (["--out", "/dev/null"], "--out /dev/null: is not a regular file"),
+        (["--out", "a/../one", "--cache", "one"], "--out a/../one: is also the file of --cache"),
+        (["--out", "loop/one"], "--out loop/one: the folder does not exist"),
+        (["--finetune", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: the folder does not exist"),
         (["--finetune", "--plot", ".png"], "expected a .png or .svg file"),
         (["--finetune"], "clothes: 30 training images, fewer than one batch of 128"),
-        (["--batch-size", "8"], "--batch-size: is an option of --finetune"),
+        (["--batch-size", "8"], "--batch-size: applies to --finetune"),
     ],
 )
 def test_what_cannot_be_written_or_done_is_said_first(

@@ -314,7 +314,7 @@ def test_the_folder_says_which_share_is_int8(tmp_path: Path) -> None:
     total = pixels * (per_pixel["stem"] + 3 * sum(list(per_pixel.values())[1:]))
     assert config.int8["multiply_adds"] == round(1 - 2 * pixels * WIDTH * WIDTH / total, 4)
     card = (report.folder.path / "README.md").read_text()
-    assert f"is the same with {config.int8_share} in int8; the others stay in fp32." in card
+    assert f"is the same network with {config.int8_share} in int8; the others stay in fp32." in card
 
 
 def largest_pair(integers: NDArray[np.int8]) -> int:

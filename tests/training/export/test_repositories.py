@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[str, str | None, Callable[[FakeHub], dict[str, Any]], s
     ),
     "private": ("hf:org/net", None, private, "org/net: no such model .*, log in"),
     "gated": ("hf:org/net", None, gated, "org/net: access is gated; ask for it"),
-    "fails": ("hf:org/net", None, fails, "org/net: .* fails or is asked too often"),
+    "fails": ("hf:org/net", None, fails, "org/net: .* fails or limits requests"),
     "gone": ("hf:org/net", None, gone, "org/net: http://127.0.0.1:9 cannot be reached"),
     "offline": (
         "hf:org/net",

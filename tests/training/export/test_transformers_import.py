@@ -265,7 +265,7 @@ BAD: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "quantised": (lambda out: change(out, "config.json", quantization_config={}), {}, "its weights are quantised"),
     "code for images": (
         lambda out: change(out, "preprocessor_config.json", auto_map={"AutoImageProcessor": "a.B"}), {},
-        "auto_map names code that prepares images, which is never run",
+        "auto_map names code to prepare images, which never runs",
     ),
     "code": (
         lambda out: change(out, "config.json", model_type="mine", auto_map={"AutoModel": "a.B"}), {},

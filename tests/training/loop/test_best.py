@@ -109,7 +109,7 @@ def test_best_is_exported_evaluated_and_started_from(
     assert open_network(str(out / "best.pt"), device="cpu").name == "run at epoch 2 of 3"
     report = export_run(out, tmp_path / "model", best=True, int8=False)
     assert (report.folder.config.name, report.folder.config.provenance["epoch"]) == ("run", 2)
-    assert "The weights are those after epoch 2 of 3, the best." in (tmp_path / "model" / "README.md").read_text()
+    assert "The weights are from epoch 2 of 3, the best." in (tmp_path / "model" / "README.md").read_text()
     exported = load_file(tmp_path / "model" / "model.safetensors")
     assert torch.equal(exported["conv1.weight"], best.model["conv1.weight"])
 

@@ -158,7 +158,7 @@ def test_a_file_does_not_choose_code(
     )
     result = robustfeat("train", dataset, *arguments)
     assert result.returncode == 1
-    assert "its recipe asks for code, method = 'evil.module:Evil'" in result.stderr
+    assert "its recipe names code outside robustfeat, method = 'evil.module:Evil'" in result.stderr
     assert "add --method evil.module:Evil if you trust that code" in result.stderr
     assert not (tmp_path / "pwned").exists()
 

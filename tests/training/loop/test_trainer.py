@@ -495,7 +495,7 @@ def test_an_option_that_is_there_and_empty_is_refused(dataset: Path, tmp_path: P
     result = robustfeat("train", dataset, "--out", tmp_path / "new", "--reference", "")
     assert (result.returncode, result.stderr) == (
         1,
-        "robustfeat: --reference: got nothing; name one, or leave the option out\n",
+        "robustfeat: --reference: expected a name; got an empty one; pass a name, or leave it out\n",
     )
 
 
