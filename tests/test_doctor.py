@@ -93,7 +93,7 @@ def test_two_wheels_of_onnx_runtime_are_found(tmp_path: Path, monkeypatch: pytes
     ("code", "said", "fix"),
     [
         # What stays when one of two wheels is uninstalled: a folder without its modules.
-        ("", "installed in part", "uninstall all that are named onnxruntime"),
+        ("", "is incomplete", "uninstall all onnxruntime packages"),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", "crashed (signal 11)", "--force-reinstall"),
         ("raise ImportError('libcudart.so.13')", "cannot be imported (libcudart.so.13)", "uninstall all"),
     ],

@@ -67,12 +67,12 @@ class _LazyGroup(click.Group):
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success; 1 error; 2 wrong usage; 3 success, but some inputs or checks failed; "
-    "75 a signal stopped training after it saved a checkpoint.",
+    epilog="The exit code is 0 for success, 1 for an error, 2 for wrong usage, 3 if only some inputs or checks failed, "
+    "and 75 if a signal stopped training after it saved a checkpoint.",
 )
 @click.version_option(__version__, prog_name="robustfeat")
 def cli() -> None:
-    """Train, export, publish, embed and serve robust image features.
+    """Trains, exports, publishes, embeds and serves robust image features.
 
     A MODEL is a model folder, ORG/NAME on the Hugging Face Hub, or `builtin` for the model inside the package.
     """

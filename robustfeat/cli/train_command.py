@@ -181,9 +181,8 @@ def command(
 
     Defaults are the paper's recipe for ImageNet. With --config they come from RECIPE, and with --resume from RUN.
 
-    On SIGINT or SIGTERM, training saves a checkpoint, and the exit code is 75. --resume then continues exactly. To
-    train on several GPUs, or with several processes on a CPU, run
-    `torchrun --nproc-per-node N -m robustfeat train ...`.
+    On SIGINT or SIGTERM, training saves a checkpoint, and the exit code is 75. --resume then continues exactly. For
+    several GPUs or CPU processes, run `torchrun --nproc-per-node N -m robustfeat train ...`.
     """
     from robustfeat.errors import InputError
     from robustfeat.training.loop.arguments import check_arguments

@@ -19,56 +19,66 @@ from robustfeat.serving.engines.options import AUTO, DEVICES, RunOptions
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
     metavar="REPOSITORY",
-    help="The model repository, a folder; other models in it stay.",
+    help="Folder of the model repository. Other models in it stay.",
 )
-@click.option("--name", help="The model's name in the repository.  [default: the model's]")
+@click.option("--name", help="Name of the model in the repository.  [default: MODEL's name]")
 @pin_options
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
     default="fp32",
     show_default=True,
-    help="Precision of the network; fp16 is for GPUs, int8 for processors.",
+    help="Precision of the network. fp16 is for GPUs, int8 for processors.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["onnxruntime", "tensorrt"]),
     default="onnxruntime",
     show_default=True,
-    help="Engine of Triton's ONNX Runtime backend; tensorrt needs an NVIDIA GPU there.",
+    help="Engine of Triton's ONNX Runtime backend. tensorrt needs an NVIDIA GPU on the serving machine.",
 )
 @click.option(
     "--device",
     type=click.Choice([AUTO, *DEVICES]),
     default=AUTO,
     show_default=True,
-    help="Device on the machine that serves; auto takes its GPUs, if there are any.",
+    help="Device on the serving machine. auto uses its GPUs if there are any.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Processors per instance.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of processors per instance.  [default: all]")
 @click.option(
     "--instances",
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Copies of the network, per GPU or in all.",
+    help="Number of copies of the network: per GPU, or in total on processors.",
 )
-@click.option("--batch-size", type=click.IntRange(1, 1024), help="Largest batch, in images.  [default: by the model]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 1024),
+    help="Largest batch, in images.  [default: set by the model's input size]",
+)
 @click.option(
     "--batch-delay",
     type=Number(min=0, max=10_000),
     default=0,
     show_default=True,
     metavar="MS",
-    help="Longest wait of a request for others to make a batch.",
+    help="Longest wait of a request for others to join its batch, in milliseconds.",
 )
-@click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--max-queue",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Largest number of waiting requests.",
+)
 @click.option(
     "--timeout",
     type=ABOVE_ZERO,
     default=30,
     show_default=True,
     metavar="SECONDS",
-    help="Longest wait of a request; then it is refused.",
+    help="Longest wait of a request before it is refused.",
 )
 def command(
     model: str,
@@ -88,8 +98,8 @@ def command(
 ) -> None:
     """Writes MODEL (default: builtin) to the model repository REPOSITORY for NVIDIA Triton Inference Server.
 
-    Triton runs the network with dynamic batches; clients send prepared images as `pixel_values`. OpenVINO Model Server
-    reads the same repository by its openvino.json. Where clients shall send image files, use `robustfeat serve`.
+    Triton runs the network with dynamic batches. Clients send prepared images as `pixel_values`. OpenVINO Model Server
+    reads the same repository by its openvino.json. To accept image files, use `robustfeat serve`.
     """
     from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.triton import CONFIG, OPENVINO, RepositoryOptions, check_name, write_repository
@@ -103,7 +113,7 @@ def command(
         max_queue=max_queue,
         timeout_s=timeout,
     )
-    # The network is run here, on the processor, before others are to serve it.
+    # Loading runs the network once on this processor, before it is served elsewhere.
     here = RunOptions(precision, "onnxruntime", "cpu", revision=revision, config_hash=config_hash)
     folder = write_repository(FeatureExtractor.load(model, here), out, served, options)
     paths = {"model": folder, "config": folder / CONFIG, "openvino": out / OPENVINO}

@@ -196,7 +196,7 @@ class FeatureExtractor:
 
     @property
     def decoding(self) -> str:
-        """exact or scaled; see `from_pretrained`."""
+        """Exact or scaled; see `from_pretrained`."""
         return self.options.decoding
 
     @property

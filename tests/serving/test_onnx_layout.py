@@ -177,14 +177,14 @@ def test_maps_are_averaged_and_registers_left_out() -> None:
             "auto",
             "vit",
             {"logits": [None, 1000]},
-            "which output of a vit is the feature is not known; it has logits (?, 1000)",
+            "the output with the features of a vit is unknown; it has logits (?, 1000)",
         ),
         ("auto", "new", {"last_hidden_state": [None, 9, 5]}, "it has last_hidden_state (?, 9, 5); pass `pooling=cls`"),
-        ("mean", "new", {"last_hidden_state": [None, 9, 5]}, "which tokens of a new are patches is not known"),
+        ("mean", "new", {"last_hidden_state": [None, 9, 5]}, "the patch tokens of a new are unknown"),
         ("cls", "swin", {"last_hidden_state": [None, 9, 5]}, "a swin has no class token"),
         ("cls", "resnet", {"last_hidden_state": [None, 5, 3, 3]}, "a resnet has no class token"),
         ("embeds", "dinov2", {"last_hidden_state": [None, 9, 5]}, "the network has no output image_embeds"),
-        ("pooler", "dinov2", {"pooler_output": [None, 9, 5]}, "pooler_output is no vector per image"),
+        ("pooler", "dinov2", {"pooler_output": [None, 9, 5]}, "pooler_output is not one vector per image"),
     ],
 )
 def test_outputs_that_are_no_features_are_named(
@@ -202,7 +202,7 @@ def test_the_class_token_of_an_unknown_type_is_taken_when_asked_for() -> None:
 
 
 def test_networks_of_ours_have_no_pooling() -> None:
-    with pytest.raises(EngineError, match=r"pooling=mean: .*the network gives its features itself; leave it out"):
+    with pytest.raises(EngineError, match=r"pooling=mean: .*the network outputs features directly; leave it out"):
         FeatureExtractor.from_pretrained(pooling="mean")
 
 
@@ -456,12 +456,12 @@ def network_of(inputs: dict[str, list[Any]], outputs: dict[str, list[Any]]) -> b
         (
             {"pixel_values": [None, 3, 56, 56], "input_ids": [None, 7]},
             {"pooler_output": [None, 3]},
-            "needs an input pixel_values and no other; it has pixel_values, input_ids",
+            "must have pixel_values as its only input; it has pixel_values, input_ids",
         ),
         (
             {"images": [None, 3, 56, 56]},
             {"pooler_output": [None, 3]},
-            "needs an input pixel_values and no other; it has images",
+            "must have pixel_values as its only input; it has images",
         ),
         ({"pixel_values": [None, 3, 56, 56]}, {"logits": [None, 3]}, r"it has logits \(.*, 3\)"),
     ],
@@ -492,7 +492,7 @@ def test_vectors_that_would_fill_the_memory_are_refused(copy: Path) -> None:
 def test_a_mean_of_no_patches_is_refused() -> None:
     outputs = read_outputs({"model_type": "dinov2_with_registers", "num_register_tokens": 400})
     way = choose_pooling("mean", outputs, {"last_hidden_state": [None, None, 5]}, Path())
-    with pytest.raises(ValueError, match="it gives 9 tokens, and the first 401 are of no patch"):
+    with pytest.raises(ValueError, match="it has 9 tokens, of which the first 401 are not patches"):
         way(np.zeros((2, 9, 5), np.float32))
 
 

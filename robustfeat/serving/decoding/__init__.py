@@ -1,1 +1,1 @@
-"""Decoding in processes of its own."""
+"""Decodes images in separate processes."""

@@ -1,4 +1,4 @@
-"""Decoder processes for serving: an event loop sends them images and reads their answers."""
+"""Runs decoder processes for serving. An event loop sends them images and reads their results."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from robustfeat.serving.decoding.worker import MAILBOX_BYTES, Images
 __all__ = ["Done", "LoopDecoderPool"]
 
 Done = Callable[[Sequence[str | None] | DecoderLostError], None]
-"""Takes what `Images` are answered with, the error of each image, or how the decoder was lost."""
+"""Callback for the result of `Images`: the error of each image, or the loss of the decoder."""
 
 _CHECK_S = 1.0
 _RESTART_PAUSE_S = 1.0
 
 
 class _Slot:
-    """A decoder's number, the process that has it now, and the callback of its task."""
+    """A decoder's number, its current process, and the callback of its task."""
 
     def __init__(self, number: int, decoder: Decoder) -> None:
         self.number = number
@@ -35,12 +35,12 @@ class _Slot:
 
 
 class LoopDecoderPool:
-    """Decodes images in `workers` decoder processes; every call and callback is on one event loop.
+    """Decodes images in `workers` decoder processes. All calls and callbacks run on one event loop.
 
     Args:
         contract, scaled, workers, places: see `Decoders`.
-        max_pixels: larger images are refused.
-        deadline_s: for one image.
+        max_pixels: largest accepted image.
+        deadline_s: time limit per image.
         on_idle: called when a decoder may have become idle.
 
     Attributes:
@@ -64,7 +64,7 @@ class LoopDecoderPool:
         self._decoders = Decoders(contract, scaled=scaled, workers=workers, places=places, max_pixels=max_pixels)
         self.squares = self._decoders.squares
         self._slots = [_Slot(number, self._decoders.start(number)) for number in range(workers)]
-        # For images beyond the mailbox: the pipe takes them only as fast as the decoder reads.
+        # Images larger than the mailbox go through the pipe, only as fast as the decoder reads.
         self._writers = ThreadPoolExecutor(workers, "decoder-pipe")
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -74,7 +74,7 @@ class LoopDecoderPool:
         self._writers.shutdown(wait=False, cancel_futures=True)
 
     def attach(self) -> None:
-        """Starts to read answers on the running loop."""
+        """Starts to read results on the running loop."""
         self._loop = asyncio.get_running_loop()
         for slot in self._slots:
             self._listen(self._loop, slot)
@@ -82,16 +82,16 @@ class LoopDecoderPool:
 
     @property
     def idle(self) -> bool:
-        """Whether a decoder can take images."""
+        """Whether a decoder is free."""
         return any(slot.idle for slot in self._slots)
 
     def submit(self, images: Sequence[bytes], places: Sequence[int], done: Done, *, large: bool = False) -> None:
-        """Gives images to an idle decoder.
+        """Gives images to a free decoder.
 
         Args:
             images: encoded images.
-            places: where in `squares` each goes.
-            done: called once, with the outcome.
+            places: the index in `squares` for each image.
+            done: called once with the result.
             large: see `Images`.
         """
         slot = next(slot for slot in self._slots if slot.idle)
@@ -113,7 +113,7 @@ class LoopDecoderPool:
         assert slot.decoder is not None
         pipe = slot.decoder.fileno()
         loop.add_reader(pipe, self._read, loop, slot, slot.decoder)
-        os.set_blocking(pipe, True)  # uvloop makes it non-blocking, and half a message would be lost
+        os.set_blocking(pipe, True)  # uvloop makes it non-blocking, which would lose half a message
 
     def _read(self, loop: asyncio.AbstractEventLoop, slot: _Slot, decoder: Decoder) -> None:
         try:
@@ -127,7 +127,7 @@ class LoopDecoderPool:
         self._on_idle()
 
     def _check(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Ends decoders that make no progress."""
+        """Ends decoders without progress."""
         if self._decoders.closed:
             return
         for slot in self._slots:
@@ -144,7 +144,7 @@ class LoopDecoderPool:
         slot.decoder = None
         if self._decoders.closed:
             return
-        # A process that ends before it is ready will do so again: a pause leaves time for the requests.
+        # A process that ends before it is ready will do so again. A pause leaves time for requests.
         loop.call_later(0.0 if decoder.ready else _RESTART_PAUSE_S, self._start, loop, slot)
         done, slot.done = slot.done, None
         if done is not None:

@@ -1,4 +1,4 @@
-"""Rows of a list of inputs in parts for one decoder each, with what this process reads of them."""
+"""Cuts a list of inputs into parts for decoders, and reads rows of Parquet files."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _PART_BYTES = 2**24
 
 
 class PartReader:
-    """Cuts lines into parts, and reads those of Parquet files.
+    """Cuts lines into parts, and reads rows of Parquet files.
 
-    Rows of Parquet files are read here, once and in order; decoders would each read whole row groups. They may be
-    large, so that fewer of them are a part.
+    Parquet rows are read here, once and in order, since each decoder would read whole row groups. Large rows make
+    smaller parts.
     """
 
     def __init__(self) -> None:
         self._parquet = ParquetSources()
 
     def parts(self, lines: Sequence[bytes], part: int) -> Iterator[tuple[list[bytes], list[bytes | str | None] | None]]:
-        """Neighbouring rows, at most `part` of them at a time, and `Task.data` of them.
+        """Yields parts of at most `part` consecutive rows, with their `Task.data`.
 
         Raises:
             InputError: a Parquet file or remote storage cannot be read.
@@ -48,5 +48,5 @@ class PartReader:
 
 
 def size_of(data: Sequence[bytes | str | None] | None) -> int:
-    """Bytes of the encoded images in `Task.data`."""
+    """Size of the encoded images in `Task.data`, in bytes."""
     return sum(len(image) for image in data or () if isinstance(image, bytes))

@@ -1,4 +1,4 @@
-"""Decoder processes for bulk embedding: each has a thread, which sends it tasks and waits for the answers."""
+"""Runs decoder processes for bulk embedding. A thread per process sends tasks and waits for results."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from robustfeat.serving.decoding.worker import Decoded, Task
 __all__ = ["DEADLINE_S", "DecoderPool"]
 
 DEADLINE_S = 60.0
-"""An image that takes longer to read and decode is a failed row."""
+"""Time limit to read and decode an image. A slower image is a failed row."""
 
 
 class DecoderPool:
-    """Decodes rows in `workers` decoder processes; use it in a `with` block.
+    """Decodes rows in `workers` decoder processes. Use it in a `with` block.
 
     Args:
         contract, scaled, workers, places, max_pixels: see `Decoders`.
@@ -59,9 +59,9 @@ class DecoderPool:
         self._decoders.close()
 
     def submit(self, task: Task) -> Future[Decoded]:
-        """Decodes a task; the squares of `Task.place` and onwards are then filled (failed ones with zeros).
+        """Decodes a task and fills `squares` from `Task.place` on, with zeros for failed images.
 
-        The result raises InputError where the run cannot go on, and EngineError where no decoder can be started.
+        The future raises InputError if the run cannot continue, and EngineError if no decoder can be started.
         """
         return self._threads.submit(self._run, task)
 
@@ -80,7 +80,7 @@ class DecoderPool:
             return answer
 
     def _decode(self, task: Task) -> Decoded:
-        """The answer of this thread's decoder, which is started if need be; DecoderLostError if it ends."""
+        """The result from this thread's decoder, started if needed. Raises DecoderLostError if the decoder ends."""
         decoder = self._own.decoder or self._start()
         decoder.send(task)
         answer: Decoded = self._receive(decoder)
@@ -99,7 +99,7 @@ class DecoderPool:
         return decoder
 
     def _receive(self, decoder: Decoder) -> Any:
-        """The next message of this thread's decoder; DecoderLostError if it ends or its deadline passes."""
+        """The next message of this thread's decoder. Raises DecoderLostError if it ends or exceeds its deadline."""
         pause = min(1.0, self._deadline_s / 4)
         try:
             while not decoder.poll(pause):

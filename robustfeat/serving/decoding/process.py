@@ -1,8 +1,8 @@
-"""A decoder process from start to end, and the memory that decoders share with their parent.
+"""Starts, watches and ends decoder processes, and shares memory with them.
 
-Two pools drive these processes: `pool.DecoderPool` with threads, for bulk embedding, and
-`loop_pool.LoopDecoderPool` with an event loop, for serving. `multiprocessing`'s pools do not fit: one dead worker
-breaks them all, and they cannot tell a hung worker from a slow one.
+Two pools use these processes: `pool.DecoderPool` with threads, for bulk embedding, and `loop_pool.LoopDecoderPool` with
+an event loop, for serving. The pools of `multiprocessing` are unsuitable: one dead worker breaks the whole pool, and
+they cannot distinguish a hung worker from a slow one.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _START_DEADLINE_S = 60.0
 _TRIES = 2
 _FIXES = {
     errno.ENOMEM: "free memory",
-    errno.EAGAIN: "raise the limit of processes (ulimit -u, or that of the container)",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u, or the container's limit)",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the system's limit of open files",
 }
 
 
 class DecoderLostError(Exception):
-    """A decoder process has ended, or was killed at its deadline.
+    """A decoder process has ended or was killed at its deadline.
 
     Attributes:
-        offset: the image of its task that it was at.
-        reason: the error of that image, if it is given up.
-        tries: how many decoders the image may lose; None where it is not at fault.
+        offset: the offset of the current image in the task.
+        reason: the error of that image, if it fails for good.
+        tries: number of decoders that the image may lose; None if the image is not the cause.
     """
 
     def __init__(self, offset: int, reason: str, *, tries: int | None) -> None:
@@ -53,24 +53,24 @@ class DecoderLostError(Exception):
         self.offset, self.reason, self.tries = offset, reason, tries
 
     def gives_up(self, crashes: int) -> bool:
-        """Whether the image is given up after so many lost decoders.
+        """Whether the image fails for good after losing this many decoders.
 
-        A crash may be an accident (the kernel was short of memory), so an image gets a second try.
+        A crash may be an accident, such as a shortage of memory, so an image gets a second try.
         """
         return self.tries is not None and crashes >= self.tries
 
 
 class Decoder:
-    """A decoder process, at one end of a pipe; it takes one task at a time.
+    """A decoder process at the other end of a pipe. It takes one task at a time.
 
     Args:
         process: the process.
         connection: this end of the pipe.
-        progress: its line of `SharedSquares.progress`.
-        mailbox: its line of `SharedSquares.mailboxes`.
+        progress: its row of `SharedSquares.progress`.
+        mailbox: its row of `SharedSquares.mailboxes`.
 
     Attributes:
-        ready: whether the process has reported that it takes tasks.
+        ready: whether the process has reported that it accepts tasks.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Decoder:
         self._seen, self._waited_s = -1, 0.0
 
     def fileno(self) -> int:
-        """The pipe's descriptor, which is readable when `receive` does not block."""
+        """The pipe's descriptor. It is readable when `receive` does not block."""
         return self._connection.fileno()
 
     def send(self, task: Task | Images, executor: Executor | None = None) -> None:
@@ -105,14 +105,14 @@ class Decoder:
             executor.submit(self._write, task)
 
     def poll(self, seconds: float) -> bool:
-        """Waits for a message; whether `receive` does not block."""
+        """Waits for a message. Returns whether `receive` would not block."""
         try:
             return self._connection.poll(seconds)
         except OSError:
             return True  # `receive` reports it
 
     def receive(self) -> Any:
-        """The answer to the last task; None when the process reports that it is ready.
+        """The result of the last task, or None when the process reports that it is ready.
 
         Raises:
             DecoderLostError: the process has ended.
@@ -128,13 +128,13 @@ class Decoder:
         return message
 
     def check(self, passed_s: float, deadline_s: float) -> None:
-        """Counts time without progress; call it again and again while the process starts or has a task.
+        """Counts time without progress. Call it regularly while the process starts or has a task.
 
-        Callers count the time that they wait and read no clock: nobody is late while the whole system is suspended.
+        Callers pass their waiting time instead of a clock's, so a suspended system does not count as delay.
 
         Args:
             passed_s: time since the last call.
-            deadline_s: for one image.
+            deadline_s: time limit per image.
 
         Raises:
             DecoderLostError: the deadline has passed, and the process was killed.
@@ -150,7 +150,7 @@ class Decoder:
             raise self._lost(f"took longer than {deadline_s:g} s to read and decode", tries=tries)
 
     def kill(self) -> str:
-        """Ends the process; how it ended, if it had ended by itself."""
+        """Ends the process. Returns how it ended, if it had ended by itself."""
         self.process.kill()
         code = self.process.wait()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -158,8 +158,8 @@ class Decoder:
     def close(self) -> None:
         """Ends the process and closes the pipe."""
         self.kill()
-        # A thread that is writing fails at once, as nobody reads any more. The descriptor must not close under it:
-        # the number may soon belong to another connection.
+        # A thread that still writes fails at once without a reader. Do not close its descriptor under it, since the
+        # number may soon belong to another connection.
         with self._writing:
             self._connection.close()
 
@@ -171,7 +171,7 @@ class Decoder:
                 self.process.kill()  # `receive` reports it
 
     def _stopped(self) -> bool:
-        """Whether somebody else has stopped the process; False where the system does not tell."""
+        """Whether somebody else has stopped the process. False if the system does not report it."""
         try:
             state = Path(f"/proc/{self.process.pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0]
         except OSError:
@@ -183,21 +183,21 @@ class Decoder:
 
 
 def _refused(exc: OSError) -> EngineError:
-    """The error of a process that the system refuses."""
+    """The error when the system refuses to start a process."""
     number = exc.errno or 0
-    fix = _FIXES.get(number, f"check that {sys.executable} can be run")
+    fix = _FIXES.get(number, f"check that {sys.executable} can run")
     return EngineError(f"a decoder process could not be started ({exc.strerror})", fix=fix)
 
 
 class Decoders:
-    """Decoder processes and the memory that they share with this one.
+    """Decoder processes, and the memory shared with them.
 
     Args:
         contract: the preprocessing.
         scaled: see `prepare_square`.
         workers: number of processes.
-        places: squares that the memory holds.
-        max_pixels: larger images are refused.
+        places: number of squares in the memory.
+        max_pixels: largest accepted image.
 
     Attributes:
         squares: (places, S, S, 3) uint8.
@@ -219,7 +219,7 @@ class Decoders:
         self.closed = False
 
     def start(self, number: int) -> Decoder:
-        """A new process in place `number`; its first message reports that it is ready.
+        """Starts a process at index `number`. Its first message reports that it is ready.
 
         Raises:
             InputError: the decoders were stopped.
@@ -241,7 +241,7 @@ class Decoders:
                 process = subprocess.Popen(
                     python_command(code),
                     stdin=subprocess.DEVNULL,
-                    # It multiplies no matrices; each thread of NumPy's library would hold memory.
+                    # It multiplies no matrices, and each thread of NumPy's library would only hold memory.
                     env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                     pass_fds=(theirs.fileno(), self._memory),
                 )

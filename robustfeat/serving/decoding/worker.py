@@ -1,6 +1,6 @@
-"""The program of a decoder process: image files in, squares in shared memory out.
+"""The program of a decoder process, which decodes image files to squares in shared memory.
 
-`robustfeat.serving.decoding.process` starts it. An image that crashes or hangs it costs only that image.
+`robustfeat.serving.decoding.process` starts it. An image that crashes or hangs it only loses that image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from robustfeat.system import die_with_parent, offer_to_die_first
 __all__ = ["LARGE", "MAILBOX_BYTES", "MEMORY_BYTES", "READY", "Decoded", "Images", "SharedSquares", "Task", "serve"]
 
 MEMORY_BYTES = 4 * 2**30
-"""What decoding one image may take; one that needs more is a failed row."""
+"""Memory limit for decoding one image. An image that needs more is a failed row."""
 
 MAILBOX_BYTES = 2**20
 
@@ -42,13 +42,13 @@ READY = "ready"
 """A decoder's first message."""
 
 LARGE = "large"
-"""In place of an image's error: it has so many pixels that it takes long."""
+"""Marks an image with so many pixels that it takes long, in place of an error."""
 
 _LARGE_PIXELS = 25_000_000
 _SHARED_PIXELS = 4_000_000
-"""An image with more of them does not delay the answers of those before it in a task."""
+"""Number of pixels above which an image does not delay the results of earlier ones in a task."""
 _LONG_S = 0.05
-"""After so much time the rest of a task is given back."""
+"""Time after which a decoder returns the rest of a task."""
 
 _REMOTE_READS = 16
 _HEARTBEAT_S = 5.0
@@ -56,15 +56,15 @@ _HEARTBEAT_S = 5.0
 
 @dataclass(frozen=True)
 class Task:
-    """Neighbouring rows to decode.
+    """Consecutive rows to decode.
 
     Attributes:
         first: number of the first row.
-        place: where in the shared memory its square goes; the others follow.
-        lines: `ImageSource.to_line` of each.
-        data: of rows of Parquet files, which the parent reads, the encoded image, or the reason why there is none;
-            None without such rows.
-        lost: rows of this task that brought down a decoder before, with the reason.
+        place: index of the first row's square in the shared memory. The others follow.
+        lines: `ImageSource.to_line` of each row.
+        data: encoded images of Parquet rows, which the parent reads, or the reasons for missing ones. None without
+            Parquet rows.
+        lost: rows of this task that crashed a decoder before, with the reason.
     """
 
     first: int
@@ -76,14 +76,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Images:
-    """Encoded images to decode, which somebody waits for.
+    """Encoded images of a request.
 
     Attributes:
-        data: their bytes; None where they lie in the decoder's mailbox, one after the other.
-        sizes: how many bytes each has.
-        places: where in the shared memory the square of each goes.
-        max_pixels: larger ones are refused.
-        large: whether images that take long are decoded, too; otherwise they get `LARGE` as their error.
+        data: their bytes; None if they are in the decoder's mailbox, one after the other.
+        sizes: the number of bytes of each.
+        places: index of each image's square in the shared memory.
+        max_pixels: largest accepted image.
+        large: whether to decode images that take long. Otherwise they get `LARGE` as their error.
     """
 
     data: Sequence[bytes] | None
@@ -95,12 +95,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Decoded:
-    """The answer to a task.
+    """The result of a task.
 
     Attributes:
         index: the rows' lines of the index file.
         failed: offsets of the rows without a square.
-        stopped: why the whole run cannot go on; None if it can.
+        stopped: why the whole run cannot continue; None if it can.
     """
 
     index: bytes
@@ -109,12 +109,12 @@ class Decoded:
 
 
 class SharedSquares:
-    """Memory that decoders and their parent share.
+    """Memory that decoders share with their parent.
 
     Attributes:
-        progress: (decoders, 2) int64: the offset in its task that each is at, and a count that moves while it lives.
+        progress: (decoders, 2) int64: each decoder's current offset in its task, and a counter that shows progress.
         squares: (places, S, S, 3) uint8.
-        mailboxes: (decoders, MAILBOX_BYTES) uint8, for `Images`. A pipe that is full would make its writer wait.
+        mailboxes: (decoders, MAILBOX_BYTES) uint8, for `Images`. A full pipe would block its writer.
     """
 
     def __init__(self, descriptor: int, decoders: int, places: int, side: int) -> None:
@@ -138,13 +138,13 @@ def serve(
     scaled: bool,
     max_pixels: int,
 ) -> None:
-    """Answers tasks until the parent hangs up."""
-    # Ctrl+C, or a signal to the whole process group: the parent decides, and this process ends with it.
+    """Runs tasks until the parent closes the pipe."""
+    # Ignore Ctrl+C and signals to the process group. The parent decides, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    die_with_parent(signal.SIGKILL, parent)  # it would go on with the image that it is at
+    die_with_parent(signal.SIGKILL, parent)  # otherwise it would finish its current image
     offer_to_die_first()
-    # Of large images and odd metadata; what matters of it becomes the row's error.
+    # Pillow warns of large images and odd metadata. All that matters becomes the row's error.
     warnings.filterwarnings("ignore", module="PIL")
     preprocessing = Preprocessing.from_dict(json.loads(contract))
     shared = SharedSquares(memory, decoders, places, preprocessing.image_size)
@@ -161,7 +161,7 @@ def serve(
         while True:
             task = connection.recv()
             if isinstance(task, Images) and not quiet:
-                # What libraries print of damaged files would be lines of the server's log.
+                # Libraries print messages about damaged files, which would end up in the server's log.
                 with open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), 2)
                 quiet = True
@@ -171,9 +171,9 @@ def serve(
 
 
 def _load_formats() -> None:
-    """Loads Pillow's readers, which the first image of each format would wait for (some 40 ms).
+    """Loads Pillow's readers early, which saves the first image of each format some 40 ms.
 
-    pillow-heif waits for the first HEIC image (30 ms): most folders have none.
+    pillow-heif (30 ms) loads with the first HEIC image, since most folders have none.
     """
     Image.preinit()
     for name in ("TiffImagePlugin", "WebPImagePlugin"):
@@ -213,9 +213,9 @@ class _Decoder:
         return Decoded("".join(index).encode(), tuple(failed))
 
     def decode(self, images: Images) -> tuple[str | None, ...]:
-        """The error of each image; None where there is a square.
+        """Decodes images. Returns the error of each, or None for success.
 
-        There may be fewer than there are images, at least one. Nobody waits for another's image that takes long.
+        It may return early with at least one result, so an image that takes long does not delay other requests.
         """
         began = time.monotonic()
         errors: list[str | None] = []
@@ -233,7 +233,7 @@ class _Decoder:
         return tuple(errors)
 
     def _decode(self, data: bytes, place: int, max_pixels: int, quick: int | None = None) -> str | None:
-        """Fills a square; the error, if there is one, or `LARGE` with more than `quick` pixels."""
+        """Fills a square. Returns an error, `LARGE` for more than `quick` pixels, or None."""
         limit = max_pixels if quick is None else min(quick, max_pixels)
         try:
             self._squares[place] = prepare_square(data, self._contract, scaled=self._scaled, max_pixels=limit)
@@ -245,14 +245,14 @@ class _Decoder:
             error = "out of memory while resizing"
         else:
             return None
-        self._squares[place] = 0  # so that the batch, and with it its neighbours' last bits, are always the same
+        self._squares[place] = 0  # a fixed content, so its neighbours' last bits do not vary
         return error
 
     def _read(self, sources: Sequence[ImageSource], task: Task) -> Iterator[bytes | str]:
-        """The bytes of each image, or the reason why there are none; sets the progress as it goes."""
+        """Yields the bytes of each image, or the reason why it has none, and records progress."""
         coming: dict[int, Future[bytes]] = {}
         if any(is_remote(source.file) and source.kind != "parquet" for source in sources):
-            # Storage far away answers slowly, but many at a time.
+            # Remote storage is slow, but answers many requests at once.
             self._readers = self._readers or ThreadPoolExecutor(_REMOTE_READS)
             reading = {offset: source for offset, source in enumerate(sources) if source.kind != "parquet"}
             coming = {offset: self._readers.submit(source.read) for offset, source in reading.items()}
@@ -265,7 +265,7 @@ class _Decoder:
             try:
                 if offset in coming:
                     while not wait([coming[offset]], _HEARTBEAT_S).done:
-                        self._progress[1] += 1  # waiting is not hanging
+                        self._progress[1] += 1  # waiting counts as progress
                     yield coming[offset].result()
                 elif task.data is not None and (data := task.data[offset]) is not None:
                     if isinstance(data, str):

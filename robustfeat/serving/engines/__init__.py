@@ -1,1 +1,1 @@
-"""How a model is run: options, engines and the GPU libraries that they use."""
+"""Runs models: options, engines and their GPU libraries."""

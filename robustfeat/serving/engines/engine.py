@@ -1,4 +1,4 @@
-"""The inference engines, ONNX Runtime, OpenVINO and TensorRT: prepared input in, features out."""
+"""Runs networks with ONNX Runtime, OpenVINO or TensorRT."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ __all__ = [
 ]
 
 HASH_KEY = "robustfeat.preprocessing_hash"
-"""Where an ONNX file's metadata keeps the hash of the preprocessing that it was exported for."""
+"""Key in an ONNX file's metadata for the hash of its preprocessing."""
 
 _WARNINGS, _ERRORS, _FATAL = 2, 3, 4  # ONNX Runtime's severities
 _LINE = 250
-_REINSTALL = "uninstall all that are named onnxruntime, and pip install 'robustfeat[cpu]' or 'robustfeat[gpu]' again"
+_REINSTALL = "uninstall all onnxruntime packages, then pip install 'robustfeat[cpu]' or 'robustfeat[gpu]' again"
 
 
 class Engine(Protocol):
-    """A network that is ready to run. `run` may be called from `streams` threads at once.
+    """A network that is ready to run. Up to `streams` threads may call `run` at once.
 
     Attributes:
-        name: as in `options.ENGINES`.
-        precision: as in `options.PRECISIONS`.
-        version: of the library.
-        device: cpu or cuda, what it runs on.
-        streams: batches that it runs side by side, each on `threads // streams` processors.
-        threads: processors that it uses.
+        name: one of `options.ENGINES`.
+        precision: one of `options.PRECISIONS`.
+        version: version of the library.
+        device: the device that runs it, cpu or cuda.
+        streams: number of parallel batches, each on `threads // streams` processors.
+        threads: number of processors.
         pooling: which output becomes the features, and how.
-        input_shape, output_shape: of `pixel_values` and the features; a free dimension is its name or None.
-        preprocessing_hash: from the file's metadata; None where it holds none.
+        input_shape, output_shape: shapes of `pixel_values` and the features. A free dimension is its name or None.
+        preprocessing_hash: hash in the file's metadata; None if it has none.
     """
 
     name: str
@@ -83,14 +83,14 @@ class Engine(Protocol):
     preprocessing_hash: str | None
 
     def new_input(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """A float32 array for `run`, with any content. The next call of the same thread may give the same memory."""
+        """A float32 array for `run` with arbitrary content. The thread's next call may return the same memory."""
         ...
 
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, 3, S, S) float32 to (N, D) float32, all finite.
+        """Runs a batch, (N, 3, S, S) float32, to finite features, (N, D) float32.
 
         Raises:
-            EngineError: the network fails, or gives something else.
+            EngineError: the network fails or returns another shape, type or infinite values.
         """
         ...
 
@@ -102,19 +102,19 @@ def open_engine(
     outputs: Outputs | None = None,
     image_size: int | None = None,
 ) -> Engine:
-    """An engine on one ONNX file.
+    """Opens an engine with one ONNX file.
 
     Args:
-        file: what messages call it.
-        content: of the file, its weights included; input `pixel_values` (N, 3, S, S) float32, output `features`
-            (N, D) float32, or those of `outputs`.
-        options: bf16 is computed from the fp32 file; the other precisions are what the file holds.
-        outputs: what the outputs of a network of transformers mean.
-        image_size: S, which the file may leave open; TensorRT needs it.
+        file: the file's name in messages.
+        content: the file's content with its weights. The input is `pixel_values` (N, 3, S, S) float32; the output is
+            `features` (N, D) float32, or one of `outputs`.
+        options: how to run it. bf16 is computed from the fp32 file; other precisions must match the file.
+        outputs: the meaning of a transformers network's outputs.
+        image_size: S, which the file may leave open. TensorRT needs it.
 
     Raises:
-        EngineError: the engine is missing or cannot run as asked.
-        ModelFolderError: it cannot read the file.
+        EngineError: the engine is missing or cannot run as requested.
+        ModelFolderError: the engine cannot read the file.
     """
     name = options.choose_engine()
     if name == TensorRTEngine.name:
@@ -123,7 +123,7 @@ def open_engine(
 
 
 class OnnxRuntimeEngine:
-    """An `Engine` that is a session of ONNX Runtime, on the processor or on a GPU."""
+    """Runs a network with ONNX Runtime, on the processor or on a GPU."""
 
     name = "onnxruntime"
 
@@ -132,10 +132,10 @@ class OnnxRuntimeEngine:
         self.version: str = onnxruntime.__version__
         self.precision = options.precision
         self.threads, self.streams = options.thread_count, options.stream_count
-        # With one thread a stream, run() computes on the thread that calls it, and none waits for another.
+        # With one thread per stream, run() computes on the calling thread, so no thread waits for another.
         settings = _session_settings(onnxruntime, max(1, self.threads // self.streams))
         self._session: Any = self._open(onnxruntime, file, content, settings, options)
-        # The GPU build falls back to the CPU silently; only the session knows.
+        # The GPU build falls back to the processor silently. Only the session knows its device.
         used = self._session.get_providers()
         self.device = "cuda" if CUDA in used else "cpu"
         if options.device == "cuda" and self.device != "cuda":
@@ -146,7 +146,7 @@ class OnnxRuntimeEngine:
                 fix="install 'robustfeat[gpu]' without onnxruntime and check the NVIDIA driver, or pass `device=cpu`",
             )
         if self.device == "cuda":
-            self.streams = min(self.streams, 2)  # one computes while the other's batch is prepared
+            self.streams = min(self.streams, 2)  # one computes while the other prepares its batch
         self._buffers = InputBuffers(load_cuda_runtime() if self.device == "cuda" else None)
         taken = _only_input(file, {value.name: value for value in self._session.get_inputs()})
         given = {value.name: value for value in self._session.get_outputs()}
@@ -161,7 +161,7 @@ class OnnxRuntimeEngine:
         if options.may_use_gpu and CUDA in onnxruntime.get_available_providers():
             try:
                 return _open_session(onnxruntime, content, settings, [(CUDA, CUDA_OPTIONS)])
-            except Exception as exc:  # ONNX Runtime's exceptions share no base class of their own
+            except Exception as exc:  # ONNX Runtime's exceptions have no common base class
                 if options.device == "cuda":
                     fix = "check the GPU and its driver (nvidia-smi), or pass `device=cpu`"
                     raise EngineError(f"{file}: CUDA cannot load it ({_end_of_line(exc)})", fix=fix) from exc
@@ -170,16 +170,16 @@ class OnnxRuntimeEngine:
         except Exception as exc:
             problem = f"{file}: ONNX Runtime cannot load it ({first_line(exc)})"
             if options.precision == "fp16":
-                raise EngineError(problem, fix="pass `precision=fp32`: perhaps not all of it has fp16") from exc
+                raise EngineError(problem, fix="pass `precision=fp32`; some operators may lack fp16") from exc
             raise ModelFolderError(problem) from exc
 
     def new_input(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """A float32 array for `run`; for a GPU, in memory that it reads at full speed."""
+        """A float32 array for `run`, for a GPU in memory that it reads at full speed."""
         return self._buffers.array(shape) if self.device == "cuda" else np.empty(shape, np.float32)
 
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, 3, S, S) float32 to (N, D) float32."""
-        # Bound to the device, so that a GPU makes one copy in and one copy out.
+        """Runs a batch; see `Engine.run`."""
+        # Bind input and output to the device, so a GPU makes one copy each way.
         binding = self._session.io_binding()
         binding.bind_cpu_input("pixel_values", pixel_values)
         binding.bind_output(self.pooling.output, self.device)
@@ -190,7 +190,7 @@ class OnnxRuntimeEngine:
 
 
 class TensorRTEngine(OnnxRuntimeEngine):
-    """An `Engine` that TensorRT built for this GPU, or had built before. Nodes that it does not know run in CUDA."""
+    """Runs a network with an engine that TensorRT built for this GPU. CUDA runs nodes that TensorRT lacks."""
 
     name = "tensorrt"
 
@@ -203,7 +203,7 @@ class TensorRTEngine(OnnxRuntimeEngine):
         image_size: int | None = None,
     ) -> None:
         if image_size is None:
-            raise ValueError("TensorRT builds an engine for one image_size; it was not given")
+            raise ValueError("TensorRT needs image_size to build an engine")
         self._side = image_size
         super().__init__(file, content, options, outputs)
 
@@ -223,7 +223,7 @@ class TensorRTEngine(OnnxRuntimeEngine):
         with kept_engines(cache_place(), key) as folder:
             is_new, began = not any(folder.glob("*.engine")), time.monotonic()
             if is_new:
-                remark(f"TensorRT builds an engine for {file.name} on {gpu.name}: minutes, once")
+                remark(f"TensorRT builds an engine for {file.name} on {gpu.name}; this takes minutes, once")
             chosen = [(TENSORRT, tensorrt_options(folder, options.precision, side)), (CUDA, CUDA_OPTIONS)]
             fix = "pip install --upgrade tensorrt-cu13-libs, or pass `engine=onnxruntime`"
             try:
@@ -232,14 +232,14 @@ class TensorRTEngine(OnnxRuntimeEngine):
                 raise EngineError(f"{file}: TensorRT {version} cannot load it ({_end_of_line(exc)})", fix=fix) from exc
             if TENSORRT not in session.get_providers():
                 raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot start TensorRT {version}", fix=fix)
-            with _explaining(self.name):  # the engine is built now at the latest
+            with _explaining(self.name):  # the first run may still have to build the engine
                 session.run(None, {"pixel_values": np.zeros((1, 3, side, side), np.float32)})
             if is_new:
-                remark(f"TensorRT built it in {time.monotonic() - began:.0f} s; it is kept in {folder}")
+                remark(f"TensorRT built the engine in {time.monotonic() - began:.0f} s and keeps it in {folder}")
         return session
 
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, 3, S, S) float32 to (N, D) float32, in batches of at most `MAX_BATCH`, which the engine was built for."""
+        """Runs a batch in pieces of at most `MAX_BATCH`, the engine's limit; see `Engine.run`."""
         starts = range(0, max(1, len(pixel_values)), MAX_BATCH)
         return np.concatenate([super(TensorRTEngine, self).run(pixel_values[at : at + MAX_BATCH]) for at in starts])
 
@@ -257,23 +257,21 @@ def _import_onnxruntime() -> Any:
             fix="pip install 'robustfeat[cpu]', or 'robustfeat[gpu]' on a machine with an NVIDIA GPU",
         ) from exc
     if not hasattr(onnxruntime, "InferenceSession"):
-        raise EngineError(
-            "ONNX Runtime is installed in part, as when one of two of its wheels was removed", fix=_REINSTALL
-        )
+        raise EngineError("ONNX Runtime is incomplete, as after the removal of one of two wheels", fix=_REINSTALL)
     return onnxruntime
 
 
 def open_on_processor(file: Path, content: bytes, threads: int) -> Any:
-    """A session of ONNX Runtime for another network than that for images.
+    """Opens a session of ONNX Runtime on the processor, for a network other than the image network.
 
     Raises:
         EngineError: ONNX Runtime is missing.
-        ModelFolderError: it cannot read the file.
+        ModelFolderError: the engine cannot read the file.
     """
     onnxruntime = _import_onnxruntime()
     try:
         return _open_session(onnxruntime, content, _session_settings(onnxruntime, threads), [])
-    except Exception as exc:  # ONNX Runtime's exceptions share no base class of their own
+    except Exception as exc:  # ONNX Runtime's exceptions have no common base class
         raise ModelFolderError(f"{file}: ONNX Runtime cannot load it ({first_line(exc)})") from exc
 
 
@@ -286,7 +284,7 @@ def _session_settings(onnxruntime: Any, threads: int) -> Any:
 
 
 def _end_of_line(exc: BaseException) -> str:
-    """What a GPU's provider raises begins with places in its source, and ends with the reason."""
+    """The reason in a GPU provider's error, which starts with places in its source."""
     line = first_line(exc)
     return line if len(line) <= _LINE else f"...{line[-_LINE:]}"
 
@@ -294,14 +292,14 @@ def _end_of_line(exc: BaseException) -> str:
 def _open_session(
     onnxruntime: Any, content: bytes, settings: Any, gpu_providers: Sequence[tuple[str, dict[str, str]]]
 ) -> Any:
-    """A session on these providers and the processor; the session knows which of them it really has."""
+    """Opens a session on these providers and the processor. Only the session knows which of them work."""
     if gpu_providers:
-        # What is missing is printed to stdout, and logged for every library; our errors say it in one line.
+        # ONNX Runtime prints missing libraries to stdout and logs each. Our errors say it in one line.
         with redirect_stdout(None):
             onnxruntime.preload_dlls()
         onnxruntime.set_default_logger_severity(_FATAL)
     try:
-        # Without `enable_fallback=0` a failing provider is reported on stdout, and replaced.
+        # Without `enable_fallback=0`, a failing provider is reported on stdout and replaced.
         return onnxruntime.InferenceSession(content, settings, providers=[*gpu_providers, PROCESSOR], enable_fallback=0)
     finally:
         if gpu_providers:
@@ -309,13 +307,13 @@ def _open_session(
 
 
 class OpenVINOEngine:
-    """An `Engine` that OpenVINO compiled for this processor."""
+    """Runs a network that OpenVINO compiled for this processor."""
 
     name = "openvino"
     device = "cpu"
 
     def __init__(self, file: Path, content: bytes, options: RunOptions, outputs: Outputs | None = None) -> None:
-        # Importing openvino reports to its makers unless its telemetry cannot be imported.
+        # OpenVINO sends telemetry at import unless its telemetry module cannot be imported.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         try:
             import openvino
@@ -328,7 +326,7 @@ class OpenVINOEngine:
         self.precision = options.precision
         self.threads, self.streams = options.thread_count, options.stream_count
         core = openvino.Core()
-        with keep_signal_stack():  # the question loads the plugin for processors
+        with keep_signal_stack():  # this query loads the plugin for processors
             known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         half = options.precision if options.precision in {"bf16", "fp16"} else None
         if half and half.upper() not in known:
@@ -336,7 +334,7 @@ class OpenVINOEngine:
                 f"this processor has no {half} instructions", fix="pass `precision=fp32` or `precision=int8`"
             )
         settings = {
-            # Without it OpenVINO takes bf16 by itself where the processor has it.
+            # Otherwise OpenVINO uses bf16 on processors that have it.
             "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp16": "f16"}.get(options.precision, "f32"),
             "NUM_STREAMS": self.streams,
             "INFERENCE_NUM_THREADS": self.threads,
@@ -365,13 +363,13 @@ class OpenVINOEngine:
         return np.empty(shape, np.float32)
 
     def run(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, 3, S, S) float32 to (N, D) float32."""
+        """Runs a batch; see `Engine.run`."""
         try:
             request = self._requests.pop()
-        except IndexError:  # as many as run at once
+        except IndexError:  # all requests are in use
             request = self._compiled.create_infer_request()
         with _explaining(self.name):
-            # The output is copied: the request keeps its own for the next batch.
+            # Copy the output, since the request reuses its memory for the next batch.
             found = request.infer({"pixel_values": pixel_values}, share_inputs=True)[self.pooling.output]
             features = self.pooling(found)
         self._requests.append(request)
@@ -391,7 +389,7 @@ def _shape(shape: Any) -> list[int | str | None]:
 
 @contextmanager
 def _explaining(engine: str) -> Iterator[None]:
-    """What an engine raises while it runs a network shares no class with anything."""
+    """Converts an engine's run-time errors, which have no common class."""
     try:
         yield
     except Exception as exc:
@@ -404,18 +402,18 @@ def _explaining(engine: str) -> Iterator[None]:
 def _checked(
     features: NDArray[Any], pixel_values: NDArray[np.float32], shape: list[int | str | None], precision: str
 ) -> NDArray[np.float32]:
-    size = shape[-1] if isinstance(shape[-1], int) else features.shape[-1]  # free where the file does not tell it
+    size = shape[-1] if isinstance(shape[-1], int) else features.shape[-1]  # the file may leave D open
     expected = (len(pixel_values), size)
     if features.dtype != np.float32 or features.shape != expected:
         raise EngineError(
-            f"the model gives features of shape {features.shape} and type {features.dtype}, not {expected} and float32",
+            f"the model's features must be {expected} float32; got {features.shape} {features.dtype}",
             fix="export the model again",
         )
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise NotFiniteError(
-            f"the model gives features that are not finite for {np.count_nonzero(~finite)} of {len(features)} images",
-            fix="numbers in it exceed the range of fp16: pass `precision=fp32`"
+            f"the model's features are not finite for {np.count_nonzero(~finite)} of {len(features)} images",
+            fix="its values exceed the range of fp16: pass `precision=fp32`"
             if precision == "fp16"
             else "check the model with robustfeat verify; its weights may be damaged",
         )
@@ -431,10 +429,10 @@ def _check_types(file: Path, taken: str, given: str, expected: str) -> None:
 
 
 def _only_input(file: Path, inputs: dict[str, Any]) -> Any:
-    """The input for images, without which, or beside which, a network is none for images."""
+    """The input for images. Refuses a network with another input or without it."""
     if set(inputs) != {"pixel_values"}:
         raise ModelFolderError(
-            f"{file}: needs an input pixel_values and no other; it has {', '.join(inputs)}",
-            fix="keep the part of the network for images with robustfeat import" if "pixel_values" in inputs else None,
+            f"{file}: must have pixel_values as its only input; it has {', '.join(inputs)}",
+            fix="keep the image part of the network with robustfeat import" if "pixel_values" in inputs else None,
         )
     return inputs["pixel_values"]

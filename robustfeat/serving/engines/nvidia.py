@@ -1,6 +1,6 @@
-"""NVIDIA GPUs: which one there is, how ONNX Runtime uses it, and host memory that it reads at full speed.
+"""Finds an NVIDIA GPU, sets ONNX Runtime's options for it, and allocates memory that it reads at full speed.
 
-The driver and the CUDA runtime are called through ctypes: both are there wherever ONNX Runtime runs on a GPU.
+ctypes calls the driver and the CUDA runtime, which exist wherever ONNX Runtime runs on a GPU.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ CUDA, TENSORRT, PROCESSOR = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 """The providers of ONNX Runtime."""
 
 CUDA_OPTIONS = {
-    # By default fp32 networks run in TF32, whose numbers have the 10 bits of fp16.
+    # By default, fp32 networks run in TF32, whose precision is fp16's 10 bits.
     "use_tf32": "0",
-    # The default tries all algorithms for each new batch size: slow for a server, and two runs may choose differently.
+    # The default tries all algorithms for each batch size, which is slow for a server and may differ between runs.
     "cudnn_conv_algo_search": "HEURISTIC",
 }
-"""Of ONNX Runtime's CUDA provider.
+"""Options of ONNX Runtime's CUDA provider.
 
 Source: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#configuration-options
 """
@@ -41,8 +41,8 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        name: such as `NVIDIA H200`.
-        capability: of its generation, such as `9.0`.
+        name: the name, such as `NVIDIA H200`.
+        capability: the compute capability, such as `9.0`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves visible; None where no driver or no GPU answers."""
+    """The first GPU in CUDA_VISIBLE_DEVICES, or None if no driver or GPU answers."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -77,13 +77,13 @@ def load_cuda_runtime() -> Any:
 
 
 class InputBuffers:
-    """Arrays for batches, one for each thread, in memory that the system keeps in its place (pinned).
+    """One array per thread for batches, in pinned memory.
 
-    A GPU reads such memory by itself, while the processor prepares the next batch. From other memory the driver copies
+    A GPU reads pinned memory itself while the processor prepares the next batch. From other memory the driver copies
     piece by piece.
 
     Args:
-        runtime: see `load_cuda_runtime`. Without one, or where it gives no memory, arrays are NumPy's.
+        runtime: see `load_cuda_runtime`. Without it, or if it fails, NumPy allocates the arrays.
     """
 
     def __init__(self, runtime: Any) -> None:
@@ -91,7 +91,7 @@ class InputBuffers:
         self._own = threading.local()
 
     def array(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """A float32 array with any content. The next call of the same thread gives the same memory again."""
+        """A float32 array with arbitrary content. The thread's next call returns the same memory."""
         count = math.prod(shape)
         flat: NDArray[np.float32] | None = getattr(self._own, "flat", None)
         if flat is None or len(flat) < count:
@@ -103,9 +103,9 @@ class InputBuffers:
         if self._runtime is None or not count:
             return np.empty(count, np.float32)
         if self._runtime.cudaHostAlloc(ctypes.byref(place), ctypes.c_size_t(4 * count), ctypes.c_uint(0)):
-            self._runtime.cudaGetLastError()  # else the next call of ONNX Runtime would find this error
+            self._runtime.cudaGetLastError()  # clears the error, which ONNX Runtime's next call would report
             return np.empty(count, np.float32)
         buffer = (ctypes.c_float * count).from_address(place.value or 0)
-        # Freed with the last array that uses it. When the process ends, the driver does so, perhaps before Python.
+        # The last array frees the memory. At the end of the process the driver does, perhaps before Python.
         weakref.finalize(buffer, self._runtime.cudaFreeHost, place).atexit = False
         return np.ctypeslib.as_array(buffer)

@@ -1,4 +1,4 @@
-"""How a model is run, as one value."""
+"""Defines `RunOptions`, how to run a model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DECODINGS = ("exact", "scaled")
 POOLINGS = tuple(POOLED)
 MAX_PIXELS = 100_000_000
 BUILD_LIMIT_S = 1200
-"""A model may take so long to start where TensorRT builds its engine."""
+"""Time limit for the start of a model, in which TensorRT may build an engine."""
 
 _CHOICES = {
     "precision": PRECISIONS,
@@ -43,21 +43,21 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a model is run, and which version of it.
+    """How to run a model, and which version of it.
 
     Attributes:
-        precision: fp32; fp16, meant for GPUs; int8 where the folder holds it; bf16 with OpenVINO on processors that
-            have it.
+        precision: fp32; fp16, meant for GPUs; int8 if the folder has it; bf16 with OpenVINO on processors that support
+            it.
         engine: auto (see `choose_engine`), onnxruntime, openvino or tensorrt.
-        device: auto, cpu or cuda. Auto takes the GPU where the session really runs on it.
-        decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size.
-        threads: processors for the model; None for all that the cgroup grants.
-        streams: batches side by side, each on `threads / streams` processors; None for 1.
-        max_pixels: larger images are refused from their header.
+        device: auto, cpu or cuda. auto uses a GPU if the session really runs on it.
+        decoding: exact, or scaled, which decodes large JPEGs at a fraction of their size.
+        threads: number of processors for the model; None for all that the cgroup allows.
+        streams: number of parallel batches, each on `threads / streams` processors; None for 1.
+        max_pixels: largest accepted image; larger ones are refused from their header.
         revision: a branch, tag or commit on the Hub; None for main.
-        config_hash: the hash that the model must have, which pins all its files; `robustfeat info` prints it.
-        pooling: what the features of a model of transformers are: auto (by its model type), embeds, pooler, cls or
-            mean (see `hub.outputs`).
+        config_hash: the expected config hash, which pins all files; `robustfeat info` prints it.
+        pooling: how the output of a transformers model becomes features: auto (by its model type), embeds, pooler, cls
+            or mean (see `hub.outputs`).
 
     Raises:
         EngineError: a value is not among the choices.
@@ -87,17 +87,17 @@ class RunOptions:
 
     @property
     def thread_count(self) -> int:
-        """Processors for the model on this machine."""
+        """Number of processors for the model on this machine."""
         return self.threads or available_cpus()
 
     @property
     def stream_count(self) -> int:
-        """Batches side by side on this machine: at most one per processor."""
+        """Number of parallel batches on this machine, at most one per processor."""
         return min(self.streams or 1, self.thread_count)
 
     @property
     def stored_precision(self) -> str:
-        """The precision of the ONNX file: bf16 is computed from the fp32 file."""
+        """The precision of the ONNX file. bf16 is computed from the fp32 file."""
         return "fp32" if self.precision == "bf16" else self.precision
 
     @property
@@ -107,18 +107,18 @@ class RunOptions:
 
     @property
     def may_use_gpu(self) -> bool:
-        """Whether a GPU is to run the model where there is one: int8 and bf16 are for processors."""
+        """Whether to run the model on a GPU if there is one. int8 and bf16 are for processors."""
         return self.device != "cpu" and self.precision in {"fp32", "fp16"}
 
     def for_throughput(self) -> RunOptions:
-        """The same with one stream per processor: the most images per second, and the latest answer to one image."""
+        """Options with one stream per processor, for the most images per second at the highest latency."""
         return replace(self, threads=self.thread_count, streams=self.thread_count)
 
     def choose_engine(self) -> str:
-        """The engine: the named one, or by `auto` ONNX Runtime, but OpenVINO for bf16 or where it alone is installed.
+        """The engine to use. `auto` is ONNX Runtime, or OpenVINO for bf16 or if ONNX Runtime is not installed.
 
         Raises:
-            EngineError: the engine has no such precision or device on any machine.
+            EngineError: the engine does not support the precision or the device on any machine.
         """
         name = self.engine
         if name == AUTO:

@@ -1,4 +1,4 @@
-"""From the outputs of a network to one vector per image."""
+"""Pools the output of a network to one vector per image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["FEATURES", "Pooling", "choose_pooling"]
 Shape = Sequence[int | str | None]
 
 _TOKENS, _MAP = 3, 4
-"""Dimensions of an output that holds tokens, and of one that holds a map."""
+"""Number of dimensions of tokens, and of a map."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Pooling:
     """How the output of a network becomes features.
 
     Attributes:
-        name: a way of `POOLED`; None where the network gives features itself.
+        name: a way of `POOLED`; None if the network outputs features.
         output: the name of the output.
-        prefix: tokens before those of the patches, which `mean` leaves out.
+        prefix: number of tokens before the patches, which `mean` skips.
     """
 
     name: str | None
@@ -38,23 +38,23 @@ class Pooling:
 
     @property
     def skipped_tokens(self) -> int | None:
-        """`prefix` where it decides the features, else None."""
+        """`prefix` if it affects the features, else None."""
         return self.prefix if self.name == "mean" else None
 
     def __call__(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Features, (N, D), of the output.
+        """Pools the output to features, (N, D).
 
         Args:
             values: (N, D), (N, D, 1, 1), tokens (N, T, D) or a map (N, D, H, W).
 
         Raises:
-            ValueError: there are no tokens of patches to average.
+            ValueError: the output has no patch tokens to average.
         """
         if self.name == "cls":
             return np.ascontiguousarray(values[:, 0])
         if self.name == "mean" and values.ndim == _TOKENS:
             if values.shape[1] <= self.prefix:
-                raise ValueError(f"it gives {values.shape[1]} tokens, and the first {self.prefix} are of no patch")
+                raise ValueError(f"it has {values.shape[1]} tokens, of which the first {self.prefix} are not patches")
             return _mean(values[:, self.prefix :], 1)
         if self.name == "mean":
             return _mean(values.reshape(*values.shape[:2], -1), 2)
@@ -63,7 +63,7 @@ class Pooling:
         return values
 
     def feature_shape(self, shape: Shape) -> list[int | str | None]:
-        """The shape of the features, of an output of this shape."""
+        """The shape of the features for an output of this shape."""
         if self.name is None:
             return list(shape)
         tokens = len(shape) == _TOKENS and self.name in {"cls", "mean"}
@@ -71,26 +71,26 @@ class Pooling:
 
 
 FEATURES = Pooling(None, "features")
-"""Of our own networks."""
+"""Pooling of robustfeat's own networks."""
 
 
 def choose_pooling(asked: str, outputs: Outputs | None, given: Mapping[str, Shape], file: Path) -> Pooling:
-    """Which output of a network is the feature, and how.
+    """Chooses the output of a network and how it becomes features.
 
     Args:
         asked: auto, or a way of `POOLED`.
-        outputs: what the network's outputs mean; None for one of ours.
-        given: the outputs that it has, with their shapes.
-        file: names the network in messages.
+        outputs: the meaning of the network's outputs; None for robustfeat's own networks.
+        given: the network's outputs, with their shapes.
+        file: the network's name in messages.
 
     Raises:
-        EngineError: it has no such output, or none that is asked for by its model type.
-        ModelFolderError: a network of ours has no output `features`.
+        EngineError: the network lacks the output that `asked` or its model type requires.
+        ModelFolderError: one of robustfeat's networks has no output `features`.
     """
     if outputs is None:
         if asked != AUTO:
             raise EngineError(
-                f"{file}: the network gives its features itself", argument="pooling", value=asked, fix="leave it out"
+                f"{file}: the network outputs features directly", argument="pooling", value=asked, fix="leave it out"
             )
         if FEATURES.output not in given:
             raise ModelFolderError(f"{file}: needs an output {FEATURES.output}; it has {', '.join(given)}")
@@ -107,7 +107,7 @@ def choose_pooling(asked: str, outputs: Outputs | None, given: Mapping[str, Shap
     has = f"it has {', '.join(f'{name} {_said(shape)}' for name, shape in given.items())}"
     if asked != AUTO:
         raise EngineError(f"{file}: {reasons[asked]}; {has}", argument="pooling", value=asked, fix=fix)
-    raise EngineError(f"{file}: which output of a {outputs.model_type} is the feature is not known; {has}", fix=fix)
+    raise EngineError(f"{file}: the output with the features of a {outputs.model_type} is unknown; {has}", fix=fix)
 
 
 def _mean(values: NDArray[Any], axis: int) -> NDArray[Any]:
@@ -116,19 +116,19 @@ def _mean(values: NDArray[Any], axis: int) -> NDArray[Any]:
 
 
 def _obstacle(way: str, outputs: Outputs, given: Mapping[str, Shape]) -> str | None:
-    """Why an output does not become features in this way; None if it does."""
+    """Why this way cannot make features; None if it can."""
     name = POOLED[way]
     if name not in given:
         return f"the network has no output {name}"
     dimensions = len(given[name])
     if way == "embeds" and dimensions != 2:
-        return f"{name} is no vector per image"
-    if way == "pooler" and dimensions not in {2, _MAP}:  # whether a map is 1 x 1 shows when it comes
-        return f"{name} is no vector per image"
+        return f"{name} is not one vector per image"
+    if way == "pooler" and dimensions not in {2, _MAP}:  # only the values show whether a map is 1 x 1
+        return f"{name} is not one vector per image"
     if way == "cls" and (dimensions != _TOKENS or outputs.prefix == 0):
         return f"a {outputs.model_type} has no class token"
     if way == "mean" and (dimensions not in {_TOKENS, _MAP} or (dimensions == _TOKENS and outputs.prefix is None)):
-        return f"which tokens of a {outputs.model_type} are patches is not known"
+        return f"the patch tokens of a {outputs.model_type} are unknown"
     return None
 
 

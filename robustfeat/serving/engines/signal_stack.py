@@ -1,4 +1,4 @@
-"""The stack on which a thread handles signals, kept from OpenVINO."""
+"""Protects a thread's signal stack from OpenVINO."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class _Stack(ctypes.Structure):
 
 @contextmanager
 def keep_signal_stack() -> Iterator[None]:
-    """This thread has the same alternate stack for signals after the block as before it.
+    """Restores this thread's alternate signal stack after the block.
 
-    OpenVINO's plugin for processors sets one when it is loaded. It unmaps the stack when it ends, and takes it from the
-    thread only if the same thread ends the plugin and no other plugin was loaded later. Otherwise the next signal that
-    Python handles in this thread (SIGTERM, SIGINT, SIGCHLD) ends the process by SIGSEGV. A stack that the plugin no
-    longer finds in use is unmapped and nothing else.
+    OpenVINO's plugin for processors sets a stack when it loads. It unmaps the stack when it ends, but removes it from
+    the thread only if the same thread ends the plugin and no other plugin was loaded later. Otherwise the next signal
+    that Python handles in this thread (SIGTERM, SIGINT, SIGCHLD) ends the process by SIGSEGV. If the thread does not
+    use the stack, the plugin only unmaps it.
 
     Source: `SigAltStackSetup` in OpenVINO 2026.4, src/plugins/intel_cpu.
     """

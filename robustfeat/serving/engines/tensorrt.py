@@ -1,7 +1,7 @@
-"""TensorRT, which ONNX Runtime calls: its options, its library, and the engines that it built.
+"""Sets TensorRT's options in ONNX Runtime, loads its library, and keeps its engines.
 
 TensorRT compiles a network for one GPU, which takes minutes. The result, an engine, is kept in a folder beside the
-Hub's cache. An engine is code: the folder must belong to this user, and nobody else may write to it.
+Hub's cache. An engine is code, so the folder must belong to this user, and nobody else may write to it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 MAX_BATCH = 128
-"""Images in the largest batch of an engine, and in the one that it is tuned for."""
+"""Images in an engine's largest batch, and in the batch that it is tuned for."""
 
 MAX_CACHE_BYTES = 4 * 2**30
 
@@ -42,12 +42,12 @@ _INSTALL = "pip install 'robustfeat[tensorrt]' on a machine with an NVIDIA GPU, 
 
 
 def tensorrt_options(folder: Path, precision: str, side: int) -> dict[str, str]:
-    """Of ONNX Runtime's TensorRT provider.
+    """Options of ONNX Runtime's TensorRT provider.
 
     Args:
-        folder: for engines.
+        folder: folder of the engines.
         precision: fp32 or fp16.
-        side: S; batches are (1 to `MAX_BATCH`, 3, S, S).
+        side: S. Batches are (1 to `MAX_BATCH`, 3, S, S).
 
     Source: https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html#configurations
     """
@@ -59,7 +59,7 @@ def tensorrt_options(folder: Path, precision: str, side: int) -> dict[str, str]:
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(folder),
-        # With shapes given, one engine is built when the network is loaded; without, one for each new batch size.
+        # With shapes, one engine is built at load time. Without, each new batch size builds one.
         "trt_profile_min_shapes": least,
         "trt_profile_opt_shapes": most,
         "trt_profile_max_shapes": most,
@@ -67,7 +67,7 @@ def tensorrt_options(folder: Path, precision: str, side: int) -> dict[str, str]:
 
 
 def load_tensorrt(provider: Path) -> str:
-    """Loads the TensorRT that ONNX Runtime was built for, and gives its version.
+    """Loads the TensorRT that ONNX Runtime was built for, and returns its version.
 
     Args:
         provider: ONNX Runtime's `libonnxruntime_providers_tensorrt.so`.
@@ -80,7 +80,7 @@ def load_tensorrt(provider: Path) -> str:
     except OSError as exc:
         raise EngineError("the installed ONNX Runtime has no TensorRT", fix=_INSTALL) from exc
     if found is None:
-        raise EngineError(f"{provider}: needs no TensorRT that is known", fix=_INSTALL)
+        raise EngineError(f"{provider}: needs an unknown version of TensorRT", fix=_INSTALL)
     major = found[1].decode()
     library = _load_library(f"libnvinfer.so.{major}")
     if library is None or _load_library(f"libnvonnxparser.so.{major}") is None:
@@ -90,7 +90,7 @@ def load_tensorrt(provider: Path) -> str:
 
 
 def _load_library(name: str) -> Any:
-    """A library of TensorRT: the system's, or that of the wheel `tensorrt_libs`. ONNX Runtime then finds it loaded."""
+    """Loads a library of TensorRT from the system or the wheel `tensorrt_libs`. ONNX Runtime then finds it loaded."""
     wheel = importlib.util.find_spec("tensorrt_libs")
     places = (wheel and wheel.submodule_search_locations) or []
     for file in (name, *(str(Path(place, name)) for place in places)):
@@ -100,12 +100,12 @@ def _load_library(name: str) -> Any:
 
 
 def engine_key(content: bytes, gpu: Gpu, versions: tuple[str, ...], precision: str, side: int) -> str:
-    """A name for the engine of a network: 32 hex digits of all that it depends on.
+    """The name of a network's engine: 32 hex digits of all that it depends on.
 
     Args:
         content: the network.
-        gpu: where it runs.
-        versions: of the libraries that build it.
+        gpu: the GPU that runs it.
+        versions: versions of the libraries that build it.
     """
     parts = [hashlib.sha256(content).hexdigest(), gpu.name, gpu.capability, *versions, precision, side, MAX_BATCH]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -120,13 +120,13 @@ def cache_place() -> Path:
 
 @contextmanager
 def kept_engines(place: Path, key: str, *, max_bytes: int = MAX_CACHE_BYTES) -> Iterator[Path]:
-    """The folder for the engines of one network; one process at a time has it, and others wait.
+    """Yields the folder for the engines of one network. One process at a time uses it, and others wait.
 
-    When the block ends, the engines that were used longest ago are removed until all together take at most
+    When the block ends, the least recently used engines are removed until all engines together take at most
     `max_bytes`.
 
     Raises:
-        EngineError: it cannot be made, or others may write to it.
+        EngineError: the folder cannot be created, or others may write to it.
     """
     folder = place / key
     lock = FileLock(folder)
@@ -138,7 +138,7 @@ def kept_engines(place: Path, key: str, *, max_bytes: int = MAX_CACHE_BYTES) -> 
     except OSError as exc:
         raise EngineError(
             f"{folder}: cannot keep engines of TensorRT ({exc.strerror or exc})",
-            fix="set HF_HOME to a folder that can be written, or pass `engine=onnxruntime`",
+            fix="set HF_HOME to a writable folder, or pass `engine=onnxruntime`",
         ) from exc
     try:
         yield folder
@@ -150,8 +150,8 @@ def kept_engines(place: Path, key: str, *, max_bytes: int = MAX_CACHE_BYTES) -> 
 def _take(lock: FileLock, folder: Path) -> None:
     while True:
         folder.mkdir(mode=0o700, exist_ok=True)
-        with suppress(FileNotFoundError):  # removed meanwhile
-            lock.take(on_wait=lambda: remark(f"waiting for another process, which builds an engine in {folder}"))
+        with suppress(FileNotFoundError):  # somebody removed it in the meantime
+            lock.take(on_wait=lambda: remark(f"waiting for another process to build an engine in {folder}"))
             return
 
 

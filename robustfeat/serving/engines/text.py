@@ -1,4 +1,4 @@
-"""Texts to vectors in the space of a model's features, by the text tower that lies beside its network for images."""
+"""Embeds texts in the space of a model's features, with the text tower beside its image network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["TextEncoder"]
 _TOKENIZER_BYTES = 2**26
 _TEXT_CHARACTERS = 100_000
 _LOWERCASED = ("Gemma", "Siglip2")
-"""Beginnings of `tokenizer_class`: SigLIP 2 was trained on lower case, and its tokenizer.json leaves that to others."""
+"""Prefixes of `tokenizer_class` that need lower case. SigLIP 2 was trained so, but its tokenizer.json omits it."""
 
 
 class TextEncoder:
@@ -31,12 +31,12 @@ class TextEncoder:
 
     Args:
         folder: a model in the layout of transformers.js.
-        options: the precision that is taken where there is one, threads, and how images become features.
-        feature_size: D, of the features of images.
+        options: the preferred precision, the number of threads, and the pooling of images.
+        feature_size: D, the length of image features.
 
     Raises:
-        InputError: the model has no text tower, or its features of images lie in another space.
-        ModelFolderError, HubError: its files are missing, damaged or cannot be downloaded.
+        InputError: the model has no text tower, or its image features are in another space.
+        ModelFolderError, HubError: files are missing, damaged or cannot be downloaded.
         EngineError: the package tokenizers or ONNX Runtime is missing.
     """
 
@@ -49,12 +49,12 @@ class TextEncoder:
             why = f" ({needed} is missing, or not downloaded)" if tower else ""
             raise InputError(
                 f"{folder.source}: the model has no text tower{why}",
-                fix="use a model of CLIP's or SigLIP's kind in the layout of transformers.js, such as "
+                fix="use a model like CLIP or SigLIP in the layout of transformers.js, such as "
                 "Xenova/clip-vit-base-patch32",
             )
         if options.pooling != tower.pooling:
             raise InputError(
-                f"{folder.source}: texts are comparable with features of `pooling={tower.pooling}` alone; these are of "
+                f"{folder.source}: text search needs features of `pooling={tower.pooling}`; these have "
                 f"`pooling={options.pooling}`",
                 fix="embed the images again",
             )
@@ -71,7 +71,7 @@ class TextEncoder:
             )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, D) float32 for n texts, comparable with features of images by their cosine.
+        """Embeds n texts to (n, D) float32, comparable with image features by cosine.
 
         Raises:
             InputError: a text is empty or very long.
@@ -82,7 +82,7 @@ class TextEncoder:
                 raise InputError(
                     f"a text to search for has {len(text):,} characters", fix="describe the image in a few words"
                 )
-        rows = [self._embed(text) for text in texts]  # each alone: a neighbour of another length changes nothing
+        rows = [self._embed(text) for text in texts]  # one by one, so padding cannot change a vector
         return np.concatenate([np.empty((0, self._size), np.float32), *rows])
 
     def _embed(self, text: str) -> NDArray[np.float32]:
@@ -100,8 +100,8 @@ class TextEncoder:
             raise EngineError(f"{self._place}: cannot embed a text ({first_line(exc)})") from exc
         if vector.shape != (1, self._size) or not np.isfinite(vector).all():
             raise EngineError(
-                f"{self._place}: gives {self._tower.output} of shape {vector.shape} or not finite; expected "
-                f"{(1, self._size)}, as features of images have",
+                f"{self._place}: {self._tower.output} must be finite, of shape {(1, self._size)} like image features; "
+                f"got {vector.shape}",
                 fix="export both towers of the same model",
             )
         return vector.astype(np.float32, copy=False)
@@ -138,7 +138,7 @@ def _open_tokenizer(folder: ModelFolder, tower: TextTower) -> Any:
     tokenizer.enable_truncation(tower.most_tokens)
     tokenizer.no_padding()
     if tower.pad_token is not None:
-        # As transformers does it: the tokenizer's own settings decide, before those of the network.
+        # As in transformers, the tokenizer's settings take precedence over the network's.
         pad = told.get("pad_token")
         number = tokenizer.token_to_id(str(pad["content"] if isinstance(pad, dict) and "content" in pad else pad))
         if number is None:
@@ -152,7 +152,7 @@ def _open_tokenizer(folder: ModelFolder, tower: TextTower) -> Any:
 
 
 def _read_settings(folder: ModelFolder) -> dict[str, Any]:
-    """tokenizer_config.json; empty where there is none."""
+    """Reads tokenizer_config.json; empty if it is missing."""
     if TOKENIZER_SETTINGS not in folder.names_beside():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What the arguments of a command name, and where its bytes come from."""
+"""Lists the images that a command's arguments name, and reads their bytes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["list_inputs"]
 
 
 def __getattr__(name: str) -> Any:
-    # Decoders import a module beside it, and need none of what lists inputs.
+    # Import on first use, since decoders import this package without listing inputs.
     if name != "list_inputs":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from robustfeat.serving.inputs.listing import list_inputs

@@ -1,4 +1,4 @@
-"""Which files of a folder or an archive are images, and what is left out."""
+"""Chooses the images among the files of a folder or an archive, and counts the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["IMAGE_SUFFIXES", "Choice", "is_hidden", "say_left_out", "suffix_kind
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
-    | {".avif", ".heic", ".heif", ".hif"}  # also where nothing reads them: a folder has the same rows everywhere
+    | {".avif", ".heic", ".heif", ".hif"}  # even if nothing here reads them, so rows do not depend on the installation
 )
 
 _DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
@@ -22,15 +22,15 @@ _KINDS_COUNTED = 1000
 
 
 class Choice:
-    """Takes files by their names, and counts those that it leaves out.
+    """Chooses files by their names and counts the files that it skips.
 
     Args:
-        patterns: a file whose name fits one of these is taken, whatever its suffix; without patterns, files with an
-            image suffix are. Patterns with a slash are compared with the path in the folder or archive. Hidden files
-            and folders are left out. What desktops put into folders is not even counted.
+        patterns: patterns of the names to choose, whatever the suffix. Without patterns, files with an image suffix are
+            chosen. A pattern with a slash is compared with the path in the folder or archive. Hidden files and folders
+            are skipped. Files of desktops, such as thumbnail databases, are not even counted.
 
     Attributes:
-        left_out: how many files were left out, by kind.
+        left_out: number of skipped files, by kind.
     """
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
@@ -38,7 +38,7 @@ class Choice:
         self.left_out: Counter[str] = Counter()
 
     def takes(self, path: str) -> bool:
-        """Whether that file is an image; `path` is relative to the folder or archive."""
+        """Whether to choose a file; `path` is relative to the folder or archive."""
         *folders, name = path.split("/")
         if name.startswith("._") or name in _DESKTOP_FILES:
             return False
@@ -55,27 +55,27 @@ class Choice:
         return False
 
     def leave_out(self, kind: str) -> None:
-        """Counts a file that is left out."""
+        """Counts a skipped file."""
         self.left_out[kind if kind in self.left_out or len(self.left_out) < _KINDS_COUNTED else "others"] += 1
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the name of a file or folder begins with a dot; `.` and `..`, in names of archives, hide nothing."""
+    """Whether a name begins with a dot. `.` and `..` in the names of archives do not count."""
     return name.startswith(".") and name not in {".", ".."}
 
 
 def suffix_kind(name: str) -> str:
-    """What a file without an image suffix is counted as."""
+    """The kind under which a file without an image suffix is counted."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix if _PLAIN_SUFFIX.fullmatch(suffix) else "others" if suffix else "without suffix"
 
 
 def say_left_out(left_out: Mapping[str, int], undecodable: int = 0) -> str:
-    """The numbers as text, the largest first: `files left out: 3 (.psd 2, without suffix 1)`; empty without any.
+    """Counts as text, largest first: `files left out: 3 (.psd 2, without suffix 1)`. Empty if there are none.
 
     Args:
-        left_out: files by kind.
-        undecodable: images that were listed and then could not be decoded.
+        left_out: number of skipped files, by kind.
+        undecodable: number of listed images that could not be decoded.
     """
     said = [_say_kinds(left_out)] if any(left_out.values()) else []
     if undecodable:

@@ -1,4 +1,4 @@
-"""The images to embed, as a list on disk: it may have any length."""
+"""Keeps a list of inputs of any length on disk."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _OFFSET_EVERY = 4096
 
 
 class InputList:
-    """The images to embed, one line each in an unnamed temporary file; close it, or use it in a `with` block.
+    """The images to embed, one per line in an unnamed temporary file. Close it, or use it in a `with` block.
 
     Attributes:
-        choice: what lay beside them and was left out.
-        folder: where the temporary file lies; None for the system's folder for them.
-        sha256: of the list: equal for equal lists of the same files.
+        choice: the choice of files, with the number of skipped files.
+        folder: folder of the temporary file; None for the system's default.
+        sha256: sha256 of the list. Equal lists have equal hashes.
 
     Args:
-        choice: that of the folders and archives that are listed.
-        folder: see above.
+        choice: the choice used for folders and archives.
+        folder: see Attributes.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class InputList:
         self._file.close()
 
     def another(self) -> InputList:
-        """An empty list for some of these inputs."""
+        """Makes an empty list for some of these inputs."""
         return InputList(choice=self.choice, folder=self.folder)
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Files that were left out, by kind; see `Choice`."""
+        """Number of skipped files, by kind; see `Choice`."""
         return dict(sorted(self.choice.left_out.items()))
 
     @property
     def sha256(self) -> str:
-        """64 hex digits."""
+        """The sha256 of the list, 64 hex digits."""
         return self._digest.hexdigest()
 
     def append(self, image: ImageSource) -> None:
@@ -81,7 +81,7 @@ class InputList:
         self.append_line(image.to_line())
 
     def append_line(self, line: bytes) -> None:
-        """Adds a row of `lines` at the end."""
+        """Adds a row, given as a line of `lines`, at the end."""
         if self._count % _OFFSET_EVERY == 0:
             self._offsets.append(self._file.seek(0, os.SEEK_END))
         self._digest.update(line)
@@ -89,7 +89,7 @@ class InputList:
         self._count += 1
 
     def lines(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """Rows `start` to `stop` as lines of `ImageSource.to_line`. Only one such iterator may run at a time."""
+        """Yields rows `start` to `stop` as lines of `ImageSource.to_line`. Only one iterator may run at a time."""
         stop = self._count if stop is None else min(stop, self._count)
         if start >= stop:
             return
@@ -100,7 +100,7 @@ class InputList:
         return map(ImageSource.from_line, self.lines())
 
     def extend_sorted(self, images: Iterable[ImageSource]) -> None:
-        """Appends in the byte order of the paths, holding `_SORT_ROWS` of them in memory: a merge sort on disk."""
+        """Appends rows in the byte order of their paths by a merge sort on disk, with `_SORT_ROWS` rows in memory."""
 
         def key(image: ImageSource) -> bytes:
             return os.fsencode(image.path)

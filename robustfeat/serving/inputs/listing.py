@@ -1,4 +1,4 @@
-"""Which images a command's arguments name, in which order."""
+"""Lists the images that a command's arguments name."""
 
 from __future__ import annotations
 
@@ -35,26 +35,25 @@ def list_inputs(
     match: Sequence[str] = (),
     folder: Path | None = None,
 ) -> InputList:
-    """The images that the arguments name, in the order of the arguments.
+    """Lists the images that the arguments name, in the order of the arguments.
 
-    An argument is one of these, local or at a URL that fsspec knows (s3://, gs://, hf://, ...):
+    An argument is local or a URL that fsspec knows (s3://, gs://, hf://, ...). It is one of these:
 
-    - a folder: every file in it with an image suffix, in the byte order of the relative path, dangling links and
-      unreadable files included; other and hidden files are counted by kind;
-    - a file, always a row; a glob, whose files are rows and whose folders are read as such;
-    - FILE.tar: its members with an image suffix; FILE.parquet, or FILE.parquet:COLUMN: its rows;
-    - `-`: the same as `files_from="-"`.
+    - a folder. Every file in it with an image suffix is a row, in the byte order of the relative paths. Broken links
+      and unreadable files are rows, too. Other and hidden files are counted by kind.
+    - a file, which is always a row, or a glob, whose files are rows and whose folders are listed.
+    - FILE.tar, whose members with an image suffix are rows, or FILE.parquet (FILE.parquet:COLUMN) with its rows.
+    - `-`, which means `files_from="-"`.
 
     Args:
-        arguments: as above.
-        files_from: a file with more of them, one a line, `-` for stdin. A file that is missing is a failed row there.
+        arguments: see above.
+        files_from: a file with more arguments, one per line; `-` for stdin. A missing file in it is a failed row.
         null: the lines of `files_from` end in NUL.
-        match: patterns that choose the files of folders and archives in place of their suffix; see `Choice`.
+        match: patterns that choose files of folders and archives instead of their suffix; see `Choice`.
         folder: see `InputList`.
 
     Raises:
-        InputError: an argument does not exist or cannot be read, a folder lies in another one of them, or there is no
-            image at all.
+        InputError: an argument does not exist or cannot be read, a folder lies in another one, or there are no images.
     """
     try:
         listing = InputList(choice=Choice(match), folder=folder)
@@ -104,7 +103,7 @@ def _require_apart(arguments: Sequence[str]) -> None:
 
 
 def list_folder(root: Path) -> tuple[list[ImageSource], dict[str, int]]:
-    """The images under `root` in the byte order of their relative path, and the numbers of other files by kind."""
+    """The images under `root` in the byte order of their relative paths, and the number of other files by kind."""
     listing = InputList()
     with listing:
         _list_argument(os.fspath(root), listing)
@@ -115,7 +114,7 @@ def _list_argument(argument: str, listing: InputList) -> None:
     argument = argument.removeprefix("file://")
     if _ARCHIVE.search(argument) and not os.path.isdir(argument):
         raise InputError(
-            f"{argument}: archives of this kind are not read", fix="unpack it, or pack its files as a .tar"
+            f"{argument}: archives of this kind are not supported", fix="unpack it, or pack its files as a .tar"
         )
     if _TABLE.search(argument) and not os.path.isdir(argument):
         raise InputError(
@@ -136,7 +135,7 @@ def _list_argument(argument: str, listing: InputList) -> None:
 
 
 def _list_file(file: str, path: str, listing: InputList) -> None:
-    """One file, local or remote: an image, or an archive of images. `path` is what the index calls it."""
+    """Lists one local or remote file, an image or an archive of images. `path` is its path in the index."""
     if (match := _PARQUET.fullmatch(file)) is not None:
         name, place = path.removesuffix(f":{match['column']}"), match["file"]
         place = place if is_remote(place) else os.path.abspath(place)
@@ -146,7 +145,7 @@ def _list_file(file: str, path: str, listing: InputList) -> None:
     elif file.lower().endswith(".tar"):
         listing.extend_sorted(_tar_members(file, path, listing))
     elif _COMPRESSED_TAR.search(file):
-        raise InputError(f"{file}: a compressed archive cannot be read at random", fix="decompress it to a .tar first")
+        raise InputError(f"{file}: a compressed archive has no random access", fix="decompress it to a .tar first")
     else:
         listing.append(ImageSource(path, file if is_remote(file) else os.path.abspath(file)))
 
@@ -154,7 +153,7 @@ def _list_file(file: str, path: str, listing: InputList) -> None:
 def _list_lines(place: str, null: bool, listing: InputList) -> None:
     try:
         with sys.stdin.buffer if place == "-" else open(place, "rb") as handle:
-            os.set_blocking(handle.fileno(), True)  # a terminal or pipe may have been left in another mode
+            os.set_blocking(handle.fileno(), True)  # another program may have made a terminal or pipe non-blocking
             for number, line in enumerate(_split(handle, b"\0" if null else b"\n")):
                 entry = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).removeprefix("file://")
                 entry = entry if null else entry.removesuffix("\r")
@@ -184,13 +183,13 @@ def _split(handle: IO[bytes], separator: bytes) -> Iterator[bytes]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle, or to where this user may not look
+    except OSError:  # a circular link, or a link to a forbidden place
         return False
 
 
 def _walk(root: str, listing: InputList, prefix: str = "") -> Iterator[ImageSource]:
     base = os.path.abspath(root)
-    # Linked folders are followed; a folder inside itself is not.
+    # Follow linked folders, except a folder inside itself.
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
         relative, above = waiting.pop()
@@ -246,21 +245,21 @@ def _glob(pattern: str, listing: InputList) -> Iterator[ImageSource]:
         path = match[len(root) :].lstrip("/")
         if not is_folder:
             yield from _sources_of(match, path, listing)
-        elif "**" not in pattern:  # there, what lies in a folder matches by itself
+        elif "**" not in pattern:  # with **, the folder's files match by themselves
             yield from _walk(match, listing, f"{path}/")
 
 
 def _matches(
     entries: Callable[[str], Iterable[tuple[str, bool]]], root: str, pattern: str
 ) -> Iterator[tuple[str, bool]]:
-    """What matches: paths, and whether each is a folder.
+    """Yields matching paths, and whether each is a folder.
 
-    By the rules of `glob.iglob(recursive=True)`, which itself follows linked folders in circles.
+    The rules are those that `glob.iglob(recursive=True)` has, but circular links end.
 
     Args:
-        entries: what lies in a folder: names, and whether each is a folder; nothing where there is no such folder.
-        root: the part of the pattern that has no wildcards.
-        pattern: all of it.
+        entries: lists a folder: names, and whether each is a folder. Empty for a missing folder.
+        root: the part of the pattern without wildcards.
+        pattern: the whole pattern.
     """
 
     def under(folder: str, parts: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -295,7 +294,7 @@ def _sources_of(file: str, path: str, listing: InputList) -> Iterator[ImageSourc
 
 
 def _fixed_folder(pattern: str) -> str:
-    """The part of a pattern before its first folder with a wildcard: what the paths of its files are relative to."""
+    """The part of a pattern before its first folder with a wildcard. Paths of its files are relative to it."""
     parts = pattern.split("/")
     fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     return "/".join(parts[:fixed]) or ("/" if pattern.startswith("/") else "")
@@ -345,7 +344,7 @@ def _list_remote(url: str, listing: InputList) -> None:
     try:
         filesystem.invalidate_cache()
         try:
-            kind = filesystem.info(path)["type"]  # `isfile` and `isdir` say no when the network fails
+            kind = filesystem.info(path)["type"]  # `isfile` and `isdir` return False when the network fails
         except FileNotFoundError as exc:
             if forbids(exc):
                 raise
@@ -360,6 +359,6 @@ def _list_remote(url: str, listing: InputList) -> None:
             raise InputError(f"{url}: no such file or folder")
     except InputError:
         raise
-    except Exception as exc:  # each filesystem has its own
+    except Exception as exc:  # each filesystem raises its own errors
         reason = forbids(exc) or f"{type(exc).__name__}: {first_line(exc)}"
         raise InputError(f"{url}: cannot be listed ({reason})") from exc

@@ -1,4 +1,4 @@
-"""Images in Parquet files: which column holds them, and their rows read in order."""
+"""Finds the image column of Parquet files and reads rows in order."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = [
 
 
 def parquet_path(name: str, row: int) -> str:
-    """What the index calls a row of a Parquet file.
+    """The path of a Parquet row in the index.
 
-    Nine digits: the byte order of the paths is then the order of the rows.
+    With nine digits, the byte order of the paths is the order of the rows.
     """
     return f"{name}/{row:09}"
 
 
 def image_columns(schema: Any, *, nulls: bool = False) -> dict[str, str]:
-    """The columns of encoded images, by name; each with what pyarrow calls the bytes within it.
+    """Columns of encoded images by name, each with pyarrow's name of the bytes inside it.
 
-    Images are a binary column, or a struct with a binary field `bytes` as Hugging Face writes them.
+    Images are a binary column, or a struct with a binary field `bytes` as Hugging Face writes it.
 
     Args:
-        nulls: also columns that hold nothing but nulls, whose type does not say what they could hold.
+        nulls: also accept columns of only nulls, whose type is unknown.
     """
     from pyarrow import types
 
@@ -58,18 +58,18 @@ def image_columns(schema: Any, *, nulls: bool = False) -> dict[str, str]:
 
 
 def encoded_images(values: Any) -> Any:
-    """The bytes within an Arrow array of images, which may be structs."""
+    """The bytes of an Arrow array of images, which may be structs."""
     from pyarrow import compute, types
 
     return compute.struct_field(values, "bytes") if types.is_struct(values.type) else values
 
 
 def class_names(schema: Any, column: str) -> tuple[str, ...] | None:
-    """The class names of a column of numbers, which Hugging Face `datasets` keeps in the schema's metadata."""
+    """The class names of a column of numbers, which Hugging Face `datasets` stores in the schema's metadata."""
     raw = (schema.metadata or {}).get(b"huggingface")
     try:
         kind = json.loads(raw or b"{}")["info"]["features"][column]
-        names = kind.get("feature", kind).get("names")  # a list of classes, or one
+        names = kind.get("feature", kind).get("names")  # the column has lists of classes, or one class per row
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
     is_text = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -77,7 +77,7 @@ def class_names(schema: Any, column: str) -> tuple[str, ...] | None:
 
 
 def find_images(file: str, column: str | None) -> tuple[str, int]:
-    """The column of a Parquet file that holds encoded images, and the number of rows; see `image_columns`.
+    """Finds the column of encoded images and the number of rows; see `image_columns`.
 
     Raises:
         InputError: the file cannot be read, claims more rows than bytes, has no such column, or has several and none
@@ -96,7 +96,7 @@ def find_images(file: str, column: str | None) -> tuple[str, int]:
         if found := other_contents(file):
             raise InputError(f"{file}: not a Parquet file; it is {found[0]}", fix=found[1]) from exc
         raise InputError(f"{file}: not a readable Parquet file ({first_line(exc)})") from exc
-    if rows > size:  # the list of inputs would fill the disk
+    if rows > size:  # a list of that many inputs would fill the disk
         raise InputError(f"{file}: claims {rows:,} rows in {size:,} bytes", fix="write it again, each image once")
     names = list(image_columns(schema))
     if column is None and len(names) > 1 and "image" in names:
@@ -114,7 +114,7 @@ def find_images(file: str, column: str | None) -> tuple[str, int]:
 
 
 def other_contents(file: str) -> tuple[str, str] | None:
-    """What a file is that is no Parquet file, and what to do about it, where its beginning tells."""
+    """The type of a file that is not Parquet and how to convert it, if its first bytes identify it."""
     try:
         with open_parquet(file) as handle:
             head = handle.read(1024)
@@ -124,7 +124,7 @@ def other_contents(file: str) -> tuple[str, str] | None:
 
 
 def open_parquet(file: str) -> Any:
-    """A Parquet file, opened for pyarrow, local or remote."""
+    """Opens a local or remote Parquet file for pyarrow."""
     import pyarrow
 
     if is_remote(file):
@@ -134,10 +134,10 @@ def open_parquet(file: str) -> Any:
 
 
 class ParquetImages:
-    """Reads rows of one Parquet file in ascending order, one at a time: few bytes may hold many large rows."""
+    """Reads rows of one Parquet file in ascending order, one at a time: few bytes may expand to many large rows."""
 
     _SKIPPED_ROWS = 640
-    """A row that lies so far ahead, or before, is looked for from the beginning of its row group."""
+    """Distance of a row from the last one beyond which reading restarts at its row group."""
 
     def __init__(self, file: str, column: str) -> None:
         self.file, self.column = file, column
@@ -145,10 +145,10 @@ class ParquetImages:
         self._next = 0
 
     def read(self, row: int) -> bytes | str:
-        """The encoded image of that row; the reason where it holds none.
+        """The encoded image of a row, or the reason why it has none.
 
         Raises:
-            InputError: the file cannot be read (any longer).
+            InputError: the file cannot be read, or no longer.
         """
         try:
             if self._rows is None or not 0 <= row - self._next < self._SKIPPED_ROWS:
@@ -163,7 +163,7 @@ class ParquetImages:
             raise InputError(f"{self.file}: cannot be read ({first_line(exc)})") from exc
 
     def _from(self, row: int) -> Iterator[Any]:
-        """Arrow arrays of one row each."""
+        """Yields Arrow arrays of one row each."""
         from pyarrow import parquet
 
         with open_parquet(self.file) as handle:
@@ -178,7 +178,7 @@ class ParquetImages:
 
 
 class ParquetSources:
-    """Reads inputs that are rows of Parquet files: fast where those of one file follow each other in its order."""
+    """Reads inputs that are rows of Parquet files. It is fast for rows in the order of a file."""
 
     def __init__(self) -> None:
         self._images: ParquetImages | None = None
@@ -191,7 +191,7 @@ class ParquetSources:
 
 
 def _image_of(cell: Any) -> bytes | str:
-    """The image in an Arrow value of an image column; the reason where there is none."""
+    """The image in an Arrow value of an image column, or the reason why there is none."""
     from pyarrow import types
 
     value, path = cell, None
@@ -203,7 +203,7 @@ def _image_of(cell: Any) -> bytes | str:
     if value is None or not value.is_valid:
         where = f"the path {path!r} and no bytes; write the images into the file" if path else "no image"
         return f"the row holds {where}"
-    content = value.as_buffer()  # of Arrow's memory, which is copied only if it is not too large
+    content = value.as_buffer()  # Arrow's own memory, copied only if it is not too large
     if len(content) > MAX_FILE_BYTES:
         return f"over the limit of {MAX_FILE_BYTES:,} bytes"
     return bytes(content)

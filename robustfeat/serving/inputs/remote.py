@@ -1,4 +1,4 @@
-"""Files in remote storage, by URL, through fsspec."""
+"""Reads files in remote storage by URL, with fsspec."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _REFUSED_TO_ALL = {"ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed",
 
 
 def is_remote(place: str) -> bool:
-    """Whether that is a URL rather than a path."""
+    """Whether a place is a URL rather than a path."""
     return "://" in place
 
 
 def open_remote(url: str) -> tuple[Any, str]:
-    """The filesystem of a URL, by fsspec (which caches them), and the path in it.
+    """The fsspec filesystem of a URL, which fsspec caches, and the path in it.
 
     Raises:
         InputError: the scheme is unknown, or its package is missing.
@@ -33,7 +33,7 @@ def open_remote(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        # Not `url_to_fs`, which takes :: in the name of a file for a chain of URLs.
+        # `url_to_fs` would take :: in the name of a file for a chain of URLs.
         kind = fsspec.get_filesystem_class(scheme)
         return kind(**kind._get_kwargs_from_urls(url)), str(kind._strip_protocol(url))
     except ImportError as exc:
@@ -41,18 +41,18 @@ def open_remote(url: str) -> tuple[Any, str]:
         raise InputError(f"{url}: {first_line(exc)} (pip install '{package}')") from exc
     except ValueError as exc:
         raise InputError(f"{url}: {first_line(exc)}; expected a path, or s3://, gs:// or hf://") from exc
-    except Exception as exc:  # some connect at once, and each raises errors of its own
+    except Exception as exc:  # some filesystems connect at once, and each raises its own errors
         raise InputError(f"{url}: cannot be reached ({type(exc).__name__}: {first_line(exc)})") from exc
 
 
 def read_remote(url: str, start: int, end: int, *, whole: bool) -> bytes:
-    """Bytes `start` to `end` of a file, fewer where it ends before.
+    """Reads bytes `start` to `end` of a file, fewer if it ends earlier.
 
     Args:
-        whole: the range is meant to hold the whole file, which may be empty.
+        whole: whether the range is the whole file, which may be empty.
 
     Raises:
-        OSError: the file is not there, or may not be read.
+        OSError: the file is missing or may not be read.
         InputError: the storage does not answer.
     """
     filesystem, path = open_remote(url)
@@ -68,8 +68,8 @@ def read_remote(url: str, start: int, end: int, *, whole: bool) -> bytes:
                 reason = "not found" if isinstance(exc, FileNotFoundError) else "cannot be read"
                 raise OSError(errno.ENOENT, f"{reason} ({first_line(exc)})") from exc
             if whole and _is_empty(filesystem, path):
-                return b""  # storage has no range of an empty file
-            # All other errors are the network's.
+                return b""  # storage refuses ranges of an empty file
+            # All other errors come from the network.
             tries += 1
             if tries == _TRIES:
                 raise InputError(f"{url}: cannot be read ({type(exc).__name__}: {first_line(exc)})") from exc
@@ -77,9 +77,9 @@ def read_remote(url: str, start: int, end: int, *, whole: bool) -> bytes:
 
 
 def forbids(exc: BaseException) -> str | None:
-    """That a server forbids what was asked, in words; None for other errors.
+    """Describes a server's refusal of access; None for other errors.
 
-    Filesystems of HTTP raise that as a missing file.
+    HTTP filesystems raise a refusal as a missing file.
     """
     cause = exc.__cause__ or exc
     status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
@@ -87,7 +87,7 @@ def forbids(exc: BaseException) -> str | None:
 
 
 def _refused_to_all(exc: Exception) -> bool:
-    """Whether S3 refuses the credentials, which is no image's fault."""
+    """Whether S3 refuses the credentials, which affects all images."""
     answer = getattr(exc.__cause__, "response", None)
     return isinstance(answer, dict) and answer.get("Error", {}).get("Code") in _REFUSED_TO_ALL
 
@@ -100,9 +100,9 @@ def _is_empty(filesystem: Any, path: str) -> bool:
 
 
 def remote_entries(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
-    """What lies in a folder: names, and whether each is a folder itself; nothing where there is no such folder.
+    """Lists a folder: names, and whether each is a folder. Empty for a missing folder.
 
-    fsspec's own `walk` and `glob` silently leave out what they fail to list.
+    fsspec's own `walk` and `glob` silently skip folders that they cannot list.
     """
     try:
         found = filesystem.ls(folder, detail=True)
@@ -110,5 +110,5 @@ def remote_entries(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
         return
     for info in found:
         place = info["name"].rstrip("/")
-        if place.strip("/") != folder.strip("/"):  # S3 may hold an empty object in the folder's own name
+        if place.strip("/") != folder.strip("/"):  # S3 may have an empty object with the folder's name
             yield place.rpartition("/")[2], info["type"] == "directory"

@@ -1,4 +1,4 @@
-"""Where the bytes of an image lie, and how they are read: files and members of tar archives, local or remote."""
+"""Locates and reads the bytes of images: files and members of tar archives, local or remote."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from robustfeat.serving.inputs.remote import is_remote, read_remote
 __all__ = ["MAX_FILE_BYTES", "ImageSource", "index_line", "path_fields", "path_of_index", "printable"]
 
 MAX_FILE_BYTES = 512 * 2**20
-"""Files of more bytes are failed rows; so is one that never ends."""
+"""Largest accepted file. A larger or endless file is a failed row."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """One row of the output.
+    """The source of one row.
 
     Attributes:
-        path: what the index calls it, POSIX; names that are not UTF-8 hold their bytes as lone surrogates
-            (`os.fsdecode`).
-        file: the file that holds it: an absolute path, or a URL of fsspec.
-        kind: file, tar, parquet, or `failed`, then `detail` says why.
-        at, size: tar: where its bytes lie; parquet: `at` is the row.
-        detail: parquet: the column.
+        path: POSIX path in the index. Bytes that are not UTF-8 are lone surrogates (`os.fsdecode`).
+        file: the file with the image: an absolute path, or a URL of fsspec.
+        kind: file, tar or parquet; or `failed`, with the reason in `detail`.
+        at, size: position and size of a tar member's bytes. For Parquet, `at` is the row.
+        detail: the column, for Parquet.
     """
 
     path: str
@@ -44,18 +43,18 @@ class ImageSource:
 
     @classmethod
     def from_line(cls, line: bytes) -> ImageSource:
-        """The inverse of `to_line`."""
+        """Reverses `to_line`."""
         return cls(*json.loads(line))
 
     def index_fields(self) -> dict[str, str]:
-        """`path`, and `path_bytes` (base64) where the name is not UTF-8."""
+        """`path`, and `path_bytes` (base64) if the name is not UTF-8."""
         return path_fields(self.path)
 
     def read(self) -> bytes:
-        """The image file's bytes. Rows of Parquet files come from `ParquetSources` instead.
+        """Reads the image file's bytes. `ParquetSources` reads rows of Parquet files instead.
 
         Raises:
-            OSError: it cannot be read, is no regular file (a pipe or a device might never end) or is too large.
+            OSError: the file cannot be read, is too large, or is not regular (a pipe or device might never end).
             InputError: remote storage does not answer.
         """
         if self.kind == "failed":
@@ -64,7 +63,7 @@ class ImageSource:
             raise _too_large()
         if is_remote(self.file):
             return self._read_remote()
-        # O_NONBLOCK: opening a pipe would wait for its writer.
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
         try:
             descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
@@ -82,7 +81,7 @@ class ImageSource:
                 return data
             if status.st_size > MAX_FILE_BYTES:
                 raise _too_large()
-            # Files of /proc have no size and some of them no end.
+            # Files of /proc have no size, and some have no end.
             data = handle.read(status.st_size) if status.st_size else b""
             rest = handle.read(MAX_FILE_BYTES + 1 - len(data)) if len(data) == status.st_size else b""
             if len(rest) + len(data) > MAX_FILE_BYTES:
@@ -91,7 +90,7 @@ class ImageSource:
 
     def _read_remote(self) -> bytes:
         if self.kind == "tar" and not self.size:
-            return b""  # storage takes an empty range for the whole archive
+            return b""  # storage treats an empty range as the whole archive
         start, end = (self.at, self.at + self.size) if self.kind == "tar" else (0, MAX_FILE_BYTES + 1)
         data = read_remote(self.file, start, end, whole=self.kind == "file")
         if len(data) > MAX_FILE_BYTES:
@@ -102,10 +101,10 @@ class ImageSource:
 
 
 def path_fields(path: str) -> dict[str, str]:
-    """A path as JSON holds it: `path`, and `path_bytes` (base64) where the name is not UTF-8."""
+    """A path as JSON fields: `path`, and `path_bytes` (base64) if the name is not UTF-8."""
     try:
         raw = os.fsencode(path)
-    except UnicodeEncodeError:  # no name of a file
+    except UnicodeEncodeError:  # not a name of a file
         return {"path": printable(path)}
     try:
         return {"path": raw.decode("utf-8")}
@@ -114,13 +113,13 @@ def path_fields(path: str) -> dict[str, str]:
 
 
 def index_line(row: int, image: ImageSource, sha256: str | None, error: str | None) -> str:
-    """A line of the index: `row`, the path, `sha256` of the bytes that were read, and why the image failed."""
+    """A line of the index: `row`, the path, `sha256` of the bytes, and the error of a failed image."""
     record = {"row": row, **image.index_fields(), "sha256": sha256, "error": error}
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def path_of_index(record: dict[str, Any]) -> str:
-    """The inverse of `ImageSource.index_fields`: the path of a line of the index."""
+    """Reverses `ImageSource.index_fields`: the path of a line of the index."""
     raw = record.get("path_bytes")
     if not isinstance(record["path"], str):
         raise TypeError(f"path {record['path']!r}")
@@ -128,7 +127,7 @@ def path_of_index(record: dict[str, Any]) -> str:
 
 
 def printable(path: str) -> str:
-    """A path as text that can be written: bytes that are not UTF-8 become U+FFFD, as in the index."""
+    """Makes a path writable as UTF-8: other bytes become U+FFFD, as in the index."""
     try:
         return os.fsencode(path).decode("utf-8", "replace")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Members of uncompressed tar archives, local or remote: where their bytes lie, and what damage is called."""
+"""Finds the members of uncompressed tar archives, local or remote, and reports damage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from robustfeat.serving.inputs.remote import is_remote, open_remote
 __all__ = ["TarMember", "TarReader", "open_tar"]
 
 _BLOCK = 512
-_AHEAD = 8192  # a small file comes with its header
+_AHEAD = 8192  # one read gets a header and a small file
 _MAX_EXTENSION_BYTES = 2**24
 _REGULAR = b"0\0" + b"7"
 _WITHOUT_CONTENT = b"123456"
@@ -26,11 +26,11 @@ _SPARSE = "GNU.sparse"
 
 
 class TarMember(NamedTuple):
-    """A member of an archive that is no folder.
+    """A member of an archive, except folders.
 
     Attributes:
-        name: its path, without `./` at the beginning; bytes that are not UTF-8 are lone surrogates (`os.fsdecode`).
-        offset, size: where its bytes lie in the archive.
+        name: its path without a leading `./`. Bytes that are not UTF-8 are lone surrogates (`os.fsdecode`).
+        offset, size: position and size of its bytes in the archive.
         regular: false for links, devices and sparse files, whose bytes cannot be read in place.
     """
 
@@ -41,15 +41,15 @@ class TarMember(NamedTuple):
 
 
 class TarReader:
-    """Walks the headers of an archive.
+    """Reads the headers of an archive.
 
-    The standard library takes two and a half times as long, and takes a damaged header for the end.
+    The standard library takes 2.5 times as long, and treats a damaged header as the end.
 
     Args:
-        handle: the archive, opened for reading at random.
-        place: what messages call it.
-        error: what is raised for a damaged archive.
-        complete: also refuse an archive without the mark of its end, or with data after it, or with sparse files.
+        handle: the archive, opened for random access.
+        place: the archive's name in messages.
+        error: the class to raise for a damaged archive.
+        complete: also refuse an archive with sparse files, without an end mark, or with data after it.
 
     Source: POSIX.1-2017, pax, and GNU tar's long names and sparse files.
     """
@@ -63,7 +63,7 @@ class TarReader:
             self._length: int = handle.seek(0, os.SEEK_END)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the archive, fewer at its end."""
+        """Reads bytes of the archive, fewer at its end."""
         first = offset - self._window_at
         if not 0 <= first <= len(self._window) - size:
             if offset >= self._length:
@@ -75,10 +75,10 @@ class TarReader:
         return self._window[first : first + size]
 
     def members(self) -> Iterator[TarMember]:
-        """The members in their order, without folders.
+        """Yields the members in order, without folders.
 
         Raises:
-            RobustFeatError: the archive is damaged, or no tar file.
+            RobustFeatError: the archive is damaged or not a tar file.
         """
         offset = 0
         extra: dict[str, str] = {}
@@ -87,7 +87,7 @@ class TarReader:
             at = self._content(header, offset)
             size = self._size(header, kind, extra, offset)
             if at + size > self._length:
-                self._damaged(offset, f"a member of {size:,} bytes begins there, of which the file ends before")
+                self._damaged(offset, f"a member of {size:,} bytes begins there, but the file ends before it does")
             if kind in b"LKxXg" and size > _MAX_EXTENSION_BYTES:
                 self._damaged(offset, f"an extended header of {size:,} bytes begins there")
             if kind == b"L":
@@ -110,32 +110,32 @@ class TarReader:
         self._check_end(offset, extended=bool(extra))
 
     def _header(self, offset: int) -> bytes:
-        """The header that begins there; empty at the end of the members."""
+        """Reads a header; empty at the end of the members."""
         header = self.read(offset, _BLOCK)
         if not header.strip(b"\0") and (offset or len(header) == _BLOCK):
             return b""
         if len(header) < _BLOCK:
-            self._refuse(offset, "the file ends there, within a header; it is cut short")
+            self._refuse(offset, "the file ends inside a header; it is cut short")
         wanted = self._number(header[148:156], offset)
         blank = header[:148] + b" " * 8 + header[156:]
-        # Some old programs added up signed bytes.
+        # Some old programs sum signed bytes.
         if wanted != sum(blank) and wanted != sum(blank) - 256 * sum(byte > 127 for byte in blank):
-            self._refuse(offset, "no member's header is there")
+            self._refuse(offset, "expected the header of a member")
         return header
 
     def _content(self, header: bytes, offset: int) -> int:
-        """Where a member's content begins: behind its header, and behind the further ones of GNU's sparse files."""
+        """The position of a member's content, after its header and any extra headers of GNU's sparse files."""
         at = offset + _BLOCK
         more = header[156:157] == b"S" and header[482] != 0
         while more:
             block = self.read(at, _BLOCK)
             if len(block) < _BLOCK:
-                self._damaged(offset, "a sparse member begins there, of which the file ends before")
+                self._damaged(offset, "a sparse member begins there, but the file ends before it does")
             more, at = block[504] != 0, at + _BLOCK
         return at
 
     def _size(self, header: bytes, kind: bytes, pax: dict[str, str], offset: int) -> int:
-        if kind in _WITHOUT_CONTENT:  # links and folders, whatever their size says
+        if kind in _WITHOUT_CONTENT:  # links and folders, whose size field has no meaning
             return 0
         if kind in _REGULAR and "size" in pax:
             if not _SIZE.fullmatch(pax["size"]):
@@ -144,11 +144,11 @@ class TarReader:
         return self._number(header[124:136], offset)
 
     def _number(self, field: bytes, offset: int) -> int:
-        if field[0] == 0x80:  # GNU's, for what octal digits do not hold
+        if field[0] == 0x80:  # GNU's format for numbers that do not fit octal digits
             return int.from_bytes(field[1:], "big")
         digits = field.strip(b" \0")
         if not _OCTAL.fullmatch(digits):
-            self._refuse(offset, "no member's header is there")
+            self._refuse(offset, "expected the header of a member")
         return int(digits or b"0", 8)
 
     def _name(self, header: bytes) -> str:
@@ -157,10 +157,10 @@ class TarReader:
         return os.fsdecode(prefix + b"/" + name if prefix else name)
 
     def _records(self, data: bytes, offset: int) -> dict[str, str]:
-        """PAX: lines of `LENGTH KEY=VALUE`, the length counting all of a line. Those about a member's name and size."""
+        """Parses PAX lines, `LENGTH KEY=VALUE` with the length of the whole line, for a member's name and size."""
         records, at = {}, 0
         while at < len(data):
-            # A header may hold millions of records: each costs its own bytes, not those behind it.
+            # A header may have millions of records, so parsing one must only cost its own bytes.
             space = data.find(b" ", at, at + 19)
             digits = data[at:space] if space > 0 else b""
             if not digits.isdigit() or not len(digits) + 1 < int(digits) <= len(data) - at:
@@ -175,12 +175,12 @@ class TarReader:
 
     def _check_end(self, offset: int, *, extended: bool) -> None:
         if extended or offset > self._length or (self._complete and offset + _BLOCK > self._length):
-            self._damaged(offset, "it ends without a mark of its end; it is cut short")
+            self._damaged(offset, "it has no end mark; it is cut short")
         if not self._complete:
             return
         while rest := self.read(offset, 2**20):
             if rest.strip(b"\0"):
-                self._damaged(offset, "it goes on after the mark of its end; archives were joined, or it is altered")
+                self._damaged(offset, "it has data after its end mark; archives were joined, or it is altered")
             offset += len(rest)
 
     @contextmanager
@@ -195,7 +195,7 @@ class TarReader:
             head = self.read(0, _AHEAD)
             if head[257:262] != b"ustar" and (found := name_contents(head)):
                 raise self._error(f"{self._place}: not a tar file; it is {found[0]}", fix=found[1])
-            raise self._error(f"{self._place}: not a tar file; expected an uncompressed one, such as tar cf makes")
+            raise self._error(f"{self._place}: not a tar file; expected an uncompressed one, for example by tar cf")
         self._damaged(offset, what)
 
     def _damaged(self, offset: int, what: str) -> NoReturn:
@@ -204,7 +204,7 @@ class TarReader:
 
 @contextmanager
 def open_tar(place: str, *, error: type[RobustFeatError] = InputError, complete: bool = False) -> Iterator[TarReader]:
-    """A reader of an archive by its path or URL; see `TarReader`.
+    """Opens an archive by its path or URL; see `TarReader`.
 
     Raises:
         RobustFeatError: the archive cannot be opened.

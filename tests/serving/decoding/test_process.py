@@ -113,8 +113,8 @@ def test_a_decoder_is_closed_while_a_thread_writes_to_it(decoder: Decoder) -> No
         (errno.ENOMEM, "free memory"),
         (errno.EAGAIN, "limit of processes"),
         (errno.EMFILE, "limit of open files"),
-        (errno.EACCES, "can be run"),
-        (errno.ENOENT, "can be run"),
+        (errno.EACCES, "can run"),
+        (errno.ENOENT, "can run"),
     ],
 )
 def test_a_refused_process_is_told_with_what_helps(

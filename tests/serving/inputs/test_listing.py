@@ -156,10 +156,10 @@ def archive(tmp_path: Path) -> Path:
     [
         (0, "not a tar file"),
         (100, "not a tar file"),
-        (2 * 1536 + 100, "damaged at byte 3,072: the file ends there, within a header"),
+        (2 * 1536 + 100, "damaged at byte 3,072: the file ends inside a header"),
         (2 * 1536 + 512, "damaged at byte 3,072: a member of 1,000 bytes begins there"),
         (2 * 1536 + 900, "damaged at byte 3,072: a member of 1,000 bytes begins there"),
-        (3 * 1536 - 1, "damaged at byte 4,608: it ends without a mark of its end"),
+        (3 * 1536 - 1, "damaged at byte 4,608: it has no end mark"),
         (1536 + 700, "damaged at byte 1,536: a member of 1,000 bytes begins there"),
         (3 * 1536, None),  # the closing blocks hold nothing
     ],
@@ -176,7 +176,7 @@ def test_a_tar_cut_short_is_refused_when_anything_is_missing(archive: Path, leng
 
 def test_a_tar_with_a_damaged_header_is_refused(archive: Path) -> None:
     data = bytearray(archive.read_bytes())
-    for at, message in ((1536 + 5, "damaged at byte 1,536: no member's header"), (5, "not a tar file")):
+    for at, message in ((1536 + 5, "damaged at byte 1,536: expected the header"), (5, "not a tar file")):
         data[at] ^= 0xFF
         archive.write_bytes(data)
         with pytest.raises(InputError, match=message):
@@ -411,7 +411,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.zip", b"PK", r"archives of this kind are not read; unpack it, or pack its files as a \.tar"),
+        ("a.zip", b"PK", r"archives of this kind are not supported; unpack it, or pack its files as a \.tar"),
         ("list.TXT", b"a.jpg", "not an image; pass a list of paths as `files_from`"),
         ("a.csv", b"a.jpg,1", "not an image; pass a list of paths as `files_from`, tables of images as Parquet"),
         ("a.tar", LFS_POINTER, "not a tar file; it is a Git LFS pointer, not the file itself; run git lfs pull there"),

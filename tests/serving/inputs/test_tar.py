@@ -88,9 +88,9 @@ def test_only_a_complete_archive_needs_the_mark_of_its_end(tmp_path: Path) -> No
     place = tmp_path / "a.tar"
     data = pack(place, [("a.jpg", b"x" * 512)])
     for content, message in (
-        (data[:1024], "it ends without a mark of its end"),
-        (data[:1100], "it ends without a mark of its end"),
-        (data + data, "it goes on after the mark of its end"),
+        (data[:1024], "it has no end mark"),
+        (data[:1100], "it has no end mark"),
+        (data + data, "it has data after its end mark"),
     ):
         place.write_bytes(content)
         assert read(place) == [("a.jpg", 512, 512, True)]
@@ -115,7 +115,7 @@ def test_numbers_that_are_not_octal_are_damage(tmp_path: Path, digits: bytes) ->
     header[124:136] = digits  # -512: the header would come again, for ever
     data[1024:1536] = sign(header)
     place.write_bytes(data)
-    with pytest.raises(InputError, match="damaged at byte 1,024: no member's header is there"):
+    with pytest.raises(InputError, match="damaged at byte 1,024: expected the header of a member"):
         read(place)
 
 
@@ -212,7 +212,7 @@ def test_an_extended_header_without_its_member_is_damage(tmp_path: Path) -> None
     place = tmp_path / "a.tar"
     data = pack(place, [("n" * 200, b"x")])
     place.write_bytes(data[:1024])
-    with pytest.raises(InputError, match="damaged at byte 1,024: it ends without a mark"):
+    with pytest.raises(InputError, match="damaged at byte 1,024: it has no end mark"):
         read(place)
 
 

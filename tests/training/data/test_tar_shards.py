@@ -201,10 +201,10 @@ def test_damage_is_named_with_its_place(shards: Path) -> None:
     data = file.read_bytes()
     second = 512 + -(-len(jpeg(30)) // 512) * 512
     file.write_bytes(data[: second + 3] + b"\xff" + data[second + 4 :])
-    with pytest.raises(DataError, match=rf"train-0001\.tar: damaged at byte {second:,}: no member's header is there"):
+    with pytest.raises(DataError, match=rf"train-0001\.tar: damaged at byte {second:,}: expected the header"):
         open_training_data(shards)
     file.write_bytes(data + data)
-    with pytest.raises(DataError, match=r"train-0001\.tar: damaged at byte \S+ it goes on after the mark of its end"):
+    with pytest.raises(DataError, match=r"train-0001\.tar: damaged at byte \S+ it has data after its end mark"):
         open_training_data(shards)
     file.write_bytes(b"junk" * 500)
     with pytest.raises(DataError, match=r"train-0001\.tar: not a tar file"):
