@@ -33,8 +33,8 @@ def one_class(targets: Any) -> LabelledRows:
     [
         (lambda _: refuse_code(["a.pkl"], "place"), "remove the file, or do not use this model"),
         (lambda _: _to_8_bits(Image.new("F", (2, 2))), "save it with 8 or 16 bits per channel"),
-        (lambda tmp: FeatureCache(tmp, MAKER), "delete it, or name another"),
-        (lambda _: require_two("rows", one_class(np.zeros(2, np.int64))), "label rows of two classes or more"),
+        (lambda tmp: FeatureCache(tmp, MAKER), "delete it, or name another file"),
+        (lambda _: require_two("rows", one_class(np.zeros(2, np.int64))), "label rows of at least two classes"),
         (
             lambda _: require_two("rows", one_class(np.ones((2, 1), bool))),
             "label some rows with it and some without",

@@ -341,7 +341,7 @@ def test_names_that_lines_cannot_hold(robustfeat: Run, examples: Path, tmp_path:
     out, listed, table = tmp_path / "feats.npy", tmp_path / "drop", tmp_path / "all.csv"
     assert robustfeat("embed", root, "--out", out, "--quiet").returncode == 0
     line = only_line(robustfeat("duplicates", out, "--quiet", "--drop-list", listed).stderr)
-    assert "has a line break" in line
+    assert "a path with a line break" in line
     assert "pass --null" in line
     assert not listed.exists()
     result = robustfeat("duplicates", out, "--quiet", "--drop-list", listed, "--null", "--out", table)

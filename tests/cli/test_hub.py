@@ -237,7 +237,7 @@ def test_what_somebody_else_pushes_meanwhile_is_not_lost(published: FakeHub, cal
     repo = published.model("org/name")
     theirs = {"README.md": b"their words"}
     published.after = {"/api/models/org/name/refs": lambda: published.commit(repo, "main", theirs)}
-    assert "was changed meanwhile" in one_line(call("push", small_fp32, "org/name"))
+    assert "changed it in the meantime" in one_line(call("push", small_fp32, "org/name"))
     assert published.read("org/name", "README.md") == b"their words"
 
 

@@ -80,7 +80,7 @@ def test_score_prints_a_fraction(robustfeat: Run, head: Path, features: Path, tm
     rows = [line for line in result.stderr.splitlines() if line.startswith("| ")]
     assert [row.split()[1] for row in rows] == ["class", *sorted(folder.name for folder in EXAMPLES.iterdir())]
     assert f"accuracy {accuracy:.4f}" in (tmp_path / "report" / "report.md").read_text()
-    assert "images are named only" in (tmp_path / "report" / "report.html").read_text()
+    assert "images have no picture" in (tmp_path / "report" / "report.html").read_text()
     shown = ["--report", tmp_path / "shown", "--images", EXAMPLES]
     assert robustfeat("svm", "score", head, features, "--labels", "folder", *shown).returncode == 0
     pictures = (tmp_path / "shown" / "report.html").read_text().count("data:image/webp")
@@ -191,7 +191,10 @@ def test_bad_input_is_one_line(robustfeat: Run, head: Path, features: Path, tmp_
     altered = broken_head(head, tmp_path, lambda folder: (folder / "head.safetensors").write_bytes(b"x" * 100))
     cases: list[tuple[list[Any], str]] = [
         (["fit", cut, "--labels", "folder", "--out", out], "the files do not belong together; embed the images again"),
-        (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,a\n"), "are of one class, 'a'; label rows of two classes"),
+        (
+            fit("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,a\n"),
+            "are in one class, 'a'; label rows of at least two classes",
+        ),
         (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-1.jpg,b\n"), "labelled a second time"),
         (fit('path,label\nhat/hat-1.jpg,"a\nhat/hat-2.jpg,b\n'), "not a CSV file (line 3: "),
         (fit("path,label\nhat/hat-1.jpg,a, b\nhat/hat-2.jpg,b\n"), "line 2: has 3 columns; expected 2"),
@@ -202,7 +205,7 @@ def test_bad_input_is_one_line(robustfeat: Run, head: Path, features: Path, tmp_
         (["fit", features, "--labels", "folder", "--out", head], "exists already"),
         (["fit", tmp_path / "none.npy", "--labels", "folder", "--out", out], "no such file"),
         (["fit", tmp_path / "none", "--labels", "folder", "--out", out], "no such file or folder"),
-        ([*score, labelled("path,label\nhat/hat-1.jpg,zebra\n")], "'zebra', which is none of the head's 10 classes"),
+        ([*score, labelled("path,label\nhat/hat-1.jpg,zebra\n")], "'zebra', which is not one of the head's 10 classes"),
         (["predict", altered, features], "altered or truncated"),
         (["predict", tmp_path / "nothing", features], "not a head"),
         (["predict", single, features, "--probabilities"], "this head has no probabilities"),
@@ -263,7 +266,7 @@ def test_a_fit_that_cannot_write_its_head_keeps_what_it_tried(features: Path, tm
     assert [file.name for file in tmp_path.iterdir()] == [".head.trials.json"]
     resumed = robustfeat(*fit)
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"[1-9]\d* settings were tried before the stop", resumed.stderr)
+    assert re.search(r"[1-9]\d* settings were tried before", resumed.stderr)
     assert [file.name for file in tmp_path.iterdir()] == ["head"]
 
 
@@ -337,7 +340,7 @@ def test_rows_without_names_are_numbered_and_have_labels_in_order(
     labels.write_text("hat\nshoes\n")
     refused = robustfeat("svm", "score", head, other, "--labels", labels)
     assert refused.returncode == 1
-    told = "holds 2 labels and no paths; expected a label for each of the 40 rows, in their order"
+    told = "has 2 labels and no paths; expected one label for each of the 40 rows, in order"
     assert told in only_line(refused.stderr)
 
 
@@ -367,7 +370,7 @@ def test_a_stray_file_beside_class_folders_is_counted_and_named(
     assert {"rows": 8, "unlabelled": 1}.items() <= json.loads(only_line(result.stdout)).items()
     result = robustfeat("svm", "fit", examples / "hat", "--labels", "folder", "--out", tmp_path / "none")
     assert result.returncode == 1
-    reason = "hat-1.jpg: lies in no class folder, as all others of the images; expected CLASS/NAME within INPUT; move"
+    reason = "hat-1.jpg: is in no class folder, like all others of the images; expected CLASS/NAME within INPUT; move"
     assert reason in result.stderr.splitlines()[-1]
 
 

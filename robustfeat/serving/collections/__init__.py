@@ -1,1 +1,1 @@
-"""What is done with the features of a collection: its nearest rows to a query, its duplicates, its map."""
+"""Searches a collection's features for nearest rows and duplicates."""

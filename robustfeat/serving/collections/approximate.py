@@ -1,10 +1,10 @@
-"""Approximate nearest rows for very large collections, by an index that lies beside the features.
+"""Finds approximate nearest rows in very large collections, with an index beside the features.
 
-faiss makes the index: rows in lists around cluster centres, each number of a row in one byte (IVF, SQ8). A query looks
-into the lists nearest to it. The cosines of the rows found there are then computed exactly, from the features.
+faiss builds the index: lists of rows around cluster centres, with one byte per number (IVF, SQ8). A query searches the
+nearest lists. The cosines of the rows found are then computed exactly, from the features.
 
-    NAME.faiss         what faiss reads
-    NAME.faiss.json    of which features it is, and the sha256 of the other file
+    NAME.faiss         the index of faiss
+    NAME.faiss.json    the features that it belongs to, and the sha256 of NAME.faiss
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ __all__ = ["ApproximateIndex", "index_place", "make_index", "open_index"]
 
 _MOST_LISTS = 4096
 _FITTED_ROWS = 40
-"""Per list: the fewest that faiss takes without a warning, and more change little."""
+"""Training rows per list: the fewest without a warning of faiss. More change little."""
 
 _PROBED = 64
-"""Lists that a query looks into."""
+"""Lists that a query searches."""
 
 _CANDIDATES = 10
-"""Rows that get their exact cosine, per row wanted."""
+"""Rows with an exact cosine, per requested row."""
 
 _QUERIES = 1024
 
 
 def index_place(features: Features) -> str:
-    """Where the index of some features lies.
+    """The path of the index of some features.
 
     Raises:
-        InputError: they have no meta file, or are not on this machine.
+        InputError: the features have no meta file or are not on this machine.
     """
     if features.meta_sha256 is None or is_remote(features.place):
         raise InputError(f"{features.place}: only features that embed wrote to this machine can have an index")
@@ -55,15 +55,15 @@ def index_place(features: Features) -> str:
 
 
 def make_index(features: Features, *, threads: int, progress: Progress | None = None) -> None:
-    """Writes the index of some features beside them. It is held in memory until then, at D + 20 bytes a row.
+    """Builds the index of some features and writes it beside them. It needs D + 20 bytes of memory per row.
 
     Args:
         features: the collection.
-        threads: processors to use.
+        threads: number of processors to use.
         progress: counts rows.
 
     Raises:
-        InputError: as `index_place`, all rows failed, or the files cannot be written.
+        InputError: see `index_place`, or all rows failed, or the files cannot be written.
         ModuleNotFoundError: faiss is missing.
     """
     import faiss
@@ -72,7 +72,7 @@ def make_index(features: Features, *, threads: int, progress: Progress | None = 
     faiss.omp_set_num_threads(threads)
     rows = np.flatnonzero(features.good)
     if not len(rows):
-        raise InputError(f"{features.place}: has no image that did not fail, so it cannot have an index")
+        raise InputError(f"{features.place}: all images failed, so there is nothing to index")
     lists = min(_MOST_LISTS, max(1, int(4 * np.sqrt(len(rows)))), max(1, len(rows) // _FITTED_ROWS))
     index = faiss.index_factory(size, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     fitted = rows[np.linspace(0, len(rows) - 1, min(len(rows), _FITTED_ROWS * lists)).astype(np.int64)]
@@ -93,16 +93,16 @@ def make_index(features: Features, *, threads: int, progress: Progress | None = 
 
 
 def open_index(features: Features, *, threads: int) -> ApproximateIndex:
-    """The index that lies beside some features.
+    """Opens the index beside some features.
 
     Raises:
-        InputError: it is missing, damaged, or of other features.
+        InputError: the index is missing, damaged, or belongs to other features.
         ModuleNotFoundError: faiss is missing.
     """
     import faiss
 
     place = index_place(features)
-    fix = f"remove {place}.json, and the index is made anew"
+    fix = f"remove {place}.json to build the index again"
     faiss.omp_set_num_threads(threads)
     try:
         about = json.loads(Path(f"{place}.json").read_bytes())
@@ -112,8 +112,8 @@ def open_index(features: Features, *, threads: int) -> ApproximateIndex:
         if of != features.meta_sha256:
             raise InputError(f"{place}: is the index of an earlier {features.place}", fix=fix)
         if found != expected:
-            raise InputError(f"{place}: its sha256 is not the one that {place}.json says", fix=fix)
-        # Mapped, so that only the lists that are looked into are read.
+            raise InputError(f"{place}: its sha256 differs from {place}.json", fix=fix)
+        # Map the file, so only the searched lists are read.
         index: Any = faiss.read_index(place, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as exc:
         raise InputError(f"{place}: cannot be read ({first_line(exc)})", fix=fix) from exc
@@ -123,18 +123,18 @@ def open_index(features: Features, *, threads: int) -> ApproximateIndex:
 
 @dataclass(frozen=True, eq=False)
 class ApproximateIndex:
-    """An index at work.
+    """An open index.
 
     Attributes:
         features: the collection.
-        index: faiss's.
+        index: the index of faiss.
     """
 
     features: Features
     index: Any
 
     def search(self, queries: NDArray[np.floating], k: int, own: NDArray[np.int64]) -> Neighbours:
-        """As `find_neighbours`, but for rows that the index does not find."""
+        """Works like `find_neighbours`, but may miss rows."""
         rows = np.full((len(queries), k), -1, np.int64)
         cosines = np.full((len(queries), k), np.nan)
         for start in range(0, len(queries), _QUERIES):

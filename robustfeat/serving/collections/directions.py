@@ -1,4 +1,4 @@
-"""Rows of features as directions: their lengths, float32 products to choose by, and exact cosines."""
+"""Treats rows of features as directions: lengths, fast float32 products, and exact cosines."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from robustfeat.serving.heads.features import CHUNK_ROWS, Features, Rows
 __all__ = ["Directions", "lengths_of", "product_error", "to_units"]
 
 _USUAL = (1e-15, 1e15)
-"""Lengths of rows whose float32 products neither overflow nor lose digits; other rows are scaled first."""
+"""Lengths of rows whose float32 products neither overflow nor lose digits. Other rows are scaled first."""
 
 
 class Directions:
     """The rows of a collection as directions.
 
-    A failed row has none, and answers nothing. The cosine between a row of zeros and any row is 0.
+    A failed row has no direction and is never found. The cosine with a row of zeros is 0.
 
     Args:
-        features: the collection; its rows are read once, for their lengths.
+        features: the collection. Its rows are read once, for their lengths.
 
     Attributes:
         features: the collection.
         lengths: (n,) float64 Euclidean lengths; NaN for failed rows.
 
     Raises:
-        InputError: a row is not finite, and the index knows no error of it.
+        InputError: a row is not finite, but has no error in the index.
     """
 
     def __init__(self, features: Features) -> None:
@@ -49,23 +49,23 @@ class Directions:
 
     @property
     def size(self) -> int:
-        """D."""
+        """D, the length of a feature vector."""
         return int(self._values.shape[1])
 
     def units(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float64]:
-        """(m, D) rows of length 1; zeros for failed rows and rows of zeros."""
+        """Rows scaled to length 1, (m, D); zeros for failed rows and rows of zeros."""
         return to_units(np.where(self._failed[rows][:, None], 0, self._values[rows]))
 
     def products(self, rows: slice, units: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(q, m) approximate cosines between (q, D) `units` and some rows; -inf for failed rows.
+        """Approximate cosines, (q, m), between (q, D) `units` and some rows; -inf for failed rows.
 
-        They differ from the exact ones by at most `product_error(D)`.
+        They differ from the exact cosines by at most `product_error(D)`.
         """
         block = self._values[rows]
         if block.dtype != np.float32 or self._unusual[rows].any():
             found = units @ self.units(rows).astype(np.float32).T
         else:
-            with np.errstate(invalid="ignore"):  # infinities in failed rows
+            with np.errstate(invalid="ignore"):  # failed rows may be infinite
                 found = units @ block.T
                 found *= self._inverse[rows]
         failed = self._failed[rows]
@@ -74,9 +74,9 @@ class Directions:
         return found
 
     def cosines(self, rows: NDArray[np.int64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(m,) exact cosines between `rows` that did not fail and as many directions `others`, (m, D) of length 1.
+        """Exact cosines, (m,), between good `rows` and directions `others`, (m, D) of length 1, pair by pair.
 
-        Each is a sum in float64, in an order that depends on D only.
+        Each is a float64 sum in an order that only depends on D.
         """
         if self._values.dtype.itemsize > 4:
             found = np.einsum("ij,ij->i", self.units(rows), others)
@@ -87,7 +87,7 @@ class Directions:
         return np.asarray(np.clip(found, -1, 1))
 
     def pairs(self, rows: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(m,) exact cosines between `rows` and as many other rows, a few at a time."""
+        """Exact cosines, (m,), between `rows` and other rows, pair by pair, in blocks."""
         found = np.empty(len(rows))
         for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
@@ -96,8 +96,8 @@ class Directions:
 
 
 def lengths_of(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(n,) Euclidean lengths of (n, D) rows."""
-    # Rows of float64 may hold numbers whose squares overflow.
+    """Euclidean lengths, (n,), of (n, D) rows."""
+    # Squares of float64 numbers may overflow.
     largest = np.abs(values).max(1, initial=0).astype(np.float64) if values.dtype.itemsize > 4 else None
     x = values.astype(np.float64)
     if largest is None:
@@ -107,15 +107,15 @@ def lengths_of(values: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def to_units(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(n, D) rows at length 1, as float64; a row of zeros stays one."""
+    """Scales (n, D) rows to length 1, as float64. A row of zeros stays zero."""
     lengths = lengths_of(values)
     return np.asarray(values.astype(np.float64) / np.where(lengths > 0, lengths, 1)[:, None])
 
 
 def product_error(size: int) -> float:
-    """The largest error of a float32 product of two directions of D numbers, whatever the order of its sum.
+    """The largest error of a float32 product of two directions of D numbers, for any order of the sum.
 
-    Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1, with Cauchy's inequality; 8 more
-    roundings are granted for the two scalings.
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1, with Cauchy's inequality. It includes 8
+    more roundings for the two scalings.
     """
     return (size + 8) * 2.0**-24

@@ -1,12 +1,12 @@
-"""Near-duplicates in a collection: groups of rows around the row that is kept of each; exact, in bounded memory.
+"""Groups near-duplicates around one kept row per group, exactly and in bounded memory.
 
-Rows are taken in order. A row becomes a member of the group of the most similar row that is kept already, if their
-cosine reaches the threshold; otherwise it is kept. So each member is that similar to the kept row of its group, chains
-do not grow, and no two kept rows are duplicates of each other.
+Rows are processed in order. If a row's cosine to the most similar kept row reaches the threshold, it joins that row's
+group. Otherwise it is kept. So every member is similar to the kept row of its group, chains do not grow, and no two
+kept rows are duplicates.
 
-Most pairs are left out without their full product. Rows of length 1 are split into p coordinates along the leading
-principal directions and a rest, of which only the length r is used: u.v <= h_u.h_v + r_u r_v, by Cauchy's inequality.
-The right side is a product of p + 1 numbers. Pairs for which it reaches the threshold get their exact cosine.
+Most pairs are excluded without their full product. A row of length 1 has p coordinates h along the leading principal
+directions and a rest of length r. By Cauchy's inequality, u.v <= h_u.h_v + r_u r_v, a product of p + 1 numbers. Only
+pairs whose bound reaches the threshold get an exact cosine.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _TILE_ROWS = 1024
 _SAMPLE_ROWS = 4096
 _SIZES = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 _FLOPS, _PAIR_S = 5e10, 3e-6
-"""Per second and processor, and seconds per exact cosine: only their ratio matters, for the choice of p."""
+"""Operations per second and processor, and seconds per exact cosine. The choice of p only uses their ratio."""
 
 _Map = Callable[[Callable[[int], NDArray[np.int64]], Iterable[int]], Iterator[NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Which row is kept for which.
+    """Groups of duplicates.
 
     Attributes:
-        kept: (n,) int64: the kept row of each row's group, itself for a kept row, and -1 for rows without a part.
-        cosines: (n,) float64: between the row and that one; 1 for a kept row, NaN for rows without a part.
-        involved: (n,) bool: rows that are a duplicate of some row.
+        kept: (n,) int64: the kept row of each row's group; the row itself if it is kept, -1 if it was not grouped.
+        cosines: (n,) float64: the cosine to that row; 1 for a kept row, NaN for rows that were not grouped.
+        involved: (n,) bool: rows with at least one duplicate.
     """
 
     kept: NDArray[np.int64]
@@ -64,15 +64,15 @@ def find_duplicates(
 
     Args:
         collection: the rows.
-        threshold: above 0, at most 1.
-        order: the rows to group, those to keep first; failed ones are not among them.
-        threads: tiles that are multiplied at once.
-        block_rows: rows that are compared with the kept ones at a time.
+        threshold: smallest cosine of duplicates, above 0 and at most 1.
+        order: the rows to group, without failed ones. Earlier rows are preferred to keep.
+        threads: number of parallel tiles.
+        block_rows: rows per block.
         progress: counts rows.
 
     Raises:
         ValueError: the threshold is out of range.
-        InputError: there is no room for temporary files.
+        InputError: a temporary file cannot be written.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1; got {threshold}")
@@ -91,7 +91,7 @@ def find_duplicates(
 
 
 def _pool(stack: ExitStack, threads: int) -> _Map:
-    """`map`, on threads that do not share their products with each other."""
+    """A `map` on threads, with single-threaded matrix products."""
     from threadpoolctl import threadpool_limits
 
     stack.enter_context(threadpool_limits(1))
@@ -99,16 +99,16 @@ def _pool(stack: ExitStack, threads: int) -> _Map:
 
 
 class _Bound:
-    """An upper bound of cosines that needs p + 1 numbers a row.
+    """An upper bound of cosines from p + 1 numbers per row.
 
     Args:
-        basis: (D, p) orthonormal; None for all D numbers, and no rest.
+        basis: (D, p) orthonormal; None for all D numbers without a rest.
         size: D.
-        threshold: of cosines.
+        threshold: smallest cosine of duplicates.
 
     Attributes:
-        size: numbers a row.
-        least: products of rows of these numbers that reach this may belong to duplicates.
+        size: numbers per row.
+        least: smallest bound of pairs that may be duplicates.
     """
 
     def __init__(self, basis: NDArray[np.float64] | None, size: int, threshold: float) -> None:
@@ -118,11 +118,11 @@ class _Bound:
 
     @classmethod
     def choose(cls, collection: Directions, order: NDArray[np.int64], threshold: float) -> _Bound:
-        """The bound that costs least, by a sample of pairs: short ones let more pairs pass."""
+        """Chooses the cheapest bound on a sample of pairs. A shorter bound lets more pairs pass."""
         size = collection.size
         places = np.linspace(0, len(order) - 1, min(len(order), _SAMPLE_ROWS)).astype(np.int64)
         sample = collection.units(order[places])
-        # The rests of the rows that give the directions are smaller than others: other rows tell the cost.
+        # The rows that define the directions have smaller rests than others, so measure the cost on other rows.
         fitted, others = sample[::2], sample[1::2]
         _, _, directions = np.linalg.svd(fitted, full_matrices=False)
         found, least = cls(None, size, threshold), 2 * size / _FLOPS
@@ -136,7 +136,7 @@ class _Bound:
         return found
 
     def of(self, units: NDArray[np.float64]) -> NDArray[np.float32]:
-        """(m, D) rows of length 1 to (m, size)."""
+        """Shortens rows of length 1 from (m, D) to (m, size)."""
         if self._basis is None:
             return units.astype(np.float32)
         short = np.empty((len(units), self.size))
@@ -147,7 +147,7 @@ class _Bound:
 
 
 class _ShortRows:
-    """Rows in short form, in a temporary file, so that the system may use their memory for something else."""
+    """Short rows in a temporary file, so the system can reuse their memory."""
 
     def __init__(self, bound: _Bound, most: int, run: _Map) -> None:
         self.bound, self._run = bound, run
@@ -158,7 +158,7 @@ class _ShortRows:
                 file.truncate(4 * most * bound.size)
                 self._short = np.asarray(np.memmap(file, np.float32, "r+", shape=(most, bound.size)))
         except OSError as exc:
-            raise InputError(f"no room for a temporary file ({exc.strerror})", fix="free space") from exc
+            raise InputError(f"a temporary file cannot be written ({exc.strerror})", fix="free space") from exc
 
     def append(self, rows: NDArray[np.int64], short: NDArray[np.float32]) -> None:
         """Adds rows."""
@@ -167,7 +167,7 @@ class _ShortRows:
         self.count = end
 
     def near(self, short: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The pairs of (m, size) rows and these ones that may be duplicates: places in both."""
+        """Pairs of (m, size) rows and stored rows that may be duplicates, as positions in both."""
 
         def compare(start: int) -> NDArray[np.int64]:
             tile = self._short[start : min(start + _TILE_ROWS, self.count)]
@@ -181,7 +181,7 @@ class _ShortRows:
 
 
 class _Grouping:
-    """Groups in the making."""
+    """Builds groups block by block."""
 
     def __init__(self, collection: Directions, threshold: float) -> None:
         self._collection, self._threshold = collection, threshold
@@ -189,24 +189,24 @@ class _Grouping:
         self.groups = Groups(np.full(count, -1, np.int64), np.full(count, np.nan), np.zeros(count, bool))
 
     def begin(self, bound: _Bound, most: int, run: _Map) -> None:
-        """Makes room for so many rows."""
+        """Reserves room for a number of rows."""
         self._bound = bound
         self._kept, self._members = _ShortRows(bound, most, run), _ShortRows(bound, most, run)
 
     def add(self, rows: NDArray[np.int64]) -> None:
-        """Gives each of further rows to a group, or keeps it."""
+        """Adds each row to a group, or keeps it."""
         short = self._bound.of(self._collection.units(rows))
         place, other = self._kept.near(short)
         best_row, best = _most_similar(len(rows), *self._duplicates(rows, place, self._kept.rows[other]))
         later, earlier = np.nonzero(np.tril(short @ short.T >= self._bound.least, -1))
         place_of = {int(row): place for place, row in enumerate(rows)}
-        # In the order of the rows: whether the earlier one of a pair is kept is known when the later one needs it.
+        # In the order of rows, the fate of a pair's earlier row is known when the later row needs it.
         for at, row, cosine in zip(*self._duplicates(rows, later, rows[earlier]), strict=True):
             if best_row[place_of[int(row)]] < 0 and cosine > best[at]:
                 best_row[at], best[at] = row, cosine
         alone = best_row < 0
         place, other = self._members.near(short[alone])
-        self._duplicates(rows[alone], place, self._members.rows[other])  # which of the kept rows are involved
+        self._duplicates(rows[alone], place, self._members.rows[other])  # marks the involved kept rows
         self.groups.kept[rows] = np.where(alone, rows, best_row)
         self.groups.cosines[rows] = np.where(alone, 1.0, best)
         self._kept.append(rows[alone], short[alone])
@@ -215,7 +215,7 @@ class _Grouping:
     def _duplicates(
         self, rows: NDArray[np.int64], place: NDArray[np.int64], others: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """Those pairs of `rows[place]` and `others` that are duplicates, and their cosines."""
+        """The pairs of `rows[place]` and `others` that are duplicates, and their cosines."""
         cosines = self._collection.pairs(rows[place], others)
         near = cosines >= self._threshold
         self.groups.involved[rows[place[near]]] = self.groups.involved[others[near]] = True
@@ -225,7 +225,7 @@ class _Grouping:
 def _most_similar(
     count: int, place: NDArray[np.int64], others: NDArray[np.int64], cosines: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """For each of `count` rows the most similar of its duplicates, of equals the first; -1 where it has none."""
+    """For each of `count` rows, the most similar duplicate, the first among equals; -1 for none."""
     best_row, best = np.full(count, -1, np.int64), np.full(count, -np.inf)
     order = np.lexsort((np.arange(len(place)), -cosines, place))
     _, first = np.unique(place[order], return_index=True)

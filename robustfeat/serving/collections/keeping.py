@@ -1,4 +1,4 @@
-"""Which image of a group of duplicates is kept, by what the image files hold."""
+"""Measures images to choose the one to keep per group of duplicates."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from robustfeat.serving.inputs.sources import ImageSource
 __all__ = ["KEEP", "Measures", "measure_images", "sharpness"]
 
 KEEP = ("first", "largest", "sharpest")
-"""What is kept: the row that comes first, the image of most pixels, or the one of most detail."""
+"""Which image to keep: the first row, the most pixels, or the most detail."""
 
 Measures = dict[tuple[str, bytes | None], tuple[float, int]]
-"""How good images are, the best largest: their pixels or sharpness, and the bytes of their files.
+"""Quality of images, larger is better: pixels or sharpness, then the size of the file.
 
-By path and sha256, since images of several folders may have the same path; and by path and None, for features that
-have no sha256.
+Keys are path and sha256, since images of several folders may have the same path. Features without sha256 use path and
+None.
 """
 
 _AT_ONCE = 32
-"""Image files that are in memory at a time."""
+"""Image files in memory at a time."""
 
 _SIDE = 512
-"""Sharpness is compared at one size: pixels of the longer side."""
+"""Longer side in pixels at which sharpness is compared."""
 
 
 def measure_images(
@@ -45,16 +45,16 @@ def measure_images(
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Measures:
-    """How good images are.
+    """Measures the quality of images.
 
-    Images that are not found or cannot be read are left out. They were decoded before, by decoders that may crash;
-    these few are decoded here.
+    Missing and unreadable images are left out. Decoder processes decoded these images before, so it is safe to decode
+    these few here.
 
     Args:
         keep: `largest` or `sharpest`.
-        inputs: where the images lie, as `list_inputs` takes them.
-        paths: those wanted, as the index has them.
-        threads: images that are decoded at once.
+        inputs: the images, see `list_inputs`.
+        paths: paths of the images to measure, as in the index.
+        threads: number of images to decode in parallel.
         progress: counts images.
     """
     measure = {"largest": _pixels, "sharpest": _detail}[keep]
@@ -74,7 +74,7 @@ def measure_images(
 
 
 def _read(source: ImageSource, parquet: ParquetSources) -> bytes:
-    """The bytes of an image file; none where it cannot be read."""
+    """Reads an image file; returns nothing if it cannot be read."""
     try:
         data = parquet.read(source) if source.kind == "parquet" else source.read()
     except (RobustFeatError, OSError):
@@ -100,13 +100,13 @@ def _pixels(data: bytes) -> float:
 def _detail(data: bytes) -> float:
     image = decode(data, at_least=_SIDE).convert("L")
     longer = max(image.size)
-    # Small images are enlarged: a reduced copy has no more detail than the image that it is made from.
+    # Enlarge small images, so a reduced copy never has more detail than its original.
     size = (max(1, image.width * _SIDE // longer), max(1, image.height * _SIDE // longer))
     return sharpness(np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32))
 
 
 def sharpness(grey: NDArray[np.float32]) -> float:
-    """The variance of the Laplacian of a grey image, (H, W); 0 for one of fewer than 3 pixels a side.
+    """The variance of the Laplacian of a grey image, (H, W); 0 below 3 pixels per side.
 
     Source: Pech-Pacheco et al., Diatom autofocusing in brightfield microscopy, ICPR 2000.
     """

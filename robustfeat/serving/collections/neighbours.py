@@ -1,8 +1,8 @@
-"""The rows of a collection that are nearest to a query by cosine: exact, whatever the blocks and threads.
+"""Finds the rows of a collection that are nearest to a query by cosine, exactly for any blocks and threads.
 
-Float32 products, computed in blocks, leave out all rows that cannot be among the nearest. The cosines of the others
-are computed anew in float64, in an order that does not depend on blocks, and decide. Of equal cosines the row with
-the smaller number is the nearer one.
+Float32 products in blocks exclude rows that cannot be among the nearest. The cosines of the other rows are computed
+again in float64, in an order that does not depend on blocks, and decide. Among equal cosines, the smaller row number is
+nearer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from robustfeat.serving.heads.features import CHUNK_ROWS
 __all__ = ["Neighbours", "find_neighbours", "queries_per_pass"]
 
 _QUERIES, _ANSWERS = 4096, 2**22
-"""The most queries that share one pass over the collection, and the most neighbours that these have together."""
+"""Most queries per pass over the collection, and most neighbours of all its queries."""
 
 _PRODUCTS = 2**21
-"""Products that are in memory at a time: 8 MB, which a processor's caches hold."""
+"""Products in memory at a time: 8 MB, which fits a processor's caches."""
 
 _LEAST_ROWS, _MOST_ROWS = 512, 2**15
 _PENDING = 2**14
@@ -33,8 +33,8 @@ class Neighbours:
     """The nearest rows to each of m queries.
 
     Attributes:
-        rows: (m, k) int64, the nearest first; -1 where there are no more. k is at most the rows of the collection.
-        cosines: (m, k) float64; NaN there.
+        rows: (m, k) int64, the nearest first; -1 for missing ones. k is at most the rows of the collection.
+        cosines: (m, k) float64; NaN for missing ones.
     """
 
     rows: NDArray[np.int64]
@@ -42,7 +42,7 @@ class Neighbours:
 
 
 def queries_per_pass(k: int) -> int:
-    """How many queries share one pass, so that the k neighbours of each take at most 64 MB."""
+    """Number of queries per pass, so that the k neighbours of all take at most 64 MB."""
     return max(1, min(_QUERIES, _ANSWERS // max(k, 1)))
 
 
@@ -55,14 +55,14 @@ def find_neighbours(
     block_rows: int | None = None,
     progress: Progress | None = None,
 ) -> Neighbours:
-    """The k rows of a collection that are nearest to each query.
+    """Finds the k rows of a collection that are nearest to each query.
 
     Args:
         collection: the rows.
-        queries: (m, D) features of the same model. A query that is not finite has no neighbours.
-        k: 1 or more; of more than the collection has rows, all rows answer.
-        own: (m,) the row that each query is, which is left out of its answer; -1 for none.
-        block_rows: rows that are multiplied at a time; by default as many as are fast.
+        queries: (m, D) features of the same model. An infinite or NaN query has no neighbours.
+        k: number of neighbours, 1 or more. If the collection has fewer rows, all are returned.
+        own: (m,) each query's own row, which is excluded; -1 for none.
+        block_rows: rows per block; by default a fast number.
         progress: counts queries.
 
     Raises:
@@ -89,7 +89,7 @@ def find_neighbours(
 
 
 class _Nearest:
-    """The nearest rows so far to each of some queries, (m, D) of length 1."""
+    """The nearest rows so far to some queries, (m, D) of length 1."""
 
     def __init__(
         self, collection: Directions, queries: NDArray[np.float64], k: int, excluded: NDArray[np.int64]
@@ -102,7 +102,7 @@ class _Nearest:
         self._pending: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
 
     def search(self, block_rows: int | None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """The rows and their cosines, (m, k)."""
+        """Searches the collection. Returns rows and cosines, (m, k)."""
         units = self._queries.astype(np.float32)
         step = block_rows or min(max(_PRODUCTS // len(units), _LEAST_ROWS), _MOST_ROWS)
         most = max(_PENDING, 2 * self._rows.size)
@@ -117,10 +117,10 @@ class _Nearest:
         return self._rows, np.where(self._rows < 0, np.nan, self._cosines)
 
     def _offer(self, start: int, products: NDArray[np.float32]) -> int:
-        """Notes the rows of a block that may be among the nearest, and returns how many there are."""
+        """Stores the rows of a block that may be among the nearest, and returns their number."""
         floors = self._floors
         if start == 0 and products.shape[1] > self.k + 1:
-            # The query's own row may be among the k + 1 best; k others then have at least this cosine.
+            # The query's own row may be among the k + 1 best, so k others have at least this cosine.
             at = products.shape[1] - self.k - 1
             floors = np.partition(products, at, axis=1)[:, at] - np.float32(2 * self._error)
         query, place = np.divmod(np.flatnonzero(products >= floors[:, None]), products.shape[1])
@@ -130,7 +130,7 @@ class _Nearest:
         return int(wanted.sum())
 
     def _settle(self) -> None:
-        """Computes the exact cosines of the rows that were noted, and keeps the k nearest of each query."""
+        """Computes the exact cosines of the stored rows, and keeps the k nearest per query."""
         if not self._pending:
             return
         query, row = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))

@@ -1,4 +1,4 @@
-"""Which images of a collection are most like some queries, as lines to write."""
+"""Searches a collection for queries, and writes the matches as CSV or JSON lines."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Search = Callable[[NDArray[np.float32], int, NDArray[np.int64]], Neighbours]
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """What is looked for.
+    """The queries of a search.
 
     Attributes:
-        names: m names for the answer.
+        names: m names for the output.
         values: (m, D) features, possibly memory-mapped.
-        rows: (m,) the row of the collection that each query is, -1 for none.
-        errors: why queries failed, by their number.
+        rows: (m,) each query's own row in the collection; -1 for none.
+        errors: errors of failed queries, by their number.
     """
 
     names: Sequence[str]
@@ -39,31 +39,31 @@ class Queries:
 
     @classmethod
     def of_features(cls, features: Features, *, own: bool = False) -> Queries:
-        """All rows of some features; `own` if they are the collection itself."""
+        """Makes queries of all rows of some features; `own` if they are the collection itself."""
         rows = np.arange(len(features)) if own else np.full(len(features), -1, np.int64)
         return cls(features.paths, features.values, rows, features.errors)
 
     @classmethod
     def of_rows(cls, features: Features, rows: Sequence[int], names: Sequence[str]) -> Queries:
-        """Some rows of the collection, by the names that were given for them."""
+        """Makes queries of some rows of the collection, with the names that the user typed."""
         errors = {at: features.errors[row] for at, row in enumerate(rows) if row in features.errors}
         return cls(names, features.values[np.array(rows, np.int64)], np.array(rows, np.int64), errors)
 
     @classmethod
     def of_vectors(cls, names: Sequence[str], values: NDArray[np.float32]) -> Queries:
-        """Vectors that are no rows of the collection, such as those of texts."""
+        """Makes queries of vectors that are not rows of the collection, such as embedded texts."""
         return cls(names, values, np.full(len(names), -1, np.int64))
 
 
 @dataclass(frozen=True)
 class Match:
-    """One line of the answer.
+    """One line of the output.
 
     Attributes:
-        query: its name.
-        rank: 1 for the nearest row, 0 where the query failed.
-        row, path, cosine: of the collection; none where the query failed.
-        error: why the query failed.
+        query: the query's name.
+        rank: 1 for the nearest row; 0 for a failed query.
+        row, path, cosine: the row that was found; None for a failed query.
+        error: the query's error.
     """
 
     query: str
@@ -75,10 +75,10 @@ class Match:
 
 
 def rows_named(features: Features, queries: Iterable[str]) -> dict[str, int]:
-    """The rows that queries name, by query: a number, or a path in the index (of several its first row).
+    """The rows that queries name, by query: a row number, or a path in the index (its first row).
 
     Raises:
-        InputError: there is no row of that number.
+        InputError: the collection has no row of that number.
     """
     found: dict[str, int] = {}
     wanted = set(queries)
@@ -99,7 +99,7 @@ def rows_named(features: Features, queries: Iterable[str]) -> dict[str, int]:
 
 
 def join_queries(parts: Sequence[Queries]) -> Queries:
-    """One after the other. A single part stays as it is: it may be larger than the memory."""
+    """Concatenates queries. A single part is not copied, since it may exceed the memory."""
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *(len(part.names) for part in parts)]).tolist()
@@ -114,13 +114,13 @@ def join_queries(parts: Sequence[Queries]) -> Queries:
 def find_similar(
     features: Features, search: Search, queries: Queries, k: int, progress: Progress | None = None
 ) -> Iterator[Match]:
-    """The k nearest rows of every query, the query's own row left out; a failed query is one line with its error.
+    """Yields the k nearest rows of each query without its own row. A failed query gives one match with its error.
 
     Args:
         features: the collection.
-        search: finds the k nearest of its rows to (m, D) queries that are its rows `own`, as `find_neighbours` does.
-        queries: what is looked for.
-        k: rows per query.
+        search: finds the k nearest rows of (m, D) queries whose own rows are `own`; see `find_neighbours`.
+        queries: the queries.
+        k: number of rows per query.
         progress: counts queries.
     """
     k = max(1, min(k, len(features)))
@@ -142,7 +142,7 @@ def find_similar(
 
 
 def to_csv(matches: Iterable[Match]) -> Iterator[str]:
-    """A header and a line per match: query, rank, row, path, cosine. Failed queries are left out."""
+    """Yields a CSV header and one line per match: query, rank, row, path, cosine. It skips failed queries."""
     yield csv_line(["query", "rank", "row", "path", "cosine"])
     for one in matches:
         if one.error is None:
@@ -150,7 +150,7 @@ def to_csv(matches: Iterable[Match]) -> Iterator[str]:
 
 
 def to_jsonl(matches: Iterable[Match]) -> Iterator[str]:
-    """A JSON object per match, of the same names; of a failed query, its name and the error."""
+    """Yields one JSON object per match with the same names, or the name and the error of a failed query."""
     for one in matches:
         query = {key.replace("path", "query"): value for key, value in path_fields(one.query).items()}
         found: dict[str, Any] = {"rank": one.rank, "row": one.row, **path_fields(one.path), "cosine": one.cosine}

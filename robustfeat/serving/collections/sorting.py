@@ -23,14 +23,14 @@ __all__ = ["Sorted", "Verdict", "drop_list", "sort_duplicates", "to_csv", "to_js
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to become of one image that has duplicates.
+    """The decision about one image with duplicates.
 
     Attributes:
-        group: its number, from 1.
-        row, path: of the collection.
-        cosine: to the image that is kept.
-        action: keep, or drop.
-        kind: of a dropped image: exact where its file has the bytes of the kept one, else near; `kept` of that one.
+        group: number of the group, from 1.
+        row, path: the image in the collection.
+        cosine: cosine to the kept image.
+        action: keep or drop.
+        kind: exact if the file has the kept file's bytes, else near; `kept` for the kept image.
     """
 
     group: int
@@ -43,13 +43,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sorted:
-    """All verdicts.
+    """All decisions.
 
     Attributes:
-        verdicts: group by group, the kept image first.
-        groups, exact, near: how many there are, and how many images to drop.
-        unread: images among duplicates that could not be measured, so that others were preferred.
-        repeated: rows left out because an earlier row has the same path and the same bytes.
+        verdicts: decisions by group, the kept image first.
+        groups, exact, near: number of groups, and of images to drop by kind.
+        unread: number of images that could not be measured, so others were preferred.
+        repeated: number of rows left out because an earlier row has the same path and bytes.
     """
 
     verdicts: Sequence[Verdict]
@@ -68,17 +68,17 @@ def sort_duplicates(
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Sorted:
-    """Groups the duplicates of a collection, and says of each whether to keep or drop it.
+    """Groups the duplicates of a collection, and decides which to keep and which to drop.
 
-    Files of the same bytes are duplicates whatever their features. Failed rows are left out, and so are rows with
-    the path and the bytes of an earlier row: they may be the same file, listed twice.
+    Files of the same bytes are duplicates, whatever their features. Failed rows are left out. So are rows with the path
+    and the bytes of an earlier row, since they may be the same file, listed twice.
 
     Args:
         features: the collection.
-        threshold: images are near-duplicates from this cosine on.
-        measure: how good the images of some paths are, the best largest; of a group the best is kept. By default the
-            first row is kept.
-        threads: of the search.
+        threshold: smallest cosine of near-duplicates.
+        measure: returns the quality of images by path, larger is better. The best image of a group is kept, by default
+            the first row.
+        threads: number of processors for the search.
         progress: counts rows.
     """
     collection = Directions(features)
@@ -104,7 +104,7 @@ def sort_duplicates(
 
 
 def _without_repeats(features: Features, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows without those that have the path and the bytes of an earlier one."""
+    """Removes rows with the path and the bytes of an earlier one."""
     first = _first_copies(features.hashes, rows)
     copies = np.flatnonzero(first != rows)
     files = {(row, features.paths[row]) for row in first[copies].tolist()}
@@ -118,7 +118,7 @@ def _without_repeats(features: Features, rows: NDArray[np.int64]) -> NDArray[np.
 
 
 def _sha256(features: Features, row: int) -> bytes | None:
-    """The sha256 of the image file of a row; None where it is not known."""
+    """The sha256 of a row's image file; None if unknown."""
     if features.hashes is None or not features.hashes[row].any():
         return None
     return bytes(features.hashes[row])
@@ -127,7 +127,7 @@ def _sha256(features: Features, row: int) -> bytes | None:
 def _group(
     collection: Directions, threshold: float, order: NDArray[np.int64], threads: int, progress: Progress | None
 ) -> Groups:
-    """The groups of rows, those to keep first. Of files with the same bytes only the first is compared."""
+    """Groups rows, given in the order of preference. Of files with the same bytes, only the first is compared."""
     first = _first_copies(collection.features.hashes, order)
     different = order[first == order]
     groups = find_duplicates(collection, threshold, different, threads=threads, progress=progress)
@@ -141,7 +141,7 @@ def _group(
 
 
 def _first_copies(hashes: NDArray[np.uint8] | None, order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each of some rows the first one, in their order, whose file has the same bytes."""
+    """For each row, the first row whose file has the same bytes."""
     if hashes is None or not len(order):
         return order
     chosen = np.ascontiguousarray(hashes[order]).view("V32")[:, 0]
@@ -173,36 +173,36 @@ def _same_file(hashes: NDArray[np.uint8] | None, row: int, other: int) -> bool:
 
 
 def to_csv(verdicts: Iterable[Verdict]) -> Iterator[str]:
-    """A header and a line per image: group, row, path, cosine, action, kind."""
+    """Yields a CSV header and one line per image: group, row, path, cosine, action, kind."""
     yield csv_line(["group", "row", "path", "cosine", "action", "kind"])
     for one in verdicts:
         yield csv_line([one.group, one.row, one.path, one.cosine, one.action, one.kind])
 
 
 def to_jsonl(verdicts: Iterable[Verdict]) -> Iterator[str]:
-    """A JSON object per image, of the same names."""
+    """Yields one JSON object per image with the same names."""
     for one in verdicts:
         fields = {"group": one.group, "row": one.row, **path_fields(one.path), "cosine": one.cosine}
         yield json_line({**fields, "action": one.action, "kind": one.kind}) + "\n"
 
 
 def drop_list(verdicts: Iterable[Verdict], features: Features, *, null: bool = False) -> Iterator[str]:
-    """The paths to drop, one per line, or each with a NUL behind it. All are checked before the first is given.
+    """The paths to drop, one per line or each followed by NUL. All paths are checked first.
 
     Raises:
-        InputError: an image to keep has the path of one to drop; or a path has a line break in it, and the lines do
-            not end in NUL.
+        InputError: an image to keep has the path of an image to drop; or a path has a line break, and the lines do not
+            end in NUL.
     """
     dropped = [one for one in verdicts if one.action == "drop"]
     _require_own_paths(dropped, features)
     for one in dropped:
         if not null and "\n" in one.path:
-            raise InputError(f"{one.path!r}: has a line break, so a list of lines cannot hold it", fix="pass `null`")
+            raise InputError(f"{one.path!r}: a path with a line break needs lines that end in NUL", fix="pass `null`")
     return (one.path + ("\0" if null else "\n") for one in dropped)
 
 
 def _require_own_paths(dropped: Sequence[Verdict], features: Features) -> None:
-    """Paths are relative to the folders that were embedded, so images of two folders may have the same one."""
+    """Refuses a path of two images. Paths are relative to the embedded folders, so two folders may share one."""
     rows = {one.path: one.row for one in dropped}
     files = {(one.path, _sha256(features, one.row)) for one in dropped}
     numbers = {one.row for one in dropped}
@@ -213,5 +213,5 @@ def _require_own_paths(dropped: Sequence[Verdict], features: Features) -> None:
         if sha256 is None or (path, sha256) not in files:
             raise InputError(
                 f"{path!r}: is the path of row {rows[path]}, which is to drop, and of row {row}, which is not",
-                fix="embed one folder that holds all the images, so that each has its own path",
+                fix="embed one folder with all images, so each has its own path",
             )

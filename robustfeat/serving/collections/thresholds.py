@@ -1,4 +1,4 @@
-"""From which cosine on images are near-duplicates, where nobody says."""
+"""Chooses the default cosine of near-duplicates."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from robustfeat.serving.heads.features import Features
 __all__ = ["default_threshold"]
 
 _MEASURED = {"robustfeat-resnet18-tiny-v1": 0.95}
-"""By the model's name, as benchmarks/duplicates.py measured them."""
+"""Thresholds by the model's name, measured by benchmarks/duplicates.py."""
 
 _SHARE = 0.07
-"""For other models: the distance between duplicates, as a share of the distance between usual images of a collection.
+"""For other models, the distance of duplicates as a share of the mean distance in the collection.
 
-Distances are 1 minus the cosine. It is the share that the measured threshold has on its photographs.
+A distance is 1 minus the cosine. The share comes from the measured threshold and its photographs.
 """
 
 _SAMPLE_ROWS = 1000
 
 
 def default_threshold(features: Features) -> tuple[float, str]:
-    """The threshold for a collection, and where it is from, in words.
+    """The threshold for a collection, and its origin as text.
 
-    Models differ in how alike they see usual images. Where the model has no measured threshold, the mean cosine
-    between rows of the collection tells.
+    Models differ in the cosines of unrelated images. For a model without a measured threshold, it follows from the mean
+    cosine between rows of the collection.
     """
     name = features.model.name if features.model else None
     if name in _MEASURED:

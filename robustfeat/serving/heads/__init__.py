@@ -1,1 +1,1 @@
-"""From features to answers: heads, the labels that they learn from, and how they are fitted."""
+"""Heads, which classify features: their labels, fitting, predictions and reports."""

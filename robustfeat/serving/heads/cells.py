@@ -1,4 +1,4 @@
-"""Text in CSV files that spreadsheets would run as formulas."""
+"""Quotes text in CSV files that spreadsheets would run as formulas."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterable
 __all__ = ["SEPARATOR", "csv_line", "encode_line", "quote_cell", "unquote_cell"]
 
 SEPARATOR = "|"
-"""Between several labels of one image in a cell."""
+"""Separates several labels of one image in a cell."""
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def quote_cell(text: str) -> str:
-    """The text behind a `'` where a spreadsheet would run it; numbers stay numbers.
+    """Puts a `'` before text that a spreadsheet would run. Numbers stay numbers.
 
     >>> quote_cell("=cmd|'/C calc'!A0"), quote_cell("-1"), quote_cell("a.jpg")
     ("'=cmd|'/C calc'!A0", '-1', 'a.jpg')
@@ -26,7 +26,7 @@ def quote_cell(text: str) -> str:
 
 
 def unquote_cell(text: str) -> str:
-    """The inverse of `quote_cell`.
+    """Reverses `quote_cell`.
 
     >>> unquote_cell("'=x"), unquote_cell("'quoted'")
     ('=x', "'quoted'")
@@ -35,7 +35,7 @@ def unquote_cell(text: str) -> str:
 
 
 def csv_line(cells: Iterable[str | int | float]) -> str:
-    r"""A line of CSV. Texts stand as `quote_cell` gives them, fractions with six digits.
+    r"""Makes a line of CSV. `quote_cell` quotes text, and fractions get six digits.
 
     >>> csv_line(["a.jpg", 3, 0.25])
     'a.jpg,3,0.25\n'
@@ -47,8 +47,8 @@ def csv_line(cells: Iterable[str | int | float]) -> str:
 
 
 def encode_line(line: str) -> bytes:
-    """UTF-8; names of files that are not UTF-8 keep their bytes."""
+    """Encodes a line as UTF-8. File names that are not UTF-8 keep their bytes."""
     try:
         return line.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # no name of a file
+    except UnicodeEncodeError:  # not a name of a file
         return line.encode("utf-8", "replace")

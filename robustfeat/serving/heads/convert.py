@@ -1,4 +1,4 @@
-"""From fitted scikit-learn estimators to the parts of a head, and back."""
+"""Converts fitted scikit-learn estimators to the parts of a head, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["HeadParts", "from_sklearn", "scaler", "to_sklearn"]
 
 @dataclass(frozen=True, eq=False)
 class HeadParts:
-    """What a head and a fitted estimator both hold; the attributes are those of `Head`."""
+    """The parts that a head and a fitted estimator share; see the attributes of `Head`."""
 
     kind: str
     classes: tuple[str | int, ...]
@@ -29,21 +29,21 @@ class HeadParts:
 
 
 def scaler(scaling: str) -> Any:
-    """What scikit-learn has for one of `SCALINGS`, not fitted yet; None for none."""
+    """The unfitted scikit-learn scaler for one of `SCALINGS`; None for none."""
     from sklearn.preprocessing import Normalizer, StandardScaler
 
     return {"none": None, "l2": Normalizer(), "standard": StandardScaler()}[scaling]
 
 
 def from_sklearn(estimator: Any, model: ModelIdentity | None = None) -> HeadParts:
-    """The parts of a fitted classifier, as `Head.from_sklearn` takes it.
+    """Reads the parts of a fitted classifier for `Head.from_sklearn`.
 
     Args:
         estimator: a classifier, a pipeline or a search.
-        model: what made the features; by default what ImageFeatures in the pipeline says.
+        model: the model of the features; by default the model of ImageFeatures in the pipeline.
 
     Raises:
-        ValueError: a head cannot hold it, or it is not fitted.
+        ValueError: the estimator is not fitted, or a head cannot represent it.
     """
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.multioutput import MultiOutputClassifier
@@ -73,7 +73,7 @@ def _read_scaling(before: Sequence[Any]) -> tuple[str, dict[str, Array]]:
     if not before:
         return "none", {}
     if len(before) > 1:
-        raise ValueError("a head has one step before the classifier at most: StandardScaler or Normalizer")
+        raise ValueError("a head has at most one step before the classifier: StandardScaler or Normalizer")
     step = before[0]
     if isinstance(step, Normalizer) and step.norm == "l2":
         return "l2", {}
@@ -83,19 +83,19 @@ def _read_scaling(before: Sequence[Any]) -> tuple[str, dict[str, Array]]:
             "scaling.mean": _array(step.mean_) if step.with_mean else np.zeros(size),
             "scaling.scale": _array(step.scale_) if step.with_std else np.ones(size),
         }
-    raise ValueError(f"a head cannot hold {type(step).__name__}; expected StandardScaler or Normalizer('l2')")
+    raise ValueError(f"a head cannot use {type(step).__name__}; expected StandardScaler or Normalizer('l2')")
 
 
 def _read_labels(several: Any) -> tuple[str, dict[str, Array]]:
-    """The kind and the arrays of a classifier of several labels a row."""
+    """The kind and the arrays of a classifier with several labels per row."""
     from sklearn.multiclass import OneVsRestClassifier
 
     if isinstance(several, OneVsRestClassifier) and not several.multilabel_:
-        raise ValueError("OneVsRestClassifier is taken for several labels a row alone; use the classifier itself")
+        raise ValueError("OneVsRestClassifier is supported for several labels per row; use the classifier itself")
     if any(list(one.classes_) != [0, 1] for one in several.estimators_ if hasattr(one, "classes_")):
-        raise ValueError("several labels a row must be columns of 0 and 1")
+        raise ValueError("several labels per row must be columns of 0 and 1")
     if isinstance(several, OneVsRestClassifier) and KINDS["nearest-mean"].describes(several.estimators_[0]):
-        raise ValueError("OneVsRestClassifier cannot tell by NearestCentroid's distances; use MultiOutputClassifier")
+        raise ValueError("OneVsRestClassifier cannot use NearestCentroid's distances; use MultiOutputClassifier")
     parts = [_read_classifier(one) for one in several.estimators_]
     (kind,) = {kind for kind, _ in parts}
     join = np.concatenate if KINDS[kind].linear else np.stack
@@ -107,7 +107,7 @@ def _read_classifier(classifier: Any) -> tuple[str, dict[str, Array]]:
     name = next((name for name, kind in KINDS.items() if kind.describes(classifier)), None)
     if name is None:
         raise ValueError(
-            f"a head cannot hold {type(classifier).__name__}; "
+            f"a head cannot use {type(classifier).__name__}; "
             "expected LinearSVC, LogisticRegression, GaussianNB or NearestCentroid"
         )
     if name == "nearest-mean" and (
@@ -115,7 +115,7 @@ def _read_classifier(classifier: Any) -> tuple[str, dict[str, Array]]:
     ):
         raise ValueError("NearestCentroid must be Euclidean, not shrunken, and of uniform priors")
     arrays = {array: _array(getattr(classifier, attribute)) for array, attribute in KINDS[name].attributes.items()}
-    if "intercepts" in arrays:  # one number for all rows if it was fitted without an intercept
+    if "intercepts" in arrays:  # a single number if it was fitted without an intercept
         arrays["intercepts"] = np.broadcast_to(arrays["intercepts"], len(arrays["coefficients"])).copy()
     return name, arrays
 
@@ -129,9 +129,9 @@ def _array(values: Any) -> Array:
 
 
 def to_sklearn(parts: HeadParts) -> Any:
-    """A fitted estimator with the same predictions as the head with these parts: a pipeline where the head scales.
+    """Makes a fitted estimator with the predictions of a head with these parts: a pipeline if the head scales.
 
-    Several labels a row become a MultiOutputClassifier.
+    Several labels per row become a MultiOutputClassifier.
     """
     from sklearn.pipeline import make_pipeline
 
@@ -149,11 +149,11 @@ def to_sklearn(parts: HeadParts) -> Any:
 
 
 def _fitted(kind: str, arrays: Arrays, classes: Sequence[str | int]) -> Any:
-    """A classifier with these arrays in the place of what fitting leaves there."""
+    """A classifier whose fitted attributes are these arrays."""
     names = np.array(classes)
     classifier = KINDS[kind].classifier()
     if kind == "nearest-mean":
-        # Twice each mean: it wants more rows than classes. It warns that they do not vary, which its `predict` ignores.
+        # It needs more rows than classes, so each mean comes twice. Its warning of constant rows is harmless.
         means = arrays["means"]
         with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
             warnings.simplefilter("ignore", UserWarning)
@@ -170,7 +170,7 @@ def _fitted(kind: str, arrays: Arrays, classes: Sequence[str | int]) -> Any:
 
 
 def _one_a_label(kind: str, arrays: Arrays) -> Any:
-    """A classifier of each label."""
+    """One classifier per label."""
     from sklearn.multioutput import MultiOutputClassifier
 
     parts = [

@@ -1,8 +1,8 @@
-"""How far an image lies from the images that a head was fitted on: whether it is of any of the classes at all.
+"""Measures how far an image is from a head's training images, to detect images of no known class.
 
-The distance is Mahalanobis's to the nearest class mean, of features of unit length, with one covariance within all
-classes (Lee et al., NeurIPS 2018). Its `typicality` is the share of images of the classes, not fitted, that lie at
-least as far: the p-value of conformal outlier detection (Laxhammar and Falkman, 2010).
+The distance is Mahalanobis's to the nearest class mean, for features of unit length, with one covariance within all
+classes (Lee et al., NeurIPS 2018). `typicality` is the share of held-out images of the classes that are at least as far
+away: the p-value of conformal outlier detection (Laxhammar and Falkman, 2010).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["DISTANCE_ARRAYS", "distance_shapes", "fit_distance", "measure_distan
 
 DISTANCE_ARRAYS = ("distance.means", "distance.basis", "distance.inverses", "distance.floor", "distance.unseen")
 """(M, D), (r, D), (r,), (1,) and (q,): class means, directions and inverse variances of the covariance, the variance in
-all others, and the distances of unseen rows, ascending."""
+other directions, and the ascending distances of held-out rows."""
 
 _SHRUNK = 0.1
-"""Share of the covariance that is spread evenly over all directions: few rows do not know it better."""
+"""Share of the covariance that is spread evenly over all directions, since few rows cannot estimate it well."""
 
 _DIRECTIONS = 128
 _MOST_ROWS = 20_000
@@ -36,16 +36,16 @@ def fit_distance(
     groups: NDArray[np.int64],
     splits: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
 ) -> dict[str, Array]:
-    """The arrays of a head that knows what is unlike its classes.
+    """Fits the arrays that detect images unlike the classes.
 
     Args:
         values: (n, D) features, possibly memory-mapped.
-        rows: (m,) those with labels; of many, `_MOST_ROWS` are used.
-        groups: (m,) the class of each, or zeros where a row may have several labels.
-        splits: places to fit on and places to measure.
+        rows: (m,) rows with labels, of which at most `_MOST_ROWS` are used.
+        groups: (m,) the class of each row, or zeros if rows may have several labels.
+        splits: positions to fit on, and positions to measure.
 
     Returns:
-        `DISTANCE_ARRAYS`, or nothing where no row is left to measure.
+        `DISTANCE_ARRAYS`, or nothing if no row is held out.
     """
     unseen = [
         measure_distance(_fit(values, rows, groups, fit), values[rows[held[:_MOST_ROWS]]]) for fit, held in splits
@@ -61,12 +61,12 @@ def distance_shapes(arrays: Arrays, size: int, classes: int) -> dict[str, tuple[
     """The shapes of these arrays for D features and K classes.
 
     Raises:
-        ValueError: there is no mean or no distance of an unseen row, those do not ascend, or there are more means than
-            classes or more directions than features, each of which would cost time in every answer.
+        ValueError: means or distances are missing, distances do not ascend, or there are more means than classes or
+            more directions than features, which would slow down every prediction.
     """
     means, directions, unseen = (len(arrays[f"distance.{name}"]) for name in ("means", "basis", "unseen"))
     if not means or not unseen or (np.diff(arrays["distance.unseen"]) < 0).any():
-        raise ValueError("distances must have a mean, and those of unseen rows must ascend")
+        raise ValueError("distances must have a mean, and distances of held-out rows must ascend")
     if means > classes or directions > size:
         raise ValueError(
             f"distances must have at most {classes} means and {size} directions; got {means} and {directions}"
@@ -76,7 +76,7 @@ def distance_shapes(arrays: Arrays, size: int, classes: int) -> dict[str, tuple[
 
 
 def measure_distance(arrays: Arrays, features: NDArray[Any]) -> Array:
-    """(n, D) features to their squared distances, (n,)."""
+    """Squared distances, (n,), of (n, D) features."""
     x = _unit(features)
     nearest = np.full(len(x), np.inf)
     for mean in arrays["distance.means"]:
@@ -88,7 +88,7 @@ def measure_distance(arrays: Arrays, features: NDArray[Any]) -> Array:
 
 
 def measure_typicality(arrays: Arrays, features: NDArray[Any]) -> Array:
-    """(n, D) features to (n,), above 0 and up to 1: about even where images are of the classes, near 0 where not."""
+    """Typicality, (n,) in (0, 1], of (n, D) features: evenly distributed in the classes, near 0 for other images."""
     unseen = arrays["distance.unseen"]
     as_far = len(unseen) - np.searchsorted(unseen, measure_distance(arrays, features), side="left")
     typicality: Array = (1 + as_far) / (1 + len(unseen))
@@ -105,10 +105,10 @@ def _fit(
     means = np.stack([x[own == group].mean(0) for group in range(len(present))])
     within = x - means[own]
     size = x.shape[1]
-    even = max(float((within**2).sum()) / len(x) / size, 1e-12)  # the mean variance of a direction
+    even = max(float((within**2).sum()) / len(x) / size, 1e-12)  # the mean variance per direction
     variances, basis = _principal(within)
     shrunk = (1 - _SHRUNK) * variances + _SHRUNK * even
-    # What is left of the trace, over the directions that are left.
+    # The rest of the trace is divided over the other directions.
     rest = max((even * size - shrunk.sum()) / max(size - len(shrunk), 1), _SHRUNK * even)
     return {
         "distance.means": means,

@@ -1,4 +1,4 @@
-"""Features with the names of their rows: what `embed` has written, or what images give now."""
+"""Opens features with the names of their rows, from files or by embedding images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 CHUNK_ROWS = 4096
-"""Rows that are in memory at a time."""
+"""Rows in memory at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +70,16 @@ class Features:
 
     @property
     def good(self) -> NDArray[np.bool_]:
-        """(n,): the rows whose images did not fail, which are finite."""
+        """(n,) bool: rows of images that did not fail. They are finite."""
         mask = np.ones(len(self), bool)
         mask[list(self.errors)] = False
         return mask
 
     def chunks(self) -> Iterator[tuple[range, NDArray[np.float32]]]:
-        """All rows, some at a time.
+        """Yields all rows in blocks.
 
         Raises:
-            InputError: a row is not finite that the index does not call failed.
+            InputError: a row is not finite, but has no error in the index.
         """
         for start in range(0, len(self), CHUNK_ROWS):
             rows = range(start, min(start + CHUNK_ROWS, len(self)))
@@ -91,7 +91,7 @@ class Features:
         """Reads all rows once.
 
         Raises:
-            InputError: as `chunks`.
+            InputError: see `chunks`.
         """
         for _ in self.chunks():
             pass
@@ -101,7 +101,7 @@ class Features:
             row = rows[int(place)]
             if row not in self.errors:
                 raise InputError(
-                    f"{self.place}: row {row} ({self.paths[row]}) is not finite, and the index knows no error of it",
+                    f"{self.place}: row {row} ({self.paths[row]}) is not finite, but has no error in the index",
                     fix="embed the images again",
                 )
 
@@ -117,23 +117,23 @@ def is_feature_file(place: str) -> bool:
 
 
 def load(place: str | os.PathLike[str]) -> Features:
-    """What `embed` has written: features, the names of their rows, and which rows failed.
+    """Opens the output of `embed`: features, the names of their rows, and the failed rows.
 
     Args:
         place: a .npy, .parquet or .safetensors file, with its index and meta file beside it, or a folder of such files
             that `embed` wrote; or its URL, which for a folder ends in a slash.
 
     Raises:
-        InputError: a file is missing, or they do not belong together.
+        InputError: a file is missing, or the files do not belong together.
     """
     return open_features(os.fspath(place))
 
 
 def open_features(place: str) -> Features:
-    """Features that `embed` has written, with the index and the meta file beside them.
+    """Opens the output of `embed`, with the index and the meta file beside it.
 
     Raises:
-        InputError: a file is missing, or they do not belong together.
+        InputError: a file is missing, or the files do not belong together.
     """
     places = Places.of(place, argument=None)
     with open_existing(places) as output:
@@ -151,7 +151,7 @@ def open_features(place: str) -> Features:
 
 
 def _note_hash(hashes: NDArray[np.uint8], row: int, sha256: Any, index: str) -> None:
-    if sha256 is None or row >= len(hashes):  # the reader of the index counts its rows
+    if sha256 is None or row >= len(hashes):  # the index's reader refuses too many rows
         return
     try:
         hashes[row] = np.frombuffer(bytes.fromhex(sha256), np.uint8)
@@ -160,15 +160,15 @@ def _note_hash(hashes: NDArray[np.uint8], row: int, sha256: Any, index: str) -> 
 
 
 def row_name(row: int) -> str:
-    """What stands for the path of a row without a name."""
+    """The name of a row without a path."""
     return str(row)
 
 
 def count_unnamed_rows(place: str) -> int | None:
-    """How many rows there are in a .npy file without index and meta file beside it; None for all other files.
+    """The number of rows of a .npy file without index and meta file; None for other files.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     file = Path(place)
     if file.suffix != ".npy" or not file.is_file():
@@ -180,15 +180,15 @@ def count_unnamed_rows(place: str) -> int | None:
 
 
 def open_array(place: str, names: str | None = None) -> Features:
-    """Features that something else has written.
+    """Opens features that another program wrote.
 
     Args:
-        place: a .npy file with an (n, D) array of floats; rows that are not finite count as failed.
-        names: a text file with the path of each row, one per line, in UTF-8. Without it rows are named by their
-            number, from 0.
+        place: a .npy file with an (n, D) array of floats. Rows that are not finite count as failed.
+        names: a UTF-8 text file with the path of each row, one per line. Without it, rows are named by their number,
+            from 0.
 
     Raises:
-        InputError: a file cannot be read, or they do not belong together.
+        InputError: a file cannot be read, or the files do not belong together.
     """
     values = _map_array(place)
     paths = list(map(row_name, range(len(values)))) if names is None else _read_names(names, place, len(values))
@@ -202,11 +202,11 @@ def open_array(place: str, names: str | None = None) -> Features:
 def _map_array(place: str) -> NDArray[Any]:
     try:
         values = np.load(place, mmap_mode="r", allow_pickle=False)
-    except Exception as exc:  # NumPy reads the header as Python's text: what is raised has no common base
+    except Exception as exc:  # NumPy parses the header as Python source, so errors have no common base
         raise InputError(f"{place}: not a .npy file of numbers ({first_line(exc)})") from exc
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind != "f" or not values.size:
         found = f"{values.shape} {values.dtype}" if isinstance(values, np.ndarray) else "an archive of arrays"
-        raise InputError(f"{place}: must hold an (n, D) array of floats; got {found}")
+        raise InputError(f"{place}: must have an (n, D) array of floats; got {found}")
     return values
 
 
@@ -215,16 +215,16 @@ def _read_names(names: str, place: str, rows: int) -> list[str]:
         text = Path(names).read_text("utf-8-sig", errors="surrogateescape")
     except OSError as exc:
         raise InputError(f"cannot be read ({exc.strerror})", argument="names", value=names) from exc
-    # Not `splitlines`: names may hold the other characters at which it ends a line.
+    # `splitlines` would also split at other characters, which names may contain.
     paths = text.removesuffix("\n").split("\n") if text else []
     if len(paths) != rows:
-        what = f"holds {len(paths):,} lines; expected the paths of the {rows:,} rows of {place}"
+        what = f"has {len(paths):,} lines; expected the paths of the {rows:,} rows of {place}"
         raise InputError(what, argument="names", value=names)
     return paths
 
 
 def _require_own_paths(output: Output, paths: Sequence[str]) -> None:
-    """A Parquet file of features names its rows itself: someone may have sorted one of version 0.1."""
+    """Compares a Parquet file's own paths with the index, since a file of version 0.1 may have been sorted."""
     from pyarrow import parquet
 
     row, places = 0, output.places
@@ -233,7 +233,7 @@ def _require_own_paths(output: Output, paths: Sequence[str]) -> None:
             for path in batch.column(0).to_pylist():
                 if row >= len(paths) or path != printable(paths[row]):
                     raise InputError(
-                        f"{places.features}: its row {row} is {path}, in {places.index} it is another; "
+                        f"{places.features}: its row {row} is {path}, but another image in {places.index}; "
                         "the files do not belong together",
                         fix="embed the images again",
                     )
@@ -243,12 +243,12 @@ def _require_own_paths(output: Output, paths: Sequence[str]) -> None:
 
 
 def embed_features(extractor: FeatureExtractor, inputs: InputList, *, quiet: bool = False, **options: Any) -> Features:
-    """Features of images, in a temporary file that goes with them. `options` are those of `embed_files`."""
+    """Embeds images to a temporary file, which vanishes with the features. `options` go to `embed_files`."""
     from robustfeat.serving.bulk.embedding import embed_files
 
     with tempfile.TemporaryDirectory(prefix="robustfeat-") as scratch:
         out = str(Path(scratch) / "images.npy")
         embed_files(extractor, inputs, out, quiet=quiet, **options)
-        # The mapping holds the bytes when the name is gone.
+        # The mapping keeps the bytes after the name is removed.
         opened = open_features(out)
     return replace(opened, place="the images")

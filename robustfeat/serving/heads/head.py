@@ -1,9 +1,9 @@
-"""`Head`: what turns features into answers. A folder of numbers and names, with nothing in it to execute.
+"""Defines `Head`, a classifier of features. Its folder has only numbers and names, nothing to execute.
 
-    head.json          classes, kind, scaling, how it was selected, which model's features it takes, scores
-    head.safetensors   coefficients, means and the like; scaling; calibration; distances; all float64
+    head.json          classes, kind, scaling, selection, model, scores
+    head.safetensors   coefficients or means, scaling, calibration and distances, all float64
 
-`hub.head_folder` holds them together.
+`hub.head_folder` ties both files together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from robustfeat.serving.identity import ModelIdentity
 __all__ = ["Head"]
 
 _LEAST, _MOST = 1e-60, 1e60
-"""Of a head's numbers: margins of any float32 features are then finite, also where squares are divided by variances."""
+"""Bounds of a head's numbers. Margins of any float32 features are then finite, even for squares over variances."""
 
 _CALIBRATION = ("calibration.scale", "calibration.offset")
 
@@ -43,20 +43,20 @@ _CALIBRATION = ("calibration.scale", "calibration.offset")
 class Head(convert.HeadParts):
     """A classifier of features.
 
-    With several labels a row, a linear kind has one row of coefficients a label; the others have arrays of a further
-    axis, (K, 2, ...), for the rows without and with that label.
+    With several labels per row, a linear kind has one row of coefficients per label. Other kinds have arrays with an
+    additional axis, (K, 2, ...), for rows without and with the label.
 
     Attributes:
         kind: one of `KINDS`.
-        classes: K names, or numbers.
+        classes: K names or numbers.
         scaling: one of `SCALINGS`.
-        arrays: float64, by name: those of the kind and the scaling, and of calibration and distances where there are.
+        arrays: float64 arrays by name, for the kind and the scaling, and optionally for calibration and distances.
         multi_label: whether a row may have several labels, or none.
-        model: whose features these are; None where that is not known (then it is not checked).
+        model: the model of the features; None if unknown, and then it is not checked.
         selection: how C and scaling were chosen.
-        scores: what was measured.
-        sha256: of head.json, where the head was loaded: it pins both files.
-        revision: its commit on the Hub, where it was loaded from there.
+        scores: measured scores.
+        sha256: sha256 of a loaded head.json, which pins both files.
+        revision: the commit on the Hub of a head from there.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -81,10 +81,10 @@ class Head(convert.HeadParts):
             raise ValueError("classes must be all text or all whole numbers; name others by classes=[...]")
         for name in self.classes:
             if not _is_utf8(str(name)):
-                raise ValueError(f"the class {name!r} cannot be written as UTF-8, as answers are")
+                raise ValueError(f"the class {name!r} cannot be written as UTF-8")
         self._check_arrays()
         if self.model is not None and self.model.feature_size != self.feature_size:
-            raise ValueError(f"the model gives {self.model.feature_size} features, the arrays take {self.feature_size}")
+            raise ValueError(f"the model has {self.model.feature_size} features, but the arrays {self.feature_size}")
 
     def _check_arrays(self) -> None:
         kind, count = KINDS[self.kind], len(self.classes)
@@ -116,7 +116,7 @@ class Head(convert.HeadParts):
             raise ValueError(f"{name} must be {shape} finite float64; got {array.shape} {array.dtype}")
         size = np.abs(array)
         if (size > _MOST).any():
-            raise ValueError(f"{name} must be of numbers up to {_MOST:g}; got {size.max():g}")
+            raise ValueError(f"{name} must have numbers up to {_MOST:g}; got {size.max():g}")
         if name in {"variances", "priors", "scaling.scale", "distance.floor"} and not (array >= _LEAST).all():
             raise ValueError(f"{name} must be above zero, at least {_LEAST:g}")
 
@@ -129,38 +129,38 @@ class Head(convert.HeadParts):
         classes: Sequence[str | int] | None = None,
         **about: Any,
     ) -> Head:
-        """A fitted scikit-learn classifier as a head.
+        """Converts a fitted scikit-learn classifier to a head.
 
         Args:
             estimator: LinearSVC, LogisticRegression, GaussianNB or NearestCentroid (Euclidean, not shrunken). For
-                several labels a row, one of these in MultiOutputClassifier, or one of the first three in
-                OneVsRestClassifier. It may stand in a pipeline behind StandardScaler or Normalizer, and behind
-                ImageFeatures before that. A search with `best_estimator_` is taken, too.
-            model: what made the features; by default what ImageFeatures says. Without it, a head checks nothing.
-            classes: names for the estimator's own classes, in their order.
-            about: further fields.
+                several labels per row, one of these in MultiOutputClassifier, or one of the first three in
+                OneVsRestClassifier. In a pipeline, StandardScaler or Normalizer may precede it, and ImageFeatures may
+                precede those. A search with `best_estimator_` is accepted, too.
+            model: the model of the features; by default the model of ImageFeatures. Without one, nothing is checked.
+            classes: names for the estimator's classes, in their order.
+            about: other attributes of the head.
 
         Raises:
-            ValueError: it is something else, or not fitted.
+            ValueError: the estimator is not supported or not fitted.
         """
         parts = convert.from_sklearn(estimator, model)
         named = {} if classes is None else {"classes": tuple(classes)}
         return cls(**(vars(parts) | named | about))
 
     def to_sklearn(self) -> Any:
-        """This head as a fitted scikit-learn estimator with the same predictions: a pipeline where it scales.
+        """Converts the head to a fitted scikit-learn estimator with the same predictions: a pipeline if it scales.
 
-        Calibration is left out. Several labels a row become a MultiOutputClassifier.
+        The result has no calibration. Several labels per row become a MultiOutputClassifier.
         """
         return convert.to_sklearn(self)
 
     @property
     def feature_size(self) -> int:
-        """D."""
+        """D, the length of a feature vector."""
         return int(self.arrays["coefficients" if KINDS[self.kind].linear else "means"].shape[-1])
 
     def scale(self, features: NDArray[Any]) -> Array:
-        """(n, D) features to (n, D) float64 as the classifier takes them."""
+        """Scales (n, D) features for the classifier, as float64."""
         x = np.asarray(features, np.float64)
         if self.scaling == "l2":
             norms = np.sqrt(np.einsum("ij,ij->i", x, x))
@@ -173,21 +173,21 @@ class Head(convert.HeadParts):
         """How much each class is favoured.
 
         Args:
-            features: (n, D) float; or `Features`, whose model is checked.
-            rows: (m,) those wanted, for features that are on disk; all by default.
+            features: (n, D) float, or `Features`, whose model is checked.
+            rows: (m,) rows to use, for features on disk; by default all.
 
         Returns:
-            (n, K) or (m, K): the largest one of a row is its class; with several labels, those above zero. Two classes
-            parted by one row of coefficients have margins -m and m.
+            (n, K) or (m, K). A row's class has the largest margin; with several labels, all margins above zero count.
+            Two classes of a linear kind have margins -m and m.
 
         Raises:
-            InputError: the features are another model's.
-            ValueError: they have another shape, or are not finite.
+            InputError: the features belong to another model.
+            ValueError: the features have another shape or are not finite.
         """
         return self.both(self.raw_margins(features, rows))
 
     def both(self, margins: Array) -> Array:
-        """`margins` from `raw_margins`."""
+        """Converts `raw_margins` to `margins`."""
         if margins.shape[1] == 1 and not self.multi_label:
             return np.concatenate([-margins, margins], 1)
         return margins
@@ -214,14 +214,14 @@ class Head(convert.HeadParts):
         return values
 
     def takes(self, model: ModelIdentity) -> bool:
-        """Whether the head can answer for this model's features; a head of no known model asks for their size alone."""
+        """Whether the head accepts this model's features. A head of an unknown model only checks their size."""
         return model.feature_size == self.feature_size if self.model is None else self.model.same_features(model)
 
     def require_model(self, model: ModelIdentity, mine: str, theirs: str) -> None:
-        """Refuses another model's features.
+        """Refuses another model.
 
         Raises:
-            InputError: saying both.
+            InputError: the models differ. The message names both.
         """
         own = self.model.source if self.model and self.model.source != model.source else None
         named = f"`model={own}`" if own else "`model`"
@@ -229,25 +229,25 @@ class Head(convert.HeadParts):
         if self.model is not None:
             self.model.require(model, mine, theirs, fix)
         elif model.feature_size != self.feature_size:
-            what = f"takes {self.feature_size} features of an unknown model, {theirs} gives {model.feature_size}"
+            what = f"takes {self.feature_size} features of an unknown model, but {theirs} has {model.feature_size}"
             raise InputError(f"{mine}: {what} of {model.name}", fix=fix)
 
     def require_features(self, features: Features, mine: str) -> None:
-        """Refuses features of another model, or of an unknown one with another length.
+        """Refuses features of another model, or of an unknown model with another length.
 
         Raises:
-            InputError: saying both.
+            InputError: the features do not fit. The message names both.
         """
         fix = "embed the images with the head's model, or fit a head on these features"
         if self.model is not None and features.model is not None:
             self.model.require(features.model, mine, features.place, fix)
         elif (length := features.values.shape[1]) != self.feature_size:
-            raise InputError(f"{mine}: takes {self.feature_size} features, {features.place} has {length}", fix=fix)
+            raise InputError(f"{mine}: takes {self.feature_size} features, but {features.place} has {length}", fix=fix)
 
     def _raw_margins(self, features: NDArray[Any]) -> Array:
         x = self.scale(features)
         if not np.isfinite(x).all():
-            raise ValueError("features must be finite; leave failed rows out")
+            raise ValueError("features must be finite; leave out failed rows")
         margins = KINDS[self.kind].margins
         if self.multi_label and not KINDS[self.kind].linear:
             names = list(KINDS[self.kind].shapes)
@@ -262,7 +262,7 @@ class Head(convert.HeadParts):
         return self.decide(self.margins(features, rows))
 
     def decide(self, margins: Array) -> NDArray[Any]:
-        """Predictions from `margins`."""
+        """Derives predictions from `margins`."""
         if self.multi_label:
             return np.asarray(margins > 0)
         chosen: NDArray[Any] = np.array(self.classes)[margins.argmax(1)]
@@ -272,34 +272,34 @@ class Head(convert.HeadParts):
         """Calibrated probabilities, (n, K): rows add up to 1, but with several labels, where each stands alone.
 
         Raises:
-            InputError, ValueError: as `margins`.
-            HeadError: this head has no calibration.
+            InputError, ValueError: see `margins`.
+            HeadError: the head has no calibration.
         """
         return self.calibrate(self.margins(features))
 
     @property
     def calibrated(self) -> bool:
-        """Whether there are probabilities."""
+        """Whether the head has probabilities."""
         return "calibration.scale" in self.arrays
 
     def require_calibration(self) -> None:
-        """Asks whether there are probabilities.
+        """Refuses a head without probabilities.
 
         Raises:
             HeadError: there are none.
         """
         if not self.calibrated:
             raise HeadError(
-                "this head has no probabilities: they come from held-out rows, and svm fit had a single row of each "
-                "class, or another program made the head",
+                "this head has no probabilities: they need held-out rows, but svm fit had a single row per class, or "
+                "another program made the head",
                 fix="fit it with more labels",
             )
 
     def calibrate(self, margins: Array) -> Array:
-        """Probabilities from `margins`.
+        """Derives probabilities from `margins`.
 
         Raises:
-            HeadError: this head has no calibration.
+            HeadError: the head has no calibration.
         """
         self.require_calibration()
         scale, offset = self.arrays["calibration.scale"], self.arrays["calibration.offset"]
@@ -312,15 +312,15 @@ class Head(convert.HeadParts):
 
     @property
     def tells_typicality(self) -> bool:
-        """Whether there are distances."""
+        """Whether the head has distances for typicality."""
         return bool(set(DISTANCE_ARRAYS) & set(self.arrays))
 
     @property
     def least_typicality(self) -> float:
-        """What no image's typicality is below, as it was measured on a limited number of unseen rows.
+        """The smallest possible typicality, which depends on the number of held-out rows.
 
         Raises:
-            HeadError: as `typicality`.
+            HeadError: the head has no distances.
         """
         self.require_typicality()
         return 1 / (1 + len(self.arrays["distance.unseen"]))
@@ -329,8 +329,8 @@ class Head(convert.HeadParts):
         """How usual rows are among images of the classes, (n,): see `measure_typicality`.
 
         Raises:
-            InputError, ValueError: as `margins`.
-            HeadError: this head knows no distances.
+            InputError, ValueError: see `margins`.
+            HeadError: the head has no distances.
         """
         self.require_typicality()
         values = self._values(features)
@@ -338,20 +338,20 @@ class Head(convert.HeadParts):
         return np.concatenate([measure_typicality(self.arrays, values[at : at + CHUNK_ROWS]) for at in starts])
 
     def require_typicality(self) -> None:
-        """Asks whether there are distances.
+        """Refuses a head without distances.
 
         Raises:
             HeadError: there are none.
         """
         if not self.tells_typicality:
             raise HeadError(
-                "this head cannot tell images of other classes: an earlier version or another program made it, or "
+                "this head cannot detect images of other classes: an earlier version or another program made it, or "
                 "every class had a single row",
                 fix="fit it again",
             )
 
     def certainty(self, margins: Array) -> Array:
-        """(n,): the largest margin minus the second one; with several labels, the smallest distance from zero."""
+        """Certainty, (n,): the largest margin minus the second; with several labels, the smallest absolute margin."""
         if self.multi_label:
             distance: Array = np.abs(margins).min(1)
             return distance
@@ -360,21 +360,21 @@ class Head(convert.HeadParts):
         return gap
 
     def save(self, target: str | os.PathLike[str]) -> None:
-        """Writes the head as a new folder.
+        """Writes the head to a new folder.
 
         Raises:
-            InputError: there is something already, or it cannot be written.
+            InputError: the folder exists or cannot be written.
         """
         with new_folder(target) as folder:
             self.write(folder)
 
     def write(self, folder: Path) -> None:
-        """Writes the two files."""
+        """Writes the two files to a folder."""
         for name, data in self.to_files().items():
             (folder / name).write_bytes(data)
 
     def to_files(self) -> dict[str, bytes]:
-        """The two files by name."""
+        """The contents of the two files, by name."""
         from safetensors.numpy import save
 
         about = {
@@ -399,7 +399,7 @@ class Head(convert.HeadParts):
         """Reads a head's folder.
 
         Raises:
-            HeadError: it is missing, damaged, altered or of a newer format.
+            HeadError: the head is missing, damaged, altered or of a newer format.
         """
         return cls.of_folder(HeadFolder(place))
 
@@ -418,28 +418,27 @@ class Head(convert.HeadParts):
         """Loads a head from a folder or the Hub.
 
         Args:
-            name: a folder that svm fit made, or ORG/NAME on the Hub.
-            revision: a branch, tag or commit on the Hub; main by default. A commit that is in the cache is used
-                without asking the Hub.
-            sha256: that head.json must have, which pins both files; `robustfeat info` prints it.
-            token: for the Hub; by default that of `hf auth login` or HF_TOKEN. False sends none.
-            cache_dir: of downloads; by default that of the Hub's libraries.
-            local_files_only: answer from the cache alone, without a network call; so does HF_HUB_OFFLINE=1.
-            endpoint: of a mirror or a private Hub; by default HF_ENDPOINT, or huggingface.co.
+            name: a folder from svm fit, or ORG/NAME on the Hub.
+            revision: a branch, tag or commit on the Hub; main by default. A cached commit needs no network request.
+            sha256: the expected sha256 of head.json, which pins both files; `robustfeat info` prints it.
+            token: a token for the Hub; by default the token of `hf auth login` or HF_TOKEN. False sends none.
+            cache_dir: folder of the downloads; by default the cache of the Hub's libraries.
+            local_files_only: use only the cache, without network requests, as HF_HUB_OFFLINE=1 does.
+            endpoint: the address of a mirror or a private Hub; by default HF_ENDPOINT or huggingface.co.
 
         Raises:
             HeadError: the head is missing, damaged, altered or of a newer format.
-            HubError: the Hub refuses, fails or cannot be reached, and the head is not in the cache.
+            HubError: the head is not in the cache, and the Hub refuses, fails or cannot be reached.
         """
         access = HubAccess(token=token, cache_dir=cache_dir, local_files_only=local_files_only, endpoint=endpoint)
         return cls.of_folder(resolve_head(name, revision=revision, sha256=sha256, access=access))
 
     @classmethod
     def of_folder(cls, folder: HeadFolder) -> Head:
-        """The head in a folder that was opened.
+        """Reads the head in an open folder.
 
         Raises:
-            HeadError: its files do not say a head.
+            HeadError: the files do not describe a head.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load

@@ -1,4 +1,4 @@
-"""The kinds of heads, how each computes, and what scikit-learn has for it; the scalings of features before them."""
+"""Defines the kinds of heads, their scikit-learn counterparts, and the scalings of features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 Arrays = Mapping[str, Array]
 
 SCALINGS: dict[str, tuple[str, ...]] = {"none": (), "l2": (), "standard": ("scaling.mean", "scaling.scale")}
-"""What is done to features first, and the (D,) arrays that it needs."""
+"""Scalings of features, and the (D,) arrays that they need."""
 
 
 def _linear(arrays: Arrays, x: Array) -> Array:
@@ -25,7 +25,7 @@ def _linear(arrays: Arrays, x: Array) -> Array:
 
 
 def _naive_bayes(arrays: Arrays, x: Array) -> Array:
-    """Logarithm of p(x, class) of independent Gaussians."""
+    """The logarithm of p(x, class) for independent Gaussians."""
     columns = [
         np.log(prior) - 0.5 * np.log(2 * np.pi * variance).sum() - 0.5 * ((x - mean) ** 2 / variance).sum(1)
         for mean, variance, prior in zip(arrays["means"], arrays["variances"], arrays["priors"], strict=True)
@@ -34,21 +34,21 @@ def _naive_bayes(arrays: Arrays, x: Array) -> Array:
 
 
 def _nearest_mean(arrays: Arrays, x: Array) -> Array:
-    """Minus the squared distance."""
+    """The negative squared distance."""
     return np.stack([-((x - mean) ** 2).sum(1) for mean in arrays["means"]], 1)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a kind of head computes, and scikit-learn's classifier of this kind.
+    """How a kind of head computes, and its scikit-learn classifier.
 
     Attributes:
-        shapes: its arrays; `K` stands for the classes, `D` for the features.
-        margins: arrays and scaled (n, D) to (n, K), or to (n, 1) for two classes with one row of coefficients.
-        linear: one row of coefficients parts two classes; otherwise each class has an entry.
+        shapes: shapes of its arrays, with `K` classes and `D` features.
+        margins: computes (n, K) from arrays and scaled (n, D), or (n, 1) for two classes of a linear kind.
+        linear: whether two classes have one row of coefficients. Otherwise each class has a row.
         classifier_class: the module and the name of scikit-learn's class.
-        attributes: the attribute of a fitted classifier that holds each array.
-        settings: the arguments with which heads are fitted.
+        attributes: attributes of a fitted classifier, by array.
+        settings: the arguments for fitting.
     """
 
     shapes: Mapping[str, tuple[str, ...]]
@@ -63,7 +63,7 @@ class Kind:
         return isinstance(classifier, pkgutil.resolve_name(self.classifier_class))
 
     def classifier(self, **settings: Any) -> Any:
-        """A new scikit-learn classifier of this kind; `settings` are added to the kind's own."""
+        """Makes a scikit-learn classifier of this kind; `settings` are added to the kind's own."""
         return pkgutil.resolve_name(self.classifier_class)(**{**self.settings, **settings})
 
 

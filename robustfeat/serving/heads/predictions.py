@@ -1,4 +1,4 @@
-"""Predictions for rows of features, as CSV or JSON lines, and the rows to label next."""
+"""Predicts rows of features as CSV or JSON lines, and suggests rows to label next."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["Prediction", "Rejection", "Suggestions", "predict", "predict_rows", 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """One row.
+    """The prediction for one row.
 
     Attributes:
-        path: as the index has it.
-        labels: the class, or the labels; none where the image failed.
-        margins: (K,); None where the image failed.
-        probabilities: (K,), if they were asked for.
+        path: path in the index.
+        labels: the class, or the labels; empty for a failed image.
+        margins: (K,); None for a failed image.
+        probabilities: (K,), if requested.
         certainty: see `Head.certainty`.
-        typicality: see `Head.typicality`; None where the head tells none, or the image failed.
-        error: why the image failed.
+        typicality: see `Head.typicality`; None for a failed image, or a head without distances.
+        error: the error of a failed image.
     """
 
     path: str
@@ -46,11 +46,11 @@ class Prediction:
 
 
 def predict_rows(head: Head, features: Features, *, probabilities: bool = False) -> Iterator[Prediction]:
-    """A prediction for every row, in order.
+    """Yields a prediction for every row, in order.
 
     Raises:
-        InputError: the features are another model's, or not finite.
-        HeadError: probabilities were asked for, and the head has no calibration.
+        InputError: the features belong to another model or are not finite.
+        HeadError: probabilities were requested, but the head has no calibration.
     """
     head.require_features(features, "this head")
     for rows, values in features.chunks():
@@ -63,7 +63,7 @@ def predict_rows(head: Head, features: Features, *, probabilities: bool = False)
 
 
 def predict(head: Head, values: NDArray[Any], paths: Sequence[str], *, probabilities: bool = False) -> list[Prediction]:
-    """Predictions for (n, D) features of images that did not fail, with their n paths."""
+    """Predicts (n, D) features of good images, with their n paths."""
     if not len(values):
         return []
     margins = head.margins(values)
@@ -84,20 +84,20 @@ def predict(head: Head, values: NDArray[Any], paths: Sequence[str], *, probabili
 
 
 class Rejection:
-    """Takes the labels of predictions whose typicality is too small: they are none of the classes.
+    """Removes the labels of predictions with a small typicality, which belong to no class.
 
     Args:
-        least: what is enough.
+        least: smallest accepted typicality.
 
     Attributes:
-        count: predictions that were rejected so far.
+        count: number of rejected predictions so far.
     """
 
     def __init__(self, least: float) -> None:
         self._least, self.count = least, 0
 
     def watch(self, predictions: Iterator[Prediction]) -> Iterator[Prediction]:
-        """The same predictions, the rejected ones without labels."""
+        """Passes predictions on, the rejected ones without labels."""
         for one in predictions:
             if one.typicality is None or one.typicality >= self._least:
                 yield one
@@ -115,7 +115,7 @@ def labels_of(head: Head, decided: NDArray[Any] | Any) -> tuple[str | int, ...]:
 
 
 def answer_of(head: Head, prediction: Prediction) -> dict[str, Any]:
-    """A prediction as a JSON object."""
+    """Converts a prediction to a JSON object."""
     labels = list(prediction.labels)
     one = labels[0] if labels else None
     answer: dict[str, Any] = {
@@ -136,18 +136,18 @@ def _named(classes: Sequence[str | int], values: Array | None) -> dict[str, floa
 
 
 def to_jsonl(head: Head, predictions: Iterator[Prediction]) -> Iterator[str]:
-    """JSON lines: path, prediction, margins, probabilities if asked for, typicality if the head tells it, error."""
+    """Yields JSON lines: path, prediction, margins, error, and if available probabilities and typicality."""
     for prediction in predictions:
         yield json_line(answer_of(head, prediction)) + "\n"
 
 
 def to_csv(head: Head, predictions: Iterator[Prediction], *, probabilities: bool = False) -> Iterator[str]:
-    """A header and a line a row: path, prediction, error, the margin of each class, and its probability if asked for.
+    """Yields a CSV header and one line per row: path, prediction, error, typicality, margins and probabilities.
 
-    Where the head tells typicality, it stands before the margins.
+    Typicality needs a head with distances. Probabilities are optional.
 
-    Several labels are joined by `|`. Names that are not UTF-8 keep their bytes as lone surrogates, and text that a
-    spreadsheet would run as a formula stands behind a `'`; `read_labels` undoes both.
+    Several labels are joined by `|`. Names that are not UTF-8 keep their bytes as lone surrogates. A `'` precedes text
+    that a spreadsheet would run as a formula. `read_labels` reverses both.
     """
     line = io.StringIO()
     writer = csv.writer(line, lineterminator="\n")
@@ -178,11 +178,11 @@ def _joined(labels: Sequence[str | int]) -> str:
 
 
 class Suggestions:
-    """Keeps the least certain predictions that pass by.
+    """Keeps the least certain of a stream of predictions.
 
     Args:
-        count: how many.
-        known: paths that need no label any more.
+        count: number of predictions to keep.
+        known: paths that need no label.
     """
 
     def __init__(self, count: int, known: Callable[[str], bool] = lambda path: False) -> None:
@@ -190,21 +190,21 @@ class Suggestions:
         self._least: list[tuple[float, int, Prediction]] = []
 
     def watch(self, predictions: Iterator[Prediction]) -> Iterator[Prediction]:
-        """The same predictions."""
+        """Passes all predictions on."""
         for number, prediction in enumerate(predictions):
             if prediction.error is None and not self._known(prediction.path):
-                # The largest of those kept is on top, the later of equals first.
+                # The most certain kept prediction is on top, the later among equals first.
                 heapq.heappush(self._least, (-prediction.certainty, -number, prediction))
                 if len(self._least) > self._count:
                     heapq.heappop(self._least)
             yield prediction
 
     def found(self) -> list[Prediction]:
-        """The least certain first."""
+        """The kept predictions, least certain first."""
         return [prediction for _, _, prediction in sorted(self._least, key=lambda entry: (-entry[0], -entry[1]))]
 
     def to_csv(self) -> str:
-        """The same: path, prediction, certainty, and typicality where the head tells it."""
+        """The kept predictions as CSV: path, prediction, certainty, and typicality if the head has distances."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         found = self.found()

@@ -1,4 +1,4 @@
-"""From logits to probabilities, in NumPy: loading SciPy takes longer than fitting a small head."""
+"""Converts logits to probabilities in NumPy, since loading SciPy takes longer than fitting a small head."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["sigmoid", "softmax"]
 
 
 def sigmoid(logits: Array) -> Array:
-    """1 / (1 + exp(-x)) of each."""
+    """1 / (1 + exp(-x)), element by element."""
     shares: Array = np.exp(-np.logaddexp(0, -logits))
     return shares
 
 
 def softmax(logits: Array) -> Array:
-    """(m, K) logits to shares that add up to 1 in each row."""
+    """Converts (m, K) logits to probabilities, whose rows sum to 1."""
     powers = np.exp(logits - logits.max(1, keepdims=True))
     shares: Array = powers / powers.sum(1, keepdims=True)
     return shares

@@ -1,1 +1,1 @@
-"""A collection as a map: a layout in two dimensions, colours, thumbnails, and one page that shows them."""
+"""Draws a collection as a map: a two-dimensional layout, colours and thumbnails on one page."""

@@ -1,4 +1,4 @@
-"""From features to a map: which rows it shows, their places, colours, layers and thumbnails."""
+"""Builds a map from features: rows, coordinates, colours, layers and thumbnails."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _MOST_FOLDERS = 1000
 
 @dataclass(frozen=True)
 class MapOptions:
-    """How a map is made.
+    """How to build a map.
 
     Attributes:
-        seed: of the sample of rows, the layout and the clusters.
-        clusters: how many; None chooses, 0 makes none.
-        layout: a CSV file of places; None makes a layout.
-        threads: for the layout.
-        quiet: no progress.
+        seed: random seed of the sample, the layout and the clusters.
+        clusters: number of clusters; None chooses it, 0 makes none.
+        layout: a CSV file of coordinates; None computes a layout.
+        threads: number of threads for the layout.
+        quiet: hide progress.
     """
 
     seed: int = 0
@@ -50,10 +50,10 @@ class MapOptions:
 
 
 def choose_rows(features: Features, most: int, seed: int) -> NDArray[np.int64]:
-    """The rows that did not fail, ascending; at most `most` of them, drawn at random.
+    """Good rows, ascending, of which at most `most` are drawn at random.
 
     Raises:
-        InputError: all failed.
+        InputError: all rows failed.
     """
     rows = np.flatnonzero(features.good)
     if not len(rows):
@@ -71,18 +71,18 @@ def build_map(
     layers: Sequence[Layer] = (),
     options: MapOptions | None = None,
 ) -> CollectionMap:
-    """A map without thumbnails.
+    """Builds a map without thumbnails.
 
     Args:
         features: the collection.
-        rows: those to show, from `choose_rows`.
-        title: of the page.
-        colourings: with a value for each row of `features`.
-        layers: of rows of `features`.
-        options: how.
+        rows: the rows to show, from `choose_rows`.
+        title: title of the page.
+        colourings: colourings with a value for each row of `features`.
+        layers: layers of rows of `features`.
+        options: how to build the map.
 
     Raises:
-        InputError: the file of places cannot be used.
+        InputError: the file of coordinates cannot be used.
     """
     options = options or MapOptions()
     places = None
@@ -91,7 +91,7 @@ def build_map(
         kept = np.isin(known, rows)
         rows, places = known[kept], placed[kept]
         if not len(rows):
-            raise InputError("has a place for none of these images", argument="layout", value=options.layout)
+            raise InputError("has coordinates of none of these images", argument="layout", value=options.layout)
     own = [one.take(rows) for one in colourings]
     if places is None or options.clusters != 0:
         reduced = reduce_features(features, rows)
@@ -120,7 +120,7 @@ def _cluster_colouring(clusters: NDArray[np.int32]) -> Colouring:
 
 
 def label_colouring(features: Features, labels: Labels | None) -> Colouring | None:
-    """Labels, or without them the first folder of each path where these are classes; None where there are neither."""
+    """Colours by labels, or else by the first folder of each path; None if there are no classes."""
     if labels is not None:
         known = labels.matched(features.paths)
         texts = [SEPARATOR.join(known.of(path) or ()) or None for path in features.paths]
@@ -131,7 +131,7 @@ def label_colouring(features: Features, labels: Labels | None) -> Colouring | No
                 f"(there {first!r}, here {features.paths[0]!r})",
                 argument="labels",
                 value=labels.source,
-                fix="write the paths as the index has them",
+                fix="write the paths as in the index",
             )
         return categories_of("label", texts)
     try:
@@ -145,10 +145,10 @@ def label_colouring(features: Features, labels: Labels | None) -> Colouring | No
 
 
 def prediction_colourings(features: Features, rows: NDArray[np.int64], head: Head) -> list[Colouring]:
-    """What a head says of `rows`: its prediction, and how typical of its training images they are, if it knows.
+    """Colours `rows` by a head's prediction and, if the head has distances, by typicality.
 
     Raises:
-        InputError: the features are another model's.
+        InputError: the features belong to another model.
     """
     texts: list[str | None] = [None] * len(features)
     typicality = np.full(len(features), np.nan, np.float32)
@@ -164,9 +164,9 @@ def prediction_colourings(features: Features, rows: NDArray[np.int64], head: Hea
                 texts[row] = str(found)
         if head.tells_typicality:
             typicality[part] = head.typicality(values)
-    found = [categories_of("prediction", texts, "What the head predicts.")]
+    found = [categories_of("prediction", texts, "The head's predictions.")]
     if head.tells_typicality:
-        note = "Near 0: unlike the images that the head learned from."
+        note = "Values near 0 are unlike the head's training images."
         found.append(Colouring("typicality", typicality, note=note))
     return found
 
@@ -180,12 +180,12 @@ def add_thumbnails(
     max_pixels: int = MAX_PIXELS,
     quiet: bool = False,
 ) -> tuple[CollectionMap, int]:
-    """The map with thumbnails, and the number of points whose image is missing or cannot be read.
+    """Adds thumbnails to a map, and counts the points whose image is missing or unreadable.
 
     Args:
-        shown: a map without them.
-        images: as `list_inputs` takes them; the paths must be those of the index.
-        limit_bytes: for all thumbnails in the page. If not all fit, some of the points get one.
+        shown: a map without thumbnails.
+        images: the images, see `list_inputs`. Their paths must match the index.
+        limit_bytes: most bytes of all thumbnails. If not all fit, only some points get one.
         workers, max_pixels, quiet: see `draw_sprites`.
 
     Raises:
@@ -201,7 +201,7 @@ def add_thumbnails(
             f"none of these images is on the map (there {first!r}, in the index {shown.paths[0]!r})",
             argument="images",
             value=", ".join(images),
-            fix="pass what was passed to embed",
+            fix="pass the images that were passed to embed",
         )
     side, chosen = plan_sprites(shown.places, np.array(sorted(sources), np.int64), limit_bytes)
     sprites = draw_sprites(sources, chosen, side, limit_bytes, workers=workers, max_pixels=max_pixels, quiet=quiet)

@@ -1,4 +1,4 @@
-"""Groups of similar rows by k-means."""
+"""Clusters similar rows by k-means."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _BATCH_ROWS = 4096
 def find_clusters(
     reduced: NDArray[np.float32], clusters: int | None, *, seed: int = 0, quiet: bool = True
 ) -> NDArray[np.int32]:
-    """The cluster of each row, the largest cluster first.
+    """Finds the cluster of each row, numbered by decreasing size.
 
     Args:
-        reduced: (n, d), as `reduce_features` gives them.
-        clusters: how many; None chooses among 4 to 30 by the mean silhouette of 2,000 rows (Rousseeuw, 1987).
-        seed: of the starts and of that sample.
-        quiet: no progress.
+        reduced: (n, d) from `reduce_features`.
+        clusters: number of clusters; None chooses 4 to 30 by the mean silhouette of 2,000 rows (Rousseeuw, 1987).
+        seed: random seed of the starts and the sample.
+        quiet: hide progress.
 
     Returns:
         (n,) int32, from 0.

@@ -1,4 +1,4 @@
-"""What the points of a map are coloured by: categories or numbers, one value per point."""
+"""Colours the points of a map by categories or numbers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _BINS = 48
 
 @dataclass(frozen=True, eq=False)
 class Colouring:
-    """One way to colour the points.
+    """One colouring of the points.
 
     Attributes:
-        name: of it.
-        values: (n,) int32 into `names`, -1 without one; or (n,) float32, NaN without one.
-        names: of the categories; empty for numbers.
-        note: what it means, in a sentence.
+        name: the name.
+        values: (n,) int32 into `names`, -1 for none; or (n,) float32, NaN for none.
+        names: names of the categories; empty for numbers.
+        note: an explanation in a sentence.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Colouring:
         return bool(self.values.dtype.kind == "f")
 
     def take(self, rows: NDArray[np.int64]) -> Colouring:
-        """The same for some of the points; categories that none of them has are left out."""
+        """The colouring of some of the points, without unused categories."""
         if self.is_numeric:
             return replace(self, values=self.values[rows])
         texts = [None if value < 0 else self.names[value] for value in self.values[rows].tolist()]
@@ -49,7 +49,7 @@ class Colouring:
 
 
 def categories_of(name: str, texts: Sequence[str | None], note: str = "") -> Colouring:
-    """A colouring by text, its names sorted; None is no category."""
+    """Colours by text, with sorted names. None is no category."""
     names = tuple(sorted({text for text in texts if text is not None}))
     index = {text: number for number, text in enumerate(names)}
     values = np.array([-1 if text is None else index[text] for text in texts], np.int32)
@@ -57,17 +57,17 @@ def categories_of(name: str, texts: Sequence[str | None], note: str = "") -> Col
 
 
 def category_colours(values: NDArray[np.int32], count: int, places: NDArray[np.float32]) -> list[int]:
-    """A colour of the palette for each category, such that categories beside each other on the map differ.
+    """Assigns colours of the palette so that neighbouring categories on the map differ.
 
-    There may be many more categories than colours that people can tell apart.
+    There may be many more categories than distinguishable colours.
 
     Args:
-        values: (n,) categories, -1 without one.
-        count: how many categories there are.
-        places: (n, 2) of the points.
+        values: (n,) categories, -1 for none.
+        count: number of categories.
+        places: (n, 2) coordinates of the points.
 
     Returns:
-        `count` numbers of colours.
+        `count` indices of colours.
     """
     from scipy.spatial import cKDTree
 
@@ -93,15 +93,15 @@ def category_colours(values: NDArray[np.int32], count: int, places: NDArray[np.f
 
 
 def name_places(values: NDArray[np.int32], count: int, places: NDArray[np.float32]) -> list[list[float] | None] | None:
-    """Where the name of each category is written: where its points lie closest together.
+    """Places the name of each category where its points are densest.
 
     Args:
-        values: (n,) categories, -1 without one.
-        count: how many categories there are.
-        places: (n, 2) of the points, from 0 to 1.
+        values: (n,) categories, -1 for none.
+        count: number of categories.
+        places: (n, 2) coordinates of the points, from 0 to 1.
 
     Returns:
-        `count` times x and y, or None for a category of fewer than five points; None of very many categories.
+        `count` pairs of x and y, or None for a category of fewer than five points, or with very many categories.
     """
     from scipy.ndimage import gaussian_filter
 

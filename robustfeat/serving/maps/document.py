@@ -1,4 +1,4 @@
-"""A map as one HTML file, which loads nothing else and asks nobody."""
+"""Writes a map as one self-contained HTML file without network requests."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _SCRIPTS = ("data", "geometry", "colours", "draw", "panel", "main")
 
 @dataclass(frozen=True, eq=False)
 class CollectionMap:
-    """All that a page shows.
+    """The contents of a page.
 
     Attributes:
-        title: of the page.
-        about: a sentence on what is shown.
-        paths: n names, as the index has them.
-        places: (n, 2) float32, from `to_unit_square`; y grows downwards.
-        colourings: at least one; the first is shown first.
-        layers: points that stand out.
+        title: title of the page.
+        about: a sentence about the map.
+        paths: n names, as in the index.
+        places: (n, 2) float32 from `to_unit_square`; y grows downwards.
+        colourings: at least one. The first is shown first.
+        layers: marked points.
         sprites: thumbnails; None without any.
     """
 
@@ -52,10 +52,10 @@ class CollectionMap:
 
 
 def write_page(shown: CollectionMap, target: str | Path) -> int:
-    """Writes the page; its size in bytes.
+    """Writes the page, and returns its size in bytes.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     style = (_FOLDER / "map.css").read_text("utf-8")
     script = _script()
@@ -66,7 +66,7 @@ def write_page(shown: CollectionMap, target: str | Path) -> int:
     title = html.escape(_plain(shown.title))
     parts = {"{policy}": policy, "{title}": title, "{style}": style, "{script}": script}
     page = (_FOLDER / "map.html").read_text("utf-8")
-    # In one pass: a title may hold `{script}`.
+    # Replace in one pass, since a title may contain `{script}`.
     before, after = (_PLACE.sub(lambda match: parts[match[0]], half) for half in page.split("{blocks}"))
     with new_file(target) as partial, open(partial, "w", encoding="utf-8") as handle:
         handle.write(before)
@@ -83,7 +83,7 @@ def _script() -> str:
 
 
 def _hash(text: str) -> str:
-    """What a Content-Security-Policy calls an inline script or style."""
+    """The hash of an inline script or style for a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -99,7 +99,7 @@ def _data(shown: CollectionMap) -> str:
         "y": _array(shown.places[:, 1], "<f4"),
         "width": max(float(sides[0]), 0.2),
         "height": max(float(sides[1]), 0.2),
-        # In the order of the index the last class would lie on top of all others.
+        # In the order of the index, the last class would cover all others.
         "order": _array(np.random.default_rng(0).permutation(len(shown.paths)), "<u4"),
         "palettes": {"light": CATEGORIES.light, "dark": CATEGORIES.dark},
         "scales": {"light": SCALE.light, "dark": SCALE.dark},
@@ -107,7 +107,7 @@ def _data(shown: CollectionMap) -> str:
         "layers": [_layer(one) for one in shown.layers],
         "thumbnails": _sprites(shown.sprites),
     }
-    # No `<` could end the element, and U+2028 is an escape.
+    # Escape `<`, which could end the element, and U+2028.
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -153,5 +153,5 @@ def _array(values: NDArray[Any], kind: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text in which bytes that are not UTF-8 are U+FFFD."""
+    """Replaces bytes that are not UTF-8 by U+FFFD."""
     return path_fields(text)["path"]

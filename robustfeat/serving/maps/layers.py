@@ -1,4 +1,4 @@
-"""Rows that stand out on a map: suspicious labels, duplicates, or any list of paths in a CSV file."""
+"""Marks rows on a map: suspicious labels, duplicates, or any list of paths in a CSV file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["Layer", "duplicates_layer", "read_layer", "suspects_of"]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Some of the points.
+    """Marked points.
 
     Attributes:
-        name: of it.
+        name: the name.
         rows: (m,) int32 points, ascending.
-        groups: (m,) int32, the group of each; None without groups. Points of a group are linked.
-        texts: what is said of each; empty without texts.
-        note: what it means, in a sentence.
+        groups: (m,) int32 groups, whose points are linked; None without groups.
+        texts: a text per point; empty without texts.
+        note: an explanation in a sentence.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Layer:
     note: str = ""
 
     def take(self, numbers: dict[int, int]) -> Layer:
-        """The same for some of the points: `numbers` has the new number of each that is left."""
+        """The layer of some of the points: `numbers` has their new numbers."""
         kept = [at for at, row in enumerate(self.rows.tolist()) if row in numbers]
         rows = np.array([numbers[int(self.rows[at])] for at in kept], np.int32)
         groups = None if self.groups is None else self.groups[kept]
@@ -49,12 +49,12 @@ class Layer:
 
 
 def read_layer(name: str, file: str, paths: Sequence[str]) -> tuple[Layer, int]:
-    """A layer from a CSV file with a column `path`, and how many of its lines name no point.
+    """Reads a layer from a CSV file with a column `path`, and counts the lines that name no point.
 
-    A column `group` links the points of each group. The other columns are what is said of a point.
+    A column `group` links points. The other columns become the texts.
 
     Raises:
-        InputError: the file cannot be read, or has no such column.
+        InputError: the file cannot be read, or has no column `path`.
     """
     index = {path: row for row, path in enumerate(paths)}
     found: dict[int, tuple[str, str]] = {}
@@ -65,7 +65,7 @@ def read_layer(name: str, file: str, paths: Sequence[str]) -> tuple[Layer, int]:
             columns = list(reader.fieldnames or ())
             if "path" not in columns:
                 listed = ", ".join(columns) or "none"
-                raise InputError(f"{file}: has the columns {listed}; expected one that is called path")
+                raise InputError(f"{file}: has the columns {listed}; expected a column path")
             others = [column for column in columns if column not in {"path", "group"}]
             for record in reader:
                 row = index.get(unquote_cell(record["path"] or ""))
@@ -84,7 +84,7 @@ def read_layer(name: str, file: str, paths: Sequence[str]) -> tuple[Layer, int]:
 
 
 def suspects_of(head: str) -> str | None:
-    """The file of suspicious labels that `svm fit` has written beside a head; None without one."""
+    """The file of suspicious labels that `svm fit` wrote beside a head; None if it is missing."""
     file = Path(head) / "suspects.csv"
     return str(file) if file.is_file() else None
 
@@ -92,14 +92,14 @@ def suspects_of(head: str) -> str | None:
 def duplicates_layer(
     features: Features, rows: NDArray[np.int64], cosine: float | None, *, threads: int = 1, quiet: bool = False
 ) -> Layer:
-    """Groups of near-duplicates among `rows`, by `find_duplicates`.
+    """Marks groups of near-duplicates among `rows`; see `find_duplicates`.
 
     Args:
         features: the collection.
-        rows: those on the map.
-        cosine: above 0, at most 1: of rows that count as duplicates; None for `default_threshold`.
-        threads: how many to use.
-        quiet: no progress.
+        rows: rows on the map.
+        cosine: smallest cosine of duplicates, above 0 and at most 1; None for `default_threshold`.
+        threads: number of threads.
+        quiet: hide progress.
     """
     if cosine is None:
         cosine, _ = default_threshold(features)

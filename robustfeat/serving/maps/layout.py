@@ -1,7 +1,7 @@
-"""Places in two dimensions: t-SNE of reduced features, started from their first two components.
+"""Computes a two-dimensional layout: t-SNE of reduced features, started from their first two components.
 
-openTSNE where it is installed: its time grows in proportion to the rows. Else scikit-learn's, the same method with
-Barnes and Hut's approximation, whose time grows a little faster.
+It uses openTSNE if installed, whose time is proportional to the rows. Otherwise it uses scikit-learn's t-SNE with
+Barnes and Hut's approximation, whose time grows slightly faster.
 
 Sources: van der Maaten and Hinton, JMLR 2008; Linderman et al., Nature Methods 2019 (openTSNE's gradients); Kobak and
 Berens, Nature Communications 2019 (the start and the rate of learning).
@@ -21,7 +21,7 @@ from robustfeat.progress import Progress, remark
 __all__ = ["has_opentsne", "lay_out", "to_unit_square"]
 
 _EARLY, _LATER = 250, 500
-"""Iterations with early exaggeration, and after it: both libraries' defaults."""
+"""Iterations with early exaggeration and after it, the defaults of both libraries."""
 _EXACT_ROWS = 10
 _PERPLEXITY = 30.0
 
@@ -34,18 +34,18 @@ def has_opentsne() -> bool:
 def lay_out(
     reduced: NDArray[np.float32], *, seed: int = 0, threads: int = 1, quiet: bool = False
 ) -> NDArray[np.float32]:
-    """Places of rows such that neighbours in the features are neighbours in the plane.
+    """Computes coordinates such that neighbours in the features are neighbours in the plane.
 
-    The same input, seed and library give the same places.
+    The same input, seed and library give the same coordinates.
 
     Args:
-        reduced: (n, d), from `reduce_features`.
-        seed: of what is random.
-        threads: how many to use.
-        quiet: no progress.
+        reduced: (n, d) from `reduce_features`.
+        seed: random seed.
+        threads: number of threads.
+        quiet: hide progress.
 
     Returns:
-        (n, 2) float32, as `to_unit_square` gives them.
+        (n, 2) float32, normalised by `to_unit_square`.
     """
     first = np.zeros((len(reduced), 2))
     first[:, : reduced.shape[1]] = reduced[:, :2]
@@ -53,7 +53,7 @@ def lay_out(
         return to_unit_square(first)
     spread = first[:, 0].std()
     start = first / (spread if spread > 0 else 1) * 1e-4
-    # Rows that are equal would stay together: nothing would push them apart.
+    # Equal rows would stay together, since no force separates them.
     start += np.random.default_rng(seed).normal(0, 1e-6, start.shape)
     perplexity = min(_PERPLEXITY, (len(reduced) - 1) / 3)
     method = _by_opentsne if has_opentsne() else _by_sklearn
@@ -71,7 +71,7 @@ def _by_opentsne(
         progress.advance(_EVERY)
         return False
 
-    remark(f"looking for the neighbours of {len(reduced):,} rows", quiet=quiet)
+    remark(f"finding the neighbours of {len(reduced):,} rows", quiet=quiet)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         places = TSNE(
@@ -108,7 +108,7 @@ def _by_sklearn(
 
 
 def to_unit_square(places: Any) -> NDArray[np.float32]:
-    """The same places, centred, the longer side of their box from 0 to 1."""
+    """Centres coordinates and scales the longer side of their box to 0 to 1."""
     found = np.asarray(places, np.float64)
     low, high = found.min(0), found.max(0)
     side = max(float((high - low).max()), 1e-12)

@@ -19,7 +19,7 @@ class Categories:
 
 @dataclass(frozen=True)
 class Scale:
-    """Colours of numbers from low to high, as red, green and blue up to 255; colours between them are mixed."""
+    """Colours of numbers from low to high, as red, green and blue up to 255. Other values are interpolated."""
 
     light: tuple[Colour, ...]
     dark: tuple[Colour, ...]
@@ -29,8 +29,8 @@ CATEGORIES = Categories(
     light=("#4a4ad7", "#b3b52e", "#a2030e", "#329360", "#bb77a0", "#92b7fe", "#84345e"),
     dark=("#909fff", "#e2e587", "#db300c", "#099069", "#fe8aa7", "#85f2fe", "#976796"),
 )
-"""Seven, found by a search for the largest difference between any two as people with normal vision, protanopia,
-deuteranopia and tritanopia see them (Machado et al., 2009): CIEDE2000 of at least 15."""
+"""Seven colours from a search for the largest difference of any two, for normal vision, protanopia, deuteranopia and
+tritanopia (Machado et al., 2009). CIEDE2000 is at least 15."""
 
 SCALE = Scale(
     light=(
@@ -56,4 +56,4 @@ SCALE = Scale(
         (254, 232, 56),
     ),
 )
-"""Cividis (Nunez et al., 2018), without the end that is too close to the page."""
+"""Cividis (Nunez et al., 2018) without the end that is too close to the page's colour."""

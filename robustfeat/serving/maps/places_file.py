@@ -1,4 +1,4 @@
-"""Places of rows as a CSV file: path, x, y, and what the points are coloured by. It can be read again as a layout."""
+"""Writes and reads coordinates as CSV: path, x, y, and the values of the colourings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["read_places", "write_places"]
 
 
 def write_places(shown: CollectionMap, target: str) -> int:
-    """Writes the file; its size in bytes.
+    """Writes the file, and returns its size in bytes.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     columns = [_texts(one) for one in shown.colourings]
     places = [(f"{x:.7g}", f"{y:.7g}") for x, y in shown.places.tolist()]
@@ -40,14 +40,14 @@ def _texts(one: Colouring) -> list[str]:
 
 
 def read_places(file: str, paths: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The rows that the file has places for, ascending, and the places, (m, 2), as `to_unit_square` gives them.
+    """Reads the rows of a file, ascending, and their coordinates, (m, 2), normalised by `to_unit_square`.
 
     Args:
-        file: CSV with the columns path, x and y.
-        paths: of all rows.
+        file: a CSV file with the columns path, x and y.
+        paths: paths of all rows.
 
     Raises:
-        InputError: the file cannot be read, has other columns or none of the paths, or places a path twice.
+        InputError: the file cannot be read, lacks a column, has none of the paths, or has a path twice.
     """
     index = {path: row for row, path in enumerate(paths)}
     found: dict[int, tuple[float, float]] = {}
@@ -66,14 +66,14 @@ def read_places(file: str, paths: Sequence[str]) -> tuple[NDArray[np.int64], NDA
                 if not np.isfinite(place).all():
                     raise ValueError(f"line {reader.line_num}: {place} is not finite")
                 if row in found:
-                    raise ValueError(f"line {reader.line_num}: {paths[row]} has a place already")
+                    raise ValueError(f"line {reader.line_num}: {paths[row]} already has coordinates")
                 found[row] = place
     except OSError as exc:
         raise InputError(f"cannot be read ({exc.strerror})", argument="layout", value=file) from exc
     except (ValueError, TypeError, csv.Error) as exc:
-        raise InputError(f"not a CSV file of places ({exc})", argument="layout", value=file) from exc
+        raise InputError(f"not a CSV file of coordinates ({exc})", argument="layout", value=file) from exc
     if not found:
         fix = "leave it out to make a new layout"
-        raise InputError("has a place for none of these images", argument="layout", value=file, fix=fix)
+        raise InputError("has coordinates of none of these images", argument="layout", value=file, fix=fix)
     rows = sorted(found)
     return np.array(rows, np.int64), to_unit_square([found[row] for row in rows])

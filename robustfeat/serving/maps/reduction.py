@@ -1,4 +1,4 @@
-"""Features reduced to the directions in which they vary most: the input of layouts and clusters."""
+"""Reduces features to their principal components, for layouts and clusters."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from robustfeat.serving.heads.features import CHUNK_ROWS, Features
 __all__ = ["REDUCED_SIZE", "reduce_features"]
 
 REDUCED_SIZE = 50
-"""Principal components, as the t-SNE literature takes (van der Maaten and Hinton, JMLR 2008)."""
+"""Number of principal components, as in the t-SNE literature (van der Maaten and Hinton, JMLR 2008)."""
 
 
 def reduce_features(features: Features, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Principal components of rows at length 1, so that near in the result means a large cosine.
+    """Principal components of rows scaled to length 1, so small distances mean large cosines.
 
-    The rows are read three times, a few at a time.
+    The rows are read three times, in blocks.
 
     Args:
-        features: with finite values in `rows`.
+        features: features with finite values in `rows`.
         rows: (m,) row numbers, ascending.
 
     Returns:
-        (m, min(D, 50)) float32, the leading component first. The sign of each component is fixed: its largest loading
-        is positive.
+        (m, min(D, 50)) float32, the leading component first. The largest loading of each component is positive, which
+        fixes its sign.
     """
     size = features.values.shape[1]
     total, products = np.zeros(size), np.zeros((size, size))

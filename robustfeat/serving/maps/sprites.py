@@ -1,6 +1,6 @@
-"""Thumbnails of a map, on sheets: square WebP images that hold some hundred thumbnails each.
+"""Draws a map's thumbnails on sheets, square WebP images of some hundred thumbnails.
 
-The images are decoded by decoder processes, as for embedding: a damaged one crashes a decoder, and costs itself.
+Decoder processes decode the images, so a damaged image can only lose its own thumbnail.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from robustfeat.system import available_cpus
 __all__ = ["Sprites", "draw_sprites", "plan_sprites"]
 
 SIDES = (128, 96, 64, 48)
-"""Pixels of a thumbnail's side: the largest for which all fit."""
+"""Possible sides of a thumbnail in pixels. The largest that fits is chosen."""
 
 _SHEET = 1536
 _QUALITIES = (80, 65, 50, 35)
 _PER_PIXEL = 0.36
-"""Bytes in the page per pixel of a thumbnail, by which the side is chosen: 0.32 of photographs at quality 80 were
-measured, base64 included."""
+"""Bytes per pixel of a thumbnail on the page, for the choice of the side. Photographs at quality 80 measured 0.32,
+including base64."""
 
 _PART_ROWS = 16
 
@@ -44,11 +44,11 @@ class Sprites:
     """Thumbnails on sheets.
 
     Attributes:
-        side: of a thumbnail, in pixels.
-        columns: thumbnails in a row of a sheet; a sheet has at most as many rows.
-        rows: the points whose thumbnails these are, in the order of the sheets, row by row.
+        side: side of a thumbnail, in pixels.
+        columns: thumbnails per row of a sheet. A sheet has at most as many rows.
+        rows: the points of the thumbnails, in the order of the sheets, row by row.
         sheets: WebP files.
-        failed: points that were to have one, and whose image could not be read.
+        failed: chosen points whose image could not be read.
     """
 
     side: int
@@ -61,15 +61,15 @@ class Sprites:
 def plan_sprites(
     places: NDArray[np.float32], wanted: NDArray[np.int64], limit_bytes: int
 ) -> tuple[int, NDArray[np.int64]]:
-    """The side of the thumbnails, and the points that get one, in the order of the sheets.
+    """Chooses the side of the thumbnails, and the points that get one, in the order of the sheets.
 
-    Neighbours on the map are neighbours on the sheets, so that a page that shows a part of the map decodes few of them.
-    If there are too many for the limit, every k-th in that order gets one.
+    Neighbours on the map are neighbours on the sheets, so a view of a part of the map decodes few sheets. If the limit
+    is too small for all, every k-th point in that order gets one.
 
     Args:
-        places: (n, 2) of the points, from 0 to 1.
-        wanted: points whose image is known.
-        limit_bytes: for all thumbnails in the page.
+        places: (n, 2) coordinates of the points, from 0 to 1.
+        wanted: points with a known image.
+        limit_bytes: most bytes of all thumbnails on the page.
     """
     ordered = wanted[np.argsort(_curve(places[wanted]), kind="stable")]
     for side in SIDES:
@@ -80,7 +80,7 @@ def plan_sprites(
 
 
 def _curve(places: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Where each point lies on Morton's curve: the bits of x and y by turns."""
+    """The position of each point on Morton's curve, which interleaves the bits of x and y."""
     cells = np.clip(places.astype(np.float64) * 1023, 0, 1023).astype(np.int64)
     numbers = np.zeros(len(places), np.int64)
     for bit in range(10):
@@ -103,21 +103,21 @@ def draw_sprites(
 
     Args:
         sources: the image of each point.
-        chosen, side: from `plan_sprites`.
-        limit_bytes: for all sheets in the page.
-        workers: decoder processes; by default what the cgroup grants.
-        max_pixels: larger images have no thumbnail.
-        quiet: no progress.
+        chosen, side: see `plan_sprites`.
+        limit_bytes: most bytes of all sheets on the page.
+        workers: number of decoder processes; by default all that the cgroup allows.
+        max_pixels: largest accepted image.
+        quiet: hide progress.
 
     Raises:
         InputError: a Parquet file or remote storage cannot be read.
         EngineError: no decoder process can be started.
     """
     columns = max(1, _SHEET // side)
-    in_order = np.sort(chosen)  # Parquet files are read in the order of their rows
+    in_order = np.sort(chosen)  # rows of Parquet files must be read in order
     place_of = {int(row): place for place, row in enumerate(chosen)}
     with tempfile.TemporaryFile(prefix="robustfeat-") as scratch:
-        # On disk: 100,000 thumbnails of 48 pixels are 691 MB.
+        # Keep squares on disk, since 100,000 thumbnails of 48 pixels take 691 MB.
         shape = (max(1, len(chosen)), side, side, 3)
         scratch.truncate(int(np.prod(shape)))
         squares = np.memmap(scratch, np.uint8, "r+", shape=shape)
@@ -141,7 +141,7 @@ def draw_sprites(
 def _read_squares(
     images: Sequence[ImageSource], side: int, workers: int, max_pixels: int
 ) -> Iterator[tuple[int, list[NDArray[np.uint8] | None]]]:
-    """The centre squares of images, some at a time: the number of the first, and None for each that failed."""
+    """Yields blocks of centre squares: the index of the first, and None for each failed image."""
     contract = Preprocessing(side, interpolation="lanczos")
     slots = deque(range(2 * workers + 1))
     waiting: deque[tuple[Future[Decoded], int, int, int]] = deque()
@@ -172,7 +172,7 @@ def _read_squares(
 def _encode(
     squares: NDArray[np.uint8], kept: NDArray[np.int64], columns: int, limit_bytes: int
 ) -> tuple[NDArray[np.int64], list[bytes]]:
-    """Sheets that together fit the limit as base64, at a lower quality or with fewer thumbnails where they must."""
+    """Encodes sheets that fit the limit as base64, if necessary at lower quality or with fewer thumbnails."""
     per_sheet = columns * columns
     for quality in itertools.chain(_QUALITIES, itertools.repeat(_QUALITIES[-1])):
         parts = [kept[start : start + per_sheet] for start in range(0, len(kept), per_sheet)]

@@ -110,7 +110,7 @@ def test_heads_without_distances_say_so(tmp_path: Path, write_features: WriteFea
     assert not head.tells_typicality
     head.save(tmp_path / "head")
     assert '"format_version": 1' in (tmp_path / "head" / "head.json").read_text()
-    with pytest.raises(HeadError, match="cannot tell images of other classes"):
+    with pytest.raises(HeadError, match="cannot detect images of other classes"):
         Head.load(tmp_path / "head").typicality(np.eye(3, 8))
 
 

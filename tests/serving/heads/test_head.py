@@ -121,12 +121,12 @@ def test_a_search_and_a_bare_classifier_are_taken(digits: Digits) -> None:
 @pytest.mark.parametrize(
     ("estimator", "reason"),
     [
-        (RandomForestClassifier(2), "cannot hold RandomForestClassifier"),
-        (make_pipeline(MinMaxScaler(), LinearSVC()), "cannot hold MinMaxScaler"),
-        (make_pipeline(Normalizer("l1"), LinearSVC()), "cannot hold Normalizer"),
+        (RandomForestClassifier(2), "cannot use RandomForestClassifier"),
+        (make_pipeline(MinMaxScaler(), LinearSVC()), "cannot use MinMaxScaler"),
+        (make_pipeline(Normalizer("l1"), LinearSVC()), "cannot use Normalizer"),
         (make_pipeline(StandardScaler(), Normalizer(), LinearSVC()), "one step before the classifier"),
         (NearestCentroid(shrink_threshold=0.1), "not shrunken"),
-        (OneVsRestClassifier(LinearSVC()), "several labels a row alone"),
+        (OneVsRestClassifier(LinearSVC()), "supported for several labels per row"),
         (LinearSVC(dual=False), "whole numbers; name others by classes"),
     ],
 )
@@ -239,8 +239,8 @@ def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], reason: str,
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("coefficients", 1.7e308, r"coefficients must be of numbers up to 1e\+60; got 1.7e\+308"),
-        ("intercepts", -1e61, "intercepts must be of numbers up to"),
+        ("coefficients", 1.7e308, r"coefficients must have numbers up to 1e\+60; got 1.7e\+308"),
+        ("intercepts", -1e61, "intercepts must have numbers up to"),
         ("scaling.scale", 5e-324, "scaling.scale must be above zero, at least 1e-60"),
     ],
 )

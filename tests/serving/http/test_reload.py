@@ -163,8 +163,8 @@ def test_places_are_pinned_by_their_hashes(
         assert told["models"][1]["config_hash"] == model
     for options, said in {
         ("--head", f"org/clothes#{sha256(clothes)}"): f"must be {sha256(clothes)[:12]}..., got {sha256(others)[:12]}",
-        ("--head", f"{clothes}#12ab"): "'12ab' is no sha256 of a head, which has 64 hex digits",
-        ("--model", f"a={small_fp32}#{sha256(clothes)}"): "not the model that was asked for",
+        ("--head", f"{clothes}#12ab"): "the sha256 of a head has 64 hex digits; got '12ab'",
+        ("--model", f"a={small_fp32}#{sha256(clothes)}"): "not the requested model",
         ("--model", f"{small_fp32}#{model}", "--config-hash", model): "small-fp32 has another one; leave --config-hash",
         ("--model", "builtin", "--model", str(small_fp32), "--revision", "v1"): "--revision: is for one model",
     }.items():
@@ -221,7 +221,7 @@ def test_a_reload_that_fails_changes_nothing(
     np.save(wrong / "golden" / "features.npy", golden)
     seal_folder(wrong, ModelFolder(small_fp32).config, (wrong / "README.md").read_text("utf-8"))
     bad = {
-        f'[heads]\nclothes = "{others}#{sha256(clothes)}"': "not the head that was asked for",
+        f'[heads]\nclothes = "{others}#{sha256(clothes)}"': "not the requested head",
         f'[models]\na = "{small_fp32}"\n[heads]\nclothes = "{clothes}"': "the head clothes: needs features of",
         f'[models]\nrobustfeat = "builtin"\na = "{wrong}"': "a: a golden image gives other features (cosine -1.0000",
         "[heads": f"--manifest {manifest}: not valid TOML (",

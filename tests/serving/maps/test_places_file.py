@@ -27,10 +27,10 @@ def test_places_come_back_for_paths_of_any_kind(drawn: Drawn, tmp_path: Path) ->
     ("text", "message"),
     [
         ("path,x\na,1\n", "has the columns path, x; expected path, x and y"),
-        ("path,x,y\na,1,2\na,1,3\n", "line 3: a has a place already"),
+        ("path,x,y\na,1,2\na,1,3\n", "line 3: a already has coordinates"),
         ("path,x,y\na,1,inf\n", "line 2: .* is not finite"),
-        ("path,x,y\na,one,2\n", "not a CSV file of places"),
-        ("path,x,y\na,1\n", "not a CSV file of places"),
+        ("path,x,y\na,one,2\n", "not a CSV file of coordinates"),
+        ("path,x,y\na,1\n", "not a CSV file of coordinates"),
         ("", "has the columns none"),
     ],
 )

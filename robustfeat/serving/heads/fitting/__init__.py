@@ -1,1 +1,1 @@
-"""The choice of settings, and heads fitted with them."""
+"""Chooses settings and fits heads."""

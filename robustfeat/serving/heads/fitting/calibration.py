@@ -1,4 +1,4 @@
-"""Probabilities from margins, calibrated on held-out rows."""
+"""Calibrates probabilities from margins on held-out rows."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from robustfeat.serving.heads.probabilities import sigmoid, softmax
 __all__ = ["calibrate"]
 
 _LEAST, _MOST = 1e-3, 1e2
-"""Bounds of the scale, for margins of deviation 1: rows that are all right would want no bound at all."""
+"""Bounds of the scale, for margins of deviation 1. Without a bound, rows without an error would make it infinite."""
 
 _TOLERANCE = 1e-8
 _STEPS = 100
 
 
 def calibrate(margins: Array, targets: NDArray[np.generic]) -> dict[str, Array]:
-    """The scale and offset that make margins logits.
+    """Fits the scale and offset that turn margins into logits.
 
-    Several classes share one temperature (softmax; Guo et al., ICML 2017), which few rows can bear; a margin that
-    stands alone, of two classes or of one of several labels, gets a sigmoid of its own (Platt, 1999, with his targets,
-    which keep probabilities off 0 and 1).
+    Several classes share one temperature (softmax; Guo et al., ICML 2017), which suits few rows. A single margin, of
+    two classes or of one label, gets its own sigmoid (Platt, 1999, with his targets, which keep probabilities away from
+    0 and 1).
 
     Args:
-        margins: (m, K) of `Head.raw_margins`, or (m, 1) for two classes.
+        margins: (m, K) from `Head.raw_margins`, or (m, 1) for two classes.
         targets: (m,) int64, or (m, K) bool.
 
     Returns:
@@ -58,7 +58,7 @@ def _temperature(margins: Array, targets: NDArray[np.int64]) -> float:
 
 
 def _root(slopes: Callable[[float], tuple[float, float]]) -> float:
-    """Where a convex loss is least between `_LEAST` and `_MOST`: Newton's method, or else by halving."""
+    """The minimum of a convex loss between `_LEAST` and `_MOST`, by Newton's method or bisection."""
     low, high, at = _LEAST, _MOST, 1.0
     for _ in range(_STEPS):
         slope, bend = slopes(at)
@@ -78,20 +78,20 @@ def _platt(margins: Array, answers: NDArray[np.bool_]) -> tuple[float, float]:
     inputs = np.stack([margins / spread, np.ones(len(margins))], 1)
     scale, offset = _fit_logistic(inputs, wanted, np.array([1.0, 0.0]))
     bounded = min(max(scale, _LEAST), _MOST)
-    if bounded != scale:  # the loss is convex, so that its least value within the bounds lies on this one
+    if bounded != scale:  # the loss is convex, so its minimum within the bounds is on this bound
         given = bounded * inputs[:, 0]
         (offset,) = _fit_logistic(inputs[:, 1:], wanted, np.array([offset]), given)
     return float(bounded / spread), float(offset)
 
 
 def _fit_logistic(inputs: Array, wanted: Array, weights: Array, given: Array | float = 0.0) -> Array:
-    """The weights that make sigmoid(inputs @ weights + given) closest to shares: Newton's method.
+    """Fits sigmoid(inputs @ weights + given) to shares by Newton's method.
 
     Args:
         inputs: (m, p).
-        wanted: (m,) within 0 and 1, so that there is a minimum.
-        weights: (p,) to start at.
-        given: (m,) part of the logits that stays.
+        wanted: (m,) shares inside (0, 1), so a minimum exists.
+        weights: (p,) initial weights.
+        given: (m,) fixed part of the logits.
     """
 
     def loss(weights: Array) -> float:

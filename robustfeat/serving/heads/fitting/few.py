@@ -1,4 +1,4 @@
-"""Heads from a handful of labels, for somebody who waits: C and scaling are fixed, and folds only calibrate."""
+"""Fits heads on few labels, fast enough for a waiting user: C and scaling are fixed, and folds only calibrate."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["fit_few"]
 
 _FEW = 100
 _C_OF_FEW, _C_OF_MORE = 1.0, 0.1
-"""Fixed, with l2 scaling: a selection takes far longer, and a handful of rows is too few to choose by. The smaller C
-needs less time, which matters with more rows."""
+"""C with l2 scaling. It is fixed because a selection takes far longer, and few rows cannot choose well. A smaller C
+takes less time, which matters with more rows."""
 
 
 def fit_few(
     values: NDArray[np.float32], labels: Sequence[int], classes: Sequence[str], model: ModelIdentity | None
 ) -> Head:
-    """A linear SVM with probabilities and distances, as `fit_head` makes it.
+    """Fits a linear SVM with probabilities and distances, like `fit_head`.
 
     Args:
         values: (n, D) float32, finite.
-        labels: n numbers into `classes`.
-        classes: names; those without a row are left out.
-        model: what made the features.
+        labels: n indices into `classes`.
+        classes: names of the classes. Classes without rows are left out.
+        model: the model of the features.
 
     Raises:
-        InputError: all rows are of one class.
+        InputError: all rows are in one class.
     """
     order = sorted({classes[label] for label in labels})
     targets = np.array([order.index(classes[label]) for label in labels], np.int64)

@@ -1,4 +1,4 @@
-"""Fitting heads: one way of choosing C and scaling for all of robustfeat, and the final fit on all rows."""
+"""Fits heads: chooses C and scaling, calibrates, and fits on all rows."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ def select_and_fit(
     trials: Trials | None = None,
     progress: Progress | None = None,
 ) -> tuple[Selection, Head, bool]:
-    """Chooses C and scaling on rows that were not fitted, then fits on all.
+    """Chooses C and scaling on held-out rows, then fits on all rows.
 
-    Features are float64. The SVM's minimum is scikit-learn's of `LinearSVC(C=c, dual=False)`, and logistic
-    regression's of `LogisticRegression(C=c)`.
+    Features are float64. The SVM reaches the minimum of scikit-learn's `LinearSVC(C=c, dual=False)`, and logistic
+    regression the minimum of `LogisticRegression(C=c)`.
 
     Args:
         values: (n, D) features, possibly memory-mapped.
-        targets: (m,) int64 from 0, or (m, K) bool for several labels a row.
+        targets: (m,) int64 from 0, or (m, K) bool for several labels per row.
         kind: one of `KINDS`.
-        rows: (m,) the rows that the targets are of, ascending; all by default.
+        rows: (m,) the rows of the targets, ascending; by default all.
         cs, scalings, method, seed, trials: see `choose`.
-        threads: processors; by default what the cgroup grants.
-        progress: gets its total, and is advanced by one a fit.
+        threads: number of processors; by default all that the cgroup allows.
+        progress: gets its total and counts fits.
 
     Returns:
         The selection, the head, whose classes are numbers, and whether its solver converged.
 
     Raises:
-        InputError: these features cannot be fitted.
+        InputError: the features cannot be fitted.
     """
     rows = np.arange(len(values)) if rows is None else rows
     with _fitting():
@@ -89,7 +89,7 @@ def select(
     seed: int = 0,
     threads: int | None = None,
 ) -> Selection:
-    """The first half of `select_and_fit`: what is chosen, without the fit on all."""
+    """Makes the selection of `select_and_fit` without the final fit."""
     with _fitting():
         data = TrainingSet(values, np.arange(len(values)), targets, kind, threads or available_cpus())
         return choose(data, cs=cs, scalings=scalings, method=method, seed=seed)
@@ -97,7 +97,7 @@ def select(
 
 @contextmanager
 def _fitting() -> Iterator[None]:
-    """Our threads work on a block each, so that those of BLAS would only be in their way."""
+    """Limits BLAS to one thread, since our threads each work on a block."""
     from threadpoolctl import threadpool_limits
 
     try:
@@ -119,25 +119,25 @@ def fit_head(
     resume: Path | None = None,
     quiet: bool = True,
 ) -> tuple[Head, Report | None]:
-    """Selects, calibrates and scores on rows that were not fitted, then fits on all.
+    """Selects, calibrates and scores on held-out rows, then fits on all rows.
 
     Args:
         features: the rows.
-        labelled: which have which labels.
+        labelled: their labels.
         kind: one of `KINDS`.
-        cs, scalings: what to choose from.
+        cs, scalings: the settings to choose from.
         method: one of `SELECTIONS`.
-        threads: processors; by default what the cgroup grants.
-        resume: a file that keeps the settings that were tried: a stopped fit of the same rows and settings resumes from
-            it. It stays; remove it once the head is written.
-        quiet: no progress.
+        threads: number of processors; by default all that the cgroup allows.
+        resume: a file of finished trials, from which an interrupted fit of the same rows and settings resumes. It is
+            kept; remove it once the head is written.
+        quiet: hide progress.
 
     Returns:
-        The head, and what its settings reach on each row that was scored, when fitted on others; None where every
-        class has a single row. The same rows chose the settings, so that a test on further images may come out lower.
+        The head, and the report of its settings on held-out rows; None if every class has a single row. The same rows
+        chose the settings, so new images may score lower.
 
     Raises:
-        InputError: the rows are of one class.
+        InputError: the rows are in one class.
     """
     targets, classes = labelled.targets, labelled.classes
     require_two(features.place, labelled)
@@ -147,7 +147,7 @@ def fit_head(
         settings = [kind, list(cs), list(scalings), method]
         trials = Trials(resume, fingerprint_rows(features.values, labelled.rows, targets, settings))
         if len(trials):
-            progress.say(f"{len(trials)} settings were tried before the stop")
+            progress.say(f"resuming: {len(trials)} settings were tried before")
     selection, head, converged = select_and_fit(
         features.values,
         targets,
@@ -183,16 +183,16 @@ def fit_head(
 
 
 def require_two(place: str, labelled: LabelledRows) -> None:
-    """Refuses labels that nothing can be learnt from; `place` names the rows.
+    """Refuses labels that teach nothing; `place` names the rows.
 
     Raises:
-        InputError: the rows are of one class, or all of them have a label, or none.
+        InputError: the rows are in one class, or a label is on all of them or none.
     """
     if labelled.targets.ndim == 1:
         if len(labelled.classes) < 2:
             raise InputError(
-                f"{place}: all {len(labelled.rows):,} labelled rows are of one class, {labelled.classes[0]!r}",
-                fix="label rows of two classes or more",
+                f"{place}: all {len(labelled.rows):,} labelled rows are in one class, {labelled.classes[0]!r}",
+                fix="label rows of at least two classes",
             )
         return
     share: Array = labelled.targets.mean(0)
@@ -207,7 +207,7 @@ def require_two(place: str, labelled: LabelledRows) -> None:
 
 
 def _settings(selection: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
-    """The settings that were tried, as rows of a table."""
+    """Finished trials as rows of a table."""
 
     def row(candidate: Mapping[str, Any]) -> dict[str, str]:
         low, high = candidate.get("interval", (None, None))
@@ -226,7 +226,7 @@ def _settings(selection: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
 
 
 def _describe(selection: Selection, labelled: LabelledRows, *, converged: bool) -> dict[str, Any]:
-    is_share = labelled.targets.ndim == 1  # Wilson's interval is of shares, and F1 is none
+    is_share = labelled.targets.ndim == 1  # Wilson's interval needs a share, which F1 is not
 
     def record(candidate: Candidate) -> dict[str, Any]:
         numbers = {"score": candidate.score, "standard_error": candidate.error}

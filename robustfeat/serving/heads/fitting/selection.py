@@ -1,4 +1,4 @@
-"""The choice of C and scaling by rows that a classifier has not seen."""
+"""Chooses C and scaling on held-out rows."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.1
 
 SELECTIONS = ("auto", "folds", "holdout")
-"""How unseen rows come about. `auto` takes folds below `FEW` rows, and a held-out part above."""
+"""Methods of a selection. `auto` is folds below `FEW` rows, else a held-out part."""
 
 FEW = 5000
 MOST = 100_000
-"""So many rows choose the settings, however many there are: 10,000 of them score, which tells 1 % apart."""
+"""Most rows for a selection. 10,000 of them score, which resolves 1 %."""
 _LEAST_OF_CLASS = 20
 
 FOLDS = 5
 _LEAST_SCORED = 1000
-"""Folds are drawn again until so many predictions are scored, at most `_MOST_DRAWS` times."""
+"""Predictions to score: folds are drawn again until there are so many, at most `_MOST_DRAWS` times."""
 _MOST_DRAWS = 5
 
 _PATIENCE = 2
-"""C stops rising when the score has fallen so many times in a row."""
+"""Number of consecutive falls of the score after which C stops rising."""
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Places to fit on, and places to score by."""
+"""Positions to fit on, and positions to score."""
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What was chosen, and what it answers for unseen rows.
+    """The result of a selection.
 
     Attributes:
-        best: the setting that was chosen.
-        candidates: all of them, in the order of the grid: by scaling, then by C.
+        best: the chosen setting.
+        candidates: all settings in the order of the grid: by scaling, then by C.
         method: folds or holdout.
-        splits: what was fitted and scored, by draw.
-        held: (m,) int64, the places of the rows that were scored, once each.
-        margins: (m, K), or (m, 1) for two classes: raw margins of `best` for these rows, fitted without them.
+        splits: fitted and scored positions, by draw.
+        held: (m,) int64, positions of the scored rows, each once.
+        margins: (m, K), or (m, 1) for two classes: raw margins of `best` on these rows, fitted without them.
     """
 
     best: Candidate
@@ -74,23 +74,23 @@ def choose(
     trials: Trials | None = None,
     progress: Progress | None = None,
 ) -> Selection:
-    """Tries settings on unseen rows.
+    """Tries settings on held-out rows.
 
-    By folds, the choice is the smallest C whose score lies within one standard error of the best one of all, with that
-    one's scaling (Breiman et al., 1984): with few rows the best score is partly luck, and the smaller C is the simpler
-    model. By a held-out part it is the best score, the first one of equals. Of more than `MOST` rows, a draw chooses.
+    With folds, the choice is the smallest C whose score is within one standard error of the best, with the best one's
+    scaling (Breiman et al., 1984). With few rows the best score is partly luck, and a smaller C is a simpler model.
+    With a held-out part, the best score wins, the first among equals. Above `MOST` rows, a random sample chooses.
 
     Args:
         data: labelled rows.
-        cs, scalings: the grid; kinds without C try the scalings alone. With `auto` and `folds`, larger C are left out
+        cs, scalings: the grid; kinds without C only try the scalings. With `auto` and `folds`, larger C are skipped
             once the score has fallen twice in a row.
         method: one of `SELECTIONS`.
-        seed: of the draw.
-        trials: settings that were tried before, which are not tried again; takes the others.
-        progress: gets its total, and is advanced by one a fit.
+        seed: random seed of the draw.
+        trials: finished trials, which are not repeated. New ones are added.
+        progress: gets its total and counts fits.
 
     Raises:
-        InputError: there is no such method.
+        InputError: the method does not exist.
         ValueError: the features cannot be fitted.
     """
     if method not in SELECTIONS:
@@ -101,7 +101,7 @@ def choose(
     draws = [[(fit, held) for fit, held in draw if len(held)] for draw in draws]
     splits = [split for draw in draws for split in draw]
     grid: Sequence[float | None] = cs if KINDS[data.kind].linear else [None]
-    if not splits:  # nothing to choose by: plain features, and a C in the middle
+    if not splits:  # without held-out rows, choose plain features and a medium C
         c = (1.0 if 1.0 in cs else cs[0]) if grid[0] is not None else None
         best = Candidate("none" if "none" in scalings else scalings[0], c, math.nan, math.nan, True)
         return Selection(best, (best,), "holdout", (), np.empty(0, np.int64), np.empty((0, data.outputs)))
@@ -109,11 +109,11 @@ def choose(
         progress.total += len(scalings) * len(grid) * len(splits)
     patience = math.inf if method == "holdout" else _PATIENCE
     tries = [one for scaling in scalings for one in _climb(data, scaling, grid, splits, patience, trials, progress)]
-    chosen = max(tries, key=lambda one: one.candidate.score)  # the first one of equals
+    chosen = max(tries, key=lambda one: one.candidate.score)  # the first among equals
     if folds:
         chosen = _simplest(chosen, tries)
     once, best = draws[0], chosen.candidate
-    margins = chosen.margins[: len(once)] or [  # of one that was tried before
+    margins = chosen.margins[: len(once)] or [  # empty for a trial of an earlier run
         data.margins(data.fits(best.scaling, fit).fit(best.c)[0], held) for fit, held in once
     ]
     return Selection(
@@ -129,7 +129,7 @@ def choose(
 @dataclass(frozen=True, eq=False)
 class _Try:
     candidate: Candidate
-    margins: list[Array]  # of the rows that the parts of all draws score; none if it was tried before
+    margins: list[Array]  # margins of the scored rows of all draws; empty for a trial of an earlier run
 
 
 def _climb(
@@ -141,7 +141,7 @@ def _climb(
     trials: Trials,
     progress: Progress | None,
 ) -> Iterator[_Try]:
-    """One C after another, each on all parts, until the score has fallen so many times in a row."""
+    """Tries C in ascending order on all parts, until the score has fallen often enough in a row."""
     paths: list[Fits] = []
     falls, before = 0, -math.inf
     for number, c in enumerate(cs):
@@ -186,12 +186,12 @@ def _attempt(
 
 
 def _standard_error(scores: Sequence[float]) -> float:
-    """Of the mean; draws of the same rows count once."""
+    """The standard error of the mean. Several draws of the same rows count once."""
     return float(np.std(scores, ddof=1)) / math.sqrt(min(len(scores), FOLDS)) if len(scores) > 1 else math.nan
 
 
 def _simplest(best: _Try, tries: Sequence[_Try]) -> _Try:
-    """The smallest C of the same scaling that is hardly worse."""
+    """The smallest C of the same scaling that is within one standard error."""
     enough = best.candidate.score - best.candidate.error
     same = [one for one in tries if one.candidate.scaling == best.candidate.scaling]
     return next(one for one in sorted(same, key=lambda one: one.candidate.c or 0.0) if one.candidate.score >= enough)
@@ -207,17 +207,17 @@ def _score(head: Head, margins: Array, targets: NDArray[Any]) -> float:
 
 
 def fold(targets: NDArray[Any], seed: int = 0) -> list[list[Split]]:
-    """Parts rows into five folds, stratified, and again with another draw while few rows are scored.
+    """Splits rows into five stratified folds, and draws again while few rows are scored.
 
-    A row that is alone in its class is always fitted and never scored. With several labels a row there are no classes
-    to stratify by; a row without which all others would have a label, or none would, is not scored either.
+    The only row of a class is always fitted and never scored. Several labels per row cannot be stratified. A row is
+    then not scored if the other rows would all have a label, or none would.
 
     Args:
         targets: (m,) int64, or (m, K) bool.
-        seed: of the draws.
+        seed: random seed of the draws.
 
     Returns:
-        Of each draw five pairs of places: to fit on, and to score by.
+        Five pairs of positions per draw: to fit on, and to score.
     """
     rng = np.random.default_rng(seed)
     draws = min(_MOST_DRAWS, math.ceil(_LEAST_SCORED / len(targets)))
@@ -244,15 +244,15 @@ def _hold_out_of_part(targets: NDArray[Any], seed: int) -> Split:
 
 
 def draw_part(targets: NDArray[Any], most: int, seed: int = 0) -> NDArray[np.int64]:
-    """Draws about `most` rows: the same share of each class, but at least 20 rows, or all that it has.
+    """Draws about `most` rows: the same share of each class, but at least 20 rows or all of a smaller class.
 
     Args:
-        targets: (m,) int64, or (m, K) bool, which are drawn from without regard to their labels.
-        most: all rows are taken if there are no more.
-        seed: of the draw.
+        targets: (m,) int64, or (m, K) bool, which is not stratified.
+        most: number of rows. If there are fewer, all are taken.
+        seed: random seed of the draw.
 
     Returns:
-        Their places, ascending.
+        Ascending positions.
     """
     if len(targets) <= most:
         return np.arange(len(targets))
@@ -267,18 +267,18 @@ def draw_part(targets: NDArray[Any], most: int, seed: int = 0) -> NDArray[np.int
 
 
 def hold_out(targets: NDArray[Any], seed: int = 0) -> Split:
-    """Parts rows for a selection: 10 % of them, stratified.
+    """Holds out 10 % of the rows, stratified, for a selection.
 
-    What is alone in its class is never held out. Where 10 % are fewer rows than classes, one row of each class is.
-    With several labels a row there are no classes to stratify by: 10 % are drawn, and where the others would then
-    all have a label, or none would, a row goes back to them.
+    The only row of a class is never held out. If 10 % are fewer rows than classes, one row per class is held out.
+    Several labels per row cannot be stratified. Then 10 % are drawn, and a row is returned if the other rows would all
+    have a label, or none would.
 
     Args:
         targets: (m,) int64, or (m, K) bool.
-        seed: of the draw.
+        seed: random seed of the draw.
 
     Returns:
-        The places to fit on, and those held out; none of the latter where every class has one row.
+        Positions to fit on, and held-out positions; none if every class has one row.
     """
     from sklearn.model_selection import train_test_split
 
@@ -292,7 +292,8 @@ def hold_out(targets: NDArray[Any], seed: int = 0) -> Split:
         return np.arange(len(ids)), np.empty(0, np.int64)
     if math.ceil(HELD_OUT * len(shared)) >= classes:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")  # few images a class
+            # Classes may have few images.
+            warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
             fit, held = train_test_split(shared, test_size=HELD_OUT, stratify=ids[shared], random_state=seed)
         return np.concatenate([fit, np.flatnonzero(counts[ids] < 2)]), held
     draw = np.random.default_rng(seed)
@@ -307,7 +308,7 @@ def _hold_out_any(targets: NDArray[np.bool_], seed: int) -> Split:
 
 
 def _keeping_labels(targets: NDArray[np.bool_], held: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Without the rows that the others need, so that some of them have each label and some have not."""
+    """Removes held-out rows that the others need, so that each label is on some of the others but not on all."""
     is_held = np.zeros(len(targets), bool)
     is_held[held] = True
     for label in targets.T:

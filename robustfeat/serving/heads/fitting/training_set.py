@@ -1,4 +1,4 @@
-"""Labelled rows, and heads fitted on some of them: one C after another, in memory or by passes over a file."""
+"""Fits heads on labelled rows, one C after another, in memory or by passes over a file."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class TrainingSet:
 
     Args:
         values: (n, D) features, possibly memory-mapped.
-        rows: (m,) int64, ascending: those with labels.
-        targets: (m,) int64, or (m, K) bool. Numbers that no row has are no classes.
+        rows: (m,) int64, ascending: the rows with labels.
+        targets: (m,) int64, or (m, K) bool. Only numbers that occur are classes.
         kind: one of `KINDS`.
-        threads: processors.
+        threads: number of processors.
         progress: shows the passes.
 
     Attributes:
-        targets, kind: as given.
+        targets, kind: see Args.
         multi_label: whether a row may have several labels.
-        numbers: of the K classes, ascending.
-        outputs: K, or 1 for two classes that a linear kind parts.
+        numbers: numbers of the K classes, ascending.
+        outputs: K, or 1 for two classes of a linear kind.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class TrainingSet:
         self.outputs = 1 if parted else len(self.numbers)
 
     def fits(self, scaling: str, places: NDArray[np.int64]) -> Fits:
-        """Heads of these places, (m',) int64, with this scaling."""
+        """Starts fits on these positions, (m',) int64, with this scaling."""
         places = np.sort(places)
         rows = ScaledRows(self._values, self._rows[places], scaling, self._threads, spanned=KINDS[self.kind].linear)
         return Fits(self, rows, self._classes[places], scaling, self._progress)
 
     def margins(self, head: Head, places: NDArray[np.int64]) -> Array:
-        """Raw margins of these places, (n, outputs)."""
+        """Raw margins of these positions, (n, outputs)."""
         return head.raw_margins(self._values, self._rows[places])
 
 
 class Fits:
-    """Heads of the same scaled rows: each C starts at the minimum of the one before."""
+    """Fits heads on the same scaled rows. Each C starts at the minimum of the previous one."""
 
     def __init__(
         self, data: TrainingSet, rows: ScaledRows, targets: NDArray[Any], scaling: str, progress: Progress | None
@@ -78,13 +78,13 @@ class Fits:
         self._newton = self._create_newton() if KINDS[data.kind].linear else None
 
     def fit(self, c: float | None) -> tuple[Head, bool]:
-        """A head, its classes numbered, and whether the solver came to its end.
+        """Fits a head, whose classes are numbers, and returns whether the solver converged.
 
         Args:
-            c: None for kinds that have no such thing.
+            c: None for kinds without C.
 
         Raises:
-            ValueError: the features are too large for numbers.
+            ValueError: the features overflow.
         """
         if self._newton is None:
             arrays, converged = _class_means(self._data, self._rows, self._targets), True
@@ -101,13 +101,13 @@ class Fits:
         return Head(data.kind, data.numbers, self._scaling, arrays, multi_label=data.multi_label), converged
 
     def rest(self) -> None:
-        """Frees what the next fit can do without."""
+        """Frees memory that the next fit does not need."""
         if self._newton is not None:
             self._newton.forget()
 
     def _create_newton(self) -> Newton:
         data, size = self._data, self._rows.size
-        # liblinear's intercept is the weight of a feature that is always 1, and shrunk like the others.
+        # In liblinear, the intercept is the weight of a constant feature and is regularised like the others.
         shrunk = np.ones(size)
         shrunk[-1] = float(data.kind == "svm")
         loss = loss_of(data.kind, self._targets, data.outputs)
@@ -119,7 +119,7 @@ class Fits:
 
 
 def _class_means(data: TrainingSet, rows: ScaledRows, targets: NDArray[Any]) -> dict[str, Array]:
-    """Means, variances and shares, of the classes, or of the rows without and with each label."""
+    """Means, variances and shares of the classes, or of the rows without and with each label."""
     classes, size = len(data.numbers), rows.size - 1
     groups = classes * (2 if data.multi_label else 1)
 
@@ -132,7 +132,7 @@ def _class_means(data: TrainingSet, rows: ScaledRows, targets: NDArray[Any]) -> 
     of_all = slice(0, 2 if data.multi_label else groups)
     overall = first[of_all].sum(0) / rows.count
     total = second[of_all].sum(0) / rows.count - overall**2
-    # As GaussianNB(var_smoothing=1e-9) has it.
+    # The smoothing is that which GaussianNB(var_smoothing=1e-9) uses.
     variances = np.maximum(second / count[:, None] - means**2, 0) + 1e-9 * total.max()
     shape = (classes, 2) if data.multi_label else (classes,)
     found = {
@@ -144,7 +144,7 @@ def _class_means(data: TrainingSet, rows: ScaledRows, targets: NDArray[Any]) -> 
 
 
 def _members(targets: NDArray[Any], classes: int) -> Array:
-    """(n, groups) 0 or 1: a class each, or the rows without and with each label."""
+    """Membership, (n, groups) 0 or 1, of classes, or of rows without and with each label."""
     if targets.ndim == 2:
         return np.stack([~targets, targets], 2).reshape(len(targets), -1).astype(np.float64)
     members: Array = np.eye(classes)[targets]

@@ -1,4 +1,4 @@
-"""The settings that a selection has tried, kept in a file so that a stopped one resumes."""
+"""Keeps the finished trials of a selection in a file, from which an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Candidate", "Trials", "fingerprint_rows"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting that was tried.
+    """A finished trial.
 
     Attributes:
         scaling: one of `SCALINGS`.
-        c: None for kinds that have no such thing.
-        score: on unseen rows: accuracy; with several labels a row, the mean over labels of F1. NaN without any.
-        error: the standard error of the score, from its spread over folds; NaN with a single part.
-        converged: whether the solver came to its end.
+        c: None for kinds without C.
+        score: accuracy on held-out rows, or the mean F1 over labels with several labels per row. NaN without such rows.
+        error: the standard error of the score over folds; NaN for a single part.
+        converged: whether the solver converged.
     """
 
     scaling: str
@@ -38,11 +38,11 @@ class Candidate:
 
 
 class Trials:
-    """Candidates of one selection.
+    """The candidates of one selection.
 
     Args:
-        file: where they are kept; what another selection left there is discarded. None keeps nothing.
-        fingerprint: of everything that decides the scores.
+        file: the file; candidates of another selection in it are discarded. None keeps nothing.
+        fingerprint: identifies everything that affects the scores.
     """
 
     def __init__(self, file: Path | None = None, fingerprint: str = "") -> None:
@@ -57,7 +57,7 @@ class Trials:
         return self._known.get((scaling, c))
 
     def add(self, candidate: Candidate) -> None:
-        """Keeps one more."""
+        """Adds a candidate."""
         self._known[candidate.scaling, candidate.c] = candidate
         if self._file is not None:
             content = {"fingerprint": self._fingerprint, "tried": [asdict(one) for one in self._known.values()]}
@@ -70,15 +70,15 @@ class Trials:
         try:
             content = json.loads(self._file.read_text())
             return [_candidate(one) for one in content["tried"]] if content["fingerprint"] == self._fingerprint else []
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not ours: tried anew
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing or invalid: try again
             return []
 
 
 def _candidate(values: dict[str, Any]) -> Candidate:
-    """A candidate of JSON.
+    """Reads a candidate from JSON.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the value is not a candidate.
     """
     one = Candidate(**values)
     numbers = [one.score, one.error, 0.0 if one.c is None else one.c]

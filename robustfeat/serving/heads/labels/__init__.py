@@ -1,1 +1,1 @@
-"""Labels: read from files or class folders, and matched with rows by path."""
+"""Reads labels from files or class folders, and matches them with rows by path."""

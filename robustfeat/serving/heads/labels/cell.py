@@ -1,4 +1,4 @@
-"""`Cell`: a label where it stands in a file."""
+"""Defines `Cell`, a label at its place in a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Cell", "is_missing", "paths_without_names"]
 
 
 _MISSING = {"NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "null"}
-"""What R, pandas and databases write where a label is missing."""
+"""Texts that R, pandas and databases write for a missing label."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Cell:
     """A label.
 
     Attributes:
-        place: where it stands, for messages.
-        path: of its image; empty where there is none.
-        value: as the file has it; None where it is missing.
+        place: file and line, for messages.
+        path: the image's path; empty if the file has no paths.
+        value: the value in the file; None for a missing label.
     """
 
     place: str
@@ -30,11 +30,11 @@ class Cell:
 
 
 def is_missing(text: str) -> bool:
-    """Whether text says that there is no label."""
+    """Whether a text means a missing label."""
     return text in _MISSING
 
 
 def paths_without_names(file: str, column: str) -> InputError:
-    """The error of a file with paths where labels are in the order of rows without names."""
+    """The error for a file with paths when the rows have no names."""
     what = f"{file}: has paths (column {column}), but the rows of the features have no names"
     return InputError(what, fix="pass `names=FILE` with the path of each row, or leave the column out")

@@ -1,4 +1,4 @@
-"""CSV files of labels, as spreadsheets, pandas and R write them."""
+"""Reads CSV files of labels from spreadsheets, pandas and R."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _SEPARATORS = ",;\t"
 
 
 def read_csv(file: str, label_column: str | None, path_column: str | None, *, in_order: bool = False) -> Iterator[Cell]:
-    """The labels of a CSV file, in order.
+    """Yields the labels of a CSV file, in order.
 
     Args:
-        file: with a header, or without one and two columns, the first of which holds names of images.
-        label_column, path_column: names in the header; by default those that are usual.
-        in_order: the file has no column of paths.
+        file: a file with a header; or without one and with two columns, of which the first has names of images.
+        label_column, path_column: names in the header; by default common names.
+        in_order: whether the file has no column of paths.
 
     Raises:
-        InputError: the file cannot be read, or its columns are others.
+        InputError: the file cannot be read, or lacks a column.
     """
     reader: Any = None
     try:
@@ -59,10 +59,10 @@ def read_csv(file: str, label_column: str | None, path_column: str | None, *, in
 
 @contextmanager
 def open_text(file: str) -> Iterator[TextIO]:
-    """A file of labels in UTF-8 or UTF-16. Names that are not UTF-8 keep their bytes, as in the index.
+    """Opens a file of labels in UTF-8 or UTF-16. Names that are not UTF-8 keep their bytes, as in the index.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     try:
         with open(file, "rb") as raw:
@@ -77,7 +77,7 @@ def open_text(file: str) -> Iterator[TextIO]:
 
 
 def _find_encoding(start: bytes) -> str:
-    """UTF-16, which Excel calls Unicode text, shows by its mark, or by the zero in its first letter; else UTF-8."""
+    """Detects UTF-16 (Excel's Unicode text) by its mark or the zero byte in its first letter; otherwise UTF-8."""
     if start in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}:
         return "utf-16"
     if len(start) == 2 and 0 in start:
@@ -86,12 +86,12 @@ def _find_encoding(start: bytes) -> str:
 
 
 class _Headers:
-    """The first row of a file, as each separator parts it.
+    """The first row of a file, split by each separator.
 
     Attributes:
-        file: for messages.
-        by_separator: the cells; none where the row cannot be parted so.
-        rows_above: Excel's line `sep=;`, which stands above the header.
+        file: the file's name for messages.
+        by_separator: the cells by separator; empty if the row cannot be split by it.
+        rows_above: number of lines above the header: Excel's line `sep=;`.
     """
 
     def __init__(self, file: str, handle: TextIO) -> None:
@@ -113,17 +113,17 @@ class _Headers:
             raise failed
 
     def find(self, separator: str, wanted: str | None, usual: Sequence[str]) -> int | None:
-        """The place of a column: the one that is wanted, or else the first of the usual ones; None without it.
+        """The index of a column: the given name, or else the first common name. None if there is none.
 
         Raises:
-            InputError: several have its name.
+            InputError: several columns have the name.
         """
         names = [name.strip() for name in self.by_separator[separator]]
         for name in usual if wanted is None else [wanted]:
             exact = [at for at, one in enumerate(names) if one == name]
             places = exact or [at for at, one in enumerate(names) if one.lower() == name.lower()]
             if len(places) > 1:
-                fix = "give each column a name of its own"
+                fix = "give each column its own name"
                 raise InputError(f"{self.file}: has {len(places)} columns named {name}", fix=fix)
             if places:
                 return places[0]
@@ -147,7 +147,7 @@ def _find_table(headers: _Headers, label_column: str | None, path_column: str | 
         )
         for separator in headers.by_separator
     }
-    # The separator that gives most columns which are known, or else most columns.
+    # Choose the separator with the most known columns, or else the most columns.
     separator = max(found, key=lambda one: (-found[one].count(None), len(headers.by_separator[one])))
     (path_at, label_at), header = found[separator], headers.by_separator[separator]
     if path_at is None and not (in_order or label_column or path_column):
@@ -158,10 +158,10 @@ def _find_table(headers: _Headers, label_column: str | None, path_column: str | 
     if in_order and path_at is not None:
         raise paths_without_names(headers.file, header[path_at].strip())
     if path_column is not None and path_at is None:
-        raise InputError(f"{here}; expected {path_column} for the paths", argument="path_column", value=path_column)
+        raise InputError(f"{here}; expected {path_column} with the paths", argument="path_column", value=path_column)
     if path_at is None and not in_order:
         fix = f"name it one of {', '.join(_PATH_COLUMNS)}, or pass its name as `path_column=COLUMN`"
-        raise InputError(f"{here}; expected one with paths", fix=fix)
+        raise InputError(f"{here}; expected a column of paths", fix=fix)
     if label_at is None:
         names = label_column or " or ".join(_LABEL_COLUMNS)
         fix = f"name it as {Path(headers.file).name}:COLUMN" + (", or write a label per line to FILE.txt" * in_order)

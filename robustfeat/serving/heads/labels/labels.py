@@ -1,4 +1,4 @@
-"""`Labels`: the labels of images by their paths."""
+"""Defines `Labels`, the labels of images by path."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Labels:
     """Labels by path.
 
     Attributes:
-        source: where they come from, for messages.
-        by_path: path to labels, one or several; None where the first folder of each path is its label.
-        repeated: lines that say once more what another one says.
+        source: where the labels come from, for messages.
+        by_path: path to labels, one or several; None if the first folder of each path is its label.
+        repeated: number of lines that repeat another one.
     """
 
     source: str
@@ -29,9 +29,9 @@ class Labels:
     repeated: int = 0
 
     def key(self, path: str) -> str | None:
-        """The labelled path that means this image: the same one, or else the only one that is the same text.
+        """The labelled path of an image: an equal path, or else the only one with an equal normalised text.
 
-        macOS writes é as two characters, other systems as one. Tables often have a space beside their separators.
+        macOS writes é as two characters, other systems as one. Tables often have spaces beside their separators.
         """
         if self.by_path is None or path in self.by_path:
             return path
@@ -44,13 +44,13 @@ class Labels:
         return {form: path for form, path in forms if counts[form] == 1}
 
     def matched(self, paths: Iterable[str]) -> Labels:
-        """The same labels, those under the paths of these images that mean one of them in another way.
+        """Matches labels with images whose paths are written in another way.
 
-        A label whose path is none of these means the one image whose path ends it, or that it ends: absolute paths and
-        bare names of files are found as long as no other image or label could be meant as well.
+        Such a label belongs to the only image whose path ends with the label's path or is its end. So absolute paths
+        and bare file names are found, unless they are ambiguous.
 
         Raises:
-            InputError: an image has one label under its own path and another one under such a path.
+            InputError: an image has one label by its own path and another one by such a path.
         """
         if self.by_path is None:
             return self
@@ -68,7 +68,7 @@ class Labels:
         return replace(self, by_path=by_path, repeated=repeated)
 
     def _other_names(self, keys: Mapping[str, str | None]) -> dict[str, list[str]]:
-        """Images, and the labelled paths that mean each by its end; `keys` has the label of each image or None."""
+        """Labelled paths by image that match it by their ends; `keys` has each image's labelled path or None."""
         used, images = set(keys.values()), _by_name(keys)
         found: dict[str, list[str]] = {}
         for path in self.by_path or ():
@@ -85,7 +85,7 @@ class Labels:
             raise InputError(f"{self.source}: {path} is labelled {one!r}, and {other} {another!r}", fix="leave one")
 
     def of(self, path: str) -> tuple[str, ...] | None:
-        """The labels of an image; None where it has none that are known, or lies in no class folder."""
+        """The labels of an image; None if it has no label, or is in no class folder."""
         if self.by_path is not None:
             key = self.key(path)
             return None if key is None else self.by_path[key]
@@ -98,7 +98,7 @@ class Labels:
 
 
 def _by_name(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Paths by the name of the file."""
+    """Groups paths by file name."""
     named: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         named.setdefault(_name(path), []).append(path)
@@ -116,12 +116,12 @@ def _ends(path: str, other: str) -> bool:
 
 
 def _plain(path: str) -> str:
-    """`_form` with slashes where Windows wrote the others."""
+    """`_form` with slashes instead of Windows's backslashes."""
     return _form(path).replace("\\", "/")
 
 
 def _form(path: str) -> str:
-    """In one Unicode form, without spaces around it."""
+    """Normalises Unicode and strips spaces."""
     return unicodedata.normalize("NFC", path).strip()
 
 
@@ -129,11 +129,11 @@ class Unlabelled:
     """Counts paths without a label.
 
     Args:
-        labels: in which they are not.
+        labels: the labels.
 
     Attributes:
-        count: so far.
-        first: the first one.
+        count: number of paths so far.
+        first: the first path.
     """
 
     def __init__(self, labels: Labels) -> None:
@@ -141,20 +141,20 @@ class Unlabelled:
         self.count, self.first = 0, ""
 
     def add(self, path: str) -> None:
-        """One more."""
+        """Counts a path."""
         self.first = self.first if self.count else path
         self.count += 1
 
     def summary(self, what: str) -> str:
-        """How many, and the first one; empty without any. `what` they are, in the plural."""
+        """The count and the first path as text; empty if there are none. `what` names them in the plural."""
         return f"{what} {self._where}: {self.count:,}, such as {self.first}" if self.count else ""
 
 
 def check_label(label: str, place: str) -> str:
-    """The label in Unicode's form NFC.
+    """Normalises a label to Unicode's form NFC.
 
     Raises:
-        InputError: it is not UTF-8; `place` says where it stands.
+        InputError: the label is not UTF-8; `place` is its place for the message.
     """
     try:
         label.encode()

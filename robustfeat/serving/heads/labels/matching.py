@@ -1,4 +1,4 @@
-"""Labels matched with rows of features, or with images."""
+"""Matches labels with rows of features or with images."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class LabelledRows:
 
     Attributes:
         rows: (m,) int64, ascending.
-        targets: (m,) int64 into `classes`; with several labels a row (m, K) bool.
+        targets: (m,) int64 into `classes`, or (m, K) bool with several labels per row.
         classes: K names, sorted.
-        failed: how many labelled rows were left out, their images having failed.
-        unlabelled: rows without a label, counted.
-        missing: labelled paths that are no row.
+        failed: number of labelled rows that were left out because their images failed.
+        unlabelled: count of the rows without a label.
+        missing: labelled paths without a row.
         repeated: see `Labels`.
     """
 
@@ -40,7 +40,7 @@ class LabelledRows:
     repeated: int = 0
 
     def summary(self) -> str:
-        """One line."""
+        """The counts as one line."""
         parts = [f"{len(self.rows):,} labelled rows of {len(self.classes)} classes"]
         if self.failed:
             parts.append(f"{self.failed:,} more left out because their images failed")
@@ -56,10 +56,10 @@ class LabelledRows:
 def match_labels(
     features: Features, labels: Labels, *, multi_label: bool = False, classes: Sequence[str] | None = None
 ) -> LabelledRows:
-    """`match_paths` of features, which are read once to see that they are finite.
+    """Matches labels with features, which are read once to check that they are finite.
 
     Raises:
-        InputError: as there, and where a row is not finite.
+        InputError: see `match_paths`, or a row is not finite.
     """
     found = match_paths(
         features.place, features.paths, labels, errors=features.errors, multi_label=multi_label, classes=classes
@@ -80,15 +80,15 @@ def match_paths(
     """Finds the rows that have labels.
 
     Args:
-        place: what they are rows of, for messages.
-        paths: of the rows.
-        labels: from `read_labels`.
-        errors: the rows that failed.
-        multi_label: as there.
-        classes: the only ones allowed; by default those that occur.
+        place: the rows' place for messages.
+        paths: paths of the rows.
+        labels: labels from `read_labels`.
+        errors: failed rows.
+        multi_label: see `read_labels`.
+        classes: the accepted classes; by default all that occur.
 
     Raises:
-        InputError: a labelled path stands in two rows, no labelled row is left, or a label is unknown.
+        InputError: two rows have the same labelled path, no labelled row is left, or a label is unknown.
     """
     labels = labels.matched(paths)
     rows: list[int] = []
@@ -103,7 +103,7 @@ def match_paths(
         key = str(labels.key(path))
         if key in seen:
             raise InputError(
-                f"{place}: rows {seen[key]} and {row} have the same path, {path}, so that a label could mean either",
+                f"{place}: rows {seen[key]} and {row} have the same path, {path}, so its label is ambiguous",
                 fix="embed one folder above both",
             )
         seen[key] = row
@@ -125,7 +125,7 @@ def _nothing_labelled(place: str, paths: Sequence[str], labels: Labels, failed: 
         return InputError(f"{place}: all {failed:,} labelled images failed", fix="see their errors")
     if labels.by_path is None:
         return InputError(
-            f"{paths[0]}: lies in no class folder, as all others of {place}; expected CLASS/NAME within INPUT",
+            f"{paths[0]}: is in no class folder, like all others of {place}; expected CLASS/NAME within INPUT",
             fix="move them there, or pass a file of labels: `labels=FILE.csv` or `labels=FILE.parquet:COLUMN`",
         )
     there = next(iter(labels.by_path), "")
@@ -134,20 +134,20 @@ def _nothing_labelled(place: str, paths: Sequence[str], labels: Labels, failed: 
         f"(there {there!r}, here {paths[0]!r})",
         argument="labels",
         value=labels.source,
-        fix="write the paths as the index has them, or such that each means one image alone",
+        fix="write the paths as in the index, or such that each matches only one image",
     )
 
 
 def _number(
     kept: Sequence[tuple[str, ...]], names: Sequence[str], paths: Sequence[str], source: str, *, multi_label: bool
 ) -> NDArray[Any]:
-    """Targets from the labels of each path."""
+    """Converts the labels of each path to targets."""
     index = {name: number for number, name in enumerate(names)}
     for path, labels in zip(paths, kept, strict=True):
         for label in labels:
             if label not in index:
                 listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-                what = f"{path} is labelled {label!r}, which is none of the head's {len(names)} classes ({listed})"
+                what = f"{path} is labelled {label!r}, which is not one of the head's {len(names)} classes ({listed})"
                 raise InputError(what, argument="labels", value=source)
     if not multi_label:
         return np.array([index[label] for label, *_ in kept], np.int64)
@@ -158,7 +158,7 @@ def _number(
 
 
 def labelled_inputs(inputs: InputList, labels: Labels) -> tuple[InputList, Unlabelled]:
-    """The images that have labels, and how many have none."""
+    """The images with labels, and the count of the others."""
     labels = labels.matched(image.path for image in inputs)
     found, unlabelled = InputList(), Unlabelled(labels)
     for image in inputs:

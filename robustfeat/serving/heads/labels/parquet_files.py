@@ -1,4 +1,4 @@
-"""Parquet files of labels."""
+"""Reads Parquet files of labels."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["read_parquet"]
 def read_parquet(
     file: str, label_column: str | None, path_column: str | None, *, in_order: bool = False
 ) -> Iterator[Cell]:
-    """The labels of a Parquet file, in order.
+    """Yields the labels of a Parquet file, in order.
 
     Args:
-        file: local or remote.
-        label_column: must be given.
-        path_column: by default `path`; a file without it, or with a column `image` of the images themselves, labels
-            its own rows, by the paths that `embed` gives them.
-        in_order: the file has no column of paths, or they do not count, being those of `embed`.
+        file: a local or remote file.
+        label_column: the column of labels, which must be given.
+        path_column: the column of paths, by default `path`. A file without it, or with images in a column `image`,
+            labels its own rows by the paths that `embed` gives them.
+        in_order: whether the file has no paths, or only those that `embed` gives its rows.
 
     Raises:
-        InputError: the file cannot be read, or its columns are others.
+        InputError: the file cannot be read, or lacks a column.
     """
     from pyarrow import parquet
 
@@ -54,16 +54,16 @@ def read_parquet(
                     row += 1
     except InputError:
         raise
-    except Exception as exc:  # Arrow has its own, and so has each filesystem
+    except Exception as exc:  # Arrow and each filesystem raise their own errors
         raise InputError(f"cannot be read ({first_line(exc)})", argument="labels", value=file) from exc
 
 
 def _named(cell: Any, names: tuple[str, ...] | None, place: str) -> Any:
-    """A class number by its name. Hugging Face marks a missing label by -1."""
+    """The name of a class number. Hugging Face marks a missing label by -1."""
     if isinstance(cell, list):
         return [_named(one, names, place) for one in cell]
     if names is None or not isinstance(cell, int):
         return cell
     if not -1 <= cell < len(names):
-        raise InputError(f"{place}: label {cell} is none of the {len(names)} classes that the file names")
+        raise InputError(f"{place}: label {cell} is not one of the {len(names)} classes in the file")
     return names[cell] if cell >= 0 else None

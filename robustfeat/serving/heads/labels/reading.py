@@ -1,4 +1,4 @@
-"""Labels from class folders, CSV and Parquet files, and lists of labels in the order of rows."""
+"""Reads labels from class folders, CSV and Parquet files, and lists in row order."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _FILE = re.compile(r"(?P<file>.*\.(?P<kind>csv|tsv|parquet|txt|npy))(:(?P<column
 def read_labels(
     labels: Sequence[str], *, multi_label: bool = False, path_column: str | None = None, rows: int | None = None
 ) -> Labels:
-    """Labels from `folder`, FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN.
+    """Reads labels from `folder`, FILE.csv, FILE.csv:COLUMN or FILE.parquet:COLUMN.
 
-    A CSV file has a header with a column for the path (path, filename, image_path and the like, or `path_column`) and
-    one for the label (label, labels, class or COLUMN), or no header and two columns. Commas, semicolons or tabs
-    separate its columns; it is UTF-8 or UTF-16. A Parquet file has a column `path`; one without it labels its own rows,
-    by the paths that `embed` gives them. Rows without a label, or with NA or NaN in a CSV file, are unlabelled.
+    A CSV file has a header with a column of paths (path, filename, image_path and similar, or `path_column`) and a
+    column of labels (label, labels, class or COLUMN), or no header and two columns. It is UTF-8 or UTF-16, separated by
+    commas, semicolons or tabs. A Parquet file has a column `path`, or else labels its own rows by the paths that
+    `embed` gives them. Rows without a label, or with NA or NaN in a CSV file, are unlabelled.
 
-    Labels of rows without names are in the order of the rows: FILE.csv or FILE.parquet:COLUMN without paths, a label
-    per line in FILE.txt, or an array in FILE.npy.
+    Labels of rows without names are in row order: FILE.csv or FILE.parquet:COLUMN without paths, one label per line in
+    FILE.txt, or an array in FILE.npy.
 
     Args:
         labels: one of these, or several files.
-        multi_label: an image may have several labels: `cat|dog`, a list in Parquet, or several rows. A row with an
-            empty label is then an image that has none of them.
-        path_column: the column of paths, where it has another name.
-        rows: how many rows without names there are.
+        multi_label: whether an image may have several labels: `cat|dog`, a list in Parquet, or several rows. An empty
+            label then means an image without any.
+        path_column: the column of paths, if it has another name.
+        rows: number of rows without names.
 
     Raises:
-        InputError: a file cannot be read, or labels a path twice, or there are more or fewer labels than rows.
+        InputError: a file cannot be read or labels a path twice, or the number of labels and rows differ.
     """
     if list(labels) == ["folder"]:
         return _folders(multi_label=multi_label, path_column=path_column, rows=rows)
@@ -65,27 +65,27 @@ def read_labels(
             found[path] = tuple(sorted({*found.get(path, ()), *own}))
     names = ", ".join(labels)
     if rows is not None and count != rows:
-        what = f"holds {count:,} labels and no paths; expected a label for each of the {rows:,} rows, in their order"
+        what = f"has {count:,} labels and no paths; expected one label for each of the {rows:,} rows, in order"
         raise InputError(what, argument="labels", value=names, fix="write NA where a label is missing")
     if not found:
-        raise InputError("holds no labels", argument="labels", value=names)
+        raise InputError("contains no labels", argument="labels", value=names)
     return Labels(names, found, repeated)
 
 
 def label_file(source: str) -> str:
-    """The file of a source of labels, without its column: of `labels.csv:colour`, labels.csv."""
+    """The file in a source of labels, without its column. For example, `labels.csv:colour` gives labels.csv."""
     match = _FILE.fullmatch(source)
     return match["file"] if match else source
 
 
 def _folders(*, multi_label: bool, path_column: str | None, rows: int | None) -> Labels:
     if multi_label:
-        what = "gives one label an image; several need a .csv or .parquet file"
+        what = "gives one label per image; several need a .csv or .parquet file"
         raise InputError(what, argument="labels", value="folder")
     if path_column is not None:
-        raise InputError("is for a file of labels", argument="path_column", value=path_column, fix="leave it out")
+        raise InputError("needs a file of labels", argument="path_column", value=path_column, fix="leave it out")
     if rows is not None:
-        fix = "pass the path of each row as `names=FILE`, or a file of labels in the order of the rows"
+        fix = "pass the path of each row as `names=FILE`, or a file of labels in row order"
         raise InputError("the rows have no paths", argument="labels", value="folder", fix=fix)
     return Labels("folder", None)
 
@@ -107,7 +107,7 @@ def _read(source: str, path_column: str | None, *, in_order: bool) -> Iterator[C
 
 
 def _read_lines(file: str) -> Iterator[Cell]:
-    """A label per line; an empty line is a row without one."""
+    """Reads one label per line. An empty line is a row without a label."""
     with open_text(file) as handle:
         for number, line in enumerate(handle, 1):
             text = line.strip()
@@ -115,21 +115,21 @@ def _read_lines(file: str) -> Iterator[Cell]:
 
 
 def _read_array(file: str) -> Iterator[Cell]:
-    """A label per element: text, or numbers as text."""
+    """Reads one label per element. Numbers become text."""
     try:
         values = np.load(file, allow_pickle=False)
-    except Exception as exc:  # NumPy reads the header as Python's text: what is raised has no common base
+    except Exception as exc:  # NumPy parses the header as Python source, so errors have no common base
         raise InputError(f"{file}: not a .npy file of labels ({first_line(exc)})") from exc
     if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "biufU":
         found = f"{values.shape} {values.dtype}" if isinstance(values, np.ndarray) else "an archive of arrays"
-        raise InputError(f"{file}: must hold an (n,) array of text or numbers; got {found}")
+        raise InputError(f"{file}: must have an (n,) array of text or numbers; got {found}")
     return (Cell(f"{file}, row {row}", "", value) for row, value in enumerate(values.tolist()))
 
 
 def _split(cell: Any, place: str, *, multi_label: bool) -> tuple[str, ...] | None:
     if isinstance(cell, list):
         if not multi_label:
-            raise InputError(f"{place}: holds a list of labels", fix="pass `multi_label=True`")
+            raise InputError(f"{place}: has a list of labels", fix="pass `multi_label=True`")
         return tuple(check_label(str(label), place) for label in cell if label is not None)
     if cell is None or cell != cell:  # noqa: PLR0124 - NaN
         return None

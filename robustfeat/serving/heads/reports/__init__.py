@@ -1,1 +1,1 @@
-"""How well a head answers labelled rows: numbers, tables, pictures and a page."""
+"""Reports a head's accuracy on labelled rows: numbers, tables, pictures and a page."""

@@ -1,4 +1,4 @@
-"""What a head says of labelled rows, beside their labels; which labels are probably wrong."""
+"""Compares a head's predictions with labels, and finds labels that are probably wrong."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ __all__ = ["Answers", "suspects_csv", "suspects_text"]
 _LISTED = 50
 
 _DOUBTFUL = 0.05
-"""A label is suspicious if it is less than so many times as probable as the head's answer.
+"""Relative probability below which a label is suspicious: the label's probability over the prediction's.
 
-Of errors planted in digits this finds more than confident learning (Northcutt et al., 2021).
+It finds more planted errors in digits than confident learning (Northcutt et al., 2021).
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Labelled rows and what a head says of them.
+    """Labelled rows with a head's predictions.
 
     Attributes:
         paths: m names of rows.
         classes: K names.
         targets, predicted: (m,) int64 into `classes`, or (m, K) bool.
         margins: (m, K).
-        probabilities: (m, K) calibrated; None where the head has none.
+        probabilities: (m, K) calibrated; None for a head without calibration.
         certainty: (m,), see `Head.certainty`.
     """
 
@@ -58,20 +58,20 @@ class Answers:
         paths: Sequence[str],
         classes: Sequence[str | int],
     ) -> Answers:
-        """From (m, K) margins of `head`; `classes` are those of the targets."""
+        """Makes answers from (m, K) margins of `head`; `classes` are the classes of the targets."""
         shares = head.calibrate(margins) if head.calibrated else None
         predicted = margins > 0 if head.multi_label else margins.argmax(1)
         return cls(paths, classes, targets, predicted, margins, shares, head.certainty(margins))
 
     @cached_property
     def right(self) -> NDArray[np.bool_]:
-        """(m,): with several labels, all of them."""
+        """(m,) bool: whether the prediction is right; with several labels, all of them."""
         same = np.reshape(self.predicted == self.targets, (len(self.targets), -1))
         return np.asarray(same.all(1))
 
     @cached_property
     def confidence(self) -> Array | None:
-        """(m,) the probability of the answer; with several labels, of its most doubtful part."""
+        """(m,) probability of the prediction; with several labels, of the least probable part."""
         shares = self.probabilities
         if shares is None:
             return None
@@ -80,7 +80,7 @@ class Answers:
 
     @cached_property
     def doubt(self) -> Array | None:
-        """(m,) how probable the given label is beside the answer, 1 where both agree; the least of several labels."""
+        """(m,) probability of the label over the prediction's, 1 if they agree; the smallest of several labels."""
         shares = self.probabilities
         if shares is None:
             return None
@@ -94,7 +94,7 @@ class Answers:
 
     @cached_property
     def suspects(self) -> list[int]:
-        """The rows whose label is probably wrong, the most doubtful first; of rows that were not fitted."""
+        """Held-out rows whose label is probably wrong, most doubtful first."""
         doubt = self.doubt
         if doubt is None:
             return []
@@ -103,11 +103,11 @@ class Answers:
         return found
 
     def given(self, at: int) -> str:
-        """The label of a row, or several."""
+        """The label or labels of a row."""
         return self._names(self.targets[at])
 
     def answer(self, at: int) -> str:
-        """What the head says of a row."""
+        """The prediction for a row."""
         return self._names(self.predicted[at])
 
     def _names(self, value: NDArray[np.generic] | np.generic) -> str:
@@ -116,7 +116,7 @@ class Answers:
 
 
 def suspects_csv(answers: Answers) -> str:
-    """All suspicious labels: path, label, prediction, and how probable the label is beside the prediction."""
+    """All suspicious labels as CSV: path, label, prediction, and relative probability."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "prediction", "relative_probability"])
@@ -129,7 +129,7 @@ def suspects_csv(answers: Answers) -> str:
 
 
 def suspects_text(answers: Answers) -> str:
-    """The most doubtful ones, at most 50, in Markdown."""
+    """The most doubtful labels, at most 50, in Markdown."""
     found, doubt = answers.suspects, answers.doubt
     if doubt is None or not len(found):
         return f"Labels that are probably wrong: none of {len(answers.paths):,}.\n"

@@ -1,4 +1,4 @@
-"""The picture of a confusion matrix: which classes are taken for which."""
+"""Draws a confusion matrix."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 __all__ = ["draw_confusion", "order_by_confusion"]
 
 _NAMED_CLASSES = 150
-"""Pictures of more classes name no class: the cells are too small for it."""
+"""Most classes whose names are drawn. With more, the cells are too small."""
 _LONGEST_NAME = 24
 
-# Of Okabe and Ito's palette (2008): people with any colour blindness tell these two apart.
+# Two colours of Okabe and Ito's palette (2008), which differ with any colour blindness.
 _RIGHT, _WRONG = (0, 114, 178), (213, 94, 0)
 _INK, _LINES = (34, 34, 34), (216, 216, 216)
 
@@ -25,13 +25,13 @@ _NOTE = "Blue: right. Orange: wrong. Darker: a larger share of the row. Confused
 
 
 def order_by_confusion(confusion: NDArray[np.int64]) -> list[int]:
-    """The classes so that those confused stand beside each other: single linkage of the share confused either way.
+    """Orders classes so that confused ones are neighbours, by single linkage of the confused share.
 
     Args:
         confusion: (K, K), rows by label.
 
     Returns:
-        The numbers from 0 to K - 1. Classes that are never confused keep their order.
+        A permutation of 0 to K - 1. Classes that are never confused keep their order.
     """
     shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
     either = np.triu(shares + shares.T, 1)
@@ -42,7 +42,7 @@ def order_by_confusion(confusion: NDArray[np.int64]) -> list[int]:
         before, after = chains[left], chains[right]
         if before is after:
             continue
-        # Each chain turns the side of its class outwards that is nearer to it.
+        # Each chain reverses if its class is nearer to the inner end.
         if before.index(left) < len(before) // 2:
             before.reverse()
         if after.index(right) > (len(after) - 1) // 2:
@@ -54,12 +54,12 @@ def order_by_confusion(confusion: NDArray[np.int64]) -> list[int]:
 
 
 def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str]) -> Image.Image:
-    """A row per true class, a column per predicted one, with the counts, in the order of `order_by_confusion`.
+    """Draws counts with one row per true class and one column per predicted class, as `order_by_confusion` orders them.
 
     Args:
         confusion: (K, K), rows by label.
-        classes: K names. More than 150 are not written. One in letters that the font lacks is `(class N)`, its line in
-            report.md.
+        classes: K names. Above 150, no names are drawn. A name in letters that the font lacks becomes `(class N)`, its
+            line in report.md.
     """
     order = order_by_confusion(confusion)
     ordered = confusion[np.ix_(order, order)]
@@ -70,7 +70,7 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str]) -> Imag
     names = [_name_of(one, classes[one], font) if named else "" for one in order]
     widest = max(int(font.getlength(name)) for name in names) + 12
     title = ImageFont.load_default(16)
-    left = top = 30 + widest  # the name of the side, then the names of its classes
+    left = top = 30 + widest  # room for the side's name and the names of its classes
     side = count * size
     width = max(left + side + 14, 12 + int(font.getlength(_NOTE)) + 12)
     image = Image.new("RGB", (width, top + side + 40), "white")
@@ -98,7 +98,7 @@ def _draw_cells(draw: ImageDraw.ImageDraw, ordered: NDArray[np.int64], corner: t
             draw.line((left + line, top, left + line, top + side), _LINES)
             draw.line((left, top + line, left + side, top + line), _LINES)
     for row, column in np.argwhere(ordered):
-        # Its root: few errors among many rows would be too pale.
+        # Use the square root, since few errors among many rows would be too pale.
         strength = 0.12 + 0.88 * float(np.sqrt(shares[row, column]))
         colour = _mix(_RIGHT if row == column else _WRONG, strength)
         x, y = left + column * size, top + row * size
@@ -124,7 +124,7 @@ def _draw_upwards(
 
 
 def _mix(colour: tuple[int, int, int], strength: float) -> tuple[int, int, int]:
-    """The colour on white."""
+    """Mixes a colour with white."""
     red, green, blue = (round(255 - strength * (255 - part)) for part in colour)
     return red, green, blue
 
@@ -151,11 +151,11 @@ def _short_count(number: int) -> str:
 def _shorten(name: str) -> str:
     one = " ".join(name.split())
     half = _LONGEST_NAME // 2
-    return one if len(one) <= _LONGEST_NAME else f"{one[:half]}…{one[1 - half :]}"  # names often differ at their end
+    return one if len(one) <= _LONGEST_NAME else f"{one[:half]}…{one[1 - half :]}"  # names often differ at the end
 
 
 def _name_of(number: int, name: str, font: _Font) -> str:
-    """The name in the letters that the font has, é as e, or its line in the table of report.md."""
+    """The name in letters of the font (é becomes e), or its line in the table of report.md."""
     missing = bytes(font.getmask("\uffff"))
 
     def has(letter: str) -> bool:

@@ -1,4 +1,4 @@
-"""A report as files: report.md, report.html, confusion.png and suspects.csv."""
+"""Writes a report as report.md, report.html, confusion.png and suspects.csv."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def save_report(report: Report, target: str | Path, title: str, thumbnails: Thum
     """Writes the files to a new folder (see `write_report`).
 
     Raises:
-        InputError: there is something already, or it cannot be written.
+        InputError: the folder exists or cannot be written.
     """
     with new_folder(target) as folder:
         write_report(report, folder, title, thumbnails)
 
 
 def write_report(report: Report, folder: Path, title: str, thumbnails: Thumbnails | None = None) -> None:
-    """Writes report.md, report.html and confusion.png, and suspects.csv for unseen rows, to a folder that is there.
+    """Writes report.md, report.html and confusion.png, and suspects.csv for held-out rows, to an existing folder.
 
-    `thumbnails` reads the images that the page shows.
+    `thumbnails` reads the images on the page.
     """
     text = report.to_markdown(title) + "\n"
     if report.answers and report.unseen:

@@ -1,4 +1,4 @@
-"""How far a measured accuracy may lie from the true one."""
+"""Computes the confidence interval of a measured accuracy."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 
 __all__ = ["wilson_interval"]
 
-_Z = 1.959963984540054  # 97.5 % of the normal distribution
+_Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
 def wilson_interval(share: float, rows: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of independent rows.
 
-    It holds for few rows and for shares near 0 and 1, too. It knows nothing of settings that were chosen by the same
-    rows: the best of many scores is partly luck.
+    It is also valid for few rows and for shares near 0 and 1. It does not account for settings that the same rows
+    chose, since the best of many scores is partly luck.
 
     Source: Wilson, JASA 1927; recommended by Brown, Cai and DasGupta, Statistical Science 2001.
 

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs no other: numbers, pictures, and the images to look at."""
+"""Renders a report as one self-contained HTML file: numbers, pictures and example images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from robustfeat.serving.inputs.sources import printable
 __all__ = ["SETTINGS_NOTE", "Thumbnails", "draw_page"]
 
 SETTINGS_NOTE = (
-    "Settings that were tried. The interval is of one setting; the best of many scores is partly luck, so that further "
-    "images may come out lower."
+    "All settings that were tried. The interval is for one setting. The best of many scores is partly luck, so new "
+    "images may score lower."
 )
 
 Thumbnails = Callable[[Collection[str]], Mapping[str, bytes]]
-"""WebP files of the paths that can be read."""
+"""WebP files by path, of images that can be read."""
 
 _SHOWN = 24
 
@@ -53,12 +53,12 @@ circle.before { fill: var(--paper); } circle.after { fill: var(--blue); }
 
 
 def draw_page(report: Report, title: str, thumbnails: Thumbnails | None = None) -> str:
-    """The page.
+    """Renders the page.
 
     Args:
-        report: with or without answers.
-        title: what was measured.
-        thumbnails: reads images that the page shows.
+        report: a report, with or without answers.
+        title: the title of the page.
+        thumbnails: reads the images on the page.
     """
     low, high = report.interval
     numbers = {
@@ -81,7 +81,7 @@ def draw_page(report: Report, title: str, thumbnails: Thumbnails | None = None) 
         written = io.BytesIO()
         picture.save(written, "PNG", optimize=True)
         parts.append(
-            "<h2>Confusion</h2><p>Rows are true classes, columns predicted ones.</p>"
+            "<h2>Confusion</h2><p>Rows are true classes, columns are predicted classes.</p>"
             f'<div class="wide">{_image("image/png", written.getvalue(), "Confusion matrix", picture.size)}</div>'
         )
     if report.answers and report.answers.probabilities is not None:
@@ -109,7 +109,7 @@ def _draw_images(report: Report, answers: Answers, thumbnails: Thumbnails | None
     if len(found) < len(chosen):
         which = f"{len(chosen) - len(found)} of {len(chosen)}" if found else "The"
         parts.append(
-            f'<p class="note">{which} images are named only: only their features were given, or they could not be '
+            f'<p class="note">{which} images have no picture: only their features were given, or they could not be '
             "read again.</p>"
         )
     for name, note, rows in groups:
@@ -129,13 +129,13 @@ def _choose(answers: Answers, *, unseen: bool) -> list[tuple[str, str, Sequence[
     groups: list[tuple[str, str, Sequence[int]]] = []
     if unseen and confidence is not None:
         count = len(answers.suspects)
-        note = f"{count:,} labels, listed in suspects.csv: less than a twentieth as probable as the prediction."
+        note = f"{count:,} labels, listed in suspects.csv. Each is less than 1/20 as probable as the prediction."
         groups.append(("Labels that are probably wrong", note, answers.suspects[:_SHOWN]))
     return [
         *groups,
         ("Wrong", f"{len(wrong):,} rows, the most certain first.", wrong[:_SHOWN].tolist()),
-        ("Least certain", "Those to look at and to label next.", surely[::-1][:_SHOWN].tolist()),
-        ("Most certain", "What the head takes for typical, among those that are right.", right[:_SHOWN].tolist()),
+        ("Least certain", "Check and label these next.", surely[::-1][:_SHOWN].tolist()),
+        ("Most certain", "Right predictions with the largest certainty.", right[:_SHOWN].tolist()),
     ]
 
 
@@ -157,8 +157,8 @@ def _draw_calibration(answers: Answers, *, unseen: bool) -> str:
     after = Reliability.of(answers.probabilities, answers.targets)
     fitted = " The calibration was fitted to these rows." if unseen else ""
     return (
-        "<h2>Calibration</h2><p>Of answers with a confidence of 0.8, 0.8 should be right. Expected calibration error: "
-        f"<b>{before.error:.4f}</b> before (orange, hollow), <b>{after.error:.4f}</b> after (blue).{fitted}</p>"
+        "<h2>Calibration</h2><p>80 % of predictions with a confidence of 0.8 should be right. Expected calibration "
+        f"error: <b>{before.error:.4f}</b> before (orange, hollow), <b>{after.error:.4f}</b> after (blue).{fitted}</p>"
         + draw_reliability(before, after)
     )
 
@@ -184,5 +184,5 @@ def _image(kind: str, data: bytes, name: str, size: tuple[int, int] | None = Non
 
 
 def _text(text: str) -> str:
-    """Text for HTML in which nothing is markup, and no mark of direction reaches beyond it."""
+    """Escapes text for HTML and isolates its text direction."""
     return f"<bdi>{html.escape(printable(text))}</bdi>"

@@ -1,4 +1,4 @@
-"""Whether probabilities hold: of answers given with 80 %, are 80 % right?"""
+"""Checks whether probabilities are calibrated."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SIDE = 240
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """Confidence beside accuracy, in bins of equal width that hold a row at least.
+    """Confidence and accuracy in non-empty bins of equal width.
 
     Attributes:
-        confidence, accuracy: (b,) means of the bin.
-        rows: (b,).
-        error: the expected calibration error: their mean distance, weighted by rows (Guo et al., ICML 2017).
+        confidence, accuracy: (b,) means per bin.
+        rows: (b,) number of rows per bin.
+        error: the expected calibration error, the mean distance weighted by rows (Guo et al., ICML 2017).
     """
 
     confidence: Array
@@ -33,7 +33,7 @@ class Reliability:
 
     @classmethod
     def of(cls, probabilities: Array, targets: NDArray[np.int64] | NDArray[np.bool_]) -> Reliability:
-        """From (m, K) probabilities and (m,) int64 or (m, K) bool targets; each of several labels counts."""
+        """Bins (m, K) probabilities with (m,) int64 or (m, K) bool targets, of which each label counts."""
         if targets.ndim == 1:
             confidence, right = probabilities.max(1), probabilities.argmax(1) == targets
         else:
@@ -48,16 +48,16 @@ class Reliability:
 
 
 def uncalibrated(margins: Array, *, multi_label: bool) -> Array:
-    """(m, K) margins as if they were logits: what probabilities would be without calibration."""
+    """Probabilities without calibration, which treat (m, K) margins as logits."""
     if multi_label:
         return sigmoid(margins)
-    if margins.shape[1] == 2 and np.array_equal(margins[:, 0], -margins[:, 1]):  # one margin parts two classes
+    if margins.shape[1] == 2 and np.array_equal(margins[:, 0], -margins[:, 1]):  # one margin of a linear kind
         return sigmoid(margins)
     return softmax(margins)
 
 
 def draw_reliability(before: Reliability, after: Reliability) -> str:
-    """An SVG: confidence to the right, accuracy upwards, on the diagonal where both agree."""
+    """Draws an SVG of accuracy over confidence, which agree on the diagonal."""
 
     def points(one: Reliability) -> list[tuple[float, float]]:
         return [

@@ -1,4 +1,4 @@
-"""How well predictions agree with labels: numbers, a table and a picture."""
+"""Measures how well predictions agree with labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["ClassScore", "Report"]
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class: how many rows have it, and how well they are told."""
+    """The scores of one class, and its number of rows."""
 
     name: str
     rows: int
@@ -32,19 +32,19 @@ class ClassScore:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Predictions beside labels.
+    """Scores of predictions against labels.
 
     Attributes:
-        rows: how many.
-        accuracy: the share of rows that are right; with several labels a row, in all of them.
-        balanced_accuracy: the mean recall of the classes that occur; with several labels a row, the mean over labels of
-            the mean recall of the rows with and without it.
+        rows: number of rows.
+        accuracy: the share of right rows; with several labels per row, all labels must be right.
+        balanced_accuracy: the mean recall of the classes that occur. With several labels per row, the mean over labels
+            of the mean recall of rows with and without the label.
         macro_f1: the mean F1 of the classes.
-        classes: each of them.
-        confusion: (K, K) int64, rows by label, columns by prediction; None with several labels a row.
-        answers: each row, where `of_answers` made this.
-        unseen: the rows were not fitted, so that labels which the head contradicts are suspicious.
-        settings: what a selection tried on these rows, as rows of a table.
+        classes: the scores of each class.
+        confusion: (K, K) int64, rows by label, columns by prediction; None with several labels per row.
+        answers: the rows, if made by `of_answers`.
+        unseen: whether the rows were held out, so labels that the head contradicts are suspicious.
+        settings: the settings that a selection tried on these rows, as rows of a table.
     """
 
     rows: int
@@ -59,13 +59,13 @@ class Report:
 
     @classmethod
     def of(cls, predicted: NDArray[Any], targets: NDArray[Any], classes: Sequence[str | int]) -> Report:
-        """Measures.
+        """Computes the scores.
 
         Args:
             predicted, targets: (m,) int64 into `classes`, or (m, K) bool; m > 0.
             classes: K names.
         """
-        # By hand: loading scikit-learn takes ten times as long as all of this.
+        # Without scikit-learn, whose import takes ten times as long as the rest.
         count, confusion = len(classes), None
         if targets.ndim == 1:
             confusion = np.bincount(targets * count + predicted, minlength=count**2).reshape(count, count)
@@ -92,7 +92,7 @@ class Report:
 
     @classmethod
     def of_answers(cls, answers: Answers, *, unseen: bool = False) -> Report:
-        """The same, which also knows each row."""
+        """Computes the scores of `answers`, and keeps them."""
         report = cls.of(answers.predicted, answers.targets, answers.classes)
         return replace(report, answers=answers, unseen=unseen)
 
@@ -103,11 +103,11 @@ class Report:
 
     @property
     def suspects(self) -> int:
-        """How many labels are probably wrong, as far as unseen rows tell."""
+        """Number of labels of held-out rows that are probably wrong."""
         return len(self.answers.suspects) if self.answers and self.unseen else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without the confusion matrix."""
+        """Converts the scores to JSON, without the confusion matrix."""
         return {
             "rows": self.rows,
             "accuracy": self.accuracy,
@@ -118,11 +118,11 @@ class Report:
         }
 
     def to_text(self, title: str) -> str:
-        """The table for a terminal: names are as they are, but in one line."""
+        """Renders the table for a terminal, with each name on one line."""
         return self._lay_out(title, lambda text: " ".join(text.splitlines()))
 
     def to_markdown(self, title: str) -> str:
-        """The same in Markdown: names begin no HTML, link or image."""
+        """Renders the table in Markdown, with escaped names."""
         return self._lay_out(title, cell)
 
     def _lay_out(self, title: str, shown: Callable[[str], str]) -> str:
@@ -143,13 +143,13 @@ class Report:
 
     @cached_property
     def picture(self) -> Image.Image | None:
-        """The confusion matrix with its sides named (see `draw_confusion`); or None."""
+        """Draws the confusion matrix (see `draw_confusion`); None with several labels per row."""
         if self.confusion is None:
             return None
         return draw_confusion(self.confusion, [one.name for one in self.classes])
 
 
 def _share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A share of nothing is 0."""
+    """A share, or 0 of no rows."""
     shares: NDArray[np.float64] = part / np.maximum(1, whole)
     return shares

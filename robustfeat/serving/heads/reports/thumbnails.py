@@ -1,4 +1,4 @@
-"""Small pictures of images that the arguments of a command name."""
+"""Makes thumbnails of a command's images."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from robustfeat.system import available_cpus
 __all__ = ["read_thumbnails"]
 
 _SIDE = 144
-"""Pixels of the longer side."""
+"""Longer side in pixels."""
 
 _PADDING = (1, 254, 2)
-"""What fills the rest of a square, and is cut off again: hardly the edge of a photograph."""
+"""Padding colour, which is cropped off again. It is unlikely at the edge of a photograph."""
 
 _PART = 12
-"""Images that are worth a decoder process of their own, which takes as long to start."""
+"""Images per decoder process, which take about as long as its start."""
 
 
 def read_thumbnails(inputs: Sequence[str], paths: Collection[str]) -> dict[str, bytes]:
-    """WebP files, by path, of those of `paths` that are found among `inputs` and can be read.
+    """Reads WebP thumbnails, by path, of the `paths` that are among `inputs` and can be read.
 
-    Decoder processes read them, as when images are embedded: an image that crashes one costs only its picture.
+    Decoder processes read them, so an image that crashes one only loses its thumbnail.
 
     Args:
-        inputs: as `list_inputs` takes them; `-` cannot be read a second time.
-        paths: as the index has them.
+        inputs: see `list_inputs`; `-` cannot be read a second time.
+        paths: paths as in the index.
     """
     if not paths or not inputs or "-" in inputs:
         return {}
@@ -45,13 +45,13 @@ def read_thumbnails(inputs: Sequence[str], paths: Collection[str]) -> dict[str, 
         with list_inputs(inputs) as found:
             lines = {image.path: image.to_line() for image in found if image.path in wanted}
         squares = _decode(list(lines.values()))
-    except RobustFeatError:  # moved or deleted since
+    except RobustFeatError:  # moved or deleted in the meantime
         return {}
     return {path: _encode(square) for path, square in zip(lines, squares, strict=True) if square is not None}
 
 
 def _decode(lines: Sequence[bytes]) -> list[NDArray[np.uint8] | None]:
-    """Squares of images, which are padded; None where one cannot be read."""
+    """Padded squares of images; None for unreadable ones."""
     if not lines:
         return []
     red, green, blue = (value / 255 for value in _PADDING)
@@ -69,7 +69,7 @@ def _decode(lines: Sequence[bytes]) -> list[NDArray[np.uint8] | None]:
 
 
 def _encode(square: NDArray[np.uint8]) -> bytes:
-    """A WebP file of the image within its padding."""
+    """Encodes the image without its padding as WebP."""
     shown = (square != np.array(_PADDING, np.uint8)).any(2)
     rows, columns = (np.flatnonzero(shown.any(axis)) for axis in (1, 0))
     if len(rows):

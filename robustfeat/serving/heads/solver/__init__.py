@@ -1,1 +1,1 @@
-"""The minimum of a linear classifier's objective."""
+"""Minimises the objective of linear classifiers."""

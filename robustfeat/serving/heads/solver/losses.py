@@ -1,4 +1,4 @@
-"""The losses of linear heads by margin: squared hinge and logistic of each output by itself, and softmax of all."""
+"""The losses of linear heads: squared hinge and logistic per output, and softmax over all outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Loss", "loss_of"]
 
 
 class Loss(Protocol):
-    """Of margins, for K outputs.
+    """A loss of the margins of K outputs.
 
     Attributes:
         joint: whether the outputs of a row depend on each other.
@@ -23,7 +23,7 @@ class Loss(Protocol):
     joint: bool
 
     def __call__(self, part: slice, margins: Array) -> tuple[Array, Array, Array]:
-        """Margins (n, K) to the sums of losses (K,), or (1,) where they are joint, and slopes and curvatures (n, K)."""
+        """Sums of losses, (K,) or (1,) if joint, with slopes and curvatures, (n, K), of margins (n, K)."""
         ...
 
     def bend(self, curvature: NDArray[np.float32], change: Array) -> Array:
@@ -31,13 +31,13 @@ class Loss(Protocol):
         ...
 
     def only(self, chosen: NDArray[np.bool_]) -> Loss:
-        """The loss of the chosen outputs; joint outputs stay together."""
+        """The loss of the chosen outputs. Joint outputs stay together."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class _Apart:
-    """A loss of each output by itself, with signs s (m, K)."""
+    """A separate loss per output, with signs s (m, K)."""
 
     signs: NDArray[np.int8]
     joint = False
@@ -51,7 +51,7 @@ class _Apart:
 
 
 class _SquaredHinge(_Apart):
-    """max(0, 1 - s m)^2."""
+    """The squared hinge loss, max(0, 1 - s m)^2."""
 
     def __call__(self, part: slice, margins: Array) -> tuple[Array, Array, Array]:
         signs = self.signs[part]
@@ -60,7 +60,7 @@ class _SquaredHinge(_Apart):
 
 
 class _Logistic(_Apart):
-    """log(1 + exp(-s m))."""
+    """The logistic loss, log(1 + exp(-s m))."""
 
     def __call__(self, part: slice, margins: Array) -> tuple[Array, Array, Array]:
         signs = self.signs[part]
@@ -71,7 +71,7 @@ class _Logistic(_Apart):
 
 @dataclass(frozen=True, eq=False)
 class _Softmax:
-    """Minus the logarithm of the true class's share, with classes (m,)."""
+    """The softmax loss, minus the log-probability of the true class, with classes (m,)."""
 
     targets: NDArray[np.int64]
     joint = True
@@ -97,11 +97,11 @@ class _Softmax:
 
 
 def loss_of(kind: str, targets: NDArray[Any], outputs: int) -> Loss:
-    """The loss of a kind of head, as scikit-learn's classifier of this kind has it.
+    """The loss of a kind of head, equal to scikit-learn's.
 
     Args:
         kind: svm or logistic.
-        targets: (m,) int64, or (m, K) bool for several labels a row.
+        targets: (m,) int64, or (m, K) bool for several labels per row.
         outputs: K, or 1 for two classes.
     """
     if kind == "logistic" and outputs > 1 and targets.ndim == 1:

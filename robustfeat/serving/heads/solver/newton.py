@@ -1,4 +1,4 @@
-"""The minimum of a linear head's objective, for all classes at once, by Newton's method.
+"""Minimises a linear head's objective for all classes at once by Newton's method.
 
 An objective is 1/2 |w|^2 + C times the sum of a loss over rows, for each class by itself (squared hinge and logistic
 loss, one against the rest) or for all together (softmax). Its Hessian is I + C X^T B X, where B holds the losses'
@@ -24,27 +24,27 @@ from robustfeat.serving.heads.solver.rows import ScaledRows
 __all__ = ["Newton"]
 
 _TOLERANCE = 1e-9
-"""Of the objective: half the squared Newton decrement over the value."""
+"""Relative tolerance of the objective: half the squared Newton decrement over the value."""
 
 _FORCING = 0.05
-"""A step is solved until its residual has shrunk to this share."""
+"""Share of its residual at which a step counts as solved."""
 
 _MAX_STEPS, _MAX_PASSES = 100, 100
-_LARGEST_GRADIENT = 1e120  # its square is a number, too
+_LARGEST_GRADIENT = 1e120  # its square is still finite
 
 
 class Newton:
-    """Minimises for one C after another, each from the minimum before.
+    """Minimises the objective for one C after another, each from the previous minimum.
 
     Args:
         rows: the features.
-        loss: of margins.
-        shrunk: (r,), 1 for weights that 1/2 |w|^2 counts, 0 for others.
+        loss: the loss of margins.
+        shrunk: (r,), 1 for weights that are regularised, 0 for others.
         outputs: K.
         report: called with each pass's number.
 
     Attributes:
-        passes: over the rows, so far.
+        passes: number of passes over the rows so far.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Newton:
         self.passes = 0
 
     def forget(self) -> None:
-        """Frees the preconditioner, the most of what this takes; the next C makes another one."""
+        """Frees the preconditioner, which takes most of the memory. The next C makes a new one."""
         self._preconditioner = Preconditioner(self._rows, self._shrunk, len(self._weights))
 
     def minimise(self, c: float) -> tuple[Array, bool]:
-        """The weights (K, r) where the objective with this C is least, and whether it was reached.
+        """Minimises the objective with this C. Returns the weights (K, r), and whether the minimum was reached.
 
         Raises:
-            ValueError: the features are too large for the objective to be finite.
+            ValueError: the features are so large that the objective is infinite.
         """
         self._preconditioner.set_c(c)
         found, loss, active = self._weights.copy(), self._loss, np.arange(len(self._weights))
@@ -82,7 +82,7 @@ class Newton:
             if not going.any():
                 active = active[:0]
                 break
-            if not going.all():  # each output by itself: those at their minimum are left alone from here
+            if not going.all():  # for separate outputs, the finished ones are left out from here
                 active, loss, step, slope = active[going], loss.only(going), step[going], slope[going]
                 point = point.only(going)
             moved = self._move(loss, point, step, slope, c)
@@ -90,7 +90,7 @@ class Newton:
                 break
             point = moved
             found[active] = point.weights
-        if loss.joint:  # what no margin's difference shows
+        if loss.joint:  # shift out the part that does not affect differences of margins
             found[:, self._shrunk == 0] -= found[:, self._shrunk == 0].mean(0)
         self._weights = found
         return found, not len(active)
@@ -99,7 +99,7 @@ class Newton:
         curvatures = np.empty((self._rows.count, len(weights)), np.float32)
 
         def terms(part: slice, x: Array) -> tuple[Array, Array]:
-            with np.errstate(over="ignore", invalid="ignore"):  # seen in the value
+            with np.errstate(over="ignore", invalid="ignore"):  # the value shows an overflow
                 value, slopes, curvatures[part] = loss(part, x @ weights.T)
                 return value, slopes.T @ x
 
@@ -114,7 +114,7 @@ class Newton:
         return self._rows.sum(terms)
 
     def _move(self, loss: Loss, point: _Point, step: Array, slope: Array, c: float) -> _Point | None:
-        """The point that a line search along the step finds (Armijo's rule); None if there is none."""
+        """Finds a point along the step by line search (Armijo's rule); None if there is none."""
         length = np.ones(len(slope))
         for _ in range(30):
             there = self._evaluate(loss, point.weights + length[:, None] * step, c)
@@ -122,7 +122,7 @@ class Newton:
             high = ~(there.value <= point.value + 1e-4 * length * slope + rounding)
             if not high.any():
                 return there
-            # The minimum of the parabola through both values, with the slope at the start.
+            # Take the minimum of the parabola through both values and the slope at the start.
             with np.errstate(all="ignore"):
                 lowest = -0.5 * slope * length**2 / (there.value - point.value - slope * length)
             length = np.where(high, np.clip(np.nan_to_num(lowest), 0.1 * length, 0.5 * length), length)
@@ -141,7 +141,7 @@ class Newton:
         return np.asarray(np.linalg.solve(total, -point.gradient[:, :, None])[:, :, 0], np.float64)
 
     def _solve(self, loss: Loss, active: NDArray[np.int64], point: _Point, c: float) -> tuple[Array, NDArray[np.int64]]:
-        """The Newton step (K, r) by preconditioned conjugate gradients, and the passes that each output needed."""
+        """Solves for the Newton step (K, r) by preconditioned conjugate gradients, and counts passes per output."""
 
         def condition(vectors: Array) -> Array:
             return self._preconditioner(active, vectors)
@@ -168,7 +168,7 @@ class Newton:
     def _times_hessian(
         self, loss: Loss, direction: Array, curvature: NDArray[np.float32], c: float, going: NDArray[np.bool_]
     ) -> Array:
-        """(K, r), zero for outputs that are not `going`."""
+        """The Hessian's product, (K, r), zero for outputs that are not `going`."""
         chosen = slice(None) if going.all() else going
         moved, bends = direction[chosen], curvature[:, chosen]
         product = np.zeros_like(direction)
@@ -183,9 +183,9 @@ class _Point:
 
     Attributes:
         weights: (K, r).
-        value: (K,), or (1,) of joint outputs.
+        value: (K,), or (1,) for joint outputs.
         gradient: (K, r).
-        curvature: of the losses, (m, K).
+        curvature: curvatures of the losses, (m, K).
     """
 
     weights: Array
@@ -194,16 +194,16 @@ class _Point:
     curvature: NDArray[np.float32]
 
     def only(self, chosen: NDArray[np.bool_]) -> _Point:
-        """Of some outputs."""
+        """The point for some outputs."""
         return _Point(self.weights[chosen], self.value[chosen], self.gradient[chosen], self.curvature[:, chosen])
 
 
 def _ratio(a: Array, b: Array, where: NDArray[np.bool_]) -> Array:
-    """A / b, and 0 elsewhere."""
+    """A / b, and 0 where b is 0."""
     return np.divide(a, b, out=np.zeros_like(a), where=where)
 
 
 def _dot(loss: Loss, a: Array, b: Array) -> Array:
-    """(K,) products, or their sum (1,) where outputs are joint."""
+    """Products per output, (K,), or their sum (1,) for joint outputs."""
     product: Array = np.einsum("kr,kr->k", a, b)
     return product.sum(keepdims=True) if loss.joint else product

@@ -1,4 +1,4 @@
-"""Inverses of Hessians, by which conjugate gradients need few passes over the rows."""
+"""Keeps inverses of Hessians, with which conjugate gradients need few passes over the rows."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from robustfeat.serving.heads.solver.rows import ScaledRows
 __all__ = ["Preconditioner"]
 
 _PASS, _INVERSION = 12.0, 2.7
-"""Costs in operations: of a pass for each value and output (four, each three times as slow as in a product of large
-matrices), and of an inversion for r^3."""
+"""Costs in operations: of a pass per value and output (four, each three times as slow as in a product of large
+matrices), and of an inversion per r^3."""
 
 _LARGEST = 2**26
-"""Values that the outputs' preconditioners may have together; beyond it they share one."""
+"""Most values of separate preconditioners. Above it, the outputs share one."""
 
 _AT_ONCE = 2**22
-"""Values of the products that a pass over the rows sums."""
+"""Values of the products that one pass over the rows sums."""
 
 
 class Preconditioner:
-    """Inverses of earlier Hessians: one for all outputs at first, and then one for each that is worth it.
+    """Inverses of earlier Hessians: at first one for all outputs, later one for each output that is worth it.
 
-    A new one costs a pass over the rows whose losses bend differently than before, and an inversion. An output gets one
-    when the passes that conjugate gradients have spent on it since the last one have cost as much, so that both
-    together are at most twice the cheaper one.
+    A new inverse costs a pass over the rows whose curvature changed, and an inversion. An output gets one when the
+    passes since its last one have cost as much. So the total is at most twice the cheaper alternative.
     """
 
     def __init__(self, rows: ScaledRows, shrunk: Array, outputs: int) -> None:
@@ -37,22 +36,22 @@ class Preconditioner:
         self._shrunk = np.maximum(shrunk, 1e-9)
         self._shared = True
         self._products: Array | None = None  # X^T B X, (1, r, r) while shared, then (K, r, r)
-        self._inverses: Array | None = None  # of the Hessians with these
+        self._inverses: Array | None = None  # inverses of the Hessians with these products
         self._counted = np.empty((0, 0), np.float32)  # B in the products, (m, K)
-        self._level = 0.0  # of B at first, when all rows bend alike
+        self._level = 0.0  # initial value of B, when all rows have the same curvature
         self._spent = np.zeros(outputs)
 
     def set_c(self, c: float) -> None:
-        """What is computed so far serves another C as well, as the same losses bend."""
+        """Changes C. The products stay valid, since the losses have the same curvatures."""
         if c != self._c:
             self._c, self._inverses = c, None
 
     def count(self, active: NDArray[np.int64], passes: NDArray[np.int64]) -> None:
-        """Passes that outputs have needed, (n,), or (1,) of joint ones."""
+        """Adds the passes that outputs needed, (n,), or (1,) for joint ones."""
         self._spent[active] += passes
 
     def __call__(self, active: NDArray[np.int64], vectors: Array) -> Array:
-        """(n, r) of these outputs to (n, r)."""
+        """Applies the inverses to (n, r) of these outputs."""
         if self._inverses is None:
             assert self._products is not None
             self._invert(np.arange(len(self._products)))
@@ -70,9 +69,9 @@ class Preconditioner:
         return product
 
     def renew_where_worthwhile(self, active: NDArray[np.int64], curvature: NDArray[np.float32]) -> None:
-        """Brings products up to date: all at first, then where passes have cost enough; curvatures are (m, n)."""
+        """Updates products: all at first, then where passes have cost enough; curvatures are (m, n)."""
         size, count = self._rows.size, self._rows.count
-        if self._products is None:  # all rows bend alike where the weights are zero
+        if self._products is None:  # at zero weights, all rows have the same curvature
             self._level = float(curvature.mean())
             self._products = self._product(np.full((count, 1), self._level))
         if self._outputs * size**2 > _LARGEST:
@@ -93,7 +92,7 @@ class Preconditioner:
             self._renew(outdated[start : start + at_once])
 
     def _part(self) -> None:
-        """From one for all to one for each."""
+        """Splits the shared product into one per output."""
         assert self._products is not None
         self._shared = False
         self._products = np.repeat(self._products, self._outputs, 0)
@@ -102,7 +101,7 @@ class Preconditioner:
             self._inverses = np.repeat(self._inverses, self._outputs, 0)
 
     def _renew(self, outdated: Sequence[tuple[np.int64, NDArray[np.float32]]]) -> None:
-        """Counts only the rows that bend differently than before, or all of them where those are fewer."""
+        """Updates a product by the rows whose curvature changed, or from all rows if that is cheaper."""
         assert self._products is not None
         outputs, changes = np.array([output for output, _ in outdated]), []
         for output, bends in outdated:
@@ -130,7 +129,7 @@ class Preconditioner:
         self._rows.each(invert, outputs.tolist())
 
     def _product(self, bends: NDArray[np.floating[Any]]) -> Array:
-        """X^T B X, (n, r, r), for n diagonals B, (m, n), whose values may be below zero."""
+        """X^T B X, (n, r, r), for n diagonals B, (m, n), which may be negative."""
         shape = (bends.shape[1], self._rows.size, self._rows.size)
 
         def terms(part: slice, x: Array) -> tuple[Array]:
@@ -150,7 +149,7 @@ class Preconditioner:
 def _inverse(matrix: Array) -> Array:
     """Inverts a symmetric positive definite (r, r) by halves and their Schur complement.
 
-    That is half the operations of `np.linalg.inv`, most of them in products of large matrices.
+    This takes half the operations of `np.linalg.inv`, mostly in products of large matrices.
     """
     size = len(matrix)
     if size <= 64:
@@ -159,7 +158,7 @@ def _inverse(matrix: Array) -> Array:
     top, across = _inverse(matrix[:half, :half]), matrix[:half, half:]
     moved = top @ across
     rest = matrix[half:, half:] - across.T @ moved
-    bottom = _inverse(0.5 * (rest + rest.T))  # rounding makes it asymmetric, and that would grow
+    bottom = _inverse(0.5 * (rest + rest.T))  # rounding errors of asymmetry would grow
     corner = moved @ bottom
     inverse: Array = np.block([[top + corner @ moved.T, -corner], [-corner.T, bottom]])
     return inverse

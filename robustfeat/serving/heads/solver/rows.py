@@ -1,4 +1,4 @@
-"""Rows of features as a solver sees them: chosen, scaled, with a 1 for the intercept, a block at a time."""
+"""Gives a solver blocks of chosen, scaled rows with a 1 for the intercept."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ _BLOCK = 512
 than with 4,096."""
 _SMALL = 64
 _WIDE = 256
-"""Values of a row from which work on (r, r) matrices is worth a second thread."""
+"""Values per row from which work on (r, r) matrices is worth a second thread."""
 _CHUNK = 4
-"""Blocks that a thread sums before it hands over. The number does not depend on the threads, nor does the result."""
+"""Blocks that a thread sums per result. The number does not depend on the threads, so neither does the result."""
 _IN_MEMORY = 2**26
-"""Rows of up to so many values (131,072 rows of 512, 512 MiB) are scaled once and kept; others at each pass."""
+"""Most values (131,072 rows of 512, 512 MiB) that are scaled once and kept. Larger data are scaled in each pass."""
 
 
 class ScaledRows:
-    """Some rows of features, scaled.
+    """Chosen and scaled rows of features.
 
     Args:
         values: (n, D) features, possibly memory-mapped.
-        rows: (m,) int64, ascending: those to see.
+        rows: (m,) int64, ascending: the chosen rows.
         scaling: one of `SCALINGS`.
-        threads: blocks that are worked on at once.
-        spanned: show fewer rows than features by their coordinates in the space that they span, (m, m + 1): there a
-            linear classifier has the same minimum, in a fraction of the time.
+        threads: number of parallel blocks.
+        spanned: represent fewer rows than features by coordinates in the space that they span, (m, m + 1). A linear
+            classifier has the same minimum there, in a fraction of the time.
 
     Attributes:
         count, size: m, and r, the columns of a block.
-        arrays: what a head needs to know of the scaling.
+        arrays: the scaling's arrays for a head.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class ScaledRows:
         return self.count <= _BLOCK and self.size <= _SMALL
 
     def sum(self, function: Callable[[slice, Array], tuple[Array, ...]], *, large: bool = False) -> list[Array]:
-        """Sums over blocks what `function` gives for a block's places, from 0 to m, and its (n, r) float64 rows.
+        """Sums the results of `function` over blocks, given positions in 0 to m and (n, r) float64 rows.
 
         Args:
             function: called in several threads at once.
-            large: blocks of more rows, for results so large that their sums take time.
+            large: use larger blocks, for results whose sums take time.
         """
         return self._sum(lambda part: function(part, self._block(part)), large=large)
 
     def each(self, function: Callable[[_T], None], items: Sequence[_T]) -> None:
-        """Calls `function` with each item, in several threads at once; it must not use this object."""
+        """Calls `function` with each item, in several threads at once. It must not use this object."""
         if self._threads == 1 or self.size < _WIDE:
             deque(map(function, items), 0)
             return
@@ -92,7 +92,7 @@ class ScaledRows:
         deque(self._in_threads(lambda share: deque(map(function, share), 0), shares), 0)
 
     def to_features(self, weights: Array) -> Array:
-        """Weights (K, r) of these rows to weights (K, D + 1) of scaled features and the intercept."""
+        """Converts weights (K, r) of these rows to weights (K, D + 1) of scaled features and the intercept."""
         if self._basis is None:
             return weights
         return np.concatenate([weights[:, :-1] @ self._basis.T, weights[:, -1:]], 1)
@@ -122,7 +122,7 @@ class ScaledRows:
         return _total(self._in_threads(sum_chunk, chunks))
 
     def _in_threads(self, function: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:
-        """Results in order, and few at once, since each may be as large as a Hessian."""
+        """Yields results in order, few at a time, since each may be as large as a Hessian."""
         self._pool = self._pool or ThreadPoolExecutor(self._threads)
         waiting: deque[Future[_R]] = deque()
         for item in items:
@@ -141,7 +141,7 @@ class ScaledRows:
     def _block(self, part: slice) -> Array:
         if self._kept is not None:
             return self._kept[part]
-        block = np.ones((part.stop - part.start, self.size))  # scaled in place: a pass over a file is mostly this
+        block = np.ones((part.stop - part.start, self.size))  # scaled in place, which dominates a pass over a file
         x = block[:, :-1]
         x[:] = self._values[self._rows[part]]
         if self.arrays:
@@ -153,7 +153,7 @@ class ScaledRows:
         return block
 
     def _measure(self) -> tuple[Array, Array]:
-        """Means and standard deviations by feature, as scikit-learn's StandardScaler has them: 1 for constant ones."""
+        """Means and standard deviations per feature, as in scikit-learn's StandardScaler: 1 for constant features."""
         (total,) = self._sum(lambda part: (self._raw(part).sum(0),))
         mean = total / self.count
         (squares,) = self._sum(lambda part: (((self._raw(part) - mean) ** 2).sum(0),))
@@ -168,7 +168,7 @@ def _padded(x: Array) -> Array:
 
 
 def _total(results: Iterable[Sequence[Array]]) -> list[Array]:
-    """Sums by position, in the order of the results; their first arrays are overwritten."""
+    """Sums arrays by position, in the order of the results. The first result is overwritten."""
     totals: list[Array] = []
     for found in results:
         if totals:

@@ -118,7 +118,7 @@ def test_names_that_mean_missing_elsewhere_are_labels(tmp_path: Path) -> None:
 def test_two_columns_of_the_name_that_is_meant_are_refused(
     header: str, column: str, path: str | None, wanted: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=f"{wanted}; give each column a name of its own"):
+    with pytest.raises(InputError, match=f"{wanted}; give each column its own name"):
         read(tmp_path, f"{header}\na.jpg,x,y\n".encode(), column=column, path=path)
 
 
@@ -150,11 +150,15 @@ NAMES = "path, file, filename, file_name, filepath, file_path, image, image_path
 @pytest.mark.parametrize(
     ("content", "path", "reason"),
     [
-        ("id,label\na.jpg,x\n", None, f"expected one with paths; name it one of {NAMES}, or pass its name as `path_c"),
-        ("id,label\na.jpg,x\n", "key", "path_column=key: .*has the columns id, label; expected key for the paths"),
-        ("a.jpg,x\n", "key", "has the columns a.jpg, x; expected key for the paths"),
+        (
+            "id,label\na.jpg,x\n",
+            None,
+            f"expected a column of paths; name it one of {NAMES}, or pass its name as `path_c",
+        ),
+        ("id,label\na.jpg,x\n", "key", "path_column=key: .*has the columns id, label; expected key with the paths"),
+        ("a.jpg,x\n", "key", "has the columns a.jpg, x; expected key with the paths"),
         ("path,kind\na.jpg,x\n", None, r"expected label or labels or class for the labels; name it as labels.csv:COL"),
-        ("label\nx\n", None, "has the columns label; expected one with paths"),
+        ("label\nx\n", None, "has the columns label; expected a column of paths"),
     ],
 )
 def test_a_column_that_is_missing_is_said_with_the_names_that_would_do(

@@ -79,8 +79,8 @@ def test_files_of_embed_and_others_have_names(tmp_path: Path, write_features: An
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("l.txt", "a\nb\n", r"holds 2 labels and no paths; expected a label for each of the 3 rows, in their order"),
-        ("l.txt", "a\nb\nc\nd\n", r"holds 4 labels and no paths; expected a label for each of the 3 rows"),
+        ("l.txt", "a\nb\n", r"has 2 labels and no paths; expected one label for each of the 3 rows, in order"),
+        ("l.txt", "a\nb\nc\nd\n", r"has 4 labels and no paths; expected one label for each of the 3 rows"),
         ("l.csv", "label\na\nb\n\n", r"holds 2 labels .*; write NA where a label is missing"),
         (
             "l.csv",
@@ -94,7 +94,7 @@ def test_files_of_embed_and_others_have_names(tmp_path: Path, write_features: An
         ),
         ("l.json", "[]", r"expected labels in the order of the rows, which have no names: FILE\.csv, .*FILE\.npy"),
         ("l.npy", "junk", r"l\.npy: not a \.npy file of labels \("),
-        ("l.txt", "\n\n\n", "holds no labels"),
+        ("l.txt", "\n\n\n", "contains no labels"),
     ],
 )
 def test_what_is_no_label_for_each_row_is_refused(name: str, content: str, reason: str, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_other_lists_without_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has paths \(column path\)"):
         read_labels([f"{tmp_path}/l.parquet:kind"], rows=1)
     np.save(tmp_path / "y.npy", np.zeros((3, 2)))
-    with pytest.raises(InputError, match=r"must hold an \(n,\) array of text or numbers; got \(3, 2\) float64"):
+    with pytest.raises(InputError, match=r"must have an \(n,\) array of text or numbers; got \(3, 2\) float64"):
         read_labels([f"{tmp_path}/y.npy"], rows=3)
     with pytest.raises(InputError, match=r"path_column=id: is for a file of labels; leave it out"):
         read_labels(["folder"], path_column="id")

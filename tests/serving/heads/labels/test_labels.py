@@ -116,7 +116,7 @@ def test_paths_from_elsewhere_and_bare_names_mean_the_one_image(
     features = open_features(str(write_features(tmp_path / "g.npy", np.zeros((6, 4), np.float32), ROWS)))
     labels = read_labels(csv(tmp_path, f"path,label\n{given},x\n"))
     if meant is None:
-        with pytest.raises(InputError, match="such that each means one image alone"):
+        with pytest.raises(InputError, match="such that each matches only one image"):
             match_labels(features, labels)
     else:
         assert [ROWS[row] for row in match_labels(features, labels).rows] == [meant]
@@ -241,15 +241,15 @@ def test_a_missing_label_is_no_class(tmp_path: Path, missing: str) -> None:
         ("path,label\ncat/1.jpg,x\ncat/1.jpg,y\n", "line 3: cat/1.jpg is labelled a second time .'y', and 'x' before"),
         (
             "name,kind\ncat/1.jpg,x\n",
-            r"has the columns name, kind; expected one with paths; name it one of path, .*filename",
+            r"has the columns name, kind; expected a column of paths; name it one of path, .*filename",
         ),
         ("path,label\ncat/1.jpg\n", "line 2: has 1 columns; expected 2"),
         ("", "is empty"),
         ("path," + "l" * 200_000 + "\ncat/1.jpg,x\n", r"not a CSV file \(line 1: "),
-        ("path,label\n", "holds no labels"),
+        ("path,label\n", "contains no labels"),
         ("path,label\nphotos/cat/9.jpg,x\n", "none of its 1 paths .*there 'photos/cat/9.jpg', here 'cat/1.jpg'"),
         ("path,label\ndog/bad.jpg,x\n", "all 1 labelled images failed"),
-        ("path,label\ncat/1.jpg,zebra\n", "is labelled 'zebra', which is none of the head's 2 classes .x, y"),
+        ("path,label\ncat/1.jpg,zebra\n", "is labelled 'zebra', which is not one of the head's 2 classes .x, y"),
     ],
 )
 def test_labels_that_cannot_be_used_are_refused(text: str, reason: str, features: Features, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_path_in_two_rows_is_refused(tmp_path: Path, write_features: Any) -> N
 
 def test_an_image_outside_class_folders_is_refused(tmp_path: Path, write_features: Any) -> None:
     file = write_features(tmp_path / "f.npy", np.zeros((1, 4), np.float32), ["a.jpg"])
-    with pytest.raises(InputError, match=r"a\.jpg: lies in no class folder"):
+    with pytest.raises(InputError, match=r"a\.jpg: is in no class folder"):
         match_labels(open_features(str(file)), read_labels(["folder"]))
 
 
@@ -315,7 +315,7 @@ def test_an_image_outside_class_folders_is_refused(tmp_path: Path, write_feature
         ("junk", "not what robustfeat embed writes"),
         ("meta", "not what robustfeat embed writes"),
         ("no meta", "f.meta.json: no such file"),
-        ("nan", r"row 1 \(b\) is not finite, and the index knows no error"),
+        ("nan", r"row 1 \(b\) is not finite, but has no error in the index"),
         ("pickle", r"it holds \|O; expected <f4"),
         ("big-endian", r"it holds >f4; expected <f4"),
         ("columns", r"it holds <f4, in Fortran's order; expected <f4, row by row"),
@@ -474,7 +474,7 @@ def test_names_end_at_newlines_alone(tmp_path: Path) -> None:
     [
         (np.ones((3, 2)), "a\nb\n", r"names=.*: holds 2 lines; expected the paths of the 3 rows"),
         (np.ones((1, 2)), "", r"names=.*: holds 0 lines; expected the paths of the 1 rows"),
-        (np.ones(3), "a\nb\nc\n", r"must hold an \(n, D\) array of floats; got \(3,\) float64"),
+        (np.ones(3), "a\nb\nc\n", r"must have an \(n, D\) array of floats; got \(3,\) float64"),
         (np.ones((3, 2), int), "a\nb\nc\n", r"got \(3, 2\) int64"),
         (np.array([[{}]], object), "a\n", r"not a \.npy file of numbers \("),
         (b"junk", "a\n", r"not a \.npy file of numbers"),

@@ -115,9 +115,9 @@ def test_images_are_at_most_24_of_a_group_and_in_order() -> None:
 
 def test_images_that_are_gone_are_named_and_a_line_says_so() -> None:
     report = Report.of_answers(answers_of())
-    assert "The images are named only" in draw_page(report, "score")
+    assert "The images have no picture" in draw_page(report, "score")
     text = draw_page(report, "score", lambda paths: {})
-    assert "The images are named only: only their features were given, or they could" in text
+    assert "The images have no picture: only their features were given, or they could" in text
     assert "cat/" in text
     assert "data:image/webp" not in text
     assert "Labels that are probably wrong" not in text  # the rows may have been fitted
