@@ -63,7 +63,7 @@ def test_info_counts_the_files(robustfeat: Run, outputs: tuple[str, str]) -> Non
 def test_what_is_said_of_a_dataset(robustfeat: Run, outputs: tuple[str, str], examples: Path, tmp_path: Path) -> None:
     _, feats = outputs
     result = robustfeat("similar", feats, "5", "--out", f"{feats}_000000.index.jsonl")
-    assert "is an input, too; choose another name" in only_line(result.stderr)
+    assert "is also an input; choose another name" in only_line(result.stderr)
     result = robustfeat("embed", examples, "--out", tmp_path / "f.npy", "--rows-per-file", "8")
     assert only_line(result.stderr) == (
         f"robustfeat: --rows-per-file 8: is for a folder of several files; {tmp_path}/f.npy is one file; "

@@ -48,7 +48,7 @@ def index_place(features: Features) -> str:
         InputError: the features have no meta file or are not on this machine.
     """
     if features.meta_sha256 is None or is_remote(features.place):
-        raise InputError(f"{features.place}: only features that embed wrote to this machine can have an index")
+        raise InputError(f"{features.place}: an index needs features that embed wrote to this machine")
     if features.place.endswith("/"):
         return f"{features.place}_rows.faiss"
     return features.place.rpartition(".")[0] + ".faiss"

@@ -32,7 +32,7 @@ class Directions:
     def __init__(self, features: Features) -> None:
         self.features = features
         values = features.values
-        # A slice of a memory map costs more than a slice of an array.
+        # Slicing an array is faster than slicing a memory map.
         self._values: Rows = np.asarray(values) if isinstance(values, np.ndarray) else values
         self.lengths = np.empty(len(features))
         for rows, values in features.chunks():

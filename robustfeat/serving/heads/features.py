@@ -46,15 +46,14 @@ class Features:
     """The rows of a file of features.
 
     Attributes:
-        place: where they lie, for messages.
-        values: (n, D) float32, or another float of an array made elsewhere, memory-mapped; failed rows are NaN. Rows of
-            several files are a `StackedRows`, which slices and row numbers read as they read an array.
-        paths: n names, as the index has them.
-        errors: why rows failed, by row.
-        model: what made them; None of an array made elsewhere.
-        hashes: (n, 32) uint8, the sha256 of each image file, zeros where it could not be read; None of an array made
-            elsewhere.
-        meta_sha256: of the meta file, which tells outputs apart; None of an array made elsewhere.
+        place: the file's name for messages.
+        values: (n, D) float32, memory-mapped, with NaN for failed rows. A foreign array may have another float type.
+            Several files give a `StackedRows`, which takes slices and row numbers like an array.
+        paths: n names, as in the index.
+        errors: errors of failed rows, by row.
+        model: the model of the features; None for a foreign array.
+        hashes: (n, 32) uint8, the sha256 of each image file, zeros for unreadable files; None for a foreign array.
+        meta_sha256: sha256 of the meta file, which identifies an output; None for a foreign array.
     """
 
     place: str
@@ -107,7 +106,7 @@ class Features:
 
 
 def is_feature_file(place: str) -> bool:
-    """Whether an argument names features rather than images (a Parquet file or a folder may hold either)."""
+    """Whether an argument names features rather than images. A Parquet file or a folder may have either."""
     if holds_dataset(place):
         return True
     suffix = Path(place).suffix

@@ -170,7 +170,7 @@ class Head(convert.HeadParts):
         return x
 
     def margins(self, features: Rows | Features, rows: NDArray[np.int64] | None = None) -> Array:
-        """How much each class is favoured.
+        """Computes the margin of each class.
 
         Args:
             features: (n, D) float, or `Features`, whose model is checked.
@@ -193,7 +193,7 @@ class Head(convert.HeadParts):
         return margins
 
     def raw_margins(self, features: Rows | Features, rows: NDArray[np.int64] | None = None) -> Array:
-        """`margins`, but (n, 1) where one row of coefficients parts two classes."""
+        """Like `margins`, but (n, 1) for two classes of a linear kind."""
         values = self._values(features)
         count = len(values) if rows is None else len(rows)
         if not count:
@@ -258,7 +258,7 @@ class Head(convert.HeadParts):
         return margins(self.arrays, x)
 
     def predict(self, features: Rows | Features, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
-        """The class of each row, (n,), or with several labels (n, K) bool; arguments and errors as of `margins`."""
+        """Predicts the class of each row, (n,), or with several labels (n, K) bool. See `margins`."""
         return self.decide(self.margins(features, rows))
 
     def decide(self, margins: Array) -> NDArray[Any]:
@@ -269,7 +269,7 @@ class Head(convert.HeadParts):
         return chosen
 
     def probabilities(self, features: Rows | Features) -> Array:
-        """Calibrated probabilities, (n, K): rows add up to 1, but with several labels, where each stands alone.
+        """Calibrated probabilities, (n, K). Rows sum to 1, except with several labels per row.
 
         Raises:
             InputError, ValueError: see `margins`.
@@ -326,7 +326,7 @@ class Head(convert.HeadParts):
         return 1 / (1 + len(self.arrays["distance.unseen"]))
 
     def typicality(self, features: Rows | Features) -> Array:
-        """How usual rows are among images of the classes, (n,): see `measure_typicality`.
+        """Typicality of rows among images of the classes, (n,); see `measure_typicality`.
 
         Raises:
             InputError, ValueError: see `margins`.

@@ -88,7 +88,7 @@ def _candidate(values: dict[str, Any]) -> Candidate:
 
 
 def fingerprint_rows(values: Rows, rows: NDArray[np.int64], targets: NDArray[Any], settings: Any) -> str:
-    """sha256 of features, which of them have which labels, and JSON-like settings."""
+    """sha256 of features, labels and settings."""
     digest = hashlib.sha256(json.dumps([values.shape, str(values.dtype), settings]).encode())
     for array in (rows, targets):
         digest.update(np.ascontiguousarray(array).data.cast("B"))

@@ -1,11 +1,11 @@
 """Minimises a linear head's objective for all classes at once by Newton's method.
 
-An objective is 1/2 |w|^2 + C times the sum of a loss over rows, for each class by itself (squared hinge and logistic
-loss, one against the rest) or for all together (softmax). Its Hessian is I + C X^T B X, where B holds the losses'
-second derivatives: for the squared hinge 2 on the rows that violate the margin. A Newton step is solved by conjugate
-gradients, all classes in the same passes over the rows, preconditioned by the inverse of an earlier Hessian. So a
-Hessian is computed about once for each C, rather than once a step, and a step takes a few passes. Hessians of few rows
-are so small that each step computes and solves them.
+The objective is 1/2 |w|^2 + C times the sum of a loss over rows. Squared hinge and logistic loss have one objective per
+class (one against the rest), softmax has a joint one. The Hessian is I + C X^T B X, where B has the losses' second
+derivatives: for the squared hinge, 2 on rows that violate the margin. Conjugate gradients solve a Newton step, for all
+classes in the same passes over the rows, preconditioned by the inverse of an earlier Hessian. So a Hessian is computed
+about once per C instead of once per step, and a step takes a few passes. With few rows, Hessians are small, and each
+step computes and solves them.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Newton:
         return None
 
     def _solve_exactly(self, point: _Point, c: float) -> Array:
-        """The Newton step (K, r) from the Hessians themselves."""
+        """Solves for the Newton step (K, r) with the Hessians themselves."""
 
         def hessians(part: slice, x: Array) -> tuple[Array]:
             return (np.matmul(x.T * point.curvature[part].T[:, None, :], x),)

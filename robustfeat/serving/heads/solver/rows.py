@@ -19,8 +19,8 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 _BLOCK = 512
-"""Rows of a block: of 512 features a processor's cache holds it. Passes over a file took a quarter less processor time
-than with 4,096."""
+"""Rows per block. With 512 features, a block fits a processor's cache. Passes over a file took a quarter less processor
+time than with 4,096."""
 _SMALL = 64
 _WIDE = 256
 """Values per row from which work on (r, r) matrices is worth a second thread."""
