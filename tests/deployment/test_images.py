@@ -25,7 +25,7 @@ from tests.serving.http.test_proxies import ask, free_port, nginx
 
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-LOCKED = {"cpu": ("cpu",), "gpu": ("gpu",), "train": ("train", "cpu"), "build": ()}
+LOCKED = {"cpu": ("cpu", "otel"), "gpu": ("gpu", "otel"), "train": ("train", "cpu"), "build": ()}
 """The extras in each lock; none is what builds the package."""
 
 
@@ -112,7 +112,7 @@ def test_the_images_run_as_nobody_and_the_last_stage_serves() -> None:
 
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
-    command = [tool("docker-compose"), "-f", DOCKER / "compose.yaml", "config"]
+    command: list[str | Path] = [tool("docker-compose"), "-f", DOCKER / "compose.yaml", "config"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = yaml.safe_load(done.stdout)

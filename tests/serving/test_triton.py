@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnxruntime
 import openvino
@@ -276,3 +277,11 @@ def test_triton_warms_up_and_makes_batches(triton: Triton, repository: Path) -> 
     sizes = triton.sizes()[len(before) :]
     assert sum(sizes) == len(values)
     assert max(sizes) > 1
+
+
+def test_the_options_in_the_document_are_the_commands() -> None:
+    from robustfeat.cli.triton_command import command
+
+    known = {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
+    of_others = {"--rm", "--gpus", "--model-repository", "--config_path", "--rest_port"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", TEXT)) <= known | of_others
