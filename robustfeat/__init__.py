@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.sklearn import ImageFeatures
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CheckpointError",
     "DataError",

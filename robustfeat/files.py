@@ -16,6 +16,11 @@ from typing import BinaryIO
 
 from robustfeat.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = [
     "START_OVER",
     "FileLock",
@@ -25,11 +30,14 @@ __all__ = [
     "new_file",
     "new_folder",
     "require_new",
+    "reserve_space",
     "resolve_link",
 ]
 
 START_OVER = "partial files were removed: free space or choose another place, then run again"
 """The fix after an output could not be written and its partial files were removed."""
+
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 
 
 def _beside(target: Path) -> Path:
@@ -46,7 +54,7 @@ def create_file(path: Path) -> BinaryIO:
         OSError: the file system refuses.
     """
     path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, 0o666), "wb")
 
 
 def create_folder(path: Path) -> None:
@@ -81,7 +89,7 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         create_file(partial).close()
         yield partial
-        with open(partial, "rb") as handle:
+        with open(partial, "r+b") as handle:  # Windows flushes no file that is opened for reading
             os.fsync(handle.fileno())
         os.replace(partial, target)
     except OSError as exc:
@@ -156,11 +164,25 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         lock.release()
 
 
+def reserve_space(file: BinaryIO, size: int) -> None:
+    """Lets a file have at least `size` bytes, and takes their space on the disk where the system can.
+
+    A full disk is then an error now. Under a memory map it would be a signal.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    elif os.fstat(file.fileno()).st_size < size:  # macOS, Windows
+        os.truncate(file.fileno(), size)
+
+
 class FileLock:
     """An exclusive lock on a file or a folder, held by one process at a time.
 
     The kernel releases it when its process ends, even by a kill. Forked children do not keep it. `take` takes the lock
-    and `release` releases it.
+    and `release` releases it. On Windows nothing is locked, and `take` always succeeds.
 
     Args:
         path: an existing folder, or a file. A missing file is created and kept; a link is replaced by a file.
@@ -180,21 +202,21 @@ class FileLock:
         Raises:
             OSError: the path cannot be opened, or its file system has no locks.
         """
+        if fcntl is None:
+            return True
         self.release()
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | _NO_LINKS
         if self._path.is_dir():
             flags = os.O_RDONLY | os.O_DIRECTORY
         elif self._path.is_symlink():  # opening it could lock or create another user's file
             self._path.unlink(missing_ok=True)
         # The holder may remove or replace the file during the wait. Then lock the new file.
-        while not self._try(flags | os.O_CLOEXEC, on_wait):
+        while not self._try(flags, on_wait):
             if on_wait is None:
                 return False
         return True
 
     def _try(self, flags: int, on_wait: Callable[[], None] | None) -> bool:
-        import fcntl
-
         descriptor = os.open(self._path, flags, 0o666)
         try:
             try:
@@ -250,10 +272,12 @@ if hasattr(os, "register_at_fork"):
 def lock_inherited(descriptor: int) -> Iterator[None]:
     """Waits for and holds a lock on a file whose descriptor several processes inherited.
 
-    A `FileLock` would not work here, since processes that share a descriptor share its `flock`.
+    A `FileLock` would not work here, since processes that share a descriptor share its `flock`. On Windows no process
+    inherits a descriptor, and nothing is locked.
     """
-    import fcntl
-
+    if fcntl is None:
+        yield
+        return
     fcntl.lockf(descriptor, fcntl.LOCK_EX)
     try:
         yield

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 __all__ = [
+    "INHERITS",
+    "NOT_BLOCKING",
     "allow_open_files",
     "anonymous_bytes",
     "anonymous_memory",
@@ -30,6 +32,13 @@ __all__ = [
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 _PR_SET_PDEATHSIG = 1
+
+INHERITS = hasattr(os, "fork")
+"""Whether processes inherit open files by number. On Windows they do not: decoders are threads, and `serve` is one
+process."""
+
+NOT_BLOCKING = getattr(os, "O_NONBLOCK", 0)
+"""Opens a pipe without waiting for its writer. Windows has no such flag, and no such pipes in folders."""
 
 
 def available_cpus(cgroup: Path = CGROUP) -> int:
@@ -79,8 +88,10 @@ def available_memory(
 
 def allow_open_files(count: int) -> None:
     """Raises this process's limit of open files so that `count` more fit, as far as its hard limit allows."""
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 512
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -23,19 +24,74 @@ def project() -> dict[str, Any]:
     return project
 
 
-def test_the_wheel_holds_types_models_and_data(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+DATA = (
+    "robustfeat/py.typed",
+    "robustfeat/hub/builtin/",
+    "robustfeat/hub/public_models.json",
+    "robustfeat/serving/http/page/",
+    "robustfeat/serving/http/swagger/",
+    "robustfeat/serving/maps/page/",
+    "robustfeat/training/concept_maps/",
+    "robustfeat/training/export/golden/",
+    "robustfeat/training/recipes/",
+)
+"""Where files lie that are no code."""
+
+needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="compares with the files of the repository")
+
+
+def build(target: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    (built,) = folder.iterdir()
+    return built
+
+
+def tracked(place: str) -> set[str]:
+    listed = subprocess.run(["git", "ls-files", "-z", place], cwd=ROOT, check=True, capture_output=True, text=True)
+    return set(listed.stdout.split("\0")) - {""}
+
+
+@needs_git
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build("wheel", tmp_path)) as archive:
         held = set(archive.namelist())
-    source = {
-        file.relative_to(ROOT).as_posix()
-        for file in (ROOT / "robustfeat").rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
-    }
-    assert "robustfeat/py.typed" in source
-    assert {name for name in held if ".dist-info/" not in name} == source
+    own = {name for name in held if ".dist-info/" not in name}
+    assert own == tracked("robustfeat")
+    assert {name.partition(".dist-info/")[2] for name in held - own} == {
+        "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE",
+    }  # fmt: skip
+    data = {name for name in own if not name.endswith(".py")}
+    assert {place for place in DATA for name in data if name.startswith(place)} == set(DATA)
+    assert [name for name in data if not name.startswith(DATA)] == []
+
+
+@needs_git
+def test_the_source_distribution_holds_only_files_of_the_repository(tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", tmp_path)) as archive:
+        held = {member.name.partition("/")[2] for member in archive.getmembers()}
+    left_out = {".pre-commit-config.yaml"}
+    assert held - {"PKG-INFO"} == tracked(".") - left_out
+
+
+def test_notes_of_a_release_are_those_of_its_version(tmp_path: Path) -> None:
+    """The release workflow stops where the tag, the version and CHANGELOG.md disagree."""
+    for file in ("release_notes.py", "CHANGELOG.md", "__init__.py"):
+        folder = {"release_notes.py": ".ci", "__init__.py": "robustfeat"}.get(file, "")
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / file).write_bytes((ROOT / folder / file).read_bytes())
+    command = [sys.executable, tmp_path / ".ci" / "release_notes.py"]
+
+    def notes(version: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, version], capture_output=True, text=True, check=False)
+
+    assert "__version__ must be 9.9" in notes("9.9").stderr
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n### Added\n\n- This.\n")
+    assert f"`## {__version__} - YYYY-MM-DD`" in notes(__version__).stderr
+    sections = ["## Unreleased", f"## {__version__} - 2026-12-01", "- This.", "## 0.0.1 - 2026-01-01", "- Old."]
+    text = "\n\n".join([*sections, ""])
+    (tmp_path / "CHANGELOG.md").write_text(text)
+    assert notes(__version__).stdout == "- This.\n"
 
 
 def test_ci_runs_every_python_that_the_project_names(project: dict[str, Any]) -> None:

@@ -53,6 +53,15 @@ def test_config_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert ModelFolder(tmp_path).config == folder.config
 
 
+def test_a_field_of_a_later_version_is_ignored_where_it_cannot_name_code(copy: Path) -> None:
+    before = ModelFolder(copy).config
+    edit_config(copy, lambda data: data["robustfeat"].update(later="x"))
+    assert ModelFolder(copy).config == before
+    edit_config(copy, lambda data: data.update(later="x"))
+    with pytest.raises(ModelFolderError, match="the entry 'later' no model of ours has"):
+        _ = ModelFolder(copy).config
+
+
 def test_every_file_but_card_and_config_is_hashed(model: Path) -> None:
     listed = set(ModelFolder(model).config.files)
     present = {file.relative_to(model).as_posix() for file in model.rglob("*") if file.is_file()}

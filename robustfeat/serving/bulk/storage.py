@@ -95,7 +95,9 @@ class LocalFolder:
 
 
 def _sync(folder: Path) -> None:
-    """Makes renames and deletions in a folder stay through a loss of power."""
+    """Makes renames and deletions in a folder stay through a loss of power; Windows opens no folders."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

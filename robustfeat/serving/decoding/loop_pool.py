@@ -11,6 +11,7 @@ from robustfeat.errors import RobustFeatError
 from robustfeat.hub.preprocessing import Preprocessing
 from robustfeat.serving.decoding.process import Decoder, DecoderLostError, Decoders
 from robustfeat.serving.decoding.worker import MAILBOX_BYTES, Images
+from robustfeat.system import INHERITS
 
 __all__ = ["Done", "LoopDecoderPool"]
 
@@ -113,7 +114,8 @@ class LoopDecoderPool:
         assert slot.decoder is not None
         pipe = slot.decoder.fileno()
         loop.add_reader(pipe, self._read, loop, slot, slot.decoder)
-        os.set_blocking(pipe, True)  # uvloop makes it non-blocking, which would lose half a message
+        if INHERITS:  # uvloop makes it non-blocking, which would lose half a message
+            os.set_blocking(pipe, True)
 
     def _read(self, loop: asyncio.AbstractEventLoop, slot: _Slot, decoder: Decoder) -> None:
         try:

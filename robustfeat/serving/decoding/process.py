@@ -10,11 +10,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import Executor
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from robustfeat.errors import EngineError, InputError
 from robustfeat.hub.preprocessing import MAX_PIXELS, Preprocessing
-from robustfeat.serving.decoding.worker import READY, Images, SharedSquares, Task
-from robustfeat.system import anonymous_memory, python_command
+from robustfeat.serving.decoding.thread import DecoderThread
+from robustfeat.serving.decoding.worker import READY, ImageDecoder, Images, SharedSquares, Task
+from robustfeat.system import INHERITS, anonymous_memory, python_command
 
 __all__ = ["Decoder", "DecoderLostError", "Decoders"]
 
@@ -64,7 +65,7 @@ class Decoder:
     """A decoder process at the other end of a pipe. It takes one task at a time.
 
     Args:
-        process: the process.
+        process: the process, or the thread in its place.
         connection: this end of the pipe.
         progress: its row of `SharedSquares.progress`.
         mailbox: its row of `SharedSquares.mailboxes`.
@@ -75,7 +76,7 @@ class Decoder:
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: subprocess.Popen[bytes] | DecoderThread,
         connection: Connection,
         progress: NDArray[np.int64],
         mailbox: NDArray[np.uint8],
@@ -139,6 +140,11 @@ class Decoder:
         Raises:
             DecoderLostError: the deadline has passed, and the process was killed.
         """
+        if isinstance(self.process, DecoderThread):
+            # It cannot be ended, and would write its square into another image's place.
+            if self.process.returncode is not None:
+                raise self._lost("the decoder was stopped", tries=None)
+            return
         count = int(self._progress[1])
         if count != self._seen:
             self._seen, self._waited_s = count, 0.0
@@ -172,6 +178,7 @@ class Decoder:
 
     def _stopped(self) -> bool:
         """Whether somebody else has stopped the process. False if the system does not report it."""
+        assert not isinstance(self.process, DecoderThread)
         try:
             state = Path(f"/proc/{self.process.pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0]
         except OSError:
@@ -187,6 +194,14 @@ def _refused(exc: OSError) -> EngineError:
     number = exc.errno or 0
     fix = _FIXES.get(number, f"check that {sys.executable} can run")
     return EngineError(f"a decoder process could not be started ({exc.strerror})", fix=fix)
+
+
+def _pair() -> tuple[Connection, Connection]:
+    """Two ends of a pipe: sockets, because event loops of Windows watch nothing else."""
+    ends = socket.socketpair()
+    for end in ends:
+        end.setblocking(True)
+    return Connection(ends[0].detach()), Connection(ends[1].detach())
 
 
 class Decoders:
@@ -210,7 +225,7 @@ class Decoders:
         self._contract, self._scaled, self._workers, self._places = contract, scaled, workers, places
         self._max_pixels = max_pixels
         self._memory = anonymous_memory()
-        shared = SharedSquares(self._memory, workers, places, contract.image_size)
+        shared = self._shared = SharedSquares(self._memory, workers, places, contract.image_size)
         self.squares: NDArray[np.uint8] = shared.squares
         self.progress: NDArray[np.int64] = shared.progress
         self.mailboxes: NDArray[np.uint8] = shared.mailboxes
@@ -229,30 +244,36 @@ class Decoders:
             if self.closed:
                 raise InputError("the decoders were stopped")
             try:
-                ours, theirs = Pipe()
+                ours, theirs = _pair()
             except OSError as exc:
                 raise _refused(exc) from exc
-            contract = json.dumps(self._contract.to_dict())
-            places = (number, self._workers, self._places)
-            options = (contract, self._scaled, self._max_pixels)
-            arguments = (os.getpid(), theirs.fileno(), self._memory, *places, *options)
-            code = f"from robustfeat.serving.decoding.worker import serve; serve(*{arguments!r})"
             try:
-                process = subprocess.Popen(
-                    python_command(code),
-                    stdin=subprocess.DEVNULL,
-                    # It multiplies no matrices, and each thread of NumPy's library would only hold memory.
-                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-                    pass_fds=(theirs.fileno(), self._memory),
-                )
+                process = self._start(number, theirs)
             except OSError as exc:
                 ours.close()
                 raise _refused(exc) from exc
-            finally:
-                theirs.close()
             decoder = Decoder(process, ours, self.progress[number], self.mailboxes[number])
             self._started = {known for known in self._started if known.process.returncode is None} | {decoder}
             return decoder
+
+    def _start(self, number: int, pipe: Connection) -> subprocess.Popen[bytes] | DecoderThread:
+        """A process, or a thread where processes inherit nothing; it has `pipe` from now on."""
+        if not INHERITS:
+            own = ImageDecoder(self._shared, number, self._contract, self._scaled, self._max_pixels)
+            return DecoderThread(pipe, own)
+        contract = json.dumps(self._contract.to_dict())
+        places = (number, self._workers, self._places)
+        options = (contract, self._scaled, self._max_pixels)
+        arguments = (os.getpid(), pipe.fileno(), self._memory, *places, *options)
+        code = f"from robustfeat.serving.decoding.worker import serve; serve(*{arguments!r})"
+        with pipe:
+            return subprocess.Popen(
+                python_command(code),
+                stdin=subprocess.DEVNULL,
+                # It multiplies no matrices, and each thread of NumPy's library would only hold memory.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                pass_fds=(pipe.fileno(), self._memory),
+            )
 
     def kill(self) -> None:
         """Ends all processes, and refuses to start more."""

@@ -11,11 +11,10 @@ import itertools
 import json
 import mmap
 import os
-import resource
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,7 +30,19 @@ from robustfeat.serving.inputs.remote import is_remote
 from robustfeat.serving.inputs.sources import ImageSource, index_line
 from robustfeat.system import die_with_parent, offer_to_die_first
 
-__all__ = ["LARGE", "MAILBOX_BYTES", "MEMORY_BYTES", "READY", "Decoded", "Images", "SharedSquares", "Task", "serve"]
+__all__ = [
+    "LARGE",
+    "MAILBOX_BYTES",
+    "MEMORY_BYTES",
+    "READY",
+    "Decoded",
+    "ImageDecoder",
+    "Images",
+    "SharedSquares",
+    "Task",
+    "answer_tasks",
+    "serve",
+]
 
 MEMORY_BYTES = 4 * 2**30
 """Memory limit for decoding one image. An image that needs more is a failed row."""
@@ -138,7 +149,9 @@ def serve(
     scaled: bool,
     max_pixels: int,
 ) -> None:
-    """Runs tasks until the parent closes the pipe."""
+    """The program of a decoder process, which runs tasks until the parent closes the pipe."""
+    import resource  # which Windows lacks
+
     # Ignore Ctrl+C and signals to the process group. The parent decides, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -152,22 +165,38 @@ def serve(
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     with suppress(OSError, ValueError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
-    connection = Connection(pipe)
+    answer_tasks(
+        Connection(pipe), ImageDecoder(shared, number, preprocessing, scaled, max_pixels), before_images=_close_stderr
+    )
+
+
+def answer_tasks(
+    connection: Connection, decoder: ImageDecoder, *, before_images: Callable[[], None] | None = None
+) -> None:
+    """Answers tasks until the other end of the pipe is closed.
+
+    Args:
+        connection: this end.
+        decoder: decodes the images.
+        before_images: called once, before the first `Images`.
+    """
     _load_formats()
-    decoder = _Decoder(shared, number, preprocessing, scaled, max_pixels)
     try:
-        quiet = False
         connection.send(READY)
         while True:
             task = connection.recv()
-            if isinstance(task, Images) and not quiet:
-                # Libraries print messages about damaged files, which would end up in the server's log.
-                with open(os.devnull, "wb") as nowhere:
-                    os.dup2(nowhere.fileno(), 2)
-                quiet = True
+            if isinstance(task, Images) and before_images is not None:
+                before_images()
+                before_images = None
             connection.send(decoder.run(task) if isinstance(task, Task) else decoder.decode(task))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _close_stderr() -> None:
+    """Drops messages of libraries about damaged files, which would end up in the server's log."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
 
 
 def _load_formats() -> None:
@@ -181,7 +210,17 @@ def _load_formats() -> None:
     use_one_thread()
 
 
-class _Decoder:
+class ImageDecoder:
+    """Decodes the images of tasks into its squares.
+
+    Args:
+        shared: the memory.
+        number: its line there.
+        contract: the preprocessing.
+        scaled: see `prepare_square`.
+        max_pixels: larger images of a `Task` are refused.
+    """
+
     def __init__(
         self, shared: SharedSquares, number: int, contract: Preprocessing, scaled: bool, max_pixels: int
     ) -> None:
@@ -191,6 +230,7 @@ class _Decoder:
         self._readers: ThreadPoolExecutor | None = None
 
     def run(self, task: Task) -> Decoded:
+        """Reads and decodes a task's rows."""
         index: list[str] = []
         failed: list[int] = []
         sources = [ImageSource.from_line(line) for line in task.lines]

@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from robustfeat.system import NOT_BLOCKING
+
 __all__ = ["WatchedFile", "read_text", "stamp"]
 
 _MOST_BYTES = 2**20
@@ -54,7 +56,7 @@ def read_text(path: Path) -> str:
         OSError: no file, a pipe or device, or more than 1 MiB.
         UnicodeDecodeError: its bytes are no UTF-8.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | NOT_BLOCKING)
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):

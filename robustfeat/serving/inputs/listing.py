@@ -18,6 +18,7 @@ from robustfeat.serving.inputs.parquet import find_images, parquet_path
 from robustfeat.serving.inputs.remote import forbids, is_remote, open_remote, remote_entries
 from robustfeat.serving.inputs.sources import ImageSource
 from robustfeat.serving.inputs.tar import open_tar
+from robustfeat.system import INHERITS
 
 __all__ = ["list_folder", "list_inputs"]
 
@@ -153,7 +154,8 @@ def _list_file(file: str, path: str, listing: InputList) -> None:
 def _list_lines(place: str, null: bool, listing: InputList) -> None:
     try:
         with sys.stdin.buffer if place == "-" else open(place, "rb") as handle:
-            os.set_blocking(handle.fileno(), True)  # another program may have made a terminal or pipe non-blocking
+            if INHERITS:  # another program may have made a terminal or pipe non-blocking
+                os.set_blocking(handle.fileno(), True)
             for number, line in enumerate(_split(handle, b"\0" if null else b"\n")):
                 entry = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).removeprefix("file://")
                 entry = entry if null else entry.removesuffix("\r")

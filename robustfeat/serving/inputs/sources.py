@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from robustfeat.serving.inputs.remote import is_remote, read_remote
+from robustfeat.system import NOT_BLOCKING
 
 __all__ = ["MAX_FILE_BYTES", "ImageSource", "index_line", "path_fields", "path_of_index", "printable"]
 
@@ -63,9 +64,9 @@ class ImageSource:
             raise _too_large()
         if is_remote(self.file):
             return self._read_remote()
-        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        # Without NOT_BLOCKING, opening a pipe would wait for its writer.
         try:
-            descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(self.file, os.O_RDONLY | NOT_BLOCKING)
         except OSError as exc:
             if exc.errno == errno.ENXIO:  # a socket
                 raise OSError(errno.EINVAL, "not a regular file") from exc
@@ -75,7 +76,8 @@ class ImageSource:
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
             if self.kind == "tar":
-                data = os.pread(descriptor, self.size, self.at)
+                handle.seek(self.at)
+                data = handle.read(self.size)
                 if len(data) < self.size:
                     raise OSError(errno.EIO, "the archive ends before this member does")
                 return data

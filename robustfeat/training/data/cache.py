@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from robustfeat.errors import DataError, DecodeError, InputError
-from robustfeat.files import FileLock, new_file
+from robustfeat.files import FileLock, new_file, reserve_space
 from robustfeat.progress import Progress, remark
 from robustfeat.system import available_memory
 from robustfeat.training.data.batches import Batch, EpochPlan, load_batches
@@ -224,8 +224,7 @@ def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bo
                 _require(size, shutil.disk_usage(folder).free, f"{folder}", len(data), side)
                 with open(file, "wb") as handle:
                     try:
-                        # Taken now: a full disk under a memory map would be a signal, not an error.
-                        os.posix_fallocate(handle.fileno(), 0, size)
+                        reserve_space(handle, size)
                     except OSError:
                         file.unlink()
                         raise

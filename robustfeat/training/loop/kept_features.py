@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustfeat.errors import InputError
-from robustfeat.files import new_file
+from robustfeat.files import new_file, reserve_space
 from robustfeat.progress import Progress
 from robustfeat.training.data.batches import OrderedPlan, TrainingBatches, load_batches
 from robustfeat.training.data.image_set import decoding_key
@@ -142,7 +142,7 @@ def _fill(run: Run) -> None:
         if size > shutil.disk_usage(run.folder).free:
             raise _unwritable(run.folder, f"{size / _GB:.3g} GB are needed")
         with open(file, "wb") as handle:
-            os.posix_fallocate(handle.fileno(), 0, size)  # a full disk under a memory map would be a signal
+            reserve_space(handle, size)
     recipe, images = run.recipe, len(run.train_set)
     plan = OrderedPlan(
         run.train_set, _BLOCK, seed=recipe.seed, min_crop_area=recipe.min_crop_area, fixed_crops=recipe.teacher_crops

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from robustfeat.serving.http.process.fitter_program import DONE, HEADER_BYTES
+from robustfeat.serving.http.process.fitter_program import DONE, HEADER_BYTES, answer
 from robustfeat.serving.online.errors import ApiError
-from robustfeat.system import python_command
+from robustfeat.system import INHERITS, python_command
 
 __all__ = ["Fitter"]
 
@@ -41,7 +41,7 @@ class Fitter:
 
     def prepare(self) -> None:
         """Starts the process before somebody waits for it; it ends as it would after a fit."""
-        if self._preparing is None and self._process is None:
+        if INHERITS and self._preparing is None and self._process is None:
             self._preparing = asyncio.create_task(self._prepare())
 
     async def _prepare(self) -> None:
@@ -107,6 +107,8 @@ class Fitter:
 
     async def _exchange(self, text: bytes, rows: bytes) -> tuple[int, bytes]:
         """The process's answer; a new process gets a second try, since the old one may have ended between two fits."""
+        if not INHERITS:  # event loops of Windows that watch pipes start no processes
+            return await asyncio.to_thread(answer, text, rows)
         message = len(text).to_bytes(4, "little") + len(rows).to_bytes(4, "little") + text + rows
         for _ in range(_TRIES):
             try:

@@ -9,7 +9,6 @@ import base64
 import io
 import json
 import os
-import resource
 import signal
 import zipfile
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from robustfeat.serving.heads.head import Head
 from robustfeat.serving.identity import ModelIdentity
 from robustfeat.system import die_with_parent, offer_to_die_first
 
-__all__ = ["DONE", "HEADER_BYTES", "REFUSED", "head_answer", "serve", "zip_head"]
+__all__ = ["DONE", "HEADER_BYTES", "REFUSED", "answer", "head_answer", "serve", "zip_head"]
 
 HEADER_BYTES = 8
 """Before each request two lengths of 4 bytes: of its JSON and of its rows. Before each answer a state and a length.
@@ -39,6 +38,8 @@ _EPOCH = (2020, 1, 1, 0, 0, 0)
 
 def serve(parent: int) -> None:
     """Answers requests from stdin on stdout, until the parent has ended."""
+    import resource  # which Windows lacks
+
     die_with_parent(signal.SIGKILL, parent)
     offer_to_die_first()
     os.nice(5)  # images come first
@@ -55,12 +56,22 @@ def serve(parent: int) -> None:
         text, rows = (source.read(size) for size in sizes)
         if len(rows) < sizes[1]:
             return
-        try:
-            _answer(sink, DONE, _fit(json.loads(text), rows))
-        except RobustFeatError as exc:
-            _answer(sink, REFUSED, str(exc).encode())
-        except MemoryError:
-            _answer(sink, REFUSED, b"the fit takes too much memory; send fewer rows")
+        _answer(sink, *answer(text, rows))
+
+
+def answer(text: bytes, rows: bytes) -> tuple[int, bytes]:
+    """A request's state and answer.
+
+    Args:
+        text: the request as JSON.
+        rows: its features as float32.
+    """
+    try:
+        return DONE, _fit(json.loads(text), rows)
+    except RobustFeatError as exc:
+        return REFUSED, str(exc).encode()
+    except MemoryError:
+        return REFUSED, b"the fit takes too much memory; send fewer rows"
 
 
 def _answer(sink: BinaryIO, state: int, data: bytes) -> None:

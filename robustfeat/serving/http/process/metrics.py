@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, His
 from prometheus_client.multiprocess import MultiProcessCollector
 
 import robustfeat
+from robustfeat.files import reserve_space
 from robustfeat.system import anonymous_bytes, child_processes
 
 __all__ = ["CONTENT_TYPE", "MOST_KEYS", "Metrics", "ModelMetrics"]
@@ -252,9 +253,7 @@ def _reserve(folder: Path, worker: int, names: int) -> bool:
             with file.open("a+b") as opened:
                 opened.seek(0)
                 used = int.from_bytes(opened.read(4), sys.byteorder)  # by a worker of this number that has ended
-                os.posix_fallocate(opened.fileno(), 0, used + _FILE_BYTES + names * _NAME_BYTES)
-    except AttributeError:  # macOS has no such call
-        return True
+                reserve_space(opened, used + _FILE_BYTES + names * _NAME_BYTES)
     except OSError:
         for file in files:
             file.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The process that a user starts: it forks workers, replaces dead ones, and stops all of them.
 
-It imports no library, so a fork takes an instant and copies no thread.
+It imports no library, so a fork takes an instant and copies no thread. Windows cannot fork. There, this process is the
+only worker, and nothing is reloaded.
 
 Workers belong to generations. The first worker of a generation turns names into commits and hashes, and reports them.
 All other workers of that generation load exactly these. A reload starts a worker of a new generation beside the old
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustfeat.errors import RobustFeatError
+from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.serving.http.process.log import Log
 from robustfeat.serving.http.process.reloads import Reloads
-from robustfeat.system import die_with_parent
+from robustfeat.system import INHERITS, die_with_parent
 
 __all__ = ["CLOSED", "HEALTHY", "HEARTBEAT_S", "LOADED", "RETIRE", "Start", "Supervisor", "count_places", "report_line"]
 
@@ -55,8 +57,9 @@ _LOADING_S = 600.0
 _GRACE_S = 5.0
 _STEADY_S = 10.0
 _LONGEST_PAUSE_S = 30.0
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-RETIRE = signal.SIGUSR1
+# Windows has no SIGHUP and no SIGUSR1. Nothing reloads there.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
+RETIRE = getattr(signal, "SIGUSR1", signal.SIGTERM)
 """Lets a worker answer its requests and end, while other workers accept new ones."""
 
 
@@ -121,6 +124,9 @@ class Supervisor:
         refresh: called about twice a second; new workers inherit its results. Whether to reload.
         explain: an error as one line.
         reloads: is told whether the last reload was refused.
+
+    Raises:
+        InputError: several workers where nothing forks.
     """
 
     def __init__(
@@ -137,6 +143,8 @@ class Supervisor:
         reloads: Reloads,
         log: Log,
     ) -> None:
+        if workers > 1 and not INHERITS:
+            raise InputError("this system cannot fork; expected 1", argument="workers", value=workers)
         self._listener, self._run, self._count = listener, run, workers
         self._drain_s, self._retire_s = drain_s, retire_s
         self._announce, self._refresh, self._explain = announce, refresh, explain
@@ -155,6 +163,8 @@ class Supervisor:
         parent = os.getpid()
         self._directory = Path(tempfile.mkdtemp(prefix="robustfeat-metrics-"))
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(self._directory)
+        if not INHERITS:
+            return self._serve_here()
         woken, wake = os.pipe()
         for end in (woken, wake):
             os.set_blocking(end, False)
@@ -189,6 +199,24 @@ class Supervisor:
             if os.getpid() == parent:
                 signal.set_wakeup_fd(-1)
                 shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _serve_here(self) -> int:
+        """Runs the only worker in this process until it is stopped. It removes the folder of metrics."""
+        ours, theirs = os.pipe()
+
+        def follow() -> None:
+            with os.fdopen(ours) as reports:
+                for kind, value in map(json.loads, reports):
+                    if kind == LOADED:
+                        self._loaded = value
+                    elif kind == HEALTHY and not self._started:
+                        self._started = True
+                        self._announce(self._loaded)
+
+        threading.Thread(target=follow, daemon=True).start()
+        self._run(Start(0, theirs, None, tried=False))
+        self._log.stage("drained", exit_code=0)
+        return 0
 
     def _handle_signals(self) -> None:
         """Notes signals, which may come between any two steps; the loop acts on them."""

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import importlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from robustfeat.serving.http.options import ServerOptions
 from robustfeat.serving.http.process.log import adopt_logging
 from robustfeat.serving.http.process.supervisor import CLOSED, HEALTHY, HEARTBEAT_S, LOADED, RETIRE, Start, report_line
 from robustfeat.serving.http.service import Service
-from robustfeat.system import allow_open_files
+from robustfeat.system import INHERITS, allow_open_files
 
 if TYPE_CHECKING:
     import uvicorn
@@ -94,11 +93,11 @@ def run_worker(
             runner.run(_serve(Server(config, closed), service, listener, start, supervisor))
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if importlib.util.find_spec("uvloop") is None:
-        return None
-    import uvloop
-
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.SelectorEventLoop  # the default of Windows cannot watch the decoders' pipes
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
 
@@ -114,9 +113,7 @@ async def _serve(
         server.config.timeout_graceful_shutdown = None
         server.should_exit = True
 
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop)
-    loop.add_signal_handler(RETIRE, retire)
+    _handle_signals(stop, retire)
     for model in service.models.values():
         model.attach()
         if start.tried:
@@ -143,9 +140,21 @@ async def _serve(
             service.tracer.close()
 
 
+def _handle_signals(stop: Callable[[], None], retire: Callable[[], None]) -> None:
+    """Has `stop` called at SIGTERM and `retire` at RETIRE. Without a supervisor, Ctrl+C stops, too."""
+    loop = asyncio.get_running_loop()
+    if INHERITS:
+        loop.add_signal_handler(signal.SIGTERM, stop)
+        loop.add_signal_handler(RETIRE, retire)
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+
+
 async def _report_health(service: Service, report: int, supervisor: int, stop: Callable[[], None]) -> None:
     """Reports to the supervisor while this worker is healthy; stops the worker when the supervisor has ended."""
-    os.set_blocking(report, False)
+    if INHERITS:
+        os.set_blocking(report, False)
     reported = -HEARTBEAT_S
     while os.getppid() == supervisor:
         if service.ready and time.monotonic() - reported >= HEARTBEAT_S:
