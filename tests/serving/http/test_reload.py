@@ -296,6 +296,7 @@ def test_the_documented_manifest_is_read(tmp_path: Path) -> None:
 def test_a_closed_terminal_ends_the_server() -> None:
     pid, terminal = pty.fork()
     if not pid:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored, and the server then stays
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-m", "robustfeat", "serve", "--port", "0"])
     said = ""

@@ -47,7 +47,7 @@ def run_worker(
         options: of the server.
 
     Raises:
-        EngineError: a model gives other features for its golden images, in a worker that is tried.
+        EngineError: a model gives other features for a golden image, and the server has other workers.
     """
     supervisor = os.getppid()
     # The web framework takes half a second to import: meanwhile the models are loaded, and the decoders start.
@@ -118,6 +118,8 @@ async def _serve(
         model.attach()
         if start.tried:
             await model.check()
+        elif start.loaded is not None:  # others are ready, so this one must be before it accepts connections
+            await model.probe()
     background = [
         asyncio.create_task(service.maintain()),
         asyncio.create_task(_report_health(service, start.report, supervisor, stop)),
