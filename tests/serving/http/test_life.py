@@ -184,6 +184,14 @@ def test_a_swept_metrics_folder_does_not_keep_a_worker_out(photos: list[bytes]) 
         assert server.post("/embed", photos[0]).status == 200
 
 
+def refuses(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return False
+    except OSError:
+        return True
+
+
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(photos: list[bytes], name: signal.Signals) -> None:
     with serving("--workers", 2) as server, ThreadPoolExecutor(1) as pool:
@@ -196,14 +204,7 @@ def test_a_signal_drains(photos: list[bytes], name: signal.Signals) -> None:
         pids += [child for pid in pids for child in children(pid)]
         server.process.send_signal(name)
 
-        def refused() -> bool:
-            try:
-                with socket.create_connection(("127.0.0.1", server.port), timeout=1):
-                    return False
-            except OSError:
-                return True
-
-        wait_until(refused)
+        wait_until(lambda: refuses(server.port))
         late.sendall(photos[0][100:])
         answer = http.client.HTTPResponse(late)
         answer.begin()
@@ -213,6 +214,25 @@ def test_a_signal_drains(photos: list[bytes], name: signal.Signals) -> None:
         late.close()
         assert server.process.wait(20) == 0
         assert not any(alive(pid) for pid in pids)
+
+
+def test_a_request_on_its_way_when_the_signal_comes_is_answered(photos: list[bytes]) -> None:
+    patient = {"robustfeat.serving.http.process.connection._LINGER_S": 15.0}
+    with serving(constants=patient) as server:
+        kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        kept.request("GET", "/health/live")
+        assert kept.getresponse().read()
+        fresh = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        fresh.connect()
+        wait_until(lambda: server.get("/health/ready").status == 200)  # and both connections are accepted
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: refuses(server.port))
+        for connection in (kept, fresh):
+            connection.request("POST", "/embed", photos[0])
+            answer = connection.getresponse()
+            assert (answer.status, answer.getheader("connection")) == (200, "close")
+            connection.close()
+        assert server.process.wait(20) == 0  # as soon as nobody is left
 
 
 def test_it_ends_in_the_time_given_even_if_a_client_does_not(photos: list[bytes]) -> None:
