@@ -36,7 +36,7 @@ from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.serving.inputs.parquet import ParquetImages
 from robustfeat.serving.inputs.sources import ImageSource
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT, Run, files_of
 from tests.hub_server import FakeHub
 
 Fault = Callable[[dict[str, Any]], str | None]
@@ -609,7 +609,7 @@ def test_a_run_killed_while_it_writes_to_s3_goes_on_when_repeated(
     assert ("feats.npy" in left) == (at == "DELETE job.json")
     if at == "PUT feats.index.jsonl":  # of the new output, one file is at its place already: it is read all the same
         assert "feats.meta.json" in left
-        assert open_features(out).values.tobytes() == np.load(expected).tobytes()
+        assert open_features(out).values[:].tobytes() == np.load(expected).tobytes()
     requests.clear()
     s3.fault = lambda environ: requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO'].rpartition('/')[2]}")
     embed(extractor, [many], out, shard_rows=4)
@@ -617,6 +617,42 @@ def test_a_run_killed_while_it_writes_to_s3_goes_on_when_repeated(
     assert s3.keys(bucket) == ["feats.index.jsonl", "feats.meta.json", "feats.npy"]
     for name in ("feats.npy", "feats.index.jsonl"):
         assert s3.get(bucket, name) == expected.with_name(name).read_bytes()
+
+
+def test_a_folder_of_several_files_on_s3_has_the_bytes_of_a_local_one(
+    s3: Storage, bucket: str, extractor: FeatureExtractor, many: Path, expected: Path, tmp_path: Path
+) -> None:
+    out, options = f"s3://{bucket}/feats/", {"shard_rows": 4, "rows_per_file": 4}
+    embed(extractor, [many], f"{tmp_path}/feats/", **options)
+    local = files_of(tmp_path / "feats")
+    assert len(local) > 6
+
+    def check() -> None:
+        assert s3.keys(bucket) == sorted(f"feats/{name}" for name in local)
+        for name in local:
+            if name != "_meta.json":
+                assert s3.get(bucket, f"feats/{name}") == local[name]
+
+    # A move that fails: the files that are not moved yet are read where they are.
+    def deny(environ: dict[str, Any]) -> str | None:
+        at = environ["REQUEST_METHOD"], environ["PATH_INFO"].endswith("/feats/000001.npy")
+        return "AccessDenied" if at == ("PUT", True) else None
+
+    s3.fault = deny
+    with pytest.raises(InputError, match=r"cannot be written .*AccessDenied was asked for"):
+        embed(extractor, [many], out, **options)
+    assert "feats/000001.npy" not in s3.keys(bucket)
+    assert np.asarray(open_features(out).values).tobytes() == np.load(expected).tobytes()
+    s3.fault = lambda _: None
+    embed(extractor, [many], out, **options)
+    check()
+    assert list(open_features(out).paths) == list(open_features(str(expected)).paths)
+    # Fewer files replace them.
+    few = sorted(many.iterdir())[:5]
+    embed(extractor, few, out, **options)
+    assert len([key for key in s3.keys(bucket) if key.endswith(".npy")]) == 2
+    assert embed(extractor, [many], out, sync=True, shard_rows=4).known == 5
+    assert s3.keys(bucket) == sorted(f"feats/{name}" for name in local)
 
 
 # The Hugging Face Hub
