@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import PurePosixPath
 from typing import Any
 
 from robustfeat.errors import InputError
@@ -37,6 +39,9 @@ __all__ = [
     "require_own_stem",
     "require_same_model",
 ]
+
+
+_OWN_NAME = re.compile(r"[0-9]{6,9}\.(npy|parquet|safetensors)|_[0-9]{6,9}\.index\.jsonl")
 
 
 class NewOutput:
@@ -83,7 +88,7 @@ class NewOutput:
                     what = f"{places.features}: another process has changed it"
                     raise InputError(what, fix="repeat the command")
         data = {**meta, "format": places.suffix, **_listed(places, files)}
-        stale = _files_of_earlier(places) - {places.file(kind, at) for kind, at in _kinds(places, len(files))}
+        stale = _names_of_earlier(places) - _names(places, len(files))
         self._folder.write(places.staged("meta"), json.dumps(data, indent=2).encode() + b"\n")
         self._folder.write(COMMIT, json.dumps({"files": len(files), "stale": sorted(stale)}).encode())
         _move(places, self._folder)
@@ -119,7 +124,7 @@ def _listed(places: Places, files: Sequence[FileRecord]) -> dict[str, Any]:
     if not places.is_dataset:
         return {"features_sha256": files[0].features_sha256, "index_sha256": files[0].index_sha256}
     names = [
-        {kind: places.file(kind, number).removeprefix(places.features) for kind in ("features", "index")}
+        {kind: PurePosixPath(places.file(kind, number)).name for kind in ("features", "index")}
         for number in range(len(files))
     ]
     return {FILES_KEY: [{**name, **asdict(record)} for name, record in zip(names, files, strict=True)]}
@@ -134,16 +139,19 @@ def _kinds(places: Places, files: int) -> Iterator[tuple[str, int]]:
         yield "features", number
 
 
-def _files_of_earlier(places: Places) -> set[str]:
-    """The places of the files of the dataset that is there."""
+def _names(places: Places, files: int) -> set[str]:
+    return {PurePosixPath(places.file(kind, number)).name for kind, number in _kinds(places, files)}
+
+
+def _names_of_earlier(places: Places) -> set[str]:
+    """The names of the files of the dataset that is there."""
     if not places.is_dataset:
         return set()
     try:
         meta, _, _, _ = read_meta(places)
     except InputError:
         return set()
-    there = places.with_suffix(meta["format"])
-    return {there.file(kind, at) for kind, at in _kinds(there, len(read_records(meta)))}
+    return _names(places.with_suffix(meta["format"]), len(read_records(meta)))
 
 
 def finish_commit(places: Places) -> None:
@@ -178,9 +186,9 @@ def _move(places: Places, folder: LocalFolder | RemoteFolder) -> None:
     for kind, number in _kinds(places, commit["files"]):
         if (name := places.staged(kind, number)) in names:
             folder.move(name, places.file(kind, number))
-    for place in commit["stale"]:
-        root, _, name = place.rpartition("/")
-        open_folder(root).delete(name)
+    # In a folder that others write to, the commit file may be theirs: it deletes nothing else.
+    if stale := [name for name in commit["stale"] if _OWN_NAME.fullmatch(name)]:
+        open_folder(places.features.rstrip("/")).delete(*stale)
     folder.delete(COMMIT)
 
 

@@ -73,31 +73,46 @@ def join_parts(
     found = _in_order([_read(place) for place in parts])
     first = found[0]
     _require_room(places, found)
-    folder = open_folder(places.shards)
-    shard_rows = int(first.about["shard_rows"])
-    identity: dict[str, Any] = {"joins": [part.meta_sha256 for part in found], "continues": None}
-    if rows_per_file := cut_files(places, rows_per_file, shard_rows):
-        identity["rows_per_file"] = rows_per_file
-    job = Job(0, 0, 1, identity)
-    claim_folder(folder, job, places, restart=False)
-    images, size = int(first.about["inputs"]), first.model.feature_size
-    progress = Progress("join", images, "rows", quiet=quiet)
-    seconds = sum(float(part.meta["timing"]["seconds"]) for part in found)
-    meta = {key: value for key, value in first.meta.items() if key not in _OWN_KEYS}
-    meta["inputs_sha256"] = first.about["inputs_sha256"]
-    if rows_per_file:
-        meta["rows_per_file"] = rows_per_file
     counts = {key: first.meta[key] for key in ("skipped", "left_out")}
+    failed = _write(found, places, counts, rows_per_file, quiet=quiet)
+    return EmbeddingResult(
+        features=places.features,
+        index=places.index,
+        meta=places.meta,
+        images=int(first.about["inputs"]),
+        failed=failed,
+        skipped=int(counts["skipped"]),
+        left_out=counts["left_out"],
+        known=0,
+        feature_size=first.model.feature_size,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _write(
+    parts: Sequence[_Part], places: Places, counts: dict[str, Any], rows_per_file: int | None, *, quiet: bool
+) -> int:
+    """Writes the whole of ordered parts; how many rows failed."""
+    first = parts[0]
+    images, shard_rows = int(first.about["inputs"]), int(first.about["shard_rows"])
+    seconds = sum(float(part.meta["timing"]["seconds"]) for part in parts)
     counts["timing"] = {"seconds": round(seconds, 3), "images_per_s": round(images / max(seconds, 1e-9), 1)}
+    cut = {"rows_per_file": rows} if (rows := cut_files(places, rows_per_file, shard_rows)) else {}
+    meta = {key: value for key, value in first.meta.items() if key not in _OWN_KEYS}
+    meta |= {"inputs_sha256": first.about["inputs_sha256"], **cut}
+    folder = open_folder(places.shards)
+    job = Job(0, 0, 1, {"joins": [part.meta_sha256 for part in parts], "continues": None, **cut})
+    claim_folder(folder, job, places, restart=False)
+    progress = Progress("join", images, "rows", quiet=quiet)
     try:
         require_own_stem(places)
         writer = OutputWriter(places, folder, images, meta)
-        stream = BlockStream(BlockStream(_blocks(found, shard_rows, progress)).skip(writer.rows))
-        while (rows := writer.next_rows) is not None:
-            writer.write(stream.take(len(rows)))
+        stream = BlockStream(BlockStream(_blocks(parts, shard_rows, progress)).skip(writer.rows))
+        while (wanted := writer.next_rows) is not None:
+            writer.write(stream.take(len(wanted)))
         failed = writer.commit(counts)
         discard_folder(folder)
-    except BaseException as exc:
+    except Exception as exc:  # not where the user stops it: a repeated call resumes
         discard_folder(folder)
         if isinstance(exc, OSError):
             what = f"{places.features}: cannot be written ({exc.strerror or exc})"
@@ -106,18 +121,7 @@ def join_parts(
     finally:
         folder.release()
     progress.finish()
-    return EmbeddingResult(
-        features=places.features,
-        index=places.index,
-        meta=places.meta,
-        images=images,
-        failed=failed,
-        skipped=int(counts["skipped"]),
-        left_out=counts["left_out"],
-        known=0,
-        feature_size=size,
-        seconds=time.monotonic() - began,
-    )
+    return failed
 
 
 def _require_room(places: Places, parts: Sequence[_Part]) -> None:

@@ -306,6 +306,22 @@ def test_what_others_wrote_is_not_replaced(folder: Path, embed: Embed, tmp_path:
     assert embed(folder, f"{tmp_path}/empty/").images == 30
 
 
+def test_a_commit_file_of_others_deletes_nothing_but_files_of_the_dataset(
+    folder: Path, feats: Path, embed: Embed, tmp_path: Path
+) -> None:
+    out, shards = Path(shutil.copytree(feats, tmp_path / "feats")), tmp_path / ".feats.shards"
+    (tmp_path / "mine.npy").touch()
+    (out / "notes.txt").touch()
+    shards.mkdir()
+    stale = ["../mine.npy", str(tmp_path / "mine.npy"), "notes.txt", "../000000.npy", "000009.npy"]
+    (shards / "commit").write_text(json.dumps({"files": 0, "stale": stale}))
+    (out / "000009.npy").touch()
+    embed(folder, f"{out}/", rows_per_file=8)
+    assert (tmp_path / "mine.npy").exists()
+    assert (out / "notes.txt").exists()
+    assert not (out / "000009.npy").exists()
+
+
 def test_a_reader_beside_writers_never_sees_a_mixture(embed: Embed, folder: Path, tmp_path: Path) -> None:
     images, done = [tmp_path / "a", tmp_path / "b"], threading.Event()
     for number, root in enumerate(images):

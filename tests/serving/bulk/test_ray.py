@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 
@@ -103,6 +104,17 @@ def test_actors_on_gpus_take_one_each() -> None:
     assert plan_pool(nodes, 4, 99, gpu=True) == (2 + 4, 4)
     with pytest.raises(EngineError, match="no machine of the cluster offers a GPU"):
         plan_pool([{"CPU": 64.0}, {}], 4, 99, gpu=True)
+
+
+@pytest.mark.slow
+def test_files_of_a_folder_are_written_while_actors_work(
+    embed: Embed, cluster: str, local: Path, tmp_path: Path
+) -> None:
+    result = embed(f"{tmp_path}/feats/", ray=cluster, rows_per_file=8)
+    assert (result.images, result.failed) == (45, 1)
+    features = [np.load(file) for file in sorted((tmp_path / "feats").glob("*.npy"))]
+    assert [len(part) for part in features] == [8, 8, 8, 8, 8, 5]
+    assert np.concatenate(features).tobytes() == np.load(local).tobytes()
 
 
 @pytest.mark.parametrize(
