@@ -256,7 +256,7 @@ def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Com
 
 def measure() -> Iterator[Prose]:
     """Each file's prose, and each command's."""
-    for file in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))):
+    for file in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/how-to/*.md"))):
         text = file.read_text("utf-8")
         if file == ROOT / PRE_REGISTERED:
             continue

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+PAGES = sorted(
+    file for pattern in ("*.md", "docs/*.md", "docs/how-to/*.md", "benchmarks/**/*.md") for file in ROOT.glob(pattern)
+)
 
 
 def slugs(page: Path) -> set[str]:
