@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, distributed
 
-from robustfeat.errors import RobustFeatError, TrainingError, first_line
+from robustfeat.errors import InputError, RobustFeatError, TrainingError, first_line
 from robustfeat.training.loop.ranks import Ranks
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "gather_tensors",
     "join_group",
     "raise_together",
+    "require_same",
     "sum_over_ranks",
     "together",
 ]
@@ -128,6 +129,27 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def require_same(values: Mapping[str, Any]) -> None:
+    """Refuses ranks that looked up the same names and found different things; a collective call.
+
+    Args:
+        values: what was found, by parameter.
+
+    Raises:
+        InputError: naming the first parameter that differs, on the first rank.
+    """
+    of_ranks = gather_objects(dict(values))
+    differing = next((name for name in values if any(other[name] != values[name] for other in of_ranks)), None)
+    if differing is not None:
+        raise_together(
+            InputError(
+                "is not the same on all ranks, because it changed while they started",
+                argument=differing,
+                fix="run the same command again",
+            )
+        )
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from robustfeat.progress import remark
 from robustfeat.system import available_cpus
 from robustfeat.training.concepts import cluster_count
 from robustfeat.training.data.batches import explain_worker
+from robustfeat.training.data.hub_dataset import is_hub_dataset
 from robustfeat.training.loop.arguments import check_arguments
 from robustfeat.training.loop.bad_images import BadImages
 from robustfeat.training.loop.checkpoint import (
@@ -27,7 +28,7 @@ from robustfeat.training.loop.checkpoint import (
 )
 from robustfeat.training.loop.clustering import cluster_images
 from robustfeat.training.loop.curves import draw_curves
-from robustfeat.training.loop.distributed import gather_objects, join_group, together
+from robustfeat.training.loop.distributed import gather_objects, join_group, require_same, together
 from robustfeat.training.loop.epochs import EpochLoop
 from robustfeat.training.loop.kept_features import keep_features, require_feature_room
 from robustfeat.training.loop.preparation import (
@@ -134,6 +135,9 @@ def train(
             step = None if clustered else TrainingStep(recipe, run.concepts, chosen, ranks)
             require_cache_room(run)
             require_feature_room(run)
+        # Each rank has looked names up for itself, and somebody may have pushed meanwhile.
+        of_data = {"data": run.train_set.fingerprint} if is_hub_dataset(data) else {}
+        require_same({"init": run.recipe.init_sha256, "teacher": run.recipe.teacher_sha256, **of_data})
         with _explaining(), claim_folder(run, resume=resume):
             return _train_in_folder(run, step, start, data, resume, checkpoint_every_s)
 

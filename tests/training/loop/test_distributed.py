@@ -6,12 +6,14 @@ themselves, with the environment that torchrun gives them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from robustfeat.training.loop.checkpoint import load_checkpoint
 from robustfeat.training.loop.trainer import train
-from tests.command_server import CommandServer
+from tests.command_server import CommandServer, ForkedCommand
 from tests.conftest import ROOT, train_arguments
 from tests.training import small
 from tests.training.loop.test_trainer import assert_same_parameters, wait_for_step
@@ -31,8 +33,11 @@ from tests.training.recording import FOLDER, read, read_lines
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
-def run_ranks(commands: CommandServer, arguments: list[str], folder: Path, ranks: int) -> None:
-    """A training of narrow networks on so many processes, which meet at a store of this one."""
+@contextlib.contextmanager
+def ranks_of(
+    commands: CommandServer, arguments: list[str], ranks: int, code: str | None = None, **environment: str
+) -> Iterator[list[ForkedCommand]]:
+    """So many processes of a command, or of `code`, which meet at a store of this one."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -41,20 +46,26 @@ def run_ranks(commands: CommandServer, arguments: list[str], folder: Path, ranks
         "TORCHELASTIC_RESTART_COUNT": "0",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        FOLDER: str(folder),
+        **environment,
     }
     processes = [
-        commands.start(arguments, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        commands.start(arguments, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, code=code)
         for rank in range(ranks)
     ]
     try:
-        for process in processes:
-            _, stderr = process.communicate(timeout=240)
-            assert process.returncode == 0, stderr
+        yield processes
     finally:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
+
+
+def run_ranks(commands: CommandServer, arguments: list[str], folder: Path, ranks: int) -> None:
+    """A training of narrow networks on so many processes."""
+    with ranks_of(commands, arguments, ranks, **{FOLDER: str(folder)}) as processes:
+        for process in processes:
+            _, stderr = process.communicate(timeout=240)
+            assert process.returncode == 0, stderr
 
 
 def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -213,6 +224,30 @@ def test_what_is_wrong_is_said_once_and_ends_both(dataset: Path, tmp_path: Path)
         stderr.count("--batch-size 5: is shared by 2 processes and must be a multiple of that, at least 2 for each")
         == 1
     )
+
+
+FOUND = """
+import os, sys, torch
+from robustfeat.errors import RobustFeatError
+from robustfeat.training.loop.distributed import join_group, require_same
+from robustfeat.training.loop.ranks import Ranks
+ranks = Ranks.from_environment()
+try:
+    with join_group(ranks, torch.device("cpu")):
+        require_same({"init": None, "teacher": "the same"})
+        require_same({"init": None, "teacher": sys.argv[1 + ranks.rank]})
+except RobustFeatError as exc:
+    sys.exit(f"{ranks.rank}: {exc}")
+"""
+
+
+def test_ranks_that_found_different_teachers_do_not_train(commands: CommandServer) -> None:
+    with ranks_of(commands, ["a", "b"], 2, code=FOUND) as processes:
+        said = [process.communicate(timeout=240)[1] for process in processes]
+    assert said[0].count("\n") == 1
+    assert said[0].startswith("0: teacher: is not the same on all ranks, because it changed while they started; run")
+    assert said[1] == ""
+    assert [process.returncode for process in processes] == [1, 1]
 
 
 @pytest.mark.slow
