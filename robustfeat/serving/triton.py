@@ -1,12 +1,12 @@
-"""A model repository for Triton Inference Server, which OpenVINO Model Server reads, too.
+"""Writes a model repository for Triton Inference Server and OpenVINO Model Server.
 
     REPOSITORY/
       NAME/config.pbtxt       for Triton: tensors, batches, warm-up, and the preprocessing as a parameter
       NAME/1/model.onnx       the network: `pixel_values` to features
       openvino.json           for OpenVINO Model Server: all models of the repository
 
-Both servers run networks only. Clients decode and prepare the images; the parameter `preprocessing` of config.pbtxt
-says how (docs/triton.md has a client).
+Both servers only run networks. Clients decode and prepare the images as the parameter `preprocessing` of config.pbtxt
+says (docs/triton.md has a client).
 
 Source: model_config.proto of triton-inference-server/common; parameters of openvinotoolkit/model_server.
 """
@@ -39,11 +39,11 @@ class RepositoryOptions:
 
     Attributes:
         run: precision, engine (onnxruntime, or tensorrt inside ONNX Runtime), device and threads.
-        instances: copies of the network, per GPU or per machine.
+        instances: number of copies of the network, per GPU or per machine.
         batch_size: largest batch; None for the default of the model and device.
-        batch_delay_us: how long a request may wait for others, in microseconds.
-        max_queue: requests that may wait; Triton refuses more.
-        timeout_s: requests that wait longer are refused.
+        batch_delay_us: longest wait of a request for others, in microseconds.
+        max_queue: most waiting requests. Triton refuses more.
+        timeout_s: longest wait of a request before it is refused.
     """
 
     run: RunOptions
@@ -55,10 +55,10 @@ class RepositoryOptions:
 
 
 def check_name(name: str) -> str:
-    """A name for the model's folder and its URLs.
+    """Checks a name for the model's folder and its URLs.
 
     Raises:
-        InputError: it has other characters.
+        InputError: the name has other characters.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", name):
         raise InputError(
@@ -71,20 +71,20 @@ def write_repository(extractor: FeatureExtractor, out: Path, name: str, options:
     """Writes `out`/`name`, and lists it in `out`/openvino.json.
 
     Args:
-        extractor: the model, opened on this machine. Its network is what the servers get.
-        out: the repository; other models in it stay.
-        name: of the model in the repository.
-        options: for config.pbtxt.
+        extractor: the model, opened on this machine. The servers get its network.
+        out: the repository. Other models in it stay.
+        name: name of the model in the repository.
+        options: options for config.pbtxt.
 
     Returns:
         The model's folder.
 
     Raises:
-        EngineError: the network does not give features by itself, or Triton cannot run it as asked.
-        InputError: `out`/`name` exists, openvino.json is another program's, or the file system refuses.
+        EngineError: the network does not output features, or Triton cannot run it as requested.
+        InputError: `out`/`name` exists, another program wrote openvino.json, or the file system refuses.
         ModelFolderError: a file was altered.
     """
-    options.run.choose_engine()  # which refuses what no machine can run
+    options.run.choose_engine()  # refuses options that no machine can run
     text = model_config(extractor, name, options)
     _read_openvino(out / OPENVINO)
     with new_folder(out / name) as folder:
@@ -99,7 +99,7 @@ def model_config(extractor: FeatureExtractor, name: str, options: RepositoryOpti
     """The content of config.pbtxt: a `ModelConfig` in protobuf's text format.
 
     Raises:
-        EngineError: the network does not give features by itself.
+        EngineError: the network does not output features.
     """
     output = _direct_output(extractor)
     side, run = extractor.config.preprocessing.image_size, options.run
@@ -132,33 +132,33 @@ def model_config(extractor: FeatureExtractor, name: str, options: RepositoryOpti
 
 
 def _direct_output(extractor: FeatureExtractor) -> str:
-    """The name of the network's output that holds the features.
+    """The name of the network's output with the features.
 
     Raises:
-        EngineError: this package computes the features of that output, and Triton would not.
+        EngineError: this package computes the features from the output, and Triton would not.
     """
     pooling = extractor.engine.pooling
     if pooling.name in {None, "embeds"}:
         return pooling.output
     raise EngineError(
-        f"{extractor.folder.source}: the network gives {pooling.output}, not features",
+        f"{extractor.folder.source}: the network outputs {pooling.output}, not features",
         fix="make a folder whose network does with robustfeat import hf:MODEL",
     )
 
 
 def _kind(run: RunOptions) -> str:
-    """The device of an instance, in Triton's words."""
+    """The device of an instance, by Triton's name."""
     return "KIND_GPU" if run.requires_gpu else "KIND_CPU" if run.device == "cpu" else "KIND_AUTO"
 
 
 def _warmup(batch: int, side: int) -> dict[str, Any]:
-    """A batch that Triton runs before the model is ready: the first one of a size is slow."""
+    """A batch that Triton runs before the model is ready, since the first batch of a size is slow."""
     tensor = {"data_type": _Word("TYPE_FP32"), "dims": [3, side, side], "zero_data": True}
     return {"name": f"{batch} images", "batch_size": batch, "inputs": {"key": "pixel_values", "value": tensor}}
 
 
 def _parameters(extractor: FeatureExtractor, run: RunOptions) -> dict[str, str]:
-    """What clients ask for, and the threads of ONNX Runtime, which ignores the rest."""
+    """Parameters for clients, and the threads of ONNX Runtime, which ignores the others."""
     contract, config = extractor.config.preprocessing, extractor.config
     threads = {"intra_op_thread_count": str(run.threads)} if run.threads else {}
     return {
@@ -182,11 +182,11 @@ def _tensorrt(run: RunOptions, batch: int, side: int) -> dict[str, Any]:
 
 
 class _Word(str):
-    """A value of an enumeration, which stands without quotation marks."""
+    """A value of an enumeration, which has no quotation marks."""
 
 
 def _text_format(message: Mapping[str, Any], indent: str = "") -> str:
-    """A message in protobuf's text format, a field per line."""
+    """Renders a message in protobuf's text format, one field per line."""
     lines = []
     for name, value in message.items():
         for one in value if isinstance(value, list) and isinstance(value[0], Mapping) else [value]:
@@ -199,7 +199,7 @@ def _text_format(message: Mapping[str, Any], indent: str = "") -> str:
 
 
 def _read_openvino(file: Path) -> dict[str, dict[str, Any]]:
-    """The models of an openvino.json by name; none where there is no such file.
+    """The models in an openvino.json by name; empty if the file is missing.
 
     Raises:
         InputError: another program wrote it.
@@ -214,14 +214,14 @@ def _read_openvino(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _list_for_openvino(out: Path, name: str) -> None:
-    """Adds a model to openvino.json; models whose folders are gone are left out.
+    """Adds a model to openvino.json, and removes models whose folders are gone.
 
     Raises:
         InputError: the file system refuses, or another program wrote the file.
     """
     file = out / OPENVINO
     served = {old: config for old, config in _read_openvino(file).items() if (out / old).is_dir()}
-    # OpenVINO computes in bf16 by itself where the processor has it.
+    # Otherwise OpenVINO uses bf16 on processors that have it.
     served[name] = {"name": name, "base_path": name, "plugin_config": {"INFERENCE_PRECISION_HINT": "f32"}}
     with new_file(file) as partial:
         content = {"model_config_list": [{"config": config} for config in served.values()]}

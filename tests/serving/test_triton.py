@@ -165,7 +165,7 @@ def test_another_programs_list_stays(robustfeat: Run, tmp_path: Path) -> None:
 def test_a_network_without_features_is_refused(robustfeat: Run, repositories: Repositories, tmp_path: Path) -> None:
     done = robustfeat("triton", repositories("dinov2"), "--out", tmp_path / "repository")
     assert done.returncode == 1
-    assert "the network gives last_hidden_state, not features" in done.stderr
+    assert "the network outputs last_hidden_state, not features" in done.stderr
     assert "robustfeat import hf:" in done.stderr
 
 

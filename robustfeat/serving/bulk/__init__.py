@@ -1,1 +1,1 @@
-"""Bulk embedding: inputs to a file of features."""
+"""Embeds inputs in bulk to files of features."""

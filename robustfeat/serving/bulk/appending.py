@@ -1,4 +1,4 @@
-"""Appending to an output: its rows stay, and inputs that it does not hold follow them."""
+"""Appends to an output: its rows stay, and new inputs follow."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class _Append(Plan):
 
 @contextmanager
 def plan_append(inputs: InputList, places: Places, model: ModelIdentity) -> Iterator[Plan]:
-    """Opens the output to append to; the inputs whose path its index does not hold are embedded.
+    """Opens the output to append to. Inputs are new if their path is not in its index.
 
-    Where a path is there several times, those beyond that are new.
+    If the inputs have a path more often than the index, the additional ones are new.
 
     Raises:
-        InputError: as `open_to_continue`, or there is no output.
+        InputError: see `open_to_continue`, or the output does not exist.
     """
     if not output_exists(places):
         raise InputError(
@@ -82,30 +82,30 @@ def plan_append(inputs: InputList, places: Places, model: ModelIdentity) -> Iter
 
 
 def output_exists(places: Places) -> bool:
-    """Whether an output, or a part of one, is there."""
+    """Whether an output, or a part of one, exists."""
     return file_exists(places.meta) or file_exists(places.features)
 
 
 @contextmanager
 def open_to_continue(places: Places, model: ModelIdentity, argument: str) -> Iterator[Output]:
-    """Opens the output whose rows features of `model` are to join.
+    """Opens the output to which features of `model` will be added.
 
     Args:
-        argument: the caller's parameter that asked for it, for messages.
+        argument: the caller's parameter, for messages.
 
     Raises:
-        InputError: it is damaged, or another model or other options made it.
+        InputError: the output is damaged, or was made by another model or with other options.
     """
     with open_existing(places) as output:
         if key := output.model.difference(model, FEATURE_KEYS):
             theirs, mine = brief(output.model.values(key)[key]), brief(model.values(key)[key])
             raise InputError(
-                f"{places.features} was made with {key} {theirs}, this is {mine}",
+                f"{places.features} was made with {key} {theirs}; this run uses {mine}",
                 argument=argument,
                 value=True,
                 fix="use the same model and options, or another `out`",
             )
-        # The header is checked before the work, not after it.
+        # Check the header now rather than after the work.
         if output.rows:
             next(output.features())
         yield output

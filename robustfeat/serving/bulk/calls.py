@@ -1,4 +1,4 @@
-"""`robustfeat.embed`: bulk embedding in one call, as the command `embed` does it."""
+"""Defines `robustfeat.embed`, bulk embedding in one call."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def embed(
 ) -> EmbeddingResult:
     """Embeds images into a file of features, one float32 row per image.
 
-    Beside `out` it writes NAME.index.jsonl (which row is which file, and what failed) and NAME.meta.json (which model
-    made the features). If a call is killed, repeat it: it resumes and produces byte-identical files.
+    Beside `out` it writes NAME.index.jsonl (the path, hash and error of each row) and NAME.meta.json (the model of the
+    features). If a call is killed, repeat it: it resumes and produces byte-identical files.
 
     Args:
         inputs: a folder, an image, a glob, FILE.tar, FILE.parquet or FILE.parquet:COLUMN, or several of them; each may
@@ -53,31 +53,33 @@ def embed(
         out: a .npy, .parquet or .safetensors file, or a folder of them (`feats/`, `feats.parquet/`); or its URL.
         model: `builtin`, a model folder, or ORG/NAME on the Hub.
         revision: a branch, tag or commit on the Hub; main by default.
-        config_hash: the hash that `robustfeat info` prints, which pins all files of the model.
-        precision: fp32; fp16, meant for GPUs; int8 where the model has it; bf16 with OpenVINO on some processors.
+        config_hash: the expected config hash, which pins all files; `robustfeat info` prints it.
+        precision: fp32; fp16, meant for GPUs; int8 if the model has it; bf16 with OpenVINO on some processors.
         engine: auto, onnxruntime, openvino or tensorrt.
         device: auto, cpu or cuda.
-        decoding: exact, or scaled: large JPEGs are decoded at a fraction of their size, faster and nearly the same.
-        max_pixels: larger images fail; decoding takes up to 24 bytes for each pixel.
-        pooling: features of a model of transformers: auto (by its type), embeds, pooler, cls or mean.
-        threads: processors for the model; by default all that the cgroup grants.
-        workers: decoder processes; by default as many as processors.
-        batch_size: images per batch; by default what suits the model's input.
+        decoding: exact, or scaled, which decodes large JPEGs at a fraction of their size: faster, with slightly
+            different features.
+        max_pixels: largest accepted image; decoding takes up to 24 bytes per pixel.
+        pooling: how the output of a transformers model becomes features: auto (by its type), embeds, pooler, cls or
+            mean.
+        threads: number of processors for the model; by default all that the cgroup allows.
+        workers: number of decoder processes; by default one per processor.
+        batch_size: images per batch; by default set by the model's input size.
         on_error: `nan` for a row of NaN per image that fails, or `stop` at the first one.
         restart: discard what an unfinished call left, and replace features of another model.
         append: add the inputs that `out` does not hold yet, by path.
-        sync: bring `out` in step with `inputs`: drop rows of files that vanished, and embed only images that are new.
-        rows_per_file: rows of each file where `out` is a folder; 1,048,576 by default.
-        match: one or more patterns such as `*.jpg`: take files of folders and archives by name, whatever their suffix.
-        quiet: no progress on stderr.
+        sync: make `out` match `inputs`: drop rows of removed files, and embed only new images.
+        rows_per_file: rows per file if `out` is a folder; 1,048,576 by default.
+        match: patterns such as `*.jpg` that choose files of folders and archives by name instead of suffix.
+        quiet: hide progress.
 
     Returns:
-        The names of the three files, and the numbers of images, of failures and of files left out.
+        The names of the three files, and the number of images, failures and skipped files.
 
     Raises:
         InputError: an input is missing, `out` cannot be written or continued, or an image failed with `on_error=stop`.
         ModelFolderError, HubError, EngineError: the model cannot be loaded; see `FeatureExtractor.from_pretrained`.
-        ValueError: `on_error` is something else.
+        ValueError: `on_error` has another value.
     """
     places, target = _require(inputs, out, on_error)
     run = RunOptions(precision, engine, device, decoding, threads, max_pixels=max_pixels)
@@ -103,7 +105,7 @@ def embed(
 def _require(
     inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], on_error: str
 ) -> tuple[list[str], str]:
-    """Inputs and output as text; refuses wrong arguments before the model is loaded."""
+    """Converts inputs and output to text, and refuses wrong arguments before the model is loaded."""
     require_on_error(on_error)
     target = os.fspath(out)
     Places.of(target)

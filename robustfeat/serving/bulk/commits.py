@@ -1,7 +1,7 @@
-"""Writing an output: its files appear together, and a kill at any point leaves the old ones or the new ones.
+"""Commits the files of an output together. A kill at any point leaves all old or all new files.
 
-A run writes the files into its folder of shards, then the meta file with their hashes, then a commit file, and then
-moves them to their names. A reader who finds the commit file takes those that are not moved yet from the folder.
+A run writes the files into its folder of shards, then the meta file with their hashes, then a commit file. Then it
+moves them to their final names. A reader that finds the commit file reads the remaining files from the folder.
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ _OWN_NAME = re.compile(r"[0-9]{6,9}\.(npy|parquet|safetensors)|_[0-9]{6,9}\.inde
 
 
 class NewOutput:
-    """An output in the making, in the folder of shards of a run that has claimed it.
+    """A new output in a run's folder of shards.
 
     Args:
-        places: where the output will lie.
-        folder: the folder of shards.
+        places: the final places.
+        folder: the folder of shards, claimed by the run.
     """
 
     def __init__(self, places: Places, folder: LocalFolder | RemoteFolder) -> None:
         self._places, self._folder = places, folder
 
     def completed(self, first: int = 0) -> Iterator[FileRecord]:
-        """The files from `first` on that are complete, up to the first one that is not."""
+        """The consecutive complete files from `first` on."""
         for number in range(first, count_completed(self._folder.names(), first)):
             yield FileRecord(**json.loads(self._folder.read(_record_name(number))))
 
     @contextmanager
     def open(self, kind: str, number: int) -> Iterator[HashingFile]:
-        """Opens file `number` of `features` or `index` to be written in one go."""
+        """Opens file `number` of `features` or `index` for sequential writing."""
         with open_output(f"{self._places.shards}/{self._places.staged(kind, number)}") as handle:
             yield HashingFile(handle)
 
     def complete(self, number: int, record: FileRecord) -> None:
-        """Notes that file `number` is written, both of its features and of its index."""
+        """Marks file `number` of features and index as complete."""
         self._folder.write(_record_name(number), json.dumps(asdict(record)).encode())
 
     def commit(self, meta: Mapping[str, Any], files: Sequence[FileRecord], *, after: Output | None = None) -> None:
-        """Writes the meta file, with the hashes of all others, and replaces the output by the new one.
+        """Writes the meta file with the hashes of all others, and replaces the old output.
 
         Args:
-            meta: its content, but for the files.
+            meta: the content of the meta file, without the files.
             files: all files of the output.
             after: the output that this one continues.
 
@@ -95,7 +95,7 @@ class NewOutput:
 
 
 class HashingFile:
-    """A file that is written from its start to its end, and the hash of its bytes."""
+    """A file that is written sequentially, with the hash of its bytes."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -111,7 +111,7 @@ class HashingFile:
 
 
 def count_completed(names: Set[str], first: int = 0) -> int:
-    """The number of the first file, from `first` on, that a folder of shards does not have completely."""
+    """The number of the first incomplete file in a folder of shards, from `first` on."""
     return next(number for number in itertools.count(first) if _record_name(number) not in names)
 
 
@@ -120,7 +120,7 @@ def _record_name(number: int) -> str:
 
 
 def _listed(places: Places, files: Sequence[FileRecord]) -> dict[str, Any]:
-    """What a meta file says of the files."""
+    """The entry of the files in a meta file."""
     if not places.is_dataset:
         return {"features_sha256": files[0].features_sha256, "index_sha256": files[0].index_sha256}
     names = [
@@ -132,7 +132,7 @@ def _listed(places: Places, files: Sequence[FileRecord]) -> dict[str, Any]:
 
 def _kinds(places: Places, files: int) -> Iterator[tuple[str, int]]:
     """Kind and number of each file of an output."""
-    # The meta file comes first: where the others are still the old ones, its hashes do not fit them.
+    # The meta file comes first, so its hashes reveal files that are still old.
     yield "meta", 0
     for number in range(files):
         yield "index", number
@@ -144,7 +144,7 @@ def _names(places: Places, files: int) -> set[str]:
 
 
 def _names_of_earlier(places: Places) -> set[str]:
-    """The names of the files of the dataset that is there."""
+    """The names of the existing dataset's files."""
     if not places.is_dataset:
         return set()
     try:
@@ -155,10 +155,10 @@ def _names_of_earlier(places: Places) -> set[str]:
 
 
 def finish_commit(places: Places) -> None:
-    """Ends the commit of a run that was killed in the midst of it.
+    """Finishes the commit of a killed run.
 
     Raises:
-        InputError: a file cannot be moved, or another process is at it.
+        InputError: a file cannot be moved, or another process is working on it.
     """
     folder = open_folder(places.shards)
     if COMMIT not in folder.names():
@@ -179,7 +179,7 @@ def _move(places: Places, folder: LocalFolder | RemoteFolder) -> None:
     names = folder.names()
     try:
         commit = json.loads(folder.read(COMMIT))
-    except ValueError:  # of version 0.1, which wrote it empty
+    except ValueError:  # version 0.1 wrote an empty file
         commit = {"files": 1, "stale": []}
     if places.is_dataset:
         make_folder(places.features)
@@ -193,10 +193,10 @@ def _move(places: Places, folder: LocalFolder | RemoteFolder) -> None:
 
 
 def require_own_stem(places: Places) -> None:
-    """Refuses an output whose index and meta file belong to another one, of the same stem in another format.
+    """Refuses an output whose index and meta file belong to an output of another format with the same stem.
 
     Raises:
-        InputError: naming the other one.
+        InputError: such an output exists. The message names it.
     """
     for suffix in () if places.is_dataset else FORMATS:
         if suffix == places.suffix:
@@ -213,10 +213,10 @@ def require_own_stem(places: Places) -> None:
 
 
 def require_same_model(places: Places, model: ModelIdentity) -> None:
-    """Refuses to replace an output of another model; one that does not say its model may be replaced.
+    """Refuses to replace an output of another model. An output of an unknown model may be replaced.
 
     Raises:
-        InputError: naming both.
+        InputError: the models differ. The message names both.
     """
     try:
         _, there, _, _ = read_meta(places)
@@ -225,28 +225,28 @@ def require_same_model(places: Places, model: ModelIdentity) -> None:
     if not there.same_features(model):
         theirs, ours = f"{there.name} ({there.weights_sha256[:12]})", f"{model.name} ({model.weights_sha256[:12]})"
         raise InputError(
-            f"{places.features}: holds features of the model {theirs}, this is {ours}",
+            f"{places.features}: has features of the model {theirs}; this run uses {ours}",
             fix="use another `out`, or pass `restart=True` to replace them",
         )
 
 
 def _describes(meta: str, suffix: str, places: Places) -> bool:
-    """Whether a meta file belongs to the features in a file with this suffix."""
+    """Whether a meta file belongs to features in a file with this suffix."""
     if not file_exists(meta):
         return False
     try:
         with open_input(meta) as handle:
             found = json.loads(handle.read())["format"]
-    except MALFORMED:  # written by version 0.1, or by something else
+    except MALFORMED:  # written by version 0.1 or another program
         return not file_exists(places.features)
     return bool(found == suffix)
 
 
 def require_own_place(places: Places) -> None:
-    """Refuses to write where files lie that `embed` did not write.
+    """Refuses to overwrite files that `embed` did not write.
 
     Raises:
-        InputError: naming one of them.
+        InputError: such files exist. The message names one.
     """
     if file_exists(places.meta):
         return
@@ -257,6 +257,6 @@ def require_own_place(places: Places) -> None:
         others = [f"{places.features}{name}" for name in names if not name.startswith(".")]
     if others:
         raise InputError(
-            f"{others[0]}: is there already, and {places.meta}, which would say that robustfeat embed wrote it, is not",
+            f"{others[0]}: already exists without {places.meta}, so robustfeat embed did not write it",
             fix="choose another name, or remove it",
         )

@@ -1,8 +1,8 @@
-"""Bulk embedding: image files to a file of features, with an index and a description beside it.
+"""Embeds image files in bulk to features, with an index and a meta file.
 
-Rows are embedded in shards. Each is written whole to a folder beside the output, `.NAME.shards`; a repeated command
-resumes a killed run after its last shard. The files of a dataset are made of their shards as soon as these are there, a
-single file at the end. Then the folder is deleted.
+Rows are embedded in shards. Each shard is written whole to a folder beside the output, `.NAME.shards`. A repeated
+command resumes a killed run after its last shard. A dataset's files are made as soon as their shards are complete, and
+a single file at the end. Then the folder is deleted.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ from robustfeat.serving.inputs.input_list import InputList
 __all__ = ["SHARD_ROWS", "EmbeddingResult", "embed_files", "require_on_error"]
 
 SHARD_ROWS = 4096
-"""Rows between two points from which a killed run can be resumed."""
+"""Rows per shard, after each of which a killed run can resume."""
 
 
 @dataclass(frozen=True)
 class EmbeddingResult:
-    """What was written.
+    """The result of bulk embedding.
 
     Attributes:
-        features, index, meta: the three files. Of a dataset: its folder, the pattern of its index files, its meta file.
-        images: rows in them.
-        failed: how many of those are NaN.
-        skipped: files of the folders and archives that are not in them.
-        left_out: the same by kind: a suffix, `hidden`, `not matched`, ...
-        known: inputs that were not embedded, since the output held their features (`append`, `sync`).
-        feature_size: D.
+        features, index, meta: the three files. A dataset has its folder, the pattern of its index files and its meta
+            file.
+        images: number of rows.
+        failed: number of failed rows, which are NaN.
+        skipped: number of skipped files of folders and archives.
+        left_out: number of skipped files by kind: a suffix, `hidden`, `not matched`, ...
+        known: number of inputs whose features the output already had (`append`, `sync`).
+        feature_size: D, the length of a feature vector.
         seconds: wall time.
     """
 
@@ -67,7 +68,7 @@ class EmbeddingResult:
 
 
 def require_on_error(on_error: str) -> None:
-    """Raises `ValueError` for another value than `nan` and `stop`."""
+    """Raises `ValueError` for values other than `nan` and `stop`."""
     if on_error not in {"nan", "stop"}:
         raise ValueError(f"on_error must be nan or stop; got {on_error!r}")
 
@@ -90,46 +91,46 @@ def embed_files(
     ray: str | None = None,
     quiet: bool = False,
 ) -> EmbeddingResult:
-    """Embeds every image of `inputs` into `out`, row by row in their order.
+    """Embeds all images of `inputs` into `out`, one row per image, in their order.
 
-    Writes `out`, (n, D) float32 as .npy, .safetensors (tensor `features`) or .parquet (path, features, error), where a
-    failed image is a row of NaN; and beside it NAME.index.jsonl (row, path, sha256 of the bytes, error or null) and
-    NAME.meta.json, which holds the sha256 of the other two. All three appear together, once they are complete. A
-    repeated call resumes one that was killed; its files are then the same, byte for byte, as the files of an unbroken
-    one.
+    `out` is (n, D) float32 as .npy, .safetensors (tensor `features`) or .parquet (path, features, error), with NaN for
+    failed images. Beside it are NAME.index.jsonl (row, path, sha256 of the bytes, error or null) and NAME.meta.json,
+    which has the sha256 of the other two. All three appear together, once they are complete. A repeated call resumes a
+    killed one, with byte-identical output.
 
-    Where `out` ends in a slash it is a dataset: a folder of such files, 000000.npy and so on, each with its own index
-    file, and one meta file for all of them. Rows are numbered through.
+    An `out` that ends in a slash is a dataset: a folder of such files, 000000.npy and so on, each with its own index
+    file, and one meta file for all. Rows are numbered across files.
 
     Args:
-        extractor: made with `streams` equal to its threads, for the best throughput.
-        inputs: from `list_inputs`.
+        extractor: the model. For the best throughput, `streams` must equal its threads.
+        inputs: the images, from `list_inputs`.
         out: a path, or a URL of fsspec. NAME.parquet/ is a dataset of Parquet files.
-        batch_size: the extractor's by default.
-        workers: decoder processes; by default what the cgroup grants.
-        on_error: `nan`, or `stop` at the first image that fails.
-        restart: discard what an unfinished run has left, and replace features of another model.
-        append: add the inputs that `out` does not hold yet (by path), as further rows.
-        sync: make `out` hold the rows of `inputs`, and embed only images whose bytes it does not hold yet.
-        part: embed only this part of `inputs`; `join_parts` makes the whole of all parts.
-        rows_per_file: of a dataset, raised to whole shards; by default as in the dataset there, or `ROWS_PER_FILE`.
-        shard_rows: how many rows a killed run may lose.
-        deadline_s: an image that takes longer is a failed row.
-        ray: run on Ray, at this address (`auto`: the running cluster, or one on this machine).
-        quiet: no progress.
+        batch_size: images per batch; by default the extractor's.
+        workers: number of decoder processes; by default all that the cgroup allows.
+        on_error: `nan`, or `stop` at the first failed image.
+        restart: discard an unfinished run, and replace features of another model.
+        append: add inputs whose path `out` does not have yet.
+        sync: make the rows of `out` match `inputs`, and embed only images whose bytes it does not have yet.
+        part: embed only this part of `inputs`. `join_parts` joins all parts.
+        rows_per_file: rows per file of a dataset, rounded up to whole shards; by default as in the existing dataset,
+            or `ROWS_PER_FILE`.
+        shard_rows: most rows that a killed run loses.
+        deadline_s: time limit per image. A slower image is a failed row.
+        ray: run on Ray at this address. `auto` is the running cluster, or one on this machine.
+        quiet: hide progress.
 
     Raises:
-        InputError: `out` cannot be written, shares its index with another output, holds features of another model or
-            files that `embed` did not write, or cannot be continued; an unfinished run there differs from this one;
-            more than one of `append`, `sync` and `part` is set; `rows_per_file` is set and `out` is one file; or an
-            image failed and `on_error` is `stop`.
+        InputError: `out` cannot be written or continued, shares its index with another output, or has features of
+            another model or files that `embed` did not write. Or an unfinished run there differs from this one, more
+            than one of `append`, `sync` and `part` is set, `rows_per_file` is set for one file, or an image failed and
+            `on_error` is `stop`.
         EngineError: no decoder process can be started.
     """
     require_on_error(on_error)
     began = time.monotonic()
     places = _find_places(str(out), None if append or sync else extractor.identity, restart=restart)
     batch_size = batch_size or extractor.batch_size
-    shard_rows = -(-shard_rows // batch_size) * batch_size  # shards of whole batches
+    shard_rows = -(-shard_rows // batch_size) * batch_size  # a shard has whole batches
     rows_per_file = cut_files(places, rows_per_file, shard_rows)
     asked = {"append": append, "sync": sync, "part": part}
     with _open_plan(asked, inputs, places, extractor.identity, shard_rows, quiet=quiet) as plan:
@@ -155,10 +156,10 @@ def embed_files(
 
 
 def _find_places(out: str, model: ModelIdentity | None, *, restart: bool) -> Places:
-    """Where `out` lies, after it is clear that it may be written there.
+    """The places of `out`, after checks that it may be written.
 
     Args:
-        model: refuse to replace features of another one.
+        model: refuse to replace features of another model.
     """
     places = Places.of(out)
     finish_commit(places)
@@ -172,7 +173,7 @@ def _find_places(out: str, model: ModelIdentity | None, *, restart: bool) -> Pla
 def _open_plan(
     asked: Mapping[str, Any], inputs: InputList, places: Places, model: ModelIdentity, shard_rows: int, *, quiet: bool
 ) -> AbstractContextManager[Plan]:
-    """What is to be embedded, by the arguments `append`, `sync` and `part` of `embed_files`."""
+    """Plans the run by the arguments `append`, `sync` and `part` of `embed_files`."""
     chosen = {name: value for name, value in asked.items() if value}
     if len(chosen) > 1:
         (first, value), (second, _), *_ = chosen.items()
@@ -189,7 +190,7 @@ def _open_plan(
 def _plan_job(
     extractor: FeatureExtractor, plan: Plan, batch_size: int, shard_rows: int, rows_per_file: int | None
 ) -> Job:
-    """What the run consists of."""
+    """Describes the run as a `Job`."""
     identity = identify(extractor.identity, plan.fresh, batch_size) | {
         "max_pixels": extractor.options.max_pixels,
         "continues": plan.existing.meta_sha256 if plan.existing else None,
@@ -203,10 +204,10 @@ def _plan_job(
 
 @dataclass(frozen=True)
 class _Run:
-    """A run that has claimed its folder of shards.
+    """A run with a claimed folder of shards.
 
     Attributes:
-        done: shards that an earlier process has finished.
+        done: shards that an earlier process finished.
     """
 
     places: Places
@@ -217,11 +218,11 @@ class _Run:
 
     @property
     def pending(self) -> list[int]:
-        """Shards that are left."""
+        """Remaining shards."""
         return [number for number in range(self.job.shards) if number not in self.done]
 
     def follow(self, counts: Generator[tuple[int, int]], collector: ShardCollector) -> None:
-        """Shows the progress of `counts`, pairs of rows and failed rows, to its end, and collects their shards."""
+        """Consumes `counts`, pairs of rows and failed rows, shows progress, and collects their shards."""
         failed, uncollected = 0, 0
         with closing(counts):
             for rows, bad in counts:
@@ -234,30 +235,30 @@ class _Run:
         self.progress.finish(f"{failed:,} failed" if failed else "")
 
     def timing(self, seconds: float) -> dict[str, float]:
-        """For the meta file; images that an earlier process has embedded do not count."""
+        """Timing for the meta file. Images that an earlier process embedded do not count."""
         images = sum(len(self.job.rows(number)) for number in self.pending)
         return {"seconds": round(seconds, 3), "images_per_s": round(images / max(seconds, 1e-9), 1)}
 
 
 @contextmanager
 def _open_run(places: Places, job: Job, *, restart: bool, quiet: bool) -> Iterator[_Run]:
-    """Claims the folder of shards for the block. If the block fails, finished shards stay, to be resumed from.
+    """Claims the folder of shards for the block. If the block fails, finished shards stay for a later run.
 
     Raises:
-        InputError: as `claim_folder`, or instead of an `OSError` of the block.
+        InputError: see `claim_folder`, or the block raised an `OSError`.
     """
     folder = open_folder(places.shards)
     done = claim_folder(folder, job, places, restart=restart)
     before = sum(len(job.rows(number)) for number in done)
     progress = Progress("embed", job.images, start=before, quiet=quiet or not job.images)
     if done:
-        progress.say(f"going on: {before:,} of {job.images:,} images were embedded before")
+        progress.say(f"resuming: {before:,} of {job.images:,} images were embedded before")
     try:
         require_own_stem(places)
         yield _Run(places, job, folder, done, progress)
     except BaseException as exc:
         kept = 0
-        with suppress(RobustFeatError, OSError):  # storage may be what failed
+        with suppress(RobustFeatError, OSError):  # storage itself may have failed
             kept = sum(len(job.rows(number)) for number in finished_shards(folder, job))
             if not kept:
                 discard_folder(folder)
@@ -281,7 +282,7 @@ def _embed(
     deadline_s: float,
     stop: bool,
 ) -> Generator[tuple[int, int]]:
-    """Writes the pending shards, here or on Ray; yields numbers of rows and of failed rows among them."""
+    """Writes the pending shards, here or on Ray. Yields the number of rows and of failed rows."""
     if ray is not None:
         yield from embed_on_ray(
             extractor,

@@ -1,4 +1,4 @@
-"""The files that hold features: .npy, .safetensors and .parquet, written and read without holding them in memory."""
+"""Reads and writes .npy, .safetensors and .parquet files of features in blocks, without loading them whole."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ __all__ = ["FORMATS", "Block", "BlockStream", "FeatureFormat", "map_features", "
 
 _READ_BYTES = 2**23
 _HEADER_BYTES = 2**24
-_RAW = (".npy", ".safetensors")  # whose values lie in the file as they lie in memory
+_RAW = (".npy", ".safetensors")  # their values have the same layout in the file and in memory
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows: their (n, D) float32 features and their lines of the index file."""
+    """A block of rows: (n, D) float32 features, and their lines of the index file."""
 
     features: NDArray[np.float32]
     index: bytes
 
     def split(self, rows: int) -> tuple[Block, Block]:
-        """The first rows, and the others."""
+        """Splits off the first rows."""
         lines = self.index.splitlines(keepends=True)
         first, second = b"".join(lines[:rows]), b"".join(lines[rows:])
         return Block(self.features[:rows], first), Block(self.features[rows:], second)
 
 
 class BlockStream:
-    """Blocks, taken file by file wherever they are cut."""
+    """A stream of blocks, from which files take rows across block borders."""
 
     def __init__(self, blocks: Iterator[Block]) -> None:
         self._blocks = blocks
         self._rest: Block | None = None
 
     def take(self, rows: int) -> Iterator[Block]:
-        """The next blocks, of `rows` rows in all."""
+        """The next blocks, `rows` rows in total."""
         while rows:
             block = self._rest or next(self._blocks)
             self._rest = None
@@ -56,7 +56,7 @@ class BlockStream:
             yield block
 
     def skip(self, rows: int) -> Iterator[Block]:
-        """What follows the next `rows` rows."""
+        """The stream after the next `rows` rows."""
         for _ in self.take(rows):
             pass
         if self._rest:
@@ -66,11 +66,11 @@ class BlockStream:
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """How features lie in a file.
+    """A file format of features.
 
     Attributes:
-        write: file, shape (n, D), description (text values) and the rows; written from start to end.
-        read: file, opened for reading at random, D and the number of rows wanted, to blocks of (n, D) float32.
+        write: writes a file sequentially, given the shape (n, D), a description (text values) and the rows.
+        read: reads blocks of (n, D) float32 from a file with random access, given D and the number of rows.
     """
 
     write: Callable[[Any, tuple[int, int], dict[str, str], Iterable[Block]], None]
@@ -84,9 +84,10 @@ def _write_npy(handle: Any, shape: tuple[int, int], _: dict[str, str], blocks: I
 
 
 def _write_safetensors(handle: Any, shape: tuple[int, int], about: dict[str, str], blocks: Iterable[Block]) -> None:
-    """The format by hand, since the library writes only what is in memory.
+    """Writes the format directly, since the library only writes tensors in memory.
 
-    Eight bytes of little-endian length, that much JSON, padded with spaces to a multiple of eight, then the values.
+    It has eight bytes of little-endian length, JSON of that length padded with spaces to a multiple of eight, and the
+    values.
     """
     tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * shape[0] * shape[1]]}
     header = json.dumps({"__metadata__": about, "features": tensor}).encode()
@@ -107,11 +108,11 @@ def _read_npy(handle: Any, feature_size: int, rows: int) -> Iterator[NDArray[np.
         raise ValueError(f"version {version} of the format; expected (1, 0)")
     try:
         shape, fortran_order, dtype = readers[version](handle)
-    except Exception as exc:  # NumPy reads the header as Python's text: what is raised has no common base
+    except Exception as exc:  # NumPy parses the header as Python source, so errors have no common base
         raise ValueError(f"its header cannot be read ({first_line(exc)})") from exc
     if dtype != np.dtype("<f4") or (fortran_order and min(shape) > 1):
         order = ", in Fortran's order" if fortran_order else ""
-        raise ValueError(f"it holds {dtype.str}{order}; expected <f4, row by row")
+        raise ValueError(f"it has {dtype.str}{order}; expected <f4, row by row")
     yield from _read_raw(handle, feature_size, rows, shape)
 
 
@@ -122,13 +123,13 @@ def _read_safetensors(handle: Any, feature_size: int, rows: int) -> Iterator[NDA
     header = json.loads(handle.read(length))
     tensor = header["features"]
     if set(header) - {"__metadata__"} != {"features"} or tensor["dtype"] != "F32":
-        raise ValueError("it must hold one tensor, features, of F32")
+        raise ValueError("it must have one tensor, features, of F32")
     yield from _read_raw(handle, feature_size, rows, tensor["shape"])
 
 
 def _read_raw(handle: Any, feature_size: int, rows: int, shape: Any) -> Iterator[NDArray[np.float32]]:
     if list(shape) != [rows, feature_size]:
-        raise ValueError(f"it holds {tuple(shape)} features, not {(rows, feature_size)}")
+        raise ValueError(f"it has {tuple(shape)} features, not {(rows, feature_size)}")
     step = max(1, _READ_BYTES // (4 * feature_size))
     for first in range(0, rows, step):
         wanted = 4 * feature_size * min(step, rows - first)
@@ -166,7 +167,7 @@ def _read_parquet(handle: Any, feature_size: int, rows: int) -> Iterator[NDArray
     if not pyarrow.types.is_fixed_size_list(kind) or kind.value_type != pyarrow.float32():
         raise ValueError(f"the column features must be lists of {feature_size} float32; it is {kind}")
     if file.metadata.num_rows != rows:
-        raise ValueError(f"it holds {file.metadata.num_rows} rows, not {rows}")
+        raise ValueError(f"it has {file.metadata.num_rows} rows, not {rows}")
     for batch in file.iter_batches(columns=["features"]):
         yield np.asarray(batch.column(0).flatten()).reshape(-1, feature_size)
 
@@ -176,14 +177,14 @@ FORMATS = {
     ".parquet": FeatureFormat(_write_parquet, _read_parquet),
     ".safetensors": FeatureFormat(_write_safetensors, _read_safetensors),
 }
-"""By suffix."""
+"""Formats by suffix."""
 
 
 def read_features(handle: Any, place: str, suffix: str, feature_size: int, rows: int) -> Iterator[NDArray[np.float32]]:
-    """All features of an opened file, in blocks; `place` is its name for messages.
+    """Reads all features of an open file in blocks; `place` is its name for messages.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        InputError: the file cannot be read, or has other contents.
     """
     handle.seek(0)
     try:
@@ -197,13 +198,13 @@ def read_features(handle: Any, place: str, suffix: str, feature_size: int, rows:
 
 
 def map_features(handle: Any, place: str, suffix: str, feature_size: int, rows: int) -> NDArray[np.float32]:
-    """All features of an opened file, (rows, D), memory-mapped: .parquet and remote files by way of a temporary copy.
+    """Maps all features of an open file to memory, (rows, D). Parquet and remote files need a temporary copy.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        InputError: the file cannot be read, or has other contents.
     """
     if not rows:
-        raise InputError(f"{place}: holds no rows")
+        raise InputError(f"{place}: has no rows")
     blocks = read_features(handle, place, suffix, feature_size, rows)
     if suffix in _RAW and not is_remote(place):
         offset = -next(blocks).nbytes + handle.tell()  # the first block checks the header

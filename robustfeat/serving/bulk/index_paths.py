@@ -1,4 +1,4 @@
-"""The paths of an output, read from its index files when they are asked for: there may be more than fit into memory."""
+"""Reads the paths of an output from its index files on demand, since they may not fit into memory."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from robustfeat.serving.inputs.sources import path_of_index
 __all__ = ["IndexPaths"]
 
 _EVERY = 64
-"""Rows between two whose place in the file is kept: 1 byte of memory per 8 rows."""
+"""Rows between two stored positions in the file, which takes 1 byte of memory per 8 rows."""
 
 _USUAL = re.compile(rb'\{"row": [0-9]+, "path": "([^"\\]*)", "sha256": ')
-"""A line whose path is text without escapes: it need not be parsed as JSON."""
+"""A line whose path is text without escapes, which needs no JSON parser."""
 
 
 class IndexPaths(Sequence[str]):
-    """A path for each row, (n,). The index files stay mapped.
+    """The path of each row, (n,). The index files stay mapped.
 
     Args:
-        files: the index files in order, opened, with a line per row as `embed` writes them.
-        place: where they lie; files of remote storage are copied to this machine.
+        files: the open index files in order, with one line per row.
+        place: the place of the output. Remote files are copied to this machine.
     """
 
     def __init__(self, files: Sequence[Any], place: str) -> None:
@@ -77,16 +77,16 @@ class _Part:
             self._map = _map(file)
 
     def lines(self, first: int) -> Iterator[bytes]:
-        """The lines from `first` on."""
+        """Yields the lines from `first` on."""
         skip = first % _EVERY
         for at in range(first // _EVERY, len(self._marks) - 1):
-            # Not `readline`: two threads may read.
+            # Avoid `readline`, which moves the position, since several threads may read.
             yield from self._map[self._marks[at] : self._marks[at + 1]].splitlines()[skip:]
             skip = 0
 
 
 def _scan(file: Any) -> tuple[NDArray[np.int64], int]:
-    """Where each 64th line of a file begins, and the end; and how many lines there are."""
+    """The positions of every 64th line and of the end, and the number of lines."""
     marks, at, row = [], 0, -1
     for row, line in enumerate(file):
         if row % _EVERY == 0:

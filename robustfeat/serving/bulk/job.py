@@ -1,4 +1,4 @@
-"""What an embedding run consists of: its identity and its output files."""
+"""Defines an embedding run: its identity and the places of its files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _DATASET_META = "_meta.json"
 
 @dataclass(frozen=True)
 class Places:
-    """Where the files of an output lie, and the folder of shards until they are there; paths or URLs.
+    """The paths or URLs of an output's files, and of the folder of shards.
 
-    An output is one file of features or a dataset: a folder with several of them.
+    An output is one file of features or a dataset, a folder of several files.
 
     Attributes:
         features: the file of features, or the folder of a dataset, which ends in a slash.
-        index: the index file, or the pattern of the index files of a dataset.
+        index: the index file, or the pattern of a dataset's index files.
         meta: the meta file.
         shards: the folder of shards.
         suffix: the format of the features.
@@ -42,14 +42,14 @@ class Places:
 
     @classmethod
     def of(cls, out: str, argument: str | None = "out") -> Places:
-        """The places around one file of features, or in a folder of several.
+        """The places for one file of features or for a dataset.
 
         Args:
-            out: the file; or the folder, with a slash at its end unless it holds a dataset already.
-            argument: the caller's parameter that named it, for messages.
+            out: the file; or the folder, with a trailing slash unless it already is a dataset.
+            argument: the caller's parameter, for messages.
 
         Raises:
-            InputError: the suffix is unknown, the folder missing, or something else is in the place of the output.
+            InputError: the suffix is unknown, the folder is missing, or a file or folder of another kind is there.
         """
 
         def error(what: str, fix: str | None = None) -> InputError:
@@ -86,9 +86,9 @@ class Places:
         return self.features.endswith("/")
 
     def file(self, kind: str, number: int = 0) -> str:
-        """The place of file `number` of the `features` or of the `index`, or of the `meta` file.
+        """The place of the `meta` file, or of file `number` of the `features` or the `index`.
 
-        Readers of Parquet, such as Spark, pass over names that begin with an underscore.
+        Names with a leading underscore are ignored by readers of Parquet, such as Spark.
         """
         if not self.is_dataset or kind == "meta":
             return str(getattr(self, kind))
@@ -99,21 +99,21 @@ class Places:
         )
 
     def staged(self, kind: str, number: int = 0) -> str:
-        """The name of the same file in the folder of shards, where it lies until all are there."""
+        """The file's name in the folder of shards, where it is until all files are complete."""
         return f"new-{kind}-{number:06}" if self.is_dataset and kind != "meta" else f"new-{kind}"
 
     def with_suffix(self, suffix: str) -> Places:
-        """The same dataset, with its files in another format."""
+        """The dataset with files of another format."""
         return replace(self, suffix=suffix)
 
     def with_format(self, suffix: str) -> Places:
-        """The output of the same stem in another format; it would share index and meta file."""
+        """The output of the same stem in another format, which would share index and meta file."""
         features, shards = self.features.removesuffix(self.suffix), self.shards.removesuffix(f"{self.suffix}.shards")
         return replace(self, features=features + suffix, shards=f"{shards}{suffix}.shards", suffix=suffix)
 
 
 def holds_dataset(place: str) -> bool:
-    """Whether a folder of this machine, or a URL that ends in a slash, is a dataset of features."""
+    """Whether a local folder, or a URL that ends in a slash, is a dataset of features."""
     if is_remote(place):
         return place.endswith("/") and file_exists(f"{place}{_DATASET_META}")
     return Path(place, _DATASET_META).is_file()
@@ -121,13 +121,13 @@ def holds_dataset(place: str) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run consists of: what stays the same when it is resumed.
+    """The parts of a run that stay the same when it resumes.
 
     Attributes:
-        images: inputs to embed.
-        first_row: number of the first one (rows before it are in the file that is appended to).
-        shard_rows: rows in a shard, a multiple of the batch size.
-        identity: all that decides the bytes of the output.
+        images: number of inputs to embed.
+        first_row: number of the first row, after the rows of an output to which it appends.
+        shard_rows: rows per shard, a multiple of the batch size.
+        identity: everything that determines the bytes of the output.
     """
 
     images: int
@@ -137,13 +137,13 @@ class Job:
 
     @property
     def rows_per_file(self) -> int | None:
-        """Rows of a file of the output; None where one file holds them all."""
+        """Rows per file of a dataset; None for one file."""
         rows: int | None = self.identity.get("rows_per_file")
         return rows
 
     @property
     def shards(self) -> int:
-        """How many."""
+        """Number of shards."""
         return -(-self.images // self.shard_rows)
 
     def rows(self, shard: int) -> range:
@@ -152,11 +152,11 @@ class Job:
 
 
 def identify(model: ModelIdentity, inputs: InputList, batch_size: int) -> dict[str, Any]:
-    """What decides the bytes of features and index."""
+    """Everything that determines the bytes of features and index."""
     return {**model.to_meta(batch_size), "inputs": len(inputs), "inputs_sha256": inputs.sha256}
 
 
 def brief(value: Any) -> str:
-    """A value for a message, cut short."""
+    """Shortens a value for a message."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:36]}..."

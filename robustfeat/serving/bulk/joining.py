@@ -1,4 +1,4 @@
-"""Joining the parts of a run, each of which is an output of its own, to the output of the whole run."""
+"""Joins the parts of a run, each an output of its own, to one output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ROW = re.compile(rb'^\{"row": [0-9]+')
 _OTHER_NAME = "choose another name"
 _OWN_KEYS = {"part", "images", "failed", "skipped", "left_out", "timing", "format", "features_sha256", "index_sha256"}
 _OWN_KEYS |= {"rows_per_file", FILES_KEY}
-"""Of a meta file: what belongs to the part rather than to the run."""
+"""Keys of a meta file that belong to the part rather than the run."""
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,27 @@ class _Part:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Which part of which inputs it is."""
+        """The part's number and inputs."""
         return dict(self.meta["part"])
 
 
 def join_parts(
     parts: Sequence[str], out: str, *, rows_per_file: int | None = None, quiet: bool = False
 ) -> EmbeddingResult:
-    """Makes one output of all parts of a run, with the bytes of a run that was not parted.
+    """Joins all parts of a run to one output, byte-identical to a run without parts.
 
-    The parts stay. They may lie anywhere, in any order and format. If a call is killed, repeat it: it resumes.
+    The parts are kept. They may be in any place, order and format. If a call is killed, repeat it: it resumes.
 
     Args:
-        parts: what `embed_files` wrote with `part`, all of them.
-        out: a path, or a URL of fsspec; with a slash at its end a dataset.
-        rows_per_file: as in `embed_files`.
-        quiet: no progress.
+        parts: all outputs of `embed_files` with `part`.
+        out: a path, or a URL of fsspec. With a trailing slash it is a dataset.
+        rows_per_file: see `embed_files`.
+        quiet: hide progress.
 
     Raises:
-        InputError: a part is missing, given twice, damaged, or of another run; `out` is a part, holds features of
-            another model or files that `embed` did not write, or cannot be written; an unfinished run is there; or
-            `rows_per_file` is set and `out` is one file.
+        InputError: a part is missing, given twice, damaged, or of another run. Or `out` is a part, has features of
+            another model or files that `embed` did not write, or cannot be written. Or an unfinished run is there, or
+            `rows_per_file` is set for one file.
     """
     began = time.monotonic()
     places = Places.of(out)
@@ -127,14 +127,14 @@ def _write(
 def _require_room(places: Places, parts: Sequence[_Part]) -> None:
     """Refuses to replace a part, or features of another model."""
     if any(_real(part.places.meta) == _real(places.meta) for part in parts):
-        raise InputError("is a part, too, or shares its index", argument="out", value=places.features, fix=_OTHER_NAME)
+        raise InputError("is also a part, or shares its index", argument="out", value=places.features, fix=_OTHER_NAME)
     finish_commit(places)
     require_own_place(places)
     if file_exists(places.meta):
         _, there, _, _ = read_meta(places)
         if not there.same_features(parts[0].model):
             raise InputError(
-                f"{places.features}: holds features of the model {there.name}, the parts are of {parts[0].model.name}",
+                f"{places.features}: has features of the model {there.name}, but the parts of {parts[0].model.name}",
                 fix=_OTHER_NAME,
             )
 
@@ -159,10 +159,10 @@ def _read(place: str) -> _Part:
 
 
 def _in_order(parts: Sequence[_Part]) -> list[_Part]:
-    """The parts by their numbers, all of one run.
+    """Sorts the parts by their numbers.
 
     Raises:
-        InputError: one is missing, there twice, or of another run.
+        InputError: a part is missing, given twice, or of another run.
     """
     if not parts:
         raise InputError("got none", argument="parts", fix="name all parts")
@@ -185,7 +185,7 @@ def _in_order(parts: Sequence[_Part]) -> list[_Part]:
     numbers = Counter(int(part.about["number"]) for part in parts)
     wrong = [number for number in range(1, count + 1) if numbers[number] != 1]
     if wrong:
-        said = "is missing" if not numbers[wrong[0]] else "is there twice"
+        said = "is missing" if not numbers[wrong[0]] else "is given twice"
         more = f" (also {', '.join(map(str, wrong[1:6]))}{', ...' if len(wrong) > 6 else ''})" if wrong[1:] else ""
         raise InputError(f"part {wrong[0]} of {count} {said}{more}", argument="parts", fix="name each part once")
     ordered = sorted(parts, key=lambda part: int(part.about["number"]))
@@ -201,7 +201,7 @@ def _in_order(parts: Sequence[_Part]) -> list[_Part]:
 
 
 def _blocks(parts: Sequence[_Part], shard_rows: int, progress: Progress) -> Iterator[Block]:
-    """The rows of all parts, in blocks of a shard, as a run that was not parted has them."""
+    """The rows of all parts in blocks of a shard, as in a run without parts."""
     row = 0
     for part in parts:
         with open_existing(part.places) as output:

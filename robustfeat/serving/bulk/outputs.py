@@ -1,7 +1,7 @@
-"""The files of an output, opened for reading: features, index and meta. They name each other and change as one.
+"""Opens the files of an output: features, index and meta. They name each other and change together.
 
-The meta file holds the sha256 of the others. An output is one file of features with its index, or a dataset of several
-such pairs with one meta file; rows are numbered through. `commits` says how the files appear together.
+The meta file has the sha256 of the others. An output is one file of features with its index, or a dataset of several
+such pairs with one meta file. Rows are numbered across files. `commits` explains how the files appear together.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ __all__ = [
 ]
 
 COMMIT = "commit"
-"""The file in the folder of shards that says that a new output is complete and being moved to its place."""
+"""File in the folder of shards that marks a complete output, whose files are being moved to their places."""
 
 FILES_KEY = "feature_files"
-"""Of a meta file: what lists the files of a dataset."""
+"""Key of a meta file with the list of a dataset's files."""
 
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-"""What reading a meta file or an index raises where `embed` did not write it."""
+"""Errors from reading a meta file or an index that `embed` did not write."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of features and its index, as the meta file lists them.
+    """One file of features and its index, as listed in the meta file.
 
     Attributes:
-        rows: in them.
-        failed: how many of those are NaN.
-        features_sha256, index_sha256: of the two files; None in outputs of version 0.1.
+        rows: number of rows.
+        failed: number of failed rows, which are NaN.
+        features_sha256, index_sha256: hashes of the two files; None in outputs of version 0.1.
     """
 
     rows: int
@@ -67,7 +67,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class OpenFile:
-    """One file of features and its index, opened for reading at random."""
+    """One file of features and its index, opened for random access."""
 
     features: Any
     index: Any
@@ -76,15 +76,15 @@ class OpenFile:
 
 @dataclass(frozen=True)
 class Output:
-    """A complete output, opened: its files belong together, also if another process replaces them now.
+    """An open, complete output. Its files belong together, even if another process replaces them now.
 
     Attributes:
-        places: where it lies.
-        files: of a dataset several.
+        places: the places of its files.
+        files: the files, several for a dataset.
         meta: the contents of the meta file.
-        meta_sha256: its hash, which tells outputs apart.
-        model: what made the features.
-        rows: of all files.
+        meta_sha256: sha256 of the meta file, which identifies an output.
+        model: the model of the features.
+        rows: number of rows of all files.
     """
 
     places: Places
@@ -95,26 +95,26 @@ class Output:
     rows: int
 
     def index_lines(self, first_file: int = 0) -> Iterator[bytes]:
-        """The lines of the index, of all files from `first_file` on."""
+        """Yields the lines of the index of all files from `first_file` on."""
         for file in self.files[first_file:]:
             file.index.seek(0)
             yield from file.index
 
     def features(self, first_file: int = 0) -> Iterator[NDArray[np.float32]]:
-        """All features in order, in blocks, of all files from `first_file` on.
+        """Yields all features of the files from `first_file` on, in blocks.
 
         Raises:
-            InputError: a file cannot be read, or holds something else.
+            InputError: a file cannot be read, or has other contents.
         """
         for number, file in enumerate(self.files[first_file:], first_file):
             place = self.places.file("features", number)
             yield from read_features(file.features, place, self.places.suffix, self.model.feature_size, file.rows)
 
     def map_features(self) -> Rows:
-        """All features, (rows, D) float32, memory-mapped as `formats.map_features` does.
+        """Maps all features, (rows, D) float32, to memory; see `formats.map_features`.
 
         Raises:
-            InputError: as there.
+            InputError: see `formats.map_features`.
         """
         parts = [
             map_features(
@@ -139,7 +139,7 @@ def open_existing(places: Places) -> Iterator[Output]:
             try:
                 output = _open(places, stack)
             except InputError as exc:
-                # Another process may have moved files between two steps, but not twice with the same error.
+                # Another process may have moved files between two steps, but hardly twice with the same error.
                 if str(exc) == last:
                     raise
                 last = str(exc)
@@ -149,10 +149,10 @@ def open_existing(places: Places) -> Iterator[Output]:
 
 
 def read_meta(places: Places) -> tuple[dict[str, Any], ModelIdentity, int, str]:
-    """The meta file alone: its content, what made the features, their rows, and its sha256.
+    """Reads only the meta file: its content, the model, the number of rows, and its sha256.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the meta file is missing or damaged.
     """
     with _open_current(places, "meta") as handle:
         data = handle.read()
@@ -171,8 +171,8 @@ def read_meta(places: Places) -> tuple[dict[str, Any], ModelIdentity, int, str]:
 
 
 def read_records(meta: Mapping[str, Any]) -> list[FileRecord]:
-    """The files that a meta file lists."""
-    # Version 0.1 wrote no hashes: the numbers of rows have to do.
+    """The files in a meta file."""
+    # Version 0.1 wrote no hashes, so only the number of rows can be checked.
     keys = ("features_sha256", "index_sha256")
     if FILES_KEY not in meta:
         return [FileRecord(int(meta["images"]), int(meta.get("failed", 0)), *map(meta.get, keys))]
@@ -195,8 +195,8 @@ def _open(places: Places, stack: ExitStack) -> Output:
             handles[kind] = handle = stack.enter_context(_open_current(places, kind, number))
             if sha256 is not None and (found := hashlib.file_digest(handle, "sha256").hexdigest()) != sha256:
                 raise InputError(
-                    f"{places.file(kind, number)}: its sha256 is {found[:12]}..., {places.meta} says "
-                    f"{str(sha256)[:12]}...; the files do not belong together",
+                    f"{places.file(kind, number)}: the sha256 must be {str(sha256)[:12]}... as in {places.meta}; got "
+                    f"{found[:12]}...; the files do not belong together",
                     fix="embed the images again",
                 )
             handle.seek(0)
@@ -206,14 +206,14 @@ def _open(places: Places, stack: ExitStack) -> Output:
 
 @contextmanager
 def _open_current(places: Places, kind: str, number: int = 0) -> Iterator[Any]:
-    """Opens one of the files: at its place, or in the folder of shards where it is not moved yet."""
+    """Opens one of the files at its place, or in the folder of shards if it has not been moved yet."""
     staged = f"{places.shards}/{places.staged(kind, number)}"
     place = staged if _committed(places) and file_exists(staged) else places.file(kind, number)
     if not file_exists(place):
         named = f"{Path(places.features).name} with its index and meta files beside it"
         if places.is_dataset:
             named = "a folder with files of features, their index files, and a meta file"
-        raise InputError(f"{place}: no such file; expected what robustfeat embed writes: {named}")
+        raise InputError(f"{place}: no such file; expected the output of robustfeat embed: {named}")
     with ExitStack() as stack:
         try:
             handle = stack.enter_context(open_input(place))
@@ -227,10 +227,10 @@ def _committed(places: Places) -> bool:
 
 
 def index_records(output: Output) -> Iterator[dict[str, Any]]:
-    """The lines of the index, from its start.
+    """Yields the parsed lines of the index.
 
     Raises:
-        InputError: a line is damaged or belongs to another row, or there are not as many as rows.
+        InputError: a line is damaged or belongs to another row, or the number of lines and rows differ.
     """
     shown = output.places.index
     row = -1
@@ -246,7 +246,7 @@ def index_records(output: Output) -> Iterator[dict[str, Any]]:
         yield record
     if row + 1 != output.rows:
         raise InputError(
-            f"{shown}: has {row + 1:,} rows, {output.places.meta} says {output.rows:,}; "
+            f"{shown}: has {row + 1:,} rows, but {output.places.meta} has {output.rows:,}; "
             "the files do not belong together",
             fix="embed the images again",
         )

@@ -1,4 +1,4 @@
-"""Parts of one run that any scheduler can spread: each embeds some of the inputs, and joined they are the whole."""
+"""Splits a run into parts that any scheduler can distribute, for joining later."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Part:
     """One of `of` parts of a list of inputs.
 
     Attributes:
-        number: from 1.
-        of: how many there are.
+        number: number of the part, from 1.
+        of: number of parts.
     """
 
     number: int
@@ -30,7 +30,7 @@ class Part:
         """Reads `3/7`.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the text is not such a part.
         """
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         part = cls(int(match[1]), int(match[2])) if match else None
@@ -42,7 +42,7 @@ class Part:
         return f"{self.number}/{self.of}"
 
     def rows(self, inputs: int, shard_rows: int) -> range:
-        """The inputs of this part: whole shards, so that batches are cut where those of a single run are."""
+        """The inputs of this part. They are whole shards, so batches are the same as in a run without parts."""
         shards = -(-inputs // shard_rows)
         first, end = (number * shards // self.of * shard_rows for number in (self.number - 1, self.number))
         return range(min(first, inputs), min(end, inputs))
@@ -50,7 +50,7 @@ class Part:
 
 @contextmanager
 def plan_part(inputs: InputList, part: Part, shard_rows: int) -> Iterator[Plan]:
-    """A run over the inputs of one part: none of them where there are fewer shards than parts."""
+    """Plans a run over the inputs of one part, which is empty if there are fewer shards than parts."""
     rows = part.rows(len(inputs), shard_rows)
     with inputs.another() as fresh:
         for line in inputs.lines(rows.start, rows.stop):

@@ -1,8 +1,8 @@
-"""Rows of an input list to features, in order: decoders and the model at work side by side.
+"""Embeds rows of an input list in order, with decoders and the model in parallel.
 
-There are as many decoder processes as processors, and as many batches in the model at once, each on one thread.
-Neither side is given processors of its own: a bounded number of batches lies between them, so whichever is ahead
-waits and leaves the processors to the other. That keeps them all busy at every ratio of decoding to inference.
+There are as many decoder processes as processors, and as many parallel batches in the model, each on one thread.
+Neither side has its own processors. A bounded number of batches is between them, so the faster side waits and leaves
+the processors to the other. That keeps all processors busy at every ratio of decoding to inference.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ __all__ = ["EmbeddedBatch", "Pipeline"]
 _BATCHES_AHEAD = 4
 _RESULTS_AHEAD = 256
 _HELD_BYTES = 2**27
-"""Encoded images of Parquet files that wait for decoders or are with them; a single larger one goes alone."""
+"""Most bytes of encoded images from Parquet files in decoders and their queue. A larger image goes by itself."""
 
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """Features of neighbouring rows.
+    """Features of consecutive rows.
 
     Attributes:
         first: number of the first row.
-        features: (n, D) float32; NaN where a row failed.
+        features: (n, D) float32; NaN for failed rows.
         index: the rows' lines of the index file.
-        failed: offsets of the rows that failed.
+        failed: offsets of the failed rows.
     """
 
     first: int
@@ -59,12 +59,12 @@ class _Batch:
 
 
 class Pipeline:
-    """Decoders and a model, ready to embed; use it in a `with` block.
+    """Decoders and a model, ready to embed. Use it in a `with` block.
 
     Args:
-        extractor: made with as many `streams` as threads, or it will not use all processors.
-        batch_size: rows in a batch; the extractor's by default.
-        workers: decoder processes; by default what the cgroup grants.
+        extractor: the model. It needs as many `streams` as threads to use all processors.
+        batch_size: rows per batch; by default the extractor's.
+        workers: number of decoder processes; by default all that the cgroup allows.
         deadline_s: see `pool.DEADLINE_S`.
     """
 
@@ -80,7 +80,7 @@ class Pipeline:
         self._batch_size = batch_size or extractor.batch_size
         self._workers = workers or available_cpus()
         streams = extractor.engine.streams
-        # One batch for each decoder and each stream, and some between them.
+        # One batch per decoder and stream, and some between them.
         self._slots = deque(range(self._workers + streams + _BATCHES_AHEAD))
         self._decoders = DecoderPool(
             extractor.config.preprocessing,
@@ -100,21 +100,21 @@ class Pipeline:
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._decoders.__exit__(None, None, None)
-        # Who interrupts a run does not wait for its network, which may compute for ever.
+        # An interrupted run does not wait for its network, which may take very long.
         self._model.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=True)
 
     def embed(self, inputs: InputList, start: int, stop: int, *, first_row: int = 0) -> Iterator[EmbeddedBatch]:
-        """Batches of the inputs `start` to `stop`, in order, cut at `start + k * batch_size`.
+        """Yields batches of the inputs `start` to `stop` in order, cut at `start + k * batch_size`.
 
         Args:
-            first_row: number that input 0 has in the index file.
+            first_row: number of input 0 in the index file.
 
         Raises:
             InputError: an archive or remote storage cannot be read.
             EngineError: no decoder process can be started.
         """
         lines = inputs.lines(start, stop)
-        # Small jobs are spread over all decoders; in large ones a whole batch goes to one.
+        # Small jobs are spread over all decoders. In large jobs, a whole batch goes to one decoder.
         part = min(self._batch_size, max(1, (stop - start) // (4 * self._workers)))
         waiting: deque[_Batch] = deque()
         position = start
@@ -145,7 +145,7 @@ class Pipeline:
             future.add_done_callback(lambda _: self._infer(batch, next(left)))
 
     def _decode(self, task: Task, size: int) -> Future[Decoded]:
-        """Gives a task to the decoders once there is room for its images, `size` bytes."""
+        """Gives a task to the decoders once its images, `size` bytes, fit."""
         with self._changed:
             self._changed.wait_for(lambda: not self._held_bytes or self._held_bytes + size <= _HELD_BYTES)
             self._held_bytes += size
@@ -163,7 +163,7 @@ class Pipeline:
             return
         try:
             self._model.submit(self._run, batch)
-        except RuntimeError as exc:  # it is being closed
+        except RuntimeError as exc:  # the pool is closing
             batch.result.set_exception(exc)
             with self._changed:
                 self._changed.notify_all()
@@ -171,7 +171,7 @@ class Pipeline:
     def _run(self, batch: _Batch) -> None:
         try:
             decoded = [future.result() for future in batch.parts]
-            batch.parts.clear()  # they refer to the batch: left to the garbage collector, results would pile up
+            batch.parts.clear()  # breaks a reference cycle: results would pile up until garbage collection
             sizes = itertools.accumulate((answer.index.count(b"\n") for answer in decoded), initial=0)
             failed = [size + offset for size, answer in zip(sizes, decoded, strict=False) for offset in answer.failed]
             place = batch.slot * self._batch_size

@@ -1,4 +1,4 @@
-"""What a run embeds, and how its output is made of that and of rows that are there already."""
+"""Plans a run: the inputs to embed, and the rows that an existing output already has."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Fresh = Callable[[int], Iterator[Block]]
 
 @dataclass(frozen=True)
 class Plan:
-    """A run into a new output: each input is embedded.
+    """A run to a new output, which embeds every input.
 
     Attributes:
         fresh: the inputs to embed.
-        existing: the output that is there and that the new one replaces, if this one is made of it.
-        known: inputs that are not embedded, since `existing` holds their features.
-        part: for the meta file, which part of which inputs this is, if the run is one of several.
+        existing: the existing output, if the new one reuses its rows and replaces it.
+        known: number of inputs whose features `existing` already has.
+        part: the part's number and inputs for the meta file, if the run is one of several parts.
     """
 
     fresh: InputList
@@ -34,29 +34,29 @@ class Plan:
 
     @property
     def images(self) -> int:
-        """Rows of the output."""
+        """Number of rows of the output."""
         return len(self.fresh)
 
     @property
     def first_row(self) -> int:
-        """The number that decoders give to the first of `fresh`."""
+        """The row number of the first of `fresh`."""
         return 0
 
     @property
     def unchanged(self) -> bool:
-        """Whether the output stays as it is."""
+        """Whether the output stays unchanged."""
         return False
 
     def kept_files(self, places: Places, rows_per_file: int | None) -> Sequence[FileRecord]:
-        """The first files of `existing` that the new output has, too."""
+        """Number of first files of `existing` that the new output keeps."""
         return ()
 
     def blocks(self, fresh: Fresh, start: int) -> Iterator[Block]:
-        """The rows of the output from `start` on, in order.
+        """Yields the rows of the output from `start` on, in order.
 
         Args:
-            fresh: gives the rows of the inputs `fresh` from a number on.
-            start: how many rows need not be given.
+            fresh: returns the rows of the inputs `fresh` from a number on.
+            start: number of rows to skip.
 
         Raises:
             InputError: the existing output cannot be read.

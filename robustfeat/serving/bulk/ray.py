@@ -1,7 +1,7 @@
-"""Embedding on Ray: the shards of a run are the rows of a Ray dataset, and a pool of actors embeds them.
+"""Embeds on Ray. The shards of a run are the rows of a Ray dataset, and a pool of actors embeds them.
 
-An actor is a pipeline such as the local one. It reads what is in its shards from one file in the folder of shards, and
-writes the shards to that folder itself, so every machine must see it under the same path or URL. Counts travel back.
+An actor runs the same pipeline as a local run. It reads the inputs of its shards from a file in the folder of shards,
+and writes the shards to that folder, so all machines must see it under the same path or URL. Actors return only counts.
 """
 
 from __future__ import annotations
@@ -51,27 +51,27 @@ def embed_on_ray(
     deadline_s: float = DEADLINE_S,
     stop: bool = False,
 ) -> Iterator[tuple[int, int]]:
-    """Embeds shards on a Ray cluster; on like processors their files are those of `write_shards`, byte for byte.
+    """Embeds shards on a Ray cluster. On equal processors the files are byte-identical to `write_shards`.
 
-    Each actor is configured with the threads of `extractor`, which are part of the run's identity. It takes as many
-    CPUs of the cluster, or fewer where there are not that many to spare (see `plan_pool`).
+    Each actor uses as many threads as `extractor`, since they are part of the run's identity. It takes as many CPUs of
+    the cluster, or fewer if they are not available (see `plan_pool`).
 
     Args:
-        inputs: those of the whole job.
-        place: the folder of shards, made and claimed by the caller.
+        inputs: the inputs of the whole job.
+        place: the folder of shards, created and claimed by the caller.
         numbers: the shards to embed.
-        address: HOST:PORT, `local` or `auto`: the cluster of RAY_ADDRESS, or of `ray start` on this machine, or else
-            one that this process starts. A program that has called `ray.init` keeps the cluster that it has.
-        workers: decoder processes of an actor; as many as its threads by default.
-        deadline_s: an image that takes longer is a failed row.
-        stop: raise at an image that fails. Shards that are finished by then stay.
+        address: HOST:PORT, `local` or `auto`: the cluster of RAY_ADDRESS, of `ray start` on this machine, or else a new
+            one. A program that has called `ray.init` keeps its cluster.
+        workers: number of decoder processes per actor; by default one per thread.
+        deadline_s: time limit per image. A slower image is a failed row.
+        stop: raise an error for a failed image. Finished shards stay.
 
     Yields:
-        Shard by shard, as they are finished, the rows and how many of them failed.
+        Rows and failed rows of each finished shard.
 
     Raises:
         InputError: the cluster does not answer, an archive cannot be read, or an image failed and `stop` is set.
-        EngineError: Ray or an actor cannot run, or other versions are installed where it runs.
+        EngineError: Ray or an actor cannot run, or an actor's machine has other versions installed.
         OSError: a shard cannot be written.
     """
     if not numbers:
@@ -90,7 +90,7 @@ def embed_on_ray(
     with _cluster(address) as ray:
         try:
             results = iter(_results(ray, plan, inputs, numbers))
-            with closing(results):  # ends the actors too, where an error comes before the last result
+            with closing(results):  # also ends the actors if an error comes before the last result
                 for batch in results:
                     for result in batch.to_pylist():
                         _raise_error(result)
@@ -101,13 +101,13 @@ def embed_on_ray(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What an actor is told.
+    """The plan for an actor.
 
     Attributes:
-        model: as a user names it.
+        model: the argument that names the model.
         shards: the folder of shards, a path or a URL.
-        options: how it is run; for a model on the Hub with its commit.
-        access: how the Hub is reached, for a model that is there.
+        options: how to run the model, with the commit of a model on the Hub.
+        access: how to reach the Hub, for a model on the Hub.
     """
 
     model: str
@@ -123,19 +123,19 @@ class _Plan:
 def plan_pool(
     nodes: Sequence[Mapping[str, float]], threads: int, shards: int, *, gpu: bool = False
 ) -> tuple[int, float]:
-    """How many actors there are, and how many CPUs each takes.
+    """Chooses the number of actors, and the CPUs of each.
 
-    As many CPUs as it has threads, where a machine of the cluster has them and one CPU is left over; fewer otherwise.
-    Ray Data has tasks of its own: a pool that takes all CPUs can wait for them for ever.
+    An actor takes one CPU per thread if a machine of the cluster has them and one CPU is left over, otherwise fewer.
+    Ray Data has its own tasks, and a pool that takes all CPUs could wait for them forever.
 
     Args:
-        nodes: what each machine offers: `CPU`, and `GPU` where it has one.
-        threads: of each actor.
-        shards: what there is to do.
-        gpu: each actor takes one.
+        nodes: the resources of each machine: `CPU`, and `GPU` if it has one.
+        threads: number of threads per actor.
+        shards: number of shards.
+        gpu: whether each actor takes a GPU.
 
     Raises:
-        EngineError: no machine can hold an actor.
+        EngineError: no machine can run an actor.
     """
     total = sum(node.get("CPU", 0.0) for node in nodes)
     usable = [node for node in nodes if node.get("CPU", 0.0) > 0 and (not gpu or node.get("GPU", 0.0) >= 1)]
@@ -151,7 +151,7 @@ def plan_pool(
 
 
 def _results(ray: Any, plan: _Plan, inputs: InputList, numbers: Sequence[int]) -> Any:
-    """What the actors answer, as they do; iterating it starts them."""
+    """Yields the results of the actors as they arrive. Iteration starts the actors."""
     identity = plan.job.identity
     gpu = identity["device"] == "cuda"
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -162,18 +162,18 @@ def _results(ray: Any, plan: _Plan, inputs: InputList, numbers: Sequence[int]) -
         fn_constructor_args=(plan,),
         batch_size=1,
         batch_format="pyarrow",
-        # A shard takes seconds at least: waiting behind another, it would only be late at the end.
+        # A shard takes at least seconds, so a queue per actor would only delay the last shards.
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         num_cpus=cpus,
         num_gpus=1 if gpu else 0,
     )
     dataset.context.enable_progress_bars = False
-    dataset.context.execution_no_progress_timeout_s = -1  # a shard may take any time, and so may CPUs of a busy cluster
+    dataset.context.execution_no_progress_timeout_s = -1  # a shard, and CPUs of a busy cluster, may take any time
     return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def _write_inputs(plan: _Plan, inputs: InputList, numbers: Sequence[int]) -> list[dict[str, int]]:
-    """Writes the lines of each shard to a file for the actors, compressed; gives where in it they are.
+    """Writes the lines of each shard to a compressed file for the actors, and returns their positions.
 
     As values of the dataset they would all be in memory at once.
     """
@@ -189,9 +189,9 @@ def _write_inputs(plan: _Plan, inputs: InputList, numbers: Sequence[int]) -> lis
 
 
 class _ShardWriter:
-    """The actor: opens the model once and writes the shards that it is given.
+    """The actor, which opens the model once and writes its shards.
 
-    Errors are returned, pickled: raised, they would arrive as Ray's tracebacks of several pages.
+    It returns errors pickled, since Ray would turn raised errors into tracebacks of several pages.
     """
 
     def __init__(self, plan: _Plan) -> None:
@@ -243,13 +243,13 @@ class _ShardWriter:
 
     def _open(self) -> Pipeline:
         plan, identity = self._plan, self._plan.job.identity
-        # As the command line does it: int8 is checked anew, on this processor.
+        # As on the command line, int8 is checked again on this processor.
         extractor = FeatureExtractor.load(plan.model, plan.options, plan.access)
         here, there = extractor.identity, ModelIdentity.of_meta(identity)
         if not here.same_bytes(there):
             key = str(here.difference(there, BYTE_KEYS))
             raise EngineError(
-                f"Ray: {key} is {here.values(key)[key]} on {socket.gethostname()} and {there.values(key)[key]} where "
+                f"Ray: {key} is {here.values(key)[key]} on {socket.gethostname()}, but {there.values(key)[key]} where "
                 "the command runs",
                 fix="install the same on all machines",
             )
@@ -257,10 +257,10 @@ class _ShardWriter:
         return Pipeline(extractor, batch_size=identity["batch_size"], workers=workers, deadline_s=plan.deadline_s)
 
     def _count_losses(self, number: int) -> None:
-        """Ray starts an actor that died anew, as often as it takes; a shard that kills each of them must end the run.
+        """Counts dead actors. Ray restarts them without limit, so a shard that kills each one must end the run.
 
         Raises:
-            EngineError: it has.
+            EngineError: the shard has killed too many actors.
         """
         import ray
 
@@ -284,9 +284,9 @@ def _raise_error(result: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _cluster(address: str) -> Iterator[Any]:
-    """The module `ray`, connected, and without its statistics, progress bars and messages."""
+    """Imports and connects `ray`, without its statistics, progress bars and messages."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Read at import: or each death of an actor would be told on stdout, where --json prints.
+    # Ray reads this at import. Otherwise it would print each death of an actor to stdout, where --json prints.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     import ray
 
@@ -303,8 +303,8 @@ def _cluster(address: str) -> Iterator[Any]:
     try:
         with _quiet_core():
             ray.init(
-                # None takes what `ray start` has made. `auto` would also take the private cluster of another run on
-                # this machine, and die with it.
+                # None uses the cluster of `ray start`. `auto` could also use the private cluster of another run on this
+                # machine, and end with it.
                 address=None if address == AUTO else address,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -317,7 +317,7 @@ def _cluster(address: str) -> Iterator[Any]:
         raise InputError(f"Ray cannot be reached or started ({_reason(cause)})", argument="ray", value=target) from exc
     try:
         for handler in logging.getLogger("ray.data").handlers:
-            if handler.name == "console":  # the other one writes Ray's log files
+            if handler.name == "console":  # the other handler writes Ray's log files
                 handler.setLevel(logging.CRITICAL)
         yield ray
     finally:
@@ -326,9 +326,9 @@ def _cluster(address: str) -> Iterator[Any]:
 
 @contextmanager
 def _quiet_core() -> Iterator[None]:
-    """Silences Ray's C++ core, which writes to stderr of this process that restarts of actors may fail.
+    """Silences Ray's C++ core, which would print warnings about restarts of actors to stderr.
 
-    It reads the level as it starts, and tells about it. Whoever has set one gets its messages.
+    The core reads the level at its start and reports it. A level set by the user stays.
     """
     if "RAY_BACKEND_LOG_LEVEL" in os.environ:
         yield
@@ -347,7 +347,7 @@ def _quiet_core() -> Iterator[None]:
 
 
 def _check_answer(address: str) -> None:
-    """Ray itself waits for minutes, and writes to stderr all the while."""
+    """Checks that the cluster answers, since Ray itself waits for minutes and prints messages."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         raise InputError(
@@ -363,5 +363,5 @@ def _check_answer(address: str) -> None:
 
 
 def _reason(exc: BaseException) -> str:
-    """The last line: those above are a traceback."""
+    """The last line of an error, after its traceback."""
     return (str(exc).strip() or type(exc).__name__).splitlines()[-1]

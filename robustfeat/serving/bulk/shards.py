@@ -1,7 +1,7 @@
-"""The folder of a run's shards: who writes there, what is done, and how shards are written and joined.
+"""Manages the folder of a run's shards: claims it, writes shards and joins them.
 
-A shard is two files: NUMBER.f32 with the features, then NUMBER.jsonl with its lines of the index. The second file says
-that the shard is complete.
+A shard is two files: NUMBER.f32 with the features, then NUMBER.jsonl with its lines of the index. The second file marks
+the shard as complete.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _SHARD = re.compile("([0-9]{6,12})[.]jsonl")
 
 
 def claim_folder(folder: LocalFolder | RemoteFolder, job: Job, places: Places, *, restart: bool) -> set[int]:
-    """Makes the folder of a new run, or finds the folder of an unfinished one; gives the shards that are done.
+    """Creates the folder of a new run or claims an unfinished one. Returns the finished shards.
 
     Raises:
-        InputError: another process is at work there, or an unfinished run differs from this one.
+        InputError: another process works there, or an unfinished run differs from this one.
     """
     try:
         folder.create()
         names = folder.names()
         found = _read_job(folder, places, restart=restart) if _JOB_FILE in names else None
-        # The hashes of the files tell models apart, wherever they lie; the commit also changes with the card.
+        # Hashes identify a model in any place. The commit is not compared, since it also changes with the card.
         mine = job.identity | {"shard_rows": job.shard_rows, "first_row": job.first_row, "revision": None}
         mine.pop("source", None)
         if found is not None and mine["continues"] and found.get("continues") not in {None, mine["continues"]}:
-            found = None  # it was continuing a file that has been replaced since
+            found = None  # the run continued a file that has been replaced
         if found is not None and found != mine and not restart:
             changes = [
                 f"{key} was {brief(found.get(key))}, now {brief(mine.get(key))}"
@@ -87,7 +87,7 @@ def _read_job(folder: LocalFolder | RemoteFolder, places: Places, *, restart: bo
 
 
 def finished_shards(folder: LocalFolder | RemoteFolder, job: Job) -> set[int]:
-    """Numbers of the shards that are complete, and of those that are in a complete file of a new output."""
+    """Numbers of complete shards, including those in complete files of a new output."""
     names = folder.names()
     done = {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
     if job.identity["continues"] is None:
@@ -97,7 +97,7 @@ def finished_shards(folder: LocalFolder | RemoteFolder, job: Job) -> set[int]:
 
 
 def discard_folder(folder: LocalFolder | RemoteFolder) -> None:
-    """Deletes the folder, first the file without which it means nothing."""
+    """Deletes the folder, first the file without which the rest is ignored."""
     folder.remove(_JOB_FILE)
 
 
@@ -111,20 +111,20 @@ def write_shards(
     origin: int = 0,
     stop: bool = False,
 ) -> Iterator[tuple[int, int]]:
-    """Embeds shards and writes each to `folder`: NUMBER.f32, the features, and then NUMBER.jsonl, the index.
+    """Embeds shards and writes NUMBER.f32 (features), then NUMBER.jsonl (index) of each to `folder`.
 
     Args:
         inputs: the rows of shard `origin` and the following shards.
         numbers: the shards to embed, ascending.
-        stop: raise at the first image that fails.
+        stop: raise an error for the first failed image.
 
     Yields:
-        Batch by batch, the rows and how many of them failed.
+        Rows and failed rows of each batch.
     """
     offset = origin * job.shard_rows
-    # One block of memory for all shards: many small ones would leave holes that add up over hours.
+    # Use one block of memory for all shards, since many small ones would fragment the memory over hours.
     features = np.empty((job.shard_rows, job.identity["feature_size"]), "<f4")
-    # Neighbouring shards in one go, so that the pipeline never runs empty.
+    # Embed consecutive shards together, so the pipeline never runs empty.
     for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         shards = [number for _, number in run]
         number, filled = shards[0], 0
@@ -133,7 +133,7 @@ def write_shards(
         for batch in pipeline.embed(inputs, start, end, first_row=job.first_row + offset):
             if stop and batch.failed:
                 record = json.loads(batch.index.splitlines()[batch.failed[0]])
-                raise InputError(f"{record['path']}: {record['error']} (row {record['row']}); stopped, as asked")
+                raise InputError(f"{record['path']}: {record['error']} (row {record['row']}); stopped at this image")
             features[filled : filled + len(batch.features)] = batch.features
             filled += len(batch.features)
             index.append(batch.index)
@@ -145,16 +145,16 @@ def write_shards(
 
 
 class ShardCollector:
-    """Makes an output of shards, and of the rows that are there already.
+    """Makes an output of shards and of existing rows.
 
-    A file of a new dataset is written as soon as its shards are there, and these are deleted: a run takes the room of
-    its output and of one file more.
+    A file of a new dataset is written as soon as its shards are complete, and the shards are deleted. So a run takes
+    the disk space of its output and of one more file.
 
     Args:
-        places: where the output will lie.
-        folder: the folder of shards, claimed.
+        places: the places of the output.
+        folder: the claimed folder of shards.
         job: the run.
-        plan: what the output consists of.
+        plan: the contents of the output.
     """
 
     def __init__(self, places: Places, folder: LocalFolder | RemoteFolder, job: Job, plan: Plan) -> None:
@@ -165,7 +165,7 @@ class ShardCollector:
         self._writer = OutputWriter(places, folder, plan.images, meta, plan.kept_files(places, job.rows_per_file))
 
     def collect(self) -> None:
-        """Writes the files of a new dataset whose shards are there."""
+        """Writes the files of a new dataset whose shards are complete."""
         if self._plan.existing or not self._job.rows_per_file:
             return
         done = finished_shards(self._folder, self._job)
@@ -177,12 +177,12 @@ class ShardCollector:
             self._folder.delete(*(f"{number:06}.{kind}" for number in shards for kind in ("jsonl", "f32")))
 
     def finish(self, timing: dict[str, float]) -> tuple[int, int]:
-        """Writes the remaining files and puts the output to its place; gives its rows and how many of them failed.
+        """Writes the remaining files and commits the output. Returns its rows and failed rows.
 
-        The folder is deleted then. Repeated after a kill at any point, it ends with the same files.
+        Then it deletes the folder. After a kill at any point, a repeated call ends with the same files.
 
         Raises:
-            InputError: another process has changed the output that is there, or it cannot be read.
+            InputError: another process has changed the existing output, or it cannot be read.
         """
         plan = self._plan
         if plan.existing and plan.unchanged:
@@ -198,7 +198,7 @@ class ShardCollector:
         return plan.images, failed
 
     def _fresh(self, start: int) -> Iterator[Block]:
-        """The rows of the inputs from `start` on."""
+        """Yields the rows of the inputs from `start` on."""
         first, extra = divmod(start, self._job.shard_rows)
 
         def blocks() -> Iterator[Block]:

@@ -1,4 +1,4 @@
-"""Rows of several arrays as one: what a dataset of many files looks like to a reader."""
+"""Presents the rows of several arrays as one, for datasets of many files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ __all__ = ["Rows", "StackedRows"]
 
 
 class StackedRows:
-    """Arrays below each other, read by slices and by row numbers as one array is, without copying them together.
+    """Stacked arrays that take slices and row numbers like one array, without a copy.
 
     Args:
         parts: at least one array, (n, D) each, of the same D and dtype. They may be memory-mapped.
 
     Attributes:
         shape: (rows of all parts, D).
-        dtype: of the parts.
+        dtype: dtype of the parts.
         ndim: 2.
     """
 
     ndim = 2
 
     def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
-        # A slice of a memory map costs more than a slice of an array.
+        # Slicing an array is faster than slicing a memory map.
         self._parts = [np.asarray(part) for part in parts]
         self._starts = np.cumsum([0, *map(len, self._parts)])
         self.shape = (int(self._starts[-1]), int(self._parts[0].shape[1]))
@@ -36,10 +36,10 @@ class StackedRows:
         return self.shape[0]
 
     def __getitem__(self, rows: int | np.integer[Any] | slice | NDArray[Any]) -> NDArray[Any]:
-        """One row, (D,); a slice; or the rows of an array of numbers, all from 0, or of (n,) booleans.
+        """One row, (D,), a slice, or the rows of an array of numbers from 0 or of (n,) booleans.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: the row does not exist.
         """
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
@@ -50,7 +50,7 @@ class StackedRows:
         return self._take(np.flatnonzero(rows) if rows.dtype == bool else rows)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """All rows in memory."""
+        """Copies all rows to memory."""
         if copy is False:
             raise ValueError("rows of several files cannot be one array without a copy")
         return np.concatenate(self._parts).astype(dtype or self.dtype, copy=False)
@@ -77,4 +77,4 @@ class StackedRows:
 
 
 Rows = NDArray[Any] | StackedRows
-"""(n, D) features in one array or in several."""
+"""(n, D) features, as one array or several."""

@@ -1,4 +1,4 @@
-"""Folders and files that embedding writes, on this machine or in remote storage (by fsspec)."""
+"""Folders and files that embedding writes, local or remote (by fsspec)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["LocalFolder", "RemoteFolder", "file_exists", "make_folder", "open_fo
 
 
 class LocalFolder:
-    """A folder of small files that are written whole or not at all, and stay through a loss of power."""
+    """A folder of small files that are written whole or not at all, and survive a loss of power."""
 
     def __init__(self, place: str) -> None:
         self.place = Path(place)
         self._lock = FileLock(self.place / "lock")
 
     def create(self) -> None:
-        """Makes the folder, where it is not there, and claims it for this process.
+        """Creates the folder if it is missing, and claims it for this process.
 
         Raises:
-            InputError: another process has it.
+            InputError: another process has claimed it.
         """
         create_folder(self.place)
         if not self._lock.take():
@@ -39,11 +39,11 @@ class LocalFolder:
             )
 
     def release(self) -> None:
-        """Ends the claim of `create`."""
+        """Releases the claim of `create`."""
         self._lock.release()
 
     def names(self) -> set[str]:
-        """Files that are complete; none where the folder is missing."""
+        """Complete files; empty if the folder is missing."""
         try:
             return {file.name for file in self.place.iterdir() if file.suffix != ".new"}
         except FileNotFoundError:
@@ -62,13 +62,13 @@ class LocalFolder:
                 handle.flush()
                 os.fsync(handle.fileno())
         except OSError:
-            new.unlink(missing_ok=True)  # a full disk needs the room
+            new.unlink(missing_ok=True)  # frees space on a full disk
             raise
         os.replace(new, self.place / name)
         _sync(self.place)
 
     def move(self, name: str, target: str) -> None:
-        """Makes a file of the folder the file `target`, which may lie in another file system by way of a link."""
+        """Moves a file of the folder to `target`, which may be on another file system behind a link."""
         source, real = self.place / name, resolve_link(target)
         try:
             os.replace(source, real)
@@ -81,13 +81,13 @@ class LocalFolder:
         _sync(real.parent)
 
     def delete(self, *names: str) -> None:
-        """Deletes files, if they are there."""
+        """Deletes files if they exist."""
         for name in names:
             (self.place / name).unlink(missing_ok=True)
         _sync(self.place)
 
     def remove(self, first: str) -> None:
-        """Deletes the folder, `first` (the file without which it means nothing) before all others."""
+        """Deletes the folder, first the file `first`, without which the rest is ignored."""
         (self.place / first).unlink(missing_ok=True)
         if self.place.is_dir():
             _sync(self.place)
@@ -95,7 +95,7 @@ class LocalFolder:
 
 
 def _sync(folder: Path) -> None:
-    """Makes renames and deletions in a folder stay through a loss of power; Windows opens no folders."""
+    """Makes renames and deletions in a folder survive a loss of power. Windows cannot open folders."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -106,27 +106,27 @@ def _sync(folder: Path) -> None:
 
 
 class RemoteFolder:
-    """The same in remote storage, where a put is whole or not at all by itself."""
+    """A folder in remote storage, where a put is atomic."""
 
     def __init__(self, place: str) -> None:
         self.place = place
         self._filesystem, self._path = open_remote(place)
 
     def create(self) -> None:
-        """Makes the folder, for storage that has such."""
-        # Not `makedirs`: for S3 it makes the bucket, if need be. What is wrong shows when the first file is written.
+        """Creates the folder, if the storage has folders."""
+        # `makedirs` would create a missing bucket on S3. Errors show when the first file is written.
         with self._explaining("written"), suppress(OSError):
             self._filesystem.mkdir(self._path, create_parents=False)
 
     def release(self) -> None:
-        """There is no claim on remote storage: two runs at once are the caller's to avoid."""
+        """Does nothing, since remote storage has no claims. The caller must avoid simultaneous runs."""
 
     def names(self) -> set[str]:
-        """Files that are complete; none where the folder is missing."""
+        """Complete files; empty if the folder is missing."""
         with self._explaining("listed"):
             self._filesystem.invalidate_cache(self._path)
             try:
-                self._filesystem.info(self._path)  # or s3fs lists all that lies beside a missing folder
+                self._filesystem.info(self._path)  # otherwise s3fs lists everything beside a missing folder
                 return {entry.rstrip("/").rpartition("/")[2] for entry in self._filesystem.ls(self._path, detail=False)}
             except FileNotFoundError:
                 return set()
@@ -143,20 +143,20 @@ class RemoteFolder:
             self._filesystem.pipe_file(f"{self._path}/{name}", b"".join(parts))
 
     def move(self, name: str, target: str) -> None:
-        """Makes a file of the folder the file `target`, which appears whole."""
+        """Moves a file of the folder to `target`, which appears whole."""
         with self._explaining("written"):
             self._filesystem.cp_file(f"{self._path}/{name}", open_remote(target)[1])
             self._filesystem.rm_file(f"{self._path}/{name}")
             self._filesystem.invalidate_cache()
 
     def delete(self, *names: str) -> None:
-        """Deletes files, if they are there."""
+        """Deletes files if they exist."""
         for name in names:
             with self._explaining("deleted"), suppress(FileNotFoundError):
                 self._filesystem.rm_file(f"{self._path}/{name}")
 
     def remove(self, first: str) -> None:
-        """Deletes the folder, `first` (the file without which it means nothing) before all others."""
+        """Deletes the folder, first the file `first`, without which the rest is ignored."""
         with self._explaining("deleted"):
             with suppress(FileNotFoundError):
                 self._filesystem.rm_file(f"{self._path}/{first}")
@@ -169,12 +169,12 @@ class RemoteFolder:
 
 
 def open_folder(place: str) -> LocalFolder | RemoteFolder:
-    """A folder by its path or URL; it need not exist."""
+    """Opens a folder by its path or URL. It need not exist."""
     return RemoteFolder(place) if is_remote(place) else LocalFolder(place)
 
 
 def make_folder(place: str) -> None:
-    """Makes a folder for files to be moved to, where storage has folders and this one is not there."""
+    """Creates a folder to move files to, if the storage has folders and it is missing."""
     if is_remote(place):
         RemoteFolder(place.rstrip("/")).create()
     else:
@@ -182,21 +182,21 @@ def make_folder(place: str) -> None:
 
 
 def file_exists(place: str) -> bool:
-    """Whether there is such a file."""
+    """Whether a file exists."""
     if not is_remote(place):
         return Path(place).is_file()
     filesystem, path = open_remote(place)
     with _explaining(place, "found"):
         filesystem.invalidate_cache()
         try:
-            return bool(filesystem.info(path)["type"] == "file")  # `isfile` says no when the network fails
+            return bool(filesystem.info(path)["type"] == "file")  # `isfile` returns False when the network fails
         except FileNotFoundError:
             return False
 
 
 @contextmanager
 def open_input(place: str) -> Iterator[Any]:
-    """A file, opened for reading at random."""
+    """Opens a file for random access."""
     if not is_remote(place):
         with open(place, "rb") as handle:
             yield handle
@@ -208,10 +208,10 @@ def open_input(place: str) -> Iterator[Any]:
 
 @contextmanager
 def open_output(place: str) -> Iterator[Any]:
-    """A binary file to write; it appears under its name when the block ends well, and not at all otherwise.
+    """Opens a binary file for writing. It appears under its name only if the block succeeds.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     if not is_remote(place):
         with new_file(place) as partial, open(partial, "wb") as handle:
@@ -231,10 +231,10 @@ def open_output(place: str) -> Iterator[Any]:
 
 @contextmanager
 def _explaining(place: str, what: str) -> Iterator[None]:
-    """Makes every error of remote storage one of ours: each filesystem has its own."""
+    """Converts errors of remote storage to `InputError`, since each filesystem raises its own."""
     try:
         yield
-    except (InputError, ValueError, KeyError, TypeError, struct.error):  # what the block made of the bytes
+    except (InputError, ValueError, KeyError, TypeError, struct.error):  # raised by the block itself
         raise
     except Exception as exc:
         raise InputError(f"{place}: cannot be {what} ({type(exc).__name__}: {first_line(exc)})") from exc

@@ -1,7 +1,6 @@
-"""Bringing an output in step with its inputs: images that it holds keep their features, and new ones are embedded.
+"""Synchronises an output with its inputs. Known images keep their features, and new ones are embedded.
 
-Images are known by the sha256 of their bytes, which the index holds. So a changed file is embedded anew, and a file
-that was moved or renamed is not.
+The index has the sha256 of each image's bytes. So a changed file is embedded again, but a moved or renamed one is not.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class _Sync(Plan):
     """An output in the order of its inputs.
 
     Attributes:
-        rows: (n,) int64, for each input its row in `existing`, or `_FRESH`.
+        rows: (n,) int64: each input's row in `existing`, or `_FRESH`.
         kept: the index lines of the inputs that have a row, in order.
     """
 
@@ -91,9 +90,9 @@ class _Sync(Plan):
 
 @contextmanager
 def plan_sync(inputs: InputList, places: Places, model: ModelIdentity, *, quiet: bool = False) -> Iterator[Plan]:
-    """Opens the output to bring in step with `inputs`; without one, all of them are embedded.
+    """Opens the output to synchronise with `inputs`. Without an output, all inputs are embedded.
 
-    Every input is read and hashed. Rows that failed are tried again.
+    Every input is read and hashed. Failed rows are tried again.
 
     Raises:
         InputError: the output is damaged, or another model or other options made it; an archive cannot be read.
@@ -122,7 +121,7 @@ def plan_sync(inputs: InputList, places: Places, model: ModelIdentity, *, quiet:
 
 
 class _KnownImages:
-    """The images that an output holds features of, by the sha256 of their bytes."""
+    """The images whose features an output has, by the sha256 of their bytes."""
 
     def __init__(self, output: Output) -> None:
         self._row: dict[bytes, int] = {}
@@ -139,7 +138,7 @@ class _KnownImages:
     def take(self, sha256: str | None) -> int:
         """A row with the features of these bytes, or `_FRESH`.
 
-        Equal images get their rows one after the other, so that inputs that did not change keep their order.
+        Equal images get their rows in turn, so unchanged inputs keep their order.
         """
         key = _key(sha256)
         row = self._row.get(key, _FRESH)
@@ -149,15 +148,15 @@ class _KnownImages:
 
 
 def _key(sha256: str | None) -> bytes:
-    """Half of the hash; empty where there is none."""
+    """Half of a hash; empty for none."""
     try:
         return bytes.fromhex(sha256 or "")[:16]
-    except (ValueError, TypeError):  # a damaged index: the image is embedded again
+    except (ValueError, TypeError):  # the index is damaged, so embed the image again
         return b""
 
 
 def _hashed(inputs: InputList) -> Generator[tuple[ImageSource, str | None]]:
-    """Each input with the sha256 of its bytes; None where they cannot be read."""
+    """Yields each input with the sha256 of its bytes; None for unreadable ones."""
     parquet = ParquetSources()
     coming: deque[tuple[ImageSource, Future[str | None] | str | None]] = deque()
 
@@ -181,5 +180,5 @@ def _hashed(inputs: InputList) -> Generator[tuple[ImageSource, str | None]]:
 def _sha256(image: ImageSource) -> str | None:
     try:
         return hashlib.sha256(image.read()).hexdigest()
-    except (OSError, ValueError, MemoryError):  # the decoder that reads it again says why
+    except (OSError, ValueError, MemoryError):  # the decoder reads it again and reports the error
         return None

@@ -1,4 +1,4 @@
-"""The files of an output, written one after the other from blocks of rows."""
+"""Writes the files of an output in order from blocks of rows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, file_exis
 __all__ = ["ROWS_PER_FILE", "OutputWriter", "cut_files"]
 
 ROWS_PER_FILE = 2**20
-"""Rows of a file of a dataset, by default: 2 GiB of 512 features."""
+"""Default rows per file of a dataset: 2 GiB with 512 features."""
 
 
 def cut_files(places: Places, rows_per_file: int | None, shard_rows: int) -> int | None:
-    """Rows of each file of an output, whole shards; None for an output of one file.
+    """Rows per file of an output, rounded up to whole shards; None for an output of one file.
 
     Args:
-        places: of the output.
-        rows_per_file: None for as many as the dataset there has, or `ROWS_PER_FILE`.
-        shard_rows: of the run.
+        places: the places of the output.
+        rows_per_file: rows per file; None for the existing dataset's number, or `ROWS_PER_FILE`.
+        shard_rows: rows per shard.
 
     Raises:
-        InputError: a number was asked for, and the output is one file.
+        InputError: a number is given for an output of one file.
     """
     if not places.is_dataset:
         if rows_per_file:
@@ -41,16 +41,16 @@ def cut_files(places: Places, rows_per_file: int | None, shard_rows: int) -> int
 
 
 class OutputWriter:
-    """Writes an output into the folder of shards of a run that has claimed it, and then to its place.
+    """Writes an output into a run's claimed folder of shards, and then to its place.
 
-    Files that an earlier run has completed are not written again.
+    Files that an earlier run completed are not written again.
 
     Args:
-        places: where the output will lie.
+        places: the places of the output.
         folder: the folder of shards.
-        images: rows of the output.
-        meta: what made them, for the meta file. `rows_per_file` says where a dataset is cut.
-        kept: the first files of the output that is there, which stay as they are.
+        images: number of rows of the output.
+        meta: the meta file's entries about the run. `rows_per_file` says where a dataset is cut.
+        kept: the first files of the existing output, which stay.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class OutputWriter:
 
     @property
     def rows(self) -> int:
-        """How many are written."""
+        """Number of rows written."""
         return sum(record.rows for record in self._records)
 
     @property
     def next_rows(self) -> range | None:
-        """The rows of the next file to write; None where all are written."""
+        """The rows of the next file to write; None if all are written."""
         first = len(self._records) * self._rows_per_file
         if self._records and first >= self._images:
             return None
@@ -101,14 +101,14 @@ class OutputWriter:
         self._records.append(record)
 
     def commit(self, counts: Mapping[str, Any], *, after: Output | None = None) -> int:
-        """Puts all files to their places.
+        """Moves all files to their places.
 
         Args:
-            counts: for the end of the meta file.
+            counts: the last entries of the meta file.
             after: the output that this one continues.
 
         Returns:
-            How many rows failed.
+            The number of failed rows.
 
         Raises:
             InputError: another process has changed `after`.

@@ -1,1 +1,1 @@
-"""What HTTP and TorchServe share: batches across requests, and the forms of answers."""
+"""Code shared by HTTP and TorchServe: batches across requests, and the formats of replies."""

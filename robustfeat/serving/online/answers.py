@@ -1,4 +1,4 @@
-"""What becomes of a request's images, and the replies made of it, for HTTP and TorchServe."""
+"""Results of a request's images, and replies made of them, for HTTP and TorchServe."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ VECTOR_TYPES = (JSON, NPY, RAW)
 ZIP = "application/zip"
 
 _ACCEPT_CHARACTERS = 4096
-"""Longer ones take longer to read than an image."""
+"""Longest accepted Accept header, in characters. A longer one takes longer to parse than an image."""
 
 BINARY_HEADERS = {
     "Model": "The name of the model.",
     "Revision": "Its commit on the Hub, if there is one.",
     "Precision": "fp32, fp16, bf16 or int8.",
     "Shape": "Rows and columns, as 3,512.",
-    "Failed": "Numbers of the rows without an image that could be read, as 0,2; their values are NaN.",
+    "Failed": "Numbers of the failed rows, as 0,2. Their values are NaN.",
 }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What became of one image; exactly one attribute is set.
+    """The result of one image. Exactly one attribute is set.
 
     Attributes:
         features: (D,) float32.
-        problem: why the image cannot be read; the client's fault.
-        failure: the exception of a failure of ours.
+        problem: why the image cannot be read, a client's error.
+        failure: the exception of a server's error.
     """
 
     features: Vector | None = None
@@ -68,19 +68,19 @@ class Answer:
 
     @property
     def error(self) -> str:
-        """The problem or the failure as text; empty for features."""
+        """The problem or the failure as text. Empty for features."""
         return repr(self.failure) if self.failure is not None else self.problem or ""
 
 
 class NamedModel:
-    """A model under the name by which clients ask for it.
+    """A model under its served name.
 
     Attributes:
-        name: that name.
+        name: the served name.
         extractor: the model.
-        identity: which model it is, and how it is run.
-        about: what every answer says of it.
-        version: of the Open Inference Protocol: the folder's.
+        identity: the model's identity, and how it runs.
+        about: facts in every reply.
+        version: the folder's version, for the Open Inference Protocol.
     """
 
     def __init__(self, name: str, extractor: FeatureExtractor) -> None:
@@ -89,10 +89,10 @@ class NamedModel:
         self.about = {"model": name, **self.identity.values("revision", "precision")}
 
     def require_golden(self, answer: Answer, expected: Vector) -> None:
-        """Refuses a wrong answer for a golden image, whose features are `expected`, (D,).
+        """Refuses a wrong result for a golden image, whose features are `expected`, (D,).
 
         Raises:
-            EngineError: it has no features, or others.
+            EngineError: the result has no features, or others.
         """
         if answer.features is None:
             raise EngineError(f"{self.name}: a golden image was not embedded ({answer.error})")
@@ -100,13 +100,13 @@ class NamedModel:
         check = compare(answer.features[None], expected[None], **way)
         if check.short:
             raise EngineError(
-                f"{self.name}: a golden image gives other features (cosine {check.cosine:.4f}, {check.needed} needed)"
+                f"{self.name}: the cosine to a golden image's features must be {check.needed}; got {check.cosine:.4f}"
             )
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer of status 200."""
+    """A reply of status 200."""
 
     body: bytes
     media_type: str
@@ -114,12 +114,12 @@ class Reply:
 
 
 def vectors_reply(model: NamedModel, answers: Sequence[Answer], kind: str) -> Reply:
-    """The features of a request's images, and an error or a row of NaN for each that has none.
+    """Makes a reply with the features of a request's images, and an error or a row of NaN per failed image.
 
     Args:
-        model: whose features they are.
-        answers: of its images.
-        kind: of `VECTOR_TYPES`.
+        model: the model of the features.
+        answers: the results of the images.
+        kind: the media type, one of `VECTOR_TYPES`.
     """
     if kind == JSON:
         data = [
@@ -153,7 +153,7 @@ def require_one(answers: Sequence[Answer]) -> None:
     """Refuses a request without any features.
 
     Raises:
-        ApiError: 422, with the reason for each; or the exception of a failure of ours.
+        ApiError: 422 with the reason per image. A server's error is raised as it is.
     """
     if any(answer.features is not None for answer in answers):
         return
@@ -166,22 +166,22 @@ def require_one(answers: Sequence[Answer]) -> None:
 
 
 def failed_item(index: int, answer: Answer) -> dict[str, Any]:
-    """The entry of a reply for image `index`, which has no features."""
+    """The entry of a reply for image `index`, which failed."""
     if answer.failure is not None:
         return {"index": index, "error": failure_object()}
     return {"index": index, "error": problem_object(str(answer.problem))}
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:
-    """As JSON, arrays included."""
+    """Encodes a value as JSON, including arrays."""
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def choose_type(accept: str, offered: tuple[str, ...]) -> str:
-    """The media type to answer with: what the Accept header likes best, the first offered among equals.
+    """Chooses the media type that the Accept header prefers, the first among equals.
 
     Raises:
-        ApiError: 406, naming what there is.
+        ApiError: 406 with the available types.
     """
     if accept in {"", "*/*"}:
         return offered[0]

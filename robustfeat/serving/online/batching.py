@@ -1,8 +1,8 @@
-"""The images of many requests become features: decoders, and a model that takes batches of decoded images.
+"""Embeds the images of many requests, with decoders and a model that takes batches.
 
-A batch forms only while the model is busy with the one before: a lone image never waits. Keys take turns wherever
-images wait, so that a long queue of one key delays the others by one image and not by the whole queue. For decoders
-the turn is that of the key that has used least of their time, and large images keep at most half of them busy.
+A batch forms only while the model runs the previous one, so a lone image never waits. Keys take turns in every queue,
+so a long queue of one key delays the others by one image only. For decoders, the key with the least used time is next,
+and large images occupy at most half of the decoders.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ _Lane = tuple[str, bool]
 
 _DECODED_AT_ONCE = 4
 _SENT_AT_ONCE = 2**17
-"""Images, and about how many bytes of them, that a decoder takes together where more wait: fewer messages."""
+"""Most images, and bytes of them, that a decoder takes in one message."""
 
 _LEAST_S = 0.001
-"""What an image costs its key when a decoder takes it; the rest is known when it is done."""
+"""Initial cost of an image for its key. The rest is charged after decoding."""
 
 _JOIN_S = 5.0
 
 
 class BatchMetrics(Protocol):
-    """Takes the numbers of a `Batcher`; `metrics.ModelMetrics` is one."""
+    """Receives the measurements of a `Batcher`, for example `metrics.ModelMetrics`."""
 
     def add_queue(self, length: Callable[[], float]) -> None:
-        """Registers a function that gives the number of waiting images."""
+        """Registers a function that returns the number of waiting images."""
 
     def decoded(self, waited_s: float, seconds: float) -> None:
-        """Counts a decoder's answer: how long its first image had waited, and the decoder's time."""
+        """Counts a decoder's result: the wait of its first image, and the decoder's time."""
 
     def ran(self, seconds: float, count: int) -> None:
         """Counts a batch of `count` images and the model's time."""
 
 
 class FairQueue(Generic[K, T]):
-    """First in, first out for each key; the next turn is that of the key that has used least since it came.
+    """A queue per key. The key that has used least since it arrived is next.
 
     Args:
-        unit: what an item costs its key when it is taken.
+        unit: initial cost of an item for its key.
     """
 
     def __init__(self, unit: float = 1.0) -> None:
@@ -73,20 +73,20 @@ class FairQueue(Generic[K, T]):
         return self._size
 
     def put(self, key: K, item: T, *, first: bool = False) -> None:
-        """Adds to the end of the queue of `key`, or puts back to its start."""
+        """Adds an item to the end of the queue of `key`, or returns it to the start."""
         if key not in self._queues:
-            # Nobody saves up turns while away.
+            # An absent key must not accumulate turns.
             self._queues[key], self._used[key] = deque(), max(self._least, self._used.get(key, 0.0))
         queue = self._queues[key]
         (queue.appendleft if first else queue.append)(item)
         self._size += 1
 
     def next_key(self, barred: Callable[[K], bool] = lambda key: False) -> K | None:
-        """Whose turn it is, of those that are not barred; None if there is nobody."""
+        """The next key that is not barred, or None."""
         return min((key for key in self._queues if not barred(key)), key=self._used.__getitem__, default=None)
 
     def take(self, key: K | None = None) -> T:
-        """The next item, of `key` or of whose turn it is; IndexError without one."""
+        """Takes the next item, of `key` or of the next key. Raises IndexError if there is none."""
         key = self.next_key() if key is None else key
         if key is None:
             raise IndexError("the queue is empty")
@@ -100,7 +100,7 @@ class FairQueue(Generic[K, T]):
         return item
 
     def charge(self, key: K, cost: float) -> None:
-        """Counts what `key` has used."""
+        """Charges `key` for use."""
         self._used[key] += cost
 
 
@@ -108,7 +108,7 @@ _PENDING = Answer(problem="not decoded yet")
 
 
 class _Request:
-    """The images of one request and their answers."""
+    """The images of one request and their results."""
 
     __slots__ = ("answers", "future", "key", "left", "timeline")
 
@@ -129,27 +129,27 @@ class _Item:
 
     @property
     def lane(self) -> _Lane:
-        """Where it waits for a decoder: a key's large images have a turn of their own."""
+        """The queue for a decoder. A key's large images have a separate one."""
         return self.request.key, self.large
 
     def answer(self, answer: Answer) -> None:
         request = self.request
         request.answers[self.index] = answer
         request.left -= 1
-        if not request.left and not request.future.done():  # its client may have left
+        if not request.left and not request.future.done():  # the client may have disconnected
             request.future.set_result(request.answers)
 
 
 class Batcher:
-    """Decoders and a model for the requests of one event loop; use it in a `with` block.
+    """Decoders and a model for the requests of one event loop. Use it in a `with` block.
 
-    The model runs in a thread; everything else runs on the loop.
+    The model runs in a thread, everything else on the loop.
 
     Args:
         extractor: the model.
-        metrics: takes the numbers.
-        max_pixels: larger images are refused.
-        decode_timeout_s: for one image.
+        metrics: receives measurements.
+        max_pixels: largest accepted image.
+        decode_timeout_s: time limit to decode one image.
         decoders: number of decoder processes.
         batch_size: largest batch, in images.
     """
@@ -167,7 +167,7 @@ class Batcher:
         self._contract, self._engine = extractor.config.preprocessing, extractor.engine
         self._metrics = metrics
         self._batch_size = batch_size
-        # Squares wait there for the model; when none is free, the decoders wait.
+        # Squares wait here for the model. If none is free, the decoders wait.
         places = 2 * batch_size + decoders * _DECODED_AT_ONCE
         self._places = deque(range(places))
         self._decoders = LoopDecoderPool(
@@ -205,15 +205,15 @@ class Batcher:
     async def embed(
         self, images: Sequence[bytes | Vector], key: str = "", timeline: Timeline | None = None
     ) -> list[Answer]:
-        """Features of images.
+        """Embeds images.
 
         Args:
-            images: each the bytes of an image file, or the network's input, (3, S, S) float32.
-            key: whose turn it is.
-            timeline: is told when the images pass each stage.
+            images: bytes of image files, or network inputs, (3, S, S) float32.
+            key: the key to charge.
+            timeline: records when the images pass each stage.
 
         Returns:
-            One for each image.
+            One result per image.
         """
         request = _Request(key, len(images), timeline)
         now = time.perf_counter()
@@ -229,14 +229,14 @@ class Batcher:
         try:
             return await request.future
         finally:
-            # The client has left: images that are not decoded yet are dropped when their turn comes.
+            # The client has disconnected. Images that are not decoded yet are dropped in their turn.
             if request.future.cancel() or request.future.cancelled():
                 for item in items:
                     if isinstance(item.image, bytes):
                         item.image = b""
 
     def _feed(self) -> None:
-        """Gives work to an idle model, and then to idle decoders: images dropped on the way free places."""
+        """Gives work to an idle model, then to idle decoders, since dropped images free squares."""
         if self._ready and not self._busy:
             batch: list[_Item] = []
             while len(batch) < self._batch_size and self._ready:
@@ -252,7 +252,7 @@ class Batcher:
             pass
 
     def _decode(self) -> bool:
-        """Gives waiting images to an idle decoder; whether there are any that it may have."""
+        """Gives waiting images to an idle decoder. Returns whether there were any."""
         share = len(self._waiting) // self._decoders.workers
         count = min(_DECODED_AT_ONCE, max(1, share), len(self._places))
         items: list[_Item] = []
@@ -279,13 +279,13 @@ class Batcher:
         return bool(items)
 
     def _barred(self, lane: _Lane) -> bool:
-        """Whether a lane waits because it has its share of the decoders."""
+        """Whether a queue waits because it already has its share of the decoders."""
         return lane[1] and self._large >= max(1, self._decoders.workers // 2)
 
     def _decoded(
         self, items: Sequence[_Item], began: float, large: bool, outcome: Sequence[str | None] | DecoderLostError
     ) -> None:
-        """Takes the outcome of images that a decoder had."""
+        """Takes the results of a decoder's images."""
         self._large -= large
         now = time.perf_counter()
         seconds = now - began
@@ -313,7 +313,7 @@ class Batcher:
             self._waiting.put(item.lane, item, first=True)
 
     def _retry(self, items: Sequence[_Item], lost: DecoderLostError) -> None:
-        """Decodes images again whose decoder was lost, but for the image at fault when it is given up."""
+        """Queues the images of a lost decoder again, except the image at fault once it has failed for good."""
         for offset, item in enumerate(items):
             self._free(item)
             item.crashes += offset == lost.offset
@@ -333,7 +333,7 @@ class Batcher:
             answers = self._infer(batch)
             ended = time.perf_counter()
             self._metrics.ran(ended - began, len(batch))
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and all its requests with it
+            with contextlib.suppress(RuntimeError):  # the loop and its requests are closed
                 assert self._loop is not None
                 self._loop.call_soon_threadsafe(self._finish, batch, answers, began, ended)
 
@@ -353,9 +353,9 @@ class Batcher:
         except Exception as exc:
             if len(batch) == 1:
                 if isinstance(exc, NotFiniteError) and not isinstance(batch[0].image, bytes):
-                    return [Answer(problem="its features are not finite")]  # of a tensor that the client prepared
+                    return [Answer(problem="its features are not finite")]  # the client prepared the tensor
                 return [Answer(failure=exc)]
-            # Only the images at fault fail, not the whole batch.
+            # Run the images one by one, so only those at fault fail.
             return [answer for item in batch for answer in self._infer([item])]
 
     def _input(self, batch: Sequence[_Item]) -> Vector:

@@ -1,4 +1,4 @@
-"""What requests say: JSON in an expected form, and images inside it as text."""
+"""Parses requests: JSON in an expected form, and images inside it as text."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def parse_json(body: bytes) -> Any:
-    """What a JSON body says.
+    """Parses a JSON body.
 
     Raises:
-        ApiError: 400 if it is none, or 422 if it has more parts than any request of ours.
+        ApiError: 400 if the body is not JSON, or 422 if it has more parts than any valid request.
     """
     if body.count(b"[") + body.count(b"{") > _JSON_PARTS:
         raise ApiError(422, "bad_request", f"the request has more than {_JSON_PARTS:,} lists and objects; send less")
-    # Millions of small values take seconds, in which nobody else is answered.
+    # Parsing millions of small values would block other requests for seconds.
     if body.count(b",") > _JSON_VALUES:
         raise ApiError(422, "bad_request", f"the request has more than {_JSON_VALUES:,} values; send less")
     try:
@@ -40,10 +40,10 @@ def parse_json(body: bytes) -> Any:
 
 
 def check_form(form: type[F], content: Any) -> F:
-    """Content in the form that it must have.
+    """Checks content against a schema.
 
     Raises:
-        ApiError: 422, naming the first part that has not.
+        ApiError: 422 with the first wrong part.
     """
     try:
         return form.model_validate(content)
@@ -57,7 +57,7 @@ def data_of_uri(text: str) -> bytes:
     """The bytes in a data URI, data:[TYPE];base64,DATA.
 
     Raises:
-        ValueError: saying what it is instead.
+        ValueError: the text is not such a URI. The message says what it is.
     """
     head, comma, data = text.partition(",")
     if not comma or not head.lower().startswith("data:"):
@@ -66,17 +66,17 @@ def data_of_uri(text: str) -> bytes:
         raise ValueError("expected a data URI, data:image/jpeg;base64,...")
     if not head.lower().endswith(";base64"):
         raise ValueError("the data URI must be base64: data:image/jpeg;base64,...")
-    if 0 < data.count("%") < _ESCAPES:  # in URIs these may be escaped
+    if 0 < data.count("%") < _ESCAPES:  # URIs may escape characters
         for escaped, plain in _ESCAPED.items():
             data = data.replace(escaped, plain).replace(escaped.lower(), plain)
     return base64_bytes(data)
 
 
 def base64_bytes(text: str) -> bytes:
-    """Decodes base64 as it is found: with line breaks, without padding, or of the alphabet for URLs.
+    """Decodes base64, also with line breaks, without padding, or in the alphabet for URLs.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the text is not base64.
     """
     try:
         data = text.encode("ascii")

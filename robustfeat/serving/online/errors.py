@@ -1,4 +1,4 @@
-"""The errors that clients see, in the two forms that their protocols know."""
+"""The errors that clients see, in the formats of both protocols."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """A refusal.
+    """An error response.
 
     Attributes:
-        status: of HTTP.
+        status: the HTTP status.
         message: one sentence: what was expected, what arrived, what to do.
-        code: for programs, and the `reason` of the metrics; one of a fixed set.
-        retry_after_s: when it is worth trying again.
-        param: the part of the request that is at fault.
-        close: whether the rest of the request is not read, and the connection ends.
-        data: further entries of the answer, beside the error.
+        code: one of a fixed set, for programs and for the `reason` of the metrics.
+        retry_after_s: time after which a retry may succeed.
+        param: the wrong part of the request.
+        close: whether to close the connection without reading the rest of the request.
+        data: additional entries of the response.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class ApiError(Exception):
 
 
 def timed_out(seconds: float) -> ApiError:
-    """The error of a request whose answer is not there in time."""
+    """The error of a request that timed out."""
     message = f"no answer within {seconds:g} s; try again later, or send less"
     return ApiError(503, "timeout", message, retry_after_s=1)
 
 
 def error_answer(exc: ApiError, path: str) -> bytes:
-    """The body: OpenAI's error object, or under /v2 the Open Inference Protocol's string."""
+    """The response body: OpenAI's error object, or under /v2 the Open Inference Protocol's string."""
     if path == "/v2" or path.startswith("/v2/"):
         return orjson.dumps({"error": exc.message})
     kind = _TYPES.get(exc.status, "invalid_request_error" if exc.status < 500 else "server_error")
@@ -63,10 +63,10 @@ def error_answer(exc: ApiError, path: str) -> bytes:
 
 
 def problem_object(problem: str) -> dict[str, Any]:
-    """The error object of one image that cannot be read."""
+    """The error object of an unreadable image."""
     return {"message": problem, "type": "invalid_request_error", "param": None, "code": "unreadable_image"}
 
 
 def failure_object() -> dict[str, Any]:
-    """The error object of one image that the model failed on."""
+    """The error object of an image for which the model failed."""
     return {"message": "the model failed; try again", "type": "server_error", "param": None, "code": "internal"}

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's requests and answers, without the server that carries them."""
+"""Parses requests and makes replies of the Open Inference Protocol, without a server."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _TYPES = {"images": "BYTES", "pixel_values": "FP32"}
 
 
 def parse_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]:
-    """What `parse_infer_in_turns` returns, without stops."""
+    """Runs `parse_infer_in_turns` without pauses."""
     return finish(parse_infer_in_turns(body, header_length))
 
 
 def parse_infer_in_turns(body: bytes, header_length: str | None) -> Generator[None, None, tuple[InferRequest, bytes]]:
-    """The request, and the bytes of the binary extension behind it; stops where others should have a turn.
+    """Parses a request and the bytes of its binary extension. Yields so that other requests get a turn.
 
     Args:
-        body: all of it.
-        header_length: where the binary extension is used, how many of its bytes are the request.
+        body: the whole body.
+        header_length: length of the JSON part, if the binary extension is used.
 
     Raises:
         ApiError: 400 or 422.
@@ -65,20 +65,20 @@ def parse_infer_in_turns(body: bytes, header_length: str | None) -> Generator[No
 
 
 def infer_images(given: InferInput, rest: bytes, model: NamedModel, most: int) -> list[bytes | Vector]:
-    """What `infer_images_in_turns` returns, without stops."""
+    """Runs `infer_images_in_turns` without pauses."""
     return finish(infer_images_in_turns(given, rest, model, most))
 
 
 def infer_images_in_turns(
     given: InferInput, rest: bytes, model: NamedModel, most: int
 ) -> Generator[None, None, list[bytes | Vector]]:
-    """The images of a request's input, as `Batcher.embed` takes them; stops where others should have a turn.
+    """The images of a request's input, for `Batcher.embed`. Yields so that other requests get a turn.
 
     Args:
         given: the input.
         rest: the bytes of the binary extension.
-        model: that is to embed them.
-        most: how many there may be.
+        model: the model to embed them.
+        most: most images per request.
 
     Raises:
         ApiError: 413 or 422.
@@ -144,7 +144,7 @@ def _numbers(given: InferInput) -> Generator[None, None, NDArray[np.float32]]:
         flat = values.ndim == 1 and values.size == math.prod(given.shape)
         if values.dtype.kind not in "iuf" or not (flat or list(values.shape) == given.shape):
             raise ValueError
-        with np.errstate(over="ignore"):  # what float32 cannot hold is told below
+        with np.errstate(over="ignore"):  # numbers beyond float32 are reported below
             return values.astype(np.float32).reshape(given.shape)
     except (ValueError, TypeError, OverflowError):
         raise ApiError(
@@ -155,7 +155,7 @@ def _numbers(given: InferInput) -> Generator[None, None, NDArray[np.float32]]:
 
 
 def _split(given: InferInput, rest: bytes, most: int) -> list[bytes]:
-    """BYTES of the binary extension: each after its length, 4 bytes, little-endian."""
+    """Splits BYTES of the binary extension, each preceded by its length, 4 bytes, little-endian."""
     images: list[bytes] = []
     at = 0
     while at < len(rest):
@@ -181,11 +181,11 @@ def _floats(given: InferInput, rest: bytes) -> NDArray[np.float32]:
 
 
 def infer_reply(asked: InferRequest, model: NamedModel, answers: Sequence[Answer]) -> Reply:
-    """The features of a request's images.
+    """Makes a reply with the features of a request's images.
 
     Raises:
-        ApiError: 422: as the protocol's clients expect, one image that cannot be read fails the request.
-        Exception: of a failure of ours.
+        ApiError: 422. One unreadable image fails the whole request, as the protocol's clients expect.
+        Exception: a server's error, as it is.
     """
     name = asked.inputs[0].name
     rows: list[Vector] = []

@@ -1,6 +1,6 @@
-"""Long arrays of numbers in JSON, read a little at a time: a server answers others in between.
+"""Reads long arrays of numbers in JSON in small steps, between which a server handles other requests.
 
-The images of a network's input are millions of numbers as text. Read at once, they occupy a worker for a second.
+The input of a network is millions of numbers as text. Reading them at once would block a worker for a second.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUMBERS = b"0123456789+-.eE \t\r\n"
 _OTHER = re.compile(rb"[^0-9+\-.eE \t\r\n\[\],]")
 _BLANK = bytes.maketrans(b"[]", b"  ")
 _LONG_BYTES = 2**18
-"""Shorter arrays are read with the rest of the request, in milliseconds."""
+"""Smallest array to read in steps, in bytes. Shorter ones take milliseconds with the rest of the request."""
 _SLICE_BYTES = 2**16
 _SCAN_BYTES = 2**20
 
@@ -34,20 +34,20 @@ class LongArray:
 
     Args:
         body: the request.
-        start, end: where the array begins and ends.
+        start, end: positions of the array's start and end.
     """
 
     def __init__(self, body: bytes, start: int, end: int) -> None:
         self._body, self._start, self._end = body, start, end
 
     def read(self, shape: Sequence[int]) -> Generator[None, None, NDArray[np.float32]]:
-        """The numbers, which stand in a flat array or in nested ones; stops after each slice.
+        """Reads the numbers of a flat or nested array. Yields after each slice.
 
         Returns:
-            float32 of that shape; what float32 cannot hold is infinite.
+            float32 of that shape. Numbers beyond float32 are infinite.
 
         Raises:
-            ValueError: they are other than `math.prod(shape)` numbers, or nested in another way.
+            ValueError: the array does not have `math.prod(shape)` numbers, or is nested in another way.
         """
         body, at, filled, marked = self._body, self._start, 0, 0
         count = math.prod(shape)
@@ -65,7 +65,7 @@ class LongArray:
             piece = body[at:stop]
             marks = piece.translate(None, _NUMBERS) + (b"," if stop < self._end else b"")
             structures = [known for known in structures if known[marked : marked + len(marks)] == marks]
-            # JSON's own rules for numbers: no 01, no nan, no spaces within.
+            # Follow JSON's rules for numbers: no 01, no nan, no spaces inside.
             part = np.asarray(orjson.loads(b"[" + piece.translate(_BLANK) + b"]"))
             if not structures or part.dtype.kind not in "iuf" or len(part) != piece.count(b",") + 1:
                 raise ValueError("they are nested in another way")
@@ -87,7 +87,7 @@ def _nested(shape: Sequence[int]) -> bytes:
 
 
 def finish(steps: Generator[None, None, Result]) -> Result:
-    """What a generator returns, without stops."""
+    """Runs a generator without pauses, and returns its result."""
     while True:
         try:
             next(steps)
@@ -97,16 +97,16 @@ def finish(steps: Generator[None, None, Result]) -> Result:
 
 
 def set_aside(body: bytes) -> tuple[bytes, str, LongArray] | None:
-    """What `set_aside_in_turns` returns, without stops."""
+    """Runs `set_aside_in_turns` without pauses."""
     return finish(set_aside_in_turns(body))
 
 
 def set_aside_in_turns(body: bytes) -> Generator[None, None, tuple[bytes, str, LongArray] | None]:
-    """Takes a long array of numbers under the key `data` out of a JSON body; stops after each MiB.
+    """Takes a long array of numbers under the key `data` out of a JSON body. Yields after each MiB.
 
     Returns:
-        The body with an array of one unguessable text in its place, that text, and the array; None where the first
-        `data` is no long array of numbers.
+        The body with an array of one unguessable text instead, that text, and the array. None if the first `data` is
+        not a long array of numbers.
     """
     match = _DATA.search(body)
     if match is None or len(body) - match.end() < _LONG_BYTES:
@@ -114,7 +114,7 @@ def set_aside_in_turns(body: bytes) -> Generator[None, None, tuple[bytes, str, L
     start = stop = match.end()
     while stop < len(body):
         chunk = body[stop : stop + _SCAN_BYTES]
-        if chunk.translate(None, _NUMBERS + b"[],"):  # several times as fast as the search
+        if chunk.translate(None, _NUMBERS + b"[],"):  # several times as fast as a regular expression
             other = _OTHER.search(chunk)
             assert other is not None
             stop += other.start()

@@ -1,4 +1,4 @@
-"""What requests and answers look like, for checking the former and documenting both."""
+"""Schemas of requests and replies, which check requests and document both."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class Error(BaseModel):
 
     message: str = Field(description="One sentence: what was expected, what arrived, what to do.")
     type: str = Field(examples=["invalid_request_error"])
-    param: str | None = Field(description="The part of the request that is at fault.")
+    param: str | None = Field(description="The wrong part of the request.")
     code: str = Field(description="For programs.", examples=["unreadable_image"])
 
 
 class Item(BaseModel):
-    """What became of one image."""
+    """The result of one image."""
 
-    index: int = Field(description="Its place in the request, from 0.")
+    index: int = Field(description="Position of the image in the request, from 0.")
 
 
 class FailedItem(Item):
-    """An image that could not be read."""
+    """An unreadable image."""
 
     error: Error
 
@@ -55,9 +55,9 @@ class EmbeddedItem(Item):
 
 
 class PredictedItem(Item):
-    """A head's answer."""
+    """A head's prediction."""
 
-    prediction: str | int | list[str | int] = Field(description="A list where an image may have several labels.")
+    prediction: str | int | list[str | int] = Field(description="A list if an image may have several labels.")
     margins: dict[str, float]
     probabilities: dict[str, float] | None = None
     typicality: float | None = Field(
@@ -66,21 +66,21 @@ class PredictedItem(Item):
 
 
 class About(BaseModel):
-    """Which model answered."""
+    """The model of a reply."""
 
     model: str
-    revision: str | None = Field(description="The commit on the Hub; null where none is known.")
+    revision: str | None = Field(description="The commit on the Hub; null if unknown.")
     precision: Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class Embeddings(About):
-    """The answer of /embed."""
+    """The reply of /embed."""
 
     data: list[EmbeddedItem | FailedItem]
 
 
 class Predictions(About):
-    """The answer of /predict."""
+    """The reply of /predict."""
 
     head: str
     data: list[PredictedItem | FailedItem]
@@ -89,9 +89,9 @@ class Predictions(About):
 class Match(BaseModel):
     """An image of a collection."""
 
-    row: int = Field(description="Its row, from 0.")
-    path: str = Field(description="Its path in the index.")
-    path_bytes: str | None = Field(None, description="The same as base64, where it is not UTF-8.")
+    row: int = Field(description="Number of the row, from 0.")
+    path: str = Field(description="Path in the index.")
+    path_bytes: str | None = Field(None, description="The path as base64, if it is not UTF-8.")
     cosine: float
 
 
@@ -102,7 +102,7 @@ class SimilarItem(Item):
 
 
 class Similar(About):
-    """The answer of /similar."""
+    """The reply of /similar."""
 
     collection: str
     data: list[SimilarItem | FailedItem]
@@ -112,7 +112,7 @@ class ErrorAnswer(BaseModel):
     """Every error outside /v2."""
 
     error: Error
-    data: list[FailedItem] | None = Field(None, description="Where no image of a request could be read: why, for each.")
+    data: list[FailedItem] | None = Field(None, description="The error of each image, if all images failed.")
 
 
 class OpenAIRequest(BaseModel):
@@ -124,11 +124,11 @@ class OpenAIRequest(BaseModel):
         description="An image as a data URI, data:image/jpeg;base64,..., or a list of them. URLs are not fetched.",
         examples=["data:image/jpeg;base64,/9j/4AAQSkZJRg=="],
     )
-    model: str | None = Field(None, description="Of those served; the first by default.")
+    model: str | None = Field(None, description="A served model; by default the first.")
     encoding_format: Literal["float", "base64"] | None = Field(
         "float", description="base64 is of float32, little-endian."
     )
-    dimensions: int | None = Field(None, description="The model's own number, if given.")
+    dimensions: int | None = Field(None, description="If given, the model's number of features.")
     user: str | None = None
 
 
@@ -141,14 +141,14 @@ class OpenAIEmbedding(BaseModel):
 
 
 class Usage(BaseModel):
-    """No tokens."""
+    """OpenAI's counts of tokens, always zero."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class OpenAIEmbeddings(About):
-    """OpenAI's answer."""
+    """OpenAI's reply."""
 
     object: Literal["list"]
     data: list[OpenAIEmbedding]
@@ -172,7 +172,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether something is well."""
+    """Whether the server, or a part of it, works."""
 
     status: str
 
@@ -191,42 +191,42 @@ class ModelInfo(BaseModel):
     image_size: int
     weights_sha256: str
     preprocessing_hash: str
-    pooling: str | None = Field(description="Of a model of transformers: embeds, pooler, cls or mean.")
+    pooling: str | None = Field(description="Pooling of a transformers model: embeds, pooler, cls or mean.")
     config_hash: str
-    batch_size: int = Field(description="Images that the model takes at once, at most.")
+    batch_size: int = Field(description="Largest batch, in images.")
 
 
 class HeadInfo(BaseModel):
-    """A head that is served."""
+    """A served head."""
 
     name: str
-    model: str = Field(description="The served model whose features it takes.")
+    model: str = Field(description="The served model of its features.")
     classes: list[str | int]
     kind: str
-    multi_label: bool = Field(description="Whether an image may have several of the classes, or none.")
-    revision: str | None = Field(description="Its commit on the Hub; null for a folder.")
-    sha256: str | None = Field(description="Of head.json, which pins the head.")
-    probabilities: bool = Field(description="Whether its answers have calibrated ones.")
-    typicality: bool = Field(description="Whether its answers tell images of none of the classes.")
+    multi_label: bool = Field(description="Whether an image may have several classes, or none.")
+    revision: str | None = Field(description="The commit on the Hub; null for a folder.")
+    sha256: str | None = Field(description="The sha256 of head.json, which pins the head.")
+    probabilities: bool = Field(description="Whether replies have calibrated probabilities.")
+    typicality: bool = Field(description="Whether replies have typicality, which detects images of no known class.")
 
 
 class CollectionInfo(BaseModel):
-    """A collection that is served."""
+    """A served collection."""
 
     name: str
-    model: str = Field(description="The served model whose features it holds.")
+    model: str = Field(description="The served model of its features.")
     rows: int
 
 
 class Info(BaseModel):
-    """What a server serves, and its limits."""
+    """The models, heads, collections and limits of a server."""
 
     version: str
     models: list[ModelInfo]
     heads: list[HeadInfo]
     collections: list[CollectionInfo]
     limits: dict[str, float]
-    formats: list[str] = Field(description="Images that are read, told by content.")
+    formats: list[str] = Field(description="Accepted image formats, recognised by content.")
     workers: int
 
 
@@ -245,7 +245,7 @@ class ServerMetadata(BaseModel):
 
 
 class Tensor(BaseModel):
-    """A tensor's name and form; -1 is any size."""
+    """A tensor's name, type and shape; -1 is any size."""
 
     name: str
     datatype: str
@@ -263,20 +263,20 @@ class ModelMetadata(BaseModel):
 
 
 class ModelReady(BaseModel):
-    """Whether a model answers."""
+    """Whether a model is ready."""
 
     name: str
     ready: bool
 
 
 class InferParameters(BaseModel):
-    """What requests may set; other parameters mean nothing here."""
+    """Parameters of requests. Others are ignored."""
 
     model_config = ConfigDict(strict=True)
 
-    binary_data_size: int | None = Field(None, description="Of an input: bytes behind the request.")
-    binary_data: bool | None = Field(None, description="Of an output: whether it comes behind the answer.")
-    binary_data_output: bool | None = Field(None, description="Of the request: the same for all outputs.")
+    binary_data_size: int | None = Field(None, description="Input: number of its bytes after the JSON part.")
+    binary_data: bool | None = Field(None, description="Output: whether to send its bytes after the JSON part.")
+    binary_data_output: bool | None = Field(None, description="Request: `binary_data` for all outputs.")
 
 
 class InferInput(BaseModel):
@@ -292,7 +292,7 @@ class InferInput(BaseModel):
 
 
 class InferRequestedOutput(BaseModel):
-    """An output that is wanted."""
+    """A requested output."""
 
     model_config = ConfigDict(strict=True)
 
@@ -305,7 +305,7 @@ class InferRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    # At the first wrong entry it is over: a million of them would be a million messages.
+    # Stop at the first wrong entry, since a million wrong entries would give a million messages.
     inputs: Annotated[list[InferInput], FailFast()] = Field(min_length=1, max_length=1)
     outputs: Annotated[list[InferRequestedOutput] | None, FailFast()] = Field(None, max_length=1)
     id: str | None = None
@@ -320,7 +320,7 @@ class InferOutput(Tensor):
 
 
 class InferResponse(BaseModel):
-    """The Open Inference Protocol's answer."""
+    """The Open Inference Protocol's reply."""
 
     model_name: str
     model_version: str
@@ -334,23 +334,23 @@ class TeachRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = Field(None, description="Whose features these are; the first one served by default.")
+    model: str | None = Field(None, description="The model of the features; by default the first served one.")
     classes: Annotated[list[str], Field(min_length=2, max_length=50)] = Field(
         description="Names, each of 1 to 200 characters."
     )
     labels: Annotated[list[int], FailFast()] = Field(
-        min_length=2, max_length=1000, description="For each row the number of its class, from 0."
+        min_length=2, max_length=1000, description="The class number of each row, from 0."
     )
     features: str = Field(description="Rows by features in float32, little-endian, as base64.")
     name: str = Field(
         "head",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}$",
-        description="Of the folder in the zip file; letters, digits, '.', '_' and '-'.",
+        description="Name of the folder in the zip file, of letters, digits, '.', '_' and '-'.",
     )
 
 
 class Calibration(BaseModel):
-    """What makes margins logits."""
+    """Scale and offset that turn margins into logits."""
 
     scale: list[float]
     offset: list[float]
@@ -364,12 +364,12 @@ class TaughtHead(About):
     offset, or of two classes the sigmoid.
     """
 
-    classes: list[str] = Field(description="Those with rows, sorted.")
+    classes: list[str] = Field(description="Classes with rows, sorted.")
     rows: int
     kind: Literal["svm"]
     scaling: Literal["l2"]
     coefficients: str = Field(description="Classes, or 1 of two, by features in float64, little-endian, as base64.")
     intercepts: str = Field(description="The same for each row of coefficients.")
-    calibration: Calibration | None = Field(description="null where every class has a single row.")
-    accuracy: float | None = Field(description="On rows that were not fitted, in five parts in turn.")
+    calibration: Calibration | None = Field(description="null if every class has a single row.")
+    accuracy: float | None = Field(description="Accuracy on held-out rows, by five-fold cross-validation.")
     rows_scored: int

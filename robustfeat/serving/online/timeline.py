@@ -1,4 +1,4 @@
-"""When the images of a request passed the stages of a `Batcher`."""
+"""Records when the images of a request pass the stages of a `Batcher`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["Timeline"]
 
 @dataclass(slots=True)
 class Timeline:
-    """Times of a request's images, by `time.perf_counter`; None where no image has come so far.
+    """Times of a request's images, from `time.perf_counter`. None for stages that no image has reached.
 
     Attributes:
-        queued: when they began to wait.
-        decoding: when a decoder took the first one.
-        decoded_first, decoded: when the first one and the last one were decoded.
-        running: when the model began with the first one.
-        done: when the model had finished the last one.
+        queued: when the images were queued.
+        decoding: when a decoder took the first image.
+        decoded_first, decoded: when the first and the last image were decoded.
+        running: when the model started with the first image.
+        done: when the model finished the last image.
     """
 
     queued: float | None = None
@@ -28,7 +28,7 @@ class Timeline:
     done: float | None = None
 
     def note_decoded(self, began: float, ended: float) -> None:
-        """A decoder had an image from `began` to `ended`."""
+        """Records that a decoder worked on an image from `began` to `ended`."""
         if self.decoding is None or began < self.decoding:
             self.decoding = began
         if self.decoded_first is None:
@@ -36,13 +36,13 @@ class Timeline:
         self.decoded = ended
 
     def note_run(self, began: float, ended: float) -> None:
-        """The model had a batch with an image from `began` to `ended`."""
+        """Records that the model ran a batch with an image from `began` to `ended`."""
         if self.running is None:
             self.running = began
         self.done = ended
 
     def stages(self) -> Iterator[tuple[str, float, float]]:
-        """The stages that the images reached, with their begin and end. Those of several images may overlap."""
+        """The stages reached, with their start and end. Stages of several images may overlap."""
         stages = {
             "decoder queue": (self.queued, self.decoding),
             "decode": (self.decoding, self.decoded),

@@ -1,1 +1,1 @@
-"""Model folders for TorchServe: its archives, the handler in them, and a way to run it."""
+"""Serves model folders with TorchServe: archives, their handler, and a way to run it."""

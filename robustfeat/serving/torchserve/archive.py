@@ -1,8 +1,8 @@
-"""What TorchServe is given: a model archive and a config.properties.
+"""Writes a model archive and a config.properties for TorchServe.
 
-The archive (.mar, a zip) holds the model folder, this package's code, the settings of its worker, and a list of the
-libraries that the worker's Python must have. It is written here: TorchServe's own archiver empties a folder of the
-model's name in the system's folder for temporary files first.
+The archive (.mar, a zip) contains the model folder, this package's code, the worker's settings, and a list of required
+libraries. TorchServe's own archiver is not used, since it first empties a folder of the model's name in the system's
+temporary folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["KEYS", "PROPERTIES", "Addresses", "check_name", "claim_store", "writ
 
 PROPERTIES = "config.properties"
 KEYS = "key_file.json"
-"""Where TorchServe writes its tokens, in the folder that it is started in."""
+"""File of TorchServe's tokens, in the folder that it is started in."""
 
 _ENTRY = "robustfeat_handler.py"
 _WORKER_CONFIG = "model-config.yaml"
@@ -49,21 +49,21 @@ _MOST = 2**31 - 1
 
 @contextmanager
 def claim_store(out: Path) -> Iterator[None]:
-    """Makes the model store, and keeps others from writing to it until the block ends.
+    """Creates the model store, and locks it until the block ends.
 
     Raises:
-        InputError: it cannot be made, another process writes to it or runs TorchServe on it, or it has a
-            config.properties that is not ours.
+        InputError: the store cannot be created, another process writes to it or runs TorchServe on it, or another
+            program wrote its config.properties.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out)
         taken = lock.take()
     except OSError as exc:
-        raise InputError(f"{out}: cannot be made ({exc.strerror})", fix="choose another folder") from exc
+        raise InputError(f"{out}: cannot be created ({exc.strerror})", fix="choose another folder") from exc
     if not taken:
         raise InputError(
-            f"{out}: another robustfeat torchserve is at work there{lock.holder_note()}",
+            f"{out}: another robustfeat torchserve uses it{lock.holder_note()}",
             fix="stop it, or choose another folder",
         )
     try:
@@ -83,10 +83,10 @@ def _require_ours(file: Path) -> None:
 
 
 def check_name(name: str) -> str:
-    """A name under which TorchServe can serve a model.
+    """Checks a name for a served model.
 
     Raises:
-        InputError: it cannot.
+        InputError: TorchServe cannot serve a model under this name.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", name):
         raise InputError(
@@ -98,18 +98,18 @@ def check_name(name: str) -> str:
 def write_archive(
     folder: ModelFolder, out: Path, name: str, settings: Settings, *, batch_size: int | None, delay_ms: int
 ) -> Path:
-    """Writes `out`/`name`.mar; one that was there is replaced.
+    """Writes `out`/`name`.mar, and replaces an existing one.
 
     Args:
-        folder: the model; its files are verified, and downloaded where need be.
-        out: TorchServe's model store, a folder that exists.
-        name: under which it is served.
-        settings: of its workers.
-        batch_size: requests that a worker gets together, at most; None for what suits the model.
-        delay_ms: how long the first of them waits for others.
+        folder: the model. Its files are downloaded if needed, and verified.
+        out: TorchServe's model store, an existing folder.
+        name: name of the served model.
+        settings: settings of its workers.
+        batch_size: most requests per batch; None for a default by the model.
+        delay_ms: longest wait of the first request for others.
 
     Raises:
-        ModelFolderError: the model is damaged, or lacks the precision.
+        ModelFolderError: the model is damaged or lacks the precision.
         InputError: the file system refuses.
     """
     folder.verify()
@@ -132,19 +132,19 @@ def write_archive(
         "maxWorkers": settings.workers,
         "batchSize": batch_size or default_batch_size(side, "cuda" if settings.options.requires_gpu else "cpu"),
         "maxBatchDelay": delay_ms,
-        # A worker answers by itself that a request takes too long; one that does not even do that is replaced.
+        # A worker reports a timeout itself. TorchServe replaces a worker that does not even do that.
         "responseTimeout": round(settings.timeout_s) + _GRACE_S,
         "maxRetryTimeoutInSec": _RETRY_S,
-        # By default TorchServe gives a worker two minutes.
+        # By default, TorchServe gives a worker two minutes.
         **({"startupTimeout": BUILD_LIMIT_S} if settings.options.engine == "tensorrt" else {}),
         "deviceType": "gpu" if settings.options.requires_gpu else "cpu",
         SETTINGS: dataclasses.asdict(settings),
     }
     archive = out / f"{name}.mar"
-    # Not compressed: weights hardly shrink, and a worker starts when all is unpacked.
+    # Store without compression: weights hardly shrink, and a worker starts only after unpacking.
     with new_file(archive) as partial, zipfile.ZipFile(partial, "w", strict_timestamps=False) as mar:
         mar.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest, indent=2))
-        mar.writestr(_WORKER_CONFIG, json.dumps(config, indent=2))  # which is YAML, too
+        mar.writestr(_WORKER_CONFIG, json.dumps(config, indent=2))  # JSON is valid YAML
         mar.writestr(_REQUIREMENTS, "".join(f"{line}\n" for line in requirements(settings)))
         mar.writestr(_ENTRY, "from robustfeat.serving.torchserve.handler import handle\n")
         for file, place in _package_files(folder):
@@ -158,22 +158,22 @@ def write_archive(
 
 
 def requirements(settings: Settings) -> list[str]:
-    """The libraries that a worker's Python must have, as this package's own requirements name them."""
+    """The libraries that a worker needs, as in this package's requirements."""
     options = settings.options
     engines = ["onnxruntime-gpu"] if options.requires_gpu else [options.engine]
     if options.engine == "tensorrt":
-        engines += ["tensorrt-cu13-libs", "huggingface_hub"]  # the latter knows where its cache is
+        engines += ["tensorrt-cu13-libs", "huggingface_hub"]  # huggingface_hub locates the cache
     own: list[str] = []
-    with suppress(importlib.metadata.PackageNotFoundError):  # it may run without being installed
+    with suppress(importlib.metadata.PackageNotFoundError):  # the package may not be installed
         own = importlib.metadata.requires("robustfeat") or []
     lines = {re.match(r"[\w.-]+", line)[0].lower(): line.partition(";")[0].strip() for line in own}  # type: ignore[index]
     return [lines.get(name, name) for name in (*_NEEDED, *engines)]
 
 
 def _package_files(folder: ModelFolder) -> Iterator[tuple[Path, str]]:
-    """What a worker may need of this package, and where in the archive it goes.
+    """Files of this package that a worker may need, with their places in the archive.
 
-    These are modules, and the images by which a worker checks a model without golden images.
+    They are modules, and the images that check a model without golden images.
     """
     package = Path(robustfeat.__file__).parent
     images = () if folder.is_own else package.joinpath(_SAMPLES).iterdir()
@@ -185,15 +185,15 @@ def _package_files(folder: ModelFolder) -> Iterator[tuple[Path, str]]:
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where TorchServe listens: five ports from the first on.
+    """The addresses on which TorchServe listens, on five consecutive ports.
 
     Attributes:
-        host: of inference and metrics, a name or an IPv4 address: TorchServe knows no others. Management and gRPC are
-            for this machine alone.
-        port: of inference, the first.
+        host: host of inference and metrics, a name or an IPv4 address, since TorchServe supports no others. Management
+            and gRPC only listen on this machine.
+        port: port of inference, the first.
 
     Raises:
-        InputError: it is none.
+        InputError: the host is invalid.
     """
 
     host: str
@@ -207,7 +207,7 @@ class Addresses:
 
     @property
     def url(self) -> str:
-        """Of `host`, without a port."""
+        """The URL of `host`, without a port."""
         return f"http://{self.host}"
 
     @property
@@ -222,12 +222,12 @@ class Addresses:
 
     @property
     def grpc(self) -> tuple[int, int]:
-        """Inference and management."""
+        """The gRPC ports of inference and management."""
         return self.port + 3, self.port + 4
 
     @property
     def all(self) -> list[tuple[str, int]]:
-        """Hosts and ports."""
+        """All hosts and ports."""
         own = "127.0.0.1"
         return [
             (self.host, self.port),
@@ -244,32 +244,32 @@ def write_properties(
 
     Args:
         folder: the model.
-        out: TorchServe's model store, a folder that exists.
-        name: of the archive that is loaded.
-        settings: of its workers.
-        addresses: where it listens.
-        token_minutes: how long the tokens in key_file.json are good.
+        out: TorchServe's model store, an existing folder.
+        name: name of the archive to load.
+        settings: settings of its workers.
+        addresses: the addresses to listen on.
+        token_minutes: lifetime of the tokens in key_file.json.
 
     Raises:
         InputError: the file system refuses.
     """
     file = out / PROPERTIES
-    # An answer that is larger would end the worker; JSON is the longest form.
+    # A larger response would end the worker. JSON is the longest format.
     largest = settings.max_items * (folder.config.feature_size * _JSON_NUMBER + 1000)
     text = f"""{_MARK}
-# It names no place on the disk, so that this folder may be moved. From beside it:
+# This file names no path, so the folder may be moved. Start TorchServe in the folder:
 #     torchserve --start --foreground --ncs --ts-config {PROPERTIES} --model-store .
 
 load_models={name}.mar
 
-# Clients send the token of key_file.json, which TorchServe writes where it is started, readable for its user alone:
+# Clients send the token of key_file.json, which TorchServe writes where it is started, readable only for its user:
 #     Authorization: Bearer KEY
-# The tokens are good for {token_minutes} minutes; whoever holds the key named API gets new ones from the management
-# address, at /token?type=inference and /token?type=management.
+# The tokens are valid for {token_minutes} minutes. The key named API gets new ones from the management address, at
+# /token?type=inference and /token?type=management.
 disable_token_authorization=false
 token_expiration_min={token_minutes}
 
-# Models are neither registered nor fetched while it runs.
+# TorchServe neither registers nor downloads models while it runs.
 enable_model_api=false
 allowed_urls=
 install_py_dep_per_model=false
@@ -279,7 +279,7 @@ inference_address={addresses.url}:{addresses.port}
 metrics_address={addresses.url}:{addresses.metrics}
 metrics_mode=prometheus
 model_metrics_auto_detect=true
-# Management and gRPC answer this machine alone.
+# Management and gRPC only answer this machine.
 management_address=http://127.0.0.1:{addresses.management}
 grpc_inference_address=127.0.0.1
 grpc_inference_port={addresses.grpc[0]}
@@ -294,7 +294,7 @@ max_request_size={settings.max_body_bytes}
 max_response_size={min(_MOST, max(largest, 32 * _MIB))}
 job_queue_size=256
 
-# Sockets of the workers; two TorchServes with one folder for temporary files need different numbers.
+# Sockets of the workers. Two TorchServes with the same temporary folder need different numbers.
 initial_worker_port={addresses.port + _SOCKETS}
 """
     with new_file(file) as partial:

@@ -1,8 +1,8 @@
-"""What answers inside a worker of TorchServe; `archive` packs it, with the model and all of this package that it needs.
+"""Handles requests inside a worker of TorchServe. `archive` packs it with the model and the needed modules.
 
-TorchServe gives a batch of requests and wants as many answers. Each request is one image, a form of several, or the
-Open Inference Protocol's; all their images go to one `Batcher`, so that a bad one costs itself alone, and even one that
-crashes or hangs a decoder. Answers have the forms of `robustfeat serve`.
+TorchServe passes a batch of requests and expects as many responses. A request is one image, a form of several images,
+or a request of the Open Inference Protocol. All images go to one `Batcher`, so a bad image only fails itself, even if
+it crashes or hangs a decoder. Responses have the formats of `robustfeat serve`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from robustfeat.system import available_cpus
 __all__ = ["MODEL_FOLDER", "SETTINGS", "Handler", "Settings", "handle", "visible_gpu"]
 
 MODEL_FOLDER = "model"
-"""Where the model folder lies in an archive."""
+"""Folder of the model in an archive."""
 
 SETTINGS = "robustfeat"
 """The key of `Settings` in TorchServe's model-config.yaml."""
@@ -55,14 +55,14 @@ _IMAGE_PARTS = {"body", "data", "image", "images"}
 
 @dataclass(frozen=True)
 class Settings:
-    """How an archive's model is served.
+    """How to serve an archive's model.
 
     Attributes:
-        options: how it is run; their revision is the commit on the Hub that the archive holds.
-        workers: how many workers share the machine's processors.
-        max_items, max_body_bytes, max_pixels: of images in a request, of a request, of an image.
-        timeout_s: from the time when a worker has a request to its answer.
-        decode_timeout_s: for an image.
+        options: how to run it. The revision is the commit on the Hub in the archive.
+        workers: number of workers that share the machine's processors.
+        max_items, max_body_bytes, max_pixels: most images per request, largest request body, and largest image.
+        timeout_s: longest time from a worker's receipt of a request to its response.
+        decode_timeout_s: time limit to decode one image.
     """
 
     options: RunOptions
@@ -75,20 +75,20 @@ class Settings:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Settings:
-        """The inverse of `dataclasses.asdict`."""
+        """Reverses `dataclasses.asdict`."""
         return cls(**{**data, "options": RunOptions(**data["options"])})
 
 
 @dataclass(frozen=True)
 class _ParsedRequest:
-    """A request's images, and the function that makes the reply of their answers."""
+    """A request's images, and the function that makes the reply of their results."""
 
     images: Sequence[bytes | Vector]
     reply: Callable[[Sequence[Answer]], Reply]
 
 
 class _NoMetrics:
-    """`BatchMetrics` that count nothing: TorchServe has its own metrics."""
+    """`BatchMetrics` that count nothing, since TorchServe has its own metrics."""
 
     def add_queue(self, length: Callable[[], float]) -> None:
         pass
@@ -101,15 +101,15 @@ class _NoMetrics:
 
 
 class Handler:
-    """A worker's model, ready to answer.
+    """A worker's model, ready for requests.
 
     Args:
         folder: the model.
-        name: by which clients ask for it.
-        settings: how it is run.
+        name: the served name.
+        settings: how to serve it.
 
     Raises:
-        RobustFeatError: it cannot be loaded, or does not give the features that it must.
+        RobustFeatError: the model cannot be loaded, or does not reproduce its golden features.
     """
 
     def __init__(self, folder: ModelFolder, name: str, settings: Settings) -> None:
@@ -126,18 +126,18 @@ class Handler:
             decoders=processors,
             batch_size=extractor.batch_size,
         )
-        self._batcher.__enter__()  # until TorchServe ends this process, and the decoders with it
+        self._batcher.__enter__()  # open until TorchServe ends this process and its decoders
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="loop", daemon=True).start()
         self._loop.call_soon_threadsafe(self._batcher.attach)
         self._check()
 
     def answer(self, requests: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
-        """The answers of a batch of requests; status, type and headers of each go to TorchServe's `context`.
+        """Handles a batch of requests. Status, type and headers of each response go to TorchServe's `context`.
 
         Args:
-            requests: of each the parts by name: `body`, or those of a form.
-            context: TorchServe's.
+            requests: the parts of each by name: `body`, or the parts of a form.
+            context: the context of TorchServe.
         """
         asked = [self._take(request, context.get_all_request_header(at)) for at, request in enumerate(requests)]
         answers = self._embed([[] if isinstance(request, Exception) else request.images for request in asked])
@@ -161,7 +161,7 @@ class Handler:
         return bodies
 
     def _check(self) -> None:
-        """Embeds the golden images, all the way that a client's images go."""
+        """Embeds the golden images in the same way as a client's images."""
         images, expected = golden_answers(self.model.extractor)
         (answers,) = self._embed([images])
         if isinstance(answers, Exception):
@@ -170,7 +170,7 @@ class Handler:
             self.model.require_golden(answer, right)
 
     def _embed(self, groups: Sequence[Sequence[bytes | Vector]]) -> list[list[Answer] | ApiError]:
-        """The answers of several requests, whose images make batches together and take turns; or that one is late."""
+        """Embeds several requests, whose images share batches and take turns, or times them out."""
 
         async def embed_group(number: int, group: Sequence[bytes | Vector]) -> list[Answer] | ApiError:
             if not group:
@@ -188,7 +188,7 @@ class Handler:
     def _take(self, parts: Mapping[str, Any], headers: Mapping[str, Any]) -> _ParsedRequest | Exception:
         try:
             return self._parse(parts, {name.lower(): value for name, value in headers.items()})
-        except Exception as exc:  # of one request, not of its neighbours
+        except Exception as exc:  # an error must fail only its own request
             return exc
 
     def _parse(self, parts: Mapping[str, Any], headers: Mapping[str, Any]) -> _ParsedRequest:
@@ -218,30 +218,30 @@ _handler: Handler | None = None
 
 
 def handle(requests: Sequence[Mapping[str, Any]] | None, context: Any) -> list[bytes] | None:
-    """TorchServe's entry point: called without requests to load the model, then with a batch at a time."""
+    """The entry point for TorchServe, called once without requests to load the model, then once per batch."""
     global _handler  # noqa: PLW0603 - TorchServe keeps no object of ours
     if requests is not None and _handler is not None:
         return _handler.answer(requests, context)
     properties, config = context.system_properties, context.model_yaml_config
-    if properties.get("gpu_id") is not None:  # before the engine looks for GPUs
+    if properties.get("gpu_id") is not None:  # before the engine finds its GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(properties["gpu_id"], os.environ.get("CUDA_VISIBLE_DEVICES"))
     _keep_parts()
     try:
         folder = ModelFolder(Path(properties["model_dir"], MODEL_FOLDER))
         _handler = Handler(folder, context.model_name, Settings.from_dict(config[SETTINGS]))
     except RobustFeatError as exc:
-        raise RuntimeError(f"robustfeat: {exc}") from exc  # which TorchServe reports
+        raise RuntimeError(f"robustfeat: {exc}") from exc  # TorchServe reports this error
     return None
 
 
 def visible_gpu(number: int, visible: str | None) -> str:
-    """What CUDA_VISIBLE_DEVICES must be for the GPU that TorchServe numbers so, among those visible now."""
+    """The value of CUDA_VISIBLE_DEVICES for a GPU, by TorchServe's number among the visible ones."""
     listed = [entry.strip() for entry in (visible or "").split(",") if entry.strip()]
     return listed[number % len(listed)] if listed else str(number)
 
 
 def _keep_parts() -> None:
-    """Lets parts of a form share a name: TorchServe keeps them by name, and so the last of them alone."""
+    """Lets parts of a form share a name. TorchServe keeps parts by name, so only the last one would remain."""
     from ts.service import Service
 
     original = Service.retrieve_data_for_inference
@@ -259,20 +259,20 @@ def _keep_parts() -> None:
 
 
 def _is_image(name: str, headers: Mapping[str, Any]) -> bool:
-    """Whether a part is a file, or has a name for images; others are fields that mean nothing here."""
+    """Whether a part is a file, or has a name for images. Other fields are ignored."""
     about = headers.get(name.lower())
     return name.partition("#")[0] in _IMAGE_PARTS or (isinstance(about, dict) and bool(about.get("content-type")))
 
 
 def _bytes(part: Any) -> bytes:
-    """A part as it was sent: TorchServe turns text and JSON into Python's own, unless it is told not to."""
+    """A part's bytes as sent. By default, TorchServe converts text and JSON to Python objects."""
     if isinstance(part, (bytes, bytearray)):
         return bytes(part)
     return part.encode() if isinstance(part, str) else orjson.dumps(part)
 
 
 def _refuse(exc: Exception, at: int, context: Any) -> bytes:
-    """The error of request `at`, in the form of its protocol."""
+    """The error of request `at`, in the format of its protocol."""
     if not isinstance(exc, ApiError):
         traceback.print_exception(exc, file=sys.stdout)  # to TorchServe's log
         exc = ApiError(500, "internal", "the model failed; try again")
@@ -280,7 +280,7 @@ def _refuse(exc: Exception, at: int, context: Any) -> bytes:
     context.set_response_content_type(at, JSON)
     for name, text in exc.headers.items():
         context.set_response_header(at, name, text)
-    # TorchServe tells handlers the path of its own routes alone.
+    # TorchServe passes the path only for its own routes.
     headers = context.get_all_request_header(at)
     return error_answer(exc, "/predictions" if "url_path" in headers else "/v2")
 

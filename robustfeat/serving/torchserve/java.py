@@ -1,4 +1,4 @@
-"""The Java that TorchServe runs on."""
+"""Finds the Java for TorchServe."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ INSTALL = f"install one (Debian: apt-get install openjdk-{MIN_VERSION}-jre-headl
 
 @dataclass(frozen=True)
 class Java:
-    """A Java that answered.
+    """A working Java.
 
     Attributes:
-        path: of the program.
-        version: its first number, such as 17.
+        path: path of the program.
+        version: the major version, such as 17.
     """
 
     path: str
@@ -32,15 +32,15 @@ class Java:
 
 
 def find_java() -> Java:
-    """That of JAVA_HOME, or else the first on the search path.
+    """Finds Java in JAVA_HOME, or else on the search path.
 
     Raises:
-        EngineError: there is none, or it is too old.
+        EngineError: Java is missing or too old.
     """
     home = os.environ.get("JAVA_HOME")
     path = shutil.which(Path(home, "bin", "java") if home else "java")
     if path is None:
-        where = f"JAVA_HOME is {home}, which holds none" if home else "none is on the PATH"
+        where = f"JAVA_HOME is {home}, which has none" if home else "none is on the PATH"
         raise EngineError(f"TorchServe needs Java {MIN_VERSION} or newer; {where}", fix=INSTALL)
     try:
         done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=_ANSWER_S, check=False)

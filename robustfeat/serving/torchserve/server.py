@@ -1,4 +1,4 @@
-"""TorchServe at work on a model store: started, watched until its workers are ready, and ended with all of them."""
+"""Starts TorchServe on a model store, waits until its workers are ready, and ends all its processes."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _LONGEST = 107 - len("/.ts.sock.65535")
 
 
 def require_torchserve() -> Path:
-    """The folder that TorchServe calls its home.
+    """TorchServe's home folder.
 
     Raises:
-        EngineError: it, or something that it does not say that it needs, is not installed.
+        EngineError: TorchServe, or an undeclared requirement of it, is not installed.
     """
     if sys.version_info >= (3, 14):
         raise EngineError(f"TorchServe needs Python 3.11 to 3.13; this is {platform.python_version()}")
@@ -57,17 +57,17 @@ def require_torchserve() -> Path:
 
 
 class TorchServe:
-    """TorchServe in a process group of its own.
+    """TorchServe in its own process group.
 
     Args:
-        store: its model store, with config.properties; tokens and logs go there, too.
-        name: of the model.
-        addresses: as config.properties has them.
-        workers: how many must be ready.
+        store: the model store with config.properties. Tokens and logs go there, too.
+        name: name of the model.
+        addresses: the addresses in config.properties.
+        workers: number of workers that must be ready.
 
     Raises:
         EngineError: TorchServe or Java is missing.
-        InputError: nobody can listen there.
+        InputError: an address is not free.
     """
 
     def __init__(self, store: Path, name: str, addresses: Addresses, workers: int) -> None:
@@ -80,13 +80,13 @@ class TorchServe:
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, announce: Callable[[], None]) -> None:
-        """Starts it, calls `announce` when its workers are ready, and returns after SIGTERM or SIGINT.
+        """Starts TorchServe, calls `announce` when its workers are ready, and returns after SIGTERM or SIGINT.
 
         Raises:
             EngineError: a worker cannot start, or TorchServe ended by itself.
         """
         keys = self._store / KEYS
-        keys.unlink(missing_ok=True)  # of one that was killed
+        keys.unlink(missing_ok=True)  # left by a killed TorchServe
         with _scratch(self._store) as scratch, self._signals():
             self._process = self._start(scratch)
             reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
@@ -109,7 +109,7 @@ class TorchServe:
         return f"see its logs in {self._store / 'logs'}"
 
     def _start(self, scratch: Path) -> subprocess.Popen[str]:
-        # Through a process that becomes Java's, so that TorchServe ends even when this one is killed.
+        # The new process sets its parent-death signal and becomes Java, so TorchServe ends even if this one is killed.
         code = (
             "import os, signal, sys; from robustfeat.system import die_with_parent; "
             f"die_with_parent(signal.SIGTERM, {os.getpid()}); os.execv(sys.argv[1], sys.argv[1:])"
@@ -124,9 +124,9 @@ class TorchServe:
             *("--python", sys.executable),
             *("-f", str(self._store.absolute() / PROPERTIES)),
             *("-s", str(self._store.absolute())),
-            "-ncs",  # what is not written is not read the next time
+            "-ncs",  # do not write a snapshot, which the next start would read
         ]
-        # Both would be taken before our file.
+        # Both variables would take precedence over our file.
         environment = {name: text for name, text in os.environ.items() if name not in {"TS_CONFIG_FILE", "TEMP"}}
         return subprocess.Popen(
             command,
@@ -141,13 +141,13 @@ class TorchServe:
         )
 
     def _read(self, process: subprocess.Popen[str]) -> None:
-        """Keeps the last of what it says; all of it is in its own log files."""
+        """Keeps the last lines of the output. The log files have all of it."""
         assert process.stdout
         for line in process.stdout:
             self._said.append(line.rstrip("\n"))
 
     def _wait_until_ready(self, keys: Path) -> bool:
-        """Whether it became ready; False if it ended before, or is to end."""
+        """Waits until TorchServe is ready. Returns False if it ended before, or is about to end."""
         assert self._process
         end = time.monotonic() + START_S
         while self._process.poll() is None and not self._stopping:
@@ -156,7 +156,7 @@ class TorchServe:
             if any("WORKER_STOPPED" in line for line in list(self._said)):
                 late = time.monotonic() + _LATE_S
                 while not self._errors(own=True) and time.monotonic() < late:
-                    time.sleep(0.1)  # what the worker itself says comes by another way, and later
+                    time.sleep(0.1)  # the worker's own output arrives by another pipe, and later
                 raise EngineError(f"a worker of TorchServe cannot start ({self._reason()})", fix=self._see_logs)
             if time.monotonic() > end:
                 raise EngineError(f"TorchServe's workers were not ready within {START_S:g} s", fix=self._see_logs)
@@ -174,19 +174,19 @@ class TorchServe:
         return False
 
     def _reason(self) -> str:
-        """The last error that it told, or else its last line."""
+        """The last error in the output, or else the last line."""
         errors = self._errors(own=True) or self._errors(own=False)
         if errors:
             return errors[-1].removeprefix("RuntimeError: robustfeat: ")[:300]
-        said = [line.strip() for line in list(self._said) if line.strip()] or ["it said nothing"]
+        said = [line.strip() for line in list(self._said) if line.strip()] or ["it printed nothing"]
         return said[-1][:300]
 
     def _errors(self, *, own: bool) -> list[str]:
-        """Lines that name an exception: the worker's own, or TorchServe's."""
+        """Lines that name an exception of the worker or of TorchServe."""
         said = [line.strip() for line in list(self._said)]
         lines = [line.partition("MODEL_LOG - ")[2] for line in said] if own else said
         errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
-        # TorchServe puts an error of its own, "500 - Unknown exception", behind a handler's.
+        # TorchServe adds its own error, "500 - Unknown exception", after a handler's.
         return [line for line in errors if not re.match(r"RuntimeError: \d+ - ", line)]
 
     @contextlib.contextmanager
@@ -207,7 +207,7 @@ class TorchServe:
                 signal.signal(number, handler)
 
     def _end(self) -> None:
-        """Ends it and everything that it started."""
+        """Ends TorchServe and all its processes."""
         assert self._process
         if self._process.poll() is None:
             self._process.terminate()
@@ -224,13 +224,13 @@ class TorchServe:
 
 @contextlib.contextmanager
 def _scratch(store: Path) -> Iterator[Path]:
-    """A folder for the workers' sockets and the unpacked archive; never that of another TorchServe."""
+    """Makes a folder for the workers' sockets and the unpacked archive, not shared with another TorchServe."""
     place = store.absolute() / _SCRATCH
-    if len(os.fsencode(place)) > _LONGEST:  # for a socket in it
+    if len(os.fsencode(place)) > _LONGEST:  # too long for the path of a socket
         with tempfile.TemporaryDirectory(prefix="robustfeat-") as elsewhere:
             yield Path(elsewhere)
         return
-    shutil.rmtree(place, ignore_errors=True)  # of one that was killed
+    shutil.rmtree(place, ignore_errors=True)  # left by a killed TorchServe
     place.mkdir()
     try:
         yield place

@@ -160,7 +160,7 @@ def test_a_stopped_run_keeps_whole_files_and_ends_with_the_same_bytes(
     root, out, shards = tmp_path / "images", tmp_path / "feats", tmp_path / ".feats.shards"
     shutil.copytree(folder, root)
     shutil.copy(root / "00.jpg", root / "05.jpg")
-    with pytest.raises(InputError, match=r"29.jpg: .*stopped, as asked"):
+    with pytest.raises(InputError, match=r"29.jpg: .*stopped at this image"):
         embed(root, f"{out}/", rows_per_file=8, on_error="stop")
     assert not out.exists()
     # Three files are whole, and their shards are gone.
@@ -169,7 +169,7 @@ def test_a_stopped_run_keeps_whole_files_and_ends_with_the_same_bytes(
     stamps = {file.name: file.stat().st_mtime_ns for file in shards.glob("new-*")}
     with pytest.raises(InputError, match=r"other settings \(rows_per_file was 8, now 12\)"):
         embed(root, f"{out}/", rows_per_file=12)
-    with pytest.raises(InputError, match=r"29.jpg: .*stopped, as asked"):
+    with pytest.raises(InputError, match=r"29.jpg: .*stopped at this image"):
         embed(root, f"{out}/", rows_per_file=8, on_error="stop")
     assert {file.name: file.stat().st_mtime_ns for file in shards.glob("new-*")} == stamps
     embed(root, f"{out}/", rows_per_file=8)
@@ -268,7 +268,7 @@ def test_joined_parts_are_the_whole_dataset(of: int, folder: Path, feats: Path, 
 def test_what_is_no_dataset_is_one_line(folder: Path, feats: Path, embed: Embed, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(feats, tmp_path / "copy"))
     shutil.copy(copy / "000001.npy", copy / "000002.npy")
-    with pytest.raises(InputError, match=r"000002.npy: its sha256 is .*do not belong together"):
+    with pytest.raises(InputError, match=r"000002.npy: the sha256 must be .*do not belong together"):
         robustfeat.load(copy)
     (copy / "_000001.index.jsonl").unlink()
     with pytest.raises(InputError, match=r"_000001.index.jsonl: no such file; expected .* a folder with files"):
@@ -295,7 +295,7 @@ def test_what_others_wrote_is_not_replaced(folder: Path, embed: Embed, tmp_path:
     np.save(out, np.zeros((3, 4)))
     shutil.copytree(folder, photos)
     before = files_of(tmp_path)
-    said = r"is there already, and \S+meta.json, which would say that robustfeat embed wrote it, is not; choose another"
+    said = r"already exists without \S+meta.json, so robustfeat embed did not write it; choose another"
     with pytest.raises(InputError, match=f"feats.npy: {said}"):
         embed(folder, out)
     with pytest.raises(InputError, match=f"photos/00.jpg: {said}"):

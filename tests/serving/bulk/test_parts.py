@@ -84,7 +84,7 @@ def test_a_part_is_an_output_of_its_own(folder: Path, embed: Embed, parted: list
     assert (meta["part"]["number"], meta["part"]["of"], meta["part"]["first_row"]) == (2, 3, 8)
     # Only as this part is its run resumed.
     out = tmp_path / "part.npy"
-    with pytest.raises(InputError, match=r"05.jpg: .*stopped, as asked"):
+    with pytest.raises(InputError, match=r"05.jpg: .*stopped at this image"):
         embed(folder, out, part=Part(1, 3), on_error="stop")
     with pytest.raises(InputError, match=r"an unfinished run is there with other settings .*part was"):
         embed(folder, out, part=Part(2, 3))
@@ -106,7 +106,7 @@ def test_what_does_not_join_is_one_line(
     refused([], "got none; name all parts")
     refused([one, three], "part 2 of 3 is missing; name each part once")
     refused([one], r"part 2 of 3 is missing \(also 3\)")
-    refused([one, two, three, two], "part 2 of 3 is there twice")
+    refused([one, two, three, two], "part 2 of 3 is given twice")
     embed(folder, whole)
     refused([one, str(whole), three], "whole.npy: not a part of a run")
     refused([one, str(tmp_path / "no.npy")], "no.meta.json: no such file")
@@ -122,14 +122,14 @@ def test_what_does_not_join_is_one_line(
     refused([one, str(other), three], r"differ in \w+: .*with the same model and options")
     damaged = [Path(shutil.copy(file, tmp_path)) for file in parted[1].parent.glob("part-2.*")]
     next(file for file in damaged if file.suffix == ".npy").write_bytes(b"junk")
-    refused([one, str(tmp_path / "part-2.npy"), three], "part-2.npy: its sha256 is .* do not belong together")
+    refused([one, str(tmp_path / "part-2.npy"), three], "part-2.npy: the sha256 must be .* do not belong together")
     for place in (parted[1], parted[1].with_suffix(".parquet"), parted[1].parent / "x" / ".." / "part-2.npy"):
         (parted[1].parent / "x").mkdir(exist_ok=True)
-        with pytest.raises(InputError, match="is a part, too, or shares its index; choose another name"):
+        with pytest.raises(InputError, match="is also a part, or shares its index; choose another name"):
             join_parts([one, two, three], str(place), quiet=True)
     with list_inputs([example_files[0]]) as inputs:
         embed_files(scaled, inputs, whole, restart=True, quiet=True)
-    with pytest.raises(InputError, match=r"whole.npy: holds features of the model .*, the parts are of"):
+    with pytest.raises(InputError, match=r"whole.npy: has features of the model .*, but the parts of"):
         join_parts([one, two, three], str(whole), quiet=True)
     with pytest.raises(InputError, match="excludes `part`; choose one of them"):
         embed(folder, out, part=Part(1, 3), append=True)

@@ -154,12 +154,12 @@ def test_ray_goes_on_with_what_a_stopped_run_has_left(
 ) -> None:
     """Locally, then on Ray, then by the command line in a process of its own."""
     out, shards = tmp_path / "feats.npy", tmp_path / ".feats.npy.shards"
-    with pytest.raises(InputError, match=r"^028.jpg: [^\n]* \(row 28\); stopped, as asked$"):
+    with pytest.raises(InputError, match=r"^028.jpg: [^\n]* \(row 28\); stopped at this image$"):
         embed(out, on_error="stop")
     assert {int(file.stem) for file in shards.glob("*.jsonl")} == set(range(7))
     (shards / "000003.jsonl").unlink()
     stamps = {file: file.stat().st_mtime_ns for file in shards.glob("*.jsonl")}
-    with pytest.raises(InputError, match=r"^028.jpg: [^\n]* \(row 28\); stopped, as asked$"):
+    with pytest.raises(InputError, match=r"^028.jpg: [^\n]* \(row 28\); stopped at this image$"):
         embed(out, on_error="stop", ray=cluster)
     assert not out.exists()
     kept = {file: file.stat().st_mtime_ns for file in shards.glob("*.jsonl")}
@@ -169,9 +169,9 @@ def test_ray_goes_on_with_what_a_stopped_run_has_left(
     result = robustfeat("embed", photos, "--out", out, *options, env=environment)
     said = result.stderr.splitlines()
     assert result.returncode == 3, said
-    (before,) = (int(line.split()[2]) for line in said if line.startswith("going on: "))
+    (before,) = (int(line.split()[1]) for line in said if line.startswith("resuming: "))
     assert before >= 4 * len(kept)
-    ours = ("going on", "embed ", f"{out}: 45 x 512", "robustfeat: 1 of 45 images failed")
+    ours = ("resuming", "embed ", f"{out}: 45 x 512", "robustfeat: 1 of 45 images failed")
     assert [line for line in said if not line.startswith(ours)] == []  # and nothing of Ray's
     assert written(out) == written(local)
 

@@ -98,7 +98,7 @@ def test_twenty_kills_of_the_process_group_change_no_byte(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         _, said = process.communicate()
-        kept += "going on" in said
+        kept += "resuming" in said
         if process.returncode == -signal.SIGKILL:
             kills += 1
         else:
@@ -117,7 +117,7 @@ def test_a_stopped_run_redoes_at_most_one_shard(many: Path, embed: Embed, unbrok
     for number in range(7, 150, 50):
         (root / f"{number:04}.jpg").unlink()
         (root / f"{number:04}.jpg").symlink_to(root / "0000.jpg")
-    with pytest.raises(InputError, match=r"0157.jpg: .* \(row 157\); stopped, as asked"):
+    with pytest.raises(InputError, match=r"0157.jpg: .* \(row 157\); stopped at this image"):
         embed(root, out, on_error="stop")
     shards = sorted((tmp_path / ".feats.npy.shards").glob("*.jsonl"))
     assert len(shards) == 157 // 16
@@ -136,7 +136,7 @@ def test_another_model_option_or_input_is_refused_with_the_reason(
 ) -> None:
     root, out = tmp_path / "images", tmp_path / "feats.npy"
     shutil.copytree(many, root, symlinks=True)
-    with pytest.raises(InputError, match="stopped, as asked"):
+    with pytest.raises(InputError, match="stopped at this image"):
         embed(root, out, on_error="stop", shard_rows=1, batch_size=1)
     with pytest.raises(InputError, match=r"other settings.*batch_size was 1, now 16.*restart=True"):
         embed(root, out, shard_rows=1)
@@ -249,7 +249,7 @@ def test_two_outputs_never_share_an_index(
     if unfinished:
         (tmp_path / "bad.jpg").write_bytes(b"junk")
         images = [example_files[0], tmp_path / "bad.jpg"]
-        with list_inputs(images) as inputs, pytest.raises(InputError, match="stopped, as asked"):
+        with list_inputs(images) as inputs, pytest.raises(InputError, match="stopped at this image"):
             extractor = FeatureExtractor.from_pretrained(threads=1)
             embed_files(extractor, inputs, tmp_path / "f.npy", on_error="stop", batch_size=1, shard_rows=1, quiet=True)
     else:

@@ -112,7 +112,7 @@ def test_a_sync_that_was_stopped_resumes(folder: Path, embed: Embed, example_fil
         embed(folder, place)
     change(folder, example_files)
     before = contents(out)
-    with pytest.raises(InputError, match="stopped, as asked"):
+    with pytest.raises(InputError, match="stopped at this image"):
         embed(folder, out, sync=True, batch_size=1, shard_rows=1, on_error="stop")
     np.testing.assert_array_equal(contents(out)[0], before[0])  # the old output stays until the new one is whole
     assert len(list((tmp_path / ".feats.npy.shards").glob("*.jsonl"))) == 1

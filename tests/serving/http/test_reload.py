@@ -223,7 +223,7 @@ def test_a_reload_that_fails_changes_nothing(
     bad = {
         f'[heads]\nclothes = "{others}#{sha256(clothes)}"': "not the requested head",
         f'[models]\na = "{small_fp32}"\n[heads]\nclothes = "{clothes}"': "the head clothes: needs features of",
-        f'[models]\nrobustfeat = "builtin"\na = "{wrong}"': "a: a golden image gives other features (cosine -1.0000",
+        f'[models]\nrobustfeat = "builtin"\na = "{wrong}"': "a: the cosine to a golden image's features must be ",
         "[heads": f"--manifest {manifest}: not valid TOML (",
         '[head]\nclothes = "a"': "expected the tables models, heads, collections; got head",
         '[heads]\n"a/b" = "a"': "[heads] a/b: expected NAME = ",

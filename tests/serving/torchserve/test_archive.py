@@ -175,7 +175,7 @@ def test_one_command_at_a_time_has_a_store(robustfeat: Run, tmp_path: Path) -> N
     with claim_store(tmp_path):
         done = robustfeat("torchserve", "--out", tmp_path)
     assert done.returncode == 1
-    assert "another robustfeat torchserve is at work there" in done.stderr
+    assert "another robustfeat torchserve uses it" in done.stderr
     assert not any(tmp_path.iterdir())
 
 

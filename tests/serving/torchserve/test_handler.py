@@ -101,7 +101,7 @@ def test_a_worker_that_gives_other_features_does_not_start(tmp_path: Path) -> No
     config = json.loads((folder / "config.json").read_text())
     config["robustfeat"]["files"][GOLDEN_FEATURES] = file_sha256(folder / GOLDEN_FEATURES)
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(EngineError, match="a golden image gives other features"):
+    with pytest.raises(EngineError, match="the cosine to a golden image's features must be"):
         Handler(ModelFolder(folder), "m", SETTINGS)
 
 

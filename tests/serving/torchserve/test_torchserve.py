@@ -278,7 +278,7 @@ def test_a_second_command_leaves_the_first_alone(robustfeat: Run, torchserver: T
     before = (torchserver.store / "config.properties").read_bytes()
     done = robustfeat("torchserve", "--out", torchserver.store, "--run", "--port", free_ports(5))
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "another robustfeat torchserve is at work there" in done.stderr
+    assert "another robustfeat torchserve uses it" in done.stderr
     assert (torchserver.store / "config.properties").read_bytes() == before
     assert torchserver.get("/ping").status == 200
 

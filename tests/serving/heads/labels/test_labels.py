@@ -363,7 +363,7 @@ def test_one_changed_byte_is_found(changed: str, tmp_path: Path, write_features:
     data = bytearray(place.read_bytes())
     data[-2 if changed == "features" else data.index(b"0" * 64)] ^= 1
     place.write_bytes(data)
-    with pytest.raises(InputError, match=f"{place.name}: its sha256 is .*; the files do not belong together; embed"):
+    with pytest.raises(InputError, match=f"{place.name}: the sha256 must be .*; the files do not belong together"):
         open_features(str(file))
 
 
