@@ -322,7 +322,7 @@ def test_odd_names_of_branches_and_tags_are_refused_at_once(
         (["push", "{model}", "org/name"], "hf_bob", "the name belongs to somebody else"),
         (["push", "{model}", "org/new"], "hf_bob", "the name belongs to somebody else, or the token may not"),
         (["push", "{model}", "org/bert"], "hf_alice", "the name is taken: it has a config.json that is not"),
-        (["pull", "org/empty"], "hf_alice", "holds no config.json or head.json, so it is not a model or head"),
+        (["pull", "org/empty"], "hf_alice", "has no config.json or head.json, so it is not a model or head"),
         (["pull", "nonsense"], "hf_alice", "expected ORG/NAME"),
         (["pull", "org/na--me"], "hf_alice", "expected ORG/NAME"),
         (["pull", "org/" + "x" * 97], "hf_alice", "expected ORG/NAME"),
@@ -599,9 +599,9 @@ def test_editing_the_card_breaks_nothing(
     ("files", "message"),
     [
         ({"onnx/model.onnx": b"weights of somebody else"}, "onnx/model.onnx: altered or truncated"),
-        ({"pytorch_model.bin": b"\x80\x04."}, "holds pytorch_model.bin, which may run code"),
-        ({"modeling_robust.py": b"import os"}, "holds modeling_robust.py, which may run code"),
-        ({".hidden.pkl": b"\x80\x04."}, "holds .hidden.pkl, which may run code"),
+        ({"pytorch_model.bin": b"\x80\x04."}, "contains pytorch_model.bin, which may run code"),
+        ({"modeling_robust.py": b"import os"}, "contains modeling_robust.py, which may run code"),
+        ({".hidden.pkl": b"\x80\x04."}, "contains .hidden.pkl, which may run code"),
         ({"preprocessor_config.json": b"{}", "onnx/model.onnx": None}, "holds no onnx/model.onnx"),
     ],
 )
@@ -628,7 +628,7 @@ def test_what_was_altered_or_added_is_refused_by_name(
         ),
         (
             lambda data: data["robustfeat"]["files"].update({"weights.pkl": "0"}),
-            "holds weights.pkl, which may run code",
+            "contains weights.pkl, which may run code",
         ),
         (
             lambda data: data["robustfeat"].update(format_version=2),

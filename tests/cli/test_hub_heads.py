@@ -155,7 +155,7 @@ def test_what_cannot_be_pushed_is_one_line_and_sends_nothing(
     hub.add("org/model", files_of(small_fp32))
     assert "the name is taken: it has a model (config.json)" in one_line(call("push", copy, "org/model"))
     hub.add("org/other", {"head.json": b"{}"})
-    assert "holds a head.json that is not robustfeat's" in one_line(call("push", copy, "org/other"))
+    assert "has a head.json that is not robustfeat's" in one_line(call("push", copy, "org/other"))
     (copy / "notes.txt").write_text("token: hf_" + "a" * 34)
     assert "looks like a key or a password" in one_line(call("push", copy, "org/new"))
     (copy / "notes.txt").unlink()
@@ -241,7 +241,7 @@ def test_mistakes_are_one_line(
     assert "head.json is not in the cache" in offline
     published.add("org/empty", {"README.md": b""})
     both = one_line(call("pull", "org/empty"))
-    assert "holds no config.json or head.json, so it is not a model or head of robustfeat" in both
+    assert "has no config.json or head.json, so it is not a model or head of robustfeat" in both
 
 
 def test_nothing_of_a_repository_but_the_head_is_downloaded(

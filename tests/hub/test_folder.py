@@ -112,7 +112,7 @@ def test_a_path_that_leaves_the_folder_or_has_another_name_is_refused(copy: Path
 )
 def test_a_pickle_or_code_is_refused_by_name(copy: Path, name: str) -> None:
     (copy / name).write_bytes(b"x")
-    with pytest.raises(ModelFolderError, match=rf"holds {name}, which may run code"):
+    with pytest.raises(ModelFolderError, match=rf"contains {name}, which may run code"):
         ModelFolder(copy)
 
 

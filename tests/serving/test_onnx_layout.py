@@ -409,7 +409,7 @@ def test_a_repository_with_pytorch_weights_alone_says_how_it_is_imported(
 def test_a_model_for_texts_is_named(hub: FakeHub, alone: Alone) -> None:
     hub.add("org/text", {"config.json": b'{"model_type": "bert"}', "onnx/model.onnx": b"x"})
     result = alone("-m", "robustfeat", "info", "org/text")
-    assert "org/text: holds no preprocessor_config.json, so it takes no images" in result.stderr
+    assert "org/text: has no preprocessor_config.json, so it takes no images" in result.stderr
     assert "(model type 'bert')" in result.stderr
     assert result.returncode == 1
 
@@ -420,7 +420,7 @@ def test_damaged_descriptions_are_one_line(copy: Path) -> None:
         with pytest.raises(ModelFolderError, match=said):
             ModelFolder(copy)
     (copy / "preprocessor_config.json").unlink()
-    with pytest.raises(ModelFolderError, match=r"holds no preprocessor_config.json"):
+    with pytest.raises(ModelFolderError, match=r"has no preprocessor_config.json"):
         ModelFolder(copy)
     shutil.rmtree(copy / "onnx")
     with pytest.raises(ModelFolderError, match=r"make a model folder of it with robustfeat import"):

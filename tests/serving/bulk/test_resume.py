@@ -368,7 +368,7 @@ def test_features_of_another_model_are_not_replaced_unasked(
     embed(many, out)
     other = FeatureExtractor.from_pretrained(threads=2, streams=2)
     before = files_of(tmp_path)
-    names = f"the model {extractor.config.name} .*, this is {other.config.name} .*; use another `out`, or pass `restart"
+    names = f"the model {extractor.config.name} .*; this run uses {other.config.name} .*; use another `out`"
     with list_inputs([many]) as inputs, pytest.raises(InputError, match=names):
         embed_files(other, inputs, out, quiet=True)
     assert files_of(tmp_path) == before

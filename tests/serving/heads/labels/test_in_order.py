@@ -81,7 +81,7 @@ def test_files_of_embed_and_others_have_names(tmp_path: Path, write_features: An
     [
         ("l.txt", "a\nb\n", r"has 2 labels and no paths; expected one label for each of the 3 rows, in order"),
         ("l.txt", "a\nb\nc\nd\n", r"has 4 labels and no paths; expected one label for each of the 3 rows"),
-        ("l.csv", "label\na\nb\n\n", r"holds 2 labels .*; write NA where a label is missing"),
+        ("l.csv", "label\na\nb\n\n", r"has 2 labels .*; write NA where a label is missing"),
         (
             "l.csv",
             "path,label\na.jpg,a\nb.jpg,b\nc.jpg,c\n",

@@ -309,16 +309,16 @@ def test_an_image_outside_class_folders_is_refused(tmp_path: Path, write_feature
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("rows", r"holds \(2, 4\) features, not \(3, 4\)"),
+        ("rows", r"has \(2, 4\) features, not \(3, 4\)"),
         ("index", "has 2 rows, .* says 3"),
         ("numbers", "row 2 in line 2"),
         ("junk", "not what robustfeat embed writes"),
         ("meta", "not what robustfeat embed writes"),
         ("no meta", "f.meta.json: no such file"),
         ("nan", r"row 1 \(b\) is not finite, but has no error in the index"),
-        ("pickle", r"it holds \|O; expected <f4"),
-        ("big-endian", r"it holds >f4; expected <f4"),
-        ("columns", r"it holds <f4, in Fortran's order; expected <f4, row by row"),
+        ("pickle", r"it has \|O; expected <f4"),
+        ("big-endian", r"it has >f4; expected <f4"),
+        ("columns", r"it has <f4, in Fortran's order; expected <f4, row by row"),
         ("cut", r"f.npy: .*ends"),
     ],
 )
@@ -403,7 +403,7 @@ def test_altered_files_of_features_are_refused(change: str, tmp_path: Path, writ
 
 
 def test_features_without_rows_are_refused(tmp_path: Path, write_features: Any) -> None:
-    with pytest.raises(InputError, match="holds no rows"):
+    with pytest.raises(InputError, match="has no rows"):
         open_features(str(write_features(tmp_path / "f.npy", np.empty((0, 4), np.float32), [])))
 
 
@@ -472,8 +472,8 @@ def test_names_end_at_newlines_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "names", "reason"),
     [
-        (np.ones((3, 2)), "a\nb\n", r"names=.*: holds 2 lines; expected the paths of the 3 rows"),
-        (np.ones((1, 2)), "", r"names=.*: holds 0 lines; expected the paths of the 1 rows"),
+        (np.ones((3, 2)), "a\nb\n", r"names=.*: has 2 lines; expected the paths of the 3 rows"),
+        (np.ones((1, 2)), "", r"names=.*: has 0 lines; expected the paths of the 1 rows"),
         (np.ones(3), "a\nb\nc\n", r"must have an \(n, D\) array of floats; got \(3,\) float64"),
         (np.ones((3, 2), int), "a\nb\nc\n", r"got \(3, 2\) int64"),
         (np.array([[{}]], object), "a\n", r"not a \.npy file of numbers \("),
