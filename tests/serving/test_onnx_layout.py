@@ -450,7 +450,7 @@ def network_of(inputs: dict[str, list[Any]], outputs: dict[str, list[Any]]) -> b
         (
             {"pixel_values": [None, 3, 64, 64]},
             {"pooler_output": [None, 3]},
-            r"gives \[3, 56, 56\], the ONNX file takes \[3, 64, 64\]",
+            r"makes \[3, 56, 56\], but the ONNX file takes \[3, 64, 64\]",
         ),
         ({"pixel_values": [1, 3, 56, 56]}, {"pooler_output": [1, 3]}, "takes batches of exactly 1"),
         (

@@ -113,5 +113,5 @@ def test_other_lists_without_names_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", np.zeros((3, 2)))
     with pytest.raises(InputError, match=r"must have an \(n,\) array of text or numbers; got \(3, 2\) float64"):
         read_labels([f"{tmp_path}/y.npy"], rows=3)
-    with pytest.raises(InputError, match=r"path_column=id: is for a file of labels; leave it out"):
+    with pytest.raises(InputError, match=r"path_column=id: needs a file of labels; leave it out"):
         read_labels(["folder"], path_column="id")
