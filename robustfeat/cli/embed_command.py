@@ -31,65 +31,65 @@ def _parse_part(_: click.Context, __: click.Parameter, text: str | None) -> Part
     "--out",
     required=True,
     metavar="FEATS",
-    help="Where to write: a .npy, .parquet or .safetensors file, or a folder of several files, such as feats/ or "
+    help="Features to write: a .npy, .parquet or .safetensors file, or a folder of several files, such as feats/ or "
     "feats.parquet/.",
 )
 @click.option(
     "--rows-per-file",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Rows of each file where FEATS is a folder; 1,048,576 by default. Raised to a multiple of --shard-rows.",
+    help="Rows per file if FEATS is a folder, rounded up to a multiple of --shard-rows.  [default: 1048576]",
 )
 @extraction_options
-@click.option("--files-from", metavar="FILE", help="Read more INPUTs from FILE, one a line; - for stdin.")
-@click.option("--null", is_flag=True, help="The lines of --files-from end in NUL.")
+@click.option("--files-from", metavar="FILE", help="Read more INPUTs from FILE, one per line; - is stdin.")
+@click.option("--null", is_flag=True, help="Lines of --files-from end with NUL instead of a newline.")
 @click.option(
     "--match",
     multiple=True,
     metavar="PATTERN",
-    help="Take files of folders and archives whose names match, such as '*.jpg', whatever their suffix; repeatable.",
+    help="Choose files of folders and archives by a pattern such as '*.jpg' instead of by suffix. Repeatable.",
 )
 @click.option(
     "--on-error",
     type=click.Choice(["nan", "stop"]),
     default="nan",
     show_default=True,
-    help="An image that fails is a row of NaN, or stops the run.",
+    help="What to do if an image fails: write a row of NaN, or stop the run.",
 )
-@click.option("--append", is_flag=True, help="Add the inputs that FEATS does not hold yet, by path.")
+@click.option("--append", is_flag=True, help="Add inputs whose path is not in FEATS yet.")
 @click.option(
     "--sync",
     is_flag=True,
-    help="Bring FEATS in step with the inputs: drop rows of files that vanished, embed new and changed images, keep "
-    "the other rows.",
+    help="Update FEATS to match the inputs: drop rows of removed files, embed new and changed images, and keep the "
+    "other rows.",
 )
 @click.option(
     "--part",
     callback=_parse_part,
     metavar="I/N",
-    help="Embed the Ith of N parts of the inputs only; robustfeat join makes the whole of them.",
+    help="Embed only part I of N of the inputs. robustfeat join joins all parts.",
 )
 @click.option(
     "--restart",
     is_flag=True,
-    help="Discard what an unfinished run has left, or features of another model, and begin anew.",
+    help="Discard an unfinished run or features of another model, and start again.",
 )
 @click.option(
     "--shard-rows",
     type=click.IntRange(min=1),
     default=4096,
     show_default=True,
-    help="Rows between two points that a killed run goes on from.",
+    help="Checkpoint every N rows. A killed run resumes after the last checkpoint.",
 )
 @click.option(
     "--ray",
     is_flag=False,
     flag_value="auto",
     metavar="[ADDRESS]",
-    help="Run on Ray: on the cluster whose head is HOST:PORT, on the one running here, or on one of its own.",
+    help="Run on Ray: on the cluster at HOST:PORT. Without ADDRESS, on the running cluster or a new local one.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="Hide progress.")
 def command(
     inputs: tuple[str, ...],
     out: str,
@@ -108,14 +108,14 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Embeds images: one float32 row for each.
+    """Embeds images, one float32 row per image.
 
     An INPUT is a folder, an image, a quoted glob, FILE.tar, FILE.parquet (or FILE.parquet:COLUMN), or - for a list on
-    stdin; each may also be a URL such as s3://bucket/photos. Images are JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and, with
-    the extra heic, HEIC; their content tells the format.
+    stdin. It may be a URL such as s3://bucket/photos. Formats are JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and, with the
+    extra heic, HEIC. They are recognised by content.
 
-    Beside FEATS come NAME.index.jsonl (which row is which file, and what failed) and NAME.meta.json (which model made
-    it). Where FEATS ends in a slash it becomes a folder: files of features, their index files and one meta file. An
+    Beside FEATS, NAME.index.jsonl lists the path, hash and error of each row, and NAME.meta.json describes the model.
+    If FEATS ends with a slash, it becomes a folder with files of features, their index files and one meta file. An
     image that cannot be read is a row of NaN, and the exit code is then 3. If a run is killed, repeat the command: it
     resumes.
     """

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from robustfeat.serving.http.watched import WatchedFile
 
 _RETIRE_S = 15.0
-"""More than a request's time: a worker whose place another one has taken may need so much for the last answers."""
+"""Time for a replaced worker to finish its last requests, in addition to a request's time limit."""
 
 
 class ServeCommand(Command):
-    """Logs the error that ends the server where all lines are to be JSON."""
+    """A command that logs its final error as JSON if --log-format is json."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As `Command.invoke`."""
+        """Runs the command; see `Command.invoke`."""
         try:
             return super().invoke(ctx)
         except Failure as exc:
@@ -49,7 +49,7 @@ class ServeCommand(Command):
 
 
 def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command its bounds as one argument `limits`."""
+    """Passes the limits to a command as one argument, `limits`."""
 
     @functools.wraps(command)
     def collected(**options: Any) -> Any:
@@ -61,28 +61,28 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     return collected
 
 
-@click.command("serve", cls=ServeCommand, short_help="Answer over HTTP.")
+@click.command("serve", cls=ServeCommand, short_help="Serve models, heads and collections over HTTP.")
 @click.option(
     "--model",
     "models",
     multiple=True,
     metavar="[NAME=]MODEL[@REV][#SHA256]",
-    help="A model to serve under a name. The first one is the default. A revision on the Hub and the config hash of "
-    "robustfeat info pin it.  [default: robustfeat=builtin]",
+    help="Model to serve, by an optional name. The first one is the default. A revision on the Hub and the config hash "
+    "of robustfeat info pin it. Repeatable.  [default: robustfeat=builtin]",
 )
 @click.option(
     "--head",
     "heads",
     multiple=True,
     metavar="[NAME=]HEAD[@REV][#SHA256]",
-    help="A head to serve at /predict/NAME. It is a folder or ORG/NAME on the Hub, pinned like a model.",
+    help="Head to serve at /predict/NAME: a folder or ORG/NAME on the Hub, pinned like a model. Repeatable.",
 )
 @click.option(
     "--collection",
     "collections",
     multiple=True,
     metavar="[NAME=]FEATS",
-    help="Features of a served model, to search at /similar/NAME.",
+    help="Features of a served model to search at /similar/NAME. Repeatable.",
 )
 @click.option(
     "--manifest",
@@ -90,22 +90,35 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="FILE",
     help="TOML file with models, heads and collections, in place of these options. The server reloads when it changes.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 and :: answer other machines, too.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
-@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes that answer.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. 0.0.0.0 and :: also answer other machines.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on. 0 chooses a free one.",
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Number of worker processes."
+)
 @click.option(
     "--keys",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Bearer keys, a line each: NAME KEY [rate=N] [concurrency=N]; read again when it changes. The environment's "
-    "ROBUSTFEAT_API_KEYS holds such lines, too.",
+    help="File of bearer keys, one per line: NAME KEY [rate=N] [concurrency=N]. It is read again when it changes. "
+    "ROBUSTFEAT_API_KEYS in the environment may have such lines, too.",
 )
 @click.option(
     "--allowed-host",
     "hosts",
     multiple=True,
     metavar="NAME",
-    help="A name that requests may have in their Host header, beside addresses and localhost; *.NAME or * for more.",
+    help="Accept this name in the Host header, besides addresses and localhost. *.NAME and * are patterns. Repeatable.",
 )
 @click.option(
     "--max-body",
@@ -115,18 +128,26 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     default=32,
     show_default=True,
     metavar="MIB",
-    help="Of a request.",
+    help="Largest accepted request body, in MiB.",
 )
-@click.option("--max-pixels", type=click.IntRange(1), default=100_000_000, show_default=True, help="Of an image.")
-@click.option("--max-items", type=click.IntRange(1), default=64, show_default=True, help="Images in a request.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=100_000_000,
+    show_default=True,
+    help="Largest accepted image, in pixels.",
+)
+@click.option("--max-items", type=click.IntRange(1), default=64, show_default=True, help="Most images per request.")
 @click.option(
     "--max-queue",
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Images at hand in a worker; beyond them 503.",
+    help="Most images in a worker at a time. Further requests get status 503.",
 )
-@click.option("--max-connections", type=click.IntRange(1), default=1024, show_default=True, help="To a worker.")
+@click.option(
+    "--max-connections", type=click.IntRange(1), default=1024, show_default=True, help="Most connections per worker."
+)
 @click.option(
     "--timeout",
     "timeout_s",
@@ -134,7 +155,7 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     default=30,
     show_default=True,
     metavar="SECONDS",
-    help="From a request's head to its answer.",
+    help="Longest time from a request's header to its response.",
 )
 @click.option(
     "--decode-timeout",
@@ -143,7 +164,7 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     default=10,
     show_default=True,
     metavar="SECONDS",
-    help="For an image.",
+    help="Longest time to decode one image.",
 )
 @click.option(
     "--drain",
@@ -151,29 +172,29 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     default=20,
     show_default=True,
     metavar="SECONDS",
-    help="For the requests at hand when the server is stopped.",
+    help="Grace period for in-flight requests on shutdown.",
 )
-@click.option("--no-page", is_flag=True, help="Without the page at /, and without /teach, which fits its heads.")
+@click.option("--no-page", is_flag=True, help="Disable the page at / and /teach, which fits its heads.")
 @click.option(
     "--forwarded-allow-ips",
     metavar="LIST",
     envvar="FORWARDED_ALLOW_IPS",
     default="127.0.0.1",
     show_default=True,
-    help="Proxies whose X-Forwarded-For is believed, as addresses and networks with commas between them, or *.",
+    help="Proxies whose X-Forwarded-For is trusted: addresses and networks, separated by commas, or *.",
 )
-@click.option("--log-requests", is_flag=True, help="A line of JSON on stderr for every request.")
+@click.option("--log-requests", is_flag=True, help="Log each request as one line of JSON on stderr.")
 @click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
-    help="With json every line on stderr is JSON, from the start to the end. With text only errors and requests are.",
+    help="Format of stderr. With json every line is JSON. With text only errors and requests are.",
 )
 @click.option(
     "--otlp-endpoint",
     metavar="URL",
-    help="Send traces of requests to this collector of OpenTelemetry, by OTLP over HTTP (extra otel).",
+    help="Send traces of requests to this OpenTelemetry collector, by OTLP over HTTP. Needs the extra otel.",
 )
 @serving_options
 @_collect_limits
@@ -198,9 +219,9 @@ def command(
 ) -> None:
     """Serves features at /embed, /v1/embeddings and /v2, heads at /predict/NAME, and collections at /similar/NAME.
 
-    In a browser, / is a page for looking at images and teaching classifiers, and /docs describes all routes.
+    The page at / shows predictions for your images and teaches classifiers. /docs describes all routes.
 
-    It answers this machine alone unless --host says otherwise; give it --keys before you open it to others.
+    The server only answers this machine unless --host is set. Set --keys before you open it to others.
     """
     from robustfeat.serving.http.keys import ENVIRONMENT, KeyRing
     from robustfeat.serving.http.manifest import Manifest, read_manifest
@@ -244,13 +265,13 @@ def _serve(
     host: str,
     listener: socket.socket,
 ) -> int:
-    """Serves until a signal; the exit code.
+    """Serves until a signal, and returns the exit code.
 
     Args:
-        options: of all workers.
-        asked: what is to be served now.
-        watched: the file that says so, if there is one.
-        host, listener: where.
+        options: options of all workers.
+        asked: the models, heads and collections to serve now.
+        watched: the watched manifest, if there is one.
+        host, listener: the address to listen on.
     """
     from robustfeat.serving.http.manifest import Manifest
     from robustfeat.serving.http.process.log import Log
@@ -267,7 +288,7 @@ def _serve(
         run_worker(open_served, listener, start, options)
 
     def refresh() -> bool:
-        with contextlib.suppress(RobustFeatError):  # the workers say so
+        with contextlib.suppress(RobustFeatError):  # the workers report the error
             options.keys.refresh()
         return watched is not None and watched.changed()
 
@@ -289,7 +310,7 @@ def _serve(
 
 
 class _Announcements:
-    """Says where the server answers, and whether everybody may ask; later, that it has reloaded."""
+    """Prints the server's address, a warning if it needs no key, and later each reload."""
 
     def __init__(self, host: str, listener: socket.socket, log: Log, options: ServerOptions) -> None:
         self._host, self._listener, self._log, self._options = host, listener, log, options
@@ -314,12 +335,12 @@ class _Announcements:
 
 
 def _hosts(host: str, allowed: tuple[str, ...]) -> list[str]:
-    """Names that requests may have in their Host header, beside addresses."""
+    """Accepted names in the Host header, besides addresses."""
     return ["localhost", *{socket.gethostname().lower(), host.lower()}, *(name.lower() for name in allowed)]
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """The server's socket; the one of `::`, every address, takes IPv4, too.
+    """Opens the server's socket. `::`, all addresses, also accepts IPv4.
 
     Raises:
         InputError: the address cannot be had.
