@@ -241,6 +241,7 @@ MISTAKES = [
     ["train", "examples/images", "--out", "new", "--resume"],
     ["evaluate", "nosuch", "--task", "clothes=examples/images"],
     ["evaluate", "builtin", "--task", "clothes=nosuch"],
+    ["compare", "nosuch"],
     ["export", "nosuch", "--out", "new"],
     ["import", "nosuch", "--out", "new"],
     ["import", "timm:resnet18", "--out", "examples"],

@@ -52,7 +52,8 @@ def ends(text: str) -> list[float]:
 def test_the_page_shows_the_tables_as_they_are() -> None:
     page = (DOCS / "results.md").read_text()
     assert page == fill(page, DOCS / "results")
-    needed = {f"{table}{suffix}" for table in (*TABLES, "verdicts") for suffix in BENCHMARKS}
+    names = (*TABLES, "verdicts", "exploratory")
+    needed = {f"{name}{suffix}" for name in names for suffix in BENCHMARKS}
     assert needed <= set(re.findall(r"<!-- results/(\S+)\.md -->", page))
 
 
@@ -109,6 +110,39 @@ def test_the_verdicts_are_those_of_the_tables(suffix: str) -> None:
         told = [f"{rows[method]['here, minus ERM']} {rows[method]['verdict']}" for rows in tables]
         assert list(row.values()) == [method, *told]
     assert len(rows_of(f"verdicts{suffix}")) == len(methods) - 1
+
+
+@pytest.mark.parametrize("suffix", BENCHMARKS)
+def test_the_exploratory_table_is_what_its_cells_say(suffix: str) -> None:
+    """Computed again by an analysis of variance and by Holm's steps."""
+    stage, methods = BENCHMARKS[suffix]
+    with open(DOCS / "results" / f"exploratory{suffix}.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    marks = [row["verdict"] for name in TABLES for row in rows_of(name + suffix).values() if row["verdict"]]
+    assert [row["verdict"] for row in rows if row["verdict"]] == marks
+    shares = np.array([
+        [[cell["accuracy"] for cell in svm_cells(target, stage, method)] for method in methods]
+        for target in TABLES.values()
+    ])  # fmt: skip
+    shares = 100 * np.concatenate([shares, shares.mean(0)[None]])  # by target or their mean, method, seed
+    exact: list[tuple[float, dict[str, str]]] = []
+    degrees, seeds = len(methods) * (shares.shape[2] - 1), shares.shape[2]
+    for table, (values, own) in enumerate(zip(shares, np.split(np.array(rows), len(shares)), strict=True)):
+        error = np.sqrt(values.var(1, ddof=1).mean() * 2 / seeds)
+        gains = values[1:].mean(1) - values[0].mean()
+        p_values = 2 * stats.t.sf(abs(gains) / error, degrees)
+        for row, gain, p in zip(own, gains, p_values, strict=True):
+            half = stats.t.ppf(0.975, degrees) * error
+            np.testing.assert_allclose(ends(row["95 % pooled"]), [gain - half, gain + half], atol=0.006)
+            assert float(row["p"].removeprefix("< ")) == pytest.approx(p, abs=1e-4)
+            assert bool(row["p, Holm"]) == (table < len(TABLES))
+            exact.append((p, row))
+    for family in (set(METHODS.values()), set(CONTROLS.values())):
+        told = sorted((p, row["p, Holm"]) for p, row in exact if row["method"] in family and row["p, Holm"])
+        least = 0.0
+        for place, (p, corrected) in enumerate(told):
+            least = max(least, min(1, (len(told) - place) * p))
+            assert float(corrected.removeprefix("< ")) == pytest.approx(least, abs=1e-4)
 
 
 def test_a_reports_results_are_put_beside_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from robustfeat.system import open_standard_streams
 __all__ = ["cli", "main"]
 
 _COMMANDS = (
+    "compare",
     "doctor",
     "duplicates",
     "embed",

@@ -10,7 +10,7 @@ from robustfeat.cli.rendering import Command
 from robustfeat.serving.engines.options import AUTO, DEVICES
 
 _NAMES = (
-    "verdicts", "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5",
+    "verdicts", "exploratory", "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5",
     "selection", "opinions", "corruptions",
 )  # fmt: skip
 _WITHOUT_DATA = {"table1", "fig2"}
@@ -65,9 +65,9 @@ def command(
 ) -> int:
     """Reproduces tables and figures of the HRRL paper.
 
-    EXHIBIT is table1 to table4, fig2 to fig5, verdicts (all comparisons with ERM), selection (of tau and lambda),
-    opinions (other classifiers), corruptions (of test images), or all. table1 and fig2 need no data. docs/protocol.md
-    describes the comparisons.
+    EXHIBIT is table1 to table4, fig2 to fig5, verdicts (all comparisons with ERM), exploratory (the same with other
+    statistics), selection (of tau and lambda), opinions (other classifiers), corruptions (of test images), or all.
+    table1 and fig2 need no data. docs/protocol.md describes the comparisons.
 
     Missing models are trained in REPORT/runs, and each result is kept in REPORT/cells. The command writes CSV,
     Markdown, PNG and SVG files and REPORT/index.html. To resume an interrupted run, rerun the command. On SIGINT or

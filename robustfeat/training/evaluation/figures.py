@@ -1,12 +1,16 @@
-"""Line plots as files."""
+"""Line plots and forest plots as files."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Curve", "Panel", "draw"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Curve", "Forest", "Panel", "draw"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,21 @@ class Panel:
     curves: Sequence[Curve]
 
 
-def draw(panels: Sequence[Panel], kind: str, name: str) -> bytes:
+@dataclass(frozen=True)
+class Forest:
+    """Estimates below each other, beside a line at 0.
+
+    Attributes:
+        title, x_label: texts.
+        rows: label, estimate, and its interval where there is one.
+    """
+
+    title: str
+    x_label: str
+    rows: Sequence[tuple[str, float, tuple[float, float] | None]]
+
+
+def draw(panels: Sequence[Panel | Forest], kind: str, name: str) -> bytes:
     """The panels beside each other; the same ones give the same bytes.
 
     Args:
@@ -42,21 +60,43 @@ def draw(panels: Sequence[Panel], kind: str, name: str) -> bytes:
     # Identifiers within an SVG would be random, and clash with those of the next one on the page.
     with mpl.rc_context({"svg.hashsalt": name}):
         figure = Figure(figsize=(5.5 * len(panels) + 1.5, 4), dpi=110, layout="constrained")
-        labels = [[curve.label for curve in panel.curves] for panel in panels]
-        for place, axes in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
-            panel = panels[place]
-            for curve in panel.curves:
-                style = "o" if not curve.joined else "o-" if len(curve.points) < 40 else "-"
-                axes.plot(*zip(*curve.points, strict=True), style, ms=3, label=_plain(curve.label))
-            axes.set(title=_plain(panel.title), xlabel=panel.x_label, ylabel=panel.y_label)
-            if all(float(x).is_integer() for curve in panel.curves for x, _ in curve.points):
-                axes.locator_params("x", integer=True)
+        drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+        for place, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):
+            axes.set(title=_plain(panel.title), xlabel=panel.x_label)
             axes.grid(alpha=0.3)
-            if labels[place] not in labels[place + 1 :]:  # otherwise a later panel's legend tells the same
-                axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, of which it would hide some
+            if isinstance(panel, Forest):
+                _draw_forest(axes, panel)
+            else:
+                _draw_curves(axes, panel, panels[place + 1 :])
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
+
+
+def _draw_curves(axes: Axes, panel: Panel, later: Sequence[Panel | Forest]) -> None:
+    for curve in panel.curves:
+        style = "o" if not curve.joined else "o-" if len(curve.points) < 40 else "-"
+        axes.plot(*zip(*curve.points, strict=True), style, ms=3, label=_plain(curve.label))
+    axes.set_ylabel(panel.y_label)
+    if all(float(x).is_integer() for curve in panel.curves for x, _ in curve.points):
+        axes.locator_params("x", integer=True)
+    if _labels(panel) not in map(_labels, later):  # otherwise a later panel's legend tells the same
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, of which it would hide some
+
+
+def _labels(panel: Panel | Forest) -> list[str]:
+    return [] if isinstance(panel, Forest) else [curve.label for curve in panel.curves]
+
+
+def _draw_forest(axes: Axes, panel: Forest) -> None:
+    places = range(len(panel.rows))
+    axes.axvline(0, color="black", lw=0.8)
+    for place, (_, _, interval) in zip(places, panel.rows, strict=True):
+        if interval:
+            axes.plot(interval, (place, place), "-", color="C0", lw=1.5)
+    axes.plot([estimate for _, estimate, _ in panel.rows], list(places), "o", color="C0", ms=4)
+    axes.set_yticks(list(places), [_plain(label) for label, _, _ in panel.rows])
+    axes.set_ylim(len(panel.rows) - 0.5, -0.5)  # the first one on top
 
 
 def _plain(text: str) -> str:

@@ -10,6 +10,7 @@ from robustfeat.files import new_file
 from robustfeat.hub.markdown import table
 from robustfeat.serving.inputs.sources import printable
 from robustfeat.system import available_cpus
+from robustfeat.training.evaluation.answers import pack
 from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.figures import Curve, Panel, draw
 from robustfeat.training.evaluation.finetuning import finetune
@@ -50,7 +51,8 @@ def evaluate_task(
         quiet: no progress.
 
     Returns:
-        Plain data: model, task, numbers of images, and a block for each probe. Test labels enter the scores alone.
+        Plain data: model, task, numbers of images, how the model was trained, and a block for each probe. `answers` has
+        the fingerprint of the test images, and which of them the SVM tells (see `pack`). Test labels enter only scores.
     """
     features = embed_task(subject, task, cache=cache, quiet=quiet)
     chosen = svm(features, method=selection, threads=threads, quiet=quiet)
@@ -62,7 +64,9 @@ def evaluate_task(
         "classes": len(features.classes),
         "train": len(features.x),
         "test": len(features.x_test),
+        "training": dict(subject.training),
         "svm": chosen.to_dict(),
+        "answers": {"images": task.test.fingerprint, "svm": pack(chosen.right)},
         **second_opinions(features, with_few_shot=with_few_shot, with_libsvm=with_libsvm, threads=threads),
     }
     if with_corruptions:

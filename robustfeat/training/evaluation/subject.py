@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from robustfeat.serving.feature_cache import FeatureMaker
 from robustfeat.training.evaluation.arguments import model_kind, require_model
 from robustfeat.training.loop.checkpoint import load_checkpoint, network_of
 from robustfeat.training.loop.device import measuring_device
+from robustfeat.training.loop.journal import final_accuracies
 from robustfeat.training.network import feature_network
 from robustfeat.training.recipe import Recipe
 from robustfeat.training.start import state_digest
@@ -37,10 +38,13 @@ class Subject(FeatureMaker, Protocol):
     Attributes:
         name: what tables call it.
         note: what the name ends with: how far training is, where it is not finished.
+        training: how it was trained, where that is known: `recipe`, `data` (the fingerprint of the training images),
+            and of a run also its `epoch` and final accuracies.
     """
 
     name: str
     note: str
+    training: Mapping[str, Any]
 
     @property
     def contract(self) -> Preprocessing:
@@ -65,6 +69,10 @@ class FolderSubject:
     def __init__(self, extractor: FeatureExtractor) -> None:
         self._extractor = extractor
         self.name = extractor.config.name
+        data = extractor.config.provenance.get("data")
+        fingerprint = data.get("fingerprint") if isinstance(data, Mapping) else None
+        recipe = dict(extractor.config.recipe)
+        self.training: Mapping[str, Any] = {"recipe": recipe, "data": fingerprint} if recipe else {}
         self.fingerprint: Sequence[Any] = extractor.fingerprint
         self.feature_size = extractor.feature_size
         self.contract = extractor.config.preprocessing
@@ -88,13 +96,20 @@ class NetworkSubject:
         name: what tables call it.
         device: where it runs.
         note: what they add to that.
+        training: see `Subject`.
 
     Raises:
         InputError: it does not give one vector for each image.
     """
 
     def __init__(
-        self, network: nn.Module, contract: Preprocessing, name: str, device: torch.device, note: str = ""
+        self,
+        network: nn.Module,
+        contract: Preprocessing,
+        name: str,
+        device: torch.device,
+        note: str = "",
+        training: Mapping[str, Any] | None = None,
     ) -> None:
         try:
             network.eval()
@@ -103,6 +118,7 @@ class NetworkSubject:
         except Exception as exc:  # whatever a network of somebody's raises
             raise InputError(f"{name}: cannot be used as a network ({type(exc).__name__}: {first_line(exc)})") from exc
         self.contract, self.name, self.note, self.device = contract, name + note, note, device
+        self.training = training or {}
         self.batch_size = default_batch_size(contract.image_size, device.type)
         side = contract.image_size
         squares = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
@@ -179,6 +195,7 @@ def open_network(
         As `open_subject`; InputError where timm does not know the folder's architecture.
     """
     chosen, kind, path, note = measuring_device(device), model_kind(model), Path(model), ""
+    training: dict[str, Any] = {}
     try:
         if kind == "folder":
             require_model(model, image_size, crop_pct)
@@ -189,7 +206,10 @@ def open_network(
             network = feature_network(network_of(checkpoint))
             recipe = Recipe.from_dict(checkpoint.recipe)
             contract = recipe.preprocessing(image_size, crop_pct)
-            name = (path if path.is_dir() else path.parent).resolve().name
+            run = path if path.is_dir() else path.parent
+            name = run.resolve().name
+            training = {"recipe": checkpoint.recipe, "data": checkpoint.data["fingerprint"], "epoch": checkpoint.epoch}
+            training |= final_accuracies(run)
             if checkpoint.epoch < recipe.epochs:
                 note = f" at epoch {checkpoint.epoch} of {recipe.epochs}"
         else:
@@ -198,7 +218,7 @@ def open_network(
             name = model
     except ValueError as exc:
         raise InputError(f"{model}: {exc}") from exc
-    return NetworkSubject(network, contract, name, chosen, note)
+    return NetworkSubject(network, contract, name, chosen, note, training)
 
 
 def _network_of_folder(folder: ModelFolder) -> nn.Module:

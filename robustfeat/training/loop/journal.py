@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from robustfeat.training.loop.distributed import sum_over_ranks
 from robustfeat.training.loop.run_folder import METRICS_NAME, TENSORBOARD_NAME
 from robustfeat.training.loop.step import StepResult
 
-__all__ = ["Journal", "Window", "read_metrics"]
+__all__ = ["Journal", "Window", "final_accuracies", "read_metrics"]
 
 
 class Journal:
@@ -87,6 +88,25 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
                 break
             events.append(event)
     return events
+
+
+def final_accuracies(run: Path) -> dict[str, float]:
+    """The accuracies that a run logged at its end, as far as it logged them.
+
+    Returns:
+        `training_accuracy`: the mean over the steps of the last epoch, on the images that the network was trained on,
+        so cropped and, by EL and HRRL, moved. `validation_accuracy`: after the last epoch.
+    """
+    events, found = read_metrics(run), {}
+    ends = [line["step"] for line in events if line["event"] == "epoch"]
+    begins = [0, *ends][-2] if ends else 0
+    windows = [line for line in events if line["event"] == "train" and begins < line["step"] and "accuracy" in line]
+    if windows:
+        steps = np.diff([begins, *(line["step"] for line in windows)])
+        accuracies = [line["accuracy"] for line in windows]
+        found["training_accuracy"] = round(float(np.average(accuracies, weights=steps)), 5)
+    validated = [line["validation_accuracy"] for line in events if "validation_accuracy" in line]
+    return found | ({"validation_accuracy": validated[-1]} if validated else {})
 
 
 class Window:

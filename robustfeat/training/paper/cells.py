@@ -8,20 +8,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from robustfeat.errors import InputError
 from robustfeat.files import new_file
 from robustfeat.training.paper.locks import Locks
 from robustfeat.training.recipe import Recipe
 
-__all__ = ["Cells", "pack", "unpack"]
+__all__ = ["Cells"]
 
-_VERSIONS = {"held-out": 1, "svm": 1, "opinions": 2, "corruptions": 1, "finetune": 1, "steps": 1, "concepts": 1}
+_VERSIONS = {"held-out": 2, "svm": 2, "opinions": 3, "corruptions": 2, "finetune": 2, "steps": 2, "concepts": 2}
 """By kind of cell; one more whenever a change of code changes what such a cell would hold."""
-_EARLIER = {"opinions": (1,)}
-"""By kind, earlier versions that are shown as they are. In the first, LIBSVM had LinearSVC's C and scaling."""
+_EARLIER = {kind: tuple(range(1, version)) for kind, version in _VERSIONS.items()}
+"""By kind, earlier versions that are shown as they are. They lack the accuracies of their run, and in the first
+`opinions` LIBSVM had LinearSVC's C and scaling."""
 
 
 class Cells:
@@ -50,23 +48,34 @@ class Cells:
             BusyError: another process computes it, and `locks.wait` is not set.
             InputError: the file has the result of other inputs.
         """
-        file = self._folder / f"{kind}-{name}.json"
-        key = {"version": _VERSIONS[kind], "inputs": json.loads(json.dumps(inputs))}
-        earlier = _EARLIER.get(kind, ())
-        if (known := _values(file, key, earlier)) is not None:
+        if (known := self.known(kind, name, inputs)) is not None:
             return known
+        file = self._folder / f"{kind}-{name}.json"
         with self._locks.held(file.stem):
-            if (known := _values(file, key, earlier)) is not None:  # by whom we waited for
+            if (known := self.known(kind, name, inputs)) is not None:  # by whom we waited for
                 return known
             values: dict[str, Any] = json.loads(json.dumps(dict(compute())))
             self._folder.mkdir(parents=True, exist_ok=True)
             with new_file(file) as partial:
-                cell = {**key, "values": values, "sha256": _digest(values)}
+                cell = {**_key(kind, inputs), "values": values, "sha256": _digest(values)}
                 partial.write_text(json.dumps(cell, indent=1) + "\n", "utf-8")
         return values
 
+    def known(self, kind: str, name: str, inputs: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The values of a cell, as `get`; None where they would have to be computed.
 
-def _values(file: Path, key: Mapping[str, Any], earlier: tuple[int, ...] = ()) -> Mapping[str, Any] | None:
+        Raises:
+            InputError: the file has the result of other inputs.
+        """
+        return _values(self._folder / f"{kind}-{name}.json", _key(kind, inputs), _EARLIER[kind])
+
+
+def _key(kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell's file must hold beside its values."""
+    return {"version": _VERSIONS[kind], "inputs": json.loads(json.dumps(inputs))}
+
+
+def _values(file: Path, key: Mapping[str, Any], earlier: tuple[int, ...]) -> Mapping[str, Any] | None:
     """What a cell's file holds; None where it is missing, damaged, or of older code than `earlier` versions."""
     try:
         known = json.loads(file.read_text("utf-8"))
@@ -100,16 +109,3 @@ def _with_new_keys(recipe: Any) -> dict[str, Any]:
 def _digest(values: Mapping[str, Any]) -> str:
     """Tells whether values are those that were written."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def pack(right: NDArray[np.bool_]) -> str:
-    """(m,) bool as text."""
-    return f"{len(right)}:{np.packbits(right).tobytes().hex()}"
-
-
-def unpack(text: str) -> NDArray[np.bool_]:
-    """The inverse of `pack`."""
-    count, _, digits = text.partition(":")
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=int(count))
-    right: NDArray[np.bool_] = bits.astype(bool)
-    return right

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from robustfeat.hub.markdown import columns
+from robustfeat.training.comparison.statistics import compare
+from robustfeat.training.comparison.tables import spread
 from robustfeat.training.concepts import load_concepts
 from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from robustfeat.training.evaluation.figures import Curve, Panel, draw
+from robustfeat.training.evaluation.figures import Curve, Panel
 from robustfeat.training.evaluation.probes import FEW_SHOTS
 from robustfeat.training.evaluation.report import libsvm_cell
-from robustfeat.training.paper.cells import unpack
+from robustfeat.training.paper.comparisons import accuracies, compared, exploratory, fitted, fitted_note, verdicts
+from robustfeat.training.paper.exhibit import TITLES, Exhibit
 from robustfeat.training.paper.measures import Measures
-from robustfeat.training.paper.scale import CORRUPTED, METHODS, PAPER_NUMBERS, TABLES
-from robustfeat.training.paper.statistics import Comparison, compare
+from robustfeat.training.paper.scale import CORRUPTED, TABLES
 
-__all__ = ["EXHIBITS", "Exhibit"]
+__all__ = ["EXHIBITS"]
 
 _TABLE1 = {
     "Animal": 121, "Artifact": 107, "Bird": 59, "Container": 56, "Device": 129, "Dog": 118, "Instrumentality": 106,
@@ -30,39 +28,7 @@ _TABLE1 = {
 _FIGURE2_PEAKS = {100: 755, 150: 1534, 200: 2550, 300: 5253}
 """By mu; read from the derivative of h, since the figure has no numbers."""
 
-_TITLES = {"erm": "ERM", "el": "EL", "cl": "CL", "hrrl": "HRRL", "erm-long": "ERM for HRRL's time",
-           "random": "random directions", "balanced": "class-balanced ERM", "groupdro": "GroupDRO"}  # fmt: skip
-
 _CORRUPTIONS = len(CORRUPTIONS) * len(SEVERITIES)
-
-
-@dataclass(frozen=True)
-class Exhibit:
-    """A table or a figure.
-
-    Attributes:
-        name: such as table2.
-        title: with the scale.
-        rows: of the table, or the figure's numbers; cells by column, those that are missing are empty.
-        panels: of a figure.
-        notes: lines to be read with it.
-    """
-
-    name: str
-    title: str
-    rows: Sequence[Mapping[str, Any]]
-    panels: Sequence[Panel] = ()
-    notes: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def columns(self) -> list[str]:
-        """Of the rows together."""
-        return columns(self.rows)
-
-    @cached_property
-    def svg(self) -> bytes:
-        """The panels as one picture, drawn once for its own file and for the page."""
-        return draw(self.panels, "svg", self.name)
 
 
 def _table1(measures: Measures) -> Exhibit:
@@ -96,93 +62,17 @@ def _figure2(measures: Measures) -> Exhibit:
     )  # fmt: skip
 
 
-def _answers(measures: Measures, target: str) -> dict[str, list[NDArray[np.bool_]]]:
-    """By method and seed which test images the SVM tells."""
-    seeds = measures.scale.seeds
-    return {
-        method: [unpack(measures.score(method, seed, target)["right"]) for seed in seeds] for method in measures.methods
-    }
-
-
-def _accuracies(measures: Measures, table: str) -> Exhibit:
-    target = TABLES[table]
-    answers = _answers(measures, target)
-    paper = PAPER_NUMBERS[target]
-    rows = []
-    for method, found in answers.items():
-        against = None if method == "erm" else compare(found, answers["erm"])
-        row = {
-            "method": _TITLES[method],
-            "paper": f"{paper[method][0]:.2f} ± {paper[method][1]:.2f}" if method in paper else "",
-            "here": _spread([100 * float(right.mean()) for right in found]),
-            "seeds": len(found),
-            "paper, minus ERM": f"{paper[method][0] - paper['erm'][0]:+.2f}" if against and method in paper else "",
-        }
-        rows.append({**row, **_compared(against), "verdict": against.mark if against else ""})
-    tau, lam = measures.chosen
-    return Exhibit(
-        f"{table}{measures.study.suffix}",
-        f"Table {table[-1]}: SVM accuracy in % on {measures.study.target_title(target)}; pre-trained on "
-        f"{measures.study.title}",
-        rows,
-        notes=[
-            f"tau = {tau:g} and lambda = {lam:g}, chosen on held-out training images. "
-            "Deviations are over seeds (n - 1). Rules and intervals: docs/protocol.md."
-        ],
-    )
-
-
-def _verdicts(measures: Measures) -> Exhibit:
-    marks: dict[str, list[str]] = {method: [] for method in measures.methods if method != "erm"}
-    rows: dict[str, dict[str, str]] = {method: {"method": _TITLES[method]} for method in marks}
-    for target in TABLES.values():
-        answers = _answers(measures, target)
-        for method, row in rows.items():
-            result = compare(answers[method], answers["erm"])
-            row[measures.study.target_title(target)] = f"{100 * result.difference:+.2f} {result.mark}"
-            marks[method].append(result.mark)
-    of_paper = [mark for method in METHODS if method != "erm" for mark in marks[method]]
-    counts = ", ".join(f"{of_paper.count(mark)} {mark}" for mark in ("holds", "fails", "undecided"))
-    return Exhibit(
-        f"verdicts{measures.study.suffix}",
-        f"SVM accuracy minus ERM's, in points; pre-trained on {measures.study.title}",
-        list(rows.values()),
-        notes=[
-            f"Of the paper's {len(of_paper)} comparisons: {counts}. docs/protocol.md defines these marks."
-            f"{' The other rows are controls.' if len(measures.methods) > len(METHODS) else ''}"
-        ],
-    )
-
-
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and deviation over seeds."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
-
-
-def _compared(result: Comparison | None) -> dict[str, str]:
-    def interval(ends: tuple[float, float] | None) -> str:
-        return "" if ends is None else f"{100 * ends[0]:+.2f} to {100 * ends[1]:+.2f}"
-
-    if result is None:
-        return dict.fromkeys(("here, minus ERM", "95 % over seeds", "95 % over images"), "")
-    return {
-        "here, minus ERM": f"{100 * result.difference:+.2f}",
-        "95 % over seeds": interval(result.over_seeds),
-        "95 % over images": interval(result.over_images),
-    }
-
-
 def _figure3(measures: Measures) -> Exhibit:
     scale = measures.scale
     rows, panels = [], []
     for target in scale.targets:
         curves = []
         for method in CORRUPTED:
-            errors = [100 * error for error in measures.finetuned(method, target)["test_error"]]
-            rows.append({"target": measures.study.target_title(target), "from": _TITLES[method],
-                         "test error in %, last epoch": f"{errors[-1]:.2f}"})  # fmt: skip
-            curves.append(Curve(_TITLES[method], list(enumerate(errors, 1))))
+            cell = measures.finetuned(method, target)
+            errors = [100 * error for error in cell["test_error"]]
+            rows.append({"target": measures.study.target_title(target), "from": TITLES[method],
+                         "test error in %, last epoch": f"{errors[-1]:.2f}", **fitted([cell])})  # fmt: skip
+            curves.append(Curve(TITLES[method], list(enumerate(errors, 1))))
         panels.append(Panel(measures.study.target_title(target), "epoch", "test error in %", curves))
     return Exhibit(
         f"fig3{measures.study.suffix}", f"Figure 3: fine-tuning from {measures.study.title}, one seed", rows, panels
@@ -232,20 +122,25 @@ def _figure5(measures: Measures) -> Exhibit:
 
 def _selection(measures: Measures) -> Exhibit:
     chosen = dict(zip(("el", "cl"), measures.chosen, strict=True))
-    shares: dict[tuple[str, float], dict[str, float | None]] = {}
-    for method, value, target in measures.grid():
-        share = measures.held_out(method, value, target)
-        shares.setdefault((method, value), {})[measures.study.target_title(target)] = share
+    tried = [("erm", None), *dict.fromkeys((method, value) for method, value, _ in measures.grid())]
     rows = []
-    for (method, value), by_target in shares.items():
-        row = {"model": f"{_TITLES[method]}, {'tau' if method == 'el' else 'lambda'} {value:g}"}
-        row |= {title: "diverged" if share is None else f"{100 * share:.2f}" for title, share in by_target.items()}
-        told = [100 * share for share in by_target.values() if share is not None]
-        row["mean"] = f"{np.mean(told):.2f}" if len(told) == len(by_target) else ""
-        rows.append({**row, "chosen": "yes" if value == chosen[method] else ""})
-    return Exhibit(
-        "selection", f"Selection: SVM accuracy in % on held-out training images; {measures.study.selection_title}", rows
-    )
+    for method, value in tried:
+        row = {"model": TITLES[method]}
+        if value is not None:
+            row["model"] += f", {'tau' if method == 'el' else 'lambda'} {value:g}"
+        cells = [measures.held_out_cell(method, value, target) for target in measures.scale.targets]
+        for target, cell in zip(measures.scale.targets, cells, strict=True):
+            # ERM decides nothing, so that older reports lack it.
+            shown = "not measured" if cell is None else "diverged"
+            if cell is not None and "held_out" in cell:
+                shown = f"{100 * cell['held_out']:.2f}"
+            row[measures.study.target_title(target)] = shown
+        told = [100 * cell["held_out"] for cell in cells if cell is not None and "held_out" in cell]
+        row["mean"] = f"{np.mean(told):.2f}" if len(told) == len(cells) else ""
+        row["chosen"] = "yes" if value is not None and value == chosen[method] else ""
+        rows.append({**row, **(fitted([cells[0]]) if cells[0] else {})})
+    title = f"Selection: SVM accuracy in % on held-out training images; {measures.study.selection_title}"
+    return Exhibit("selection", title, rows, notes=[fitted_note(rows)])
 
 
 def _opinions(measures: Measures) -> Exhibit:
@@ -254,15 +149,15 @@ def _opinions(measures: Measures) -> Exhibit:
         for method in measures.methods:
             cells = [measures.opinions(method, seed, target) for seed in measures.scale.seeds]
             balanced = [measures.score(method, seed, target)["balanced_accuracy"] for seed in measures.scale.seeds]
-            row = {"target": measures.study.target_title(target), "method": _TITLES[method]}
-            row["SVM, balanced"] = _spread([100 * share for share in balanced])
+            row = {"target": measures.study.target_title(target), "method": TITLES[method]}
+            row["SVM, balanced"] = spread([100 * share for share in balanced])
             for key, title in (("naive_bayes", "naive Bayes"), ("neighbours", "neighbours")):
-                row[title] = _spread([100 * cell[key]["accuracy"] for cell in cells])
+                row[title] = spread([100 * cell[key]["accuracy"] for cell in cells])
             for count in FEW_SHOTS:
                 few = [cell["few_shot"].get(str(count)) for cell in cells]
-                row[f"{count}-shot"] = _spread([100 * curve["accuracy"] for curve in few]) if all(few) else ""
+                row[f"{count}-shot"] = spread([100 * curve["accuracy"] for curve in few]) if all(few) else ""
             row["LIBSVM / LinearSVC"] = libsvm_cell(cells[0]["libsvm"])
-            rows.append(row)
+            rows.append({**row, **fitted(cells)})
     return Exhibit(
         f"opinions{measures.study.suffix}",
         f"Second opinions, accuracy in %; pre-trained on {measures.study.title}",
@@ -282,18 +177,19 @@ def _corruptions(measures: Measures) -> Exhibit:
         for method in CORRUPTED:
             cells = [measures.corrupted(method, seed, target) for seed in scale.seeds]
             told[method] = [np.frombuffer(bytes.fromhex(cell["told"]), np.uint8) / _CORRUPTIONS for cell in cells]
-            row = {"target": measures.study.target_title(target), "method": _TITLES[method]}
-            row |= {key: _spread([100 * cell[key] for cell in cells]) for key in ("clean", "corrupted")}
-            row |= {key: _spread([cell[key] for cell in cells], 4) for key in ("kept", "drift")}
+            row = {"target": measures.study.target_title(target), "method": TITLES[method]}
+            row |= {key: spread([100 * cell[key] for cell in cells]) for key in ("clean", "corrupted")}
+            row |= {key: spread([cell[key] for cell in cells], 4) for key in ("kept", "drift")}
             against = None if method == "erm" else compare(told[method], told["erm"])
+            row |= fitted(cells)
             renamed = {"here, minus ERM": "corrupted, minus ERM"}
-            rows.append({**row, **{renamed.get(key, key): value for key, value in _compared(against).items()}})
+            rows.append({**row, **{renamed.get(key, key): value for key, value in compared(against).items()}})
             by_kind = [cell["by_corruption"].values() for cell in cells]
             points = [(0.0, 100 * float(np.mean([cell["clean"] for cell in cells])))]
             for severity in SEVERITIES:
                 shares = [kind[str(severity)]["accuracy"] for kinds in by_kind for kind in kinds]
                 points.append((severity, 100 * float(np.mean(shares))))
-            curves.append(Curve(_TITLES[method], points))
+            curves.append(Curve(TITLES[method], points))
         panels.append(Panel(measures.study.target_title(target), "severity", "SVM accuracy in %", curves))
     limit = "all" if scale.corrupted_rows is None else f"at most {scale.corrupted_rows:,}"
     return Exhibit(
@@ -309,9 +205,10 @@ def _corruptions(measures: Measures) -> Exhibit:
 
 
 EXHIBITS: dict[str, Callable[[Measures], Exhibit]] = {
-    "verdicts": _verdicts,
+    "verdicts": verdicts,
+    "exploratory": exploratory,
     "table1": _table1,
-    **{table: partial(_accuracies, table=table) for table in TABLES},
+    **{table: partial(accuracies, table=table) for table in TABLES},
     "fig2": _figure2,
     "fig3": _figure3,
     "fig4": _figure4,

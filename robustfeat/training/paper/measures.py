@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from robustfeat.errors import DataError, DivergedError
+from robustfeat.training.evaluation.answers import pack
 from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.probes import held_out_score, svm
@@ -22,7 +23,8 @@ from robustfeat.training.evaluation.robustness import accuracy_by_step, class_hi
 from robustfeat.training.evaluation.subject import NetworkSubject, open_network
 from robustfeat.training.evaluation.tasks import Task, TaskFeatures, draw_images, embed_images, embed_task
 from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint, network_of
-from robustfeat.training.paper.cells import Cells, pack
+from robustfeat.training.loop.journal import final_accuracies
+from robustfeat.training.paper.cells import Cells
 from robustfeat.training.paper.locks import BusyError
 from robustfeat.training.paper.scale import CONTROLS, CORRUPTED, METHODS, TABLES, WITH_LAMBDA, WITH_TAU
 from robustfeat.training.paper.study import Study, identity
@@ -30,7 +32,9 @@ from robustfeat.training.recipe import Recipe
 
 __all__ = ["Measures"]
 
-_CHOOSING = {*TABLES, "verdicts", "fig3", "selection", "opinions", "corruptions"}
+_OF_ALL_TARGETS = {"verdicts", "exploratory"}
+"""Exhibits that compare the methods on each target."""
+_CHOOSING = {*TABLES, *_OF_ALL_TARGETS, "fig3", "selection", "opinions", "corruptions"}
 """Exhibits that need tau and lambda, and so all targets."""
 _WORTH_SAYING = 1.0  # s that a result took
 _PATIENCE = 5.0  # s, when all that is left is with other processes
@@ -109,11 +113,13 @@ class Measures:
     def _needed(self, exhibits: set[str]) -> Iterator[Callable[[], object]]:
         if _CHOOSING & exhibits:
             yield from (partial(self.held_out, *tried) for tried in self.grid())
+        if "selection" in exhibits:
+            yield from (partial(self.held_out, "erm", None, target) for target in self.scale.targets)
         if "fig4" in exhibits:
             yield from (partial(self.by_step, method, tau) for _, method, tau in self.step_models())
         if "fig5" in exhibits:
             yield from (partial(self.by_class, method, lam) for _, method, lam in self.concept_models())
-        tables = [target for name, target in TABLES.items() if {name, "verdicts"} & exhibits]
+        tables = [target for name, target in TABLES.items() if {name, *_OF_ALL_TARGETS} & exhibits]
         for seed, method in itertools.product(self.scale.seeds, self.methods):
             yield from (partial(self.score, method, seed, target) for target in tables)
             if "opinions" in exhibits:
@@ -131,7 +137,7 @@ class Measures:
             for value, target in itertools.product(values, self.scale.targets):
                 yield method, value, target
 
-    def held_out(self, method: str, value: float, target: str) -> float | None:
+    def held_out(self, method: str, value: float | None, target: str) -> float | None:
         """The SVM's accuracy on held-out training images of the target; None where training diverged."""
         name, recipe = self.study.selection_run(method, value)
         images = self.study.task(target).train
@@ -148,6 +154,12 @@ class Measures:
 
         found = self._of_selection_run("held-out", f"{target}-{name}", recipe, measure, task=identity(images))
         return None if found is None else float(found["held_out"])
+
+    def held_out_cell(self, method: str, value: float | None, target: str) -> Mapping[str, Any] | None:
+        """The cell of `held_out`; None where it was not computed. ERM's decides nothing, so reports may lack it."""
+        name, recipe = self.study.selection_run(method, value)
+        inputs = {**self.study.inputs("selection", recipe), "task": identity(self.study.task(target).train)}
+        return self.cells.known("held-out", f"{target}-{name}", inputs)
 
     @cached_property
     def chosen(self) -> tuple[float, float]:
@@ -175,7 +187,7 @@ class Measures:
 
         def compute() -> dict[str, Any]:
             try:
-                return measure()
+                return {**measure(), **self._accuracies(name)}
             except DivergedError as exc:  # a result as well
                 return {"diverged": str(exc)}
 
@@ -255,11 +267,15 @@ class Measures:
         name, recipe = self.main_run(method, seed)
 
         def compute() -> dict[str, Any]:
-            return {**measure(self._subject(name, recipe), task), "run": name}
+            return {**measure(self._subject(name, recipe), task), "run": name, **self._accuracies(name)}
 
         decides = {"task": identity(task.train) + identity(task.test), **settings}
         inputs = {**self.study.inputs(self.study.stage, recipe), **decides}
         return self.cells.get(kind, f"{task.name}-{name}", inputs, compute)
+
+    def _accuracies(self, name: str) -> dict[str, float]:
+        """What a finished run logged of its own training and validation images."""
+        return final_accuracies(self.study.folder / "runs" / name)
 
     def _subject(self, name: str, recipe: Recipe) -> NetworkSubject:
         """The network of a run, which stays open until another one is asked for."""

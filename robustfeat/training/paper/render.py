@@ -12,7 +12,7 @@ from pathlib import Path
 from robustfeat.files import new_file
 from robustfeat.hub.markdown import table
 from robustfeat.training.evaluation.figures import draw
-from robustfeat.training.paper.exhibits import Exhibit
+from robustfeat.training.paper.exhibit import Exhibit
 
 __all__ = ["markdown", "write_exhibit", "write_page"]
 

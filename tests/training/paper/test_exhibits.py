@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from robustfeat.training.evaluation.answers import pack
 from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from robustfeat.training.paper.cells import pack
 from robustfeat.training.paper.exhibits import EXHIBITS
 from robustfeat.training.paper.measures import Measures
 from robustfeat.training.paper.scale import SCALES
@@ -55,12 +56,62 @@ def test_only_the_papers_methods_are_counted(measures: Measures) -> None:
     assert {row["my-sop (for SOP)"] for row in table.rows if row["method"] == "CL"} == {"-10.00 fails"}
 
 
-def test_the_chosen_values_are_marked(measures: Measures, monkeypatch: pytest.MonkeyPatch) -> None:
-    def held_out(_: Measures, method: str, value: float, target: str) -> float | None:
-        return None if value == 3.5 or (value, target) == (1, "svhn") else 0.5 if target == "sop" else 0.25
+def test_the_accuracies_of_the_runs_are_shown_where_all_logged_them(
+    measures: Measures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = EXHIBITS["table2"](measures)
+    assert "training" not in table.columns
+    assert table.notes[-1] == "The training and validation accuracy of these runs were not recorded."
+    score = Measures.score
 
-    monkeypatch.setattr(Measures, "held_out", held_out)
-    rows = {row["model"]: row for row in EXHIBITS["selection"](measures).rows}
+    def logged(self: Measures, method: str, seed: int, target: str) -> dict[str, Any]:
+        both = {} if method == "cl" and seed == 1 else {"training_accuracy": 0.5 + seed / 10, "validation_accuracy": 0}
+        return {**score(self, method, seed, target), **both}
+
+    monkeypatch.setattr(Measures, "score", logged)
+    rows = {row["method"]: row for row in EXHIBITS["table2"](measures).rows}
+    assert rows["EL"]["training"] == "60.00 ± 10.00"
+    assert "training" not in rows["CL"]
+
+
+@pytest.mark.parametrize("measures", [False, True], ids=["methods", "and controls"], indirect=True)
+def test_the_exploratory_table_corrects_and_joins(measures: Measures) -> None:
+    exhibit = EXHIBITS["exploratory"](measures)
+    methods = [row["method"] for row in EXHIBITS["verdicts"](measures).rows]
+    assert [row["method"] for row in exhibit.rows] == 4 * methods
+    hrrl = [row for row in exhibit.rows if row["method"] == "HRRL"]
+    assert [row["task"] for row in hrrl][::3] == ["my-cifar10 (for CIFAR-10)", "mean of all tasks (exploratory)"]
+    # Each seed has one point more: a deviation of 1, three runs, and 2 degrees of freedom for each method.
+    half = stats.t.ppf(0.975, 2 * len(measures.methods)) * np.sqrt(2 / 3)
+    assert {row["95 % pooled"] for row in hrrl} == {f"{20 - half:+.2f} to {20 + half:+.2f}"}
+    assert [row["verdict"] for row in hrrl] == ["holds"] * 3 + [""]
+    assert [bool(row["p, Holm"]) for row in hrrl] == [True] * 3 + [False]
+    if "GroupDRO" in methods:  # three families of controls that differ, and three that do not
+        controls = [row for row in exhibit.rows if row["method"] in {"GroupDRO", "random directions"}]
+        assert {row["p, Holm"] for row in controls} == {"1.0000", ""}
+    assert len(exhibit.panels) == 4
+    assert b"<svg" in exhibit.svg
+
+
+def test_the_chosen_values_are_marked(measures: Measures, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = {"training_accuracy": 0.75, "validation_accuracy": 0.5}
+
+    def held_out(_: Measures, method: str, value: float | None, target: str) -> dict[str, Any] | None:
+        if method == "erm" and target == "svhn":
+            return None
+        if value == 3.5 or (value, target) == (1, "svhn"):
+            return {"diverged": "lost"}
+        return {"held_out": 0.5 if target == "sop" else 0.25, **(logged if method == "erm" else {})}
+
+    monkeypatch.setattr(Measures, "held_out_cell", held_out)
+    exhibit = EXHIBITS["selection"](measures)
+    rows = {row["model"]: row for row in exhibit.rows}
+    assert [rows["ERM"][f"my-{name} (for {title})"] for name, title in (("sop", "SOP"), ("svhn", "SVHN"))] == [
+        "50.00", "not measured",
+    ]  # fmt: skip
+    assert [rows["ERM"][key] for key in ("mean", "chosen", "training", "validation")] == ["", "", "75.00", "50.00"]
+    assert "training" not in rows["EL, tau 0.1"]
+    assert "Empty cells were not recorded." in exhibit.notes[0]
     assert [model for model, row in rows.items() if row["chosen"]] == ["EL, tau 0.1", "CL, lambda 10"]
     assert rows["CL, lambda 1"]["my-sop (for SOP)"] == "50.00"
     assert {rows["CL, lambda 10"]["mean"], rows["EL, tau 0.35"]["mean"]} == {"33.33"}

@@ -115,12 +115,12 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     assert sorted(shares[0] + shares[1]) == sorted(folder.name for folder in (out / "runs").iterdir())
     assert done[0] == helper[0]
     names = ["table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5"]
-    for name in (*names, "verdicts", "selection", "opinions", "corruptions"):
-        kinds = ("csv", "md", "png", "svg") if name.startswith(("fig", "corr")) else ("csv", "md")
+    for name in (*names, "verdicts", "exploratory", "selection", "opinions", "corruptions"):
+        kinds = ("csv", "md", "png", "svg") if name.startswith(("fig", "corr", "expl")) else ("csv", "md")
         assert all((out / f"{name}.{kind}").stat().st_size > 50 for kind in kinds), name
     page = (out / "index.html").read_text()
-    assert page.count("<section") == 12
-    assert page.count("<svg") == 5
+    assert page.count("<section") == 13
+    assert page.count("<svg") == 6
     assert f"Targets: {target.name} (for CIFAR-10), at most 30 training images; {target.name} (for SOP)" in page
     assert f"a check of the programs, no result: {benchmark.name}, 160 images, 24 px, 1 epochs" in page
     assert not re.search(r'(src|href)="(?!#)', page)  # nothing is fetched from elsewhere

@@ -1,4 +1,4 @@
-"""Intervals of differences, against SciPy's."""
+"""Cells of a report: computed once, shared by processes, and kept by later versions."""
 
 import json
 import time
@@ -7,68 +7,33 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from robustfeat.errors import InputError
+from robustfeat.training.evaluation.answers import pack, unpack
 from robustfeat.training.evaluation.report import libsvm_cell
-from robustfeat.training.paper.cells import Cells, pack, unpack
+from robustfeat.training.paper.cells import Cells
 from robustfeat.training.paper.locks import BusyError, Locks
-from robustfeat.training.paper.statistics import compare
 from robustfeat.training.recipe import Recipe
-
-
-def runs(rng: np.random.Generator, share: float, seeds: int = 3, images: int = 2000) -> list[np.ndarray]:
-    return [rng.random(images) < share for _ in range(seeds)]
-
-
-def test_intervals_are_scipys() -> None:
-    rng = np.random.default_rng(0)
-    right, baseline = runs(rng, 0.6), runs(rng, 0.5)
-    result = compare(right, baseline)
-    by_seed = [a.mean() - b.mean() for a, b in zip(right, baseline, strict=True)]
-    expected = stats.ttest_rel([a.mean() for a in right], [b.mean() for b in baseline]).confidence_interval()
-    assert result.difference == pytest.approx(np.mean(by_seed))
-    assert result.over_seeds == pytest.approx(tuple(expected), abs=1e-12)
-    by_image = (np.stack(right).astype(float) - np.stack(baseline)).mean(0)
-    reference = stats.bootstrap((by_image,), np.mean, n_resamples=10_000, method="percentile", random_state=1)
-    assert result.over_images == pytest.approx(tuple(reference.confidence_interval), abs=1e-3)
-
-
-@pytest.mark.parametrize(("share", "mark"), [(0.7, "holds"), (0.3, "fails"), (0.5, "undecided")])
-def test_marks_need_both_intervals(share: float, mark: str) -> None:
-    rng = np.random.default_rng(1)
-    assert compare(runs(rng, share), runs(rng, 0.5)).mark == mark
-
-
-def test_one_seed_decides_nothing() -> None:
-    rng = np.random.default_rng(2)
-    result = compare(runs(rng, 0.9, 1), runs(rng, 0.1, 1))
-    assert (result.over_seeds, result.mark) == (None, "undecided")
-    assert result.over_images[0] > 0.5
-
-
-def test_seeds_that_disagree_are_undecided_however_many_images() -> None:
-    base = np.zeros(100_000, bool)
-    better, worse = base.copy(), base.copy()
-    better[:60_000], worse[:1] = True, True
-    result = compare([better, worse], [base, base])
-    assert result.over_images[0] > 0
-    assert result.mark == "undecided"
-
-
-def test_seeds_that_agree_on_too_few_images_are_undecided() -> None:
-    base = np.zeros(50, bool)
-    better = base.copy()
-    better[7] = True
-    result = compare([better] * 3, [base] * 3)
-    assert result.over_seeds == pytest.approx((0.02, 0.02))
-    assert result.mark == "undecided"
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
 def test_packed_answers_come_back(count: int) -> None:
     right = np.random.default_rng(count).random(count) < 0.5
     np.testing.assert_array_equal(unpack(pack(right)), right)
+
+
+def test_answers_that_were_cut_short_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected 1000 answers"):
+        unpack(pack(np.ones(1000, bool))[:-2])
+
+
+def test_a_cell_that_is_only_looked_up_is_not_computed(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, Locks(tmp_path / "locks", print))
+    assert cells.known("svm", "a", {"seed": 0}) is None
+    cells.get("svm", "a", {"seed": 0}, lambda: {"accuracy": 0.5})
+    assert cells.known("svm", "a", {"seed": 0}) == {"accuracy": 0.5}
+    with pytest.raises(InputError, match="another seed"):
+        cells.known("svm", "a", {"seed": 1})
 
 
 def test_a_cell_is_computed_once_for_the_same_inputs(tmp_path: Path) -> None:
@@ -87,7 +52,7 @@ def test_a_cell_is_computed_once_for_the_same_inputs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"svm-a\.json: is the result of another seed; move the folder away"):
         cells.get("svm", "a", {"seed": 1, "sizes": (1, 2)}, compute)
     whole = file.read_text()
-    damaged = ["{", whole.replace("1.1", "9.9"), whole.replace('"version": 1', '"version": 0')]
+    damaged = ["{", whole.replace("1.1", "9.9"), whole.replace('"version": 2', '"version": 0')]
     for count, text in enumerate(damaged, 2):
         assert text != whole
         file.write_text(text)
@@ -137,8 +102,8 @@ def test_opinions_of_before_libsvm_chose_are_kept_and_marked(tmp_path: Path) -> 
     before = {name: {"accuracy": 0.5, "converged": True} for name in ("LIBSVM", "LinearSVC")}
     cells.get("opinions", "a", {"seed": 0}, lambda: {"libsvm": before})
     file = tmp_path / "cells" / "opinions-a.json"
-    assert json.loads(file.read_text())["version"] == 2
-    for version, known in ((1, {"libsvm": before}), (0, {"new": 1})):
+    assert json.loads(file.read_text())["version"] == 3
+    for version, known in ((2, {"libsvm": before}), (1, {"libsvm": before}), (0, {"new": 1})):
         file.write_text(json.dumps({**json.loads(file.read_text()), "version": version}))
         assert cells.get("opinions", "a", {"seed": 0}, lambda: {"new": 1}) == known
     assert libsvm_cell(before) == "50.00+ / 50.00"
