@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -263,6 +264,17 @@ def test_joined_parts_are_the_whole_dataset(of: int, folder: Path, feats: Path, 
     join_parts(parts, f"{tmp_path}/joined.npy", quiet=True)
     whole = np.asarray(robustfeat.load(feats).values)
     assert np.load(tmp_path / "joined.npy").tobytes() == whole.tobytes()
+
+
+def test_more_files_than_may_be_open_are_loaded(folder: Path, embed: Embed, tmp_path: Path) -> None:
+    embed(folder, f"{tmp_path}/feats/", rows_per_file=1, shard_rows=1, batch_size=1)
+    assert len(list((tmp_path / "feats").glob("*.npy"))) == 30
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, hard))
+    try:
+        assert len(robustfeat.load(tmp_path / "feats").paths) == 30  # each has features and index, opened and mapped
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_what_is_no_dataset_is_one_line(folder: Path, feats: Path, embed: Embed, tmp_path: Path) -> None:
