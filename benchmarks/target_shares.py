@@ -21,10 +21,10 @@ from safetensors.numpy import load
 from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import TRAINING, WEIGHTS
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.heads.shares import fit_shares
 from robustfeat.training.concepts import assign_concepts
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
-from robustfeat.training.target import fit_shares
 
 Array = NDArray[np.float64]
 
@@ -71,7 +71,7 @@ class Classifier:
 
 
 def estimates(posteriors: Array, prior: Array) -> dict[str, Array]:
-    return {"N_k / N": prior, "mean": posteriors.mean(0), "em": fit_shares(posteriors, prior)}
+    return {"N_k / N": prior, "mean": posteriors.mean(0), "em": fit_shares(posteriors, prior, least=0.1 / len(prior))}
 
 
 def wanted_shares(names: list[str], prior: Array) -> dict[str, Array]:

@@ -23,6 +23,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = (
     "compare",
     "doctor",
+    "drift",
     "duplicates",
     "embed",
     "evaluate",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +16,21 @@ if TYPE_CHECKING:
     from robustfeat.serving.heads.features import Features
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.heads.labels.labels import Labels
+    from robustfeat.serving.identity import ModelIdentity
     from robustfeat.serving.inputs.input_list import InputList
 
-__all__ = ["open_inputs", "open_labelled", "open_labels", "remark"]
+__all__ = [
+    "open_extractor_of",
+    "open_inputs",
+    "open_labelled",
+    "open_labels",
+    "open_pair",
+    "remark",
+    "require_model",
+]
+
+_RUN = ("precision", "engine", "decoding", "pooling")
+"""Options whose defaults come from features: images are embedded as theirs were."""
 
 
 def open_labels(
@@ -156,3 +169,58 @@ def remark(text: str, quiet: bool) -> None:
     """Prints a line on stderr, unless it is empty or `quiet` is set."""
     if text and not quiet:
         say(text, err=True)
+
+
+def require_model(features: Features, model: ModelIdentity | None, place: str) -> None:
+    """Refuses another model than the one that made the features, where both are known."""
+    if features.model is not None and model is not None:
+        features.model.require(model, features.place, place)
+
+
+def open_extractor_of(features: Features, extraction: Extraction, fix: str) -> FeatureExtractor:
+    """Opens the model of the features, with the options that made them. `fix` is for features of an unknown model."""
+    from robustfeat.errors import InputError
+    from robustfeat.hub.catalog import builtin_model
+    from robustfeat.hub.folder import weights_sha256
+
+    model = features.model
+    if model is None:
+        raise InputError(f"{features.place}: its model is unknown, so images and words cannot be embedded", fix=fix)
+    if "model" not in extraction.given and weights_sha256(builtin_model().config.files) != model.weights_sha256:
+        raise InputError(
+            f"{features.place}: made by the model {model.name}, which images and words need, too",
+            fix="pass its folder or its name on the Hub as `model`",
+        )
+    same: dict[str, Any] = {key: getattr(model, key) or "auto" for key in _RUN if key not in extraction.given}
+    extractor = replace(extraction, options=replace(extraction.options, **same)).open()
+    require_model(features, extractor.identity, f"--model {extraction.model}")
+    return extractor
+
+
+def open_pair(
+    first: str, second: str, extraction: Extraction, quiet: bool, *, head: Head | None = None, head_place: str = ""
+) -> tuple[Features, Features]:
+    """Two collections of one model, each a file of features or images. Images follow the features beside them."""
+    from robustfeat.serving.heads.features import is_feature_file
+    from robustfeat.serving.inputs.listing import list_inputs
+
+    places = (first, second)
+    images = [place for place in places if not is_feature_file(place)]
+    if not images:
+        one, other = (open_inputs((place,), extraction, quiet, head=head, head_place=head_place) for place in places)
+        return one, other
+    plain = Extraction(extraction.options)  # whatever was typed is for the images
+    found = {
+        place: open_inputs((place,), plain, quiet, head=head, head_place=head_place)
+        for place in places
+        if place not in images
+    }
+    if found:
+        extractor = open_extractor_of(*found.values(), extraction, "embed the images first, and pass their features")
+    else:
+        extractor = _open_extractor(extraction, head, head_place)
+    for place in dict.fromkeys(images):
+        with list_inputs([place]) as listed:
+            _say_left_out(listed, quiet)
+            found[place] = replace(_embed(extractor, extraction, listed, quiet), place=place)
+    return found[first], found[second]

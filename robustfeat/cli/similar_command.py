@@ -5,27 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from robustfeat.cli.extraction import Extraction, extraction_options
-from robustfeat.cli.feature_inputs import remark
+from robustfeat.cli.feature_inputs import open_extractor_of, remark, require_model
 from robustfeat.cli.head_options import names_option
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
 
 if TYPE_CHECKING:
     from robustfeat.serving.collections.similar import Match, Queries, Search
-    from robustfeat.serving.extractor import FeatureExtractor
     from robustfeat.serving.heads.features import Features
-    from robustfeat.serving.identity import ModelIdentity
     from robustfeat.serving.inputs.input_list import InputList
-
-_RUN = ("precision", "engine", "decoding", "pooling")
-"""Options whose defaults come from FEATS: queries are embedded as its images were."""
 
 
 @click.command("similar", cls=Command, short_help="Search a collection by image, row or words.")
@@ -144,10 +138,10 @@ def _open_queries(
         elif what == "features":
             for place in places:
                 others = open_features(place)
-                _require_model(features, others.model, place)
+                require_model(features, others.model, place)
                 yield Queries.of_features(others, own=os.path.realpath(place) == os.path.realpath(features.place))
         else:
-            extractor = extractor or _open_extractor(features, extraction)
+            extractor = extractor or open_extractor_of(features, extraction, "pass row numbers or paths")
             with _listed(places, features) as found:
                 remark(say_left_out(found.left_out), quiet)
                 yield Queries.of_features(
@@ -156,7 +150,7 @@ def _open_queries(
                     )
                 )
     if texts:
-        extractor = extractor or _open_extractor(features, extraction)
+        extractor = extractor or open_extractor_of(features, extraction, "pass row numbers or paths")
         yield Queries.of_vectors(texts, extractor.embed_texts(texts))
 
 
@@ -173,32 +167,3 @@ def _listed(places: list[str], features: Features) -> InputList:
         raise InputError(
             exc.what, fix=f"to name a row of {features.place}, pass its number or its path in the index"
         ) from exc
-
-
-def _require_model(features: Features, model: ModelIdentity | None, place: str) -> None:
-    if features.model is None or model is None:
-        return
-    features.model.require(model, features.place, place)
-
-
-def _open_extractor(features: Features, extraction: Extraction) -> FeatureExtractor:
-    """Opens the model of the features, with the options that made them."""
-    from robustfeat.errors import InputError
-    from robustfeat.hub.catalog import builtin_model
-    from robustfeat.hub.folder import weights_sha256
-
-    model = features.model
-    if model is None:
-        raise InputError(
-            f"{features.place}: its model is unknown, so images and words cannot be embedded",
-            fix="pass row numbers or paths",
-        )
-    if "model" not in extraction.given and weights_sha256(builtin_model().config.files) != model.weights_sha256:
-        raise InputError(
-            f"{features.place}: made by the model {model.name}, which images and words need, too",
-            fix="pass its folder or its name on the Hub as `model`",
-        )
-    same: dict[str, Any] = {key: getattr(model, key) or "auto" for key in _RUN if key not in extraction.given}
-    extractor = replace(extraction, options=replace(extraction.options, **same)).open()
-    _require_model(features, extractor.identity, f"--model {extraction.model}")
-    return extractor

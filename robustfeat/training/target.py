@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
@@ -15,17 +14,17 @@ from robustfeat.hub.catalog import resolve_model
 from robustfeat.hub.folder import TRAINING, WEIGHTS
 from robustfeat.progress import remark
 from robustfeat.serving.extractor import FeatureExtractor
+from robustfeat.serving.heads.shares import fit_shares
 from robustfeat.serving.inputs.choice import say_left_out
 from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.training.concepts import assign_concepts
 
-__all__ = ["estimate_reference", "fit_shares"]
+__all__ = ["estimate_reference"]
 
 _BATCH = 64
 _FLOOR = 0.1
 """Of an equal share: what EM leaves a concept at least. At a share of 0 the concept level would drop it."""
-_TOLERANCE, _MOST_ROUNDS = 1e-6, 1000
 
 
 def _batches(listed: InputList) -> Iterator[list[bytes]]:
@@ -42,31 +41,6 @@ def _batches(listed: InputList) -> Iterator[list[bytes]]:
         yield batch
 
 
-def fit_shares(posteriors: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The shares under which unlabelled examples are most likely, if only the shares differ from those of training.
-
-    Args:
-        posteriors: (n, K), each example's probabilities of the concepts, by a classifier whose training examples had
-            the shares `prior`.
-        prior: (K,), positive.
-
-    Returns:
-        (K,), summing to 1. Every concept gets at least a tenth of an equal share, before that makes the sum 1.
-
-    Source: Saerens, Latinne and Decaestecker, Neural Computation 2002, Eq. 2.9 (EM).
-    """
-    ratios, shares = posteriors / prior, prior
-    for _ in range(_MOST_ROUNDS):
-        weighted = ratios * shares
-        new = (weighted / weighted.sum(1, keepdims=True)).mean(0)
-        change, shares = np.abs(new - shares).max(), new
-        if change < _TOLERANCE:
-            break
-    shares = np.maximum(shares, _FLOOR / len(prior))
-    result: NDArray[np.float64] = shares / shares.sum()
-    return result
-
-
 def estimate_reference(
     images: str, concepts: str, model: str = "builtin", *, rule: str = "mean", quiet: bool = True
 ) -> dict[str, float]:
@@ -79,7 +53,8 @@ def estimate_reference(
         images: a folder of the target's images, or one image.
         concepts: see `load_concepts`; must have every class of the model.
         model: a model folder, builtin, or ORG/NAME, trained by robustfeat (its classifier is used).
-        rule: `mean` over the images, or `em`: `fit_shares`, with classes of one size in the model's training.
+        rule: `mean` over the images, or `em`: `fit_shares`, with classes of one size in the model's training. Every
+            concept then gets at least a tenth of an equal share.
         quiet: print no line about images that are left out.
 
     Returns:
@@ -137,6 +112,9 @@ def estimate_reference(
     posteriors = np.concatenate(found)
     if not len(posteriors):
         raise DataError(f"none of its {failed} images can be decoded", argument="target", value=images)
-    estimate = posteriors.mean(0) if rule == "mean" else fit_shares(posteriors, membership.mean(0))
+    if rule == "mean":
+        estimate = posteriors.mean(0)
+    else:
+        estimate = fit_shares(posteriors, membership.mean(0), least=_FLOOR / len(of_class.names))
     told = {name: round(float(share), 6) for name, share in zip(of_class.names, estimate, strict=True)}
     return told | dict.fromkeys(of_class.empty, 0.0)  # which this model cannot tell

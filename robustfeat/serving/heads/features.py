@@ -86,6 +86,16 @@ class Features:
             self._require_finite(rows, values)
             yield rows, values
 
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some rows, by their numbers.
+
+        Raises:
+            InputError: as `chunks`.
+        """
+        values = self.values[rows]
+        self._require_finite(rows.tolist(), values)
+        return values
+
     def check(self) -> None:
         """Reads all rows once.
 
