@@ -85,6 +85,11 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Features of a served model to search at /similar/NAME. Repeatable.",
 )
 @click.option(
+    "--reference",
+    metavar="FEATS",
+    help="Features of a served model. /metrics tells how far its latest images lie from them.",
+)
+@click.option(
     "--manifest",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -202,6 +207,7 @@ def command(
     models: tuple[str, ...],
     heads: tuple[str, ...],
     collections: tuple[str, ...],
+    reference: str | None,
     manifest: Path | None,
     host: str,
     port: int,
@@ -248,6 +254,7 @@ def command(
         workers=workers,
         counts=anonymous_memory(),
         reloads=Reloads(),
+        reference=reference,
         page=not no_page,
         proxies=parse_proxies(forwarded_allow_ips),
         log_requests=log_requests,

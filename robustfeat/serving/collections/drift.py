@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,13 @@ from robustfeat.serving.heads.features import CHUNK_ROWS, Features
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.shares import fit_shares
 
-__all__ = ["MOST_MEASURED", "Answers", "Drift", "Reference", "measure_drift"]
+__all__ = ["ATYPICAL", "MOST_MEASURED", "Answers", "Drift", "Reference", "draw_rows", "measure_drift"]
 
 MOST_MEASURED = 50_000
 """Rows of a collection whose typicality is measured, and which a head answers for."""
+
+ATYPICAL = 0.05
+"""Images of a lower typicality are called atypical: about as large a share of them is so without a shift."""
 
 _NEIGHBOURS = 10
 _EXPLAINED = 0.5
@@ -87,26 +91,28 @@ class Reference:
     Args:
         sample: (m, D) finite, at least two rows.
 
-    Attributes:
-        units: (m, D) the sample at length 1.
     """
 
     def __init__(self, sample: NDArray[np.floating]) -> None:
-        self.units = to_units(sample)
-        away = distances_between(self.units, self.units)
+        self._units = to_units(sample)
+        away = distances_between(self._units, self._units)
         np.fill_diagonal(away, np.inf)
         self._nearest = min(_NEIGHBOURS, len(sample) - 1)
         self._own = np.sort(np.partition(away, self._nearest - 1, axis=1)[:, self._nearest - 1])
 
     def distances(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
         """(n, D) rows to their distances, (n,)."""
-        away = distances_between(to_units(values), self.units)
+        away = distances_between(to_units(values), self._units)
         return np.asarray(np.partition(away, self._nearest - 1, axis=1)[:, self._nearest - 1])
 
     def typicality(self, distances: NDArray[np.float64]) -> NDArray[np.float64]:
         """(n,) distances to (n,), above 0 and up to 1."""
         as_far = len(self._own) - np.searchsorted(self._own, distances, side="left")
         return np.asarray((1 + as_far) / (1 + len(self._own)))
+
+    def compare(self, values: NDArray[np.floating], **options: Any) -> Comparison:
+        """Compares the sample with (n, D) rows. `options` are those of `compare_samples`."""
+        return compare_samples(self._units, to_units(values), **options)
 
 
 def measure_drift(
@@ -144,12 +150,12 @@ def measure_drift(
     if head is not None:
         _require_head(head, reference)
     draw = np.random.default_rng(seed)
-    measured = _draw(reference, MOST_MEASURED, draw), _draw(new, MOST_MEASURED, draw)
+    measured = draw_rows(reference, MOST_MEASURED, draw), draw_rows(new, MOST_MEASURED, draw)
     rows = _part(measured[0], sample, draw), _part(measured[1], sample, draw)
-    nearby, y = Reference(reference.take(rows[0])), to_units(new.take(rows[1]))
+    nearby = Reference(reference.take(rows[0]))
     away = np.concatenate([nearby.distances(values) for values in _chunks(new, measured[1])])
     order = np.argsort(-away, kind="stable")
-    comparison = compare_samples(nearby.units, y, permutations=permutations, seed=seed, advance=advance)
+    comparison = nearby.compare(new.take(rows[1]), permutations=permutations, seed=seed, advance=advance)
     return Drift(
         comparison=comparison,
         rows=measured[1][order],
@@ -167,8 +173,12 @@ def _require_head(head: Head, reference: Features) -> None:
         raise InputError("the head: expected one label per image; got a head of several", fix="leave `head` out")
 
 
-def _draw(features: Features, most: int, draw: np.random.Generator) -> NDArray[np.int64]:
-    """Rows that did not fail, ascending."""
+def draw_rows(features: Features, most: int, draw: np.random.Generator) -> NDArray[np.int64]:
+    """Numbers of rows that did not fail, at most so many, ascending.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
     rows = np.flatnonzero(features.good)
     if len(rows) < 2:
         raise InputError(f"{features.place}: expected two images or more that did not fail; got {len(rows)}")

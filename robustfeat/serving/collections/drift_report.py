@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 
 from robustfeat.progress import json_line
-from robustfeat.serving.collections.drift import Answers, Drift
+from robustfeat.serving.collections.drift import ATYPICAL, Answers, Drift
 from robustfeat.serving.heads.cells import csv_line
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.inputs.sources import path_fields
 
-__all__ = ["ATYPICAL", "headline", "remarks", "to_csv", "to_dict", "to_jsonl"]
-
-ATYPICAL = 0.05
-"""Images of a lower typicality are called atypical: about as large a share of them is so without a shift."""
+__all__ = ["headline", "remarks", "to_csv", "to_dict", "to_jsonl"]
 
 _LISTED_IMAGES, _LISTED_CLASSES = 10, 5
 

@@ -52,6 +52,10 @@ def open_service(manifest: Manifest, options: ServerOptions, number: int) -> Ser
         )
         for name, place in manifest.models.items()
     }
+    if options.reference is not None:
+        from robustfeat.serving.http.drift import watch_drift
+
+        watch_drift(options.reference, models, metrics)
     heads = _load_heads(manifest.heads, models)
     collections, pinned = _load_collections(manifest.collections, models, max(1, available_cpus() // options.workers))
     return Service(

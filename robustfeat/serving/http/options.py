@@ -31,6 +31,7 @@ class ServerOptions:
         workers: how many workers there are.
         counts: the descriptor of an empty file that all of them inherit (see `Admission`).
         reloads: tells whether the last reload was refused.
+        reference: features that images are compared with, for the metrics of drift; None for none.
         page: whether there is the page at /.
         proxies: addresses and networks whose X-Forwarded-For is believed; `*` for all.
         log_requests: whether there is a log line for every request.
@@ -46,6 +47,7 @@ class ServerOptions:
     workers: int
     counts: int
     reloads: Reloads
+    reference: str | None
     page: bool
     proxies: list[str]
     log_requests: bool

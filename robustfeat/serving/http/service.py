@@ -26,6 +26,7 @@ from robustfeat.serving.verify import golden_answers
 
 if TYPE_CHECKING:  # with these come further libraries
     from robustfeat.serving.heads.head import Head
+    from robustfeat.serving.http.drift import DriftWindow
     from robustfeat.serving.http.process.tracing import Tracer
     from robustfeat.serving.http.similar import ServedCollection
 
@@ -53,6 +54,7 @@ class ServedModel(NamedModel):
 
     Attributes:
         batch_size: images that the model takes at once, at most.
+        window: compares its images with a reference, if there is one.
         last_good: when it last embedded an image, by `time.monotonic`; minus infinity before it has.
     """
 
@@ -80,6 +82,7 @@ class ServedModel(NamedModel):
         )
         self._golden = golden_answers(extractor)
         self.last_good = float("-inf")
+        self.window: DriftWindow | None = None
 
     def __enter__(self) -> ServedModel:
         self._batcher.__enter__()
@@ -105,6 +108,8 @@ class ServedModel(NamedModel):
         if any(a.features is not None and isinstance(i, bytes) for a, i in zip(answers, images, strict=True)):
             self.last_good = time.monotonic()
         self._metrics.answered(good, len(answers) - good)
+        if self.window is not None:
+            self.window.add(answer.features for answer in answers if answer.features is not None)
         return answers
 
     async def probe(self, count: int = 1) -> None:

@@ -25,7 +25,7 @@ from robustfeat.serving.online.answers import JSON, Vector, failed_item, json_by
 from robustfeat.serving.online.errors import ApiError
 from robustfeat.serving.online.schemas import Similar
 
-__all__ = ["ServedCollection", "add_routes", "match_collections"]
+__all__ = ["ServedCollection", "add_routes", "match_collections", "match_model"]
 
 _MOST = 1000
 _DEFAULT = 10
@@ -72,16 +72,25 @@ def match_collections(
     Raises:
         InputError: no model did.
     """
-    matched = {}
-    for name, features in collections.items():
-        made_by = features.model
-        fitting = [model for model in models if made_by and made_by.same_features(model.identity)]
-        if made_by and not fitting:
-            made_by.require(models[0].identity, f"the collection {name}", "the model served")
-        if not fitting:
-            raise InputError(f"the collection {name}: of an unknown model", fix="embed the images with a model served")
-        matched[name] = ServedCollection(features, fitting[0], processors)
-    return matched
+    return {
+        name: ServedCollection(features, match_model(f"the collection {name}", features, models), processors)
+        for name, features in collections.items()
+    }
+
+
+def match_model(what: str, features: Features, models: Sequence[ServedModel]) -> ServedModel:
+    """The model that made the features; `what` names them.
+
+    Raises:
+        InputError: no model did.
+    """
+    made_by = features.model
+    fitting = [model for model in models if made_by and made_by.same_features(model.identity)]
+    if made_by and not fitting:
+        made_by.require(models[0].identity, what, "the model served")
+    if not fitting:
+        raise InputError(f"{what}: of an unknown model", fix="embed the images with a model served")
+    return fitting[0]
 
 
 def add_routes(routes: Routes, service: Service, collections: Mapping[str, ServedCollection]) -> None:

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import prometheus_client
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest, values
@@ -21,6 +22,9 @@ from prometheus_client.multiprocess import MultiProcessCollector
 import robustfeat
 from robustfeat.files import reserve_space
 from robustfeat.system import anonymous_bytes, child_processes
+
+if TYPE_CHECKING:
+    from robustfeat.serving.http.drift import DriftWindow
 
 __all__ = ["CONTENT_TYPE", "MOST_KEYS", "Metrics", "ModelMetrics"]
 
@@ -183,6 +187,22 @@ class Metrics:
         """Registers a function that gives a gauge's value whenever the numbers are counted."""
         self.gauges.append((gauge, read))
         gauge.set(0)
+
+    def add_drift(self, model: str, window: DriftWindow) -> None:
+        """Adds what is known of a model's drift. Of several workers, the largest numbers count."""
+
+        def distance() -> float:
+            window.refresh()
+            return window.distance
+
+        for name, text, read in (
+            ("distance", "Energy distance between the latest images and the reference, 0 to 1.", distance),
+            ("shifted", "Whether the latest images differ from the reference.", lambda: window.shifted),
+            ("atypical_share", "The share of atypical images, 0.05 without a shift.", lambda: window.atypical),
+            ("window_images", "Images that were compared with the reference.", lambda: window.images),
+        ):
+            gauge = Gauge(f"robustfeat_drift_{name}", text, ["model"], registry=self._own, multiprocess_mode="livemax")
+            self.add_gauge(gauge.labels(model), read)
 
     def request(self, route: str, status: int) -> None:
         """Counts an answer."""
