@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from tests.cli.test_cli import only_line
-from tests.conftest import Run, WriteFeatures
+from tests.conftest import ROOT, Run, WriteFeatures
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +74,26 @@ def test_failed_images_are_left_out(robustfeat: Run, write_features: WriteFeatur
 def test_what_cannot_be_compared_is_refused_in_a_line(
     robustfeat: Run, features: Path, examples: Path, write_features: WriteFeatures, tmp_path: Path
 ) -> None:
-    other = write_features(tmp_path / "other.npy", np.ones((3, 512), np.float32), ["a", "b", "c"], name="another")
+    other = write_features(tmp_path / "other.npy", np.ones((3, 512), np.float32), ["a", "b", "c"])
     np.save(tmp_path / "plain.npy", np.ones((3, 512), np.float32))
     for arguments, code, text in (
         ([features, features, "--alpha", "0.001"], 2, "--alpha 0.001 needs --permutations above 999; got 999"),
         ([features, features, "--out", features], 2, "expected a name ending in .csv or .jsonl"),
-        ([features, other], 1, "another"),
+        ([features, other], 1, "of digits-v1; use the same model for both"),
         ([features, features, "--model", "builtin"], 2, "--model is for images"),
         ([tmp_path / "plain.npy", examples], 1, "embed the images first, and pass their features"),
     ):
         result = robustfeat("drift", *arguments)
         assert (result.returncode, result.stdout) == (code, ""), result.stderr
         assert text in result.stderr.splitlines()[-1]
+
+
+def test_the_example_in_the_docs_prints_what_they_say(robustfeat: Run) -> None:
+    text = (ROOT / "docs" / "drift.md").read_text("utf-8")
+    ((line, said),) = re.findall(r"    \$ robustfeat (.*)\n    (.*)\n", text)
+    result = robustfeat(*line.split(), cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+    # The last digits depend on the processor.
+    numbers = [[float(number) for number in re.findall(r"[\d.]+\d", one)] for one in (said, result.stdout)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.05)
+    assert result.stdout.startswith("no shift found: p ")
