@@ -216,7 +216,8 @@ def open_pair(
         if place not in images
     }
     if found:
-        extractor = open_extractor_of(*found.values(), extraction, "embed the images first, and pass their features")
+        (features,) = found.values()
+        extractor = open_extractor_of(features, extraction, "embed the images first, and pass their features")
     else:
         extractor = _open_extractor(extraction, head, head_place)
     for place in dict.fromkeys(images):
