@@ -57,11 +57,9 @@ def embed(
         precision: fp32; fp16, meant for GPUs; int8 if the model has it; bf16 with OpenVINO on some processors.
         engine: auto, onnxruntime, openvino or tensorrt.
         device: auto, cpu or cuda.
-        decoding: exact, or scaled, which decodes large JPEGs at a fraction of their size: faster, with slightly
-            different features.
+        decoding: exact, or scaled, which decodes large JPEGs smaller: faster, with slightly different features.
         max_pixels: largest accepted image; decoding takes up to 24 bytes per pixel.
-        pooling: how the output of a transformers model becomes features: auto (by its type), embeds, pooler, cls or
-            mean.
+        pooling: of a transformers model's output: auto (by the model's type), embeds, pooler, cls or mean.
         threads: number of processors for the model; by default all that the cgroup allows.
         workers: number of decoder processes; by default one per processor.
         batch_size: images per batch; by default set by the model's input size.
