@@ -43,7 +43,7 @@ class Clusters:
         return ConceptMap(names, table.argmax(1), table.sum(1), of_image=self.of_image)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"centres": torch.from_numpy(self.centres), "of_image": torch.from_numpy(self.of_image)}
 
     @classmethod
@@ -58,7 +58,7 @@ def find_clusters(features: NDArray[np.float32], count: int, seed: int) -> Clust
     Args:
         features: (N, D), of length 1; a row of NaN is an image that could not be decoded.
         count: K; clusters that stay empty, as where images are the same, are dropped.
-        seed: of the starts.
+        seed: random seed of the starts.
 
     Raises:
         DataError: there are fewer images than clusters.

@@ -1,4 +1,4 @@
-"""How far the sampling of batches alone moves q: an estimate beside `ConceptAdversary`, which it does not touch.
+"""Estimates how far only the sampling of batches moves q, without affecting `ConceptAdversary`.
 
 docs/concept-noise.md derives it.
 """
@@ -39,7 +39,7 @@ class ConceptNoise:
         tangent: (K,) float64 q0, for chi-square and KL: q_k moves by q0_k times D'(q)_k less its mean under q0. None,
             for L2: by D'(q)_k less its plain mean.
         pass_steps: n, the steps of one pass over the data; None: batches are drawn independently.
-        repeats: how many steps in a row use one batch; `pass_steps` counts each of them.
+        repeats: number of consecutive steps per batch; `pass_steps` counts each of them.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ConceptNoise:
     ) -> None:
         self._lam, self._n_over_nk = lam, n_over_nk.cpu().numpy()
         self._scale = np.ones_like(self._n_over_nk) if tangent is None else tangent.cpu().numpy()
-        self._shares = self._scale / self._scale.sum()  # of the mean that is taken off
+        self._shares = self._scale / self._scale.sum()  # weights of the mean that is subtracted
         self._pass_steps, self._repeats = pass_steps, repeats
         self._steps = 0
         # Of lambda D'(q), over independent batches: all of it, and the part from differences between losses.
@@ -123,7 +123,7 @@ class ConceptNoise:
         return torch.from_numpy(self._scale * np.sqrt(variances) / self._lam)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to resume."""
+        """The state for `load_state_dict`."""
         self._take_in()
         return {
             "steps": self._steps,

@@ -1,4 +1,4 @@
-"""Concepts: which group of classes each class belongs to (Table 1 of the paper for ImageNet)."""
+"""Maps classes to concepts, groups of classes (Table 1 of the paper for ImageNet)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ConceptMap:
         names: the K concepts that have classes here, sorted.
         of_class: (C,) int64, the concept of each class.
         class_counts: (C,) int64, the training examples of each class.
-        empty: concepts of the map without any class here; they are left out, since N / N_k would be infinite.
+        empty: concepts of the map without classes here. They are left out, since N / N_k would be infinite.
         of_image: (N,) int64, the concept of each image, where its class does not decide; `of_class` then has the
             commonest of each class.
     """
@@ -181,7 +181,7 @@ def assign_concepts(source: str, classes: Sequence[str], counts: NDArray[np.int6
         )
     used = sorted({mapping[name] for name, count in zip(classes, counts, strict=True) if count > 0})
     index = {concept: number for number, concept in enumerate(used)}
-    # A class without examples never appears in a batch; any index serves.
+    # A class without examples never appears in a batch, so any index is fine.
     of_class = np.array([index.get(mapping[name], 0) for name in classes], np.int64)
     return ConceptMap(tuple(used), of_class, np.asarray(counts), tuple(sorted(set(mapping.values()) - set(used))))
 

@@ -81,7 +81,7 @@ _LEAST = 1e-300
 """A share that underflowed would have no way back: its logarithm is -inf."""
 
 DIVERGENCES: dict[str, Divergence] = {"l2": _SquaredL2(), "kl": _KullbackLeibler(), "chi2": _ChiSquare()}
-"""By their names in recipes."""
+"""Divergences by their names in recipes."""
 
 
 def project_simplex(v: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class ExampleLevel:
     """The example level, switched off: images stay as they are.
 
     Attributes:
-        replays: how many steps in a row are made with one batch.
+        replays: number of consecutive steps per batch.
         half: whether the model sees the images at half their side, too.
     """
 
@@ -35,12 +35,12 @@ class ExampleLevel:
 
         Args:
             model: for passes of the level's own.
-            batch: of this step.
+            batch: the batch of this step.
             tau: length of the move, above 0.
             losses: from what the model gives for the batch's images, moved or not, to their losses.
 
         Returns:
-            (n, 3, S, S), without a graph; the first m are the batch's, moved or not.
+            (n, 3, S, S), without a graph. The first m are the batch's images, moved or not.
         """
         return batch.images
 
@@ -104,7 +104,7 @@ class _Gradient(_Moving):
 
 
 class _FreeGradient(_Moving):
-    """Along the gradient that the step before left on the same batch; the first step of a batch has none.
+    """Moves along the gradient of the previous step on the same batch. A batch's first step has no gradient.
 
     Args:
         std: see `_Moving`.
@@ -139,7 +139,7 @@ class _FeatureDirection(_Moving):
 
     Args:
         std, half, batch_norm: see `_Gradient`.
-        steps: of the search for that direction.
+        steps: number of steps in the search for that direction.
         weight: beta.
         still: train on the images as they are, too.
     """

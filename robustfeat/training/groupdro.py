@@ -53,7 +53,7 @@ class GroupAdversary:
         return (self.q * counts.sum() / counts.clamp_min(1)).float()[concepts]
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to resume."""
+        """The state for `load_state_dict`."""
         return {"q": self.q.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def _inner_pass(model: nn.Module, batch_norm: str) -> Iterator[None]:
 
 
 _LOSS_SCALE = 64.0
-"""Keeps the gradients of well classified images above fp16's smallest numbers; the step takes it out again."""
+"""Scale that keeps gradients of well classified images above fp16's smallest numbers. The step divides by it."""
 
 
 Losses = Callable[[Any], Tensor]
@@ -71,13 +71,13 @@ Losses = Callable[[Any], Tensor]
 
 
 def inner_output(model: nn.Module, images: Tensor, *, half: bool = False, batch_norm: str = "batch") -> Any:
-    """What the model gives for images in an inner pass, without any gradient; see `input_gradient`."""
+    """The model's output for images in an inner pass, without any gradient; see `input_gradient`."""
     with torch.no_grad(), _inner_pass(model, batch_norm):
         return model(_seen(images, half))
 
 
 def _seen(images: Tensor, half: bool) -> Tensor:
-    """What an inner pass sees of images."""
+    """The images for an inner pass."""
     if not half:
         return images
     size = ((images.shape[2] + 1) // 2, (images.shape[3] + 1) // 2)
@@ -99,8 +99,8 @@ def input_gradient(
         model: maps images to logits (m, C); used in the mode that it is in. Under data parallelism the wrapped module.
         images: (m, 3, H, W) float, in the network's normalised input space.
         labels: (m,) int64, or (m, C) float shares of classes.
-        losses: of the model's output, in place of the cross-entropy with `labels`.
-        half: of the loss at half the resolution, a quarter of the work; still with regard to the whole image.
+        losses: losses of the model's output, instead of the cross-entropy with `labels`.
+        half: compute the loss at half the resolution, a quarter of the work, still for the whole image's gradient.
         batch_norm: `batch` (this batch's statistics, where the model is in training mode) or `eval` (running ones).
 
     Returns:
@@ -225,13 +225,13 @@ class ConceptAdversary:
         divergence: what keeps q near q0: `l2` (Eq. 4), `kl` or `chi2`; see `divergences`.
         baseline: take the last batch's mean loss from each loss. In expectation that adds one constant to all
             components of the gradient, which the projection takes out again, and its noise shrinks.
-        pass_steps, repeats: of `ConceptNoise`.
+        pass_steps, repeats: see `ConceptNoise`.
 
     Attributes:
         q: (K,) float64, the distribution that weighs the losses now.
         reference: (K,) float64, q0.
-        step: how many updates were made.
-        noise: what sampling alone does to q.
+        step: number of updates.
+        noise: the effect of sampling on q.
 
     q, its gradient and the projection are float64: in float32 (N / N_k)(N_k / N) is not 1 for a quarter of counts.
     On a GPU no step waits for the device, but for one in 256 where nobody reads the noise.
@@ -313,7 +313,7 @@ class ConceptAdversary:
         return weights
 
     def update(self, losses: Tensor, concepts: Tensor) -> None:
-        """One step of Eq. 6 from this batch's losses; under data parallelism, from those of all ranks.
+        """One step of Eq. 6 from this batch's losses, under data parallelism from the losses of all ranks.
 
         Another divergence than L2 makes a step of its own ascent.
 
@@ -356,7 +356,7 @@ class ConceptAdversary:
             self._norms = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to resume."""
+        """The state for `load_state_dict`."""
 
         def kept(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.cpu().clone()
@@ -385,7 +385,7 @@ class ConceptAdversary:
         self._c = state.get("c", self._c)
         self._norms = [norm.to(device) for norm in state.get("norms", [])]
         self._lagged_mean = None if mean is None else mean.to(device)
-        if "noise" in state:  # not in those of earlier versions
+        if "noise" in state:  # missing in earlier versions
             self.noise.load_state_dict(state["noise"])
 
     def _move_to(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What a classifier's mistakes cost: the loss of each image from its logits and its label."""
+"""Computes the loss of each image from its logits and its label."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ldr_kl_losses(
         targets: (m,) int64, or (m, C) shares of classes, which weigh the losses of the classes.
         lam: lambda, positive.
         margin: c.
-        label_smoothing: as of the cross-entropy.
+        label_smoothing: label smoothing, as for the cross-entropy.
 
     Returns:
         (m,) float32, non-negative, with the graph of `logits`.

@@ -16,7 +16,7 @@ __all__ = ["METHODS", "Method", "import_failed", "local_modules", "require_metho
 
 @dataclass(frozen=True)
 class Method:
-    """What a method does at each level; None switches a level off.
+    """The choices of a method at each level; None switches a level off.
 
     Attributes:
         direction: of the example level: `gradient`, `features` (stable) or `random` (a control).

@@ -29,7 +29,7 @@ __all__ = [
 
 
 class StepOutput(NamedTuple):
-    """What a network gives for the images of a step.
+    """A network's outputs for the images of a step.
 
     Attributes:
         logits: (n, C).
@@ -86,7 +86,7 @@ class Outputs(nn.Module):
     """Gives logits, features and what heads make of them in one call, as data parallelism and compilation need it.
 
     Args:
-        network: of `build_network`.
+        network: a network from `build_network`.
         heads: modules from (n, D) features; an objective's own, and `PROJECTION`, which comes before the others.
     """
 
@@ -113,7 +113,7 @@ class Outputs(nn.Module):
 
     @property
     def classifying(self) -> nn.ModuleList:
-        """What images pass on their way to logits: the network, and the projection where there is one."""
+        """The modules between images and logits: the network, and the projection if there is one."""
         return nn.ModuleList([self.network, *(head for name, head in self.heads.items() if name == PROJECTION)])
 
 
@@ -138,8 +138,8 @@ def build_network(classes: int, name: str = "resnet18", *, width: int = 64, imag
     Args:
         classes: C.
         name: `resnet18`, or `timm:NAME` for any classifier of timm.
-        width: of ResNet-18; see `ResNet18`.
-        image_size: of the validation images, for networks whose size is fixed.
+        width: width of ResNet-18; see `ResNet18`.
+        image_size: side of the validation images, for networks of a fixed size.
 
     Raises:
         InputError: timm has no such network, or it cannot be trained here.
@@ -164,7 +164,7 @@ def make_timm(name: str, image_size: int | None = None, **options: Any) -> nn.Mo
     """A network of timm, for this side of its input where it takes no other; its settings then say so.
 
     Raises:
-        Exception: of many kinds, where timm cannot make it.
+        Exception: timm cannot build the network. It raises many kinds.
     """
     import timm
 
@@ -212,8 +212,8 @@ def require_side(network: nn.Module, name: str, side: int) -> None:
     """Images of this side can be trained on: some networks have a size of their own, or a least one.
 
     Args:
-        network: of `build_network`, on its device.
-        name: as there.
+        network: a network from `build_network`, on its device.
+        name: see `build_network`.
         side: S.
 
     Raises:
@@ -266,7 +266,7 @@ def feature_size(network: nn.Module) -> int:
 
 
 def timm_settings(network: nn.Module) -> dict[str, Any]:
-    """What timm says of a network, by the names of `ModelConfig`: architecture, first and last layers, and its size."""
+    """Facts of timm about a network, by the names of `ModelConfig`: architecture, first and last layers, and size."""
     if isinstance(network, ResNet18):
         name = "resnet18" if network.bn1.num_features == 64 else f"robustfeat:resnet18-width{network.bn1.num_features}"
         return {"architecture": name, "first_conv": "conv1", "classifier": "fc"}
@@ -277,7 +277,7 @@ def timm_settings(network: nn.Module) -> dict[str, Any]:
 
 
 def feature_network(network: nn.Module) -> nn.Module:
-    """The same network, from images to features: its classifier is taken away."""
+    """Removes the classifier, so the network outputs features."""
     any_network: Any = network
     if isinstance(network, ResNet18):
         any_network.fc = nn.Identity()

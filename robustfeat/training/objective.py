@@ -1,4 +1,4 @@
-"""What training minimises: one small class with three hooks, for the images, their losses and the scalar of a step.
+"""The training objective: one small class with three hooks, for the images, their losses and the scalar of a step.
 
 To try an idea of your own, subclass `Objective`, override a hook and pass `--method module:Class`.
 """
@@ -48,7 +48,7 @@ class Objective:
     Attributes:
         example_level, concept_level: what moves the images, and what weighs the losses.
         example_weighting: what weighs the losses of a batch before that (`Recipe.p_lam`).
-        replays: how many steps in a row are made with one batch.
+        replays: number of consecutive steps per batch.
         tau_at_224px: length of the example-level step; 0 where that level is off.
     """
 
@@ -72,7 +72,7 @@ class Objective:
 
     @property
     def adversary(self) -> Adversary | None:
-        """What the concept level learns with, if it learns."""
+        """The state with which the concept level learns, if it learns."""
         return self.concept_level.adversary
 
     def tau(self, side_px: int, epoch: float) -> float:
@@ -108,7 +108,7 @@ class Objective:
             batch: this step's.
 
         Returns:
-            (n, 3, S, S), without a graph; the first m are the batch's, moved or not.
+            (n, 3, S, S), without a graph. The first m are the batch's images, moved or not.
         """
         tau = self.tau(batch.images.shape[-1], batch.epoch)
         if tau == 0:
@@ -121,7 +121,7 @@ class Objective:
         The example level's inner pass asks it, too, about images of its own: it must not learn from them.
 
         Args:
-            output: of the images of `training_images`.
+            output: output for the images of `training_images`.
             batch: this step's.
 
         Returns:
@@ -172,7 +172,7 @@ class Objective:
         return self.concept_level.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return self.concept_level.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ class Objective:
 def create_objective(recipe: Recipe, concepts: ConceptMap) -> Objective:
     """The objective that `recipe.method` names: one of `methods.METHODS`, or `module:Class`.
 
-    A class of one's own is called with (recipe, concepts) and offers what `Objective` offers.
+    A custom class is called with (recipe, concepts) and has the interface of `Objective`.
 
     Raises:
         InputError: there is no such method, or the class cannot be imported.

@@ -36,20 +36,20 @@ class Recipe:
         method: erm, el, cl, hrrl; stable; random, balanced, groupdro; or module:Class.
         concepts: imagenet11, classes, a CSV file `class,concept`, or clusters:K (of the teacher's features).
         network: resnet18, timm:NAME for a classifier of timm, or auto (the network of `init`; ResNet-18 without).
-        width: of ResNet-18, channels of its first stage (64, the paper).
+        width: channels of ResNet-18's first stage (64, the paper).
         init: weights to start from: a run, a model folder, ORG/NAME on the Hub, or a file (empty: random ones).
-        init_sha256: of those weights; training fills it in, and refuses others afterwards.
+        init_sha256: sha256 of those weights. Training fills it in, and refuses others afterwards.
         teacher: a model folder or ORG/NAME on the Hub: the network learns its features of the same crop (empty: none).
-        teacher_weight: of that loss, beside the labels'.
-        teacher_precision: of the teacher: fp32, fp16, bf16 or int8.
-        teacher_crops: compute its features once, of so many crops an image, which the epochs show in turn (0: at each
+        teacher_weight: weight of the teacher's loss, besides the labels' loss.
+        teacher_precision: precision of the teacher: fp32, fp16, bf16 or int8.
+        teacher_crops: compute its features once, of so many crops per image, which the epochs use in turn (0: at each
             step, of crops that are always new).
         teacher_gb: the most that those features may take on the disk, in GB.
-        teacher_sha256, teacher_size: of its config.json, and D of its features; training fills them in, and refuses
+        teacher_sha256, teacher_size: sha256 of its config.json, and its D. Training fills them in, and refuses
             another teacher afterwards.
         labels: learn the labels; without them, only features are learned, of the teacher or of the start.
         optimizer: sgd (the paper) or adamw, with PyTorch's betas, which has no `momentum`.
-        epochs, batch_size, lr, momentum, weight_decay: of the optimiser.
+        epochs, batch_size, lr, momentum, weight_decay: settings of the optimiser.
         decay_norms: decay the weights of normalisation layers and biases, too (the paper says nothing of them).
         clip_norm: scale gradients down to this L2 norm, over all parameters; 0: never.
         accumulate: batches whose mean gradient makes one update; the last ones of an epoch may be fewer.
@@ -60,15 +60,15 @@ class Recipe:
         image_sizes: (first epoch, S in pixels) pairs; the training crops grow with the epochs.
         validation_size: S of the validation images, and the exported model's default.
         crop_pct: share of the resized validation image that its centre crop keeps.
-        interpolation: of the validation images: bilinear or bicubic (None: `init`'s, or bilinear).
-        mean, std: of the network's input, per channel in [0, 1] (None: `init`'s, or ImageNet's).
-        preprocessing_version: of the contract by which images are decoded: 2, or 1 as before there was another.
+        interpolation: interpolation of the validation images, bilinear or bicubic (None: `init`'s, or bilinear).
+        mean, std: mean and standard deviation of the input, per channel in [0, 1] (None: `init`'s, or ImageNet's).
+        preprocessing_version: version of the contract for decoding: 2, or 1 as in earlier versions.
         min_crop_area: training crops cover between this share and all of an image's area.
         trivial_augment: change each crop by a random operation of TrivialAugment (wide).
         erasing: probability that a rectangle of a crop becomes the mean colour (0, the paper: none).
         projection: hidden units of an MLP between the features and all that is learned from them, which is thrown
             away with the classifier (0, the paper: none).
-        loss: of the labels, `cross_entropy` (the paper) or `ldr_kl`, which has lambda `ldr_lam` and the margin
+        loss: loss of the labels, `cross_entropy` (the paper) or `ldr_kl`, which has lambda `ldr_lam` and the margin
             `ldr_margin`; see `label_losses`.
         label_smoothing: share of each target that all classes divide evenly (0, the paper: none).
         mixup, cutmix: alpha of MixUp and CutMix, which make one image of two (0, the paper: off). With both, either
@@ -96,10 +96,10 @@ class Recipe:
         reference: q0 as shares by concept, normalised to sum to 1 (None, the paper: N_k / N).
         recalibrate: after the last epoch, measure BatchNorm's running statistics anew on so many batches of
             unperturbed images (0, the paper: they stay as training left them, on x~).
-        precision: fp32, bf16 or fp16 (autocast; fp16 on GPUs alone).
+        precision: fp32, bf16 or fp16 (autocast; fp16 only on GPUs).
         compile: run the network through torch.compile.
         cache_px: decode each training image once, to a square of this side that a cache keeps (0: decode each time).
-        seed: of the initial weights, the order and the crops.
+        seed: random seed of the initial weights, the order and the crops.
         val_fraction: share of the training images held out where the data has no validation split.
         probe: labelled images, as DATA may be, on which a classifier of the features is scored (empty: none).
         probe_every: epochs between its scores; the last epoch has one in any case.
@@ -206,7 +206,7 @@ class Recipe:
 
     @property
     def classifies(self) -> bool:
-        """Whether a classifier of the features themselves is trained, so that it belongs to the model."""
+        """Whether training fits a classifier directly on the features, which then belongs to the model."""
         return self.labels and not self.projection
 
     def image_size(self, epoch: int) -> int:
@@ -265,7 +265,7 @@ class Recipe:
         """The inverse of `to_dict`; keys left out take their defaults, `validation_size` the last of `image_sizes`.
 
         Args:
-            data: of this version or an earlier one, whose images were decoded by version 1 of the contract.
+            data: data of this version, or of an earlier one, which decoded images by version 1 of the contract.
             config: the file that it comes from, for messages.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What the values of a recipe may be. Loads no PyTorch."""
+"""Checks the values of a recipe. Loads no PyTorch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _SWITCHES = ("trivial_augment", "q_baseline", "compile", "labels", "decay_norms"
 
 
 def check_shapes(recipe: Recipe) -> None:
-    """Text is text and lists are lists, so that a recipe can bring its values into their form.
+    """Checks the types of text and lists, so a recipe can normalise its values.
 
     Raises:
         InputError: naming a key.

@@ -35,7 +35,7 @@ class FrozenStart:
     """The network as it was before training, in evaluation mode: its features are what an export of it gives.
 
     Args:
-        network: which is copied, with its weights of now.
+        network: the network, which is copied with its current weights.
     """
 
     def __init__(self, network: nn.Module) -> None:

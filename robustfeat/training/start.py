@@ -1,4 +1,4 @@
-"""Where training starts: from random weights, or from those of a run, a model folder or a file."""
+"""Starts training from random weights, or from a run, a model folder or a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Start:
     Attributes:
         state: tensors by name.
         network: that they belong to, as `Recipe.network` has it, where that is known.
-        width: of a ResNet-18.
+        width: width of a ResNet-18.
         contract: their preprocessing, where it is known.
     """
 
@@ -45,7 +45,7 @@ State = dict[str, Tensor]
 
 
 def resolve_start(recipe: Recipe) -> tuple[Recipe, State]:
-    """What follows from the recipe's `init`, which is read once, so that what was hashed is what training starts from.
+    """The start from the recipe's `init`, which is read only once, so training starts from the hashed weights.
 
     Returns:
         The recipe with network, width, mean, std, interpolation and `init_sha256`; and the weights, by name.
@@ -93,7 +93,7 @@ def load_start(network: nn.Module, state: State, init: str) -> list[str]:
     """Gives a new network the weights of `resolve_start`; a classifier for other classes stays as it is.
 
     Returns:
-        Names of the parameters that the weights do not have or that have another shape: those of the classifier.
+        Names of parameters that the weights lack or that have another shape, which belong to the classifier.
 
     Raises:
         InputError: other parameters are missing, or have other shapes.

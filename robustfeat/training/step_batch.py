@@ -1,4 +1,4 @@
-"""What the levels of an objective get to see of a step."""
+"""The data of a step for the levels of an objective."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["StepBatch"]
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one step trains on; under data parallelism this rank's part.
+    """The batch of one step, under data parallelism this rank's part.
 
     Attributes:
         images: (m, 3, S, S) float, in the network's normalised input space.
@@ -37,7 +37,7 @@ class StepBatch:
 
     @property
     def targets(self) -> Tensor:
-        """What the classifier learns: the shares of classes, or the labels."""
+        """The classifier's targets: shares of classes, or labels."""
         return self.labels if self.shares is None else self.shares
 
     def mean(self, values: Tensor) -> Tensor:

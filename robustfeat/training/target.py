@@ -58,7 +58,7 @@ def estimate_reference(
         quiet: print no line about images that are left out.
 
     Returns:
-        Share by concept; they sum to 1. Concepts without classes of the model have 0.
+        Shares by concept, which sum to 1. Concepts without classes of the model have 0.
 
     Raises:
         DataError: the model has no classifier or no class names, a class has no concept, or no image can be decoded.
@@ -117,4 +117,4 @@ def estimate_reference(
     else:
         estimate = fit_shares(posteriors, membership.mean(0), least=_FLOOR / len(of_class.names))
     told = {name: round(float(share), 6) for name, share in zip(of_class.names, estimate, strict=True)}
-    return told | dict.fromkeys(of_class.empty, 0.0)  # which this model cannot tell
+    return told | dict.fromkeys(of_class.empty, 0.0)  # this model cannot detect these

@@ -78,7 +78,7 @@ def resolve_teacher(recipe: Recipe) -> Recipe:
         folder = resolve_model(recipe.teacher, config_hash=recipe.teacher_sha256)
     except ModelFolderError as exc:
         raise InputError(exc.what, argument="teacher", value=recipe.teacher, fix=exc.fix) from exc
-    # Of a network of transformers, only the network itself tells it.
+    # For a transformers network, only the network itself defines D.
     size = folder.config.feature_size if folder.is_own else FeatureExtractor.open(folder).feature_size
     return recipe.replace(teacher_sha256=folder.config_hash, teacher_size=size)
 

@@ -25,15 +25,15 @@ _RECORDS = (
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath")
     ),
 )
-"""What many programs save beside weights: their arguments, numbers and types of NumPy, and paths."""
+"""Objects that many programs save with weights: arguments, NumPy's numbers and types, and paths."""
 
 
 class NotTensorsError(ValueError):
-    """A file is whole, and holds something else than tensors and plain data; the message says what."""
+    """A complete file has other contents than tensors and plain data. The message says what."""
 
 
 class Record:
-    """Stands for an object of `_RECORDS`. Its content is dropped, so that neither NumPy nor pathlib makes anything."""
+    """Replaces an object of `_RECORDS` without its content, so neither NumPy nor pathlib creates anything."""
 
     def __new__(cls, *_: object, **__: object) -> Record:
         """An empty one."""
@@ -44,7 +44,7 @@ class Record:
 
 
 def load_tensors(file: Path) -> Any:
-    """What `torch.save` wrote: tensors and plain data. Objects of `_RECORDS` become an empty `Record`.
+    """Reads a file of `torch.save` with tensors and plain data. Objects of `_RECORDS` become an empty `Record`.
 
     PyTorch's reader does not compare the checksums in the file, so that a flipped bit would be another weight. Nor
     does it mind entries that are compressed, or that share their bytes, or tensors larger than what is stored of them:
@@ -52,9 +52,9 @@ def load_tensors(file: Path) -> Any:
 
     Raises:
         NotTensorsError: it holds objects whose making runs code, or a program.
-        Exception: of many kinds, where the file is damaged.
+        Exception: the file is damaged. Many kinds are raised.
     """
-    if zipfile.is_zipfile(file):  # as PyTorch writes it since version 1.6
+    if zipfile.is_zipfile(file):  # PyTorch's format since version 1.6
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             if any(entry.filename.endswith("/constants.pkl") for entry in entries):

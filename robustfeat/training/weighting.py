@@ -23,7 +23,7 @@ __all__ = ["Adversary", "ConceptLevel", "Weighting", "create_concept_level", "cr
 
 
 class Weighting:
-    """What weighs losses, switched off: all weigh the same."""
+    """Weighs all losses equally."""
 
     def weigh(self, losses: Tensor, batch: StepBatch) -> Tensor:
         """(m,) losses, with their graph, to (m,) weighted ones; learns from them for the next step."""
@@ -56,7 +56,7 @@ class _ExampleDistribution(Weighting):
 
 
 def create_example_weighting(recipe: Recipe) -> Weighting:
-    """What weighs the examples of a batch by their losses."""
+    """Weighs the examples of a batch by their losses."""
     if not recipe.p_lam:
         return Weighting()
     return _ExampleDistribution(recipe.p_lam, recipe.p_divergence, recipe.batch_size)
@@ -75,7 +75,7 @@ class Adversary(Protocol):
         """(m,) float32 weights for the (m,) losses of this step, of examples of these (m,) concepts; q learns."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to resume."""
+        """The state for `load_state_dict`."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from a saved state."""
@@ -95,7 +95,7 @@ class ConceptLevel(Weighting):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class Found:
 def read_state(file: Path) -> dict[str, Tensor]:
     """The tensors in a .safetensors file or a file of `torch.save`, by name.
 
-    Dictionaries in dictionaries give names with dots. One that holds all tensors of the file is taken for the file.
+    Nested dictionaries give names with dots. A dictionary with all tensors of the file stands for the file.
 
     Raises:
         ValueError: it cannot be read, holds something that would run code, or has no tensors.
@@ -111,7 +111,7 @@ def find_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], classif
 
     Args:
         own: the network's parameters, by name.
-        state: of `read_state`.
+        state: tensors from `read_state`.
         classifiers: names of the network's classifiers, whose tensors a part need not have.
 
     Raises:
@@ -160,7 +160,7 @@ def _of(name: str, modules: Sequence[str]) -> bool:
 
 
 def classifier_names(classifier: Any) -> tuple[str, ...]:
-    """What timm's settings say of classifiers (a name, several or none) as names."""
+    """The names of classifiers in timm's settings (a name, several or none)."""
     return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
 
 
@@ -178,7 +178,7 @@ def split_classifier(
 
 
 def misfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
-    """The first difference between the network's names and shapes and those of these tensors, in words."""
+    """The first difference between the names and shapes of the network and the tensors, as text."""
     for name, value in own.items():
         given = tensors.get(name)
         if given is None and not name.endswith(OPTIONAL):

@@ -1,4 +1,4 @@
-"""TrivialAugment and random erasing, torchvision's, with random numbers that follow from a seed an image."""
+"""Applies torchvision's TrivialAugment and random erasing, with random numbers from a seed per image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Augmentation:
         fill: the mean colour of the network's input, from 0 to 1: it is 0 after the normalisation.
 
     Sources: TrivialAugment (Mueller and Hutter, ICCV 2021), in the wide space; random erasing (Zhong et al., AAAI
-    2020). Interpolation and fill are those of torchvision's training recipes.
+    2020). Interpolation and fill are as in torchvision's training recipes.
     """
 
     def __init__(self, *, trivial_augment: bool, erasing: float, fill: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""Batches that depend on seed, epoch and step alone."""
+"""Makes batches that depend only on seed, epoch and step."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Batch:
     rows: Tensor | None = None
 
     def pin_memory(self) -> Batch:
-        """In memory that a GPU copies from while the CPU goes on."""
+        """Copies the batch to pinned memory, from which a GPU copies while the CPU continues."""
 
         def pinned(values: Tensor) -> Tensor:
             return values if values.is_cuda else values.pin_memory()
@@ -75,16 +75,16 @@ class Batch:
 
 
 class EpochPlan:
-    """Which images an epoch's batches hold, and how they are cropped: nothing but seed, epoch and number decide.
+    """The images of an epoch's batches and their crops, determined by seed, epoch and number.
 
     Args:
         data: the images.
-        batch_size: of all ranks together.
+        batch_size: batch size over all ranks.
         replays: how many steps use each batch; an epoch is N / batch_size steps in any case, and so many epochs
             together show every image once.
         fixed_crops: where it is not 0, each image has so many crops, which follow from the seed and its row; epoch e
             shows crop e modulo their number.
-        rank, world: of each batch, this rank's part.
+        rank, world: this rank and the number of ranks, which share each batch.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class EpochPlan:
 
 
 class OrderedPlan(EpochPlan):
-    """All images in order, once for each of their fixed crops; the last batch of a crop may be smaller.
+    """All images in order, once for each fixed crop. The last batch of a crop may be smaller.
 
     Args:
         data, batch_size, seed, min_crop_area, fixed_crops: see `EpochPlan`.
@@ -161,7 +161,7 @@ _AUGMENTED = 0xA06
 """Tells the seeds of augmentations from the draws of crops."""
 
 _FIXED = 0xC407
-"""Tells the draws of fixed crops from those of an epoch's."""
+"""Distinguishes the random draws of fixed crops from an epoch's draws."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -200,7 +200,7 @@ class TrainingBatches(Dataset[Batch]):
 
     Args:
         side: S, the side of the square crops in pixels.
-        plan: of the epoch, for the same data.
+        plan: the plan of the epoch, for the same data.
         augmentation: changes the crops.
     """
 
@@ -319,6 +319,6 @@ def explain_worker(exc: RuntimeError) -> Exception:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to the process group reaches workers, too; the parent still needs them to finish its step."""
+    """Ignores signals to the process group, since the parent still needs the workers to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -45,7 +45,7 @@ class CachedSet(ImageSet):
     """An `ImageSet` whose images need no decoding.
 
     Attributes:
-        squares: (N, P, P, 3) uint8; those of bad images are zero.
+        squares: (N, P, P, 3) uint8; zero for bad images.
         sizes: (N, 2) int32, width and height before.
         bad: rows that could not be decoded, and why.
     """
@@ -120,7 +120,7 @@ def build_cache(
     Args:
         side: P.
         place: `ram`, `device` (the GPU), or a folder for memory-mapped files, which later runs and other processes
-            of this machine share; a run that is killed while it fills one goes on where it stopped.
+            of this machine share. A killed run resumes filling it.
         device: the network's.
         workers: processes that decode.
 
@@ -145,7 +145,7 @@ def require_room(data: ImageSet, side: int, place: str, *, device: torch.device,
 
     Args:
         data, side, place, device: see `build_cache`; a folder's room is looked at when its file is made.
-        processes: how many processes of this machine fill a cache of their own, for `ram`.
+        processes: number of processes of this machine that fill their own cache, for `ram`.
 
     Raises:
         DataError: there is not enough.
@@ -197,7 +197,7 @@ def _require(need: int, free: int | None, what: str, images: int, side: int) -> 
 
 
 def _build_file(data: ImageSet, side: int, folder: Path, workers: int, quiet: bool) -> CachedSet:
-    """The cache as files in `folder`: NAME.u8 (squares, then sizes) and NAME.json (how far it is, and what is bad)."""
+    """The cache as files in `folder`: NAME.u8 (squares, then sizes) and NAME.json (progress and bad images)."""
     key = {"format_version": _FORMAT_VERSION, "fingerprint": data.fingerprint, "side": side, "images": len(data)}
     key |= decoding_key(data.preprocessing_version)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

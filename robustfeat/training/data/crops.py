@@ -1,4 +1,4 @@
-"""Random crops: where they lie, and how a whole batch of them is cut out at once, on the CPU or a GPU."""
+"""Draws random crops, and cuts a whole batch of them at once on the CPU or a GPU."""
 
 from __future__ import annotations
 

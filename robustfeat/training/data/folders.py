@@ -45,7 +45,7 @@ def class_folders(root: Path) -> list[str]:
 
 
 def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet:
-    """The images under `root`, one folder a class; a remark tells of files that are passed over.
+    """Reads the images under `root`, one folder per class. A remark counts skipped files.
 
     Args:
         classes: of the training split, for another split; by default the folders' names, sorted.
@@ -70,7 +70,7 @@ def open_folders(root: Path, classes: tuple[str, ...] | None = None) -> ImageSet
 
 
 def holds_bare_images(root: Path) -> bool:
-    """Whether images lie in `root` itself, or nowhere in folders that could be classes."""
+    """Whether images are in `root` itself, or in no folder that could be a class."""
     files = (entry for entry in root.iterdir() if entry.is_file() and not entry.name.startswith("."))
     return any(file.suffix.lower() in IMAGE_SUFFIXES for file in files) or len(class_folders(root)) < 2
 
@@ -95,19 +95,19 @@ class _Listing:
         self._digest = hashlib.sha256(head.encode(errors="surrogateescape"))
 
     def add(self, folder: Path, prefix: str, label: int) -> dict[str, int]:
-        """Adds what lies in a folder; the numbers of files that are passed over, by kind."""
+        """Adds the images of a folder, and counts skipped files by kind."""
         images, others = list_folder(folder)
         for image in images:
             name = f"{prefix}{image.path}"
             self._names.append(name)
             self._labels.append(label)
-            # A dangling link has no size; it is left out, and named, when its turn comes.
+            # A broken link has no size. It is reported as a bad image later.
             size = Path(image.file).stat().st_size if Path(image.file).exists() else -1
             self._digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
         return others
 
     def image_set(self, classes: tuple[str, ...], left_out: Counter[str], taken: str) -> ImageSet:
-        """What was added; a remark tells of files that were passed over.
+        """The added images. A remark counts skipped files.
 
         Raises:
             DataError: it is nothing.

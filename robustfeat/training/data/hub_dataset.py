@@ -35,7 +35,7 @@ class FetchedDataset:
     """The files of a dataset, in the Hub's cache.
 
     Attributes:
-        folder: where they lie.
+        folder: the folder of the files.
         place: what messages call it.
     """
 
@@ -81,7 +81,7 @@ def list_remote_parquet(url: str, parts: int | None = None) -> tuple[list[Parque
     """The training and validation files, to be read where they are, at the commit that the revision names now.
 
     Raises:
-        DataError: as `fetch_dataset`, or they are tar shards.
+        DataError: see `fetch_dataset`, or the files are tar shards.
         HubError: the Hub refuses or cannot be reached.
     """
     dataset = _Dataset.parse(url)
@@ -101,7 +101,7 @@ def list_remote_parquet(url: str, parts: int | None = None) -> tuple[list[Parque
 
 @dataclass(frozen=True)
 class _Dataset:
-    """What the URL names; `folder` is empty, or ends in a slash."""
+    """Parses the URL. `folder` is empty or ends in a slash."""
 
     repo: str
     revision: str | None
@@ -119,7 +119,7 @@ class _Dataset:
 
     @property
     def place(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         return f"hf://datasets/{self.repo}" + (f"@{self.revision}" if self.revision else "")
 
     def choose(self, names: Sequence[str] | dict[str, Any], parts: int | None) -> tuple[str, SplitFiles]:
@@ -159,7 +159,7 @@ class _Dataset:
         raise DataError(f"{where}: holds neither train-*.parquet nor train-*.tar files; it holds {some or 'nothing'}")
 
     def cached(self, parts: int | None, reason: str) -> FetchedDataset:
-        """What the cache holds, if that is all."""
+        """The cached files, if the cache is all there is."""
         absent = HubError(f"{self.place}: is not in the cache, or not all of it; {reason}")
         folder = self.access.cached_folder(self.repo, self.revision)
         if folder is None:
@@ -169,7 +169,7 @@ class _Dataset:
             inside, files = self.choose(held, parts)
         except DataError as exc:
             raise absent from exc
-        # Names such as train-00000-of-00005 tell how many there are; of others the client may know.
+        # Names such as train-00000-of-00005 state the number of files. For other names, the client may know it.
         for names, limit in ((files.train, parts), (files.validation, None)):
             match = _COUNT.fullmatch(names[0]) if names else None
             total = int(match["total"]) if match else len(names)

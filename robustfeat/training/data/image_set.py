@@ -1,4 +1,4 @@
-"""Labelled images, still encoded, whatever they lie in."""
+"""Labelled, encoded images from any source."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["ImageSet", "Source", "decoding_key", "sort_classes"]
 
 
 class Source(Protocol):
-    """Where encoded images lie."""
+    """A source of encoded images."""
 
     def read(self, index: int) -> bytes:
         """An image's bytes; OSError where they cannot be read."""
 
     def name(self, index: int) -> str:
-        """What messages call it."""
+        """The name in messages."""
 
 
 def decoding_key(preprocessing_version: int) -> dict[str, int]:
-    """What the key of a file of decoded images says of it; version 1 has the keys of before there was another.
+    """The part of a decoded-image file's key for the version. Version 1 keeps the keys from before there were versions.
 
     Where HEIC is read is said, too: a file of where it is not has such images as bad.
     """
@@ -56,8 +56,8 @@ class ImageSet:
         fingerprint: sha256 over the classes, the labels and the images' names and sizes.
         blocks: (B + 1,) int64, where each block of rows that are read together begins, and last N; None where any row
             is as quick as any other.
-        remarks: what whoever uses them should be told: what was left out, or where they come from.
-        preprocessing_version: of the contract by which `image` decodes.
+        remarks: remarks for the user, such as skipped files or the origin.
+        preprocessing_version: version of the contract by which `image` decodes.
     """
 
     classes: tuple[str, ...]
@@ -100,11 +100,11 @@ class ImageSet:
         return None
 
     def decoded_by(self, preprocessing_version: int) -> ImageSet:
-        """The same images, decoded by this version of the preprocessing contract."""
+        """The images, decoded by this version of the preprocessing contract."""
         return replace(self, preprocessing_version=preprocessing_version)
 
     def subset(self, indices: NDArray[np.int64]) -> ImageSet:
-        """These rows, in this order; in blocks where those of the whole are, and the order is ascending."""
+        """A subset of rows in this order. Ascending rows keep the blocks."""
         digest = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
         blocks = None
         if self.blocks is not None and (np.diff(indices) > 0).all():

@@ -43,7 +43,7 @@ def mix(examples: Examples, classes: int, *, mixup: float, cutmix: float, rng: n
         rng: all random numbers come from it.
 
     Returns:
-        The mixtures; the share of an image in a CutMix is the share of its pixels.
+        The mixtures. The share of an image in a CutMix is the share of its pixels.
 
     Sources: MixUp (Zhang et al., ICLR 2018); CutMix (Yun et al., ICCV 2019).
     """

@@ -56,7 +56,7 @@ def open_training_data(
             deep; their class is `UNLABELLED`.
 
     Raises:
-        DataError: with what is missing and what would do.
+        DataError: something is missing. The message says what, and what is accepted.
         HubError: the dataset is not there, or cannot be fetched.
     """
     train, validation = open_splits(root, parts=parts, stream=stream, labels=labels)
@@ -88,7 +88,7 @@ def _hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.
     if not 0 < share < 1 or not len(spare):
         return np.empty(0, np.int64)
     size = min(max(1, round(share * len(labels))), len(spare))
-    # Every so many rows of what is sorted by class, so that each class has its share.
+    # Take evenly spaced rows of the rows sorted by class, so each class has its share.
     places = (np.arange(size) + draw.random()) * len(spare) / size
     return np.sort(spare[places.astype(np.int64)])
 

@@ -30,11 +30,11 @@ def epoch_order(
     Args:
         length: N, the number of rows.
         blocks: (B + 1,) where each block of rows begins, ascending from 0, and last N; None for none.
-        batch_size: rows in a batch.
+        batch_size: rows per batch.
         seed, epoch: another order for each pair.
 
     Returns:
-        (N,) a permutation of the rows, which follows from the arguments alone.
+        (N,) a permutation of the rows, determined by the arguments.
     """
     rng = np.random.default_rng([seed, epoch])
     if blocks is None:
@@ -60,7 +60,7 @@ def epoch_order(
 
 
 def blocks_at_once(count: int, workers: int) -> int:
-    """How many of `count` blocks each of `workers` processes (0: only this one) has to hold to read none twice."""
+    """Number of `count` blocks that each of `workers` processes (0: only this one) must keep to read none twice."""
     lanes = _lanes(count)
     each = -(-count // lanes)  # blocks in a lane
     window = _WINDOW + -(-_WINDOW // max(1, each // _WINDOW))

@@ -50,9 +50,9 @@ class ParquetSplit:
     """The rows of a split's files.
 
     Attributes:
-        labels: as they stand in the files, numbers or text.
+        labels: labels from the files, numbers or text.
         class_names: from the files' metadata, where they have it.
-        blocks: as `ImageSet` has them.
+        blocks: see `ImageSet`.
     """
 
     files: Sequence[ParquetPart]
@@ -93,7 +93,7 @@ def read_parquet(files: Sequence[ParquetPart], *, stream: bool = False) -> Parqu
     """The rows of `files`, in order: their labels, and where their images are.
 
     Args:
-        files: of one split.
+        files: the files of one split.
         stream: leave the images where they are, however few they are.
 
     Raises:

@@ -56,7 +56,7 @@ def open_published(root: Path) -> tuple[ImageSet, ImageSet] | None:
 
 
 class _Pixels:
-    """Images that lie in an array, as PNG files: without loss."""
+    """Encodes an array of images as PNG files, without loss."""
 
     def __init__(self, pixels: NDArray[np.uint8], place: str) -> None:
         self._pixels, self._place = pixels, place
@@ -193,5 +193,5 @@ def _of_files(root: Path, paths: Sequence[str], names: Sequence[str], classes: t
         file = root / path
         digest.update(f"{path}\0{file.stat().st_size if file.exists() else -1}\n".encode(errors="surrogateescape"))
     labels = np.array([index[name] for name in names], np.int64)
-    digest.update(labels.tobytes())  # which paths may not tell
+    digest.update(labels.tobytes())  # paths may not show a change of labels
     return ImageSet(classes, labels, ImageFiles(root, paths), digest.hexdigest())

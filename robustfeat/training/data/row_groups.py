@@ -20,14 +20,14 @@ from robustfeat.training.data.order import blocks_at_once
 __all__ = ["LocalParquet", "OpenedParquet", "ParquetPart", "RowGroups", "open_part", "read_images"]
 
 MOST_BYTES = 4 * 2**30
-"""Of images in a row group."""
+"""Most bytes of images in a row group."""
 
 _ROWS_AT_ONCE = 16
 """Each may be an image of hundreds of megabytes."""
 
 
 class ParquetPart(Protocol):
-    """One of a split's Parquet files, wherever it lies."""
+    """One of a split's Parquet files, local or remote."""
 
     @property
     def name(self) -> str:
@@ -35,7 +35,7 @@ class ParquetPart(Protocol):
 
     @property
     def place(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
 
     @property
     def size(self) -> int:
@@ -91,12 +91,12 @@ class LocalParquet:
 
 @dataclass(frozen=True)
 class OpenedParquet:
-    """What is known of a file once it was opened.
+    """Facts about an opened file.
 
     Attributes:
         metadata: pyarrow's; with it, the file's footer need not be read again.
         schema: pyarrow's.
-        column: what holds the images' bytes, as pyarrow names columns within columns.
+        column: the column of the images' bytes, by pyarrow's name of nested columns.
     """
 
     part: ParquetPart
@@ -109,13 +109,13 @@ def open_part(part: ParquetPart, handle: Any) -> tuple[OpenedParquet, Any]:
     """A file, and pyarrow's reader of it; inside `part.explaining()`.
 
     Raises:
-        DataError: it lacks a column, or holds no images in it.
+        DataError: the file lacks a column, or the column has no images.
     """
     from pyarrow import parquet
 
     reader = parquet.ParquetFile(handle, pre_buffer=False)
     schema, rows = reader.schema_arrow, reader.metadata.num_rows
-    if rows > part.size:  # their labels alone would fill the memory
+    if rows > part.size:  # just the labels would fill the memory
         raise DataError(
             f"{part.place}: claims {rows:,} rows in {part.size:,} bytes", fix="write it again, each image once"
         )
@@ -240,7 +240,7 @@ class _Held:
 
 
 def _workers() -> int:
-    """How many processes share the rows."""
+    """Number of processes that share the rows."""
     from torch.utils.data import get_worker_info
 
     about: Callable[[], Any] = get_worker_info

@@ -1,4 +1,4 @@
-"""Which files of a folder are the training and the validation split."""
+"""Finds the files of the training and the validation split in a folder."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class SplitFiles:
 
 
 def find_split_files(names: Iterable[str], place: str, parts: int | None = None) -> SplitFiles | None:
-    """What of a folder's files is a training set; None where nothing is.
+    """The files of a training set in a folder; None if there are none.
 
     Args:
-        names: of its files.
-        place: of the folder, for messages.
+        names: names of its files.
+        place: the folder's name for messages.
         parts: only so many training files.
 
     Raises:

@@ -77,7 +77,7 @@ class TarSplit:
     remark: str
 
     def classes(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
-        """The class names: those of classes.txt, or the labels, by number where all are numbers."""
+        """The class names from classes.txt, or else the labels, sorted as numbers if all are numbers."""
         return names or sort_classes(self.texts)
 
     def to_image_set(self, classes: tuple[str, ...], *, indexed: bool) -> ImageSet:
@@ -162,7 +162,7 @@ def read_class_names(file: Path) -> tuple[str, ...] | None:
 
 @dataclass(slots=True)
 class _Sample:
-    name: str = ""  # of the image
+    name: str = ""  # name of the image
     offset: int = 0
     size: int = 0
     label: str = ""

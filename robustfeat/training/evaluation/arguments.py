@@ -1,4 +1,4 @@
-"""What can be wrong with models and tasks and costs nothing to find out. Loads no PyTorch."""
+"""Checks models and tasks before slow work. Loads no PyTorch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def require_task(name: str, place: str) -> None:
 
 
 def model_kind(model: str) -> str:
-    """What a MODEL is: `run`, `code` or `folder`."""
+    """The kind of a MODEL: `run`, `code` or `folder`."""
     path = Path(model)
     if path.is_file() or (path / CHECKPOINT_NAME).is_file():
         return "run"
@@ -56,7 +56,7 @@ def model_kind(model: str) -> str:
 
 
 def require_model(model: str, image_size: int | None = None, crop_pct: float | None = None) -> None:
-    """A MODEL can be one; what is on the Hub is not looked at.
+    """Checks that a MODEL can be one, without looking at the Hub.
 
     Raises:
         InputError: it is a file of features, or a model folder, which has its own preprocessing.

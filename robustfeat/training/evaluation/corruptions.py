@@ -29,7 +29,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def _noise(image: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-    # torchvision's gaussian_noise takes no generator of one's own.
+    # torchvision's gaussian_noise takes no generator.
     noisy = image / 255 + sigma * torch.randn(image.shape, generator=generator)
     return (noisy.clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -83,7 +83,7 @@ def corrupt(square: NDArray[np.uint8], name: str, severity: int, seed: int = 0) 
         square: (S, S, 3) as the network sees it before normalisation.
         name: one of `CORRUPTIONS`.
         severity: 1 to 5.
-        seed: of the noise.
+        seed: random seed of the noise.
 
     Returns:
         (S, S, 3) uint8.
@@ -97,12 +97,12 @@ def corrupt(square: NDArray[np.uint8], name: str, severity: int, seed: int = 0) 
 
 @dataclass(frozen=True, eq=False)
 class Corrupted:
-    """What corruptions did to m test images.
+    """Predictions for m test images with and without corruptions.
 
     Attributes:
         kinds: names and severities, in the order of the rows below.
-        clean: (m,) bool, which images are told as they are.
-        right: (kinds, m) bool, which are told when corrupted.
+        clean: (m,) bool, whether the clean image is right.
+        right: (kinds, m) bool, whether the corrupted image is right.
         drift: (kinds, m) float32, 1 - cosine between an image's features before and after.
     """
 
@@ -148,8 +148,8 @@ def classify_corrupted(
         subject: the model.
         head: its classes are numbers.
         images: the task's test images.
-        names, severities: what is tried.
-        quiet: no progress.
+        names, severities: the corruptions and severities to try.
+        quiet: hide progress.
 
     Raises:
         DecodeError: naming an image that cannot be read.

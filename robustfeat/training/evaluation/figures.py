@@ -15,7 +15,7 @@ __all__ = ["Curve", "Forest", "Panel", "draw"]
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure, or its `points` (x, y) alone where they are not `joined`."""
+    """A line of a figure, or only its `points` (x, y) if they are not `joined`."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -34,11 +34,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Forest:
-    """Estimates below each other, beside a line at 0.
+    """Estimates below each other, with a line at 0.
 
     Attributes:
         title, x_label: texts.
-        rows: label, estimate, and its interval where there is one.
+        rows: label, estimate, and its interval if there is one.
     """
 
     title: str
@@ -47,17 +47,17 @@ class Forest:
 
 
 def draw(panels: Sequence[Panel | Forest], kind: str, name: str) -> bytes:
-    """The panels beside each other; the same ones give the same bytes.
+    """Draws panels side by side. The same panels give the same bytes.
 
     Args:
         panels: at least one.
         kind: png or svg.
-        name: of the figure; SVGs with different names go on one page.
+        name: name of the figure. SVGs with different names can be on one page.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    # Identifiers within an SVG would be random, and clash with those of the next one on the page.
+    # Identifiers within an SVG would be random, and clash with the next SVG on the page.
     with mpl.rc_context({"svg.hashsalt": name}):
         figure = Figure(figsize=(5.5 * len(panels) + 1.5, 4), dpi=110, layout="constrained")
         drawn = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -80,7 +80,7 @@ def _draw_curves(axes: Axes, panel: Panel, later: Sequence[Panel | Forest]) -> N
     axes.set_ylabel(panel.y_label)
     if all(float(x).is_integer() for curve in panel.curves for x, _ in curve.points):
         axes.locator_params("x", integer=True)
-    if _labels(panel) not in map(_labels, later):  # otherwise a later panel's legend tells the same
+    if _labels(panel) not in map(_labels, later):  # otherwise a later panel has the same legend
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves, of which it would hide some
 
 
@@ -100,5 +100,5 @@ def _draw_forest(axes: Axes, panel: Forest) -> None:
 
 
 def _plain(text: str) -> str:
-    """For matplotlib, which takes what is between dollars for formulas."""
+    """Escapes text for matplotlib, which reads text between dollars as formulas."""
     return text.replace("$", r"\$")

@@ -46,11 +46,11 @@ def finetune(
         contract: how images become the network's input.
         task: its training images are cropped and mirrored at random, its test images scored after each epoch.
         epochs, lr, milestone: the learning rate falls to a tenth after `milestone` epochs.
-        batch_size, momentum, weight_decay, min_crop_area: of SGD and the crops.
-        seed: of the classifier, the order and the crops.
-        device: where it runs; the CPU by default.
+        batch_size, momentum, weight_decay, min_crop_area: settings of SGD and the crops.
+        seed: random seed of the classifier, the order and the crops.
+        device: the device; by default the CPU.
         label: for the progress line.
-        quiet: no progress.
+        quiet: hide progress.
 
     Returns:
         The test error after each epoch, as a share. The last is the result: the best would be chosen by test images.

@@ -1,4 +1,4 @@
-"""What a network sees of a task's images, batch by batch."""
+"""Prepares a task's images for a network, batch by batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What frozen features are worth: linear SVMs, and second opinions that have nothing to choose."""
+"""Scores frozen features with linear SVMs, and with classifiers without settings to choose."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ FEW_SHOTS = (1, 5, 10, 50)
 _DRAWS = 5
 _NEIGHBOURS = 10
 _LIBSVM_ROWS = 5000
-_LIBSVM_STEPS = 200_000  # for each pair of classes: on unscaled features it may not end at all
+_LIBSVM_STEPS = 200_000  # per pair of classes, since it may never end on unscaled features
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """How well a classifier tells a task's test images.
+    """A classifier's scores on a task's test images.
 
     Attributes:
-        accuracy, balanced_accuracy: shares; the latter is the mean recall of the classes.
+        accuracy, balanced_accuracy: shares. Balanced accuracy is the mean recall of the classes.
         interval: Wilson's 95 % interval of the accuracy.
         right: (m,) bool, for each test image.
-        details: what was chosen, as plain data.
-        head: what was fitted, its classes being numbers; None where it is no `Head`.
+        details: the chosen settings, as plain data.
+        head: the fitted head, whose classes are numbers; None if it is not a `Head`.
     """
 
     accuracy: float
@@ -84,10 +84,10 @@ def svm(
     """A linear SVM, C and scaling chosen by training rows that were not fitted.
 
     Args:
-        features: of the task.
+        features: features of the task.
         cs, scalings, method: see `choose`; by default on a held-out tenth, the protocol of the published results.
-        threads: processors; by default what the cgroup grants.
-        quiet: no progress.
+        threads: number of processors; by default all that the cgroup allows.
+        quiet: hide progress.
     """
     progress = Progress(f"{features.model}: {features.task} svm", 0, "fits", quiet=quiet)
     selection, head, converged = select_and_fit(
@@ -104,8 +104,8 @@ def held_out_score(x: NDArray[np.float32], y: NDArray[np.int64], *, threads: int
     """The accuracy of `svm`'s choice on the held-out tenth that it was chosen by, for choices between models.
 
     Args:
-        x, y: training rows alone.
-        threads: processors; by default what the cgroup grants.
+        x, y: training rows.
+        threads: number of processors; by default all that the cgroup allows.
     """
     best = select(x, y, method="holdout", threads=threads).best
     return {"held_out": best.score, "C": best.c, "scaling": best.scaling}
@@ -150,7 +150,7 @@ def few_shot(features: TaskFeatures, shots: Sequence[int] = FEW_SHOTS, *, seed: 
             own = [np.flatnonzero(features.y == one) for one in classes]
             rows = np.concatenate([rng.choice(part, count, replace=False) for part in own])
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of as many classes as rows, which is what one shot means
+                warnings.simplefilter("ignore")  # it warns of as many classes as rows, which is normal for one shot
                 classifier = KINDS["svm"].classifier(C=1.0).fit(x[rows], features.y[rows])
             scores.append(float(np.mean(classifier.predict(x_test) == features.y_test)))
         curve[count] = {"accuracy": float(np.mean(scores)), "deviation": float(np.std(scores, ddof=1))}
@@ -170,14 +170,14 @@ def libsvm(
     Each chooses its own C and scaling, on the same held-out tenth of these rows.
 
     Args:
-        features: of which at most 5,000 training rows are used, drawn with `seed`, and one of each class that these
+        features: features. At most 5,000 training rows are used, drawn with `seed`, and one of each class that these
             have not.
         cs, scalings: the grid of both.
-        seed: of the draw.
-        threads: processors; by default what the cgroup grants.
+        seed: random seed of the draw.
+        threads: number of processors; by default all that the cgroup allows.
     """
     drawn = np.random.default_rng(seed).permutation(len(features.x))[:_LIBSVM_ROWS]
-    firsts = np.unique(features.y, return_index=True)[1]  # so that rare classes are there
+    firsts = np.unique(features.y, return_index=True)[1]  # rare classes must be included
     rows = np.unique(np.concatenate([drawn, firsts[~np.isin(features.y[firsts], features.y[drawn])]]))
     part = replace(features, x=features.x[rows], y=features.y[rows])
     ours = svm(part, cs=cs, scalings=scalings, threads=threads)
@@ -202,7 +202,7 @@ def _one_against_one(features: TaskFeatures, cs: Sequence[float], scalings: Sequ
 
     grid = list(itertools.product(scalings, cs)) if len(held) else [("none", 1.0)]
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.simplefilter("ignore")  # of iterations that ran out: it is scored as it is
+        warnings.simplefilter("ignore")  # it warns of too few iterations, but is scored as it is
         tried = pool.map(lambda setting: train(setting, fit).score(x[held], y[held]) if len(held) else 0.0, grid)
         scores = list(tried)
         best = grid[int(np.argmax(scores))]

@@ -42,17 +42,17 @@ def evaluate_task(
         task: what it is tried on.
         cache: a file that keeps features (see `embed_images`).
         selection: see `svm`.
-        with_few_shot: also the curve of few images a class.
+        with_few_shot: also compute the curve of few images per class.
         with_libsvm: also LIBSVM's one-against-one SVM on at most 5,000 training rows.
         with_corruptions: also the SVM's accuracy on corrupted test images (see `classify_corrupted`).
         finetuned: the same model in PyTorch: also fine-tuned.
         finetuning: options of `finetune`.
-        threads: processors; by default what the cgroup grants.
-        quiet: no progress.
+        threads: number of processors; by default all that the cgroup allows.
+        quiet: hide progress.
 
     Returns:
-        Plain data: model, task, numbers of images, how the model was trained, and a block for each probe. `answers` has
-        the fingerprint of the test images, and which of them the SVM tells (see `pack`). Test labels enter only scores.
+        Plain data: model, task, numbers of images, the model's training, and a block per probe. `answers` has the
+        fingerprint of the test images, and whether the SVM is right on each (see `pack`). Only scores use test labels.
     """
     features = embed_task(subject, task, cache=cache, quiet=quiet)
     chosen = svm(features, method=selection, threads=threads, quiet=quiet)
@@ -92,7 +92,7 @@ def second_opinions(
     """The probes beside the SVM, a block of plain data each.
 
     Args:
-        features: of one model and task.
+        features: features of one model and task.
         with_few_shot, with_libsvm, threads: see `evaluate_task`.
     """
     from threadpoolctl import threadpool_limits
@@ -114,7 +114,7 @@ def draw_finetuning(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     """The test errors of each epoch, a panel for each task and a line for each model (Figure 3).
 
     Args:
-        results: of `evaluate_task`, with `finetuned`.
+        results: results of `evaluate_task`, with `finetuned`.
         file: .png or .svg.
     """
     panels = []

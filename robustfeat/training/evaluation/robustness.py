@@ -29,7 +29,7 @@ def accuracy_by_step(
     Args:
         network: to logits, in evaluation mode; each image follows its own gradient.
         contract: how images become the network's input.
-        images: of the network's classes.
+        images: images of the network's classes.
         steps: lengths at 224 px, scaled to the network's size as tau is; 0 leaves the images as they are.
         device: the network's.
 
@@ -48,7 +48,7 @@ def accuracy_by_step(
 def class_hits(
     network: nn.Module, contract: Preprocessing, images: ImageSet, device: torch.device
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each class how many of its images are told, and how many there are: (classes,) both.
+    """Number of right predictions and of images per class, (classes,) each.
 
     Source: Section 4.5 and Figure 5, which sums them up by concept.
     """

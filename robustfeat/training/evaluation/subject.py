@@ -1,4 +1,4 @@
-"""What is evaluated: a model folder, a training run, or a network of one's own."""
+"""Opens the subject of an evaluation: a model folder, a training run, or a custom network."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Subject(FeatureMaker, Protocol):
 
     @property
     def batch_size(self) -> int:
-        """How many squares at once are quick."""
+        """A fast number of squares per batch."""
 
     def prepare(self, image: bytes | Image.Image) -> NDArray[np.uint8]:
         """The (S, S, 3) uint8 square that the network sees; DecodeError where the image cannot be read."""
@@ -126,7 +126,7 @@ class NetworkSubject:
         features = self._run(squares)
         self.feature_size = features.shape[1]
         self._run(squares[:1])
-        # What the code of a network does shows in its features alone, not in its weights.
+        # A network's code may change its features without changing its weights.
         digest = hashlib.sha256(features.float().cpu().numpy().tobytes()).hexdigest()
         self.fingerprint: Sequence[Any] = [
             "torch", torch.__version__, weights, digest, contract.hash, device.type
@@ -167,13 +167,13 @@ class NetworkSubject:
 def open_subject(
     model: str, *, image_size: int | None = None, crop_pct: float | None = None, device: str = "auto"
 ) -> Subject:
-    """What `robustfeat evaluate` calls MODEL.
+    """Opens a MODEL of `robustfeat evaluate`.
 
     Args:
         model: a run of `robustfeat train` (its folder, checkpoint.pt or best.pt), `package.module:build` (called
             without arguments; returns a torch module from (n, 3, S, S) to (n, D)), or what
             `FeatureExtractor.from_pretrained` takes.
-        image_size, crop_pct: of the preprocessing, for runs and networks of one's own; by default the recipe's, and
+        image_size, crop_pct: settings of the preprocessing, for runs and custom networks; by default the recipe's, and
             224 px and 0.875. A model folder has its own.
         device: auto, cpu or cuda.
 
@@ -189,7 +189,7 @@ def open_subject(
 def open_network(
     model: str, *, image_size: int | None = None, crop_pct: float | None = None, device: str = "auto"
 ) -> NetworkSubject:
-    """As `open_subject`, always in PyTorch: a model folder's network is made by timm and its safetensors file.
+    """Opens a MODEL in PyTorch. timm builds a model folder's network from its safetensors file.
 
     Raises:
         As `open_subject`; InputError where timm does not know the folder's architecture.

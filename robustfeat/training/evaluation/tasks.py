@@ -27,7 +27,7 @@ class Task:
 
     Attributes:
         name: what tables call it.
-        train, test: of the same classes.
+        train, test: training and test images of the same classes.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Task:
 
     @property
     def remarks(self) -> list[str]:
-        """What bears on its scores: images that are left out, or that nothing could tell."""
+        """Remarks that affect the scores, such as skipped images, or test images of unknown classes."""
         told = list(dict.fromkeys(self.train.remarks + self.test.remarks))
         if lost := int((~np.isin(self.test.labels, self.train.labels)).sum()):
             told.append(
@@ -79,13 +79,13 @@ def open_task(
 
     Args:
         name: what tables call it.
-        place: any DATA of `robustfeat train`; its validation split (or `test`) is the test set.
+        place: any DATA of `robustfeat train`. Its validation split (or `test`) is the test set.
         train_rows, test_rows: at most so many images, drawn with `seed`.
         val_fraction: the share that is the test set where there is no such split.
-        seed: of both draws.
+        seed: random seed of both draws.
 
     Raises:
-        DataError: nothing is there, a split is empty, or there is nothing to tell apart.
+        DataError: the data are missing, a split is empty, or there are fewer than two classes.
     """
     require_task(name, place)
     train, test = open_training_data(place, val_fraction=val_fraction, seed=seed)
@@ -121,7 +121,7 @@ def embed_images(
         images: read in order.
         cache: a file of features by content (see `FeatureCache`): what is there is not computed again.
         label: for the progress line.
-        quiet: no progress.
+        quiet: hide progress.
 
     Raises:
         DecodeError: naming an image that cannot be read.

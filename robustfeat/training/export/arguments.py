@@ -1,4 +1,4 @@
-"""What can be wrong with the arguments of an import and costs nothing to find out. Loads no PyTorch."""
+"""Checks the arguments of an import before slow work. Loads no PyTorch."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _NAMES = {"hub": "hf:ORG/NAME", "folder": "a folder", "onnx": "FILE.onnx", "timm
 
 @dataclass(frozen=True)
 class Source:
-    """What an import names.
+    """The source of an import.
 
     Attributes:
         kind: `timm`, `torchvision`, `hub`, `onnx` (a file) or `folder`.
-        name: of the architecture, the repository, the file or the folder.
+        name: name of the architecture, the repository, the file or the folder.
     """
 
     kind: str
@@ -53,7 +53,7 @@ def read_source(source: str, options: Mapping[str, object] = {}) -> Source:
 
     Args:
         source: timm:NAME, torchvision:NAME, hf:ORG/NAME, FILE.onnx or a folder.
-        options: values by name; None stands for what was not passed.
+        options: values by name; None for options that were not passed.
 
     Raises:
         InputError: it is none of these, is not there, or has no such option.

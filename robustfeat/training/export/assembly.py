@@ -40,7 +40,7 @@ __all__ = ["ExportReport", "FolderParts", "assemble_folder", "golden_images"]
 
 @dataclass(frozen=True)
 class FolderParts:
-    """What a model folder is made of.
+    """The parts of a model folder.
 
     Attributes:
         config: without `files`.
@@ -134,7 +134,7 @@ def assemble_folder(
 def _write_int8(
     config: ModelConfig, path: Path, golden: Golden, calibration: Sequence[NDArray[np.uint8]], *, quiet: bool
 ) -> ModelConfig:
-    """The config with what was done. Where the network gets no int8 file, that is said, and nothing changes."""
+    """Adds the int8 facts to the config. If there is no int8 file, it prints a remark and changes nothing."""
     try:
         shares = quantize_onnx(
             path / ONNX["fp32"], golden, calibration, config.preprocessing, path / ONNX["int8"], quiet=quiet

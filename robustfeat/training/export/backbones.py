@@ -43,13 +43,13 @@ def import_backbone(
         source: `timm:NAME` or `torchvision:NAME`.
         out: the folder to make.
         weights: tensors by name (.safetensors, or a file of `torch.save` with tensors and plain data only); by default
-            the library's own pretrained weights, which it downloads. They may lie in a part of the file, under further
+            the library's own pretrained weights, which it downloads. They may be in a part of the file, under further
             names such as `state_dict` or `module`, in half precision, and with a classifier for other classes or none.
             timm converts names of a network's first authors, and position embeddings for another `image_size`. A file
             of `torch.save` keeps the order of its tensors: where it has none of the network's names, but as many
             tensors of the same kinds and shapes in the same order, they get those names.
         name: the model's name; by default made from the source.
-        image_size, crop_pct: of the preprocessing contract; by default the library's for these weights.
+        image_size, crop_pct: settings of the preprocessing contract; by default the library's for these weights.
         calibration: a folder of images for int8; besides the golden images.
         int8: also write onnx/model_int8.onnx.
         terms: under which terms the weights may be used, for the card.

@@ -24,7 +24,7 @@ _FIX = "pass a folder of images as `calibration`, or `int8=False`"
 
 
 def folder_images(folder: str | Path, contract: Preprocessing) -> list[NDArray[np.uint8]]:
-    """The first images of a folder that can be decoded, as (S, S, 3). A line on stderr says what was left out.
+    """The first decodable images of a folder, as (S, S, 3). A line on stderr counts skipped files.
 
     Raises:
         DataError: there is none.

@@ -32,7 +32,7 @@ from robustfeat.training.export.stamp import INPUT, OUTPUT, stamp_onnx
 __all__ = ["CLASSIFIER_VERSION", "ClassifierReport", "export_classifier"]
 
 CLASSIFIER_VERSION = 1
-"""Of the metadata and of what the outputs mean."""
+"""Version of the metadata and of the outputs' meaning."""
 
 _EARLIEST_OPSET = 9
 _SMALL = 1e-6
@@ -47,7 +47,7 @@ class ClassifierReport:
 
     Attributes:
         path: the file.
-        size_bytes: of it.
+        size_bytes: size of the file.
         differences: by output, the largest difference from the head's own answers for the golden images. Those of
             probabilities and typicality are absolute. Scores are relative to the largest one of an image, and a
             distance to itself or the median unseen image's, whichever is larger.
@@ -69,7 +69,7 @@ def export_classifier(
 
     Args:
         head: any.
-        extractor: the head's model, on the processor in ONNX Runtime; its precision is the file's.
+        extractor: the head's model, in ONNX Runtime on the processor. The file gets its precision.
         out: the file.
         quiet: say nothing of the steps on stderr.
 
@@ -169,7 +169,7 @@ def _compare(
 
 
 def _metadata(head: Head, extractor: FeatureExtractor) -> dict[str, str]:
-    """What a program needs to use the file, and where it comes from."""
+    """Metadata that a program needs to use the file, and its origin."""
     identity = extractor.identity
     about = {
         **{name: getattr(head, name) for name in ("kind", "scaling", "multi_label", "sha256")},

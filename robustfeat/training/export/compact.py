@@ -23,9 +23,9 @@ _MAX_INLINE = 8192
 
 
 def compact_onnx(source: Path, safetensors_file: Path, target: Path) -> None:
-    """Writes a copy of `source` whose weights are external data in `safetensors_file`, which must lie beside `target`.
+    """Writes a copy of `source` whose weights are external data in `safetensors_file`, which must be beside `target`.
 
-    fp16 weights are cast to fp32 when the engine loads them; the arithmetic stays fp32.
+    The engine casts fp16 weights to fp32 when it loads them, and the arithmetic stays fp32.
 
     Raises:
         ExportError: a weight of the graph is not in the file.
@@ -74,7 +74,7 @@ def compact_onnx(source: Path, safetensors_file: Path, target: Path) -> None:
 
 
 def expand_folder(folder: ModelFolder, out: str | Path) -> ModelFolder:
-    """Writes a copy of a compact folder whose ONNX is one file, as the Hub needs it; the features stay bit-equal.
+    """Writes a copy of a compact folder with one-file ONNX, which the Hub needs. The features stay bit-identical.
 
     Raises:
         InputError: `out` exists, or cannot be written.

@@ -17,7 +17,7 @@ _SILENCE_S = 30.0
 
 
 def require_download(source: str, settings: Mapping[str, Any]) -> None:
-    """Asks the Hub once for weights of timm that its cache lacks; the Hub's client would try for a minute.
+    """Requests weights of timm that are not cached once from the Hub, since its client would retry for a minute.
 
     Args:
         source: names the network in messages.

@@ -56,7 +56,7 @@ def write_model_folder(
     """Writes the folder, checks it and only then gives it its name.
 
     Args:
-        backbone: gives its weights up once they are written, so that their memory is free.
+        backbone: the network. Its weights are freed once they are written.
         out: the folder to make.
         calibration: squares (S, S, 3) for int8, besides the golden images; None leaves int8 out.
         compact: weights once, in fp16, shared by model.safetensors and model.onnx.
@@ -68,11 +68,11 @@ def write_model_folder(
     network, name = backbone.network.eval(), backbone.config.name
 
     def write(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        remark(f"{name}: writes {WEIGHTS}; the golden images go through PyTorch", quiet=quiet)
+        remark(f"{name}: writing {WEIGHTS}; PyTorch embeds the golden images", quiet=quiet)
         expected = _write_weights(backbone, path / WEIGHTS, inputs, compact=compact)
         remark(f"{name}: writes {ONNX['fp32']}", quiet=quiet)
         export_onnx(network, backbone.config.preprocessing, path / ONNX["fp32"])
-        # Engines hold the weights three times while they load them, which the check of the folder has to pay for.
+        # Engines hold the weights three times during loading, for which the folder's check needs memory.
         backbone.state.clear()
         network.to("meta")
         gc.collect()  # exported programs refer to themselves

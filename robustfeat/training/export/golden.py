@@ -50,7 +50,7 @@ def verify_with_torch(folder: ModelFolder) -> Check:
 
 
 def verify_with_timm(folder: ModelFolder) -> Check:
-    """What the card promises: timm loads the folder by itself, and resizes and normalises as we do.
+    """Checks the card's promise that timm loads the folder, and resizes and normalises as we do.
 
     The images are decoded by us, since timm drops their alpha. `verify_with_torch` comes first: it looks at the hashes.
 

@@ -34,7 +34,7 @@ _TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProt
 _NORMALISING = {"Sub", "Div", "Mul", "Add"}
 _LAYERS = {"Gemm", "MatMul"}
 _MOST_PIXELS = 2**25
-"""Of a batch: more than 600 images of 224 px."""
+"""Largest batch, more than 600 images of 224 px."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ def adapt_graph(
     """Makes the graph one of a model folder's. `model` is changed.
 
     Args:
-        model: of `load_graph`.
+        model: a model from `load_graph`.
         source: names the file in messages.
         image_size: S; needed where the graph takes images of any size.
         output: the tensor that becomes the features, an output or any other one; needed where there are several.
         pooling: one of `POOLINGS`, for an output that is no vector.
-        prefix: tokens before those of the patches, which `mean` leaves out.
+        prefix: number of tokens before the patches, which `mean` skips.
 
     Raises:
-        InputError: naming what was found, and what to pass.
+        InputError: the graph needs more arguments. The message says what was found and what to pass.
     """
     graph = model.graph
     require_order(graph, source)
@@ -141,7 +141,7 @@ def _choose_output(graph: onnx.GraphProto, output: str | None, source: str) -> s
 
 
 def _classifier_input(graph: onnx.GraphProto, output: str) -> str | None:
-    """What the last layer sees, where the output comes from a linear layer, as that of a classifier does."""
+    """The input of the last layer, if that is a linear layer such as a classifier."""
     makers = {name: node for node in graph.node for name in node.output}
     weights = {tensor.name for tensor in graph.initializer}
     node = makers.get(output)

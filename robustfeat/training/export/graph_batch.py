@@ -68,7 +68,7 @@ def free_batch(model: onnx.ModelProto, batch: int | None, side: int, most: float
 class _Repair:
     """Frees the constants that a fixed batch left in a graph.
 
-    - The first dimension of a shape holds the batch, or the batch times something: it is left to be computed. The
+    - The first dimension of a shape is the batch, or a multiple of it, and is left to be computed. The
       others are what they are for a batch of the old size.
     - A constant that is joined to images, such as a class token, is repeated for each of them.
     - Flattened tensors whose values are taken in order, as PyTorch writes `as_strided`, are reshaped.

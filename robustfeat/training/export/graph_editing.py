@@ -1,4 +1,4 @@
-"""Changes to any ONNX graph: tensors renamed, what is not needed dropped, nodes appended. Loads no PyTorch."""
+"""Edits ONNX graphs: renames tensors, drops unused nodes and appends nodes. Loads no PyTorch."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Appender:
 
     Args:
         graph: is changed.
-        opset: of the graph.
-        prefix: of the names of new tensors, which no other tensor begins with.
+        opset: opset of the graph.
+        prefix: prefix of the names of new tensors, which no other name has.
     """
 
     def __init__(self, graph: onnx.GraphProto, opset: int, prefix: str) -> None:
@@ -66,10 +66,10 @@ class Appender:
         """Appends a node and gives the name of its output.
 
         Args:
-            operator: of ONNX.
+            operator: an operator of ONNX.
             inputs: names of tensors, or constants: integers become int64, other numbers float32.
-            name: of the output; a new one by default.
-            attributes: of the node.
+            name: name of the output; by default a new one.
+            attributes: attributes of the node.
 
         Raises:
             OverflowError: a constant exceeds the range of float32.

@@ -13,20 +13,20 @@ from robustfeat.training.export.graph_editing import Appender, rename_tensors
 __all__ = ["DISTANCE", "PROBABILITIES", "SCORES", "TYPICALITY", "put_head"]
 
 PROBABILITIES, SCORES, DISTANCE, TYPICALITY = "probabilities", "scores", "distance", "typicality"
-"""The outputs, in this order; the first and the last two where the head has them."""
+"""The outputs in order. The first one and the last two are optional."""
 
 _TINY = 1e-30
 """A vector of zeros is divided by this instead of its length."""
 
 
 def put_head(graph: onnx.GraphProto, head: Head, features: str, opset: int) -> None:
-    """Appends a head to a graph; the head's answers become its outputs.
+    """Appends a head to a graph. The head's predictions become the outputs.
 
     Args:
         graph: is changed.
         head: any.
         features: the tensor with the head's features, (N, D) float32.
-        opset: of the graph; 9 or later.
+        opset: opset of the graph, 9 or later.
 
     Raises:
         OverflowError: a number of the head exceeds the range of float32.

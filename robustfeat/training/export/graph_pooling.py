@@ -30,7 +30,7 @@ class Found:
     Attributes:
         name: in the graph.
         values: what it is for some images.
-        opset: of the graph.
+        opset: opset of the graph.
         channels_last: whether a map is (N, H, W, D).
     """
 

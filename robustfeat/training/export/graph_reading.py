@@ -40,7 +40,7 @@ class RunError(InputError):
 def load_graph(file: Path) -> tuple[onnx.ModelProto, str]:
     """The network in an ONNX file, with the weights in files beside it put inside, and the sha256 of the file's bytes.
 
-    Files that hold weights lie in the file's folder or below it; links in their paths do not lead out of it.
+    Files of weights must be in the file's folder or below it, and links must not lead out of it.
 
     Raises:
         InputError: a file cannot be read, the first is no ONNX file, or all are larger than engines can read.
@@ -123,7 +123,7 @@ def run_outputs(model: onnx.ModelProto, batches: Sequence[NDArray[Any]], source:
     """All of ONNX Runtime's outputs, by name, for each batch of the only input.
 
     Raises:
-        RunError, InputError: as `run_graph`.
+        RunError, InputError: see `run_graph`.
     """
     session = _session(model, source)
     name = session.get_inputs()[0].name
@@ -184,7 +184,7 @@ def describe(value: onnx.ValueInfoProto) -> str:
 
 
 def dimensions(value: onnx.ValueInfoProto) -> list[int | None]:
-    """Its shape; None for what is free. A side of 0 or less is free, too, as some exporters write it so."""
+    """The shape, with None for free dimensions. Some exporters write a side of 0 or less for a free one."""
     return [
         dimension.dim_value if dimension.HasField("dim_value") and dimension.dim_value > 0 else None
         for dimension in value.type.tensor_type.shape.dim
@@ -226,12 +226,12 @@ def require_order(graph: onnx.GraphProto, source: str) -> None:
 
 
 def noise(count: int, side: int, most: float = 1.0) -> NDArray[np.float32]:
-    """(count, 3, S, S) float32 from 0 to `most`; the last image has the largest range."""
+    """Random images, (count, 3, S, S) float32 from 0 to `most`. The last one has the largest range."""
     images = np.random.default_rng(0).random((count, 3, side, side), np.float32)
     images *= most * np.linspace(1 / count, 1, count, dtype=np.float32)[:, None, None, None]
     return images
 
 
 def _reason(exc: BaseException) -> str:
-    """Of an exception of ONNX Runtime, without the name and number that it begins with."""
+    """The message of an exception of ONNX Runtime, without its leading name and number."""
     return first_line(exc).rpartition("[ONNXRuntimeError] : ")[2][:200]

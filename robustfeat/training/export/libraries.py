@@ -45,7 +45,7 @@ _CONVERTED, _BY_ORDER = "converted by timm", "named by order and shape"
 
 
 class MisfitError(ValueError):
-    """Weights are not those of a network; the message says why."""
+    """Weights do not belong to a network. The message says why."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class LibraryNetwork:
 
     Attributes:
         network: images to logits, or to features where `num_classes` is 0.
-        num_classes: of its classifier.
+        num_classes: number of its classes.
         names: `architecture`, `first_conv`, `classifier` and `fixed_input_size`, as `ModelConfig` has them.
         settings: fields of its `Preprocessing`, without those that have their defaults.
         license: the Hub's name of it, for the library's own weights.
@@ -69,7 +69,7 @@ class LibraryNetwork:
     notes: tuple[str, ...] = ()
 
     def feature_network(self) -> nn.Module:
-        """The same network, from images to features: its classifier is taken away."""
+        """Removes the classifier, so the network outputs features."""
         _drop_classifier(self.network, self.names["classifier"])
         return self.network.eval()
 
@@ -105,7 +105,7 @@ def open_network(
 
 
 def require_network(source: str) -> None:
-    """A library has a network of that name; what is not its own, such as a repository on the Hub, is not looked for.
+    """Checks that a library has a network of this name, without looking for repositories on the Hub.
 
     Raises:
         InputError: it has not.
@@ -121,12 +121,12 @@ def rebuild_features(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Mod
     """The network of a model folder, from images to features.
 
     Args:
-        config: of the folder.
-        state: of its model.safetensors.
+        config: config of the folder.
+        state: tensors of its model.safetensors.
 
     Raises:
         LookupError: no library has such a network.
-        Exception: of many kinds, where the weights do not fit.
+        Exception: the weights do not fit. Libraries raise many kinds.
     """
     name, side = config.architecture, config.preprocessing.image_size
     own, _, width = name.partition("resnet18-width")
@@ -148,7 +148,7 @@ def rebuild_features(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Mod
 
 def _drop_classifier(network: nn.Module, classifier: Any) -> None:
     any_network: Any = network
-    if hasattr(network, "reset_classifier"):  # of timm
+    if hasattr(network, "reset_classifier"):  # a network of timm
         any_network.reset_classifier(0)
         return
     for name in classifier_names(classifier):
@@ -336,7 +336,7 @@ def _make_torchvision(name: str, image_size: int | None, classes: int | None = N
 
 
 def _for_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without those of `_TRAINING_ONLY`."""
+    """The tensors without `_TRAINING_ONLY`."""
     return {name: value for name, value in state.items() if name.partition(".")[0] not in _TRAINING_ONLY}
 
 

@@ -21,11 +21,11 @@ from robustfeat.training.export.stamp import INPUT, OUTPUT, quiet, raise_of_the_
 __all__ = ["export_onnx", "require_onnx_size"]
 
 _GRAPH_BYTES = 2**24
-"""Left for what is no weight in an ONNX file."""
+"""Bytes reserved for everything except weights in an ONNX file."""
 
 
 def require_onnx_size(network: nn.Module, name: str) -> None:
-    """An ONNX file can hold the network's weights in fp32, as engines read it.
+    """Checks that the network's weights in fp32 fit into an ONNX file that engines can read.
 
     Args:
         network: may be without values.
@@ -101,7 +101,7 @@ def _trace(network: nn.Module, side: int) -> torch.onnx.ONNXProgram:
 
 
 def _root(exc: BaseException) -> str:
-    """What an exporter's error came from: its own message only says which step failed."""
+    """The cause of an exporter's error, whose own message only names the failed step."""
     while exc.__cause__ is not None:
         exc = exc.__cause__
     return first_line(exc)

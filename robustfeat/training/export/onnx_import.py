@@ -57,11 +57,11 @@ def import_onnx(
     """Makes a model folder of a vision network's ONNX file. The golden features are ONNX Runtime's, in fp32.
 
     Args:
-        source: the file; what it keeps in other files must lie beside it.
+        source: the file. Its external data must be beside it.
         out: the folder to make.
         image_size: S; needed where the network takes images of any size.
         mean, std: one number, or one per channel, for values in [0, 1]. Needed unless the network takes uint8.
-        crop_pct, interpolation, crop_mode: of the preprocessing contract; by default 1, bilinear and center.
+        crop_pct, interpolation, crop_mode: settings of the preprocessing contract; by default 1, bilinear and center.
         output: the tensor that becomes the features; needed where the network has several outputs.
         pooling: cls or mean, for an output of tokens or a map.
         name: the model's name; by default the file's, or its folder's for a file called model.
@@ -72,7 +72,7 @@ def import_onnx(
         quiet: say nothing of the steps on stderr.
 
     Raises:
-        InputError: the file cannot be used so; the message names what was found and what to pass.
+        InputError: the file cannot be used so. The message says what was found and what to pass.
         ExportError: an engine disagrees with ONNX Runtime; nothing is left behind.
     """
     file = Path(source)
@@ -146,7 +146,7 @@ def _write_folder(
 
     def write(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         stamp_onnx(adapted.model, config.preprocessing)
-        remark(f"{config.name}: writes {ONNX['fp32']}; the golden images go through ONNX Runtime", quiet=quiet)
+        remark(f"{config.name}: writing {ONNX['fp32']}; ONNX Runtime embeds the golden images", quiet=quiet)
         (path / ONNX["fp32"]).parent.mkdir()
         (path / ONNX["fp32"]).write_bytes(adapted.model.SerializeToString())
         (features,) = run_graph(adapted.model, [inputs], config.name)
@@ -171,12 +171,12 @@ def import_onnx_layout(
     """Makes a model folder of a model in the layout of Optimum and transformers.js, of its ONNX file in fp32.
 
     Args:
-        repository: where the model lies.
+        repository: the repository of the model.
         out: the folder to make.
-        pooling: a way of `hub.outputs.POOLED`; by default what is usual for the model type.
+        pooling: a way of `hub.outputs.POOLED`; by default the usual one for the model type.
         name: the model's name; by default the repository's.
-        calibration, int8, terms: as `import_onnx` has them.
-        license_id: the Hub's name of a license; by default that of the model's card.
+        calibration, int8, terms: see `import_onnx`.
+        license_id: the Hub's name of a license; by default from the model's card.
         quiet: say nothing of the steps on stderr.
 
     Raises:
@@ -212,7 +212,7 @@ def import_onnx_layout(
 def _normalisation(
     adapted: AdaptedGraph, file: Path, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation as they were passed, or those that leave the pixels of a uint8 input alone."""
+    """The given mean and standard deviation, or values that do not change the pixels of a uint8 input."""
     if adapted.takes_bytes:
         for name, value in (("mean", mean), ("std", std)):
             if value is not None:

@@ -1,4 +1,4 @@
-"""Where a model folder's network comes from and under which terms, as config.json says it. Loads no PyTorch."""
+"""Describes the source and the terms of a model folder's network for config.json. Loads no PyTorch."""
 
 from __future__ import annotations
 

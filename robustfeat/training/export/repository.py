@@ -32,7 +32,7 @@ class Repository:
 
     Attributes:
         source: what a user types to import it: hf:ORG/NAME, or the folder.
-        path: where its files lie, or are downloaded to.
+        path: the folder of its files, or of the downloads.
         names: its files.
         config, processor: the contents of config.json, and of the file by which images are prepared.
         repo, commit: ORG/NAME and the commit on the Hub; None for a folder.
@@ -74,7 +74,7 @@ class Repository:
         return find_network(self.names, "fp32") is not None
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files, downloaded where need be; what is downloaded has the hash that the Hub tells.
+        """The safetensors files, downloaded if needed and verified by the Hub's hashes.
 
         Raises:
             InputError: the list of their names is damaged, or one is missing.
@@ -94,7 +94,7 @@ class Repository:
         return [self.path / name for name in names]
 
     def _verify(self, names: Sequence[str]) -> None:
-        """Compares files that were just downloaded; the Hub's client compares only their sizes."""
+        """Verifies new downloads by their hashes, since the Hub's client only compares sizes."""
         if not names or self.repo is None or self.commit is None:
             return
         told = self.access.files(self.repo, self.commit)
@@ -142,7 +142,7 @@ def open_repository(source: str, revision: str | None = None, access: HubAccess 
     Args:
         source: hf:ORG/NAME, or a folder.
         revision: a branch, tag or commit on the Hub; main by default.
-        access: which Hub, as whom.
+        access: the Hub to use, and the credentials.
 
     Raises:
         InputError: there is no such model, or it is not one of transformers.

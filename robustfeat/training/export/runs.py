@@ -44,11 +44,11 @@ def export_run(
         run: the run's folder, or its checkpoint.pt or best.pt.
         out: the folder to make.
         name: the model's name, with its version; by default the run folder's name.
-        image_size, crop_pct: of the preprocessing contract; by default the recipe's validation size and crop.
+        image_size, crop_pct: settings of the preprocessing contract; by default the recipe's validation size and crop.
         calibration: a folder of images for int8; by default the run's own training images.
         int8: also write onnx/model_int8.onnx.
         compact: weights once, in fp16, shared by model.safetensors and model.onnx.
-        best: of a folder, take best.pt in place of checkpoint.pt; the run may still be going on.
+        best: use best.pt of a folder instead of checkpoint.pt. The run may still be active.
         results: measured results for the card.
         evaluations: measured numbers for the Hub's lists.
         terms: under which terms the weights may be used, for the card.
@@ -108,7 +108,7 @@ def _require_own_size(recipe: Recipe, image_size: int, *, fixed: bool) -> None:
 
 
 def _published(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe for a folder that others read: it must not tell of this machine's paths."""
+    """A recipe for a published folder, without paths of this machine."""
     return {
         key: Path(value).name if key in {"concepts", "init", "teacher", "probe"} and isinstance(value, str) else value
         for key, value in recipe.items()

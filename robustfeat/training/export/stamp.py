@@ -1,4 +1,4 @@
-"""What all ONNX files of model folders have in common: the preprocessing hash, and no traces of their making."""
+"""Stamps ONNX files of model folders with the preprocessing hash, and removes traces of their making."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from robustfeat.serving.engines.engine import HASH_KEY
 __all__ = ["INPUT", "OUTPUT", "quiet", "raise_of_the_system", "stamp_onnx"]
 
 INPUT, OUTPUT = "pixel_values", "features"
-"""What a model folder's ONNX files take, (N, 3, S, S) float32, and give, (N, D) float32."""
+"""Input, (N, 3, S, S) float32, and output, (N, D) float32, of a model folder's ONNX files."""
 
 
 def stamp_onnx(model: onnx.ModelProto, contract: Preprocessing) -> None:
@@ -31,7 +31,7 @@ def stamp_onnx(model: onnx.ModelProto, contract: Preprocessing) -> None:
 
 
 def raise_of_the_system(exc: BaseException) -> None:
-    """Raises the error of the system, such as a full disk, that lies behind another one; no network is to blame.
+    """Raises the system's error behind another one, such as a full disk, for which no network is to blame.
 
     Raises:
         OSError: if there is one.

@@ -55,14 +55,14 @@ def import_transformers(
     The folder also loads in transformers: config.json keeps its entries, model.safetensors its names.
 
     Args:
-        repository: where the model lies.
+        repository: the repository of the model.
         out: the folder to make.
-        pooling: a way of `hub.outputs.POOLED`; by default what is usual for the model type.
+        pooling: a way of `hub.outputs.POOLED`; by default the usual one for the model type.
         name: the model's name; by default the repository's.
         calibration: a folder of images for int8; besides the golden images.
         int8: also write onnx/model_int8.onnx.
         terms: under which terms the weights may be used, for the card.
-        license_id: the Hub's name of a license; by default that of the model's card.
+        license_id: the Hub's name of a license; by default from the model's card.
         quiet: say nothing of the steps on stderr.
 
     Raises:
@@ -99,7 +99,7 @@ def import_transformers(
     )
 
     def write(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        remark(f"{config.name}: writes {WEIGHTS}; the golden images go through PyTorch", quiet=quiet)
+        remark(f"{config.name}: writing {WEIGHTS}; PyTorch embeds the golden images", quiet=quiet)
         model.save(path / WEIGHTS)
         expected = torch_features(network, inputs)
         _check_processor(repository, processor, contract, inputs)
@@ -115,7 +115,7 @@ def import_transformers(
 def _check_processor(
     repository: Repository, processor: Mapping[str, Any], contract: Preprocessing, inputs: NDArray[np.float32]
 ) -> None:
-    """Compares the golden images as our contract prepares them, (n, 3, S, S), with those of the image processor.
+    """Compares golden images prepared by our contract, (n, 3, S, S), with the image processor's result.
 
     Pixels are compared, since what a difference of one level does depends on the network.
 
@@ -145,7 +145,7 @@ def _check_processor(
 def _transformers_inputs(
     processor: Mapping[str, Any], config: Mapping[str, Any], images: list[Image.Image]
 ) -> NDArray[np.float32]:
-    """What the image processor makes of RGB images, (n, 3, S, S), by Pillow."""
+    """Prepares RGB images by the image processor with Pillow, (n, 3, S, S)."""
     with tempfile.TemporaryDirectory() as scratch:  # nothing else of the repository
         kept = {key: value for key, value in config.items() if key != "auto_map"}
         Path(scratch, CONFIG).write_text(json.dumps(kept), "utf-8")

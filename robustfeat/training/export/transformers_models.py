@@ -55,7 +55,7 @@ _TOWERS = {
 """Model types whose image tower may have a projection (`image_embeds`), with the start of its class's name."""
 
 _BY_NAME = {"architecture", "backbone", "model_args"}
-"""Entries of configs that hold a network of timm, or one for another network to stand on."""
+"""Entries of configs with a network of timm, or with a backbone of another network."""
 
 _PROJECTION = "visual_projection.weight"
 _TOKENS = 3
@@ -101,7 +101,7 @@ class VisionModel:
         state = {name: value for name, value in self.network.state_dict().items() if name not in self.missing}
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch, silent_transformers():
             self.network.save_pretrained(scratch, state_dict=state, max_shard_size="1TB")
-            # A copy, since what the library writes can be read by its owner alone.
+            # Copy the file, since only its owner can read a file that the library writes.
             shutil.copyfile(Path(scratch, WEIGHTS), file)
 
 
@@ -127,7 +127,7 @@ def build_model(config: Mapping[str, Any], state: State, source: str) -> VisionM
 
     Args:
         config: the content of config.json.
-        state: tensors by transformers' names; those of other parts are left out.
+        state: tensors by transformers' names. Tensors of other parts are ignored.
         source: names the model in messages.
 
     Raises:
@@ -227,7 +227,7 @@ def choose_features(model: VisionModel, side: int, asked: str | None, source: st
 
 
 def _missing_influence(network: FeatureNetwork, missing: frozenset[str], side: int) -> list[str]:
-    """Those of the missing parameters that the features depend on."""
+    """The missing parameters on which the features depend."""
     if not missing:
         return []
     parameters = dict(network.network.named_parameters())

@@ -1,4 +1,4 @@
-"""What can be wrong with the arguments of `train` and costs nothing to find out. Loads no PyTorch."""
+"""Checks the arguments of `train` before slow work. Loads no PyTorch."""
 
 from __future__ import annotations
 

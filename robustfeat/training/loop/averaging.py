@@ -30,7 +30,7 @@ class MovingAverage:
         outputs: the averaged network and heads; no gradient reaches them.
 
     Source: Polyak and Juditsky, SIAM J. Control Optim. 1992, for averages of weights; the exponential form and
-    the rising d_t are those of TensorFlow's ExponentialMovingAverage (num_updates) and of timm's ModelEmaV3.
+    the rising d_t are as in TensorFlow's ExponentialMovingAverage (num_updates) and timm's ModelEmaV3.
     """
 
     def __init__(self, outputs: Outputs, decay: float) -> None:
@@ -58,7 +58,7 @@ class MovingAverage:
         torch._foreach_lerp_(averages, values, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: `model`, `heads` and the number of `updates`."""
+        """The state for a checkpoint: `model`, `heads` and the number of `updates`."""
         return {
             "model": self.outputs.network.state_dict(),
             "heads": self.outputs.heads.state_dict(),

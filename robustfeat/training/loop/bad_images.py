@@ -49,7 +49,7 @@ class BadImages:
             )
 
     def by_split(self) -> dict[str, list[str]]:
-        """What a checkpoint keeps: sorted lines by split."""
+        """The state for a checkpoint: sorted lines by split."""
         return {split: sorted(lines) for split, lines in self._lines.items()}
 
     def all(self) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands, between two steps.
+    """The position of a run, between two steps.
 
     Attributes:
         epoch, step: the next step to make: `step` within `epoch`, both counted from 0.
@@ -63,14 +63,14 @@ class Checkpoint:
     """A run at the end of a step.
 
     Attributes:
-        recipe: as `Recipe.to_dict` gives it.
-        data: the training data: `root`, `fingerprint`, `images`, `validation_images`; and `ranks`, that share a batch.
+        recipe: the recipe, from `Recipe.to_dict`.
+        data: the training data, `root`, `fingerprint`, `images` and `validation_images`, and the number of `ranks`.
         classes: the C class names.
         concepts: the K concept names.
         concept_of_class: C numbers.
         epoch, step, global_step: see `Position`.
         model, optimizer, objective, scaler: their state dicts (the scaler's is empty but for fp16).
-        average: of `MovingAverage`, where the recipe has `ema`.
+        average: the state of `MovingAverage`, if the recipe has `ema`.
         heads: the state dict of the objective's own modules; most objectives have none.
         start: the state dict of the network before training, where its features are learned (`stable_anchor`).
         bad_images: for `training`, `validation` and `probe`, those that could not be decoded so far.
@@ -104,12 +104,12 @@ class Checkpoint:
 
     @property
     def position(self) -> Position:
-        """Where the run stands."""
+        """The position of the run."""
         return Position(self.epoch, self.step, self.global_step)
 
 
 def save_checkpoint(checkpoint: Checkpoint, run: Path, name: str = CHECKPOINT_NAME) -> None:
-    """Replaces the run's checkpoint of this name; the old one stays intact until the new one is whole."""
+    """Replaces the run's checkpoint of this name. The old one stays intact until the new one is complete."""
     file = run / name
     try:
         with new_file(file) as partial:
@@ -175,7 +175,7 @@ def network_of(checkpoint: Checkpoint) -> nn.Module:
     """The trained network with its classifier, averaged where the recipe has `ema`, in evaluation mode.
 
     Raises:
-        CheckpointError: the weights are not those of such a network.
+        CheckpointError: the weights do not belong to such a network.
     """
     recipe = Recipe.from_dict(checkpoint.recipe)
     with fitting():
@@ -241,7 +241,7 @@ def changed_key(saved: Checkpoint, recipe: Recipe) -> tuple[str, Any, Any] | Non
 
 
 def require_same_recipe(saved: Checkpoint, run: Path, recipe: Recipe, data: Mapping[str, Any]) -> None:
-    """A run goes on only by the recipe, and on the images, that it began with.
+    """Refuses to resume a run with another recipe or other images.
 
     Raises:
         CheckpointError: naming the first difference.
@@ -261,7 +261,7 @@ def require_same_recipe(saved: Checkpoint, run: Path, recipe: Recipe, data: Mapp
 
 
 def require_same_concepts(saved: Checkpoint, run: Path, concepts: ConceptMap) -> None:
-    """A run goes on only with the concepts that it began with.
+    """Refuses to resume a run with other concepts.
 
     Raises:
         CheckpointError: they are others.

@@ -30,7 +30,7 @@ def cluster_images(run: Run, saved: Mapping[str, Any]) -> Run:
     teacher sees whole, as it is meant to be used.
 
     Args:
-        run: whose folder this process holds.
+        run: the run, whose folder this process has claimed.
         saved: the clusters in the checkpoint; empty in a new run.
 
     Raises:
@@ -75,7 +75,7 @@ def _find(run: Run) -> Clusters:
 
 
 def _embed(run: Run) -> NDArray[np.float32]:
-    """(N, D) features of length 1, with NaN for images that cannot be decoded; the loop over epochs reports those."""
+    """(N, D) features of length 1, with NaN for undecodable images, which the loop over epochs reports."""
     teacher = run.teacher
     assert teacher is not None
     features = np.full((len(run.train_set), teacher.extractor.feature_size), np.nan, np.float32)

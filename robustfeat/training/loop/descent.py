@@ -19,8 +19,8 @@ class Descent:
         network: on its device.
         device: the network's.
         lr: the first learning rate.
-        momentum: of SGD.
-        weight_decay: of either optimiser.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of either optimiser.
         precision: fp32, bf16 or fp16 (with loss scaling).
         optimizer: `sgd`, with momentum; or `adamw`, with PyTorch's betas 0.9 and 0.999.
         decay_norms: decay the weights of normalisation layers and biases, too: parameters of less than two dimensions.
@@ -76,7 +76,7 @@ class Descent:
 
     @property
     def gradients(self) -> list[Tensor]:
-        """What was added so far, of the parameters that have some."""
+        """The gradients added so far, for the parameters that have some."""
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def autocast(self) -> torch.autocast:
@@ -110,7 +110,7 @@ class Descent:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: optimizer and scaler."""
+        """The state for a checkpoint: optimizer and scaler."""
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

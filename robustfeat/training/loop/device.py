@@ -1,4 +1,4 @@
-"""Which processor PyTorch runs on."""
+"""Chooses PyTorch's device."""
 
 from __future__ import annotations
 

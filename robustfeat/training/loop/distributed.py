@@ -28,7 +28,7 @@ __all__ = [
 
 @contextmanager
 def join_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Joins the other processes of a torchrun: gloo for what lies on the CPU, NCCL for what lies on GPUs.
+    """Joins the other processes of a torchrun, with gloo for the CPU and NCCL for GPUs.
 
     Raises:
         TrainingError: the others cannot be reached.
@@ -69,7 +69,7 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken p
 
 
 def raise_together(error: RobustFeatError | None) -> None:
-    """Ends all ranks when one of them has an error; a collective call, so that none waits for one that is gone.
+    """Ends all ranks when one of them has an error. It is a collective call, so no rank waits for a dead one.
 
     Raises:
         RobustFeatError: `error`, on the first rank that has one. The others end with its exit code and say nothing.
@@ -120,7 +120,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     backend takes: q must not drift apart.
 
     Args:
-        values: of the same shape on each rank.
+        values: values of the same shape on each rank.
     """
     if not distributed.is_initialized():
         return values
@@ -153,7 +153,7 @@ def require_same(values: Mapping[str, Any]) -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Each rank's `value`, in the order of the ranks; small, picklable, of our own processes alone."""
+    """Each rank's small, picklable `value`, in the order of the ranks."""
     if not distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()

@@ -29,13 +29,13 @@ def explain_divergence(
     """The error that ends a diverged run.
 
     Args:
-        recipe: of the run.
+        recipe: recipe of the run.
         step: where it diverged.
-        reason: what was seen there.
-        metrics: of the last line in the log.
+        reason: the observation.
+        metrics: the last line in the log.
         tau_at_224px: the objective's; 0 without an example level.
-        folder: of the run.
-        saved_step: of its last checkpoint.
+        folder: folder of the run.
+        saved_step: step of the last checkpoint.
     """
     cause, change = _likely_cause(recipe, metrics, tau_at_224px)
     return DivergedError(

@@ -34,7 +34,7 @@ _LOG_EVERY_STEPS = 50
 
 @dataclass(frozen=True)
 class _Agreement:
-    """What all ranks know before a step.
+    """State that all ranks share before a step.
 
     Attributes:
         total, least: images of all ranks, and of the rank with the fewest.
@@ -52,15 +52,15 @@ class EpochLoop:
     """Trains epoch by epoch, and validates, logs and saves after each.
 
     Args:
-        run: what is trained.
+        run: the run.
         step: makes the steps.
         position: where the run stands.
-        report, saver, bad_images: of this run.
+        report, saver, bad_images: the run's report, saver and bad images.
         stop: asks for the end after a step.
         checkpoint_every_s: seconds between checkpoints within an epoch.
 
     Attributes:
-        probe_accuracy: of the recipe's probe after the last epoch; None before, and where there is none.
+        probe_accuracy: accuracy of the recipe's probe after the last epoch; None before it, and without a probe.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class EpochLoop:
         self.probe_accuracy: float | None = None
 
     def train(self) -> float:
-        """Trains to the end of the recipe; the last validation accuracy.
+        """Trains to the end of the recipe, and returns the last validation accuracy.
 
         Raises:
             DivergedError: a loss is not finite.
@@ -181,7 +181,7 @@ class EpochLoop:
         window.add(result, number)
 
     def _end_epoch(self) -> float:
-        """Validates, logs, recalibrates after the last epoch, probes, and saves; the validation accuracy."""
+        """Validates, logs, recalibrates after the last epoch, probes and saves. Returns the validation accuracy."""
         recipe, position = self._run.recipe, self._position
         loss, accuracy = self._validate()
         self._report.write_validation("epoch", position, loss, accuracy)

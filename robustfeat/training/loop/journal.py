@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard's events, and the numbers that they hold."""
+"""Writes a run's metrics to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Journal:
 
     Args:
         run: the run's folder; lines that a killed run wrote after its last checkpoint are dropped.
-        step: of that checkpoint; later steps are made again.
+        step: step of the checkpoint. Later steps are repeated.
         concepts: names, for the weights' scalars.
     """
 
@@ -140,7 +140,7 @@ class Window:
         return None if step == torch.inf else int(step)
 
     def numbers(self, world: int) -> dict[str, float] | None:
-        """Means over the window and all ranks: unweighted loss, what was descended, speed.
+        """Means over the window and all ranks: unweighted loss, training loss, speed.
 
         The accuracy and the gradients' norm are there where they are known.
         """

@@ -1,4 +1,4 @@
-"""A teacher's features of a fixed number of crops an image, computed once and kept in the run's folder."""
+"""Keeps a teacher's features of a fixed number of crops per image in the run's folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class KeptFeatures:
 
 
 def require_feature_room(run: Run) -> None:
-    """What would be kept is within the recipe's bound and fits on the disk.
+    """Checks that the kept features are within the recipe's bound and fit on the disk.
 
     Raises:
         InputError: it does not.
@@ -69,7 +69,7 @@ def require_feature_room(run: Run) -> None:
 def keep_features(run: Run) -> Run:
     """The run with the features of its fixed crops, where the recipe asks for them; a collective call.
 
-    The first rank computes them. It goes on where a killed process stopped.
+    The first rank computes them, and resumes after a killed process.
 
     Raises:
         InputError: they do not fit on the disk, or the folder of the run is not shared by all ranks.
@@ -123,7 +123,7 @@ def _side(run: Run) -> int:
 
 
 def _read_done(file: Path, key: dict[str, Any]) -> int:
-    """How many blocks are written; 0 where the file is of something else."""
+    """Number of written blocks; 0 if the file belongs to something else."""
     try:
         state = json.loads(file.read_text("utf-8"))
         done = state.pop("done")

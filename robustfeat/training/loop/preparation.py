@@ -39,7 +39,7 @@ __all__ = ["Run", "choose_device", "claim_folder", "fill_cache", "introduce", "p
 
 _MOST_DECODERS = 16
 _MIXING = 0x313C
-"""Tells the draws of mixtures from those of crops."""
+"""Distinguishes the random draws of mixtures from the draws of crops."""
 
 
 class Kept(Protocol):
@@ -55,17 +55,17 @@ class Run:
 
     Attributes:
         recipe: how it is trained.
-        folder: of its files.
+        folder: folder of its files.
         ranks, device: where this process runs.
         train_set, validation_set: the images.
-        concepts: of the training set's classes.
+        concepts: concepts of the training set's classes.
         data_identity: what a checkpoint keeps of the data: `root`, `fingerprint`, `images`, `validation_images`, and
             the `ranks` that share a batch.
         decoders: processes that decode images.
         loaders: processes that load training batches.
         cache: where squares of `recipe.cache_px` are kept: ram, device or a folder.
         quiet: whether this process prints nothing.
-        teacher: of the recipe, where it has one.
+        teacher: the recipe's teacher, if there is one.
         clusters: where they are the concepts.
         kept: the teacher's features, where they are computed once.
         probe: the recipe's, where it has one.
@@ -89,7 +89,7 @@ class Run:
     probe: Task | None = None
 
     def show(self, batch: Batch, side: int, epoch: int, number: int) -> Examples:
-        """What a step and the teacher see of batch `number` of an epoch: its crops, mixed where the recipe says so.
+        """The crops of batch `number` of an epoch, for the step and the teacher, mixed if the recipe says so.
 
         Mixtures are of this rank's part of the batch.
         """
@@ -100,7 +100,7 @@ class Run:
         return mix(examples, len(self.train_set.classes), mixup=recipe.mixup, cutmix=recipe.cutmix, rng=rng)
 
     def guide(self, examples: Examples, epoch: int) -> Guidance:
-        """What the teacher and the clusters say of a step's images."""
+        """The teacher's features and the clusters of a step's images."""
         of_image, pixels, rows = self.concepts.of_image, examples.pixels, examples.rows
         taught = None
         if self.kept is not None and rows is not None:
@@ -258,7 +258,7 @@ def claim_folder(run: Run, *, resume: bool) -> Iterator[None]:
 
 
 def introduce(run: Run, data: str | Path) -> None:
-    """Says what is trained on what, and what is left out of it."""
+    """Prints the data and the network, and the skipped images."""
     recipe = run.recipe
     ranks = f" on {run.ranks.world} ranks" if run.ranks.world > 1 else ""
     inner = f", inner pass {recipe.inner}" if recipe.inner != "full" else ""

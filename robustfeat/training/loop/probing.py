@@ -1,4 +1,4 @@
-"""What the features of a network in training are worth: the accuracy of a classifier of them on a small task."""
+"""Probes the features of a network in training by a classifier's accuracy on a small task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ReportFailures = Callable[[tuple[str, ...], int], None]
 
 
 def probe(run: Run, step: TrainingStep, report_failures: ReportFailures) -> Score:
-    """How well the features tell the classes of the run's probe; a collective call with one answer on all ranks.
+    """The accuracy on the run's probe. It is a collective call with the same result on all ranks.
 
     Args:
         run: with the task, and the recipe that names the classifier.

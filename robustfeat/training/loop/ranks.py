@@ -26,7 +26,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """As torchrun tells it; a single process without torchrun.
+        """Reads the ranks from torchrun's environment; a single process without torchrun.
 
         Raises:
             InputError: the variables that torchrun sets make no sense.

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: lines on stderr, and events for its journal."""
+"""Reports training: lines on stderr, and events for the journal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from robustfeat.training.objective import Objective
 __all__ = ["Report", "open_report"]
 
 _NOTICEABLE_NOISE = 0.05
-"""Of an example's weight, which is 1 at the start; less is not worth a line."""
+"""Change of an example's weight, which starts at 1, that is worth a line."""
 
 
 class Report:
     """The progress of one run.
 
     Args:
-        run: what is trained.
-        objective: whose numbers are reported.
+        run: the run.
+        objective: the objective whose numbers are reported.
         journal: for the events; None on all ranks but the first.
 
     Attributes:
@@ -95,11 +95,11 @@ class Report:
         """The numbers of a window of steps, for the journal and the progress line.
 
         Args:
-            numbers: of `Window.numbers`.
+            numbers: numbers from `Window.numbers`.
             position: after the window.
-            side: of the training images.
+            side: side of the training images.
             epoch: epochs done, as a fraction.
-            steps: of this epoch.
+            steps: number of steps in this epoch.
         """
         recipe, told = self._run.recipe, self._objective.metrics()
         self.metrics = {**numbers, **told}
@@ -128,7 +128,7 @@ class Report:
 
 @contextmanager
 def open_report(run: Run, objective: Objective, position: Position) -> Iterator[Report]:
-    """The report of a run from this position on; its journal is closed at the end."""
+    """The report of a run from this position on. Its journal is closed at the end."""
     if run.ranks.rank > 0:
         yield Report(run, objective, None)
         return

@@ -47,12 +47,12 @@ def require_unused(run: Path) -> None:
     """A new run may be written to this folder.
 
     Raises:
-        CheckpointError: it holds a run.
+        CheckpointError: the folder already has a run.
         InputError: the folder cannot be read.
     """
     try:
         used = (run / CHECKPOINT_NAME).exists() or (run / METRICS_NAME).exists()
-    except OSError as exc:  # as it is, it would end one rank and leave the others waiting
+    except OSError as exc:  # unhandled, it would end one rank and leave the others waiting
         raise InputError(
             f"cannot be read ({exc.strerror or exc})", argument="out", value=run, fix="choose another folder"
         ) from exc

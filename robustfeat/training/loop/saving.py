@@ -72,7 +72,7 @@ class Saver:
                 run.folder,
                 name,
             )
-        gather_objects(None)  # no rank goes on, and above all none ends, before the file is whole
+        gather_objects(None)  # no rank may continue, or even end, before the file is complete
 
     def stop(self) -> NoReturn:
         """Ends all ranks after a checkpoint; a collective call.

@@ -1,4 +1,4 @@
-"""One step of training: the network, its optimiser and the objective on one device, alone or beside other ranks."""
+"""Runs one training step of the network, its optimiser and the objective on one device, with or without other ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Group:
     """The batches whose mean gradient makes one update; see `Recipe.accumulate`.
 
     Attributes:
-        size: how many they are.
+        size: number of batches in the group.
         ends: whether this batch is the last of them.
     """
 
@@ -51,7 +51,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Guidance:
-    """What a step knows of its images besides their labels.
+    """Guidance for a step's images besides their labels.
 
     Attributes:
         teacher: (m, D), see `StepBatch`.
@@ -66,13 +66,13 @@ class Guidance:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step saw, on the device, so that nothing has to wait for it.
+    """Measurements of a step, on the device, so nothing has to wait for them.
 
     Attributes:
         losses: (m,) float32 at the images that were trained on.
         objective: the scalar that was descended.
-        correct: how many of the m were classified correctly; NaN where labels are not learned.
-        gradient_norm: of an update before clipping, where the recipe has `clip_norm`.
+        correct: number of the m images that were classified correctly; NaN if labels are not learned.
+        gradient_norm: norm of an update before clipping, if the recipe has `clip_norm`.
     """
 
     losses: Tensor
@@ -86,7 +86,7 @@ class TrainingStep:
 
     Args:
         recipe: how it is trained.
-        concepts: of the training set's classes.
+        concepts: concepts of the training set's classes.
         device: where.
         ranks: this process among those that train together; where there are several, call `distribute`.
 
@@ -177,9 +177,9 @@ class TrainingStep:
         self._trained = _compiled(self._parallel) if self.recipe.compile else self._parallel
 
     def _share_statistics(self, outputs: Outputs) -> None:
-        """Running statistics become the mean over the ranks, so that all evaluate and save one network."""
+        """Averages the running statistics over the ranks, so all evaluate and save the same network."""
         buffers = [buffer for buffer in outputs.buffers() if buffer.is_floating_point()]
-        if not buffers:  # as in networks with LayerNorm
+        if not buffers:  # for example in networks with LayerNorm
             return
         mean = sum_over_ranks(torch.cat([buffer.flatten() for buffer in buffers])) / self._ranks.world
         parts = torch.split(mean, [buffer.numel() for buffer in buffers])
@@ -205,17 +205,17 @@ class TrainingStep:
         guidance: Guidance = Guidance(),
         group: Group = Group(),
     ) -> StepResult:
-        """One step: the gradient of a batch, and, where its group ends, the update.
+        """One step: the gradient of a batch and, at the end of its group, the update.
 
         Args:
             pixels: (m, 3, S, S) float from 0 to 255, on the device.
             labels: (m,) int64; of a mixture the larger part's.
             epoch: epochs done so far, as a fraction; decides the learning rate.
-            number: of the step since training began; random numbers follow from it and the seed.
+            number: number of the step since training began. It determines random numbers together with the seed.
             replay: see `StepBatch`.
             total: examples of all ranks; m where there is one rank.
-            guidance: of the same images.
-            group: of batches that make one update.
+            guidance: guidance for the same images.
+            group: the group of batches for one update.
 
         Raises:
             DivergedError: a loss is not finite (on a CPU, and for methods with a concept level).
@@ -337,7 +337,7 @@ class TrainingStep:
     def recalibrate(self, batches: Iterable[Tensor]) -> None:
         """Measures the running statistics of `result` anew, as plain means over these batches of all ranks.
 
-        Training leaves those of x~ behind; at test time images are not perturbed.
+        Training leaves the statistics of x~, but images are not perturbed at test time.
 
         Args:
             batches: (m, 3, S, S) float from 0 to 255, on the device.
@@ -359,7 +359,7 @@ class TrainingStep:
             self._share_statistics(result)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: model, heads, start, optimizer, objective, scaler, average."""
+        """The state for a checkpoint: model, heads, start, optimizer, objective, scaler, average."""
         return {
             "model": self.network.state_dict(),
             "heads": self._heads.state_dict(),

@@ -64,7 +64,7 @@ class TrainingResult:
             weights where the recipe has `ema`); NaN where labels were not learned.
         bad_images: the images that could not be decoded and were left out.
         stopped: a signal came when nothing was left to train.
-        probe_accuracy: of the recipe's probe after the last epoch; None where there is none.
+        probe_accuracy: accuracy of the recipe's probe after the last epoch; None without a probe.
     """
 
     run: Path
@@ -96,11 +96,11 @@ def train(
         data: see `open_training_data`.
         out: gets `checkpoint.pt`, `metrics.jsonl`, `recipe.toml`, `curves.png` and `tensorboard/`; and `best.pt`, where
             the recipe has `best`.
-        resume: resume from the checkpoint in `out`; the recipe and the data must be the same.
+        resume: resume from the checkpoint in `out`. The recipe and the data must be the same.
         device: auto, cpu or cuda.
         workers: processes that decode images; by default one for each processor, at most 16, and 1 for images that a
             cache has decoded.
-        threads: processors for the network; by default all that the cgroup grants. Ranks on one machine share both.
+        threads: processors for the network; by default all that the cgroup allows. Ranks on one machine share both.
         cache: where the squares of `recipe.cache_px` are kept: ram, device (the GPU), a folder, or auto (device or
             ram). Nothing is cached where that is 0.
         target, target_model: images from which this model estimates the recipe's `reference`; see `estimate_reference`.

@@ -1,4 +1,4 @@
-"""Finished parts of a report: a small JSON file each, so that machines and days add up and a kill costs one part."""
+"""Stores finished parts of a report as small JSON files, so a kill loses one part and machines can share the work."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from robustfeat.training.recipe import Recipe
 __all__ = ["Cells"]
 
 _VERSIONS = {"held-out": 2, "svm": 2, "opinions": 3, "corruptions": 2, "finetune": 2, "steps": 2, "concepts": 2}
-"""By kind of cell; one more whenever a change of code changes what such a cell would hold."""
+"""Versions by kind of cell, raised whenever a change of code changes the contents of such cells."""
 _EARLIER = {kind: tuple(range(1, version)) for kind, version in _VERSIONS.items()}
-"""By kind, earlier versions that are shown as they are. They lack the accuracies of their run, and in the first
-`opinions` LIBSVM had LinearSVC's C and scaling."""
+"""Earlier versions by kind that are shown as they are. They lack the accuracies of their run. In the first `opinions`,
+LIBSVM had LinearSVC's C and scaling."""
 
 
 class Cells:
     """Results by name, each with what it was computed from.
 
     Args:
-        folder: of the files; made when the first is written.
+        folder: folder of the files, created with the first file.
         locks: with other processes.
     """
 
@@ -39,8 +39,8 @@ class Cells:
         """The values of a cell: from its file if that has the same inputs, else computed and written.
 
         Args:
-            kind: what is measured; the first part of the file's name.
-            name: of what, the second part.
+            kind: the measurement, first part of the file's name.
+            name: the subject, second part of the file's name.
             inputs: plain data; everything that decides the values, but for the code.
             compute: gives the values, plain data.
 
@@ -62,7 +62,7 @@ class Cells:
         return values
 
     def known(self, kind: str, name: str, inputs: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The values of a cell, as `get`; None where they would have to be computed.
+        """The values of a cell like `get`, or None if they would have to be computed.
 
         Raises:
             InputError: the file has the result of other inputs.
@@ -71,12 +71,12 @@ class Cells:
 
 
 def _key(kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cell's file must hold beside its values."""
+    """The required contents of a cell's file, besides its values."""
     return {"version": _VERSIONS[kind], "inputs": json.loads(json.dumps(inputs))}
 
 
 def _values(file: Path, key: Mapping[str, Any], earlier: tuple[int, ...]) -> Mapping[str, Any] | None:
-    """What a cell's file holds; None where it is missing, damaged, or of older code than `earlier` versions."""
+    """The contents of a cell's file; None if it is missing, damaged, or of older code than `earlier` versions."""
     try:
         known = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def _with_new_keys(recipe: Any) -> dict[str, Any]:
     try:
         return {"recipe": json.loads(json.dumps(Recipe.from_dict(recipe).to_dict()))}
     except InputError:
-        return {}  # of newer code: compared as it is
+        return {}  # newer code wrote it, so compare it as it is
 
 
 def _digest(values: Mapping[str, Any]) -> str:

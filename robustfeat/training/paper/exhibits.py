@@ -26,7 +26,7 @@ _TABLE1 = {
     "Mammal": 100, "Structure": 57, "Vehicle": 67, "Others": 80,
 }  # fmt: skip
 _FIGURE2_PEAKS = {100: 755, 150: 1534, 200: 2550, 300: 5253}
-"""By mu; read from the derivative of h, since the figure has no numbers."""
+"""Values by mu, read from the derivative of h, since the figure has no numbers."""
 
 _CORRUPTIONS = len(CORRUPTIONS) * len(SEVERITIES)
 
@@ -217,4 +217,4 @@ EXHIBITS: dict[str, Callable[[Measures], Exhibit]] = {
     "opinions": _opinions,
     "corruptions": _corruptions,
 }
-"""By name."""
+"""Exhibits by name."""

@@ -20,8 +20,8 @@ class Locks:
     """Files that the kernel locks, and frees when their process ends.
 
     Args:
-        folder: of the files; made when it is needed.
-        say: is told what is waited for.
+        folder: folder of the files, created on demand.
+        say: prints a message before a wait.
 
     Attributes:
         wait: for other processes to come to their end; otherwise `BusyError` is raised.

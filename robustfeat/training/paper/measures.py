@@ -1,4 +1,4 @@
-"""What is measured of a study's runs: which cells there are, and what each of them holds."""
+"""Measures a study's runs: lists the cells and computes their contents."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Measures:
     # The choice of tau and lambda
 
     def grid(self) -> Iterator[tuple[str, float, str]]:
-        """What is tried: method, value, target."""
+        """The trials: method, value, target."""
         for method, values in (("el", self.scale.taus), ("cl", self.scale.lams)):
             for value, target in itertools.product(values, self.scale.targets):
                 yield method, value, target
@@ -203,7 +203,7 @@ class Measures:
         return f"{stage}-{method}-s{seed}", self.study.recipe(stage, method, seed, tau, lam)
 
     def score(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
-        """A cell of Tables 2 to 4: the SVM's accuracy on the target, and which test images it tells."""
+        """A cell of Tables 2 to 4: the SVM's accuracy on the target, and whether it is right on each test image."""
 
         def measure(subject: NetworkSubject, task: Task) -> dict[str, Any]:
             machine = self.study.machine
@@ -213,7 +213,7 @@ class Measures:
         return self._of_main_run("svm", method, seed, self.study.task(target), measure)
 
     def opinions(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
-        """Second opinions on the same features; LIBSVM's for the first seed alone."""
+        """Other classifiers on the same features; LIBSVM only for the first seed."""
         with_libsvm = seed == self.scale.seeds[0]
 
         def measure(subject: NetworkSubject, task: Task) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class Measures:
         return self._of_main_run("opinions", method, seed, self.study.task(target), measure, libsvm=with_libsvm)
 
     def corrupted(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
-        """What the SVM keeps under common corruptions; `told`: of how many of them, by test image."""
+        """The SVM's accuracy under common corruptions. `told` counts them per test image."""
         chosen, rows = self.score(method, seed, target), self.scale.corrupted_rows
 
         def measure(subject: NetworkSubject, task: Task) -> dict[str, Any]:
@@ -291,7 +291,7 @@ class Measures:
     # Runs of the selection, on the benchmark's validation images
 
     def step_models(self) -> list[tuple[str, str, float | None]]:
-        """Of Figure 4: label, method and tau."""
+        """The curves of Figure 4: label, method and tau."""
         return [("ERM", "erm", None), *((f"EL, tau {tau:g}", "el", tau) for tau in self.scale.taus)]
 
     def by_step(self, method: str, value: float | None) -> list[float] | None:
@@ -311,7 +311,7 @@ class Measures:
         return None if found is None else list(found["accuracy"])
 
     def concept_models(self) -> list[tuple[str, str, float | None]]:
-        """Of Figure 5: label, method and lambda."""
+        """The curves of Figure 5: label, method and lambda."""
         return [("ERM", "erm", None), *((f"CL, lambda {lam:g}", "cl", lam) for lam in self.scale.lams)]
 
     def by_class(self, method: str, value: float | None) -> Mapping[str, Any] | None:

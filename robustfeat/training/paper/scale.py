@@ -28,7 +28,7 @@ CORRUPTED = ("erm", "hrrl")
 """Methods that are compared on corrupted images, and by fine-tuning."""
 
 TABLES = {"table2": "cifar10", "table3": "sop", "table4": "svhn"}
-"""Which target each of the paper's tables of accuracies is about."""
+"""The target of each of the paper's tables of accuracies."""
 
 PAPER_NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
     "cifar10": {"erm": (85.77, 0.12), "el": (86.62, 0.18), "cl": (85.64, 0.26), "hrrl": (86.49, 0.19)},
@@ -40,7 +40,7 @@ PAPER_NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """What stands for one of the paper's targets.
+    """A substitute for one of the paper's targets.
 
     Attributes:
         title: the paper's name for it.
@@ -58,17 +58,17 @@ class Scale:
 
     Attributes:
         name: for `--scale`.
-        recipe: of the benchmark's runs, by ERM; methods, tau, lambda and seeds are filled in.
-        rows: how many of the benchmark's images they see; None for all.
-        validation_rows: how many of its validation images; None for all.
-        long_epochs: of ERM given HRRL's time.
+        recipe: recipe of the benchmark's ERM runs. Methods, tau, lambda and seeds are filled in.
+        rows: number of the benchmark's training images; None for all.
+        validation_rows: number of its validation images; None for all.
+        long_epochs: number of epochs of ERM with HRRL's time.
         selection: the recipe of the runs that choose tau and lambda.
-        selection_rows: how many of the benchmark's images those see; None for all.
-        taus, lams: what is chosen from.
+        selection_rows: number of the benchmark's images for the selection; None for all.
+        taus, lams: values to choose from.
         targets: by the names cifar10, sop and svhn.
-        seeds: of the runs.
-        biased_rows: of the benchmark with ImageNet's shares of concepts; None where it has them itself.
-        finetune_epochs, finetune_milestone: of Figure 3; lr falls to a tenth at the latter.
+        seeds: seeds of the runs.
+        biased_rows: images of the benchmark with ImageNet's shares of concepts; None if it has them itself.
+        finetune_epochs, finetune_milestone: epochs of Figure 3, and the epoch at which lr falls to a tenth.
         finetune_rows: training images of a target in Figure 3; None for all.
         corrupted_rows: test images of a target that are corrupted; None for all.
         remark: what headings begin with.
@@ -122,7 +122,7 @@ def _tiny() -> Scale:
     )
     return Scale(
         name="tiny",
-        recipe=recipe.replace(parts=1),  # of Parquet files, a fifth each
+        recipe=recipe.replace(parts=1),  # each Parquet file has a fifth
         rows=20_000,
         long_epochs=17,
         selection=recipe.replace(epochs=5, seed=100),

@@ -33,11 +33,11 @@ __all__ = ["Machine", "Study"]
 
 @dataclass(frozen=True)
 class Machine:
-    """Where runs are trained.
+    """The machine that trains runs.
 
     Attributes:
         device, threads, workers: see `train`.
-        quiet: no progress.
+        quiet: hide progress.
     """
 
     device: str = "auto"
@@ -57,7 +57,7 @@ class Study:
         machine: where runs are trained.
         biased: pre-train on a part of the benchmark that has ImageNet's shares of concepts.
 
-    What is there already is taken: finished runs with the same recipe, and unfinished ones go on.
+    Finished runs with the same recipe are reused, and unfinished ones are resumed.
     """
 
     def __init__(
@@ -87,33 +87,33 @@ class Study:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where networks are measured."""
+        """The device that measures networks."""
         return measuring_device(self.machine.device)
 
     @property
     def stage(self) -> str:
-        """What names of the main runs begin with."""
+        """Prefix of the main runs' names."""
         return "biased" if self.biased else "main"
 
     @property
     def suffix(self) -> str:
-        """What names of tables end with."""
+        """Suffix of the tables' names."""
         return "-biased" if self.biased else ""
 
     @property
     def rows(self) -> int:
-        """How many images the main runs see."""
+        """Number of images in the main runs."""
         return len(self.images(self.stage)[0])
 
     @property
     def title(self) -> str:
-        """What the models were pre-trained on, for headings."""
+        """The pre-training data, for headings."""
         recipe, shares = self.scale.recipe, ", with ImageNet's shares of concepts" if self.biased else ""
         return f"{self._seen(self.stage)}, {recipe.validation_size} px, {recipe.epochs} epochs{shares}"
 
     @property
     def selection_title(self) -> str:
-        """What the models of the selection were pre-trained on."""
+        """The pre-training data of the selection."""
         return f"{self._seen('selection')}, {self.scale.selection.epochs} epochs, one seed"
 
     def _seen(self, stage: str) -> str:
@@ -121,7 +121,7 @@ class Study:
         return f"{self.scale.remark}{_name(self._place)}, {len(self.images(stage)[0]):,} images"
 
     def target_title(self, target: str) -> str:
-        """What tables call a target: its DATA's name, and the paper's for what it stands for."""
+        """A target's name in tables: its DATA's name, and the paper's target that it substitutes."""
         return f"{_name(self._targets[target])} (for {self.scale.targets[target].title})"
 
     def _target_and_limit(self, target: str) -> str:
@@ -129,7 +129,7 @@ class Study:
         return self.target_title(target) + (f", at most {limit:,} training images" if limit else "")
 
     def differences(self) -> list[str]:
-        """What is not as in the paper, a sentence each."""
+        """Differences from the paper, one sentence each."""
         scale, recipe, selection = self.scale, self.scale.recipe, self.scale.selection
         if scale.name == "paper":
             return []
@@ -182,7 +182,7 @@ class Study:
         return self._tasks[target]
 
     def images(self, stage: str) -> tuple[ImageSet, ImageSet]:
-        """What the runs of a stage see: training and validation images."""
+        """The training and validation images of a stage."""
         key = self.data(stage), self._recipe(stage).parts
         if key not in self._images:
             self._images[key] = open_training_data(key[0], parts=key[1])
@@ -234,7 +234,7 @@ class Study:
         folder = self.folder / "data" / stage
         if not folder.exists():
             for line in dict.fromkeys(images.remarks + validation.remarks):
-                self.say(line)  # what is drawn does not tell any more
+                self.say(line)  # the sample no longer shows it
             write_subset(images, self._draw(stage, images, size), validation, folder, origin)
         elif not same_origin(folder, origin):
             raise InputError(
@@ -264,7 +264,7 @@ class Study:
         return rows
 
     def recipe(self, stage: str, method: str, seed: int, tau: float | None, lam: float | None) -> Recipe:
-        """Of one run; tau and lambda are filled in where the method has them."""
+        """The recipe of one run, with tau and lambda if the method has them."""
         recipe = self._recipe(stage)
         if method == "erm-long":
             recipe, method = _stretched(recipe, self.scale.long_epochs), "erm"
@@ -276,7 +276,7 @@ class Study:
         return recipe.replace(**changes)
 
     def _recipe(self, stage: str) -> Recipe:
-        """What all runs of a stage share."""
+        """Settings that all runs of a stage share."""
         recipe = self.scale.selection if stage == "selection" else self.scale.recipe
         if stage == "biased":
             return recipe.replace(parts=None)
@@ -292,11 +292,11 @@ class Study:
         return f"selection-{method}{suffix}-s{seed}", self.recipe("selection", method, seed, tau, lam)
 
     def inputs(self, stage: str, recipe: Recipe) -> dict[str, Any]:
-        """What decides a run, as plain data."""
+        """Everything that determines a run, as plain data."""
         return {"recipe": recipe.to_dict(), "data": self._data_of(stage)[1]}
 
     def run(self, name: str, recipe: Recipe) -> Path:
-        """The folder of a finished run, whose name begins with its stage: as it is, or trained now.
+        """The folder of a finished run, whose name begins with its stage. The run is trained if needed.
 
         Raises:
             CheckpointError: another run has that name.
@@ -310,7 +310,7 @@ class Study:
             resume = (folder / CHECKPOINT_NAME).exists()
             if resume and self._saved_epochs(folder, recipe, stage) == recipe.epochs:
                 return folder
-            self.say(f"{name}: {'training goes on' if resume else 'training'}")
+            self.say(f"{name}: {'training resumes' if resume else 'training'}")
             try:
                 stopped = self._train(self.data(stage), recipe, folder, resume).stopped
             except DivergedError as exc:
@@ -361,7 +361,7 @@ class Study:
 
 
 def identity(images: ImageSet) -> list[Any]:
-    """What decides a set of images, as plain data."""
+    """Everything that determines a set of images, as plain data."""
     return [images.fingerprint, len(images)]
 
 

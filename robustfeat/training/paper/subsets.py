@@ -28,10 +28,10 @@ def draw_by_concept(
 
     Args:
         labels: (N,) class numbers.
-        concepts: of the classes.
+        concepts: concepts of the classes.
         shares: by concept; those of concepts that have examples here are normalised to sum to 1.
-        size: how many rows.
-        seed: of the draw.
+        size: number of rows.
+        seed: random seed of the draw.
 
     Returns:
         About `size` row numbers (each class has a whole number), ascending.
@@ -65,7 +65,7 @@ def write_subset(
         rows: their numbers.
         validation: the other split.
         folder: appears whole or not at all.
-        origin: plain data that tells what it was drawn from, and how; see `same_origin`.
+        origin: plain data about the source and the draw; see `same_origin`.
 
     Raises:
         DecodeError: naming an image that cannot be read; each run would leave it out.
@@ -90,7 +90,7 @@ def _write(images: ImageSet, rows: NDArray[np.int64], file: Path) -> None:
     from pyarrow import parquet
 
     column = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    # As Hugging Face `datasets` writes it, so that the class names come back with the numbers.
+    # Write the class names as Hugging Face `datasets` does, so they come back with the numbers.
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(images.classes)}}
     schema = pa.schema(
         [("image", column), ("label", pa.int64())],

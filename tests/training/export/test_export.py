@@ -206,7 +206,7 @@ def test_image_size_and_crop_can_be_chosen_and_steps_are_said(
     contract = report.folder.config.preprocessing
     assert (contract.image_size, contract.resize_size) == (48, 64)
     assert capsys.readouterr().err.splitlines() == [
-        "n: writes model.safetensors; the golden images go through PyTorch",
+        "n: writing model.safetensors; PyTorch embeds the golden images",
         "n: writes onnx/model.onnx",
         "n: the golden images go through fp32 ONNX",
     ]

@@ -45,7 +45,7 @@ def write_graph(
     Args:
         model: the network.
         forms: the layers to compute in int8.
-        kept: all other layers; they stay as they are.
+        kept: all other layers, which stay unchanged.
         ranges: the least and the largest value of each tensor that a layer reads or ends with.
     """
     results = {value.name for value in model.graph.output}

@@ -22,7 +22,7 @@ class Layer:
     """A node of the graph with constant weights.
 
     Attributes:
-        name: of the node; unique in the graph.
+        name: name of the node, unique in the graph.
         kind: Conv, Gemm or MatMul.
         source: the tensor that it reads.
         output: the tensor that it writes.
@@ -32,8 +32,8 @@ class Layer:
         adder: for a MatMul with a bias, the Add node that adds it.
         weights: (G, R, K): G groups of R outputs, each a sum over K inputs.
         biases: (G * R,); zeros where there is no bias.
-        axis: of the stored weights, along which the outputs lie.
-        shape: of the stored weights.
+        axis: output axis of the stored weights.
+        shape: shape of the stored weights.
         settings: the node's attributes.
         misread: OpenVINO 2026.4 would compute its int8 form wrongly. Either its output is joined with a constant, such
             as a class token, which is then rounded as well; or its input is a mean without the averaged axes, on
@@ -62,7 +62,7 @@ class Layer:
         return np.ascontiguousarray(matrix.reshape(self.shape[::-1]).T)
 
     def columns(self, inputs: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-        """What the layer multiplies its weights with, for some of its outputs on one image.
+        """The values that the layer multiplies with its weights, for some of its outputs on one image.
 
         Args:
             inputs: the tensor `source`, of one image.
@@ -178,7 +178,7 @@ def _known(node: onnx.NodeProto, settings: Mapping[str, Any], constants: Mapping
 
 
 def _axis(kind: str, settings: Mapping[str, Any]) -> int:
-    """The axis of stored weights along which the outputs lie."""
+    """The output axis of stored weights."""
     return 0 if kind == "Conv" or settings.get("transB", 0) else 1
 
 

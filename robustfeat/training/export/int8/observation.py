@@ -1,4 +1,4 @@
-"""What the layers of a network see: the ranges of their tensors, their sizes, and how their inputs vary together."""
+"""Observes a network's layers: ranges and sizes of their tensors, and the covariance of their inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PLACES = (1024, 4096)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a layer multiplies its weights with, over some images.
+    """The values that a layer multiplies with its weights, over some images.
 
     Attributes:
         mean: (G, K) float32.
@@ -85,7 +85,7 @@ def observe_inputs(
         wanted = list(dict.fromkeys(layer.source for layer in group if layer.source != INPUT))
         sums = [_Sums(layer) for layer in group]
         for image in images:
-            # One image at a time, so that the inputs of all these layers fit in the memory.
+            # Run one image at a time, so the inputs of all these layers fit in memory.
             tensors = {INPUT: image[None]}
             if wanted:
                 tensors |= dict(zip(wanted, session.run(wanted, {INPUT: image[None]}), strict=True))
@@ -116,7 +116,7 @@ class _Sums:
                 self._flush()
 
     def inputs(self) -> Inputs:
-        """What they amount to."""
+        """The statistics so far."""
         self._flush()
         return Inputs((self._sum / self._count).astype(np.float32), self._moments)
 

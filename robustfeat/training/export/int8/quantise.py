@@ -1,4 +1,4 @@
-"""A feature network's ONNX file in int8: which layers, and how near its features stay. Loads no PyTorch."""
+"""Quantises a feature network's ONNX file to int8, and chooses the layers by the features. Loads no PyTorch."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _MAIN, _OTHERS = "onnxruntime", ("openvino",)
 
 
 class Int8UnfitError(Exception):
-    """A network gets no int8 file; the message says why."""
+    """A network cannot get an int8 file. The message says why."""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """What a network must answer.
+    """The features that a network must reproduce.
 
     Attributes:
         inputs: (n, 3, S, S) float32.
@@ -75,7 +75,7 @@ class Int8Shares:
     kept: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json says of it."""
+        """The entry in config.json."""
         return {**asdict(self), "multiply_adds": round(self.multiply_adds, 4), "kept": list(self.kept)}
 
 
@@ -101,7 +101,7 @@ def quantize_onnx(
         calibration: squares (S, S, 3) of further real images, which widen the ranges.
         contract: how squares become the network's input.
         target: the file to write.
-        quiet: show no progress.
+        quiet: hide progress.
 
     Raises:
         Int8UnfitError: this cannot be done, or would leave less than three quarters of the network in int8.
@@ -156,7 +156,7 @@ class _Draft:
         return min((_least_cosine(content, self.golden, engine) for engine in engines), default=1.0)
 
     def share(self, kept: Sequence[Layer]) -> float:
-        """Of the multiply-adds, what is in int8."""
+        """The int8 share of the multiply-adds."""
         total = sum(self.multiply_adds.values())
         return 1 - sum(self.multiply_adds[layer.name] for layer in kept) / total
 
@@ -168,7 +168,7 @@ def _able(model: onnx.ModelProto, golden: Golden) -> list[str]:
 
 
 def _least_cosine(content: bytes, golden: Golden, engine: str) -> float:
-    """Of an ONNX file over the golden images; -1 where an engine cannot run it, or its features are not finite."""
+    """The smallest cosine of an ONNX file over the golden images; -1 if it cannot run, or is not finite."""
     try:
         opened = open_engine(Path("model.onnx"), content, RunOptions(engine=engine, device="cpu"))
         features = np.concatenate([opened.run(part) for part in _parts(golden.inputs)])
@@ -178,7 +178,7 @@ def _least_cosine(content: bytes, golden: Golden, engine: str) -> float:
 
 
 def _choose_kept(draft: _Draft, engines: Sequence[str]) -> list[Layer]:
-    """The layers that stay in floating point: as few of the most sensitive ones as the golden images ask for."""
+    """The layers that stay in floating point: as few of the most sensitive ones as the golden images require."""
     needed = MIN_COSINE["int8"] + _MARGIN
     fixed = [layer for layer in draft.layers if layer.misread]
     if draft.share(fixed) < _LEAST_SHARE:
@@ -212,7 +212,7 @@ def _choose_kept(draft: _Draft, engines: Sequence[str]) -> list[Layer]:
 
 
 def _by_sensitivity(draft: _Draft, without: Sequence[Layer], engines: Sequence[str]) -> list[Layer]:
-    """The other layers; the one that moves the golden features furthest when only it is in int8 comes first."""
+    """The other layers, sorted by how far the golden features move when only that layer is in int8."""
     layers = [layer for layer in draft.layers if layer not in without]
     progress = Progress("int8: how far each layer moves the features", len(layers), "layers", quiet=draft.quiet)
     cosines = {}
@@ -248,7 +248,7 @@ def _prepared(source: Path) -> onnx.ModelProto:
         quant_pre_process(str(source), str(file), skip_symbolic_shape=True)
         model = onnx.load(file)
     if any(entry.domain in {"", "ai.onnx"} and entry.version < 13 for entry in model.opset_import):
-        model = onnx.version_converter.convert_version(model, 13)  # whose integers have a scale per output
+        model = onnx.version_converter.convert_version(model, 13)  # opset 13 has integers with a scale per output
     for place, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}_{place}"
     return model
@@ -257,7 +257,7 @@ def _prepared(source: Path) -> onnx.ModelProto:
 def _batches(
     golden: Golden, calibration: Sequence[NDArray[np.uint8]], contract: Preprocessing
 ) -> Iterator[NDArray[np.float32]]:
-    """The golden images join in: some lie on plain ground, where activations reach furthest."""
+    """Adds the golden images to the others: some have plain backgrounds, which give the largest activations."""
     yield from _parts(golden.inputs)
     size = _batch_size(contract.image_size)
     for first in range(0, len(calibration), size):
@@ -276,5 +276,5 @@ def _batch_size(side: int) -> int:
 
 
 def _title(layer: Layer) -> str:
-    """What the layer's weights are called in the network."""
+    """The name of the layer's weights in the network."""
     return layer.weight.removeprefix("ConvBnFusion_W_").removesuffix(".weight")

@@ -42,7 +42,7 @@ def round_to_nearest(weights: NDArray[np.float32]) -> Rounded:
 
 
 def round_by_inputs(weights: NDArray[np.float32], moments: NDArray[np.float32]) -> Rounded:
-    """Rounds one weight after the other, so that each makes up for the errors of those before it.
+    """Rounds one weight after the other, so each compensates for the errors of the earlier ones.
 
     Args:
         weights: (G, R, K).
