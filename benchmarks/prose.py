@@ -61,10 +61,10 @@ LIMITS = {
     "documents": Limits(12.4, 0.5, 0.08, 12, 1),
     "tables": Limits(10.2, 0.6, 0.28, 0, 2),
     "changelog": Limits(11.5, 0.5, 0.05, 0, 1),
-    "help": Limits(9.4, 0.6, 0.43, 0, 14),
-    "docstrings": Limits(10.8, 1.1, 0.31, 0, 285),
-    "comments": Limits(10.1, 0.3, 0.26, 0, 36),
-    "messages": Limits(7.6, 0.3, 0.28, 0, 22),
+    "help": Limits(8.3, 0.6, 0.3, 0, 4),
+    "docstrings": Limits(10.0, 0.7, 0.21, 0, 70),
+    "comments": Limits(9.7, 0.3, 0.15, 0, 14),
+    "messages": Limits(7.5, 0.3, 0.29, 0, 15),
 }
 
 _PHRASES = re.compile(rf"\b({'|'.join(PHRASES)})\b", re.IGNORECASE)
