@@ -8,8 +8,8 @@
   rate at saturation, and processor time, p50 and variation of a lone client's requests. The costs of HTTP and of
   messages to decoders are those that explain the rate and the processor time. A constant makes up for the rest of p50.
 - validate: p50 and p99 at 50, 70 and 90 % of the rate at saturation, measured and simulated. Requests arrive by chance
-  (Poisson), and the simulated ones at the same moments as the real ones. The server is measured again before each
-  load, since a machine's speed drifts.
+  (Poisson), and the simulated ones at the same moments as the real ones. The server is measured before and
+  after each load, since a machine's speed drifts: the simulation takes the mean of both.
 - predict: the replicas that keep p99 below a limit, of one processor each, behind a balancer that sends to each in
   turn (`round-robin`) or by chance (`random`), when requests arrive by chance (Poisson). Without TIMES.json it takes
   the figures of docs/embedding.md and docs/serving.md.
@@ -65,10 +65,10 @@ class Times:
         request_s: of all the rest of a request, on the event loop.
         constant_s: of a request's latency what is no work of the replica.
         batch_size: the largest batch.
-        saturated: measured requests per second at saturation.
+        saturated: measured requests per second of processor time of the server, at saturation.
         lone_s: measured p50 of a lone client.
         lone_work_s: processor time of the server for a request of a lone client.
-        noise: how a lone client's latencies vary, as factors of mean 1. Each piece of work takes one of them longer.
+        noise: how a lone client's latencies vary, as factors of mean 1, by which work takes longer.
     """
 
     decode: Sequence[float]
@@ -177,7 +177,10 @@ class Replica:
         self._start(self.loop, self.times.request_s / 2, done)
 
     def _start(self, stage: _Stage, seconds: float, done: Callable[[], None]) -> None:
-        stage.left, stage.done = seconds * self._draw.choice(self.times.noise), done
+        # Work as long as several lone requests varies less than one of them.
+        draws = max(1, round(seconds / (self.times.lone_work_s or math.inf)))
+        noise = sum(self._draw.choice(self.times.noise) for _ in range(draws)) / draws
+        stage.left, stage.done = seconds * noise, done
 
     def _received(self, request: int) -> None:
         self.waiting.append(request)
@@ -334,11 +337,18 @@ def children_seconds() -> float:
     )
 
 
+async def measure_capacity(client: Client, requests: Sequence[bytes], seconds: float) -> float:
+    """Requests per second of processor time at saturation: a client that answers late does not count."""
+    began = children_seconds()
+    result = await client.closed(requests, CONNECTIONS, seconds)
+    return len(result.latencies[200]) / (children_seconds() - began)
+
+
 async def measure_server(port: int, requests: Sequence[bytes], seconds: float, times: Times) -> Times:
     """The times with what is measured of the server: saturation, and a lone client."""
     client = Client(port)
     await client.closed(requests, CONNECTIONS, 2)
-    saturated = (await client.closed(requests, CONNECTIONS, seconds)).goodput
+    saturated = await measure_capacity(client, requests, seconds)
     began = children_seconds()
     alone = await client.closed(requests, 1, seconds / 2)
     latencies = alone.latencies[200]
@@ -358,10 +368,12 @@ async def validate(port: int, requests: Sequence[bytes], times: Times, options: 
         rate = load * now.saturated
         gaps = list(itertools.islice(by_chance(rate, 1, "random", seed), round(rate * seconds)))
         result = await client.arrivals(requests, gaps)
+        after = await measure_capacity(client, requests, seconds / 4)
+        now = now.scaled(2 * now.saturated / (now.saturated + after))
         if lost := sum(len(values) for status, values in result.latencies.items() if status != 200):
             print(f"not answered well at {load:.0%}: {lost}", file=sys.stderr)
         real = result.quantile(0.5), result.quantile(0.99)
-        runs.append({"load": load, "seed": seed, "requests": len(gaps), "real": real, "times": asdict(now)})
+        runs.append({"load": load, "seed": seed, "gaps": gaps, "real": real, "times": asdict(now)})
     if options.out:
         options.out.write_text(json.dumps({"hardware": hardware(), "runs": runs}) + "\n")
     compare(runs)
@@ -374,8 +386,7 @@ def compare(runs: Sequence[dict[str, Any]]) -> None:
         real, simulated = [], []
         for run in (run for run in runs if run["load"] == load):
             times = Times(**run["times"])
-            gaps = by_chance(load * times.saturated, 1, "random", run["seed"])
-            simulated.append(quantiles(simulate_open(times, gaps, run["requests"])))
+            simulated.append(quantiles(simulate_open(times, iter(run["gaps"]), len(run["gaps"]))))
             real.append(run["real"])
         (a, b), (c, d) = (map(statistics.median, zip(*found, strict=True)) for found in (real, simulated))
         spread = f"{min(p99 for _, p99 in real):.1f} to {max(p99 for _, p99 in real):.1f}"
