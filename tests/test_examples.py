@@ -48,4 +48,4 @@ def test_the_client_waits_for_a_busy_server_and_names_what_is_no_image(
     assert refused > 0
     *hats, notes = result.stdout.splitlines()
     assert hats == [f"hat-{n}.jpg: hat" for n in range(1, 5)]
-    assert notes.startswith("notes.txt: 422: not an image")
+    assert notes.startswith("notes.txt: 422: the body is no image")
