@@ -29,3 +29,11 @@ def test_links(page: Path) -> None:
         if not target.exists() or (anchor and target.suffix == ".md" and anchor not in slugs(target)):
             broken.append(link)
     assert not broken
+
+
+def test_the_index_lists_every_page() -> None:
+    """The site's navigation comes from it."""
+    docs = ROOT / "docs"
+    listed = set(re.findall(r"\]\(([\w/-]+\.md)\)", (docs / "index.md").read_text("utf-8")))
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md") if page.parent.name != "results"}
+    assert listed == pages - {"index.md"}
