@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser
 
 import robustfeat
+import speed_chart
 from robustfeat.cli import cli
 from tests.browser import visit
 from tests.conftest import ROOT, Share
@@ -73,6 +74,14 @@ def test_no_page_is_wider_than_the_window(site: Path, browser: Browser, width: i
             if found > width:
                 wide[page.name] = found
     assert not wide
+
+
+def test_the_comparison_has_the_measured_rates() -> None:
+    measured = speed_chart.programs((ROOT / "docs" / "embedding.md").read_text("utf-8"))
+    table = (ROOT / "docs" / "comparison.md").read_text("utf-8").partition("| 64 px | 224 px |")[2].partition("\n\n")[0]
+    shown = {tuple(map(int, pair)) for pair in re.findall(r" \| (\d+) \| (\d+) \|$", table, re.MULTILINE)}
+    assert len(shown) == 6
+    assert shown < {program.rates for program in measured}
 
 
 def test_the_figure_of_hrrl_is_its_scripts() -> None:
