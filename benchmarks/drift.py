@@ -6,7 +6,8 @@ DATA are folders as `robustfeat train` takes them. At most 3,000 training images
 scaling. At most 3,000 test images, in a random order, are cut into sets of 500. The first set is the reference, and the
 others have no shift. Each corruption of `robustfeat evaluate --corruptions` at severities 1, 3 and 5 makes a shifted
 set of the second set. The references of the other DATA are shifted sets, too. Sets of other shares have 250 of the test
-images behind the reference, with shares by a Dirichlet distribution of concentration 1. Features are kept in --cache.
+images behind the reference, with shares by a Dirichlet distribution of concentration 1. False alarms are counted
+between random halves of 1,000 test images. Features are kept in --cache.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from sklearn.metrics import roc_auc_score
 
 from machine import hardware
 from robustfeat.hub.markdown import table
+from robustfeat.serving.collections.directions import to_units
 from robustfeat.serving.collections.drift import Answers, measure_drift
+from robustfeat.serving.collections.two_sample import compare_samples
 from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.heads.accuracy import estimate_accuracy
@@ -38,7 +41,7 @@ from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.evaluation.corruptions import CORRUPTIONS, corrupt
 
-MOST, ROWS, SEVERITIES, ALPHA, DRAWS = 3000, 500, (1, 3, 5), 0.01, 10
+MOST, ROWS, SEVERITIES, ALPHA, DRAWS, HALVES = 3000, 500, (1, 3, 5), 0.01, 10, 200
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -148,6 +151,23 @@ def judge_answers(answers: Answers, head: Head, pair: Pair, labels: NDArray[np.i
     }
 
 
+def measure_false_alarms(sets: dict[str, Arrays]) -> dict[str, dict[str, float]]:
+    """The share of small p-values between random halves of the test images."""
+    found = {}
+    for name, data in sets.items():
+        draw = np.random.default_rng(0)
+        units = to_units(data["test"])
+        orders = [draw.permutation(len(units))[: 2 * ROWS] for _ in range(HALVES)]
+        values = np.array(
+            [
+                compare_samples(units[order[:ROWS]], units[order[ROWS:]], permutations=199, seed=seed).p
+                for seed, order in enumerate(orders)
+            ]
+        )
+        found[name] = {f"p at most {level}": float((values <= level).mean()) for level in (0.01, 0.05, 0.1, 0.5)}
+    return found
+
+
 def mean(found: list[dict[str, Any]], key: str) -> float:
     return float(np.mean([one[key] for one in found]))
 
@@ -223,8 +243,12 @@ def main() -> None:
         found += [measure(pair, head) for pair in pairs_of(name, data, sets)]
         print(f"{name}: {len(found)} pairs", flush=True)
     report(found)
+    false_alarms = measure_false_alarms(sets)
+    print("false alarms:", json.dumps(false_alarms))
     if options.out:
-        Path(options.out).write_text(json.dumps({"pairs": found, "hardware": hardware()}, indent=2) + "\n")
+        Path(options.out).write_text(
+            json.dumps({"pairs": found, "false_alarms": false_alarms, "hardware": hardware()}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":
