@@ -18,12 +18,18 @@ MOUNT = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
 
 def read_only(folder: Path, environment: dict[str, str], *command: object) -> subprocess.CompletedProcess[str]:
     """Runs a command that sees a folder read-only, even as root: in a mount namespace of its own."""
-    unshare = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c", MOUNT, folder]
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    unshare = ["unshare", "--mount", *as_root, "sh", "-c", MOUNT, str(folder)]
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system grants no mount namespaces")
-    arguments = [*unshare, *command]
     return subprocess.run(
-        list(map(str, arguments)), capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=300
+        [*unshare, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
     )
 
 
