@@ -152,7 +152,7 @@ class Measures:
                 )
             return found
 
-        found = self._of_selection_run("held-out", f"{target}-{name}", recipe, measure, task=identity(images))
+        found = self._of_selection_run("held-out", name, recipe, measure, target, task=identity(images))
         return None if found is None else float(found["held_out"])
 
     def held_out_cell(self, method: str, value: float | None, target: str) -> Mapping[str, Any] | None:
@@ -181,16 +181,26 @@ class Measures:
         return tau, lam
 
     def _of_selection_run(
-        self, kind: str, name: str, recipe: Recipe, measure: Callable[[], dict[str, Any]], **settings: Any
+        self,
+        kind: str,
+        run: str,
+        recipe: Recipe,
+        measure: Callable[[], dict[str, Any]],
+        target: str | None = None,
+        **settings: Any,
     ) -> Mapping[str, Any] | None:
-        """A cell about one run of the selection; `settings` decide it, too. None where training diverged."""
+        """A cell about one run of the selection, and one target if there is one. None where training diverged.
+
+        `settings` decide it, too.
+        """
 
         def compute() -> dict[str, Any]:
             try:
-                return {**measure(), **self._accuracies(name)}
+                return {**measure(), **self._accuracies(run)}
             except DivergedError as exc:  # a result as well
                 return {"diverged": str(exc)}
 
+        name = f"{target}-{run}" if target else run
         found = self.cells.get(kind, name, {**self.study.inputs("selection", recipe), **settings}, compute)
         return None if "diverged" in found else found
 

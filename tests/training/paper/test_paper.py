@@ -28,6 +28,7 @@ from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.evaluation.probes import svm
 from robustfeat.training.evaluation.subject import open_subject
 from robustfeat.training.evaluation.tasks import embed_task, open_task
+from robustfeat.training.loop.journal import final_accuracies
 from robustfeat.training.loop.trainer import TrainingResult
 from robustfeat.training.paper.locks import Locks
 from robustfeat.training.paper.measures import Measures
@@ -136,6 +137,19 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     task = open_task("cifar10", str(target), train_rows=quick.train_rows, test_rows=quick.test_rows)
     score = svm(embed_task(open_subject(str(out / "runs" / "main-hrrl-s1")), task))
     assert cell["values"]["accuracy"] == score.accuracy
+    # It also says how well the run fitted its own images, and ERM is measured in the selection.
+    logged = final_accuracies(out / "runs" / "main-hrrl-s1")
+    assert {name: cell["values"][name] for name in logged} == logged
+    assert sorted(logged) == ["training_accuracy", "validation_accuracy"]
+    (erm, *_) = rows(out / "selection.csv")
+    assert erm["model"] == "ERM"
+    assert 0 <= float(erm["mean"]) <= 100
+    fitted = {"table2", "selection", "opinions", "corruptions", "fig3"}
+    assert fitted == {
+        name
+        for name in fitted
+        if all(row.get("training") and row.get("validation") for row in rows(out / f"{name}.csv"))
+    }
     # Given again, nothing is computed: neither runs nor features are needed any more.
     (out / "runs").rename(tmp_path / "runs")
     (out / "features.db").unlink()
