@@ -2,8 +2,8 @@
 
     python benchmarks/speed_chart.py
 
-Bars are images per second on two cores, at 64 px on the left and at 224 px on the right. Colours are Okabe and Ito's
-blue and a grey. The SVG has its own colours for dark pages.
+Bars are images per second on two cores, at 64 px on the left and at 224 px on the right. The SVG has its own colours
+for dark pages.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from robustfeat.palette import BLUE, GREY
+
 DOCS = Path(__file__).parents[1] / "docs"
 CHART = DOCS / "images" / "speed.svg"
 SIZES = ("64 px", "224 px")
 LABELS, BAR, ROW, TOP = 225, 200, 26, 40  # widths of labels and of the longest bar, heights of a row and the headings
 PANEL = BAR + 60
 
-_STYLE = """\
-text { font: 13px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #222 }
-.own { fill: #0072b2 } .peer { fill: #9a9fa6 } text.strong { font-weight: 600 }
-@media (prefers-color-scheme: dark) { text { fill: #e8e8e8 } .own { fill: #56b4e9 } .peer { fill: #777c84 } }"""
+_STYLE = f"""\
+text {{ font: 13px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #222 }}
+.own {{ fill: {BLUE.light} }} .peer {{ fill: {GREY.light} }} text.strong {{ font-weight: 600 }}
+@media (prefers-color-scheme: dark) {{ text {{ fill: #e8e8e8 }} \
+.own {{ fill: {BLUE.dark} }} .peer {{ fill: {GREY.dark} }} }}"""
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ PACKAGE = Path(__file__).parents[1] / "robustfeat"
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "palette": set(),
     "progress": set(),
     "system": set(),
     "hub": {"errors", "files", "progress"},
-    "serving": {"errors", "files", "progress", "system", "hub"},
+    "serving": {"errors", "files", "palette", "progress", "system", "hub"},
     "trial": {"errors", "system", "serving"},
     "doctor": {"errors", "files", "progress", "system", "hub", "serving", "trial"},
-    "training": {"errors", "files", "progress", "system", "hub", "serving"},
+    "training": {"errors", "files", "palette", "progress", "system", "hub", "serving"},
     "cli": {"errors", "files", "progress", "system", "hub", "serving", "doctor", "training"},
 }
 SERVING = {

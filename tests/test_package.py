@@ -80,7 +80,7 @@ def test_notes_of_a_release_are_those_of_its_version(tmp_path: Path) -> None:
         folder = {"release_notes.py": ".ci", "__init__.py": "robustfeat"}.get(file, "")
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / file).write_bytes((ROOT / folder / file).read_bytes())
-    command = [sys.executable, tmp_path / ".ci" / "release_notes.py"]
+    command = [sys.executable, str(tmp_path / ".ci" / "release_notes.py")]
 
     def notes(version: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, version], capture_output=True, text=True, check=False)

@@ -53,12 +53,13 @@ def forget() -> None:
         uuid,
     )
     assert all(loaded)
-    sys.modules.update(dict.fromkeys(MODULES))
+    for name in MODULES:
+        sys.modules[name] = None  # type: ignore[assignment]
     for module, names in ((os, FUNCTIONS), (signal, SIGNALS)):
         for name in names:
             if hasattr(module, name):
                 delattr(module, name)
-    asyncio.SelectorEventLoop.add_signal_handler = refuse  # type: ignore[method-assign]
+    asyncio.SelectorEventLoop.add_signal_handler = refuse  # type: ignore[assignment, method-assign]
     asyncio.SelectorEventLoop.subprocess_exec = refuse  # type: ignore[method-assign]
     subprocess.Popen.__init__ = refuse  # type: ignore[method-assign]
     shutil._use_fd_functions = False  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from robustfeat.cli.extraction import Number
-from robustfeat.cli.feature_inputs import remark
+from robustfeat.cli.feature_inputs import remark, report_failed
 from robustfeat.cli.head_options import names_option
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
@@ -114,6 +114,5 @@ def command(
         )
     if result.unread:
         say(f"robustfeat: {result.unread:,} images could not be found or read; others were preferred", err=True)
-    if features.errors:
-        say(f"robustfeat: {len(features.errors):,} images failed and were left out", err=True)
-    return 3 if features.errors or result.unread else 0
+    code = report_failed(features, "left out")
+    return 3 if result.unread else code

@@ -177,4 +177,4 @@ def show_result(result: EmbeddingResult, *, continued: bool, as_json: bool, quie
         if said := say_left_out(result.left_out):
             say(f"robustfeat: {said}", err=True)
     if result.failed:
-        say(f"robustfeat: {result.failed} of {result.images} images failed; {result.index} says why", err=True)
+        say(f"robustfeat: {result.failed:,} of {result.images:,} images failed; {result.index} says why", err=True)

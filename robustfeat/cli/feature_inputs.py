@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,8 +27,11 @@ __all__ = [
     "open_labels",
     "open_pair",
     "remark",
+    "report_failed",
     "require_model",
 ]
+
+_NAMED_IMAGES = 3
 
 _RUN = ("precision", "engine", "decoding", "pooling")
 """Options whose defaults come from features: images are embedded as theirs were."""
@@ -157,6 +161,24 @@ def _embed(extractor: FeatureExtractor, extraction: Extraction, images: InputLis
     from robustfeat.serving.heads.features import embed_features
 
     return embed_features(extractor, images, quiet=quiet, batch_size=extraction.batch_size, workers=extraction.workers)
+
+
+def report_failed(features: Features, effect: str, failed: int | None = None) -> int:
+    """Reports failed images in one line that names the first ones. Gives the exit code.
+
+    Args:
+        features: of the images.
+        effect: what became of them.
+        failed: how many of them count; by default all.
+    """
+    failed = len(features.errors) if failed is None else failed
+    if not failed:
+        return 0
+    first = islice(sorted(features.errors.items()), min(failed, _NAMED_IMAGES))
+    named = [f"{features.paths[row]} ({reason})" for row, reason in first]
+    named += [f"{failed - len(named):,} more"] if failed > len(named) else []
+    say(f"robustfeat: {failed:,} of {len(features):,} images failed, {effect}: {', '.join(named)}", err=True)
+    return 3
 
 
 def _say_left_out(images: InputList, quiet: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from robustfeat.cli.extraction import Extraction, Number, extraction_options
-from robustfeat.cli.feature_inputs import open_inputs, remark
+from robustfeat.cli.feature_inputs import open_inputs, remark, report_failed
 from robustfeat.cli.head_options import names_option
 from robustfeat.cli.lines import require_output
 from robustfeat.cli.rendering import Command, say
@@ -186,7 +186,7 @@ def command(
     if as_json:
         summary = {"out": sizes, "images": len(shown.paths), "failed": len(features.errors), "thumbnails": drawn}
         click.echo(json.dumps(summary | {"missing": missing}))
-    return _report(len(features.errors), missing)
+    return _report(features, missing)
 
 
 def _image_inputs(inputs: tuple[str, ...]) -> tuple[str, ...]:
@@ -216,9 +216,8 @@ def _read_layers(layers: tuple[str, ...], head_place: str | None, features: Feat
     return found
 
 
-def _report(failed: int, missing: int) -> int:
-    if failed:
-        say(f"robustfeat: {failed:,} images failed and are not on the map", err=True)
+def _report(features: Features, missing: int) -> int:
+    code = report_failed(features, "not on the map")
     if missing:
         say(f"robustfeat: {missing:,} images have no thumbnail: they are missing or cannot be read", err=True)
-    return 3 if failed or missing else 0
+    return 3 if missing else code

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from robustfeat.cli.extraction import Extraction, Number, extraction_options
-from robustfeat.cli.feature_inputs import open_inputs, open_labelled, open_labels, remark
+from robustfeat.cli.feature_inputs import open_inputs, open_labelled, open_labels, remark, report_failed
 from robustfeat.cli.head_options import labels_options, names_option, selection_option
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
@@ -133,7 +133,7 @@ def fit_command(
             write_report(report, folder, "held out", _thumbnails(inputs, images))
     trials.unlink(missing_ok=True)
     chosen = "" if head.selection["C"] is None else f"C {head.selection['C']:g}, "
-    remark(f"chosen: {chosen}{head.scaling} scaling", quiet)
+    remark(f"chosen: {chosen}{'no' if head.scaling == 'none' else head.scaling} scaling", quiet)
     if not head.selection["converged"]:
         remark("the solver did not converge: a smaller --C, or --scaling standard, may help", quiet)
     if report is None:
@@ -148,7 +148,7 @@ def fit_command(
         counts["suspects"] = report.suspects if report else 0
         summary = {"out": out, **counts, **head.selection, **head.scores}
         click.echo(json.dumps(summary))
-    return _left_out(labelled.failed)
+    return report_failed(features, "left out", labelled.failed)
 
 
 @command.command("predict", cls=Command, short_help="Predict the class of features or images.")
@@ -236,7 +236,7 @@ def predict_command(
         predicted = len(features) - sum(without.values())
         counts = [f"{predicted:,} predictions", *(f"{count:,} {what}" for what, count in without.items() if count)]
         remark(f"{out}: {', '.join(counts)}", quiet)
-    return _left_out(len(features.errors))
+    return report_failed(features, "without a prediction")
 
 
 @command.command("score", cls=Command, short_help="Measure a head on labelled features or images.")
@@ -303,7 +303,7 @@ def score_command(
         click.echo(json.dumps(report.to_dict() | extra))
     else:
         say(str(report.accuracy))
-    return _left_out(labelled.failed)
+    return report_failed(features, "left out", labelled.failed)
 
 
 def _thumbnails(inputs: tuple[str, ...], images: tuple[str, ...]) -> Thumbnails:
@@ -320,9 +320,3 @@ def _show(report: Report, title: str, quiet: bool) -> None:
     if not quiet:
         for line in lines if len(report.classes) <= _SHOWN_CLASSES else lines[:1]:
             say(line, err=True)  # line by line: a class name may contain a newline
-
-
-def _left_out(failed: int) -> int:
-    if failed:
-        say(f"robustfeat: {failed:,} images failed and were left out", err=True)
-    return 3 if failed else 0

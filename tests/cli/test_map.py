@@ -92,7 +92,7 @@ def test_images_are_embedded_and_missing_ones_are_counted(
     (images / "dress" / "dress-1.jpg").write_bytes(b"junk")
     done = robustfeat("map", images, "--out", tmp_path / "some.html", "--json", "--quiet")
     assert done.returncode == 3
-    assert "1 images failed and are not on the map" in done.stderr
+    assert "1 of 36 images failed, not on the map: dress/dress-1.jpg (" in done.stderr
     summary = json.loads(done.stdout)
     assert (summary["images"], summary["failed"], summary["thumbnails"], summary["missing"]) == (35, 1, 35, 0)
     done = robustfeat("map", mapped / "feats.npy", "--images", images, "--out", tmp_path / "all.html", "--json")

@@ -35,10 +35,9 @@ def find_clusters(
         return _by_size(_fit(reduced, min(clusters, distinct), seed))
     scored = np.sort(np.random.default_rng(seed).permutation(len(reduced))[:_SCORED_ROWS])
     best, found = -np.inf, np.zeros(len(reduced), np.int32)
-    progress = Progress("clusters", len(_CANDIDATES), "numbers of them", quiet=quiet)
-    for count in _CANDIDATES:
-        if count >= min(distinct, len(scored)):
-            break
+    candidates = [count for count in _CANDIDATES if count < min(distinct, len(scored))]
+    progress = Progress("clusters", len(candidates), "numbers of them", quiet=quiet)
+    for count in candidates:
         labels = _fit(reduced, count, seed)
         progress.advance(1)
         if len(np.unique(labels[scored])) < 2:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustfeat.serving.maps.palette import CATEGORIES
+from robustfeat.palette import CATEGORIES
 
 __all__ = ["Colouring", "categories_of", "category_colours", "name_places"]
 

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.files import new_file
+from robustfeat.palette import CATEGORIES, SCALE
 from robustfeat.serving.inputs.sources import path_fields
 from robustfeat.serving.maps.colourings import Colouring, category_colours, name_places
 from robustfeat.serving.maps.layers import Layer
-from robustfeat.serving.maps.palette import CATEGORIES, SCALE
 from robustfeat.serving.maps.sprites import Sprites
 
 __all__ = ["CollectionMap", "write_page"]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from robustfeat.palette import SERIES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -58,7 +60,7 @@ def draw(panels: Sequence[Panel | Forest], kind: str, name: str) -> bytes:
     from matplotlib.figure import Figure
 
     # Identifiers within an SVG would be random, and clash with the next SVG on the page.
-    with mpl.rc_context({"svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": name, "axes.prop_cycle": mpl.cycler(color=SERIES)}):
         figure = Figure(figsize=(5.5 * len(panels) + 1.5, 4), dpi=110, layout="constrained")
         drawn = figure.subplots(1, len(panels), squeeze=False)[0]
         for place, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):
@@ -70,7 +72,14 @@ def draw(panels: Sequence[Panel | Forest], kind: str, name: str) -> bytes:
                 _draw_curves(axes, panel, panels[place + 1 :])
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
+    return _follow_page(buffer.getvalue()) if kind == "svg" else buffer.getvalue()
+
+
+def _follow_page(svg: bytes) -> bytes:
+    """Turns light into dark on dark pages, and keeps the hues."""
+    style = b"<style>@media (prefers-color-scheme: dark) { svg { filter: invert(1) hue-rotate(180deg); } }</style>"
+    start = svg.index(b">", svg.index(b"<svg")) + 1
+    return svg[:start] + b"\n " + style + svg[start:]
 
 
 def _draw_curves(axes: Axes, panel: Panel, later: Sequence[Panel | Forest]) -> None:

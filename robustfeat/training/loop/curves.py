@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustfeat.files import new_file
+from robustfeat.palette import SERIES
 from robustfeat.training.loop.journal import read_metrics
 from robustfeat.training.loop.run_folder import CURVES_NAME
 
@@ -25,6 +26,13 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
         run: the run's folder, with metrics.jsonl.
         concepts: the K names, in the order of q.
     """
+    import matplotlib as mpl
+
+    with mpl.rc_context({"axes.prop_cycle": mpl.cycler(color=SERIES)}):
+        _draw(run, concepts)
+
+
+def _draw(run: Path, concepts: Sequence[str]) -> None:
     from matplotlib.figure import Figure
 
     events = read_metrics(run)
@@ -57,8 +65,8 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
         lines = zip(*(event["q"] for event in with_q), strict=True)
         for number, (name, shares) in enumerate(zip(concepts, lines, strict=True)):
             if len(concepts) <= _LABELLED_CONCEPTS:
-                style = ("o" if len(with_q) < _FEW_POINTS else "") + _STYLES[number // 10 % 3]
-                axes.plot([e["epoch"] for e in with_q], shares, style, ms=2, label=name, lw=1)
+                marker, style = "o" if len(with_q) < _FEW_POINTS else "", _STYLES[number // len(SERIES) % len(_STYLES)]
+                axes.plot([e["epoch"] for e in with_q], shares, ls=style, marker=marker, ms=2, label=name, lw=1)
             else:
                 axes.plot([e["epoch"] for e in with_q], shares, lw=0.5)
         _shade_noise(axes, with_q)
@@ -82,4 +90,4 @@ def _shade_noise(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
 
 _LABELLED_CONCEPTS = 30
 _FEW_POINTS = 20  # a line through one or two is not seen
-_STYLES = ("-", "--", ":")  # ten colours, then another line
+_STYLES = ("-", "--", ":", "-.", (0, (8, 2)))  # all colours, then another line

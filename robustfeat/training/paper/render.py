@@ -16,9 +16,10 @@ from robustfeat.training.paper.exhibit import Exhibit
 
 __all__ = ["markdown", "write_exhibit", "write_page"]
 
-_STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+_STYLE = """:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left; white-space: nowrap; }
+th, td { border: 1px solid #8888; padding: .25rem .6rem; text-align: left; white-space: nowrap; }
 svg { max-width: 100%; height: auto; }"""
 
 

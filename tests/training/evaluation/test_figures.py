@@ -2,6 +2,7 @@
 
 import re
 
+from robustfeat.palette import SERIES
 from robustfeat.training.evaluation.figures import Curve, Panel, draw
 
 
@@ -40,3 +41,10 @@ def test_panels_of_the_same_curves_tell_them_once() -> None:
     for panels, told in (([one, one, one], {"ERM": 1, "EL": 0}), ([one, one, other], {"ERM": 1, "EL": 1})):
         text = draw(panels, "svg", "figure").decode()
         assert {label: text.count(f"<!-- {label} -->") for label in told} == told
+
+
+def test_lines_have_the_palette_and_follow_dark_pages() -> None:
+    curves = [Curve(str(number), [(1, number), (2, 9)]) for number in range(len(SERIES))]
+    drawn = draw([Panel("", "", "", curves)], "svg", "figure").decode()
+    assert re.findall(r"stroke: (#\w{6}); stroke-width: 1.5", drawn)[: len(SERIES)] == list(SERIES)
+    assert "@media (prefers-color-scheme: dark) { svg { filter: invert(1)" in drawn

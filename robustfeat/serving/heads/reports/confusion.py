@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from robustfeat.palette import BLUE, ORANGE, rgb
+
 __all__ = ["draw_confusion", "order_by_confusion"]
 
 _NAMED_CLASSES = 150
 """Most classes whose names are drawn. With more, the cells are too small."""
 _LONGEST_NAME = 24
 
-# Two colours of Okabe and Ito's palette (2008), which differ with any colour blindness.
-_RIGHT, _WRONG = (0, 114, 178), (213, 94, 0)
+_RIGHT, _WRONG = rgb(BLUE.light), rgb(ORANGE.light)
 _INK, _LINES = (34, 34, 34), (216, 216, 216)
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
+from robustfeat.palette import BLUE, ORANGE
 from robustfeat.serving.heads.reports.answers import Answers
 from robustfeat.serving.heads.reports.reliability import Reliability, draw_reliability, uncalibrated
 from robustfeat.serving.heads.reports.report import Report
@@ -26,11 +27,13 @@ Thumbnails = Callable[[Collection[str]], Mapping[str, bytes]]
 
 _SHOWN = 24
 
+_COLOURS = f"""
+:root {{ --blue: {BLUE.light}; --orange: {ORANGE.light}; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --blue: {BLUE.dark}; --orange: {ORANGE.dark}; }} }}"""
+
 _STYLE = """
-:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #666; --line: #ddd; --blue: #0072b2;
-  --orange: #d55e00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --faint: #a5a5a5; --line: #3a3d42;
-  --blue: #56b4e9; --orange: #e69f00; } }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #666; --line: #ddd; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --faint: #a5a5a5; --line: #3a3d42; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 76rem;
   margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; } p { margin: .3rem 0; }
@@ -95,7 +98,7 @@ def draw_page(report: Report, title: str, thumbnails: Thumbnails | None = None) 
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{html.escape(title)}</title><style>{_COLOURS}{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )

@@ -1,12 +1,20 @@
-"""Colours of a map, for light and dark pages."""
+"""Colours of all figures, maps and reports. People with any colour blindness can tell them apart."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CATEGORIES", "SCALE", "Categories", "Scale"]
+__all__ = ["BLUE", "CATEGORIES", "GREY", "ORANGE", "SCALE", "SERIES", "Categories", "Scale", "Shade", "rgb"]
 
 Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shade:
+    """A colour on light and on dark pages, as `#rrggbb`."""
+
+    light: str
+    dark: str
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,16 @@ class Scale:
     light: tuple[Colour, ...]
     dark: tuple[Colour, ...]
 
+
+BLUE, ORANGE = Shade("#0072b2", "#56b4e9"), Shade("#d55e00", "#e69f00")
+"""For two things that are opposites: right and wrong, after and before, ours and others."""
+
+GREY = Shade("#9a9fa6", "#777c84")
+"""For all that is compared with."""
+
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Lines on white paper, in this order. They and the colours above are Okabe and Ito's palette (2008), without the
+yellow, which is too light for lines."""
 
 CATEGORIES = Categories(
     light=("#4a4ad7", "#b3b52e", "#a2030e", "#329360", "#bb77a0", "#92b7fe", "#84345e"),
@@ -57,3 +75,13 @@ SCALE = Scale(
     ),
 )
 """Cividis (Nunez et al., 2018) without the end that is too close to the page's colour."""
+
+
+def rgb(colour: str) -> Colour:
+    """Red, green and blue of `#rrggbb`.
+
+    >>> rgb("#0072b2")
+    (0, 114, 178)
+    """
+    red, green, blue = bytes.fromhex(colour[1:])
+    return red, green, blue

@@ -1,14 +1,15 @@
-"""People with any kind of colour blindness tell the colours of a map apart."""
+"""People with any kind of colour blindness tell the colours of maps and figures apart."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from skimage.color import deltaE_ciede2000, rgb2lab
 
-from robustfeat.serving.maps.palette import CATEGORIES, SCALE
+from robustfeat.palette import BLUE, CATEGORIES, ORANGE, SCALE, SERIES
 
 # Machado, Oliveira and Fernandes, 2009, severity 1: applied to linear RGB.
 VISION = {
@@ -36,11 +37,19 @@ def numbers(colour: str) -> list[int]:
 @pytest.mark.parametrize("vision", VISION)
 @pytest.mark.parametrize("page", PAGES)
 def test_any_two_colours_differ_and_none_is_lost_on_the_page(page: str, vision: str) -> None:
-    colours = np.array([*map(numbers, getattr(CATEGORIES, page)), PAGES[page]])
-    lab = seen(colours, vision)
-    pairs = np.array(list(itertools.combinations(lab, 2)))
-    differences = deltaE_ciede2000(pairs[:, 0], pairs[:, 1])  # type: ignore[no-untyped-call]
-    assert differences.min() > 15
+    assert least_difference([*map(numbers, getattr(CATEGORIES, page)), PAGES[page]], vision) > 15
+    assert least_difference([*map(numbers, (getattr(BLUE, page), getattr(ORANGE, page))), PAGES[page]], vision) > 25
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_any_two_lines_of_a_figure_differ(vision: str) -> None:
+    assert least_difference([*map(numbers, SERIES), (255, 255, 255)], vision) > 9
+
+
+def least_difference(colours: Sequence[Sequence[int]], vision: str) -> float:
+    """The smallest CIEDE2000 of any two."""
+    pairs = np.array(list(itertools.combinations(seen(np.array(colours), vision), 2)))
+    return float(deltaE_ciede2000(pairs[:, 0], pairs[:, 1]).min())  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("vision", VISION)
