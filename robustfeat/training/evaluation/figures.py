@@ -57,10 +57,11 @@ def draw(panels: Sequence[Panel | Forest], kind: str, name: str) -> bytes:
         name: name of the figure. SVGs with different names can be on one page.
     """
     import matplotlib as mpl
+    from cycler import cycler
     from matplotlib.figure import Figure
 
     # Identifiers within an SVG would be random, and clash with the next SVG on the page.
-    with mpl.rc_context({"svg.hashsalt": name, "axes.prop_cycle": mpl.cycler(color=SERIES)}):
+    with mpl.rc_context({"svg.hashsalt": name, "axes.prop_cycle": cycler(color=SERIES)}):
         figure = Figure(figsize=(5.5 * len(panels) + 1.5, 4), dpi=110, layout="constrained")
         drawn = figure.subplots(1, len(panels), squeeze=False)[0]
         for place, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):

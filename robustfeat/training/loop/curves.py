@@ -27,8 +27,9 @@ def draw_curves(run: Path, concepts: Sequence[str]) -> None:
         concepts: the K names, in the order of q.
     """
     import matplotlib as mpl
+    from cycler import cycler
 
-    with mpl.rc_context({"axes.prop_cycle": mpl.cycler(color=SERIES)}):
+    with mpl.rc_context({"axes.prop_cycle": cycler(color=SERIES)}):
         _draw(run, concepts)
 
 
