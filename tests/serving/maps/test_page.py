@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from robustfeat.palette import CATEGORIES
 from robustfeat.serving.heads.labels.reading import read_labels
 from robustfeat.serving.inputs.listing import list_inputs
-from robustfeat.serving.maps.palette import CATEGORIES
 from tests.browser import Visit, require_access, visit
 from tests.serving.maps.conftest import GROUPS, PER_GROUP, Drawn, colour_of, path_of
 
