@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from robustfeat.cli.extraction import Extraction, Number, extraction_options
-from robustfeat.cli.feature_inputs import open_pair, remark
+from robustfeat.cli.feature_inputs import open_pair, remark, report_failed
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
 
@@ -90,7 +90,5 @@ def command(
         click.echo(json_line(to_dict(drift, old, found, alpha)))
     else:
         say(headline(drift, alpha))
-    failed = len(old.errors) + len(found.errors)
-    if failed:
-        say(f"robustfeat: {failed:,} images failed and were left out", err=True)
-    return 3 if failed or drift.comparison.p < alpha else 0
+    codes = [report_failed(features, "left out") for features in (old, found)]
+    return 3 if any(codes) or drift.comparison.p < alpha else 0

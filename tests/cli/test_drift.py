@@ -67,7 +67,7 @@ def test_failed_images_are_left_out(robustfeat: Run, write_features: WriteFeatur
     place = write_features(tmp_path / "feats.npy", values, names, {4: "damaged"})
     result = robustfeat("drift", place, place, "--json", "--quiet")
     assert result.returncode == 3
-    assert result.stderr == "robustfeat: 2 images failed and were left out\n"
+    assert result.stderr == 2 * "robustfeat: 1 of 30 images failed, left out: 4.jpg (damaged)\n"
     assert json.loads(result.stdout)["failed"] == {"reference": 1, "new": 1}
 
 

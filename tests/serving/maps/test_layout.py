@@ -8,12 +8,12 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
+from robustfeat.palette import CATEGORIES
 from robustfeat.serving.heads.features import Features, open_features
 from robustfeat.serving.maps import layout
 from robustfeat.serving.maps.clusters import find_clusters
 from robustfeat.serving.maps.colourings import categories_of, category_colours, name_places
 from robustfeat.serving.maps.layout import lay_out, to_unit_square
-from robustfeat.palette import CATEGORIES
 from robustfeat.serving.maps.reduction import reduce_features
 from tests.conftest import WriteFeatures
 
