@@ -58,7 +58,7 @@ def test_a_field_of_a_later_version_is_ignored_where_it_cannot_name_code(copy: P
     edit_config(copy, lambda data: data["robustfeat"].update(later="x"))
     assert ModelFolder(copy).config == before
     edit_config(copy, lambda data: data.update(later="x"))
-    with pytest.raises(ModelFolderError, match="the entry 'later' no model of ours has"):
+    with pytest.raises(ModelFolderError, match="the entry 'later' is unknown"):
         _ = ModelFolder(copy).config
 
 

@@ -1,1 +1,1 @@
-"""Features and heads' answers over HTTP."""
+"""Serves features and predictions over HTTP."""

@@ -1,6 +1,6 @@
-"""Who may come in now: each key's rate and part of the queue, and the queue's end.
+"""Admits requests within each key's rate and share of the queue, and within the queue's limit.
 
-The counts lie in memory that all workers of a server share, so that a share means the server's, whichever worker a
+All workers of a server share the counts in memory, so a share applies to the whole server, whichever worker a
 connection reaches.
 """
 
@@ -26,23 +26,23 @@ _BURST_S = 0.25
 
 
 class Admission:
-    """The door of one worker.
+    """The admission control of one worker.
 
     Args:
-        limits: of the images in a request and in the queue.
+        limits: limits of the images in a request and in the queue.
         memory: the descriptor of an empty file that all workers inherit.
-        worker: its number, from 0.
-        workers: how many there are; a share of a key is out of the queues of so many.
-        places: how many numbers workers may have, more than `workers` in a server that reloads.
+        worker: number of the worker, from 0.
+        workers: number of workers. A key's share applies to the queues of all.
+        places: number of possible worker numbers, more than `workers` in a server that reloads.
     """
 
     def __init__(self, limits: Limits, memory: int, worker: int, workers: int, places: int | None = None) -> None:
         self._limits, self._memory, self._worker, self._workers = limits, memory, worker, workers
-        # Numbers of 8 bytes in a slot: the name's hash, tokens, when these were counted, and each worker's images.
+        # A slot has numbers of 8 bytes: the name's hash, tokens, the time of their count, and each worker's images.
         self._words = 3 + (places or workers)
         size = 8 * _SLOTS * self._words
         os.truncate(memory, size)
-        # The same memory as floats and as whole numbers.
+        # Two views of the same memory, as floats and as integers.
         shared = memoryview(mmap.mmap(memory, size))
         self._floats, self._counts = shared.cast("d"), shared.cast("q")
         self._places: dict[str, int] = {}
@@ -50,25 +50,25 @@ class Admission:
         self._total = 0
         self._names = 1
         with self._locked():
-            for slot in range(_SLOTS):  # what a process with this number left when it died
+            for slot in range(_SLOTS):  # clear counts of a dead process with this number
                 self._counts[slot * self._words + 3 + worker] = 0
 
     def share_among(self, names: int) -> None:
-        """Tells how many keys there are: each without a share of its own has an equal part of the queue."""
+        """Sets the number of keys. Each key without its own share gets an equal part of the queue."""
         self._names = max(1, names)
 
     def check(self, key: Key) -> None:
-        """Refuses a request that has no chance, before its body is read.
+        """Refuses a request that would be refused later, before its body is read.
 
         Raises:
-            ApiError: 429 or 503, as `enter` does.
+            ApiError: 429 or 503, see `enter`.
         """
         with self._locked() if key.name else nullcontext():
             self._refuse(key, 1)
 
     @contextmanager
     def enter(self, key: Key, items: int) -> Iterator[None]:
-        """Admits so many images for the time of the block.
+        """Admits images for the duration of the block.
 
         Raises:
             ApiError: 413 for too many images, 429 beyond the key's share, 503 when the queue is full.
@@ -79,7 +79,7 @@ class Admission:
                 "too_many_images",
                 f"the request has {items:,} images; send at most {self._limits.max_items:,} at once",
             )
-        # Without keys all is in this process: nobody needs to be asked.
+        # Without keys, this process has all the counts.
         locked = self._locked if key.name else nullcontext
         with locked():
             place = self._refuse(key, items)
@@ -97,20 +97,20 @@ class Admission:
                 self._total -= items
 
     def _refuse(self, key: Key, items: int) -> int:
-        """Raises what `enter` raises; returns where the key's slot begins."""
+        """Raises the errors of `enter`, or returns the position of the key's slot."""
         place = self._place(key)
         if key.name:
             self._refuse_key(key, items, place)
             if not self._inside[key.name]:
-                return place  # whoever has nothing in the queue is not kept out by those who fill it
+                return place  # a key without images in the queue is not blocked by keys that fill it
         if self._total + items > self._limits.max_queue:
             raise ApiError(503, "queue_full", "all places in the queue are taken; try again soon", retry_after_s=1)
         return place
 
     def _refuse_key(self, key: Key, items: int, place: int) -> None:
         if key.rate is not None:
-            # Tokens, one an image: `rate` come each second, and those of a moment are kept. A request of more images
-            # than that may leave a debt, which comes to the same rate without saving up for a burst.
+            # A token is one image. `rate` tokens arrive per second, and a short burst is kept. A larger request may
+            # leave a debt, which gives the same rate without saving tokens for a burst.
             now, before = time.monotonic(), self._floats[place + 2]
             most = max(1.0, key.rate * _BURST_S)
             tokens = min(most, self._floats[place + 1] + (now - before) * key.rate) if before else most
@@ -125,7 +125,7 @@ class Admission:
                 )
         inside = sum(self._counts[place + 3 : place + self._words])
         share = key.concurrency or max(self._limits.max_items, self._limits.max_queue * self._workers // self._names)
-        # A request larger than the share comes in alone, or it never would.
+        # A request larger than the share is only admitted by itself.
         if inside and inside + items > share:
             raise ApiError(
                 429,
@@ -136,10 +136,10 @@ class Admission:
 
     def _place(self, key: Key) -> int:
         if key.name not in self._places:
-            # Never zero, which says that a slot is free; of 63 bits.
+            # The hash has 63 bits and is never zero, which marks a free slot.
             name = int.from_bytes(hashlib.sha256(key.name.encode()).digest()[:8], "little") >> 1 | 1
             slots = [(name + step) % _SLOTS * self._words for step in range(_SLOTS)]
-            # More keys than slots share one.
+            # If there are more keys than slots, they share one.
             place = next((slot for slot in slots if self._counts[slot] in {0, name}), slots[0])
             self._counts[place] = name
             self._places[key.name] = place

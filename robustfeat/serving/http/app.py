@@ -1,7 +1,7 @@
-"""The application: routes, what they take and what they answer.
+"""Builds the application: its routes, requests and replies.
 
-Every request takes the same four steps: its body is read (`bodies`), its images are taken out, they are embedded
-(`service`, `batching`), and the answer is put in the client's form. `openai` and `kserve` hold two protocols' forms.
+Every request takes four steps. Its body is read (`bodies`), its images are extracted and embedded (`service`,
+`batching`), and the reply is made in the client's format. `openai` and `kserve` have the formats of two protocols.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from robustfeat.serving.online.answers import (
 )
 from robustfeat.serving.online.schemas import Embeddings, Health, Info, Predictions
 
-if TYPE_CHECKING:  # with a head come the libraries of heads
+if TYPE_CHECKING:  # heads import further libraries
     from robustfeat.serving.heads.head import Head
 
 __all__ = ["create_app"]
@@ -50,12 +50,12 @@ _VECTORS = {"schema": {"type": "string", "format": "binary"}}
 
 
 def create_app(service: Service) -> Gate:
-    """The application, for any ASGI server."""
+    """Builds the application for any ASGI server."""
     app = FastAPI(
         title="robustfeat",
         version=robustfeat.__version__,
         summary="Image features and heads' answers.",
-        docs_url=None,  # ours, which loads nothing from another host
+        docs_url=None,  # our own page loads nothing from other hosts
         redoc_url=None,
     )
     routes = Routes(app)
@@ -66,7 +66,7 @@ def create_app(service: Service) -> Gate:
     openai.add_routes(routes, service)
     kserve.add_routes(routes, service)
     if service.collections:
-        from robustfeat.serving.http import similar  # with it come the libraries of collections
+        from robustfeat.serving.http import similar  # imports the libraries of collections
 
         similar.add_routes(routes, service, service.collections)
     add_docs(routes)
@@ -122,7 +122,7 @@ def _add_predict(routes: Routes, service: Service) -> None:
         responses=refusals(400, 401, 404, 408, 413, 415, 422, 429, 503),
     )
     async def predict(request: Request, head: Annotated[str, Path(description="Of those served.")]) -> Response:
-        """As /embed takes them."""
+        """Takes images like /embed."""
         chosen = service.head(head)
         if (notes := CURRENT.get()) is not None:
             notes.head = head
@@ -166,12 +166,12 @@ def _add_reports(routes: Routes, service: Service) -> None:
     )
     async def metrics(_: Request) -> Response:
         service.metrics.count()
-        # Reading the files of all workers takes milliseconds that requests need not wait for.
+        # Read the files of all workers in a thread, since it takes milliseconds.
         return Response(await run_in_threadpool(service.metrics.exposition), media_type=CONTENT_TYPE)
 
 
 async def _embed(service: Service, request: Request, model: str | None) -> tuple[ServedModel, list[Answer]]:
-    """The answer for each image of a request; at least one has features."""
+    """The result of each image of a request. At least one has features."""
     chosen = service.model(model)
     key = request.scope["state"]["key"]
     with service.buffered.body(key) as held:
@@ -185,7 +185,7 @@ async def _embed(service: Service, request: Request, model: str | None) -> tuple
 
 
 def _predictions(head: Head, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """The entries of a reply: a head's answer for each image with features."""
+    """The entries of a reply: a head's prediction for each image with features."""
     from robustfeat.serving.heads.predictions import answer_of, predict
 
     good = {at: answer.features for at, answer in enumerate(answers) if answer.features is not None}

@@ -1,4 +1,4 @@
-"""Files of the pages that the server itself has: the one at / and the description of the API at /docs."""
+"""Serves the files of the server's own pages: the page at / and the API's documentation at /docs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _POLICY = (
 )
 DOCS_POLICY = _POLICY
 PAGE_POLICY = f"{_POLICY}; require-trusted-types-for 'script'; trusted-types 'none'"
-"""No text becomes HTML or a script, whatever the names of files and classes hold."""
+"""Prevents text in names of files and classes from becoming HTML or a script."""
 
 _TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -36,12 +36,12 @@ _COMPRESSED = ".gz"
 
 @dataclass(frozen=True)
 class _Asset:
-    """A file, compressed where it was shipped so.
+    """A file, possibly compressed.
 
     Attributes:
-        name: without the suffix of its compression.
-        data: its bytes as they were shipped.
-        compressed: whether these are gzip's.
+        name: name without the suffix of the compression.
+        data: the shipped bytes.
+        compressed: whether the bytes are gzip.
     """
 
     name: str
@@ -55,15 +55,15 @@ class _Asset:
     @cached_property
     def tag(self) -> str:
         tag = f'"{hashlib.sha256(self.data).hexdigest()[:32]}"'
-        return f"W/{tag}" if self.compressed else tag  # as it is and compressed are not the same bytes
+        return f"W/{tag}" if self.compressed else tag  # plain and compressed bytes differ
 
 
 class Assets:
     """The files of a folder, in memory.
 
     Args:
-        folder: holds them; files of other types than those of a page are left out.
-        policy: the Content-Security-Policy of all of them.
+        folder: the folder. Files of types that pages do not use are ignored.
+        policy: the Content-Security-Policy of all files.
     """
 
     def __init__(self, folder: Path, policy: str) -> None:
@@ -75,9 +75,9 @@ class Assets:
                 self._assets[name] = _Asset(name, file.read_bytes(), compressed=name != file.name)
 
     async def answer(self, request: Request, name: str) -> Response:
-        """A file, or 304 where the client has it.
+        """A file, or 304 if the client has it.
 
-        A browser asks each time whether its copy is the newest one: after an update no old script meets a new one.
+        A browser checks its copy each time, so an update never mixes old and new scripts.
 
         Raises:
             ApiError: 404.
@@ -107,7 +107,7 @@ class Assets:
 
 
 def _is_known(tag: str, given: str) -> bool:
-    """Whether an If-None-Match header names a file, be it as a weak tag."""
+    """Whether an If-None-Match header names a file, also by a weak tag."""
     known = {entry.strip().removeprefix("W/") for entry in given[:4096].split(",")}
     return given.strip() == "*" or tag.removeprefix("W/") in known
 

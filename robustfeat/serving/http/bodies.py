@@ -1,4 +1,4 @@
-"""Request bodies: read whole within bounds, and taken apart."""
+"""Reads request bodies within limits, and parses them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["Buffered", "images_of", "read_body", "too_large"]
 _FIELDS = 64
 _HEADER_CHARACTERS = 1024
 _OPTIONS = 300
-"""Semicolons in the head of a part; file names may hold some."""
+"""Most semicolons in the header of a part. File names may contain some."""
 _FILE_NAMES = {"images", "image", "files", "file"}
 _TEXT = (b"{", b"[", b'"', b"data:")
 _DELIMITERS = 10_000
-"""Places in a body that look like a boundary. The parser takes microseconds for each, also inside an image."""
+"""Most places in a body that look like a boundary. The parser takes microseconds for each, even inside an image."""
 
 
 class Buffered:
-    """How many bytes of bodies are held at once, in all and by key.
+    """Counts the buffered bytes of bodies, in total and per key.
 
     Args:
-        limits: of one body and of all.
+        limits: limits of one body and of all.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -41,12 +41,12 @@ class Buffered:
         self._share = limits.buffered_bytes
 
     def share_among(self, names: int) -> None:
-        """Takes the number of keys. A key with less than an equal part, or than one body, is never refused."""
+        """Sets the number of keys. A key below an equal part, or with less than one body, is never refused."""
         self._share = max(self._limits.max_body_bytes, self._limits.buffered_bytes // max(1, names))
 
     @contextmanager
     def body(self, key: Key) -> Iterator[_Held]:
-        """Counts one body as long as it is held."""
+        """Counts one body for the duration of the block."""
         held = _Held(self, key, self._limits)
         try:
             yield held
@@ -54,7 +54,7 @@ class Buffered:
             self._count(key, -held.size)
 
     def _count(self, key: Key, count: int) -> bool:
-        """Counts bytes; whether they are welcome."""
+        """Counts bytes. Returns whether they are accepted."""
         self.bytes += count
         self._by_key[key.name] += count
         if not self._by_key[key.name]:
@@ -86,7 +86,7 @@ def too_large(limits: Limits) -> ApiError:
 
 
 async def read_body(request: Request, held: _Held) -> bytes:
-    """The whole body.
+    """Reads the whole body.
 
     Raises:
         ApiError: 400, 411 to 415 or 503.
@@ -112,12 +112,12 @@ async def read_body(request: Request, held: _Held) -> bytes:
 
 
 def images_of(content_type: str, body: bytes, most: int) -> tuple[list[bytes], dict[str, str]]:
-    """The images in a body, and the text fields beside them.
+    """Parses the images in a body, and the text fields.
 
     Args:
-        content_type: multipart/form-data, or anything else for a body that is one image itself.
-        body: all of it.
-        most: how many images there may be.
+        content_type: multipart/form-data, or another type for a body that is one image.
+        body: the whole body.
+        most: most images per request.
 
     Raises:
         ApiError: 400 for a damaged body, 413 for too many images, 422 without an image.
@@ -159,7 +159,7 @@ def images_of(content_type: str, body: bytes, most: int) -> tuple[list[bytes], d
 class _Form:
     """Collects the parts of a form.
 
-    Files are images, and so is what has the name of some or another type than text; the rest are fields.
+    Files are images, and so are parts with a name for images or a type other than text. Other parts are fields.
     """
 
     def __init__(self, most: int) -> None:
@@ -194,7 +194,7 @@ class _Form:
         if disposition.count(";") > _OPTIONS:
             raise ApiError(400, "bad_multipart", f"a Content-Disposition has more than {_OPTIONS} semicolons")
         _, self._options = parse_options_header(disposition)
-        # `filename*` is not for forms (RFC 7578), so it is not among the options; some clients send it alone.
+        # RFC 7578 forbids `filename*` in forms, so the options lack it, but some clients send only that.
         named = b"filename" in self._options or re.search(r"(?i);\s*filename\*\s*=", disposition) is not None
         kind = self._headers_of_part.get("content-type", "text/plain").lower()
         self._is_file = named or not kind.startswith(("text/", "application/json"))
@@ -207,14 +207,14 @@ class _Form:
         else:
             self.fields[name[:64]] = data[:256].decode("utf-8", "replace")
         self._parts += 1
-        # At once: taking apart the rest would take longer than all else.
+        # Refuse at once, since parsing the rest would take longer than everything else.
         if len(self.images) > self._most:
             raise ApiError(
                 413, "too_many_images", f"the request has more than {self._most:,} images; send less at once"
             )
         if len(self.fields) > _FIELDS:
             raise ApiError(422, "bad_request", f"the form has more than {_FIELDS} fields; send images and a model")
-        if self._parts > self._most + _FIELDS:  # of one name, or of none
+        if self._parts > self._most + _FIELDS:  # parts may share a name or have none
             raise ApiError(
                 422, "bad_request", f"the form has more than {self._most + _FIELDS} parts; send images and a model"
             )

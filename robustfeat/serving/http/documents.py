@@ -1,4 +1,4 @@
-"""The OpenAPI document, where FastAPI cannot derive it: bodies that it does not read, and errors."""
+"""Completes the OpenAPI document with bodies and errors that FastAPI cannot derive."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def refusals(*codes: int, form: type[BaseModel] = ErrorAnswer) -> dict[int | str
 
 
 def json_body(form: type[BaseModel], *more: str) -> dict[str, Any]:
-    """A JSON body that the route reads itself, for FastAPI's `openapi_extra`; `more` names further media types."""
+    """A JSON body that the route reads itself, for FastAPI's `openapi_extra`; `more` adds media types."""
     _bodies[form.__name__] = form
     content: dict[str, Any] = {
         "application/json": {"schema": {"$ref": f"#/components/schemas/{form.__name__}"}},
@@ -97,16 +97,16 @@ def describe(app: FastAPI, *, keys: bool, names: dict[str, list[str]]) -> None:
     """Completes the document of an application.
 
     Args:
-        app: what it documents.
-        keys: whether there are any.
-        names: what the parameters `model`, `head`, `collection` and `version` may be.
+        app: the application.
+        keys: whether the server has keys.
+        names: possible values of the parameters `model`, `head`, `collection` and `version`.
     """
     derive = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = derive()
-            document["servers"] = [{"url": "."}]  # where the document lies, whatever prefix a proxy adds
+            document["servers"] = [{"url": "."}]  # relative to the document, for any prefix of a proxy
             components = document.setdefault("components", {})
             schemas = components.setdefault("schemas", {})
             for form in _bodies.values():
@@ -122,8 +122,8 @@ def describe(app: FastAPI, *, keys: bool, names: dict[str, list[str]]) -> None:
                     if keys and "401" in operation["responses"]:
                         operation["security"] = [{"key": []}]
                     if "HTTPValidationError" in str(operation["responses"].get("422")):
-                        del operation["responses"]["422"]  # FastAPI's, which never sees a request
-                    # One function answers with and without a version in the path: it is no query.
+                        del operation["responses"]["422"]  # FastAPI's own error never occurs
+                    # One function handles paths with and without a version, so the version is not a query.
                     given = [entry for entry in operation.get("parameters", []) if not _is_unversioned(entry)]
                     operation["parameters"] = given
                     for parameter in given:
@@ -140,5 +140,5 @@ def _is_unversioned(parameter: dict[str, Any]) -> bool:
 
 
 def infer_refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """As `refusals`, in the form of the Open Inference Protocol."""
+    """The errors of a route, in the format of the Open Inference Protocol."""
     return refusals(*codes, form=InferError)

@@ -1,6 +1,6 @@
-"""What every request passes before and after the application: who asks, whether there is room, and what is counted.
+"""Checks every request's host, key and room before the application, and counts it afterwards.
 
-It refuses cheaply: an overloaded server should spend its time on the requests that it takes.
+Refusals are cheap, so an overloaded server spends its time on accepted requests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ROUTES = (
 _DOCUMENT = "/openapi.json"
 
 ON_DISCONNECT = "robustfeat.disconnect"
-"""The key in a request's scope of the function that the connection calls when its client has left."""
+"""Key in a request's scope of the function to call when the client disconnects."""
 
 Headers = dict[bytes, bytes]
 
@@ -101,7 +101,7 @@ class Gate:
             if refusal is not None and status == 0:
                 await self._refuse(refusal, path, scope["method"], answer)
         except asyncio.CancelledError:
-            if status == 0 and not disconnected:  # the time to drain is over
+            if status == 0 and not disconnected:  # the grace period is over
                 stopping = ApiError(503, "stopping", "the server is being stopped; ask again", retry_after_s=1)
                 await self._refuse(stopping, path, scope["method"], answer)
             status = status or 499
@@ -159,7 +159,7 @@ class Gate:
     def _trace(
         self, scope: Scope, status: int, route: str, began: float, notes: RequestNotes, refusal: ApiError | None
     ) -> dict[str, str]:
-        """Records a request that is traced; the id of its trace, for the log."""
+        """Records a traced request, and returns the id of its trace for the log."""
         if self._service.tracer is None or notes.timeline is None:
             return {}
         attributes = {
@@ -181,7 +181,7 @@ class Gate:
 
     def _check_host(self, scope: Scope, headers: Headers) -> None:
         if scope["http_version"] == "1.0" and b"host" not in headers:
-            return  # of probes; a browser, which another site's page could use, always sends one
+            return  # only probes omit it: a browser, which another site's page could abuse, always sends one
         if sum(name == b"host" for name, _ in scope["headers"]) > 1:
             raise ApiError(400, "host", "the request has more than one Host header; send one", close=True)
         host = headers.get(b"host", b"").decode("latin-1")
@@ -212,7 +212,7 @@ class Gate:
         return key
 
     def _check_room(self, headers: Headers, key: Key) -> None:
-        """Refuses what cannot be taken, before its body is read."""
+        """Refuses a request without room before its body is read."""
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._service.limits.max_body_bytes:
             raise too_large(self._service.limits)

@@ -45,12 +45,12 @@ class KeyRing:
     """The keys of a server, read again when their file changes.
 
     Args:
-        keys: a file with a line for each: NAME KEY [rate=IMAGES_PER_SECOND] [concurrency=IMAGES].
+        keys: a file with one key per line: NAME KEY [rate=IMAGES_PER_SECOND] [concurrency=IMAGES].
             Lines that begin with # are comments.
-        text: the same lines, from the environment; commas end lines, too.
+        text: such lines from the environment. Commas also end lines.
 
     Raises:
-        InputError: no such file, or a line that is none of these.
+        InputError: the file does not exist, or a line is invalid.
     """
 
     def __init__(self, keys: Path | None = None, text: str | None = None) -> None:
@@ -65,14 +65,14 @@ class KeyRing:
 
     @property
     def names(self) -> set[str]:
-        """Of all keys; empty where everybody may ask."""
+        """Names of all keys; empty if everybody may send requests."""
         return {key.name for key in self._keys}
 
     def refresh(self) -> bool:
-        """Reads the file again if it has changed; whether it had.
+        """Reads the file again if it has changed. Returns whether it had.
 
         Raises:
-            InputError: it cannot be used. The keys stay as they were.
+            InputError: the file cannot be used. The old keys stay.
         """
         if self._file is None:
             return False
@@ -98,7 +98,7 @@ class KeyRing:
         return True
 
     def find(self, authorization: str | None) -> Key | None:
-        """The key of an Authorization header; None if it is none of ours. Without keys, anyone."""
+        """The key of an Authorization header; None if it is unknown. Without keys, everybody is accepted."""
         if not self._keys:
             return ANYONE
         scheme, _, value = (authorization or "").partition(" ")
@@ -106,7 +106,7 @@ class KeyRing:
             return None
         digest = hashlib.sha256(value.strip().encode("utf-8", "surrogateescape")).digest()
         found = None
-        for key in self._keys:  # all of them, so that the time tells nothing
+        for key in self._keys:  # compare all keys, so the time reveals nothing
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found
@@ -117,10 +117,10 @@ def parse_keys(lines: Iterable[str], file: Path | None = None) -> list[Key]:
 
     Args:
         lines: the lines.
-        file: holds them; without one they are the environment's.
+        file: the file of the lines; None for the environment.
 
     Raises:
-        InputError: naming the line, never the key.
+        InputError: a line is invalid. The message names the line, never the key.
     """
 
     def refusal(number: int, what: str) -> InputError:

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (KServe v2) over REST, for the platforms and clients that speak it."""
+"""Serves the Open Inference Protocol (KServe v2) over REST."""
 
 from __future__ import annotations
 
@@ -133,14 +133,14 @@ def _add_infer(routes: Routes, service: Service) -> None:
         openapi_extra=json_body(InferRequest, RAW),
     )
     async def infer(request: Request, model: _Name, version: str | None = None) -> Response:
-        """As the protocol's clients expect, one image that cannot be read fails the request."""
+        """One unreadable image fails the whole request, as the protocol's clients expect."""
         chosen = _find(service, model, version)
         key = request.scope["state"]["key"]
         with service.buffered.body(key) as held:
             body = await read_body(request, held)
             asked, rest = await _in_turns(parse_infer_in_turns(body, request.headers.get(HEADER_LENGTH)))
             images = await _in_turns(infer_images_in_turns(asked.inputs[0], rest, chosen, service.limits.max_items))
-            # What is not needed any more is let go before others are waited for.
+            # Free unneeded memory before waiting for others.
             body, rest, asked.inputs[0].data = b"", b"", None
             answers = await service.embed(chosen, images, key)
         reply = infer_reply(asked, chosen, answers)
@@ -148,7 +148,7 @@ def _add_infer(routes: Routes, service: Service) -> None:
 
 
 async def _in_turns(steps: Generator[None, None, Result]) -> Result:
-    """What a generator returns; other requests have a turn at each of its stops."""
+    """Runs a generator, lets other requests run at each yield, and returns its result."""
     while True:
         try:
             next(steps)

@@ -1,4 +1,4 @@
-"""What a server accepts."""
+"""Limits of a server."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ __all__ = ["Limits"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request and of one worker.
+    """Limits of one request and of one worker.
 
     Attributes:
         max_body_bytes: largest body; a larger one gets 413.
         max_pixels: largest image; a larger one is refused by its header.
-        max_items: most images in a request; more get 413.
-        max_queue: most images admitted at once; with more, requests get 503.
-        timeout_s: from a request's first line to its answer; then 503, or 408 while the body arrives.
-        decode_timeout_s: for one image; then the image is refused.
+        max_items: most images per request; more get 413.
+        max_queue: most images in a worker at a time; further requests get 503.
+        timeout_s: longest time from a request's first line to its response; then 503, or 408 while the body arrives.
+        decode_timeout_s: longest time to decode one image; then the image is refused.
         max_connections: most open connections; more get 503 and are closed.
 
     Raises:
-        InputError: a bound is not positive, or the largest request does not fit into the queue.
+        InputError: a limit is not positive, or the largest request does not fit into the queue.
     """
 
     max_body_bytes: int
@@ -47,5 +47,5 @@ class Limits:
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes of bodies held at once; with more, requests get 503, but for those of keys that hold little."""
+        """Most buffered bytes of bodies. Beyond it requests get 503, except from keys that use little."""
         return 16 * self.max_body_bytes

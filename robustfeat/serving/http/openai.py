@@ -1,4 +1,4 @@
-"""OpenAI's embeddings, with images in place of texts: for the many programs that speak it."""
+"""Serves OpenAI's embeddings API, with images instead of texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TAGS: list[Any] = ["OpenAI's protocol"]
 
 
 def add_routes(routes: Routes, service: Service) -> None:
-    """/v1."""
+    """Adds the routes under /v1."""
 
     @routes.post(
         "/v1/embeddings",
@@ -34,7 +34,7 @@ def add_routes(routes: Routes, service: Service) -> None:
         responses=refusals(400, 401, 404, 408, 413, 415, 422, 429, 503),
     )
     async def embeddings(request: Request) -> Response:
-        """As OpenAI's clients expect, one image that cannot be read fails the request."""
+        """One unreadable image fails the whole request, as OpenAI's clients expect."""
         key = request.scope["state"]["key"]
         with service.buffered.body(key) as held:
             body = await read_body(request, held)
@@ -53,7 +53,7 @@ def add_routes(routes: Routes, service: Service) -> None:
                     images.append(data_of_uri(text))
                 except ValueError as exc:
                     _refuse(index, str(exc))
-            # What is not needed any more is let go before others are waited for.
+            # Free unneeded memory before waiting for others.
             body, asked.input = b"", ""
             inputs.clear()
             answers = await service.embed(model, images, key)
@@ -77,11 +77,11 @@ def add_routes(routes: Routes, service: Service) -> None:
 
 
 def _parse(body: bytes, most: int) -> tuple[OpenAIRequest, list[str]]:
-    """The request, and its images as texts."""
+    """Parses the request, with its images as texts."""
     content = parse_json(body)
     texts = content.get("input") if isinstance(content, dict) else None
     if isinstance(texts, list):
-        # By hand, so that a long list is refused for its length, and a wrong entry by its number.
+        # Check by hand, so errors name the length of a long list, and the number of a wrong entry.
         if len(texts) > most:
             raise ApiError(
                 413, "too_many_images", f"input has {len(texts):,} images; send at most {most:,} at once", param="input"

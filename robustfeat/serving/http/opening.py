@@ -1,4 +1,4 @@
-"""Loads what a manifest names, for one worker."""
+"""Loads the models, heads and collections of a manifest for one worker."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["open_service"]
 
 
 def open_service(manifest: Manifest, options: ServerOptions, number: int) -> Service:
-    """The service of the worker with this number.
+    """Opens the service of the worker with this number.
 
-    Its `manifest` has the commit and the hash of all that was loaded: another worker that is given it loads the same,
-    or fails.
+    Its `manifest` has the commits and hashes of everything loaded. Another worker with this manifest loads the same, or
+    fails.
 
     Raises:
         RobustFeatError: something cannot be loaded, or does not fit together.
@@ -107,7 +107,7 @@ def _pin_head(place: Place, served: ServedHead) -> Place:
 def _load_collections(
     places: Mapping[str, Place], models: Mapping[str, ServedModel], processors: int
 ) -> tuple[dict[str, ServedCollection], dict[str, Place]]:
-    """Collections by name, each with the model that made it; and their places with their hashes."""
+    """Collections by name, each with its model, and their places with their hashes."""
     if not places:
         return {}, {}
     from robustfeat.serving.heads.features import open_features

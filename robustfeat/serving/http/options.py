@@ -1,4 +1,4 @@
-"""What all workers of a server have in common, whatever they serve."""
+"""Options that all workers of a server share."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class ServerOptions:
     """The options of a server.
 
     Attributes:
-        run: how models are run.
-        limits: of requests.
-        keys: who may ask.
-        hosts: names that the Host header may have, beside addresses.
-        workers: how many workers there are.
-        counts: the descriptor of an empty file that all of them inherit (see `Admission`).
-        reloads: tells whether the last reload was refused.
+        run: how to run models.
+        limits: limits of requests.
+        keys: the accepted keys.
+        hosts: accepted names in the Host header, besides addresses.
+        workers: number of workers.
+        counts: descriptor of an empty file that all workers inherit (see `Admission`).
+        reloads: whether the last reload was refused.
         reference: features that images are compared with, for the metrics of drift; None for none.
-        page: whether there is the page at /.
-        proxies: addresses and networks whose X-Forwarded-For is believed; `*` for all.
-        log_requests: whether there is a log line for every request.
-        log_stages: whether there is a log line for each stage of the server's life.
-        otlp_endpoint: address of the collector that gets traces of requests; None for none.
+        page: whether to serve the page at /.
+        proxies: addresses and networks whose X-Forwarded-For is trusted; `*` for all.
+        log_requests: whether to log every request.
+        log_stages: whether to log each stage of the server's life.
+        otlp_endpoint: address of the collector of traces; None for none.
         drain_s: grace period for requests in flight on shutdown.
     """
 
@@ -57,10 +57,10 @@ class ServerOptions:
 
 
 def parse_proxies(text: str) -> list[str]:
-    """Addresses and networks with commas between them, or `*`.
+    """Parses addresses and networks separated by commas, or `*`.
 
     Raises:
-        InputError: an entry is something else.
+        InputError: an entry is neither an address nor a network.
     """
     entries = [entry for entry in (part.strip() for part in text.split(",")) if entry]
     for entry in entries:
@@ -76,10 +76,10 @@ def parse_proxies(text: str) -> list[str]:
 
 
 def check_otlp_endpoint(address: str | None) -> str | None:
-    """The address of a collector, if requests can be traced there.
+    """Checks the address of a collector of traces.
 
     Raises:
-        InputError: it is no address, or the libraries are missing.
+        InputError: the address is invalid, or the libraries are missing.
     """
     if not address:
         return None

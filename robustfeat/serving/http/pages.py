@@ -1,4 +1,4 @@
-"""The pages in a browser: / for finding and teaching, /docs for the API. Neither needs another host."""
+"""Serves the pages for browsers: / to search and teach, and /docs for the API. Neither needs another host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INDEX = "index.html"
 
 
 def add_docs(routes: Routes) -> None:
-    """/docs: Swagger UI, which reads /openapi.json."""
+    """Adds /docs with Swagger UI, which reads /openapi.json."""
     assets = Assets(_HERE / "swagger", DOCS_POLICY)
 
     @routes.get("/docs", include_in_schema=False)
@@ -31,9 +31,9 @@ def add_docs(routes: Routes) -> None:
 
 
 def add_page(routes: Routes, visited: Callable[[], None]) -> None:
-    """The page at /, and the files that it loads; `visited` is called when a browser loads its program.
+    """Adds the page at / and its files. `visited` is called when a browser loads its program.
 
-    Load balancers ask for / alone.
+    Load balancers only request /.
     """
     assets = Assets(_HERE / "page", PAGE_POLICY)
 

@@ -1,4 +1,4 @@
-"""What is known of a request while it is answered, for its log line and for errors in between."""
+"""Notes on a request in progress, for its log line and for errors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class RequestNotes:
 
     Attributes:
         id: the client's X-Request-ID, or a new one.
-        model: that embedded its images; None before.
-        head: that answered; None without one.
-        images: how many images it has, as soon as they are known.
-        timeline: when they pass each stage, where requests are traced.
+        model: the model that embedded its images, once known.
+        head: the head; None without one.
+        images: number of images, once known.
+        timeline: times of its images' stages, if requests are traced.
     """
 
     id: str
@@ -30,4 +30,4 @@ class RequestNotes:
 
 
 CURRENT: ContextVar[RequestNotes | None] = ContextVar("request", default=None)
-"""The notes of the request that the running task answers."""
+"""The notes of the running task's request."""

@@ -1,4 +1,4 @@
-"""Routes that FastAPI documents and does not call: its own way to a function takes longer than the rest of ours."""
+"""Routes that FastAPI documents but does not call, since its own dispatch takes longer than all our code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Routes:
     """Functions by path and method.
 
     Args:
-        app: documents them.
+        app: the application, which documents them.
     """
 
     def __init__(self, app: FastAPI) -> None:
@@ -30,11 +30,11 @@ class Routes:
         self._patterns: dict[str, tuple[re.Pattern[str], dict[str, Handler]]] = {}
 
     def get(self, path: str, **about: Any) -> Callable[[Handler], Handler]:
-        """Adds a function of the request and of the texts in its path; `about` is as FastAPI's decorators take it."""
+        """Adds a function of the request and the parameters in its path; `about` goes to FastAPI's decorator."""
         return self._add("GET", path, about)
 
     def post(self, path: str, **about: Any) -> Callable[[Handler], Handler]:
-        """As `get`."""
+        """Adds a function for POST; see `get`."""
         return self._add("POST", path, about)
 
     def _add(self, method: str, path: str, about: dict[str, Any]) -> Callable[[Handler], Handler]:
@@ -49,12 +49,12 @@ class Routes:
         return register
 
     async def answer(self, request: Request) -> Response:
-        """Calls the function of a request; that of GET for HEAD.
+        """Calls the function of a request. HEAD calls the function of GET.
 
-        OPTIONS gets the methods of a path, or of the server (RFC 9110, 9.3.7); HAProxy's checks ask for those of /.
+        OPTIONS returns the methods of a path or of the server (RFC 9110, 9.3.7), as HAProxy's checks request for /.
 
         Raises:
-            ApiError: 404 or 405, or what the function raises.
+            ApiError: 404 or 405, or an error of the function.
         """
         path = request.scope["path"]
         if request.method == "OPTIONS" and path in {"/", "*"}:
@@ -66,7 +66,7 @@ class Routes:
             if match is None or handlers is None:
                 raise ApiError(404, "not_found", f"{path[:100]} is not served; /docs lists what is")
             texts = match.groupdict()
-        # The server leaves out the body of an answer to HEAD, which is GET's otherwise: probes use it.
+        # The server omits the body of a response to HEAD, which probes use.
         method = "GET" if request.method == "HEAD" else request.method
         allowed = ", ".join([*handlers, *(["HEAD"] if "GET" in handlers else []), "OPTIONS"])
         if method == "OPTIONS":

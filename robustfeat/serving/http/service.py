@@ -1,4 +1,4 @@
-"""What a worker serves: models and heads, and the state that its requests share."""
+"""The models and heads of a worker, and the state that its requests share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from robustfeat.serving.online.errors import ApiError
 from robustfeat.serving.online.timeline import Timeline
 from robustfeat.serving.verify import golden_answers
 
-if TYPE_CHECKING:  # with these come further libraries
+if TYPE_CHECKING:  # these import further libraries
     from robustfeat.serving.heads.head import Head
     from robustfeat.serving.http.drift import DriftWindow
     from robustfeat.serving.http.process.tracing import Tracer
@@ -33,29 +33,29 @@ if TYPE_CHECKING:  # with these come further libraries
 __all__ = ["READY_S", "ServedHead", "ServedModel", "Service", "match_heads"]
 
 READY_S = 60.0
-"""Ready means that an image was embedded within this time."""
+"""A worker is ready if it embedded an image within this time."""
 
 PROBE_S = 20.0
-"""Without an image for this time, the server embeds a golden image."""
+"""Idle time after which the server embeds a golden image."""
 
 _SHARED_BATCH = 8
 _SHARED_DECODERS = 2
-"""One for those who wait while another is at an image that takes long."""
+"""With keys there are two decoders, so one stays free while the other decodes a slow image."""
 
 
 class ServedModel(NamedModel):
-    """A model at work.
+    """A running model.
 
     Args:
         name, extractor: see `NamedModel`.
-        limits, metrics: of the server.
-        decoders: number of processes; at least two where there are keys.
-        shared: whether there are keys. Batches are then small, since whoever comes next waits for the one that runs.
+        limits, metrics: limits and metrics of the server.
+        decoders: number of decoder processes; at least two with keys.
+        shared: whether there are keys. Batches are then small, since the next key waits for the running batch.
 
     Attributes:
-        batch_size: images that the model takes at once, at most.
+        batch_size: largest batch, in images.
         window: compares its images with a reference, if there is one.
-        last_good: when it last embedded an image, by `time.monotonic`; minus infinity before it has.
+        last_good: time of the last embedded image, from `time.monotonic`; initially minus infinity.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class ServedModel(NamedModel):
         return time.monotonic() - self.last_good < READY_S
 
     async def embed(self, images: Sequence[bytes | Vector], key: Key, timeline: Timeline | None = None) -> list[Answer]:
-        """As `Batcher.embed`, counted."""
+        """Calls `Batcher.embed`, and counts the images."""
         answers = await self._batcher.embed(images, key.name, timeline)
         good = sum(answer.features is not None for answer in answers)
-        # A prepared tensor says nothing of the decoders.
+        # A prepared tensor does not test the decoders.
         if any(a.features is not None and isinstance(i, bytes) for a, i in zip(answers, images, strict=True)):
             self.last_good = time.monotonic()
         self._metrics.answered(good, len(answers) - good)
@@ -113,10 +113,10 @@ class ServedModel(NamedModel):
         return answers
 
     async def probe(self, count: int = 1) -> None:
-        """Embeds golden images, at most `count` of them, all the way that a client's image goes.
+        """Embeds at most `count` golden images in the same way as a client's images.
 
         Raises:
-            EngineError: one was not embedded, or has other features.
+            EngineError: an image was not embedded, or has other features.
         """
         images, expected = self._golden
         answers = await self._batcher.embed(images[:count], "")
@@ -125,13 +125,13 @@ class ServedModel(NamedModel):
         self.last_good = time.monotonic()
 
     async def check(self) -> None:
-        """As `probe`, of all golden images."""
+        """Calls `probe` for all golden images."""
         await self.probe(len(self._golden[0]))
 
 
 @dataclass(frozen=True)
 class ServedHead:
-    """A head under its name, and the model whose features it takes."""
+    """A head with its name and its model."""
 
     name: str
     head: Head
@@ -145,16 +145,16 @@ class Service:
     Attributes:
         models: by name; the first is the default.
         heads: by name.
-        limits: of requests.
-        keys: who may ask.
-        hosts: names that the Host header may have; see `gate.host_allowed`.
-        admission, buffered, metrics, log: shared by all requests.
-        workers: how many workers the server has.
-        manifest: what it serves, each with its commit and hash.
-        collections: by name.
-        page: whether it has the page at /, and what only that needs.
-        draining: whether it is being stopped.
-        tracer: records requests, where they are traced.
+        limits: limits of requests.
+        keys: the accepted keys.
+        hosts: accepted names in the Host header; see `gate.host_allowed`.
+        admission, buffered, metrics, log: state shared by all requests.
+        workers: number of workers of the server.
+        manifest: everything that it serves, with commits and hashes.
+        collections: collections by name.
+        page: whether to serve the page at / and its routes.
+        draining: whether the server is stopping.
+        tracer: records requests, if they are traced.
     """
 
     models: dict[str, ServedModel]
@@ -186,20 +186,20 @@ class Service:
         self.share_among_keys()
 
     def share_among_keys(self) -> None:
-        """Tells how many keys share the queue and the memory for bodies."""
+        """Sets the number of keys that share the queue and the memory for bodies."""
         for shared in (self.admission, self.buffered):
             shared.share_among(len(self.keys.names))
 
     @property
     def ready(self) -> bool:
-        """Whether every model embedded an image within the last minute, and new requests are welcome."""
+        """Whether every model embedded an image within the last minute, and new requests are accepted."""
         return not self.draining and all(model.ready for model in self.models.values())
 
     def model(self, name: str | None) -> ServedModel:
-        """The model of that name; the default without one.
+        """The model of a name, by default the first.
 
         Raises:
-            ApiError: 404, naming those that there are.
+            ApiError: 404. The message lists the served names.
         """
         if name is None:
             return next(iter(self.models.values()))
@@ -211,10 +211,10 @@ class Service:
         return self.models[name]
 
     def head(self, name: str) -> ServedHead:
-        """The head of that name.
+        """The head of a name.
 
         Raises:
-            ApiError: 404, naming those that there are.
+            ApiError: 404. The message lists the served names.
         """
         if name not in self.heads:
             served = ", ".join(self.heads) or "none"
@@ -222,10 +222,10 @@ class Service:
         return self.heads[name]
 
     async def embed(self, model: ServedModel, images: Sequence[bytes | Vector], key: Key) -> list[Answer]:
-        """The model's answers, within the key's share of the server.
+        """Embeds images within the key's share of the server.
 
         Returns:
-            As `Batcher.embed`.
+            See `Batcher.embed`.
 
         Raises:
             ApiError: 413, 429 or 503.
@@ -234,7 +234,7 @@ class Service:
             return await self.embed_admitted(model, images, key)
 
     async def embed_admitted(self, model: ServedModel, images: Sequence[bytes | Vector], key: Key) -> list[Answer]:
-        """The same for images that `admission` has let in."""
+        """Embeds images that `admission` has admitted."""
         notes = CURRENT.get()
         if notes is not None:
             notes.model, notes.images = model.name, len(images)
@@ -251,7 +251,7 @@ class Service:
         return answers
 
     async def maintain(self) -> None:
-        """Embeds a golden image while no requests come, counts metrics, and reads changed keys; never returns."""
+        """Embeds a golden image while idle, counts metrics, and reads changed keys. It never returns."""
         keys_error = probe_error = ""
         while True:
             for model in self.models.values():
@@ -262,7 +262,7 @@ class Service:
                         if repr(exc) != probe_error:
                             probe_error = repr(exc)
                             self.log.error("probe failed", error=str(exc) or type(exc).__name__)
-            for _ in range(10):  # a little at a time, since requests wait for it
+            for _ in range(10):  # in small steps, since requests wait for it
                 await asyncio.sleep(0.1)
                 self.metrics.count()
             self.metrics.measure_memory()
@@ -278,7 +278,7 @@ class Service:
 
 
 def match_heads(heads: dict[str, Head], models: Sequence[ServedModel]) -> dict[str, ServedHead]:
-    """Each head with the model whose features it takes.
+    """Matches each head with its model.
 
     Raises:
         InputError: no model fits.

@@ -1,4 +1,4 @@
-"""/similar: the images of a collection that are most like a request's images."""
+"""Serves /similar, which finds a collection's images most similar to a request's images."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _NUMBER: dict[str, Any] = {
 
 
 class ServedCollection:
-    """A collection under its name, and the model whose features it holds.
+    """A collection with its model.
 
-    Searches of a worker run one after the other, in a thread: each uses all processors of the worker.
+    Searches of a worker run one after the other in a thread, since each uses all processors of the worker.
 
     Args:
         features: the collection.
-        model: what made it.
-        processors: threads of a search.
+        model: the model of the features.
+        processors: number of threads per search.
     """
 
     _searches = ThreadPoolExecutor(1, "similar")
@@ -56,7 +56,7 @@ class ServedCollection:
         self._processors = processors
 
     async def find(self, vectors: Sequence[Vector], k: int) -> Neighbours:
-        """The k nearest rows to each vector. If the client leaves, a search that waits is not begun."""
+        """The k nearest rows to each vector. If the client disconnects, a waiting search is skipped."""
         return await asyncio.get_running_loop().run_in_executor(self._searches, self._find, vectors, k)
 
     def _find(self, vectors: Sequence[Vector], k: int) -> Neighbours:
@@ -67,7 +67,7 @@ class ServedCollection:
 def match_collections(
     collections: Mapping[str, Features], models: Sequence[ServedModel], processors: int
 ) -> dict[str, ServedCollection]:
-    """Each collection with the model that made it.
+    """Matches each collection with its model.
 
     Raises:
         InputError: no model did.
@@ -94,7 +94,7 @@ def match_model(what: str, features: Features, models: Sequence[ServedModel]) ->
 
 
 def add_routes(routes: Routes, service: Service, collections: Mapping[str, ServedCollection]) -> None:
-    """POST /similar/NAME, where there are collections."""
+    """Adds POST /similar/NAME, if there are collections."""
 
     @routes.post(
         "/similar/{collection}",
@@ -105,7 +105,7 @@ def add_routes(routes: Routes, service: Service, collections: Mapping[str, Serve
         responses=refusals(400, 401, 404, 408, 413, 415, 422, 429, 503),
     )
     async def similar(request: Request, collection: Annotated[str, Path(description="Of those served.")]) -> Response:
-        """As /embed takes them. The nearest come first; of equal cosines the smaller row does."""
+        """Takes images like /embed. The nearest rows come first, and the smaller row among equal cosines."""
         chosen = _collection(collections, collection)
         key = request.scope["state"]["key"]
         with service.buffered.body(key) as held:

@@ -1,4 +1,4 @@
-"""/teach: labelled features in, a head out. The server keeps neither, so any worker can answer any request."""
+"""Serves /teach, which fits a head on labelled features. The server keeps neither, so any worker can respond."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAME_CHARACTERS = 200
 
 
 def add_routes(routes: Routes, service: Service, fitter: Fitter) -> None:
-    """/teach."""
+    """Adds /teach."""
 
     @routes.post(
         "/teach",
@@ -39,7 +39,7 @@ def add_routes(routes: Routes, service: Service, fitter: Fitter) -> None:
         },
     )
     async def teach(request: Request) -> Response:
-        """A linear SVM: its numbers, or as application/zip the folder that the option for heads takes."""
+        """A linear SVM: its numbers, or as application/zip a folder that the server can serve."""
         kind = choose_type(request.headers.get("accept", ""), (JSON, ZIP))
         key = request.scope["state"]["key"]
         with service.buffered.body(key) as held:
@@ -59,10 +59,10 @@ def add_routes(routes: Routes, service: Service, fitter: Fitter) -> None:
 
 
 def _checked(asked: TeachRequest, model: ServedModel) -> Vector:
-    """The rows of a request, (n, D) float32.
+    """Checks the rows of a request, (n, D) float32.
 
     Raises:
-        ApiError: 422, saying what is wrong with it.
+        ApiError: 422 with the error.
     """
     for number, name in enumerate(asked.classes):
         controls = any(unicodedata.category(character) == "Cc" for character in name)

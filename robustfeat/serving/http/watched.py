@@ -15,16 +15,16 @@ _MOST_BYTES = 2**20
 
 
 class WatchedFile:
-    """Tells when a file has changed."""
+    """Detects changes of a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known = self._seen = self._look()
 
     def changed(self) -> bool:
-        """Whether the file differs from when this was last true, and looks as it did at the call before.
+        """Whether the file has changed since this was last true, and is the same as at the previous call.
 
-        A file that is still being written has therefore not changed yet.
+        So a file that is still being written does not count as changed.
         """
         before, self._seen = self._seen, self._look()
         if self._seen == self._known or self._seen != before:
@@ -40,17 +40,17 @@ class WatchedFile:
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written or replaced.
+    """A value that changes when a file is written or replaced.
 
     Raises:
-        OSError: there is no such file.
+        OSError: the file does not exist.
     """
     found = path.stat()
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without ever waiting for it.
+    """Reads a text file, without ever waiting for it.
 
     Raises:
         OSError: no file, a pipe or device, or more than 1 MiB.

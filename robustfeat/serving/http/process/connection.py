@@ -1,4 +1,4 @@
-"""uvicorn with bounds for its connections, errors in our form, and exit code 0 after SIGTERM.
+"""Extends uvicorn with limits for connections, errors in our format, and exit code 0 after SIGTERM.
 
 `Connection` and `Server` override methods of uvicorn that its documentation does not promise. pyproject.toml therefore
 caps uvicorn's version, and a test fails where one of these methods or attributes is missing.
@@ -27,21 +27,21 @@ from robustfeat.serving.online.errors import ApiError, error_answer
 __all__ = ["Connection", "Server", "connection_class"]
 
 PATIENCE_S = 10.0
-"""How long a request's head or the rest of a refused body may take to arrive, and how long a client may not read."""
+"""Longest time for a request's header or the rest of a refused body to arrive, and for a client not to read."""
 
 SLOW_S = 5.0
-"""A body that takes longer makes room for a new connection where all are taken."""
+"""Time after which a slow body may lose its connection to a new one."""
 
 _HEAD_BYTES = 2**16
 _REFUSED_BYTES = 2**26
 _PARSED_AT_ONCE = 2**12
-"""Bytes; 256 KiB may hold 6,000 requests."""
+"""Bytes to parse at a time: 256 KiB may contain 6,000 requests."""
 
 _LINGER_S = 1.0
-"""A connection without a request gets so much time for one when the server stops: it may be on its way."""
+"""Grace period for a connection without a request on shutdown, since a request may be on its way."""
 
 _UNANSWERED = 32
-"""Requests of one connection that wait for their answers; with more, nothing is read from it."""
+"""Most unanswered requests of one connection. Beyond it, nothing is read."""
 
 _MAPPED = "::ffff:"
 
@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accepts no more connections, answers requests that still arrive on open ones, and closes them."""
+        """Stops accepting connections, handles requests that still arrive on open ones, and closes them."""
         for server in self.servers:
             server.close()
         for listener in sockets or ():
@@ -83,15 +83,15 @@ class Server(uvicorn.Server):
 
 
 class Connection(HttpToolsProtocol):
-    """One connection; `connection_class` makes a class with its own bounds.
+    """One connection. `connection_class` makes a class with limits.
 
     Attributes:
         max_connections: open at once. One more takes the place of the one that has been idle longest,
             or else of the longest upload beyond `SLOW_S`, or gets 503.
         count_error: counts an error by its code.
-        log: has a line for each answer without a request, if it has lines for requests.
-        idle: connections without a request to answer, the one that has been idle longest first.
-        uploading: those whose body is not complete, and since when, the first to begin first.
+        log: logs responses without a request, if requests are logged.
+        idle: idle connections, the longest idle first.
+        uploading: connections with an incomplete body, and its start time, the oldest first.
     """
 
     max_connections: int
@@ -101,27 +101,27 @@ class Connection(HttpToolsProtocol):
     uploading: dict[Connection, float]
 
     _timer: asyncio.TimerHandle | None = None
-    """Runs while no request is being answered: before a head is complete, or in the rest of a refused body."""
+    """Timer while no request is handled: before a header is complete, or in the rest of a refused body."""
     _writing: asyncio.TimerHandle | None = None
-    """Runs while the client does not read."""
+    """Timer while the client does not read."""
     _between = True
-    """Whether a head comes next."""
+    """Whether a header comes next."""
     _received = 0
     _head = 0
     _body = 0
-    """Bytes of the current message, of its head and of its body."""
+    """Bytes of the current message's header and body."""
     _unparsed = b""
-    """Came while too many requests were unanswered."""
+    """Data that arrived while too many requests were unanswered."""
     _offered = False
-    """Whether the current head offers another protocol."""
+    """Whether the current header offers another protocol."""
     _last = False
-    """Whether the next answer is the last one."""
+    """Whether the next response is the last one."""
 
     def connection_made(self, transport: Any) -> None:
-        """Makes room for a connection beyond the bound, or refuses it; gives the first head its time."""
-        self._cycles: deque[Any] = deque()  # requests that are not answered yet; clients may send several
+        """Makes room for a connection beyond the limit or refuses it, and starts the timer of the first header."""
+        self._cycles: deque[Any] = deque()  # unanswered requests, of which clients may send several
         super().connection_made(transport)
-        if self.client and self.client[0].startswith(_MAPPED):  # of IPv4, at a socket for both
+        if self.client and self.client[0].startswith(_MAPPED):  # an IPv4 address on a dual-stack socket
             self.client = (self.client[0].removeprefix(_MAPPED), self.client[1])
         self.flow = _Flow(transport, self._full)
         if len(self.connections) > self.max_connections and not (self._close_idle() or self._close_slow()):
@@ -132,11 +132,11 @@ class Connection(HttpToolsProtocol):
             self._wait(PATIENCE_S)
 
     def _full(self) -> bool:
-        """Whether so many requests are unanswered that no more are read."""
+        """Whether too many requests are unanswered to read more."""
         return len(self._cycles) >= _UNANSWERED or bool(self._unparsed)
 
     def data_received(self, data: bytes) -> None:
-        """Parses a little at a time, as long as not too many requests are unanswered."""
+        """Parses in small steps while not too many requests are unanswered."""
         if self._unparsed:
             self._unparsed += data
             return
@@ -152,13 +152,13 @@ class Connection(HttpToolsProtocol):
             self._parse(view[start : start + _PARSED_AT_ONCE])
 
     def _finish(self) -> None:
-        """Closes the connection after the next answer, which says so."""
+        """Closes the connection after the next response, which announces it."""
         self._last = True
         if self.cycle is not None:
             self.cycle.keep_alive = False
 
     def _parse(self, data: memoryview) -> None:
-        """Bounds the head and the rest of a refused body, in bytes and in time."""
+        """Limits the bytes and the time of the header and of the rest of a refused body."""
         self._received += len(data)
         try:
             try:
@@ -179,29 +179,29 @@ class Connection(HttpToolsProtocol):
             self._wait(PATIENCE_S)
 
     def _parse_again(self, rest: memoryview) -> None:
-        """Parses a head without its offer of another protocol, and then the bytes behind it.
+        """Parses a header without its offer of another protocol, then the bytes after it.
 
-        Clients that know HTTP/2 offer it, and expect an answer in HTTP/1.1 from servers that do not. The parser takes
-        the body behind such a head for the other protocol.
+        Clients that support HTTP/2 offer it, and expect HTTP/1.1 from servers without it. The parser would treat the
+        body after such a header as the other protocol.
         """
         version, method = self.parser.get_http_version().encode(), self.parser.get_method()
         lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
         self._offered = False
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # uvicorn sets it, too
         self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
         self.parser.feed_data(rest)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Counts the head's bytes. A chunked body ends in fields, too, which are not the request's: RFC 9110, 6.5.1."""
+        """Counts the header's bytes. Trailers of a chunked body do not belong to it: RFC 9110, 6.5.1."""
         if not self._between:
             return
         self._head += len(name) + len(value) + 4
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Refuses a head that is too large; otherwise notes the request."""
+        """Refuses a header that is too large, or else registers the request."""
         if self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers):
             self._offered, self._head = True, 0
             return  # `_parse_again` comes next
@@ -223,19 +223,19 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Waits for the next head."""
+        """Waits for the next header."""
         if self._offered:
             return
         self._between, self._received, self._body = True, 0, 0
         self.uploading.pop(self, None)
         super().on_message_complete()
-        if self.cycle.response_complete:  # it was refused, and uvicorn's own timer has ended since
+        if self.cycle.response_complete:  # the request was refused, and uvicorn's own timer has ended
             self._wait(self.timeout_keep_alive)
-        elif not self.pipeline:  # uvicorn stops reading within large bodies, and would not see the client leave
+        elif not self.pipeline:  # uvicorn pauses in large bodies, and would not notice a disconnect
             self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
-        """Ends the connection within a bounded time if it is closing; otherwise takes more requests."""
+        """Ends a closing connection within a time limit, or else reads more requests."""
         self._cycles.popleft()
         super().on_response_complete()
         if self.transport.is_closing():
@@ -252,7 +252,7 @@ class Connection(HttpToolsProtocol):
         self.flow.resume_reading()
 
     def pause_writing(self) -> None:
-        """Gives the client a bounded time to read."""
+        """Gives the client limited time to read."""
         super().pause_writing()
         self._writing = self.loop.call_later(PATIENCE_S, self.transport.abort)
 
@@ -263,29 +263,29 @@ class Connection(HttpToolsProtocol):
             self._writing.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Reports the loss to every request that is not answered yet."""
+        """Reports the disconnect to every unanswered request."""
         self.idle.pop(self, None)
         self.uploading.pop(self, None)
         for timer in (self._timer, self._writing):
             if timer is not None:
                 timer.cancel()
-        for cycle in self._cycles:  # uvicorn reports it to the last one only
+        for cycle in self._cycles:  # uvicorn only reports it to the last one
             cycle.disconnected = True
         super().connection_lost(exc)
         for cycle in self._cycles:
             cycle.scope.get(ON_DISCONNECT, _nothing)()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Ends an idle connection within a bounded time."""
+        """Ends an idle connection within a time limit."""
         super().timeout_keep_alive_handler()
         self._abort_soon()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers in our form what is not HTTP."""
+        """Responds to invalid HTTP in our format."""
         self._end(ApiError(400, "bad_http", f"{msg} Expected HTTP/1.1."))
 
     def _end(self, exc: ApiError) -> None:
-        """Answers without a request, and closes."""
+        """Responds without a request, and closes."""
         if self.transport.is_closing():
             return
         self.count_error(exc.code)
@@ -303,7 +303,7 @@ class Connection(HttpToolsProtocol):
         self._abort_soon()
 
     def _close_idle(self) -> bool:
-        """Closes the connection that has been idle longest; whether there was one."""
+        """Closes the longest idle connection. Returns whether there was one."""
         other = next(iter(self.idle), None)
         if other is None:
             return False
@@ -313,7 +313,7 @@ class Connection(HttpToolsProtocol):
         return True
 
     def _close_slow(self) -> bool:
-        """Closes the connection whose body began to come longest ago, if that is long; whether there was one."""
+        """Closes the connection with the oldest slow upload. Returns whether there was one."""
         other = next(iter(self.uploading), None)
         if other is None or self.loop.time() - self.uploading[other] < SLOW_S:
             return False
@@ -328,12 +328,12 @@ class Connection(HttpToolsProtocol):
         self._timer = self.loop.call_later(seconds, self.transport.abort)
 
     def _abort_soon(self) -> None:
-        # Closing waits for the client to read, which it may never do.
+        # Closing would wait for the client to read, which may never happen.
         self.loop.call_later(PATIENCE_S, self.transport.abort)
 
 
 def connection_class(max_connections: int, count_error: Callable[[str], None], log: Log) -> type[Connection]:
-    """The class of a server's connections.
+    """Makes the class of a server's connections.
 
     Args:
         max_connections, count_error, log: see `Connection`.
@@ -343,14 +343,14 @@ def connection_class(max_connections: int, count_error: Callable[[str], None], l
 
 
 class _Flow(FlowControl):
-    """Does not resume reading while the connection is full, whoever asks for it."""
+    """Flow control that does not resume reading while the connection is full."""
 
     def __init__(self, transport: Any, full: Callable[[], bool]) -> None:
         super().__init__(transport)
         self._full = full
 
     def resume_reading(self) -> None:
-        """Resumes reading, if more requests are welcome."""
+        """Resumes reading if more requests are allowed."""
         if not self._full():
             super().resume_reading()
 

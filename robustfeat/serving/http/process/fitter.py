@@ -1,6 +1,6 @@
-"""The process in which a worker fits heads for the page: one at a time, within a bounded time.
+"""Runs a process in which a worker fits heads for the page, one at a time, within a time limit.
 
-It starts with the first fit and ends when none has come for a while. It keeps nothing from one fit to the next.
+The process starts with the first fit and ends after some idle time. It keeps nothing between fits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WAITING_OF_KEY = 2
 
 
 class Fitter:
-    """Fits heads; every call is on one event loop."""
+    """Fits heads. All calls are on one event loop."""
 
     def __init__(self) -> None:
         self._process: Process | None = None
@@ -40,7 +40,7 @@ class Fitter:
         self._preparing: asyncio.Task[None] | None = None
 
     def prepare(self) -> None:
-        """Starts the process before somebody waits for it; it ends as it would after a fit."""
+        """Starts the process before the first fit. It ends after the same idle time as after a fit."""
         if INHERITS and self._preparing is None and self._process is None:
             self._preparing = asyncio.create_task(self._prepare())
 
@@ -59,18 +59,18 @@ class Fitter:
         return self._process
 
     def _rest(self) -> None:
-        """Ends the process unless a fit comes in time."""
+        """Ends the process unless a fit arrives in time."""
         self._ending = asyncio.get_running_loop().call_later(IDLE_S, self.close)
 
     async def fit(self, asked: Mapping[str, Any], rows: bytes, key: str) -> bytes:
-        """What the process answers.
+        """The response of the process.
 
         Args:
             asked, rows: see `fitter_program`.
-            key: whose fit it is; empty without keys.
+            key: the client's key; empty without keys.
 
         Raises:
-            ApiError: 422 where these rows cannot be fitted, 429 or 503 where too many fits wait.
+            ApiError: 422 if the rows cannot be fitted; 429 or 503 if too many fits wait.
         """
         if key and self._waiting[key] >= _WAITING_OF_KEY:
             message = f"the key {key} has {_WAITING_OF_KEY} fits at hand; wait for their answers"
@@ -80,12 +80,12 @@ class Fitter:
         self._waiting[key] += 1
         try:
             await self._turn.acquire()
-        except BaseException:  # a client that leaves while it waits leaves the queue
+        except BaseException:  # a waiting client that disconnects leaves the queue
             self._leave(key)
             raise
-        # A fit that was begun is finished even if its client leaves: a new process would cost more.
+        # A running fit is finished even if its client disconnects, since a new process would cost more.
         task = asyncio.create_task(self._fit(asked, rows, key))
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # which nobody may wait for
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may await it
         return await asyncio.shield(task)
 
     def _leave(self, key: str) -> None:
@@ -94,7 +94,7 @@ class Fitter:
             del self._waiting[key]
 
     async def _fit(self, asked: Mapping[str, Any], rows: bytes, key: str) -> bytes:
-        """Has the turn, and gives it back."""
+        """Takes a turn, and releases it."""
         try:
             state, data = await self._exchange(json.dumps(asked).encode(), rows)
             self._rest()
@@ -106,7 +106,7 @@ class Fitter:
         return data
 
     async def _exchange(self, text: bytes, rows: bytes) -> tuple[int, bytes]:
-        """The process's answer; a new process gets a second try, since the old one may have ended between two fits."""
+        """The response of the process. A new process gets a second try, since the old one may just have ended."""
         if not INHERITS:  # event loops of Windows that watch pipes start no processes
             return await asyncio.to_thread(answer, text, rows)
         message = len(text).to_bytes(4, "little") + len(rows).to_bytes(4, "little") + text + rows
@@ -145,13 +145,13 @@ class Fitter:
 
 
 async def _start() -> Process:
-    """A process that takes requests.
+    """Starts a process that takes requests.
 
     Raises:
-        OSError, EOFError, TimeoutError: the system refuses it, or it does not come up.
+        OSError, EOFError, TimeoutError: the system refuses it, or it does not start in time.
     """
     code = f"from robustfeat.serving.http.process.fitter_program import serve; serve({os.getpid()})"
-    # One thread: a fit of few rows gains nothing by more, and images need the others.
+    # Use one thread: a fit of few rows gains nothing from more, and images need the processors.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     process = await asyncio.create_subprocess_exec(*python_command(code), stdin=PIPE, stdout=PIPE, env=environment)
     try:

@@ -1,6 +1,6 @@
-"""The program of the process that fits heads for the page: labelled rows in, a head out, and nothing kept.
+"""The program of the process that fits heads for the page. It turns labelled rows into a head and keeps nothing.
 
-`fitter` starts it. A fit that takes too long or too much memory costs only itself.
+`fitter` starts it. A fit that takes too long or too much memory only fails itself.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from robustfeat.system import die_with_parent, offer_to_die_first
 __all__ = ["DONE", "HEADER_BYTES", "REFUSED", "answer", "head_answer", "serve", "zip_head"]
 
 HEADER_BYTES = 8
-"""Before each request two lengths of 4 bytes: of its JSON and of its rows. Before each answer a state and a length.
-An empty answer comes first: the process takes requests."""
+"""Two lengths of 4 bytes precede each request, of its JSON and its rows. A state and a length precede each response.
+An empty first response means that the process takes requests."""
 
 DONE, REFUSED = 0, 1
 
 _MEMORY_BYTES = 3 * 2**30
 _EPOCH = (2020, 1, 1, 0, 0, 0)
-"""The same head is the same archive."""
+"""Fixed time of files in the archive, so the same head gives the same archive."""
 
 
 def serve(parent: int) -> None:
-    """Answers requests from stdin on stdout, until the parent has ended."""
-    import resource  # which Windows lacks
+    """Handles requests from stdin on stdout, until the parent has ended."""
+    import resource  # not available on Windows
 
     die_with_parent(signal.SIGKILL, parent)
     offer_to_die_first()
-    os.nice(5)  # images come first
+    os.nice(5)  # images have priority
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     source, sink = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with responses
     _answer(sink, DONE, b"")
     while True:
         header = source.read(HEADER_BYTES)
@@ -60,7 +60,7 @@ def serve(parent: int) -> None:
 
 
 def answer(text: bytes, rows: bytes) -> tuple[int, bytes]:
-    """A request's state and answer.
+    """A request's state and response.
 
     Args:
         text: the request as JSON.
@@ -89,7 +89,7 @@ def _fit(asked: Mapping[str, Any], rows: bytes) -> bytes:
 
 
 def head_answer(head: Head, rows: int) -> dict[str, Any]:
-    """A head in the form of `TaughtHead`, but for the model."""
+    """A head in the format of `TaughtHead`, without the model."""
     held_out = head.scores.get("held_out", {})
     calibration = {name: head.arrays[f"calibration.{name}"].tolist() for name in ("scale", "offset") if head.calibrated}
     return {
@@ -105,7 +105,7 @@ def head_answer(head: Head, rows: int) -> dict[str, Any]:
 
 
 def zip_head(head: Head, name: str) -> bytes:
-    """A zip file with the head's folder, `name`, as `serve` takes it."""
+    """A zip file of the head's folder, `name`, for `serve`."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for part, data in sorted(head.to_files().items()):

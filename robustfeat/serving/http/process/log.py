@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line, to stderr. Never of images, vectors or keys."""
+"""Writes logs to stderr, one JSON object per line, without images, vectors or keys."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class Log:
     """Writes lines.
 
     Args:
-        worker: who writes: a worker's number, or another process's name.
-        requests: whether there is a line for every request.
-        stages: whether there is a line for each stage of the server's life.
+        worker: number of the worker, or name of another process.
+        requests: whether to log every request.
+        stages: whether to log each stage of the server's life.
     """
 
     def __init__(self, worker: int | str, *, requests: bool = False, stages: bool = False) -> None:
         self._worker, self.requests, self._stages = worker, requests, stages
 
     def stage(self, event: str, **more: Any) -> None:
-        """The server has come to a stage of its life, as is expected."""
+        """Logs an expected stage of the server's life."""
         if self._stages:
             self._write("info", event, more)
 
     def info(self, event: str, **more: Any) -> None:
-        """Something happened."""
+        """Logs an event."""
         self._write("info", event, more)
 
     def error(self, event: str, **more: Any) -> None:
-        """Something failed that should not have."""
+        """Logs an unexpected failure."""
         self._write("error", event, more)
 
     def _write(self, level: str, event: str, more: dict[str, Any]) -> None:
@@ -46,8 +46,8 @@ class Log:
         request = CURRENT.get()
         about = {} if request is None else {"request_id": request.id}
         line = {"time": stamp, "level": level, "worker": self._worker, "event": event, **about, **more}
-        # One write a line: lines of several processes do not mix.
-        with contextlib.suppress(OSError):  # nobody reads: no reason to stop serving
+        # Write each line at once, so lines of several processes do not mix.
+        with contextlib.suppress(OSError):  # a closed log must not stop the server
             os.write(sys.stderr.fileno(), f"{json_line(line, compact=True)}\n".encode())
 
 

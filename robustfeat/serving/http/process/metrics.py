@@ -119,14 +119,14 @@ class Metrics:
             multiprocess_mode="livemax",
         )
         self._add_process(own)
-        # Requests leave their numbers here, and do not wait for the files that all workers share.
+        # Requests store their numbers here instead of waiting for the shared files.
         self._noted: deque[tuple[Callable[[float], None], float]] = deque()
         self._added: Counter[Callable[[float], None]] = Counter()
         self.note = self._noted.append
         self.gauges: list[tuple[Gauge, Callable[[], float]]] = []
         self.in_flight = 0
         self.add_gauge(self._in_flight, lambda: self.in_flight)
-        # `labels` takes a lock and checks; each combination is asked for once.
+        # `labels` takes a lock and checks, so request each combination only once.
         self._count = cache(lambda route, status: self._requests.labels(route, str(status)).inc)
         self._failed = cache(lambda reason: self._errors.labels(reason).inc)
         self._of_head = cache(lambda head: self._predicted.labels(head).inc)
@@ -135,7 +135,7 @@ class Metrics:
         self._keys: set[str] = set()
 
     def _add_process(self, own: CollectorRegistry) -> None:
-        """Adds what is known of the process."""
+        """Adds facts about the process."""
         build = Gauge(
             "robustfeat_build_info",
             "The version of the server; 1.",
@@ -175,16 +175,16 @@ class Metrics:
         )
 
     def loaded(self, kind: str, **about: str | None) -> None:
-        """Says that a model or head is served; `about` has the labels."""
+        """Registers a served model or head; `about` has the labels."""
         self._loaded[kind].labels(**{name: value or "" for name, value in about.items()}).set(1)
 
     def measure_memory(self) -> None:
-        """Measures the memory of this worker and its decoders, some 0.1 ms each."""
+        """Measures the memory of this worker and its decoders, about 0.1 ms each."""
         self._memory.labels("worker").set(anonymous_bytes(os.getpid()))
         self._memory.labels("decoders").set(sum(map(anonymous_bytes, child_processes(os.getpid()))))
 
     def add_gauge(self, gauge: Gauge, read: Callable[[], float]) -> None:
-        """Registers a function that gives a gauge's value whenever the numbers are counted."""
+        """Registers a function that returns a gauge's value whenever the numbers are counted."""
         self.gauges.append((gauge, read))
         gauge.set(0)
 
@@ -205,7 +205,7 @@ class Metrics:
             self.add_gauge(gauge.labels(model), read)
 
     def request(self, route: str, status: int) -> None:
-        """Counts an answer."""
+        """Counts a response."""
         self._added[self._count(route, status)] += 1
 
     def add(self, counter: Callable[[float], None], number: int) -> None:
@@ -217,19 +217,19 @@ class Metrics:
         self.note((self._seconds.observe, value))
 
     def error(self, reason: str, count: int = 1) -> None:
-        """Counts what failed."""
+        """Counts a failure."""
         self._added[self._failed(reason)] += count
 
     def head_images(self, head: str, count: int) -> None:
-        """Counts images that a head answered for."""
+        """Counts images for a head."""
         self._added[self._of_head(head)] += count
 
     def key_request(self, key: str, status: int) -> None:
-        """Counts the answer to a request with a key."""
+        """Counts the response to a request with a key."""
         self._added[self._of_key(self._known(key), status)] += 1
 
     def key_images(self, key: str, count: int) -> None:
-        """Counts images of a key that were let in."""
+        """Counts admitted images of a key."""
         self._added[self._images_of_key(self._known(key))] += count
 
     def _known(self, key: str) -> str:
@@ -239,7 +239,7 @@ class Metrics:
         return key
 
     def count(self) -> None:
-        """Counts what was noted: to be called ten times a second, on the loop."""
+        """Counts the stored numbers. Call it ten times a second, on the loop."""
         for _ in range(len(self._noted)):
             observe, seconds = self._noted.popleft()
             observe(seconds)
@@ -250,11 +250,11 @@ class Metrics:
             gauge.set(read())
 
     def of_model(self, name: str) -> ModelMetrics:
-        """Those of one model."""
+        """The metrics of one model."""
         return ModelMetrics(self, name)
 
     def exposition(self) -> bytes:
-        """Of all workers, in Prometheus' text format, as they were when each counted last."""
+        """The metrics of all workers in Prometheus' text format, as of each worker's last count."""
         if not self.shared:
             return generate_latest(self._own)
         registry = CollectorRegistry()
@@ -263,16 +263,16 @@ class Metrics:
 
 
 def _reserve(folder: Path, worker: int, names: int) -> bool:
-    """Takes the disk space of a worker's files; whether there is enough.
+    """Reserves the disk space of a worker's files. Returns whether there is enough.
 
-    The files are written through memory maps, where a full disk is no error but ends the process.
+    The files are memory-mapped, and a full disk would end the process instead of raising an error.
     """
     files = [folder / f"{kind}_{worker}.db" for kind in ("counter", "histogram", "gauge_livesum", "gauge_livemax")]
     try:
         for file in files:
             with file.open("a+b") as opened:
                 opened.seek(0)
-                used = int.from_bytes(opened.read(4), sys.byteorder)  # by a worker of this number that has ended
+                used = int.from_bytes(opened.read(4), sys.byteorder)  # bytes used by an earlier worker of this number
                 reserve_space(opened, used + _FILE_BYTES + names * _NAME_BYTES)
     except OSError:
         for file in files:
@@ -282,7 +282,7 @@ def _reserve(folder: Path, worker: int, names: int) -> bool:
 
 
 class ModelMetrics:
-    """What is counted of one model, from any thread."""
+    """The metrics of one model, from any thread."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         self._metrics, self._name = metrics, name
@@ -294,15 +294,15 @@ class ModelMetrics:
         self._good, self._failed = (metrics._items.labels(name, outcome).inc for outcome in ("good", "failed"))
 
     def set_capacity(self, images: int) -> None:
-        """Says how many images the largest batch has."""
+        """Sets the size of the largest batch."""
         self._metrics._capacity.labels(self._name).set(images)
 
     def add_queue(self, length: Callable[[], float]) -> None:
-        """Registers a function that gives the number of waiting images."""
+        """Registers a function that returns the number of waiting images."""
         self._metrics.add_gauge(self._metrics._queue.labels(self._name), length)
 
     def decoded(self, waited_s: float, seconds: float) -> None:
-        """Counts a decoder's answer: how long its first image had waited, and the decoder's time."""
+        """Counts a decoder's result: the wait of its first image, and the decoder's time."""
         self._note((self._queued, waited_s))
         self._note((self._decode, seconds))
 

@@ -1,4 +1,4 @@
-"""What the supervisor tells its workers of reloads."""
+"""Shares the result of the last reload between supervisor and workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Reloads:
 
     @property
     def refused(self) -> bool:
-        """Whether the last one was refused."""
+        """Whether the last reload was refused."""
         return bool(self._shared[0])
 
     @refused.setter

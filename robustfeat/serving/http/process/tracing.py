@@ -1,4 +1,4 @@
-"""Traces of requests, sent to a collector of OpenTelemetry by OTLP over HTTP."""
+"""Sends traces of requests to an OpenTelemetry collector by OTLP over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Tracer"]
 
 _EXPORT_S = 5.0
 _LAST_EXPORT_S = 2.0
-"""For the last spans when a worker ends, which a silent collector must not delay."""
+"""Time limit for sending the last spans when a worker ends."""
 
 
 class Tracer:
@@ -33,7 +33,7 @@ class Tracer:
 
     Args:
         endpoint: address of the collector, to which /v1/traces is added.
-        number: of the worker.
+        number: number of the worker.
     """
 
     def __init__(self, endpoint: str, number: int) -> None:
@@ -44,7 +44,7 @@ class Tracer:
                 "service.instance.id": f"{socket.gethostname()}/{number}",
             }
         )
-        # Without a handler at exit, which would wait for half a minute.
+        # Disable the exit handler, which would wait for half a minute.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=_EXPORT_S)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -65,10 +65,10 @@ class Tracer:
         Args:
             name: method and route.
             began: when it began, by `time.perf_counter`.
-            attributes: of its span; those without a value are left out.
-            timeline: when its images passed the stages.
-            headers: of the request; `traceparent` says which span it belongs to.
-            failure: what failed on the server's side; None where nothing did.
+            attributes: attributes of its span, of which empty ones are ignored.
+            timeline: times of its images' stages.
+            headers: headers of the request. `traceparent` names the parent span.
+            failure: the server's failure, if any.
 
         Returns:
             The id of the trace, in hex.
@@ -98,7 +98,7 @@ class Tracer:
         return f"{span.get_span_context().trace_id:032x}"
 
     def close(self) -> None:
-        """Sends what was recorded, as far as the collector takes it within seconds."""
+        """Sends the recorded spans, as far as the collector accepts them within seconds."""
         sending = threading.Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
         sending.join(_LAST_EXPORT_S)

@@ -1,4 +1,4 @@
-"""One process of a server: it loads the models, answers requests, and ends on SIGTERM."""
+"""A worker process of a server, which loads the models, handles requests, and ends on SIGTERM."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["run_worker"]
 
 _FILES = 256
-"""Open at once, beside connections."""
+"""Descriptors in addition to connections."""
 
 _KEEP_ALIVE_S = 75
-"""Longer than the 60 s of common load balancers: so it is they who close an idle connection, not we as they use it."""
+"""Longer than the 60 s of common load balancers, so they close an idle connection rather than we while they use it."""
 
 
 def run_worker(
@@ -43,14 +43,14 @@ def run_worker(
     Args:
         open_service: loads the models and heads.
         listener: the socket to accept connections from.
-        start: what the supervisor says.
-        options: of the server.
+        start: the supervisor's instructions.
+        options: options of the server.
 
     Raises:
-        EngineError: a model gives other features for a golden image, and the server has other workers.
+        EngineError: a model does not reproduce a golden image's features, and the server has other workers.
     """
     supervisor = os.getppid()
-    # The web framework takes half a second to import: meanwhile the models are loaded, and the decoders start.
+    # Import the web framework, which takes half a second, while the models load and the decoders start.
     importing = threading.Thread(target=importlib.import_module, args=("robustfeat.serving.http.app",))
     importing.start()
     began = time.monotonic()
@@ -84,8 +84,8 @@ def run_worker(
             from robustfeat.serving.http.process.tracing import Tracer
 
             service.tracer = Tracer(options.otlp_endpoint, start.number)
-        # What is there now stays: without this, the garbage collector looked through it all, and requests waited
-        # (the p99 of refusals under overload fell from 60 to 7 ms).
+        # Exclude all current objects from garbage collection, which delayed requests. The p99 of refusals under
+        # overload fell from 60 to 7 ms.
         gc.collect()
         gc.freeze()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -109,7 +109,7 @@ async def _serve(
         service.draining = server.should_exit = True
 
     def retire() -> None:
-        # The server as a whole stays ready, and each request keeps its full time.
+        # The server stays ready, and each request keeps its full time.
         server.config.timeout_graceful_shutdown = None
         server.should_exit = True
 
@@ -118,7 +118,7 @@ async def _serve(
         model.attach()
         if start.tried:
             await model.check()
-        elif start.loaded is not None:  # others are ready, so this one must be before it accepts connections
+        elif start.loaded is not None:  # other workers are ready, so this one must be, before it accepts connections
             await model.probe()
     background = [
         asyncio.create_task(service.maintain()),
@@ -126,7 +126,7 @@ async def _serve(
     ]
 
     def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:  # without it this worker would not notice much
+        if not task.cancelled() and task.exception() is not None:  # the worker needs its background tasks
             service.log.error("a background task failed", error=repr(task.exception()))
             stop()
 
@@ -143,7 +143,7 @@ async def _serve(
 
 
 def _handle_signals(stop: Callable[[], None], retire: Callable[[], None]) -> None:
-    """Has `stop` called at SIGTERM and `retire` at RETIRE. Without a supervisor, Ctrl+C stops, too."""
+    """Calls `stop` on SIGTERM and `retire` on RETIRE. Without a supervisor, Ctrl+C also stops."""
     loop = asyncio.get_running_loop()
     if INHERITS:
         loop.add_signal_handler(signal.SIGTERM, stop)
@@ -154,7 +154,7 @@ def _handle_signals(stop: Callable[[], None], retire: Callable[[], None]) -> Non
 
 
 async def _report_health(service: Service, report: int, supervisor: int, stop: Callable[[], None]) -> None:
-    """Reports to the supervisor while this worker is healthy; stops the worker when the supervisor has ended."""
+    """Reports to the supervisor while this worker is healthy, and stops the worker when the supervisor ends."""
     if INHERITS:
         os.set_blocking(report, False)
     reported = -HEARTBEAT_S
@@ -168,5 +168,5 @@ async def _report_health(service: Service, report: int, supervisor: int, stop: C
 
 
 def _report(report: int, kind: str) -> None:
-    with contextlib.suppress(OSError):  # the supervisor has ended, or has not read for long
+    with contextlib.suppress(OSError):  # the supervisor has ended, or does not read
         os.write(report, report_line(kind))
