@@ -310,7 +310,7 @@ def test_an_image_outside_class_folders_is_refused(tmp_path: Path, write_feature
     ("change", "reason"),
     [
         ("rows", r"has \(2, 4\) features, not \(3, 4\)"),
-        ("index", "has 2 rows, .* says 3"),
+        ("index", "has 2 rows, .* has 3"),
         ("numbers", "row 2 in line 2"),
         ("junk", "not what robustfeat embed writes"),
         ("meta", "not what robustfeat embed writes"),
