@@ -160,6 +160,19 @@ def test_the_documented_nginx_passes_large_bodies_and_the_clients_address(
         assert set(clients[:-1]) == {"127.0.0.1"}
 
 
+def test_the_documented_nginx_shows_the_metrics_to_one_network(server: Server, tmp_path: Path) -> None:
+    text = block_of("nginx").replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+    paths = ["/metrics", "/metrics/", "//metrics", "/%6detrics", "/features/metrics", "/features//metrics"]
+    for network, expected in ("10.0.0.0/8", {403}), ("127.0.0.0/8", {200}):
+        port = free_port()
+        written = text.replace("listen 80;", f"listen {port};").replace("10.0.0.0/8", network)
+        with nginx(tmp_path, written, port):
+            asked = paths if network == "10.0.0.0/8" else paths[:1]
+            host = {"Host": "features.example"}
+            assert {ask(port, "GET", path, headers=host).status for path in asked} == expected
+            assert ask(port, "GET", "/health/ready", headers=host).status == 200
+
+
 def test_haproxys_own_check_and_the_documented_one_find_the_server(
     server: Server, photos: list[bytes], tmp_path: Path
 ) -> None:
