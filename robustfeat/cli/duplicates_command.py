@@ -12,6 +12,7 @@ from robustfeat.cli.feature_inputs import remark, report_failed
 from robustfeat.cli.head_options import names_option
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
+from robustfeat.counts import format_count
 
 if TYPE_CHECKING:
     from robustfeat.serving.collections.keeping import Measures
@@ -102,17 +103,20 @@ def command(
     to_lines = sorting.to_jsonl if as_json or (out or "").endswith(".jsonl") else sorting.to_csv
     write_lines(to_lines(result.verdicts), out)
     remark(
-        f"{result.groups:,} groups: {result.exact + result.near:,} images to drop "
-        f"({result.exact:,} exact copies, {result.near:,} near)",
+        f"{format_count(result.groups, 'group')}: {format_count(result.exact + result.near, 'image')} to drop "
+        f"({format_count(result.exact, 'exact copy', 'exact copies')}, {result.near:,} near)",
         quiet,
     )
     if result.repeated:
         say(
-            f"robustfeat: {result.repeated:,} rows have the path and the bytes of an earlier row and were left out; "
+            f"robustfeat: {format_count(result.repeated, 'row')} left out with path and bytes of an earlier row; "
             "to compare files of several folders, embed a folder that holds them all",
             err=True,
         )
     if result.unread:
-        say(f"robustfeat: {result.unread:,} images could not be found or read; others were preferred", err=True)
+        say(
+            f"robustfeat: {format_count(result.unread, 'image')} could not be found or read; others were preferred",
+            err=True,
+        )
     code = report_failed(features, "left out")
     return 3 if result.unread else code

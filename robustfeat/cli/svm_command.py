@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,11 @@ from robustfeat.cli.feature_inputs import open_inputs, open_labelled, open_label
 from robustfeat.cli.head_options import labels_options, names_option, selection_option
 from robustfeat.cli.lines import require_output, write_lines
 from robustfeat.cli.rendering import Command, say
+from robustfeat.counts import format_count
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from robustfeat.serving.heads.reports.page import Thumbnails
     from robustfeat.serving.heads.reports.report import Report
 
@@ -130,7 +132,7 @@ def fit_command(
         )
         head.write(folder)
         if report:
-            write_report(report, folder, "held out", _thumbnails(inputs, images))
+            write_report(report, folder, "held out", _thumbnails(inputs, images, out, quiet))
     trials.unlink(missing_ok=True)
     chosen = "" if head.selection["C"] is None else f"C {head.selection['C']:g}, "
     remark(f"chosen: {chosen}{'no' if head.scaling == 'none' else head.scaling} scaling", quiet)
@@ -141,8 +143,9 @@ def fit_command(
     else:
         _show(report, "held out", quiet)
         if report.suspects:
-            remark(f"{report.suspects:,} labels are probably wrong: see {Path(out) / 'suspects.csv'}", quiet)
-    remark(f"{out}: {head.kind} head, {len(head.classes)} classes", quiet)
+            doubtful = format_count(report.suspects, "label is", "labels are")
+            remark(f"{doubtful} probably wrong: see {Path(out) / 'suspects.csv'}", quiet)
+    remark(f"{out}: {head.kind} head, {format_count(len(head.classes), 'class')}", quiet)
     if as_json:
         counts = {"failed": labelled.failed, "unlabelled": labelled.unlabelled.count + unlabelled}
         counts["suspects"] = report.suspects if report else 0
@@ -209,7 +212,8 @@ def predict_command(
     if least is not None and (lowest := opened.least_typicality) >= least:
         unseen = round(1 / lowest) - 1
         remark(
-            f"--reject {least:g} rejects nothing: measured on {unseen} rows, typicality is at least {lowest:.3g}", quiet
+            f"--reject {least:g} rejects nothing: measured on {format_count(unseen, 'row')}, typicality is at least {lowest:.3g}",
+            quiet,
         )
     known = None
     if labels:
@@ -234,7 +238,10 @@ def predict_command(
     if out:
         without = {"rejected": rejection.count, "failed": len(features.errors)}
         predicted = len(features) - sum(without.values())
-        counts = [f"{predicted:,} predictions", *(f"{count:,} {what}" for what, count in without.items() if count)]
+        counts = [
+            format_count(predicted, "prediction"),
+            *(f"{count:,} {what}" for what, count in without.items() if count),
+        ]
         remark(f"{out}: {', '.join(counts)}", quiet)
     return report_failed(features, "without a prediction")
 
@@ -293,7 +300,7 @@ def score_command(
     report = Report.of_answers(Answers.of(opened, margins, labelled.targets, paths, classes))
     _show(report, "score", quiet)
     if report_folder:
-        save_report(report, report_folder, "score", _thumbnails(inputs, images))
+        save_report(report, report_folder, "score", _thumbnails(inputs, images, report_folder, quiet))
     if as_json:
         extra = {
             "failed": labelled.failed,
@@ -306,13 +313,20 @@ def score_command(
     return report_failed(features, "left out", labelled.failed)
 
 
-def _thumbnails(inputs: tuple[str, ...], images: tuple[str, ...]) -> Thumbnails:
-    """Reads thumbnails from `images`, or from `inputs` if those are images."""
+def _thumbnails(inputs: tuple[str, ...], images: tuple[str, ...], folder: str, quiet: bool) -> Thumbnails:
+    """Reads thumbnails from `images`, or from `inputs` if those are images, for the report in `folder`."""
     from robustfeat.serving.heads.features import is_feature_file
     from robustfeat.serving.heads.reports.thumbnails import read_thumbnails
 
     places = images or tuple(place for place in inputs if not is_feature_file(place))
-    return partial(read_thumbnails, places)
+
+    def read(paths: Collection[str]) -> Mapping[str, bytes]:
+        found = read_thumbnails(places, paths)
+        if paths and not found:
+            remark(f"{Path(folder) / 'report.html'} has no pictures; add --images FOLDER, which was embedded", quiet)
+        return found
+
+    return read
 
 
 def _show(report: Report, title: str, quiet: bool) -> None:

@@ -184,7 +184,7 @@ def test_groups_of_duplicates_and_which_image_is_kept(
         "duplicates", copies, "--threshold", "0.97", "--keep", keep, "--images", photos, "--drop-list", listed
     )
     assert result.returncode == 3  # for the failed rows
-    assert "2 groups: 3 images to drop (1 exact copies, 2 near)" in result.stderr
+    assert "2 groups: 3 images to drop (1 exact copy, 2 near)" in result.stderr
     assert re.search(r"2 of \d+ images failed, left out: \S+ \(.+\), \S+ \(.+\)$", result.stderr, re.MULTILINE)
     found = rows_of(result.stdout)
     assert list(found[0]) == ["group", "row", "path", "cosine", "action", "kind"]

@@ -72,6 +72,18 @@ def test_a_head_is_two_files_and_reports(head: Path) -> None:
         assert min(image.size) > 360
 
 
+def test_a_report_without_pictures_is_said(robustfeat: Run, features: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("hat/hat-1.jpg,hat\nhat/hat-2.jpg,hat\nshoes/shoes-1.jpg,shoes\n")
+    fit = ["svm", "fit", features, "--labels", labels, "--C", "0.1", "--scaling", "l2", "--out"]
+    result = robustfeat(*fit, tmp_path / "names")
+    assert f"{tmp_path / 'names' / 'report.html'} has no pictures; add --images FOLDER" in result.stderr
+    assert "on 2 rows; means leave out 1 class without rows: shoes\n" in result.stderr
+    result = robustfeat(*fit, tmp_path / "pictures", "--images", EXAMPLES)
+    assert "has no pictures" not in result.stderr
+    assert "data:image/webp" in (tmp_path / "pictures" / "report.html").read_text()
+
+
 def test_score_prints_a_fraction(robustfeat: Run, head: Path, features: Path, tmp_path: Path) -> None:
     result = robustfeat("svm", "score", head, features, "--labels", "folder", "--report", tmp_path / "report")
     assert result.returncode == 0, result.stderr
@@ -101,7 +113,7 @@ def test_few_labels_and_many_photos_are_two_commands(robustfeat: Run, photos: Pa
     result = robustfeat("svm", "fit", photos, "--labels", labels, "--out", head)
     assert result.returncode == 3
     assert "embed 6/6 images" in result.stderr  # those with labels alone
-    assert "5 labelled rows of 2 classes; 1 more left out because their images failed" in result.stderr
+    assert "5 labelled rows of 2 classes; 1 more left out because of failed images" in result.stderr
     assert (head / "report.html").read_text().count("data:image/webp") >= 10
 
     result = robustfeat("svm", "predict", head, photos, "--out", out, "--suggest", 3, "--labels", labels)
@@ -193,7 +205,11 @@ def test_bad_input_is_one_line(robustfeat: Run, head: Path, features: Path, tmp_
         (["fit", cut, "--labels", "folder", "--out", out], "the files do not belong together; embed the images again"),
         (
             fit("path,label\nhat/hat-1.jpg,a\nhat/hat-2.jpg,a\n"),
-            "are in one class, 'a'; label rows of at least two classes",
+            "got 2 labelled rows of one class, 'a'; label rows of at least two classes",
+        ),
+        (
+            fit("path,label\nhat/hat-1.jpg,a\nhats/hat-2.jpg,b\nshoe.jpg,b\n"),
+            "got 1 labelled row of one class, 'a'; 2 labels without a row, such as hats/hat-2.jpg; write their paths",
         ),
         (fit("path,label\nhat/hat-1.jpg,a\nhat/hat-1.jpg,b\n"), "labelled a second time"),
         (fit('path,label\nhat/hat-1.jpg,"a\nhat/hat-2.jpg,b\n'), "not a CSV file (line 3: "),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, classification_report, confusion_matrix
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, classification_report, confusion_matrix, f1_score
 
 from robustfeat.serving import Head
 from robustfeat.serving.heads.features import open_features
@@ -19,6 +19,7 @@ from robustfeat.serving.heads.fitting.fit import fit_head
 from robustfeat.serving.heads.labels.matching import match_labels
 from robustfeat.serving.heads.labels.reading import read_labels
 from robustfeat.serving.heads.predictions import Rejection, Suggestions, predict_rows, to_csv, to_jsonl
+from robustfeat.serving.heads.reports.page import draw_page
 from robustfeat.serving.heads.reports.report import Report
 from robustfeat.serving.inputs.sources import path_of_index
 
@@ -62,9 +63,22 @@ def test_names_of_classes_are_text_in_a_report() -> None:
     assert len(Report.of(np.array([0, 1]), np.array([0, 1]), ["a<b|c", "d\ne"]).to_text("test").split("\n")) == 6
 
 
-def test_classes_that_do_not_occur_do_not_count_for_balanced_accuracy() -> None:
-    report = Report.of(np.array([0, 1, 1]), np.array([0, 0, 1]), ["a", "b", "c"])
+def test_classes_without_rows_are_left_out_of_both_means_and_named() -> None:
+    targets, predicted = np.array([0, 0, 1]), np.array([0, 1, 1])
+    report = Report.of(predicted, targets, ["a", "b", "c"])
     assert report.balanced_accuracy == 0.75
+    assert report.macro_f1 == pytest.approx(f1_score(targets, predicted, average="macro"))
+    left_out = "on 3 rows; means leave out 1 class without rows: c"
+    assert report.to_text("held out").split("\n")[0].endswith(left_out)
+    assert "leave out 1 class without rows: <bdi>c</bdi>" in draw_page(report, "held out")
+    # A label that is predicted but on no row is left out, too.
+    several = Report.of(np.eye(3, dtype=bool), np.diag([True, True, False]), ["a", "b", "c"])
+    assert (several.balanced_accuracy, several.macro_f1, several.absent) == (1, 1, ("c",))
+    many = Report.of(np.array([0]), np.array([0]), [f"n{row}" for row in range(9)])
+    assert "leave out 8 classes without rows: n1, n2, n3, n4, n5, ..." in many.to_text("score")
+    assert "leave out" not in Report.of(predicted, targets, ["a", "b"]).to_text("score")
+    none = Report.of(np.zeros((2, 2), bool), np.zeros((2, 2), bool), ["a", "b"])
+    assert (none.macro_f1, none.absent) == (0, ())
 
 
 def test_several_labels_are_right_together() -> None:

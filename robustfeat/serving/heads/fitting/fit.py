@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.counts import format_count
 from robustfeat.errors import InputError, first_line
 from robustfeat.progress import Progress
 from robustfeat.serving.bulk.stacked import Rows
@@ -147,7 +148,7 @@ def fit_head(
         settings = [kind, list(cs), list(scalings), method]
         trials = Trials(resume, fingerprint_rows(features.values, labelled.rows, targets, settings))
         if len(trials):
-            progress.say(f"resuming: {len(trials)} settings were tried before")
+            progress.say(f"resuming: {format_count(len(trials), 'setting was', 'settings were')} tried before")
     selection, head, converged = select_and_fit(
         features.values,
         targets,
@@ -188,22 +189,25 @@ def require_two(place: str, labelled: LabelledRows) -> None:
     Raises:
         InputError: the rows are in one class, or a label is on all of them or none.
     """
+    unmatched = f"; {labelled.missing_summary()}" if labelled.missing else ""
     if labelled.targets.ndim == 1:
         if len(labelled.classes) < 2:
+            rows = format_count(len(labelled.rows), "labelled row")
             raise InputError(
-                f"{place}: all {len(labelled.rows):,} labelled rows are in one class, {labelled.classes[0]!r}",
-                fix="label rows of at least two classes",
+                f"{place}: expected labels of two or more classes; got {rows} of one class, {labelled.classes[0]!r}"
+                f"{unmatched}",
+                fix="write their paths as in the index" if unmatched else "label rows of at least two classes",
             )
         return
     share: Array = labelled.targets.mean(0)
     for name, part in zip(labelled.classes, share, strict=True):
         if part in (0.0, 1.0):
             raise InputError(
-                f"{place}: label {name!r} is on {'every' if part else 'no'} labelled row",
+                f"{place}: label {name!r} is on {'every' if part else 'no'} labelled row{unmatched}",
                 fix="label some rows with it and some without",
             )
     if not labelled.classes:
-        raise InputError(f"{place}: no labelled row has a label")
+        raise InputError(f"{place}: no labelled row has a label{unmatched}")
 
 
 def _settings(selection: Mapping[str, Any]) -> tuple[dict[str, str], ...]:

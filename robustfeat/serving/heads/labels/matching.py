@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.counts import format_count
 from robustfeat.errors import InputError
 from robustfeat.serving.heads.features import Features
 from robustfeat.serving.heads.labels.labels import Labels, Unlabelled
@@ -41,16 +42,20 @@ class LabelledRows:
 
     def summary(self) -> str:
         """The counts as one line."""
-        parts = [f"{len(self.rows):,} labelled rows of {len(self.classes)} classes"]
+        parts = [f"{format_count(len(self.rows), 'labelled row')} of {format_count(len(self.classes), 'class')}"]
         if self.failed:
-            parts.append(f"{self.failed:,} more left out because their images failed")
+            parts.append(f"{self.failed:,} more left out because of failed images")
         if self.unlabelled.count:
             parts.append(self.unlabelled.summary("rows"))
         if self.repeated:
-            parts.append(f"{self.repeated:,} labels given twice")
+            parts.append(f"{format_count(self.repeated, 'label')} given twice")
         if self.missing:
-            parts.append(f"{len(self.missing):,} labels without a row, such as {self.missing[0]}")
+            parts.append(self.missing_summary())
         return "; ".join(parts)
+
+    def missing_summary(self) -> str:
+        """The number of labels without a row, and one of them; there must be one."""
+        return f"{format_count(len(self.missing), 'label')} without a row, such as {self.missing[0]}"
 
 
 def match_labels(
@@ -122,7 +127,9 @@ def match_paths(
 
 def _nothing_labelled(place: str, paths: Sequence[str], labels: Labels, failed: int) -> InputError:
     if failed:
-        return InputError(f"{place}: all {failed:,} labelled images failed", fix="see their errors")
+        return InputError(
+            f"{place}: {format_count(failed, 'labelled image')} failed, and there is no other", fix="see their errors"
+        )
     if labels.by_path is None:
         return InputError(
             f"{paths[0]}: is in no class folder, like all others of {place}; expected CLASS/NAME within INPUT",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
+from robustfeat.counts import format_count
 from robustfeat.palette import BLUE, ORANGE
 from robustfeat.serving.heads.reports.answers import Answers
 from robustfeat.serving.heads.reports.reliability import Reliability, draw_reliability, uncalibrated
@@ -77,6 +78,10 @@ def draw_page(report: Report, title: str, thumbnails: Thumbnails | None = None) 
         + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers.items())
         + "</dl>",
     ]
+    if report.absent:
+        names = _text(", ".join(report.absent))
+        count = format_count(len(report.absent), "class")
+        parts.append(f'<p class="note">Balanced accuracy and macro F1 leave out {count} without rows: {names}</p>')
     if report.answers:
         parts += _draw_images(report, report.answers, thumbnails)
     picture = report.picture
@@ -132,12 +137,12 @@ def _choose(answers: Answers, *, unseen: bool) -> list[tuple[str, str, Sequence[
     groups: list[tuple[str, str, Sequence[int]]] = []
     if unseen and confidence is not None:
         count = len(answers.suspects)
-        note = f"{count:,} labels, listed in suspects.csv. Each is less than 1/20 as probable as the prediction."
+        note = f"{format_count(count, 'label')}, listed in suspects.csv. Each is less than 1/20 as probable as the prediction."
         groups.append(("Labels that are probably wrong", note, answers.suspects[:_SHOWN]))
     return [
         *groups,
-        ("Wrong", f"{len(wrong):,} rows, the most certain first.", wrong[:_SHOWN].tolist()),
-        ("Least certain", "Check and label these next.", surely[::-1][:_SHOWN].tolist()),
+        ("Wrong", f"{format_count(len(wrong), 'row')}, the most certain first.", wrong[:_SHOWN].tolist()),
+        ("Least certain", "Check these labels.", surely[::-1][:_SHOWN].tolist()),
         ("Most certain", "Right predictions with the largest certainty.", right[:_SHOWN].tolist()),
     ]
 

@@ -11,12 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from robustfeat.counts import format_count
 from robustfeat.hub.markdown import cell
 from robustfeat.serving.heads.reports.answers import Answers
 from robustfeat.serving.heads.reports.confusion import draw_confusion
 from robustfeat.serving.heads.reports.intervals import wilson_interval
 
 __all__ = ["ClassScore", "Report"]
+
+_NAMED = 5
+"""Number of classes without rows that are named."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class Report:
     Attributes:
         rows: number of rows.
         accuracy: the share of right rows; with several labels per row, all labels must be right.
-        balanced_accuracy: the mean recall of the classes that occur. With several labels per row, the mean over labels
-            of the mean recall of rows with and without the label.
-        macro_f1: the mean F1 of the classes.
+        balanced_accuracy: the mean recall of the classes that occur. With several labels per row, the mean over the
+            labels that occur of the mean recall of rows with and without the label.
+        macro_f1: the mean F1 of the classes that occur.
         classes: the scores of each class.
         confusion: (K, K) int64, rows by label, columns by prediction; None with several labels per row.
         answers: the rows, if made by `of_answers`.
@@ -76,16 +80,17 @@ class Report:
             true, rows, guessed = (predicted & targets).sum(0), targets.sum(0), predicted.sum(0)
         recall, precision = _share(true, rows), _share(true, guessed)
         f1 = _share(2 * true, rows + guessed)
-        if confusion is not None:
-            balanced = recall[rows > 0].mean()
+        if confusion is None:
+            balanced = (recall + _share((~predicted & ~targets).sum(0), len(targets) - rows)) / 2
         else:
-            balanced = ((recall + _share((~predicted & ~targets).sum(0), len(targets) - rows)) / 2).mean()
+            balanced = recall
+        occurs = rows > 0 if rows.any() else np.ones(count, bool)
         columns = (rows.tolist(), precision.tolist(), recall.tolist(), f1.tolist())
         return cls(
             rows=len(targets),
             accuracy=float(right.mean()),
-            balanced_accuracy=float(balanced),
-            macro_f1=float(f1.mean()),
+            balanced_accuracy=float(balanced[occurs].mean()),
+            macro_f1=float(f1[occurs].mean()),
             classes=tuple(ClassScore(str(name), *row) for name, *row in zip(classes, *columns, strict=True)),
             confusion=confusion,
         )
@@ -100,6 +105,12 @@ class Report:
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the accuracy (see `wilson_interval`)."""
         return wilson_interval(self.accuracy, self.rows)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The classes without a row, which balanced accuracy and macro F1 leave out; empty if no class has one."""
+        names = tuple(one.name for one in self.classes if not one.rows)
+        return names if len(names) < len(self.classes) else ()
 
     @property
     def suspects(self) -> int:
@@ -127,9 +138,12 @@ class Report:
 
     def _lay_out(self, title: str, shown: Callable[[str], str]) -> str:
         low, high = self.interval
+        absent = [shown(name) for name in self.absent[:_NAMED]] + ["..."] * (len(self.absent) > _NAMED)
+        left_out = f"; means leave out {format_count(len(self.absent), 'class')} without rows: {', '.join(absent)}"
         head = (
             f"{shown(title)}: accuracy {self.accuracy:.4f} (95 %: {low:.4f} to {high:.4f}), "
-            f"balanced accuracy {self.balanced_accuracy:.4f}, macro F1 {self.macro_f1:.4f} on {self.rows:,} rows"
+            f"balanced accuracy {self.balanced_accuracy:.4f}, macro F1 {self.macro_f1:.4f} "
+            f"on {format_count(self.rows, 'row')}{left_out if absent else ''}"
         )
         names = [shown(one.name) for one in self.classes]
         width = max(5, *map(len, names))

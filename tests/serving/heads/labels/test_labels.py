@@ -136,7 +136,7 @@ def test_a_row_of_its_own_name_is_not_taken_by_another_label(tmp_path: Path, wri
 def test_labels_given_twice_are_counted(features: Features, tmp_path: Path) -> None:
     found = match_labels(features, read_labels(csv(tmp_path, "path,label\ncat/1.jpg,x\ndog/a b.jpg,y\ncat/1.jpg,x\n")))
     assert found.targets.tolist() == [0, 1]
-    assert "1 labels given twice" in found.summary()
+    assert "1 label given twice" in found.summary()
 
 
 def test_a_column_may_be_named(features: Features, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_missing_label_is_no_class(tmp_path: Path, missing: str) -> None:
         ("path," + "l" * 200_000 + "\ncat/1.jpg,x\n", r"not a CSV file \(line 1: "),
         ("path,label\n", "contains no labels"),
         ("path,label\nphotos/cat/9.jpg,x\n", "none of its 1 paths .*there 'photos/cat/9.jpg', here 'cat/1.jpg'"),
-        ("path,label\ndog/bad.jpg,x\n", "all 1 labelled images failed"),
+        ("path,label\ndog/bad.jpg,x\n", "1 labelled image failed, and there is no other"),
         ("path,label\ncat/1.jpg,zebra\n", "is labelled 'zebra', which is not one of the head's 2 classes .x, y"),
     ],
 )

@@ -111,6 +111,7 @@ def test_images_are_at_most_24_of_a_group_and_in_order() -> None:
     assert not any(right[path] for path in shown)
     assert text.count("data:image/webp") == sum(map(len, (sections[name] for name in list(sections)[:4])))
     assert len(asked) <= 96
+    assert "Check these labels." in text  # all rows of a report are labelled
 
 
 def test_images_that_are_gone_are_named_and_a_line_says_so() -> None:
