@@ -13,17 +13,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "robustfeat"
 MAY_IMPORT = {
+    "counts": set(),
     "errors": set(),
     "files": {"errors"},
     "palette": set(),
     "progress": set(),
     "system": set(),
-    "hub": {"errors", "files", "progress"},
-    "serving": {"errors", "files", "palette", "progress", "system", "hub"},
+    "hub": {"counts", "errors", "files", "progress"},
+    "serving": {"counts", "errors", "files", "palette", "progress", "system", "hub"},
     "trial": {"errors", "system", "serving"},
-    "doctor": {"errors", "files", "progress", "system", "hub", "serving", "trial"},
-    "training": {"errors", "files", "palette", "progress", "system", "hub", "serving"},
-    "cli": {"errors", "files", "progress", "system", "hub", "serving", "doctor", "training"},
+    "doctor": {"counts", "errors", "files", "progress", "system", "hub", "serving", "trial"},
+    "training": {"counts", "errors", "files", "palette", "progress", "system", "hub", "serving"},
+    "cli": {"counts", "errors", "files", "progress", "system", "hub", "serving", "doctor", "training"},
 }
 SERVING = {
     "engines": set(),

@@ -210,11 +210,8 @@ def predict_command(
     if probabilities:
         opened.require_calibration()
     if least is not None and (lowest := opened.least_typicality) >= least:
-        unseen = round(1 / lowest) - 1
-        remark(
-            f"--reject {least:g} rejects nothing: measured on {format_count(unseen, 'row')}, typicality is at least {lowest:.3g}",
-            quiet,
-        )
+        unseen = format_count(round(1 / lowest) - 1, "row")
+        remark(f"--reject {least:g} rejects nothing: measured on {unseen}, typicality is at least {lowest:.3g}", quiet)
     known = None
     if labels:
         known = open_labels(labels, inputs, names=names, path_column=path_column, multi_label=opened.multi_label)

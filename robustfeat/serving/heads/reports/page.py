@@ -136,8 +136,8 @@ def _choose(answers: Answers, *, unseen: bool) -> list[tuple[str, str, Sequence[
     right = surely[answers.right[surely]]
     groups: list[tuple[str, str, Sequence[int]]] = []
     if unseen and confidence is not None:
-        count = len(answers.suspects)
-        note = f"{format_count(count, 'label')}, listed in suspects.csv. Each is less than 1/20 as probable as the prediction."
+        labels = format_count(len(answers.suspects), "label")
+        note = f"{labels}, listed in suspects.csv. Each is less than 1/20 as probable as the prediction."
         groups.append(("Labels that are probably wrong", note, answers.suspects[:_SHOWN]))
     return [
         *groups,
