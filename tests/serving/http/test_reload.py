@@ -177,7 +177,8 @@ def test_a_changed_manifest_is_served_without_a_lost_request(
     clothes: Path, others: Path, small_fp32: Path, photos: list[bytes], extractor: FeatureExtractor, tmp_path: Path
 ) -> None:
     manifest = tmp_path / "served.toml"
-    write(manifest, "[models]", 'robustfeat = "builtin"', "[heads]", f'clothes = "{clothes}"')
+    relative = os.path.relpath(clothes, ROOT)  # from the server's working directory, not from the manifest's folder
+    write(manifest, "[models]", 'robustfeat = "builtin"', "[heads]", f'clothes = "{relative}"')
     with serving("--manifest", manifest, "--workers", 2) as server:
         wait_until(lambda: server.metric("robustfeat_ready_workers") == 2)
         first = set(server.workers())
