@@ -185,6 +185,26 @@ def test_the_documented_builds_name_what_there_is() -> None:
         assert (ROOT / path.rstrip(".")).exists(), path
 
 
+def test_the_documented_container_serves_what_it_mounts(
+    commands: CommandServer, clothes: Path, tmp_path: Path, photos: list[bytes]
+) -> None:
+    """The options of the `docker run` with a head and keys in docs/deploy.md, with /served as a folder here."""
+    text = (ROOT / "docs" / "deploy.md").read_text("utf-8").replace("\\\n", "")
+    (command,) = re.findall(r"docker run .*--keys.*", text)
+    words = shlex.split(command)
+    mounts = [word for option, word in itertools.pairwise(words) if option == "-v"]
+    assert mounts == ["$PWD/served:/served:ro"]
+    options = words[words.index("serve") + 1 :]
+    assert options[:4] == ["--host", "0.0.0.0", "--port", "8000"]
+    shutil.copytree(clothes, tmp_path / "clothes")
+    (tmp_path / "keys.txt").write_text("web 5tUgR0secretsecret\n")
+    server = Server(*(one.replace("/served", str(tmp_path)) for one in options[4:]), forked_from=commands)
+    assert server.post("/predict/clothes", photos[0]).status == 401
+    server.headers["authorization"] = "Bearer 5tUgR0secretsecret"
+    assert server.post("/predict/clothes", photos[0]).status == 200
+    assert server.stop() == 0
+
+
 def test_the_workflow_builds_every_dockerfile_and_lock() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "images.yml").read_text("utf-8"))
     built = workflow["jobs"]["publish"]["strategy"]["matrix"]["include"]

@@ -67,6 +67,30 @@ def test_kubernetes_takes_the_manifests(folder: str, version: str) -> None:
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
+def test_the_documented_patch_mounts_what_the_server_reads(tmp_path: Path) -> None:
+    """A manifest, a head and keys in docs/deploy.md, as a patch of deploy/base."""
+    page = (ROOT / "docs" / "deploy.md").read_text("utf-8")
+    (patch,) = re.findall(r"<!-- a manifest, a head and keys -->\n```yaml\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(DEPLOY / "base", tmp_path / "base")
+    (tmp_path / "patch.yaml").write_text(patch)
+    (tmp_path / "kustomization.yaml").write_text("resources: [base]\npatches: [{path: patch.yaml}]\n")
+    found = of_kind(rendered(str(tmp_path)), "Deployment")
+    kubernetes_validate.validate(found, KUBERNETES[-1], strict=True)
+    spec = found["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    options = server_arguments(container["args"])
+    sources = {volume["name"]: volume for volume in spec["volumes"]}
+    places = {mount["mountPath"]: sources[mount["name"]] for mount in container["volumeMounts"]}
+    assert places.keys() == {"/tmp", "/cache", "/manifest", "/keys", "/heads/clothes-v1"}
+    assert f"--from-file={options['manifest'].name}" in page
+    assert f"--from-file={options['keys'].name}=" in page
+    created = set(re.findall(r"create (?:secret generic|configmap) ([\w-]+) --namespace features", page))
+    mounted = [places[str(options[name].parent)] for name in ("manifest", "keys")] + [places["/heads/clothes-v1"]]
+    names = [(one.get("configMap") or {}).get("name") or one["secret"]["secretName"] for one in mounted]
+    assert set(names) == created
+    assert '`clothes = "/heads/clothes-v1"`' in page
+
+
 def test_the_schemas_refuse_what_is_wrong(deployment: Manifest) -> None:
     wrong = yaml.safe_load(yaml.safe_dump(deployment).replace("readinessProbe", "readyProbe"))
     with pytest.raises(kubernetes_validate.ValidationError):
