@@ -194,7 +194,8 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
-    help="Format of stderr. With json every line is JSON. With text only errors and requests are.",
+    help="Format of stderr. With json every line is JSON. With text the address, a warning about missing keys and a "
+    "failed start are text. All other events and requests are JSON.",
 )
 @click.option(
     "--otlp-endpoint",
