@@ -20,7 +20,7 @@ from tests.hub_server import FakeHub
 from tests.serving.http.conftest import wait_until
 
 DOCS = ROOT / "docs"
-SLOW = {"train", "distil"}  # train a network
+SLOW = {"train", "distil", "publish", "search"}  # the first two train a network
 FENCE = re.compile(r"^( *)(?:<!-- (.+?) -->\n *)?```(bash|text)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # The command, forked from a process that has imported its libraries: see `CommandServer`.
 PROGRAM = """\

@@ -164,7 +164,7 @@ def test_the_nginx_of_compose_asks_another_replica_and_hides_the_metrics(
     ],
 )
 def test_github_takes_the_files(schema: str, file: str) -> None:
-    command = [tool("check-jsonschema"), "--builtin-schema", f"vendor.{schema}", ROOT / ".github" / file]
+    command = [tool("check-jsonschema"), "--builtin-schema", f"vendor.{schema}", str(ROOT / ".github" / file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ PREDICTOR = {"minReplicas": int, "maxReplicas": int, "model": dict}
 MODEL = {"runtime": str, "modelFormat": dict, "protocolVersion": str, "storageUri": str}
 
 
-def assert_fields(found: Manifest, known: dict[str, type]) -> None:
+def assert_fields(found: Manifest, known: Mapping[str, type]) -> None:
     assert {name: type(value) for name, value in found.items()} == {name: known[name] for name in found}
 
 

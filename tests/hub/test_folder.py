@@ -103,7 +103,7 @@ def test_a_missing_file_is_named(copy: Path) -> None:
 )
 def test_a_path_that_leaves_the_folder_or_has_another_name_is_refused(copy: Path, name: str) -> None:
     edit_config(copy, lambda data: data["robustfeat"]["files"].update({name: "0"}))
-    with pytest.raises(ModelFolderError, match="lies outside the folder"):
+    with pytest.raises(ModelFolderError, match="is outside the folder"):
         ModelFolder(copy)
 
 

@@ -79,7 +79,7 @@ def test_other_types_of_features_are_refused(engine: str, kind: int, tmp_path: P
 @pytest.mark.parametrize("engine", ENGINES)
 def test_too_few_rows_and_failures_at_run_time_are_one_line(engine: str, tmp_path: Path) -> None:
     content = network([helper.make_node("Identity", ["w"], ["features"])], w=np.ones((1, 4), np.float32))
-    with pytest.raises(EngineError, match=r"shape \(1, 4\) .* not \(2, 4\)"):
+    with pytest.raises(EngineError, match=r"must be \(2, 4\) float32; got \(1, 4\)"):
         open_engine(tmp_path, content, RunOptions(engine=engine)).run(IMAGES)
     nodes = [
         helper.make_node("Shape", ["mean"], ["shape"]),

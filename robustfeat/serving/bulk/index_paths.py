@@ -102,4 +102,4 @@ def _map(file: Any) -> mmap.mmap | bytes:
 
 def _path(line: bytes) -> str:
     usual = _USUAL.match(line)
-    return usual[1].decode() if usual else path_of_index(json.loads(line))
+    return usual[1].decode() if usual and b'"path_bytes"' not in line else path_of_index(json.loads(line))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,11 @@ def decoder(decoders: Decoders) -> Decoder:
     return started
 
 
+def process_of(decoder: Decoder) -> subprocess.Popen[bytes]:
+    assert isinstance(decoder.process, subprocess.Popen)
+    return decoder.process
+
+
 def test_a_task_is_answered_with_the_error_of_each_image(decoder: Decoder, example_files: list[Path]) -> None:
     photo = example_files[0].read_bytes()
     decoder.send(Images([photo, b"no image"], [len(photo), 8], [0, 1], 10**8))
@@ -66,12 +72,12 @@ def test_what_takes_long_is_given_back(decoder: Decoder, example_files: list[Pat
 
 @pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux alone has such a score")
 def test_the_system_kills_a_decoder_before_its_parent(decoder: Decoder) -> None:
-    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (decoder.process.pid, os.getpid())]
+    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (process_of(decoder).pid, os.getpid())]
     assert scores[0] == 1000 > scores[1]
 
 
 def test_an_image_gets_a_second_try_after_a_crash(decoder: Decoder) -> None:
-    os.kill(decoder.process.pid, signal.SIGKILL)
+    os.kill(process_of(decoder).pid, signal.SIGKILL)
     decoder.send(Images([b"x"], [1], [0], 10**8))
     assert decoder.poll(START_S)
     with pytest.raises(DecoderLostError) as lost:
@@ -86,7 +92,7 @@ def test_an_image_at_its_deadline_gets_no_second_try_unless_its_decoder_was_stop
 ) -> None:
     image = blank_webp(5500, 5500)  # which takes long enough for these calls
     if stopped:
-        os.kill(decoder.process.pid, signal.SIGSTOP)
+        os.kill(process_of(decoder).pid, signal.SIGSTOP)
     decoder.send(Images([image], [len(image)], [0], 10**8, large=True))
     wait_until(lambda: decoder._stopped() if stopped else decoder._progress[1] == 1)
     for _ in range(3):  # the first call notes the progress, the others count
@@ -99,7 +105,7 @@ def test_an_image_at_its_deadline_gets_no_second_try_unless_its_decoder_was_stop
 
 
 def test_a_decoder_is_closed_while_a_thread_writes_to_it(decoder: Decoder) -> None:
-    os.kill(decoder.process.pid, signal.SIGSTOP)
+    os.kill(process_of(decoder).pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as writer:
         decoder.send(Images([BEYOND_THE_MAILBOX], [len(BEYOND_THE_MAILBOX)], [0], 10**8), writer)
         decoder.close()

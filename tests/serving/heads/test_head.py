@@ -228,7 +228,7 @@ def test_a_tampered_head_is_refused(change: str, reason: str, head: Head, tmp_pa
         ({"classes": ("\ud800", *"bcdefghij")}, "the class .* cannot be written as UTF-8"),
         ({"classes": ("a", "b", "c")}, "intercepts must be|coefficients must be"),
         ({"scaling": "none"}, "none scaling has"),
-        ({"model": identity(feature_size=512)}, "gives 512 features"),
+        ({"model": identity(feature_size=512)}, "has 512 features, but the arrays 64"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], reason: str, head: Head) -> None:

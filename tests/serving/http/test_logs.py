@@ -53,6 +53,7 @@ def test_every_line_is_json_from_start_to_end(clothes: Path, photos: list[bytes]
     assert server.post("/predict/clothes", photos[0], x_request_id="mine").status == 200
     server.process.send_signal(signal.SIGHUP)
     wait_until(lambda: "reloaded" in "".join(server.said))
+    wait_until(lambda: sum(line["event"] == "loaded" for line in lines_of("".join(server.said))) == 4)
     assert server.stop() == 0
     lines = lines_of("".join(server.said))
     of_server = [line for line in lines if line["worker"] == "supervisor"]

@@ -40,6 +40,7 @@ print(Head.from_pretrained("org/clothes", revision=sys.argv[1]).sha256)
 """
 
 
+@pytest.mark.slow
 def test_a_filled_cache_serves_read_only_and_an_empty_one_is_one_line(
     hub: FakeHub, robustfeat: Run, clothes: Path, tmp_path: Path
 ) -> None:

@@ -149,6 +149,7 @@ def test_a_folder_that_changed_is_not_mixed_with_what_others_serve(clothes: Path
         wait_until(lambda: served_head(server) == sha256(others))
 
 
+@pytest.mark.slow
 def test_places_are_pinned_by_their_hashes(
     robustfeat: Run, hub: FakeHub, clothes: Path, others: Path, small_fp32: Path, online: dict[str, Any]
 ) -> None:
@@ -270,6 +271,7 @@ def test_sighup_looks_names_up_again_and_the_newest_one_counts(
         assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_reloads_leave_no_memory_behind(photos: list[bytes]) -> None:
     with serving() as server:
         server.form("/embed", photos[:8])

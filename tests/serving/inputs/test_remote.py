@@ -648,7 +648,7 @@ def test_a_folder_of_several_files_on_s3_has_the_bytes_of_a_local_one(
     check()
     assert list(open_features(out).paths) == list(open_features(str(expected)).paths)
     # Fewer files replace them.
-    few = sorted(many.iterdir())[:5]
+    few: list[str | Path] = [*sorted(many.iterdir())[:5]]
     embed(extractor, few, out, **options)
     assert len([key for key in s3.keys(bucket) if key.endswith(".npy")]) == 2
     assert embed(extractor, [many], out, sync=True, shard_rows=4).known == 5

@@ -129,6 +129,7 @@ def test_the_phones_sheet_opens_and_holds_the_legend(browser: Browser, drawn: Dr
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 375
         page.tap("#sheet")
+        picture(page)  # in the next frame the map fills the place of the sheet
         page.touchscreen.tap(*place(page, 33))
         assert page.inner_text("#card .path") == path_of(33)
 

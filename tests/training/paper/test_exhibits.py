@@ -1,5 +1,6 @@
 """The tables and figures of `robustfeat paper`, from answers that are known."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from scipy import stats
 
 from robustfeat.training.evaluation.answers import pack
 from robustfeat.training.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from robustfeat.training.evaluation.figures import Curve, Panel
+from robustfeat.training.paper.exhibit import Exhibit
 from robustfeat.training.paper.exhibits import EXHIBITS
 from robustfeat.training.paper.measures import Measures
 from robustfeat.training.paper.scale import SCALES
@@ -33,6 +36,12 @@ def measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
 
 
 @pytest.mark.parametrize("measures", [False, True], ids=["methods", "and controls"], indirect=True)
+def curves_of(exhibit: Exhibit) -> Sequence[Curve]:
+    panel = exhibit.panels[0]
+    assert isinstance(panel, Panel)
+    return panel.curves
+
+
 def test_a_table_has_the_papers_numbers_beside_ours(measures: Measures) -> None:
     table = EXHIBITS["table4"](measures)
     rows = {row["method"]: row for row in table.rows}
@@ -133,7 +142,7 @@ def test_corrupted_images_are_compared_with_erms(measures: Measures, monkeypatch
     assert (hrrl["method"], hrrl["corrupted"], hrrl["kept"]) == ("HRRL", "40.00 ± 0.00", "0.8000 ± 0.0000")
     assert (erm["corrupted, minus ERM"], hrrl["corrupted, minus ERM"]) == ("", "+10.00")
     assert hrrl["95 % over images"] == "+10.00 to +10.00"
-    (drawn,) = (curve for curve in exhibit.panels[0].curves if curve.label == "HRRL")
+    (drawn,) = (curve for curve in curves_of(exhibit) if curve.label == "HRRL")
     np.testing.assert_allclose(drawn.points, [(0, 50), (1, 39), (2, 38), (3, 37), (4, 36), (5, 35)])
 
 
@@ -143,7 +152,7 @@ def test_what_diverged_is_said_in_figures_4_and_5(measures: Measures, monkeypatc
     figure = EXHIBITS["fig4"](measures)
     assert figure.columns == ["model", "step 0", "step 1"]
     assert [row["model"] for row in figure.rows if len(row) == 1] == ["EL, tau 1, diverged"]
-    assert [curve.label for curve in figure.panels[0].curves] == ["ERM", "EL, tau 0.1", "EL, tau 0.35", "EL, tau 3.5"]
+    assert [curve.label for curve in curves_of(figure)] == ["ERM", "EL, tau 0.1", "EL, tau 0.35", "EL, tau 3.5"]
     assert figure.rows[0]["step 1"] == "25.00"
     assert figure.title.endswith("small, 20,000 images, 5 epochs, one seed")
     cell = {"by_concept": {"Dog": 0.25, "Bird": 0.5}, "by_class": {"a": 0.25, "b": 0.375, "c": 0.5}}

@@ -176,7 +176,7 @@ def test_odd_cells_of_parquet_files(tmp_path: Path) -> None:
     assert read_labels([f"{tmp_path}/t.parquet:number"]).by_path == {"a": ("1.5",)}
     with pytest.raises(InputError, match="row 0: a label must be text or a number; got bytes"):
         read_labels([f"{tmp_path}/t.parquet:raw"])
-    with pytest.raises(InputError, match="row 1: label 7 is none of the 2 classes"):
+    with pytest.raises(InputError, match="row 1: label 7 is not one of the 2 classes"):
         read_labels([f"{tmp_path}/t.parquet:class"])
 
 
