@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import robustfeat
+from robustfeat.counts import format_count
 from robustfeat.errors import RobustFeatError, UnreachableError, first_line
 from robustfeat.serving.engines.options import BUILD_LIMIT_S, RunOptions
 from robustfeat.system import CGROUP, available_cpus, cpu_quota, visible_cpus
@@ -203,7 +204,7 @@ def _threads(options: RunOptions, cgroup: Path) -> Iterator[Finding]:
     granted, visible, quota = available_cpus(cgroup), visible_cpus(), cpu_quota(cgroup)
     limit = "no cgroup quota" if quota is None else f"a cgroup quota of {quota:g}"
     chosen = options.threads or granted
-    found = f"{visible} processors, {limit}: {chosen} {'thread' if chosen == 1 else 'threads'} for the model"
+    found = f"{format_count(visible, 'processor')}, {limit}: {format_count(chosen, 'thread')} for the model"
     if options.threads and options.threads > granted:
         fix = f"pass `threads={granted}` or less, or leave it out"
         yield Finding("threads", PROBLEM, f"{found}, more than the {granted} available", fix)
@@ -213,7 +214,8 @@ def _threads(options: RunOptions, cgroup: Path) -> Iterator[Finding]:
     for name, text in given.items():
         if text.isdecimal() and int(text) > granted:
             fix = f"export {name}={granted}"
-            yield Finding("threads", PROBLEM, f"{name} is {text}, but {granted} processors are available", fix)
+            granted_text = format_count(granted, "processor is", "processors are")
+            yield Finding("threads", PROBLEM, f"{name} is {text}, but {granted_text} available", fix)
     if visible > granted and not given:
         fix = " ".join(["export", *(f"{name}={granted}" for name in _THREAD_VARIABLES)])
         found = f"programs that count processors start {visible} threads, but the quota allows {quota:g} processors"
@@ -254,8 +256,8 @@ def _model(model: str, options: RunOptions) -> Iterator[Finding]:
     folder = resolve_model(model, revision=options.revision, config_hash=options.config_hash)
     folder.verify()
     megabytes = folder.size_bytes() / 1e6
-    count = len(folder.config.files)
-    yield Finding("model", OK, f"{folder.config.name}: {count} files of {megabytes:.0f} MB, hashes verified")
+    files = format_count(len(folder.config.files), "file")
+    yield Finding("model", OK, f"{folder.config.name}: {files} of {megabytes:.0f} MB, hashes verified")
 
 
 def _engines(model: str, options: RunOptions) -> Iterator[Finding]:

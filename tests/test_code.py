@@ -15,6 +15,11 @@ from tests.conftest import ROOT
 
 MAX_LINES = 80
 OPTION = re.compile(r"(?<![\w-])--[a-z]")
+# A count before a plural noun, which is wrong for 1. A total, such as "1 of {} rows", may be before one.
+UNCOUNTED = re.compile(
+    r"(?<!of )(?<!the )(?<!'s )\{\} ((labelled|more|exact|training|test) )?"
+    r"(rows|images|labels|classes|groups|files|settings|predictions|columns|lines|copies|thumbnails)\b"
+)
 COMMAND = re.compile(r"`(robustfeat|pip|ray) [^`]*`|^pip install .*")
 # Command lines of other programs, and answers to an operator who started the server with options.
 MAY_NAME_OPTIONS = {
@@ -75,6 +80,17 @@ def test_no_message_below_the_command_line_names_an_option() -> None:
         if names_an_option(text)
     ]
     assert not found
+
+
+def test_counts_in_messages_agree_with_their_nouns() -> None:
+    found = [
+        f"{name}:{line} {text!r}"
+        for name, tree in modules()
+        if name.startswith(("cli/", "serving/heads/", "serving/collections/"))
+        for line, text in texts(tree)
+        if UNCOUNTED.search(text)
+    ]
+    assert not found, "use `format_count`"
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_quota_below_the_threads_of_the_environment_is_found(tmp_path: Path, m
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     (found,) = problems(check("threads", cgroup=quota(tmp_path, 1)))
     assert (found.found, found.fix) == (
-        "OMP_NUM_THREADS is 8, but 1 processors are available",
+        "OMP_NUM_THREADS is 8, but 1 processor is available",
         "export OMP_NUM_THREADS=1",
     )
 

@@ -11,6 +11,7 @@ import click
 
 from robustfeat.cli.extraction import Extraction, serving_options
 from robustfeat.cli.rendering import Command, say
+from robustfeat.counts import format_count
 from robustfeat.progress import visible
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
@@ -42,5 +43,5 @@ def command(model: str, as_json: bool, extraction: Extraction) -> int:
             say(f"{'':21}-> {finding.fix}")
     problems = counts[PROBLEM]
     if not as_json:
-        say(f"{problems or 'no'} problem{'' if problems == 1 else 's'}", err=True)
+        say(format_count(problems, "problem") if problems else "no problems", err=True)
     return 3 if problems else 0

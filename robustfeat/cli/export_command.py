@@ -12,6 +12,7 @@ import click
 
 from robustfeat.cli.extraction import pin_options
 from robustfeat.cli.rendering import Command, say
+from robustfeat.counts import format_count
 from robustfeat.serving.engines.options import RunOptions
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _export_head(place: str, out: str, model: str, options: RunOptions, *, as_js
         click.echo(json.dumps(about | {"bytes": report.size_bytes, "differences": dict(report.differences)}))
         return
     apart = ", ".join(f"{output} within {difference:.1g}" for output, difference in report.differences.items())
-    what = f"{count} classes on {name} in {options.precision}, {report.size_bytes / 1e6:.1f} MB"
+    what = f"{format_count(count, 'class')} on {name} in {options.precision}, {report.size_bytes / 1e6:.1f} MB"
     say(f"{out}: {what}; against the head: {apart}", err=True)
 
 

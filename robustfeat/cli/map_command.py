@@ -13,6 +13,7 @@ from robustfeat.cli.feature_inputs import open_inputs, remark, report_failed
 from robustfeat.cli.head_options import names_option
 from robustfeat.cli.lines import require_output
 from robustfeat.cli.rendering import Command, say
+from robustfeat.counts import format_count
 
 if TYPE_CHECKING:
     from robustfeat.serving.heads.features import Features
@@ -159,7 +160,7 @@ def command(
     features = open_inputs(inputs, extraction, quiet, names=names, head=head, head_place=head_place or "")
     chosen = choose_rows(features, rows, seed)
     if len(chosen) == rows < int(features.good.sum()):
-        remark(f"{int(features.good.sum()):,} images: the map shows {rows:,} of them, drawn at random", quiet)
+        remark(f"the map shows {rows:,} of the {int(features.good.sum()):,} images, drawn at random", quiet)
     labelled = label_colouring(features, known)
     colourings = [] if labelled is None else [labelled]
     if head is not None:
@@ -179,10 +180,11 @@ def command(
     sizes = {out: write_page(shown, out) if out in pages else write_places(shown, out) for out in outs}
     drawn = len(shown.sprites.rows) if shown.sprites else 0
     for out, size in sizes.items():
-        with_thumbnails = f", {drawn:,} thumbnails" if out in pages and shown.sprites else ""
-        remark(f"{out}: {len(shown.paths):,} images{with_thumbnails}, {size / 1e6:.1f} MB", quiet)
+        with_thumbnails = f", {format_count(drawn, 'thumbnail')}" if out in pages and shown.sprites else ""
+        remark(f"{out}: {format_count(len(shown.paths), 'image')}{with_thumbnails}, {size / 1e6:.1f} MB", quiet)
     if shown.sprites and (left := len(shown.paths) - drawn - missing):
-        remark(f"{left:,} images have no thumbnail, to keep them below {thumbnail_mb:g} MB: see --thumbnail-mb", quiet)
+        images_have = format_count(left, "image has", "images have")
+        remark(f"{images_have} no thumbnail, for a page below {thumbnail_mb:g} MB: see --thumbnail-mb", quiet)
     if as_json:
         summary = {"out": sizes, "images": len(shown.paths), "failed": len(features.errors), "thumbnails": drawn}
         click.echo(json.dumps(summary | {"missing": missing}))
@@ -211,7 +213,7 @@ def _read_layers(layers: tuple[str, ...], head_place: str | None, features: Feat
     for name, file in files:
         layer, missing = read_layer(name, file, features.paths)
         if missing:
-            remark(f"{file}: {missing:,} lines name no image of {features.place}", quiet)
+            remark(f"{file}: {format_count(missing, 'line names', 'lines name')} no image of {features.place}", quiet)
         found.append(layer)
     return found
 
@@ -219,5 +221,6 @@ def _read_layers(layers: tuple[str, ...], head_place: str | None, features: Feat
 def _report(features: Features, missing: int) -> int:
     code = report_failed(features, "not on the map")
     if missing:
-        say(f"robustfeat: {missing:,} images have no thumbnail: they are missing or cannot be read", err=True)
+        images_have = format_count(missing, "image has", "images have")
+        say(f"robustfeat: {images_have} no thumbnail: missing or unreadable", err=True)
     return 3 if missing else code

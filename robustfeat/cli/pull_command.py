@@ -9,6 +9,7 @@ import click
 
 from robustfeat.cli.extraction import pin_options
 from robustfeat.cli.rendering import Command, say
+from robustfeat.counts import format_count
 
 if TYPE_CHECKING:
     from robustfeat.hub.folder import ModelFolder
@@ -94,8 +95,9 @@ def _pull_model(
         folder = copy_folder(hub, out)
     about: dict[str, Any] = {"path": str(folder.path), "name": folder.config.name, "revision": hub.revision}
     about |= {"config_hash": folder.config_hash, "bytes": folder.size_bytes()}
+    files = format_count(len(folder.present), "file")
     return about, (
-        f"{folder.config.name} at {hub.revision}, config hash {folder.config_hash}: {len(folder.present)} files, "
+        f"{folder.config.name} at {hub.revision}, config hash {folder.config_hash}: {files}, "
         f"{folder.size_bytes() / 1e6:.1f} MB, hashes verified"
     )
 
@@ -113,5 +115,5 @@ def _pull_head(folder: HeadFolder, out: str | None, *, everything: bool) -> tupl
     model = head.model.name if head.model else None
     about: dict[str, Any] = {"path": str(path), "head": folder.place, "model": model, "revision": folder.revision}
     about |= {"sha256": folder.sha256, "classes": len(head.classes), "bytes": size}
-    said = f"{folder.place} at {folder.revision}, sha256 {folder.sha256}: {len(head.classes)} classes"
+    said = f"{folder.place} at {folder.revision}, sha256 {folder.sha256}: {format_count(len(head.classes), 'class')}"
     return about, f"{said} on {model or 'an unknown model'}, {size / 1e6:.1f} MB, hashes verified"

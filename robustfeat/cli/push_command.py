@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from robustfeat.cli.rendering import Command, say
+from robustfeat.counts import format_count
 
 if TYPE_CHECKING:
     from robustfeat.hub.push import PushReport, Target
@@ -117,8 +118,9 @@ def _print(report: PushReport, target: Target, loader: str, quiet: bool) -> None
         pinned = "config hash" if loader == "FeatureExtractor" else "sha256"
         say(f"{pinned} {report.config_hash}" + (f", tag {target.tag}" if target.tag else ""), err=True)
     if target.dry_run:
-        count, total = len(report.changes), sum(change.size_bytes for change in report.changes) / 1e6
-        say(f"{report.repo}: {made}{count} files ({total:.1f} MB) would be sent; --dry-run sent nothing", err=True)
+        files = format_count(len(report.changes), "file")
+        total = sum(change.size_bytes for change in report.changes) / 1e6
+        say(f"{report.repo}: {made}{files} ({total:.1f} MB) would be sent; --dry-run sent nothing", err=True)
         return
     if not report.changes:
         say(f"{report.repo}: is up to date; nothing was sent", err=True)

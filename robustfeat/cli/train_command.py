@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from robustfeat.cli.rendering import Command, say
+from robustfeat.counts import format_count
 from robustfeat.serving.engines.options import AUTO, DEVICES
 
 if TYPE_CHECKING:
@@ -290,7 +291,7 @@ def _report(result: TrainingResult, as_json: bool, quiet: bool) -> int:
         say(f"{result.run}" + (": " + ", ".join(scores) if scores else ""), err=True)
     if not result.bad_images:
         return 0
-    say(f"robustfeat: {len(result.bad_images)} images could not be decoded and were left out", err=True)
+    say(f"robustfeat: left out {format_count(len(result.bad_images), 'image')} that could not be decoded", err=True)
     # torchrun treats every other exit code as a crash, and would report or restart a finished run.
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 3
 

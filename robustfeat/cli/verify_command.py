@@ -14,6 +14,7 @@ import click
 
 from robustfeat.cli.extraction import pin_options, pooling_option
 from robustfeat.cli.rendering import Command, say
+from robustfeat.counts import format_count
 
 if TYPE_CHECKING:
     from robustfeat.hub.folder import ModelFolder
@@ -44,7 +45,7 @@ def command(model: str, revision: str | None, config_hash: str | None, pooling: 
     folder = resolve_model(model, revision=revision, config_hash=config_hash)
     folder.verify()
     if not quiet:
-        say(f"{folder.config.name}: {len(folder.config.files)} files, hashes verified", err=True)
+        say(f"{folder.config.name}: {format_count(len(folder.config.files), 'file')}, hashes verified", err=True)
     if not quiet and not folder.is_own:
         say(
             "no golden images: the first engine is the reference for the others, on robustfeat's own images",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from robustfeat.counts import format_count
 from robustfeat.hub.card import PLACE, license_fields
 from robustfeat.hub.markdown import table
 from robustfeat.hub.outputs import POOLED
@@ -32,7 +33,7 @@ def render_head_card(about: Mapping[str, Any], sha256: str, license_id: str | No
     classes = about["classes"]
     several = ", several of which may apply" if about["multi_label"] else ""
     rows = about["selection"].get("rows")
-    fitted = f"fitted on {rows:,} images" if isinstance(rows, int) else "fitted elsewhere"
+    fitted = f"fitted on {format_count(rows, 'image')}" if isinstance(rows, int) else "fitted elsewhere"
     return f"""\
 ---
 {_metadata(about, license_id)}

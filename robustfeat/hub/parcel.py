@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robustfeat.counts import format_count
 from robustfeat.errors import HeadError, ModelFolderError, RobustFeatError
 from robustfeat.hub.card import PLACE, render_card
 from robustfeat.hub.folder import CARD, CONFIG, ModelFolder, file_sha256
@@ -107,7 +108,7 @@ def head_parcel(folder: HeadFolder, repo: str, *, license_id: str | None = None)
     text = (card or render_head_card(folder.about, folder.sha256, license_id)).replace(PLACE, repo)
     return Parcel(
         HEAD,
-        f"head with {len(folder.about['classes'])} classes",
+        f"head with {format_count(len(folder.about['classes']), 'class')}",
         folder.sha256,
         _contents(folder.path, folder.files, text, _REPORTS, HeadError),
         card_is_edited=card is not None or license_id is not None,

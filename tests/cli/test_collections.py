@@ -276,7 +276,7 @@ def test_a_file_that_is_listed_twice_is_no_duplicate(robustfeat: Run, two_folder
     result = robustfeat("duplicates", feats, "--drop-list", listed)
     assert result.returncode == 0, result.stderr
     assert rows_of(result.stdout) == []
-    assert "1 rows have the path and the bytes of an earlier row and were left out" in result.stderr
+    assert "1 row left out with path and bytes of an earlier row" in result.stderr
     assert listed.read_text() == ""
     # A copy of a file that is listed twice is dropped as ever.
     shutil.copytree(photos, tmp_path / "a")

@@ -97,15 +97,15 @@ def test_images_are_embedded_and_missing_ones_are_counted(
     assert (summary["images"], summary["failed"], summary["thumbnails"], summary["missing"]) == (35, 1, 35, 0)
     done = robustfeat("map", mapped / "feats.npy", "--images", images, "--out", tmp_path / "all.html", "--json")
     assert done.returncode == 3
-    assert "5 images have no thumbnail: they are missing or cannot be read" in done.stderr
+    assert "5 images have no thumbnail: missing or unreadable" in done.stderr
     assert json.loads(done.stdout)["thumbnails"] == 35
     done = robustfeat(
         "map", mapped / "feats.npy", "--images", examples, "--thumbnail-mb", 0.02, "--out", tmp_path / "x.html"
     )
     assert done.returncode == 0
-    assert re.search(r"\d+ images have no thumbnail, to keep them below 0.02 MB: see --thumbnail-mb", done.stderr)
+    assert re.search(r"\d+ images have no thumbnail, for a page below 0.02 MB: see --thumbnail-mb", done.stderr)
     done = robustfeat("map", mapped / "feats.npy", "--rows", 12, "--out", tmp_path / "few.html")
-    assert "40 images: the map shows 12 of them, drawn at random" in done.stderr
+    assert "the map shows 12 of the 40 images, drawn at random" in done.stderr
     assert len(data_of(tmp_path / "few.html")["paths"]) == 12
 
 
@@ -116,7 +116,7 @@ def test_labels_and_layers_come_from_tables(mapped: Path, robustfeat: Run, tmp_p
     options = ("--labels", tmp_path / "labels.csv", "--layer", layer, "--duplicates", 0.5, "--clusters", 4)
     done = robustfeat("map", mapped / "feats.npy", *options, "--out", tmp_path / "map.html")
     assert done.returncode == 0, done.stderr
-    assert "look.csv: 1 lines name no image" in done.stderr
+    assert "look.csv: 1 line names no image" in done.stderr
     data = data_of(tmp_path / "map.html")
     label, cluster = data["colourings"]
     assert label["names"] == ["blue", "red"]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.counts import format_count
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.inputs.remote import is_remote
 
@@ -167,7 +168,7 @@ def _read_parquet(handle: Any, feature_size: int, rows: int) -> Iterator[NDArray
     if not pyarrow.types.is_fixed_size_list(kind) or kind.value_type != pyarrow.float32():
         raise ValueError(f"the column features must be lists of {feature_size} float32; it is {kind}")
     if file.metadata.num_rows != rows:
-        raise ValueError(f"it has {file.metadata.num_rows} rows, not {rows}")
+        raise ValueError(f"it has {format_count(file.metadata.num_rows, 'row')}, not {rows}")
     for batch in file.iter_batches(columns=["features"]):
         yield np.asarray(batch.column(0).flatten()).reshape(-1, feature_size)
 

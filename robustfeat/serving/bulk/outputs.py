@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.counts import format_count
 from robustfeat.errors import InputError
 from robustfeat.serving.bulk.formats import FORMATS, map_features, read_features
 from robustfeat.serving.bulk.job import Places
@@ -246,7 +247,7 @@ def index_records(output: Output) -> Iterator[dict[str, Any]]:
         yield record
     if row + 1 != output.rows:
         raise InputError(
-            f"{shown}: has {row + 1:,} rows, but {output.places.meta} has {output.rows:,}; "
+            f"{shown}: has {format_count(row + 1, 'row')}, but {output.places.meta} has {output.rows:,}; "
             "the files do not belong together",
             fix="embed the images again",
         )

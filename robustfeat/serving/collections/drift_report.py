@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from robustfeat.counts import format_count
 from robustfeat.progress import json_line
 from robustfeat.serving.collections.drift import ATYPICAL, Answers, Drift
 from robustfeat.serving.heads.cells import csv_line
@@ -36,7 +37,8 @@ def remarks(drift: Drift, reference: Features, new: Features) -> Iterator[str]:
     if len(drift.rows) < total[1]:
         yield f"typicality of {_of(len(drift.rows), total[1])} of {new.place}"
     if drift.in_both:
-        yield f"{drift.in_both:,} images are in both collections, which hides a part of the shift"
+        images = format_count(drift.in_both, "image is", "images are")
+        yield f"{images} in both collections, which hides a part of the shift"
     if drift.answers:
         yield _say_shares(drift.answers)
     share = float((drift.typicality < ATYPICAL).mean())
@@ -46,7 +48,11 @@ def remarks(drift: Drift, reference: Features, new: Features) -> Iterator[str]:
 
 
 def _of(part: int, total: int) -> str:
-    return f"all {total:,} images" if part == total else f"{part:,} of the {total:,} images, drawn at random,"
+    return (
+        f"all {format_count(total, 'image')}"
+        if part == total
+        else f"{part:,} of the {total:,} images, drawn at random,"
+    )
 
 
 def _say_shares(answers: Answers) -> str:

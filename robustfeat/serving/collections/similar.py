@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.counts import format_count
 from robustfeat.errors import InputError
 from robustfeat.progress import Progress, json_line
 from robustfeat.serving.collections.neighbours import Neighbours, queries_per_pass
@@ -86,7 +87,7 @@ def rows_named(features: Features, queries: Iterable[str]) -> dict[str, int]:
         if query.isdecimal() and query.isascii():
             if int(query) >= len(features):
                 raise InputError(
-                    f"row {query}: {features.place} has {len(features):,} rows, from 0",
+                    f"row {query}: {features.place} has {format_count(len(features), 'row')}, from 0",
                     fix=f"for a file of this name, pass ./{query}",
                 )
             found[query] = int(query)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.counts import format_count
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.bulk.formats import FORMATS
 from robustfeat.serving.bulk.index_paths import IndexPaths
@@ -227,7 +228,7 @@ def _read_names(names: str, place: str, rows: int) -> list[str]:
     # `splitlines` would also split at other characters, which names may contain.
     paths = text.removesuffix("\n").split("\n") if text else []
     if len(paths) != rows:
-        what = f"has {len(paths):,} lines; expected the paths of the {rows:,} rows of {place}"
+        what = f"has {format_count(len(paths), 'line')}; expected the paths of the {rows:,} rows of {place}"
         raise InputError(what, argument="names", value=names)
     return paths
 

@@ -57,7 +57,7 @@ def choose_rows(features: Features, most: int, seed: int) -> NDArray[np.int64]:
     """
     rows = np.flatnonzero(features.good)
     if not len(rows):
-        raise InputError(f"{features.place}: all {len(features):,} images failed", fix="see their errors in the index")
+        raise InputError(f"{features.place}: all images failed", fix="see their errors in the index")
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
     return rows

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from robustfeat.counts import format_count
 from robustfeat.errors import DataError, DecodeError
 from robustfeat.progress import Progress
 from robustfeat.serving.feature_cache import FeatureCache, embed_contents
@@ -97,10 +98,8 @@ def open_task(
         parts.append(part)
     found = np.unique(parts[0].labels)
     if len(found) < 2:
-        raise DataError(
-            f"{name}={place}: all {len(parts[0]):,} training images are of one class, "
-            f"{train.classes[int(found[0])]!r}; a task needs two"
-        )
+        only = format_count(len(parts[0]), "training image is", "training images are")
+        raise DataError(f"{name}={place}: {only} of one class, {train.classes[int(found[0])]!r}; a task needs two")
     return Task(name, parts[0], parts[1])
 
 

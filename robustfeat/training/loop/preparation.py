@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustfeat.counts import format_count
 from robustfeat.errors import DataError, InputError
 from robustfeat.files import FileLock
 from robustfeat.progress import remark
@@ -267,14 +268,15 @@ def introduce(run: Run, data: str | Path) -> None:
     lines = [
         *(lines if taught else ()),
         f"{len(run.train_set):,} training and {len(run.validation_set):,} validation images, "
-        f"{len(run.train_set.classes)} classes, {len(run.concepts.names)} concepts; "
-        f"{recipe.method} on {run.device.type}{ranks}, {recipe.precision}{inner}, {recipe.epochs} epochs",
+        f"{format_count(len(run.train_set.classes), 'class')}, {format_count(len(run.concepts.names), 'concept')}; "
+        f"{recipe.method} on {run.device.type}{ranks}, {recipe.precision}{inner}, "
+        f"{format_count(recipe.epochs, 'epoch')}",
         *dict.fromkeys(run.train_set.remarks + run.validation_set.remarks),
     ]
     if run.probe:
         lines.append(
             f"probe: {recipe.probe_classifier} on {len(run.probe.train):,} training and {len(run.probe.test):,} test "
-            f"images in {len(run.probe.train.classes)} classes"
+            f"images in {format_count(len(run.probe.train.classes), 'class')}"
         )
         lines += run.probe.remarks
     if recipe.parts and not is_hub_dataset(data) and not any(Path(data).glob("train-*")):

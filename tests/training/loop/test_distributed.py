@@ -260,7 +260,7 @@ def test_a_bad_image_of_either_rank_is_named_by_the_first(dataset: Path, tmp_pat
     code, stdout, stderr = finish(process)
     assert json.loads(stdout)["bad_images"] == 3
     assert all(stderr.count(f"left out: {victim.parent.name}/{victim.name}") == 1 for victim in victims)
-    assert "3 images could not be decoded and were left out" in stderr
+    assert "left out 3 images that could not be decoded" in stderr
     assert code == 0, "torchrun would report a crash"
 
 

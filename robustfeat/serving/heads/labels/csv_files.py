@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from robustfeat.counts import format_count
 from robustfeat.errors import InputError
 from robustfeat.serving.heads.cells import unquote_cell
 from robustfeat.serving.heads.labels.cell import Cell, is_missing, paths_without_names
@@ -48,7 +49,7 @@ def read_csv(file: str, label_column: str | None, path_column: str | None, *, in
                     continue
                 place = f"{file}, line {reader.line_num}"
                 if len(row) != table.columns:
-                    raise InputError(f"{place}: has {len(row)} columns; expected {table.columns}")
+                    raise InputError(f"{place}: has {format_count(len(row), 'column')}; expected {table.columns}")
                 label = unquote_cell(row[table.label_at])
                 path = "" if table.path_at is None else unquote_cell(row[table.path_at])
                 yield Cell(place, path, None if is_missing(label) else label)
@@ -124,7 +125,7 @@ class _Headers:
             places = exact or [at for at, one in enumerate(names) if one.lower() == name.lower()]
             if len(places) > 1:
                 fix = "give each column its own name"
-                raise InputError(f"{self.file}: has {len(places)} columns named {name}", fix=fix)
+                raise InputError(f"{self.file}: has {format_count(len(places), 'column')} named {name}", fix=fix)
             if places:
                 return places[0]
         return None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from robustfeat.counts import format_count
 from robustfeat.errors import InputError, first_line
 from robustfeat.serving.heads.cells import SEPARATOR
 from robustfeat.serving.heads.features import row_name
@@ -65,7 +66,8 @@ def read_labels(
             found[path] = tuple(sorted({*found.get(path, ()), *own}))
     names = ", ".join(labels)
     if rows is not None and count != rows:
-        what = f"has {count:,} labels and no paths; expected one label for each of the {rows:,} rows, in order"
+        had = format_count(count, "label")
+        what = f"has {had} and no paths; expected one label for each of the {rows:,} rows, in order"
         raise InputError(what, argument="labels", value=names, fix="write NA where a label is missing")
     if not found:
         raise InputError("contains no labels", argument="labels", value=names)

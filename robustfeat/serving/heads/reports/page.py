@@ -115,9 +115,9 @@ def _draw_images(report: Report, answers: Answers, thumbnails: Thumbnails | None
     found = thumbnails(chosen) if thumbnails else {}
     parts = []
     if len(found) < len(chosen):
-        which = f"{len(chosen) - len(found)} of {len(chosen)}" if found else "The"
+        which = f"{len(chosen) - len(found)} of {format_count(len(chosen), 'image')}" if found else "The images"
         parts.append(
-            f'<p class="note">{which} images have no picture: only their features were given, or they could not be '
+            f'<p class="note">{which} have no picture: only their features were given, or they could not be '
             "read again.</p>"
         )
     for name, note, rows in groups:

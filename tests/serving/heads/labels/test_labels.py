@@ -243,7 +243,7 @@ def test_a_missing_label_is_no_class(tmp_path: Path, missing: str) -> None:
             "name,kind\ncat/1.jpg,x\n",
             r"has the columns name, kind; expected a column of paths; name it one of path, .*filename",
         ),
-        ("path,label\ncat/1.jpg\n", "line 2: has 1 columns; expected 2"),
+        ("path,label\ncat/1.jpg\n", "line 2: has 1 column; expected 2"),
         ("", "is empty"),
         ("path," + "l" * 200_000 + "\ncat/1.jpg,x\n", r"not a CSV file \(line 1: "),
         ("path,label\n", "contains no labels"),
