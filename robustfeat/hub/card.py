@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from robustfeat.counts import format_count
 from robustfeat.hub.config import ModelConfig
 from robustfeat.hub.markdown import cell, table
 from robustfeat.hub.outputs import POOLED, read_outputs
@@ -219,7 +220,7 @@ def _origin(config: ModelConfig) -> str:
     teacher, epoch = config.recipe.get("teacher"), config.provenance.get("epoch")
     return (
         f"Pre-trained with {_method(str(method))} "
-        f"on {config.provenance['data']['images']:,} images {grouped} {len(config.concepts)} concepts."
+        f"on {config.provenance['data']['images']:,} images {grouped} {format_count(len(config.concepts), 'concept')}."
         + (f" It learned from the features of `{cell(str(teacher))}`." if teacher else "")
         + (f" The weights are from epoch {epoch} of {config.recipe.get('epochs')}, the best." if epoch else "")
     )

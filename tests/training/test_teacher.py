@@ -355,7 +355,7 @@ def test_a_folder_of_images_is_learned_from_exported_and_embeds(
     assert check.cosine > 0.9999
     assert FeatureExtractor.from_pretrained(report.folder.path).embed(example_files[:2]).shape == (2, 64)
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "on 19 images without labels, in 1 concepts. It learned from the features of `small`." in card
+    assert "on 19 images without labels, in 1 concept. It learned from the features of `small`." in card
 
 
 def test_train_and_val_may_be_folders_of_images(photos: Path, tmp_path: Path) -> None:

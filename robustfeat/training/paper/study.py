@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from robustfeat.counts import format_count
 from robustfeat.errors import CheckpointError, DataError, DivergedError, InputError, StoppedError, TrainingError
 from robustfeat.progress import remark
 from robustfeat.serving.inputs.sources import printable
@@ -109,12 +110,12 @@ class Study:
     def title(self) -> str:
         """The pre-training data, for headings."""
         recipe, shares = self.scale.recipe, ", with ImageNet's shares of concepts" if self.biased else ""
-        return f"{self._seen(self.stage)}, {recipe.validation_size} px, {recipe.epochs} epochs{shares}"
+        return f"{self._seen(self.stage)}, {recipe.validation_size} px, {format_count(recipe.epochs, 'epoch')}{shares}"
 
     @property
     def selection_title(self) -> str:
         """The pre-training data of the selection."""
-        return f"{self._seen('selection')}, {self.scale.selection.epochs} epochs, one seed"
+        return f"{self._seen('selection')}, {format_count(self.scale.selection.epochs, 'epoch')}, one seed"
 
     def _seen(self, stage: str) -> str:
         assert self._place is not None  # what has such a heading needs a benchmark

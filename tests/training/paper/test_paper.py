@@ -123,7 +123,7 @@ def test_all_of_it_runs_from_end_to_end(benchmark: Path, target: Path, tmp_path:
     assert page.count("<section") == 13
     assert page.count("<svg") == 6
     assert f"Targets: {target.name} (for CIFAR-10), at most 30 training images; {target.name} (for SOP)" in page
-    assert f"a check of the programs, no result: {benchmark.name}, 160 images, 24 px, 1 epochs" in page
+    assert f"a check of the programs, no result: {benchmark.name}, 160 images, 24 px, 1 epoch" in page
     assert not re.search(r'(src|href)="(?!#)', page)  # nothing is fetched from elsewhere
     table = rows(out / "table2.csv")
     assert [row["method"] for row in table] == ["ERM", "EL", "CL", "HRRL"]
@@ -205,9 +205,7 @@ def test_the_biased_benchmark_has_imagenets_shares(benchmark: Path, tmp_path: Pa
     study = Study(tmp_path, SCALES["quick"](), str(benchmark), {}, Machine("cpu", 1, 0, quiet=True), biased=True)
     images, _ = open_training_data(study.data("biased"))
     assert 56 <= len(images) <= 64  # each class has a whole number
-    assert study.title.endswith(
-        f"benchmark0, {len(images)} images, 24 px, 1 epochs, with ImageNet's shares of concepts"
-    )
+    assert study.title.endswith(f"benchmark0, {len(images)} images, 24 px, 1 epoch, with ImageNet's shares of concepts")
     assert study.differences()[0].startswith(f"Pre-trained on {len(images)} images")
     concepts = assign_concepts("imagenet11", images.classes, np.bincount(images.labels))
     counts = dict(zip(concepts.names, concepts.counts.tolist(), strict=True))
@@ -225,7 +223,7 @@ def test_an_image_of_the_benchmark_that_cannot_be_read_is_named_at_once(benchmar
     # A benchmark that has fewer images than the scale asks for is told as it is.
     few = dataclasses.replace(SCALES["quick"](), rows=1000, selection_rows=100)
     study = Study(tmp_path / "few", few, str(benchmark), {"sop": "there/two  words"}, Machine("cpu", 1, 0, quiet=True))
-    assert study.title.endswith(f"{benchmark.name}, 176 images, 24 px, 1 epochs")
+    assert study.title.endswith(f"{benchmark.name}, 176 images, 24 px, 1 epoch")
     assert study.differences()[0].startswith("Pre-trained on 176 images")
     assert study.differences()[2] == "Targets: two words (for SOP), at most 30 training images."
     assert study.target_title("sop") == "two words (for SOP)"
