@@ -87,13 +87,16 @@ def model_parcel(folder: ModelFolder, repo: str) -> Parcel:
     )
 
 
-def head_parcel(folder: HeadFolder, repo: str, *, license_id: str | None = None) -> Parcel:
+def head_parcel(
+    folder: HeadFolder, repo: str, *, license_id: str | None = None, published_license: str | None = None
+) -> Parcel:
     """Collects the files of a head's folder.
 
     Args:
         folder: the head.
         repo: ORG/NAME.
         license_id: the Hub's name of a license, for a generated card.
+        published_license: the license of a generated card if `license_id` is None.
 
     Raises:
         HeadError: a file looks like a secret, or both a card and a license are given.
@@ -105,7 +108,7 @@ def head_parcel(folder: HeadFolder, repo: str, *, license_id: str | None = None)
             argument=None,
             fix="leave `license_id` out, or remove the card to generate a new one",
         )
-    text = (card or render_head_card(folder.about, folder.sha256, license_id)).replace(PLACE, repo)
+    text = (card or render_head_card(folder.about, folder.sha256, license_id or published_license)).replace(PLACE, repo)
     return Parcel(
         HEAD,
         f"head with {format_count(len(folder.about['classes']), 'class')}",

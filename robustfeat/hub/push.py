@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from robustfeat.errors import HubError, ModelFolderError
 from robustfeat.hub.folder import CARD, ModelFolder, refuse_code
-from robustfeat.hub.head_folder import HeadFolder
+from robustfeat.hub.head_folder import HEAD, HeadFolder
 from robustfeat.hub.parcel import Parcel, head_parcel, model_parcel
 from robustfeat.hub.remote import HubAccess, RemoteFile, is_commit, is_hub_name, is_revision
 from robustfeat.hub.snapshot import KINDS
@@ -119,7 +119,8 @@ def push_model(folder: ModelFolder, target: Target) -> PushReport:
     if folder.compact:
         raise ModelFolderError(f"{folder.path}: is a compact folder; a push needs the ONNX network in one file")
     folder.verify()
-    return _push(model_parcel(folder, target.repo), target)
+    parcel = model_parcel(folder, target.repo)
+    return _push(lambda _: parcel, target)
 
 
 def push_head(folder: HeadFolder, target: Target, *, license_id: str | None = None) -> PushReport:
@@ -130,28 +131,35 @@ def push_head(folder: HeadFolder, target: Target, *, license_id: str | None = No
     Args:
         folder: the head.
         target: the repository and how to push.
-        license_id: the Hub's name of a license, for a generated card.
+        license_id: the Hub's name of a license, for a generated card. By default the license that is published.
 
     Raises:
         HeadError: a file looks like a secret, or both a card and a license are given.
         HubError: see `push_model`.
     """
     _check_request(target)
-    return _push(head_parcel(folder, target.repo, license_id=license_id), target)
+
+    def pack(published_license: str | None) -> Parcel:
+        return head_parcel(folder, target.repo, license_id=license_id, published_license=published_license)
+
+    pack(None)  # refuses what may not be sent before the Hub is asked
+    return _push(pack, target)
 
 
-def _push(parcel: Parcel, target: Target) -> PushReport:
+def _push(pack: Callable[[str | None], Parcel], target: Target) -> PushReport:
+    """Pushes what `pack` makes, given the license of the head that is published."""
     repo, revision, tag, access = target.repo, target.revision, target.tag, target.access
     api = access.api()
     if not target.dry_run:
         with access.explaining(repo, writing=True):
             api.whoami()
+    before = _look(api, target)
+    parcel = pack(_published_license(target, before))
     if problems := access.card_problems(repo, parcel.card):
         raise HubError(
             f"{repo}: the Hub refuses the metadata of {CARD} ({'; '.join(problems)[:300]}); nothing was sent",
             fix="correct it, or remove the card to generate a new one",
         )
-    before = _look(api, target)
     refuse_code(before.files, f"{repo} on the Hub")
     changes = _changes(parcel, before, _old_files(parcel, target, before))
     _refuse_taken_names(target, before, will_change=bool(changes))
@@ -237,6 +245,22 @@ def _look(api: Any, target: Target) -> _Before:
     head = heads.get(branch, heads.get(_MAIN, info.sha))
     tags = {ref.name: ref.target_commit for ref in refs.tags}
     return _Before(True, head, access.files(repo, head), tags, heads)
+
+
+def _published_license(target: Target, before: _Before) -> str | None:
+    """The license in the card of the head on the Hub; None if there is no head, card or license."""
+    if not {HEAD, CARD} <= before.files.keys():
+        return None
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    text = Path(target.access.download(target.repo, CARD, before.head)).read_text("utf-8", "replace")
+    try:
+        data = ModelCard(text, ignore_metadata_errors=True).data
+    except (ValueError, TypeError, YAMLError):
+        return None
+    found = data.get("license_name" if data.get("license") == "other" else "license")
+    return found if isinstance(found, str) else None
 
 
 def _old_files(parcel: Parcel, target: Target, before: _Before) -> set[str]:

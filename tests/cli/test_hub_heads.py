@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,20 @@ def test_a_second_push_sends_nothing_and_keeps_an_edited_card(hub: FakeHub, call
     assert b"# Mine" in hub.read("org/clothes", "README.md")
     refused = one_line(call("push", copy, "org/clothes", "--license", "mit"))
     assert "the folder has a card, which states the license; leave --license out" in refused
+
+
+@pytest.mark.parametrize("license_id", ["mit", "our-own-terms"])
+def test_a_head_that_is_fitted_again_keeps_its_license(hub: FakeHub, call: Call, copy: Path, license_id: str) -> None:
+    assert call("push", copy, "org/clothes", "--license", license_id).returncode == 0
+    again = copy.with_name("again")
+    replace(Head.load(copy), scores={}).save(again)
+    assert call("push", again, "org/clothes").returncode == 0
+    card = hub.read("org/clothes", "README.md").decode()
+    assert sha256(again) in card
+    assert f": {license_id}\n" in card
+    assert card_problems(card) == []
+    assert call("push", again, "org/clothes", "--license", "cc0-1.0").returncode == 0
+    assert "\nlicense: cc0-1.0\n" in hub.read("org/clothes", "README.md").decode()
 
 
 def test_a_dry_run_and_a_proposal(published: FakeHub, call: Call, copy: Path) -> None:
