@@ -30,6 +30,8 @@ __all__ = [
     "Extraction",
     "Number",
     "extraction_options",
+    "max_items_option",
+    "max_pixels_option",
     "pin_options",
     "pooling_option",
     "serving_options",
@@ -134,14 +136,19 @@ _RUN_OPTIONS = (
         "--threads", type=click.IntRange(min=1), help="Number of processors for the model.  [default: all available]"
     ),
 )
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=MAX_PIXELS,
+    show_default=True,
+    help="Largest accepted image, in pixels. Decoding takes up to 24 bytes per pixel.",
+)
+max_items_option = click.option(
+    "--max-items", type=click.IntRange(min=1), default=64, show_default=True, help="Most images per request."
+)
+
 _BULK_OPTIONS = (
-    click.option(
-        "--max-pixels",
-        type=click.IntRange(min=1),
-        default=MAX_PIXELS,
-        show_default=True,
-        help="Largest accepted image, in pixels. Decoding takes up to 24 bytes per pixel.",
-    ),
+    max_pixels_option,
     click.option(
         "--workers",
         type=click.IntRange(min=1),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from robustfeat import __version__
-from robustfeat.cli.extraction import ABOVE_ZERO, Extraction, serving_options
+from robustfeat.cli.extraction import ABOVE_ZERO, Extraction, max_items_option, max_pixels_option, serving_options
 from robustfeat.cli.rendering import Command, Failure, say
 from robustfeat.errors import RobustFeatError
 from robustfeat.progress import visible
@@ -135,14 +135,8 @@ def _collect_limits(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="MIB",
     help="Largest accepted request body, in MiB.",
 )
-@click.option(
-    "--max-pixels",
-    type=click.IntRange(1),
-    default=100_000_000,
-    show_default=True,
-    help="Largest accepted image, in pixels.",
-)
-@click.option("--max-items", type=click.IntRange(1), default=64, show_default=True, help="Most images per request.")
+@max_pixels_option
+@max_items_option
 @click.option(
     "--max-queue",
     type=click.IntRange(1),

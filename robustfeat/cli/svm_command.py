@@ -320,7 +320,7 @@ def _thumbnails(inputs: tuple[str, ...], images: tuple[str, ...], folder: str, q
     def read(paths: Collection[str]) -> Mapping[str, bytes]:
         found = read_thumbnails(places, paths)
         if paths and not found:
-            remark(f"{Path(folder) / 'report.html'} has no pictures; add --images FOLDER, which was embedded", quiet)
+            remark(f"{Path(folder) / 'report.html'} has no pictures; pass the embedded folder by --images", quiet)
         return found
 
     return read

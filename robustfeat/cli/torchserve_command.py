@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from robustfeat.cli.extraction import Extraction, serving_options
+from robustfeat.cli.extraction import Extraction, max_items_option, max_pixels_option, serving_options
 from robustfeat.cli.rendering import Command, say
 
 
@@ -64,14 +64,8 @@ from robustfeat.cli.rendering import Command, say
     metavar="MIB",
     help="Largest accepted request body, in MiB.",
 )
-@click.option(
-    "--max-pixels",
-    type=click.IntRange(1),
-    default=100_000_000,
-    show_default=True,
-    help="Largest accepted image, in pixels.",
-)
-@click.option("--max-items", type=click.IntRange(1), default=64, show_default=True, help="Most images per request.")
+@max_pixels_option
+@max_items_option
 @click.option(
     "--timeout",
     type=click.IntRange(1),

@@ -77,7 +77,7 @@ def test_a_report_without_pictures_is_said(robustfeat: Run, features: Path, tmp_
     labels.write_text("hat/hat-1.jpg,hat\nhat/hat-2.jpg,hat\nshoes/shoes-1.jpg,shoes\n")
     fit = ["svm", "fit", features, "--labels", labels, "--C", "0.1", "--scaling", "l2", "--out"]
     result = robustfeat(*fit, tmp_path / "names")
-    assert f"{tmp_path / 'names' / 'report.html'} has no pictures; add --images FOLDER" in result.stderr
+    assert f"{tmp_path / 'names' / 'report.html'} has no pictures; pass the embedded folder" in result.stderr
     assert "on 2 rows; means leave out 1 class without rows: shoes\n" in result.stderr
     result = robustfeat(*fit, tmp_path / "pictures", "--images", EXAMPLES)
     assert "has no pictures" not in result.stderr

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from robustfeat.serving.collections.drift import ATYPICAL, Reference, draw_rows
 from robustfeat.serving.collections.two_sample import Comparison
@@ -71,8 +72,9 @@ class DriftWindow:
             self._running = self._thread.submit(self._compare, np.stack(self._latest))
 
     def _compare(self, values: Vector) -> tuple[Comparison, float]:
-        typicality = self._reference.typicality(self._reference.distances(values))
-        return self._reference.compare(values), float((typicality < ATYPICAL).mean())
+        with threadpool_limits(1):  # requests need the other processors
+            typicality = self._reference.typicality(self._reference.distances(values))
+            return self._reference.compare(values), float((typicality < ATYPICAL).mean())
 
 
 def watch_drift(place: str, models: Mapping[str, ServedModel], metrics: Metrics) -> None:

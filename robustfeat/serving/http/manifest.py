@@ -127,7 +127,7 @@ def _named(argument: str, entries: Iterable[str], parse: Callable[[str], Place])
         name, equals, text = ("", "", entry) if Path(entry).is_dir() else entry.partition("=")
         place = parse(text if equals else entry)
         if not equals:
-            name = "robustfeat" if entry == "builtin" else Path(place.name).absolute().name
+            name = "robustfeat" if place.name == "builtin" else Path(place.name).absolute().name
         if name in found or not _NAME.fullmatch(name):
             raise InputError(
                 "expected NAME=PLACE, each name once, of letters, digits, '.', '_' and '-'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ Embed = Callable[..., EmbeddingResult]
 @pytest.fixture(scope="module")
 def extractor(model: Path) -> FeatureExtractor:
     return FeatureExtractor.from_pretrained(model, threads=2, streams=2)
+
+
+@pytest.fixture(scope="module")
+def folder(example_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images of which two are broken: 8 shards of 4 rows."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(30):
+        shutil.copy(example_files[number], root / f"{number:02}.jpg")
+    (root / "05.jpg").write_bytes(b"\xff\xd8\xff junk")
+    (root / "29.jpg").write_bytes(b"")
+    (root / "notes.txt").write_text("left out")
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -27,18 +27,6 @@ from tests.serving.bulk.conftest import Embed
 
 
 @pytest.fixture(scope="module")
-def folder(example_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 images of which two are broken: 8 shards of 4 rows."""
-    root = tmp_path_factory.mktemp("parts")
-    for number in range(30):
-        shutil.copy(example_files[number], root / f"{number:02}.jpg")
-    (root / "05.jpg").write_bytes(b"\xff\xd8\xff junk")
-    (root / "29.jpg").write_bytes(b"")
-    (root / "notes.txt").write_text("left out")
-    return root
-
-
-@pytest.fixture(scope="module")
 def parted(folder: Path, embed: Embed, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three parts."""
     root = tmp_path_factory.mktemp("parted")

@@ -284,6 +284,11 @@ def test_reloads_leave_no_memory_behind(photos: list[bytes]) -> None:
         assert anonymous_mib(server.process.pid) < 1.15 * before + 5
 
 
+@pytest.mark.parametrize("pin", ["", "#" + "a" * 64])
+def test_the_builtin_model_has_its_name_with_and_without_a_pin(pin: str) -> None:
+    assert list(Manifest.of_options([f"builtin{pin}"], [], []).models) == ["robustfeat"]
+
+
 def test_the_documented_manifest_is_read(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "serving.md").read_text("utf-8")
     (block,) = re.findall(r"<!-- manifest of names -->\n```toml\n(.*?)```", page, re.S)
