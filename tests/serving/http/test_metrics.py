@@ -1,14 +1,23 @@
-"""Metrics: a full disk never ends a worker."""
+"""Metrics: a full disk never ends a worker, and a worker that starts never disturbs the others."""
 
 from __future__ import annotations
 
 import errno
 import os
+import sys
+import threading
+from collections import Counter
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
+from prometheus_client.mmap_dict import MmapedDict
 
+from robustfeat.files import reserve_space
 from robustfeat.serving.http.process.metrics import MOST_KEYS, Metrics
+from tests.serving.http.conftest import serving, wait_until
+from tests.serving.http.test_life import AT_ONCE
+from tests.serving.http.test_reload import reload
 
 
 @pytest.fixture
@@ -55,12 +64,17 @@ def test_the_space_of_all_numbers_is_taken_at_the_start(folder: Path, models: in
     assert metrics.exposition().count(b"robustfeat_images_total{") == 2 * models
 
 
-def test_a_worker_counts_for_itself_where_there_is_no_space(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, offset: int, length: int) -> None:
         os.ftruncate(descriptor, length // 2)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_worker_counts_for_itself_where_there_is_no_space(folder: Path) -> None:
     metrics = Metrics(0, models=2)
     assert not metrics.shared
     fill(metrics, 2)
@@ -68,3 +82,77 @@ def test_a_worker_counts_for_itself_where_there_is_no_space(folder: Path, monkey
     said = metrics.exposition()
     assert said.count(b"robustfeat_images_total{") == 4
     assert b'robustfeat_queue_images{model="' in said
+
+
+def count_requests(metrics: Metrics, number: int) -> None:
+    for _ in range(number):
+        metrics.request("/embed", 200)
+    metrics.count()
+
+
+def test_a_full_disk_removes_no_counts_that_others_read(folder: Path, request: pytest.FixtureRequest) -> None:
+    reader = Metrics(1)
+    count_requests(Metrics(0), 3)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    request.getfixturevalue("full_disk")
+    assert not Metrics(0).shared
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert b'robustfeat_requests_total{route="/embed",status="200"} 3.0' in reader.exposition()
+
+
+def test_a_worker_goes_on_with_the_counts_of_its_place(folder: Path) -> None:
+    count_requests(Metrics(0), 3)
+    size = (folder / "counter_0.db").stat().st_size
+    for _ in range(3):
+        count_requests(Metrics(0), 1)
+    assert b'robustfeat_requests_total{route="/embed",status="200"} 6.0' in Metrics(1).exposition()
+    assert (folder / "counter_0.db").stat().st_size < 1.1 * size
+
+
+@pytest.mark.parametrize("content", [b"", bytes(3), bytes(8), (4096).to_bytes(4, sys.byteorder) + bytes(60)])
+def test_a_file_that_is_not_complete_is_not_read(folder: Path, content: bytes) -> None:
+    metrics = Metrics(0)
+    count_requests(metrics, 2)
+    for kind in ("counter", "gauge_livesum"):
+        (folder / f"{kind}_1.db").write_bytes(content)
+    assert b'robustfeat_requests_total{route="/embed",status="200"} 2.0' in metrics.exposition()
+    count_requests(Metrics(1), 1)  # starts there anew
+    assert b'robustfeat_requests_total{route="/embed",status="200"} 3.0' in metrics.exposition()
+
+
+def test_a_file_appears_when_it_is_complete(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[int]()
+
+    def watched(file: BinaryIO, size: int) -> None:
+        reserve_space(file, size)
+        seen.append(len(list(folder.glob("*.db"))))
+
+    monkeypatch.setattr("robustfeat.serving.http.process.metrics.reserve_space", watched)
+    metrics = Metrics(0)
+    assert seen == [0, 0, 0, 0]
+    values = {file.name: list(MmapedDict.read_all_values_from_file(str(file))) for file in folder.glob("*.db")}
+    assert len(values) == 4
+    assert metrics.shared
+
+
+def test_metrics_are_answered_while_workers_start(clothes: Path) -> None:
+    """Each start makes files that the others read: what is asked meanwhile must not meet half of one."""
+    with serving("--head", clothes, "--workers", 2, constants=AT_ONCE) as server:
+        wait_until(lambda: server.metric("robustfeat_ready_workers") == 2)
+        stop, statuses = threading.Event(), Counter[int]()
+
+        def ask() -> None:
+            while not stop.is_set():
+                statuses[server.get("/metrics").status] += 1
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            for _ in range(2):
+                reload(server)
+            asked = statuses.total()
+            wait_until(lambda: statuses.total() > asked + 10)
+        finally:
+            stop.set()
+            asking.join()
+    assert set(statuses) == {200}

@@ -10,17 +10,20 @@ import os
 import platform
 import sys
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import prometheus_client
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest, values
+from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 import robustfeat
-from robustfeat.files import reserve_space
+from robustfeat.errors import InputError
+from robustfeat.files import new_file, reserve_space
 from robustfeat.system import anonymous_bytes, child_processes
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ _FILE_BYTES, _NAME_BYTES = 2**19, 2**14
 
 MOST_KEYS = 64
 """Names of keys that are counted, in the order of their first requests. All others are counted as `other`."""
+
+_NO_NUMBERS = (8).to_bytes(4, sys.byteorder) + bytes(4)
+"""A file without numbers: how many bytes are used, and padding (`prometheus_client.mmap_dict`)."""
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -258,27 +264,53 @@ class Metrics:
         if not self.shared:
             return generate_latest(self._own)
         registry = CollectorRegistry()
-        MultiProcessCollector(registry, os.environ["PROMETHEUS_MULTIPROC_DIR"])
+        registry.register(_AllWorkers(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])))
         return generate_latest(registry)
 
 
 def _reserve(folder: Path, worker: int, names: int) -> bool:
     """Reserves the disk space of a worker's files. Returns whether there is enough.
 
-    The files are memory-mapped, and a full disk would end the process instead of raising an error.
+    The files are memory-mapped, and a full disk would end the process instead of raising an error. Other workers read
+    the folder at any time, so a file gets its place when it is complete. Without enough space nothing changes.
     """
     files = [folder / f"{kind}_{worker}.db" for kind in ("counter", "histogram", "gauge_livesum", "gauge_livemax")]
     try:
-        for file in files:
-            with file.open("a+b") as opened:
-                opened.seek(0)
-                used = int.from_bytes(opened.read(4), sys.byteorder)  # bytes used by an earlier worker of this number
-                reserve_space(opened, used + _FILE_BYTES + names * _NAME_BYTES)
-    except OSError:
-        for file in files:
-            file.unlink(missing_ok=True)
+        with ExitStack() as renamed_together:
+            for file in files:
+                # An earlier worker of this number left its counts.
+                used = _bytes_used(file)
+                counts = file.read_bytes()[:used] if used else _NO_NUMBERS
+                with open(renamed_together.enter_context(new_file(file)), "r+b") as opened:
+                    opened.write(counts)
+                    opened.flush()
+                    reserve_space(opened, len(counts) + _FILE_BYTES + names * _NAME_BYTES)
+    except (OSError, InputError):
         return False
     return True
+
+
+def _bytes_used(file: Path) -> int:
+    """The bytes of a file that have numbers. 0 for a file that is missing, incomplete or damaged."""
+    try:
+        with file.open("rb") as opened:
+            used = int.from_bytes(opened.read(len(_NO_NUMBERS))[:4], sys.byteorder)
+            return used if used <= os.fstat(opened.fileno()).st_size else 0
+    except OSError:
+        return 0
+
+
+class _AllWorkers:
+    """Collects the numbers of all workers from the complete files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics, added up."""
+        files = [str(file) for file in sorted(self._folder.glob("*.db")) if _bytes_used(file)]
+        metrics: Iterable[Metric] = MultiProcessCollector.merge(files)
+        return metrics
 
 
 class ModelMetrics:
