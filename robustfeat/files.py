@@ -32,10 +32,14 @@ __all__ = [
     "require_new",
     "reserve_space",
     "resolve_link",
+    "take_turn",
 ]
 
 START_OVER = "partial files were removed: free space or choose another place, then run again"
 """The fix after an output could not be written and its partial files were removed."""
+
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EACCES}
+"""Errors of file systems without locks, and for a lock file that a killed process of another user left."""
 
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 
@@ -68,13 +72,15 @@ def create_folder(path: Path) -> None:
     path.mkdir(exist_ok=True)
 
 
-def _explain(target: Path, exc: OSError) -> InputError:
-    return InputError(f"{target}: cannot be written ({exc.strerror or exc})", fix=START_OVER)
+def _refusal(target: Path, exc: OSError, fix: str = "free space or choose another place, then run again") -> InputError:
+    return InputError(f"{target}: cannot be written ({exc.strerror or exc})", fix=fix)
 
 
 @contextmanager
 def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path to write to. It becomes `target` if the block succeeds, and is removed if it fails.
+
+    Processes that write one target take turns.
 
     Raises:
         InputError: the file system refuses (full, read-only, missing folder), or `target` is not a regular file.
@@ -86,17 +92,48 @@ def new_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_file():
         raise InputError(f"{target}: exists and is not a regular file", fix="choose another place")
     partial = _beside(target)
+    with take_turn(target):
+        try:
+            create_file(partial).close()
+            yield partial
+            with open(partial, "r+b") as handle:  # Windows flushes no file that is opened for reading
+                os.fsync(handle.fileno())
+            os.replace(partial, target)
+        except BaseException as exc:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if isinstance(exc, OSError):
+                raise _refusal(target, exc) from exc
+            raise
+
+
+@contextmanager
+def take_turn(target: str | os.PathLike[str]) -> Iterator[None]:
+    """Lets one process at a time run the block for `target`. Other processes wait.
+
+    Each `new_file` has such a turn, so code in its block reads the target as the process before left it. A turn locks
+    `.NAME.lock` beside the target, which exists only meanwhile. Where the file system has no locks, nobody waits.
+
+    Raises:
+        InputError: the lock file cannot be created.
+    """
+    target = Path(target)
+    place = target.with_name(f".{target.name}.lock")
+    lock = FileLock(place)
     try:
-        create_file(partial).close()
-        yield partial
-        with open(partial, "r+b") as handle:  # Windows flushes no file that is opened for reading
-            os.fsync(handle.fileno())
-        os.replace(partial, target)
+        lock.take(on_wait=lambda: None)
     except OSError as exc:
-        what = f"{target}: cannot be written ({exc.strerror or exc})"
-        raise InputError(what, fix="free space or choose another place, then run again") from exc
+        if exc.errno not in _NO_LOCKS:
+            raise _refusal(target, exc) from exc
+        if exc.errno != errno.EACCES:
+            place.unlink(missing_ok=True)
+    try:
+        yield
     finally:
-        partial.unlink(missing_ok=True)
+        if lock.is_held:
+            with suppress(OSError):
+                place.unlink(missing_ok=True)  # the next process in line finds out, and locks a new file
+            lock.release()
 
 
 def resolve_link(target: str | os.PathLike[str]) -> Path:
@@ -143,7 +180,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         lock = FileLock(partial)
         taken = lock.take()
     except OSError as exc:
-        raise _explain(target, exc) from exc
+        raise _refusal(target, exc, START_OVER) from exc
     if not taken:
         raise InputError(
             f"{target}: another process is writing it{lock.holder_note()}", fix="wait for it, or choose another place"
@@ -158,7 +195,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as exc:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(exc, OSError):
-            raise _explain(target, exc) from exc
+            raise _refusal(target, exc, START_OVER) from exc
         raise
     finally:
         lock.release()
@@ -234,6 +271,11 @@ class FileLock:
         finally:
             if self._descriptor is None:
                 os.close(descriptor)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds the lock. Always False on Windows."""
+        return self._descriptor is not None
 
     def release(self) -> None:
         """Releases the lock if it is held."""

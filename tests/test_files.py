@@ -1,4 +1,6 @@
+import errno
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -54,6 +56,77 @@ def test_new_file_says_what_to_do_when_the_disk_is_full(tmp_path: Path) -> None:
     ):
         full.write("x")
     assert not list(tmp_path.iterdir())
+
+
+def start_adding(file: Path, number: int) -> subprocess.Popen[str]:
+    """A process that adds a number to a list in a file, again and again, as two commands on one output do."""
+    code = f"""import json
+from pathlib import Path
+from robustfeat.files import new_file
+file = Path({str(file)!r})
+print("ready", flush=True)
+sys.stdin.readline()
+for turn in range(25):
+    with new_file(file) as partial:
+        known = json.loads(file.read_text()) if file.exists() else []
+        with open(partial, "w") as handle:
+            handle.write("[")
+            handle.flush()
+            handle.write(json.dumps([*known, [{number}, turn]])[1:])
+"""
+    return subprocess.Popen(
+        python_command(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_processes_that_write_one_file_take_turns(tmp_path: Path) -> None:
+    file = tmp_path / "list.json"
+    writers = [start_adding(file, number) for number in range(3)]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    said = [writer.communicate()[1] for writer in writers]
+    assert said == ["", "", ""]
+    added = json.loads(file.read_text())
+    assert sorted(added) == [[number, turn] for number in range(3) for turn in range(25)]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_killed_writer_leaves_the_turn_to_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    code = f"""from robustfeat.files import new_file
+with new_file({str(target)!r}) as partial:
+    partial.write_text("half of a longer text")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(python_command(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        writer.kill()
+    with new_file(target) as partial:
+        partial.write_text("new")
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_new_file_needs_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    target = tmp_path / "a.txt"
+    with new_file(target) as partial:
+        partial.write_text("new")
+    with pytest.raises(RuntimeError), new_file(target) as partial:
+        raise RuntimeError
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_new_folder_vanishes_when_the_block_fails(tmp_path: Path) -> None:

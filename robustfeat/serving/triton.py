@@ -220,9 +220,9 @@ def _list_for_openvino(out: Path, name: str) -> None:
         InputError: the file system refuses, or another program wrote the file.
     """
     file = out / OPENVINO
-    served = {old: config for old, config in _read_openvino(file).items() if (out / old).is_dir()}
-    # Otherwise OpenVINO uses bf16 on processors that have it.
-    served[name] = {"name": name, "base_path": name, "plugin_config": {"INFERENCE_PRECISION_HINT": "f32"}}
-    with new_file(file) as partial:
+    with new_file(file) as partial:  # another process that adds a model waits, and reads this one's list
+        served = {old: config for old, config in _read_openvino(file).items() if (out / old).is_dir()}
+        # Otherwise OpenVINO uses bf16 on processors that have it.
+        served[name] = {"name": name, "base_path": name, "plugin_config": {"INFERENCE_PRECISION_HINT": "f32"}}
         content = {"model_config_list": [{"config": config} for config in served.values()]}
         partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from robustfeat import FeatureExtractor
 from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square
+from robustfeat.serving import triton as triton_files
 from tests.conftest import ROOT, Repositories, Run, build_once
 
 TEXT = (ROOT / "docs" / "triton.md").read_text("utf-8")
@@ -137,6 +140,25 @@ def test_models_stand_side_by_side_and_none_is_replaced(robustfeat: Run, small_m
     assert robustfeat("triton", small_model, "--out", tmp_path, "--name", "third").returncode == 0
     listed = json.loads((tmp_path / "openvino.json").read_text())["model_config_list"]
     assert [entry["config"]["name"] for entry in listed] == ["small", "third"]
+
+
+def test_models_that_are_written_at_the_same_time_are_all_listed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    both_have_read, read = threading.Barrier(2), triton_files._read_openvino
+
+    def read_together(file: Path) -> dict[str, dict[str, Any]]:
+        served = read(file)
+        with contextlib.suppress(threading.BrokenBarrierError):  # one waits for the other, as it should
+            both_have_read.wait(0.5)
+        return served
+
+    monkeypatch.setattr(triton_files, "_read_openvino", read_together)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: triton_files._list_for_openvino(tmp_path, name), ("one", "two")))
+    assert set(read(tmp_path / "openvino.json")) == {"one", "two"}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustfeat.errors import InputError, first_line
-from robustfeat.files import new_file
+from robustfeat.files import new_file, take_turn
 from robustfeat.progress import Progress
 from robustfeat.serving.collections.directions import to_units
 from robustfeat.serving.collections.neighbours import Neighbours
@@ -55,7 +55,9 @@ def index_place(features: Features) -> str:
 
 
 def make_index(features: Features, *, threads: int, progress: Progress | None = None) -> None:
-    """Builds the index of some features and writes it beside them. It needs D + 20 bytes of memory per row.
+    """Builds the index of some features beside them, unless it is there. It needs D + 20 bytes of memory per row.
+
+    A process that builds the same index is waited for.
 
     Args:
         features: the collection.
@@ -66,9 +68,16 @@ def make_index(features: Features, *, threads: int, progress: Progress | None = 
         InputError: see `index_place`, or all rows failed, or the files cannot be written.
         ModuleNotFoundError: faiss is missing.
     """
+    place = index_place(features)
+    with take_turn(Path(place).with_suffix("")):
+        if not Path(f"{place}.json").exists():
+            _build_index(features, place, threads, progress)
+
+
+def _build_index(features: Features, place: str, threads: int, progress: Progress | None) -> None:
     import faiss
 
-    place, size = index_place(features), features.values.shape[1]
+    size = features.values.shape[1]
     faiss.omp_set_num_threads(threads)
     rows = np.flatnonzero(features.good)
     if not len(rows):

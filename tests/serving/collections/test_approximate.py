@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from numpy.typing import NDArray
 
 import robustfeat
 from robustfeat import Features, InputError
+from robustfeat.progress import Progress
+from robustfeat.serving.collections import approximate
 from robustfeat.serving.collections.approximate import index_place, make_index, open_index
 from robustfeat.serving.collections.directions import Directions
 from robustfeat.serving.collections.neighbours import find_neighbours
@@ -91,3 +96,22 @@ def test_features_of_failed_images_only_have_no_index(write_features: WriteFeatu
 def test_arrays_made_elsewhere_have_no_index(features_of: FeaturesOf) -> None:
     with pytest.raises(InputError, match="an index needs features that embed wrote to this machine"):
         make_index(features_of(np.ones((2, 4), np.float32)), threads=1)
+
+
+def test_two_that_need_an_index_at_the_same_time_build_it_once(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_build, build, built = threading.Barrier(2), approximate._build_index, list[str]()
+
+    def build_together(of: Features, place: str, threads: int, progress: Progress | None) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):  # one waits for the other, as it should
+            both_build.wait(0.5)
+        build(of, place, threads, progress)
+        built.append(place)
+
+    monkeypatch.setattr(approximate, "_build_index", build_together)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda threads: make_index(features, threads=threads), (1, 1)))
+    assert built == [index_place(features)]
+    open_index(features, threads=1)
+    assert not [file.name for file in Path(built[0]).parent.iterdir() if file.name.startswith(".")]
