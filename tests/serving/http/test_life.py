@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -44,6 +45,62 @@ def test_a_worker_that_still_loads_ends_with_its_supervisor() -> None:
         worker = int(process.stdout.readline())
         process.kill()
         wait_until(lambda: not alive(worker), 10)
+
+
+def test_a_fork_that_fails_is_tried_again() -> None:
+    """The system may have no process or memory for a worker at its start, in place of another, and at a reload."""
+    code = """if True:
+        import errno, os, signal, socket, time
+        from robustfeat.serving.http.process import supervisor as module
+        from robustfeat.serving.http.process.log import Log
+        from robustfeat.serving.http.process.reloads import Reloads
+
+        module._LONGEST_PAUSE_S = 0.1
+        fork, calls = os.fork, []
+        failures = {1: errno.EAGAIN, 2: errno.ENOMEM, 4: errno.EAGAIN, 6: errno.ENOMEM}
+
+        def fork_sometimes():
+            calls.append(None)
+            if len(calls) in failures:
+                raise OSError(failures[len(calls)], os.strerror(failures[len(calls)]))
+            return fork()
+
+        os.fork = fork_sometimes
+
+        def run(start):
+            for kind in (module.LOADED, module.HEALTHY):
+                os.write(start.report, module.report_line(kind, "a"))
+            signal.signal(module.RETIRE, lambda *_: os._exit(0))
+            print(os.getpid(), flush=True)
+            time.sleep(600)
+
+        about = dict(announce=print, refresh=lambda: False, explain=str, reloads=Reloads(), log=Log("supervisor"))
+        listener = socket.create_server(("127.0.0.1", 0))
+        code = module.Supervisor(listener, run, workers=1, drain_s=1, retire_s=1, **about).serve()
+        print("end", code, len(calls), flush=True)
+    """
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
+        assert process.stdout
+        pids = (int(line) for line in process.stdout if line.strip().isdigit())
+        first = next(pids)
+        os.kill(first, signal.SIGKILL)
+        second = next(pids)
+        assert alive(second)
+        process.send_signal(signal.SIGHUP)
+        third = next(pids)
+        wait_until(lambda: not alive(second))
+        assert alive(third)
+        process.send_signal(signal.SIGTERM)
+        out, log = process.communicate(timeout=60)
+    assert out.splitlines()[-1] == "end 0 7"
+    told = [line for line in map(json.loads, log.splitlines()) if line["event"] == "worker not started"]
+    assert [line["error"] for line in told] == [
+        "Resource temporarily unavailable",
+        "Cannot allocate memory",
+        "Resource temporarily unavailable",
+        "Cannot allocate memory",
+    ]
 
 
 def test_a_killed_worker_costs_its_requests_and_another_comes(photos: list[bytes], extractor: FeatureExtractor) -> None:

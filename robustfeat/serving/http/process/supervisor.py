@@ -153,6 +153,7 @@ class Supervisor:
         self._due: dict[int, float] = {}
         self._pauses: dict[int, float] = {}
         self._generation = self._newest = 0
+        self._reload_due = 0.0
         self._loaded: Any = None
         self._stopping = self._started = self._forced = self._reload = self._news = False
         self._signals: list[float] = []
@@ -279,6 +280,8 @@ class Supervisor:
         free = self._free_numbers()
         if not (self._reload and self._started and free) or any(self._outdated()):
             return
+        if time.monotonic() < self._reload_due:
+            return
         self._reload = False
         for worker in self._workers.values():
             if worker.generation > self._generation and not worker.ending:  # its names may mean something else by now
@@ -295,13 +298,24 @@ class Supervisor:
         return [one for one in range(count_places(self._count)) if one not in self._workers and one not in self._due]
 
     def _fork(self, number: int, generation: int, loaded: Any) -> None:
-        ours, theirs = os.pipe()
+        try:
+            ours, theirs = os.pipe()
+        except OSError as exc:
+            self._postpone(number, generation, exc)
+            return
         sys.stdout.flush()
         sys.stderr.flush()
         # A signal between the fork and the child's own handlers would be lost to the child.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         supervisor = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as exc:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            os.close(ours)
+            os.close(theirs)
+            self._postpone(number, generation, exc)
+            return
         if pid:
             self._workers[number] = _Worker(number, generation, pid, ours, time.monotonic())
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -331,6 +345,20 @@ class Supervisor:
             self._log.error("worker failed", number=number, trace=traceback.format_exc())
             raise SystemExit(1) from None
         raise SystemExit(0)
+
+    def _postpone(self, number: int, generation: int, exc: OSError) -> None:
+        """Makes a worker due later, because the system has no process, memory or file for it now."""
+        pause = self._lengthen_pause(number)
+        if generation > self._generation:
+            self._reload, self._reload_due = True, time.monotonic() + pause
+        else:
+            self._due[number] = time.monotonic() + pause
+        self._log.error("worker not started", number=number, error=exc.strerror, next_in_s=pause)
+
+    def _lengthen_pause(self, number: int) -> float:
+        """The pause before the next worker of a number. It doubles with each failure."""
+        self._pauses[number] = min(_LONGEST_PAUSE_S, max(1.0, 2 * self._pauses.get(number, 0.0)))
+        return self._pauses[number]
 
     def _read_reports(self, worker: _Worker) -> None:
         try:
@@ -409,9 +437,10 @@ class Supervisor:
         now = time.monotonic()
         pause = 0.0
         if worker.generation == self._generation:
-            steady = now - worker.started > _STEADY_S
-            before = self._pauses.get(worker.number, 0.0)
-            pause = self._pauses[worker.number] = 0.0 if steady else min(_LONGEST_PAUSE_S, max(1.0, 2 * before))
+            if now - worker.started > _STEADY_S:
+                self._pauses[worker.number] = 0.0
+            else:
+                pause = self._lengthen_pause(worker.number)
             self._due[worker.number] = now + pause
             # What cannot be loaded again, such as a changed folder, is looked up anew once nobody serves the old one.
             if not worker.healthy and not any(other.healthy for other in self._workers.values()):
