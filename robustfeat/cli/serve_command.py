@@ -275,9 +275,10 @@ def _serve(
         watched: the watched manifest, if there is one.
         host, listener: the address to listen on.
     """
+    from robustfeat.serving.http.admission import forget_worker
     from robustfeat.serving.http.manifest import Manifest
     from robustfeat.serving.http.process.log import Log
-    from robustfeat.serving.http.process.supervisor import Start, Supervisor
+    from robustfeat.serving.http.process.supervisor import Start, Supervisor, count_places
 
     def run(start: Start) -> None:
         from robustfeat.serving.http.opening import open_service
@@ -305,6 +306,7 @@ def _serve(
         announce=_Announcements(host, listener, log, options),
         refresh=refresh,
         explain=lambda exc: visible(command.explain(exc)),
+        forget=lambda number: forget_worker(options.counts, number, count_places(options.workers)),
         reloads=options.reloads,
         log=log,
     )

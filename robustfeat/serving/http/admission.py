@@ -19,10 +19,24 @@ from robustfeat.serving.http.keys import Key
 from robustfeat.serving.http.limits import Limits
 from robustfeat.serving.online.errors import ApiError
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "forget_worker"]
 
 _SLOTS = 1024
 _BURST_S = 0.25
+
+
+def forget_worker(memory: int, worker: int, places: int) -> None:
+    """Takes the images of a dead worker out of the shares of all keys.
+
+    Nothing is locked. Only the worker itself writes these counts, and a stopped process may hold the lock.
+
+    Args:
+        memory, worker, places: as in `Admission`.
+    """
+    if size := os.fstat(memory).st_size:
+        counts = memoryview(mmap.mmap(memory, size)).cast("q")
+        for place in range(0, len(counts), 3 + places):
+            counts[place + 3 + worker] = 0
 
 
 class Admission:
@@ -49,9 +63,7 @@ class Admission:
         self._inside: Counter[str] = Counter()
         self._total = 0
         self._names = 1
-        with self._locked():
-            for slot in range(_SLOTS):  # clear counts of a dead process with this number
-                self._counts[slot * self._words + 3 + worker] = 0
+        forget_worker(memory, worker, places or workers)  # a dead process with this number
 
     def share_among(self, names: int) -> None:
         """Sets the number of keys. Each key without its own share gets an equal part of the queue."""

@@ -59,9 +59,10 @@ class KeyRing:
             raise InputError(
                 f"{ENVIRONMENT}: holds no key", fix="write NAME KEY, or unset the variable to serve everybody"
             )
-        self._stamp: tuple[int, ...] = ()
+        self._stamp = self._seen = tuple[int, ...]()
         self._keys: list[Key] = self._fixed
-        self.refresh()
+        while keys is not None and not self._read(keys):
+            pass
 
     @property
     def names(self) -> set[str]:
@@ -71,29 +72,40 @@ class KeyRing:
     def refresh(self) -> bool:
         """Reads the file again if it has changed. Returns whether it had.
 
+        A file counts as changed when it is the same as at the previous call. So half of a file is not read.
+
         Raises:
             InputError: the file cannot be used. The old keys stay.
         """
         if self._file is None:
             return False
         try:
-            found = stamp(self._file)
-            if found == self._stamp:
+            before, self._seen = self._seen, stamp(self._file)
+        except OSError as exc:
+            self._stamp = self._seen = ()
+            raise InputError(str(exc.strerror), argument="keys", value=self._file) from exc
+        return self._seen == before and self._seen != self._stamp and self._read(self._file)
+
+    def _read(self, file: Path) -> bool:
+        """Reads the file. Returns False if it changed meanwhile."""
+        try:
+            found = stamp(file)
+            lines = read_text(file).splitlines()
+            if stamp(file) != found:
                 return False
-            self._stamp = found
-            lines = read_text(self._file).splitlines()
+            self._stamp = self._seen = found
         except (OSError, UnicodeDecodeError) as exc:
             self._stamp = ()
             reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
-            raise InputError(str(reason), argument="keys", value=self._file) from exc
-        keys = parse_keys(lines, self._file)
+            raise InputError(str(reason), argument="keys", value=file) from exc
+        keys = parse_keys(lines, file)
         if not keys:
-            raise InputError("holds no key", argument="keys", value=self._file, fix="write a line NAME KEY for each")
+            raise InputError("holds no key", argument="keys", value=file, fix="write a line NAME KEY for each")
         for key in keys:
             for known in self._fixed:
                 if key.digest == known.digest and key.name != known.name:
                     what = f"the key of {key.name} is also that of {known.name}"
-                    raise InputError(what, argument="keys", value=self._file)
+                    raise InputError(what, argument="keys", value=file)
         self._keys = [*self._fixed, *keys]
         return True
 

@@ -36,7 +36,8 @@ def test_a_worker_that_still_loads_ends_with_its_supervisor() -> None:
             print(os.getpid(), flush=True)
             time.sleep(60)
 
-        calls = dict(announce=print, refresh=lambda: False, explain=str, reloads=Reloads(), log=Log("supervisor"))
+        calls = dict(announce=print, refresh=lambda: False, explain=str, forget=id)
+        calls |= dict(reloads=Reloads(), log=Log("supervisor"))
         listener = socket.create_server(("127.0.0.1", 0))
         Supervisor(listener, run, workers=1, drain_s=1, retire_s=1, **calls).serve()
     """
@@ -74,10 +75,12 @@ def test_a_fork_that_fails_is_tried_again() -> None:
             print(os.getpid(), flush=True)
             time.sleep(600)
 
-        about = dict(announce=print, refresh=lambda: False, explain=str, reloads=Reloads(), log=Log("supervisor"))
+        forgotten = []
+        about = dict(announce=print, refresh=lambda: False, explain=str, forget=forgotten.append)
+        about |= dict(reloads=Reloads(), log=Log("supervisor"))
         listener = socket.create_server(("127.0.0.1", 0))
         code = module.Supervisor(listener, run, workers=1, drain_s=1, retire_s=1, **about).serve()
-        print("end", code, len(calls), flush=True)
+        print("end", code, len(calls), forgotten, flush=True)
     """
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
@@ -93,7 +96,7 @@ def test_a_fork_that_fails_is_tried_again() -> None:
         assert alive(third)
         process.send_signal(signal.SIGTERM)
         out, log = process.communicate(timeout=60)
-    assert out.splitlines()[-1] == "end 0 7"
+    assert out.splitlines()[-1] == "end 0 7 [0, 0, 1]"
     told = [line for line in map(json.loads, log.splitlines()) if line["event"] == "worker not started"]
     assert [line["error"] for line in told] == [
         "Resource temporarily unavailable",

@@ -123,6 +123,7 @@ class Supervisor:
         announce: called with the loaded manifest when the first worker is healthy, and when a reload is done.
         refresh: called about twice a second; new workers inherit its results. Whether to reload.
         explain: an error as one line.
+        forget: called with the number of a worker that has ended.
         reloads: is told whether the last reload was refused.
 
     Raises:
@@ -140,6 +141,7 @@ class Supervisor:
         announce: Callable[[Any], None],
         refresh: Callable[[], bool],
         explain: Callable[[RobustFeatError], str],
+        forget: Callable[[int], None],
         reloads: Reloads,
         log: Log,
     ) -> None:
@@ -148,7 +150,7 @@ class Supervisor:
         self._listener, self._run, self._count = listener, run, workers
         self._drain_s, self._retire_s = drain_s, retire_s
         self._announce, self._refresh, self._explain = announce, refresh, explain
-        self._reloads, self._log = reloads, log
+        self._forget, self._reloads, self._log = forget, reloads, log
         self._workers: dict[int, _Worker] = {}
         self._due: dict[int, float] = {}
         self._pauses: dict[int, float] = {}
@@ -416,6 +418,7 @@ class Supervisor:
         self._read_reports(worker)
         os.close(worker.pipe)
         del self._workers[worker.number]
+        self._forget(worker.number)
         for file in self._directory.glob(f"gauge_live*_{worker.number}.db"):  # what it said of itself
             with suppress(OSError):
                 file.unlink()
