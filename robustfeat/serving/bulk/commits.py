@@ -32,6 +32,7 @@ from robustfeat.serving.bulk.storage import (
 from robustfeat.serving.identity import ModelIdentity
 
 __all__ = [
+    "FINISH",
     "NewOutput",
     "count_completed",
     "finish_commit",
@@ -40,6 +41,9 @@ __all__ = [
     "require_same_model",
 ]
 
+
+FINISH = "free space or restore the permissions, then repeat the command"
+"""The fix after a complete output could not be moved to its place. All its files are kept."""
 
 _OWN_NAME = re.compile(r"[0-9]{6,9}\.(npy|parquet|safetensors)|_[0-9]{6,9}\.index\.jsonl")
 
@@ -169,7 +173,7 @@ def finish_commit(places: Places) -> None:
     except OSError as exc:
         raise InputError(
             f"{places.features}: cannot be written ({exc.strerror or exc})",
-            fix="free space or restore the permissions, then repeat the command",
+            fix=FINISH,
         ) from exc
     finally:
         folder.release()

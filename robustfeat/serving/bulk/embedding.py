@@ -18,13 +18,19 @@ from robustfeat.errors import InputError, RobustFeatError
 from robustfeat.files import START_OVER
 from robustfeat.progress import Progress
 from robustfeat.serving.bulk.appending import plan_append
-from robustfeat.serving.bulk.commits import finish_commit, require_own_place, require_own_stem, require_same_model
+from robustfeat.serving.bulk.commits import (
+    FINISH,
+    finish_commit,
+    require_own_place,
+    require_own_stem,
+    require_same_model,
+)
 from robustfeat.serving.bulk.job import Job, Places, identify
 from robustfeat.serving.bulk.parts import Part, plan_part
 from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.plan import Plan
 from robustfeat.serving.bulk.ray import embed_on_ray
-from robustfeat.serving.bulk.shards import ShardCollector, claim_folder, discard_folder, finished_shards, write_shards
+from robustfeat.serving.bulk.shards import ShardCollector, abandon_folder, claim_folder, finished_shards, write_shards
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder, open_folder
 from robustfeat.serving.bulk.syncing import plan_sync
 from robustfeat.serving.bulk.writing import cut_files
@@ -257,16 +263,16 @@ def _open_run(places: Places, job: Job, *, restart: bool, quiet: bool) -> Iterat
         require_own_stem(places)
         yield _Run(places, job, folder, done, progress)
     except BaseException as exc:
-        kept = 0
+        kept, fix = 0, START_OVER
         with suppress(RobustFeatError, OSError):  # storage itself may have failed
-            kept = sum(len(job.rows(number)) for number in finished_shards(folder, job))
-            if not kept:
-                discard_folder(folder)
+            if kept := sum(len(job.rows(number)) for number in finished_shards(folder, job)):
+                fix = f"{kept:,} of {job.images:,} images are kept: repeat the command to resume"
+            elif not abandon_folder(folder):
+                fix = FINISH
         if isinstance(exc, OSError):
-            what = f"{places.features}: cannot be written ({exc.strerror or exc})"
-            raise InputError(what, fix=_advice(kept, job)) from exc
+            raise InputError(f"{places.features}: cannot be written ({exc.strerror or exc})", fix=fix) from exc
         if kept and not isinstance(exc, RobustFeatError):
-            progress.say(_advice(kept, job))
+            progress.say(fix)
         raise
     finally:
         folder.release()
@@ -299,9 +305,3 @@ def _embed(
     batch_size = run.job.identity["batch_size"]
     with Pipeline(extractor, batch_size=batch_size, workers=workers, deadline_s=deadline_s) as pipeline:
         yield from write_shards(pipeline, inputs, run.folder, run.job, run.pending, stop=stop)
-
-
-def _advice(kept: int, job: Job) -> str:
-    if not kept:
-        return START_OVER
-    return f"{kept:,} of {job.images:,} images are kept: repeat the command to resume"

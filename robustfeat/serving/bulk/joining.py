@@ -16,12 +16,12 @@ import numpy as np
 from robustfeat.errors import InputError
 from robustfeat.files import START_OVER
 from robustfeat.progress import Progress
-from robustfeat.serving.bulk.commits import finish_commit, require_own_place, require_own_stem
+from robustfeat.serving.bulk.commits import FINISH, finish_commit, require_own_place, require_own_stem
 from robustfeat.serving.bulk.embedding import EmbeddingResult
 from robustfeat.serving.bulk.formats import Block, BlockStream
 from robustfeat.serving.bulk.job import Job, Places, brief
 from robustfeat.serving.bulk.outputs import FILES_KEY, open_existing, read_meta
-from robustfeat.serving.bulk.shards import claim_folder, discard_folder
+from robustfeat.serving.bulk.shards import abandon_folder, claim_folder, discard_folder
 from robustfeat.serving.bulk.storage import file_exists, open_folder
 from robustfeat.serving.bulk.writing import OutputWriter, cut_files
 from robustfeat.serving.identity import FEATURE_KEYS, ModelIdentity
@@ -113,10 +113,9 @@ def _write(
         failed = writer.commit(counts)
         discard_folder(folder)
     except Exception as exc:  # not where the user stops it: a repeated call resumes
-        discard_folder(folder)
+        fix = START_OVER if abandon_folder(folder) else FINISH
         if isinstance(exc, OSError):
-            what = f"{places.features}: cannot be written ({exc.strerror or exc})"
-            raise InputError(what, fix=START_OVER) from exc
+            raise InputError(f"{places.features}: cannot be written ({exc.strerror or exc})", fix=fix) from exc
         raise
     finally:
         folder.release()
@@ -174,6 +173,12 @@ def _in_order(parts: Sequence[_Part]) -> list[_Part]:
                 f"{first.places.features} and {other.places.features} differ in {key}: {values[0]} and {values[1]}",
                 fix="embed one of them again, with the same model and options",
             )
+        limits = [part.meta.get("max_pixels") for part in (first, other)]
+        if limits[0] != limits[1]:  # an image between them would fail in one part only
+            what = (
+                f"{first.places.features} and {other.places.features} differ in max_pixels: {limits[0]} and {limits[1]}"
+            )
+            raise InputError(what, fix="embed one of them again, with the same model and options")
         for key in ("of", "inputs", "inputs_sha256", "shard_rows"):
             if first.about[key] != other.about[key]:
                 raise InputError(
@@ -183,11 +188,11 @@ def _in_order(parts: Sequence[_Part]) -> list[_Part]:
                 )
     count = int(first.about["of"])
     numbers = Counter(int(part.about["number"]) for part in parts)
-    wrong = [number for number in range(1, count + 1) if numbers[number] != 1]
-    if wrong:
-        said = "is missing" if not numbers[wrong[0]] else "is given twice"
-        more = f" (also {', '.join(map(str, wrong[1:6]))}{', ...' if len(wrong) > 6 else ''})" if wrong[1:] else ""
-        raise InputError(f"part {wrong[0]} of {count} {said}{more}", argument="parts", fix="name each part once")
+    missing = [number for number in range(1, count + 1) if not numbers[number]]
+    doubled = [number for number in range(1, count + 1) if numbers[number] > 1]
+    if missing or doubled:
+        wrong = [_say(missing, count, "is missing"), _say(doubled, count, "is given twice")]
+        raise InputError(", and ".join(filter(None, wrong)), argument="parts", fix="name each part once")
     ordered = sorted(parts, key=lambda part: int(part.about["number"]))
     starts = itertools.accumulate((part.rows for part in ordered), initial=0)
     for part, start in zip([*ordered, None], starts, strict=True):
@@ -198,6 +203,13 @@ def _in_order(parts: Sequence[_Part]) -> list[_Part]:
                 f"{shown}: the parts before it end at row {start:,}, not at {expected:,}", fix="embed it again"
             )
     return ordered
+
+
+def _say(numbers: Sequence[int], count: int, what: str) -> str:
+    if not numbers:
+        return ""
+    more = f"{', '.join(map(str, numbers[1:6]))}{', ...' if len(numbers) > 6 else ''}"
+    return f"part {numbers[0]} of {count} {what}{f' (also {more})' if more else ''}"
 
 
 def _blocks(parts: Sequence[_Part], shard_rows: int, progress: Progress) -> Iterator[Block]:

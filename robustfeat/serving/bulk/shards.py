@@ -19,13 +19,21 @@ from robustfeat.errors import InputError
 from robustfeat.serving.bulk.commits import count_completed
 from robustfeat.serving.bulk.formats import Block, BlockStream
 from robustfeat.serving.bulk.job import Job, Places, brief
+from robustfeat.serving.bulk.outputs import COMMIT
 from robustfeat.serving.bulk.pipeline import Pipeline
 from robustfeat.serving.bulk.plan import Plan
 from robustfeat.serving.bulk.storage import LocalFolder, RemoteFolder
 from robustfeat.serving.bulk.writing import OutputWriter
 from robustfeat.serving.inputs.input_list import InputList
 
-__all__ = ["ShardCollector", "claim_folder", "discard_folder", "finished_shards", "write_shards"]
+__all__ = [
+    "ShardCollector",
+    "abandon_folder",
+    "claim_folder",
+    "discard_folder",
+    "finished_shards",
+    "write_shards",
+]
 
 _JOB_FILE = "job.json"
 _SHARD = re.compile("([0-9]{6,12})[.]jsonl")
@@ -99,6 +107,17 @@ def finished_shards(folder: LocalFolder | RemoteFolder, job: Job) -> set[int]:
 def discard_folder(folder: LocalFolder | RemoteFolder) -> None:
     """Deletes the folder, first the file without which the rest is ignored."""
     folder.remove(_JOB_FILE)
+
+
+def abandon_folder(folder: LocalFolder | RemoteFolder) -> bool:
+    """Deletes the folder of a failed run, unless the new output is complete. Returns whether it did.
+
+    A complete output is read from the folder, and the next command moves it to its place (see `commits`).
+    """
+    if COMMIT in folder.names():
+        return False
+    discard_folder(folder)
+    return True
 
 
 def write_shards(

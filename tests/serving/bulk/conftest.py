@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +14,22 @@ import pytest
 
 from robustfeat import FeatureExtractor
 from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
+from robustfeat.serving.bulk.storage import LocalFolder
 from robustfeat.serving.inputs.listing import list_inputs
 
 Embed = Callable[..., EmbeddingResult]
+
+
+def fill_disk_after(moved: int, patch: pytest.MonkeyPatch) -> None:
+    """The disk is full when some files of a new output have been moved to their places."""
+    move, count = LocalFolder.move, itertools.count()
+
+    def move_some(self: LocalFolder, name: str, target: str) -> None:
+        if next(count) >= moved:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        move(self, name, target)
+
+    patch.setattr(LocalFolder, "move", move_some)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from robustfeat import FeatureExtractor
@@ -22,8 +23,9 @@ from robustfeat.errors import InputError
 from robustfeat.serving.bulk.embedding import embed_files
 from robustfeat.serving.bulk.joining import join_parts
 from robustfeat.serving.bulk.parts import Part
+from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.inputs.listing import list_inputs
-from tests.serving.bulk.conftest import Embed
+from tests.serving.bulk.conftest import Embed, fill_disk_after
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_a_part_is_an_output_of_its_own(folder: Path, embed: Embed, parted: list
 
 
 def test_what_does_not_join_is_one_line(
-    folder: Path, embed: Embed, parted: list[Path], example_files: list[Path], tmp_path: Path
+    folder: Path, embed: Embed, parted: list[Path], example_files: list[Path], model: Path, tmp_path: Path
 ) -> None:
     out, other, whole = tmp_path / "out.npy", tmp_path / "other.npy", tmp_path / "whole.npy"
     one, two, three = map(str, parted)
@@ -95,6 +97,8 @@ def test_what_does_not_join_is_one_line(
     refused([one, three], "part 2 of 3 is missing; name each part once")
     refused([one], r"part 2 of 3 is missing \(also 3\)")
     refused([one, two, three, two], "part 2 of 3 is given twice")
+    refused([one, two, two], "part 3 of 3 is missing, and part 2 of 3 is given twice; name each part once")
+    refused([two, two, two], r"part 1 of 3 is missing \(also 3\), and part 2 of 3 is given twice")
     embed(folder, whole)
     refused([one, str(whole), three], "whole.npy: not a part of a run")
     refused([one, str(tmp_path / "no.npy")], "no.meta.json: no such file")
@@ -108,6 +112,10 @@ def test_what_does_not_join_is_one_line(
         scaled = FeatureExtractor.from_pretrained(threads=2, streams=2)
         embed_files(scaled, inputs, other, part=Part(2, 3), shard_rows=4, batch_size=4, restart=True, quiet=True)
     refused([one, str(other), three], r"differ in \w+: .*with the same model and options")
+    limited = FeatureExtractor.from_pretrained(model, threads=2, streams=2, max_pixels=1_000_000)
+    with list_inputs([folder]) as inputs:
+        embed_files(limited, inputs, other, part=Part(2, 3), shard_rows=4, batch_size=4, restart=True, quiet=True)
+    refused([one, str(other), three], r"differ in max_pixels: 100000000 and 1000000; embed one of them again")
     damaged = [Path(shutil.copy(file, tmp_path)) for file in parted[1].parent.glob("part-2.*")]
     next(file for file in damaged if file.suffix == ".npy").write_bytes(b"junk")
     refused([one, str(tmp_path / "part-2.npy"), three], "part-2.npy: the sha256 must be .* do not belong together")
@@ -121,6 +129,26 @@ def test_what_does_not_join_is_one_line(
         join_parts([one, two, three], str(whole), quiet=True)
     with pytest.raises(InputError, match="excludes `part`; choose one of them"):
         embed(folder, out, part=Part(1, 3), append=True)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_joined_files_that_cannot_be_moved_are_kept_and_moved_by_the_next_command(
+    moved: int, folder: Path, embed: Embed, parted: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out, parts = tmp_path / "whole.npy", tmp_path / "out.npy", [str(part) for part in parted]
+    embed(folder, whole)
+    with monkeypatch.context() as patch:
+        fill_disk_after(moved, patch)
+        said = "cannot be written .*No space left.*; free space or restore the permissions, then repeat the command"
+        with pytest.raises(InputError, match=said):
+            join_parts(parts, str(out), quiet=True)
+        if moved:  # the meta file is in its place, so the output can be read already
+            np.testing.assert_array_equal(open_features(str(out)).values, open_features(str(whole)).values)
+        with pytest.raises(InputError, match=said):
+            join_parts(parts, str(out), quiet=True)
+    join_parts(parts, str(out), quiet=True)
+    assert written(out) == written(whole)
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("text", ["", "3", "0/3", "4/3", "1/0", "-1/3", "1/3/5", "a/b", "1 / 3", "\u0661/\u0663"])

@@ -22,7 +22,7 @@ from robustfeat.serving.bulk.embedding import embed_files
 from robustfeat.serving.bulk.shards import write_shards
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.inputs.listing import list_inputs
-from tests.serving.bulk.conftest import Embed
+from tests.serving.bulk.conftest import Embed, fill_disk_after
 
 
 @pytest.fixture
@@ -193,3 +193,36 @@ def test_what_cannot_be_synced_is_refused_and_kept(
     monkeypatch.setattr(NewOutput, "commit", late)
     with pytest.raises(InputError, match="another process has changed it; repeat the command"):
         embed(folder, out, sync=True)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+@pytest.mark.parametrize("new", [False, True])
+def test_synced_files_that_cannot_be_moved_are_kept_and_moved_by_the_next_command(
+    moved: int,
+    new: bool,
+    folder: Path,
+    embed: Embed,
+    example_files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a new image, the run has no shard that would be a reason to keep its folder."""
+    out, fresh = tmp_path / "feats.npy", tmp_path / "fresh.npy"
+    (folder / "broken.jpg").unlink()  # it would be tried again each time
+    embed(folder, out)
+    (folder / "0.jpg").unlink()
+    if new:
+        shutil.copy(example_files[30], folder / "new.jpg")
+    embed(folder, fresh)
+    with monkeypatch.context() as patch:
+        fill_disk_after(moved, patch)
+        with pytest.raises(InputError, match=r"cannot be written \(No space left on device\).*repeat the command"):
+            embed(folder, out, sync=True)
+    if moved:
+        np.testing.assert_allclose(open_features(str(out)).values, open_features(str(fresh)).values, atol=2e-6)
+    result = embed(folder, out, sync=True)
+    assert (result.images, result.known) == (9 + new, 9 + new)  # nothing was left to do
+    synced, anew = contents(out), contents(fresh)
+    np.testing.assert_allclose(synced[0], anew[0], atol=2e-6)
+    assert synced[1:] == anew[1:]
+    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
