@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.export.runs import export_run
 from robustfeat.training.hrrl import step_along
 from robustfeat.training.loop import kept_features
-from robustfeat.training.loop.checkpoint import load_checkpoint
+from robustfeat.training.loop.checkpoint import load_checkpoint, require_same_recipe
 from robustfeat.training.loop.ranks import Ranks
 from robustfeat.training.loop.step import Guidance, TrainingStep
 from robustfeat.training.loop.trainer import train
@@ -326,6 +327,33 @@ def test_a_run_with_a_teacher_resumes_exactly(dataset: Path, small_model: Path, 
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert all(("accuracy" in line or "validation_accuracy" in line) == labels for line in lines)
     assert all(np.isfinite(line.get("loss", line.get("validation_loss"))) for line in lines)
+
+
+def test_a_run_resumes_with_a_teacher_and_a_probe_that_have_moved(
+    dataset: Path, small_model: Path, tmp_path: Path
+) -> None:
+    before = {"teacher": tmp_path / "teacher", "probe": tmp_path / "probe"}
+    after = {name: tmp_path / "elsewhere" / name for name in before}
+    shutil.copytree(small_model, before["teacher"])
+    shutil.copytree(dataset, before["probe"])
+    made = small.recipe(dataset, labels=False, **{name: str(place) for name, place in before.items()})
+    whole = run(dataset, tmp_path / "whole", made)
+    resumed = run_one_epoch(dataset, tmp_path / "parts", tmp_path / "whole", made)
+    (tmp_path / "elsewhere").mkdir()
+    for name, place in before.items():
+        place.rename(after[name])
+    moved = resumed.replace(**{name: str(place) for name, place in after.items()})
+    saved = load_checkpoint(tmp_path / "parts")
+    probed = {"fingerprint": saved.data["fingerprint"], "probe": "other images"}
+    with pytest.raises(CheckpointError, match=r"was trained with probe = .*, now it is .*elsewhere"):
+        require_same_recipe(saved, tmp_path, moved, probed)
+    other = moved.replace(teacher_sha256="0" * 64)
+    with pytest.raises(CheckpointError, match="was trained with teacher_sha256 = "):
+        require_same_recipe(saved, tmp_path, other, saved.data)
+    with pytest.raises(CheckpointError, match="was trained with teacher = "):
+        require_same_recipe(saved, tmp_path, moved.replace(teacher="", labels=True), saved.data)
+    for name, value in run(dataset, tmp_path / "parts", moved, resume=True).items():
+        assert torch.equal(value, whole[name]), name
 
 
 @pytest.fixture(scope="module")

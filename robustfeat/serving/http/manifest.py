@@ -115,6 +115,13 @@ def read_manifest(path: Path) -> Manifest:
                     f"[{table}] {name}: expected NAME = \"PLACE\", the name of letters, digits, '.', '_' and '-' "
                     "(in quotes if it has a dot)"
                 )
+    if not any(content.values()):  # an editor or a tool may just have emptied the file
+        raise InputError(
+            "names no model, head or collection",
+            argument="manifest",
+            value=path,
+            fix='write robustfeat = "builtin" under [models] for the built-in model only',
+        )
     models, heads = ({name: Place.parse(text) for name, text in content.get(part, {}).items()} for part in tables[:2])
     collections = {name: Place(text) for name, text in content.get("collections", {}).items()}
     return Manifest(models or _DEFAULT, heads, collections)

@@ -234,9 +234,12 @@ def changed_key(saved: Checkpoint, recipe: Recipe) -> tuple[str, Any, Any] | Non
     """The first key in which a run's recipe is another than this one: its name, then and now."""
     # Through a recipe: a key that is newer than the checkpoint has its default there.
     then, now = Recipe.from_dict(saved.recipe).to_dict(), recipe.to_dict()
-    # A file of concepts may have moved: what it says is compared apart.
-    may_move = not any(str(recipe["concepts"]).startswith("clusters:") for recipe in (then, now))
-    changed = (name for name in now if then[name] != now[name] and not (may_move and name == "concepts"))
+    may_move = set[str]()
+    if not any(str(recipe["concepts"]).startswith("clusters:") for recipe in (then, now)):
+        may_move.add("concepts")  # a file whose content is compared apart
+    if then["teacher"] and now["teacher"]:
+        may_move.add("teacher")  # its hash is another key
+    changed = (name for name in now if then[name] != now[name] and name not in may_move)
     return next(((name, then[name], now[name]) for name in changed), None)
 
 
@@ -246,6 +249,8 @@ def require_same_recipe(saved: Checkpoint, run: Path, recipe: Recipe, data: Mapp
     Raises:
         CheckpointError: naming the first difference.
     """
+    if recipe.probe and saved.data.get("probe") == data.get("probe"):
+        recipe = recipe.replace(probe=saved.recipe["probe"])  # the same images in another place
     if change := changed_key(saved, recipe):
         name, then, now = change
         raise CheckpointError(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robustfeat import FeatureExtractor, Head
+from robustfeat import FeatureExtractor, Head, InputError
 from robustfeat.hub.folder import ModelFolder, seal_folder
 from robustfeat.hub.place import Place
 from robustfeat.serving.http.manifest import Manifest, read_manifest
@@ -317,3 +317,13 @@ def test_a_closed_terminal_ends_the_server() -> None:
     os.close(terminal)
     ended, status = os.waitpid(pid, 0)
     assert (ended, os.waitstatus_to_exitcode(status)) == (pid, 0)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing is left", "[models]\n[heads]\n"])
+def test_an_emptied_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "served.toml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=r"manifest=.*served\.toml: names no model, head or collection"):
+        read_manifest(file)
+    file.write_text(f'{text}\n[collections]\na = "a.npy"\n')
+    assert list(read_manifest(file).models) == ["robustfeat"]

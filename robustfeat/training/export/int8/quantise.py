@@ -13,7 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from robustfeat.errors import EngineError, ModelFolderError, first_line
+from robustfeat.errors import EngineError, InputError, ModelFolderError, first_line
+from robustfeat.files import reserve_space
 from robustfeat.hub.preprocessing import Preprocessing, normalise
 from robustfeat.progress import Progress
 from robustfeat.serving.engines.engine import open_engine
@@ -31,6 +32,7 @@ __all__ = ["Golden", "Int8Shares", "Int8UnfitError", "quantize_onnx"]
 _PIXELS = 2**20
 """Pixels of a batch: sixteen images of 224 px, and few enough of the largest ones for their activations."""
 
+_SCRATCH_BYTES = 2**20
 _MOST_IMAGES = 32
 _MARGIN = 0.002
 """Engines and processors round differently: an export asks for this much more than loading does."""
@@ -104,8 +106,10 @@ def quantize_onnx(
         quiet: hide progress.
 
     Raises:
+        InputError: there is no room for temporary files.
         Int8UnfitError: this cannot be done, or would leave less than three quarters of the network in int8.
     """
+    _require_scratch(source)
     try:
         with without_chatter():
             model = _prepared(source)
@@ -239,6 +243,25 @@ def _forms(
         progress.advance(1)
     progress.finish()
     return forms
+
+
+def _require_scratch(source: Path) -> None:
+    """Checks the room for the temporary files of `_prepared`: the network twice.
+
+    On a full disk, the writers of onnx and ONNX Runtime leave half a file and report nothing.
+
+    Raises:
+        InputError: there is too little.
+    """
+    size = 2 * source.stat().st_size + _SCRATCH_BYTES
+    try:
+        with tempfile.TemporaryFile() as file:
+            reserve_space(file, size)
+    except OSError as exc:
+        raise InputError(
+            f"{tempfile.gettempdir()}: has no room for {size / 1e6:,.0f} MB of temporary files ({exc.strerror or exc})",
+            fix="free space, or set TMPDIR to another folder",
+        ) from exc
 
 
 def _prepared(source: Path) -> onnx.ModelProto:
