@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,22 @@ from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject
 
-__all__ = ["CORRUPTIONS", "SEVERITIES", "Corrupted", "classify_corrupted", "corrupt"]
+__all__ = [
+    "CORRUPTIONS",
+    "SEVERITIES",
+    "Corrupted",
+    "Work",
+    "classify_corrupted",
+    "corrupt",
+    "embed_corrupted",
+    "worsen",
+]
+
+Work = Callable[[Tensor, float, torch.Generator], Tensor]
+"""What is done to a (3, S, S) uint8 image, with a strength and the source of its randomness."""
+
+Worsen = Callable[[NDArray[np.uint8], str, int, int], NDArray[np.uint8]]
+"""Makes a corrupted square of a square, a name, a severity and a seed; see `corrupt`."""
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -63,7 +78,7 @@ def _pixelate(image: Tensor, share: float, generator: torch.Generator) -> Tensor
     return large.round().to(torch.uint8)
 
 
-CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, torch.Generator], Tensor], tuple[float, ...]]] = {
+CORRUPTIONS: dict[str, tuple[Work, tuple[float, ...]]] = {
     "noise": (_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
     "blur": (_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
     "jpeg": (_jpeg, (80, 65, 58, 50, 40)),
@@ -89,9 +104,14 @@ def corrupt(square: NDArray[np.uint8], name: str, severity: int, seed: int = 0) 
         (S, S, 3) uint8.
     """
     work, strengths = CORRUPTIONS[name]
-    generator = torch.Generator().manual_seed(seed * 10 + severity)
+    return worsen(square, work, strengths[severity - 1], seed * 10 + severity)
+
+
+def worsen(square: NDArray[np.uint8], work: Work, strength: float, seed: int) -> NDArray[np.uint8]:
+    """Applies a corruption to an (S, S, 3) square."""
+    generator = torch.Generator().manual_seed(seed)
     image = torch.from_numpy(square.copy()).permute(2, 0, 1)
-    worse: NDArray[np.uint8] = work(image, strengths[severity - 1], generator).permute(1, 2, 0).numpy()
+    worse: NDArray[np.uint8] = work(image, strength, generator).permute(1, 2, 0).numpy()
     return worse
 
 
@@ -154,29 +174,61 @@ def classify_corrupted(
     Raises:
         DecodeError: naming an image that cannot be read.
     """
-    images = images.decoded_by(subject.contract.version)
     kinds = tuple((name, severity) for name in names for severity in severities)
     clean = np.empty(len(images), np.bool_)
     right = np.empty((len(kinds), len(images)), np.bool_)
     drift = np.empty((len(kinds), len(images)), np.float32)
+    for here, before, corrupted in embed_corrupted(subject, images, kinds, quiet=quiet):
+        clean[here] = head.predict(before) == images.labels[here]
+        for place, after in enumerate(corrupted):
+            right[place, here] = head.predict(after) == images.labels[here]
+            drift[place, here] = _drift(after, before)
+    return Corrupted(kinds, clean, right, drift)
+
+
+def embed_corrupted(
+    subject: Subject,
+    images: ImageSet,
+    kinds: Sequence[tuple[str, int]],
+    work: Worsen = corrupt,
+    *,
+    quiet: bool = True,
+) -> Iterator[tuple[slice, NDArray[np.float32], Iterator[NDArray[np.float32]]]]:
+    """Embeds images and their corrupted versions, batch by batch.
+
+    Args:
+        subject: the model.
+        images: the images.
+        kinds: names and severities.
+        work: corrupts a square. Its seed is the row.
+        quiet: hide progress.
+
+    Yields:
+        The rows of a batch, their (n, D) features, and an iterator over their features by kind.
+
+    Raises:
+        DecodeError: naming an image that cannot be read.
+    """
+    images = images.decoded_by(subject.contract.version)
     progress = Progress(f"{subject.name}: corruptions", len(images), quiet=quiet)
     for start in range(0, len(images), subject.batch_size):
         rows = range(start, min(start + subject.batch_size, len(images)))
-        here = slice(rows.start, rows.stop)
         try:
             squares = np.stack([subject.prepare(images.image(row)) for row in rows])
         except DecodeError as exc:
             raise DecodeError(str(exc), fix=REPAIR) from exc
-        before = subject.embed_prepared(squares)
-        clean[here] = head.predict(before) == images.labels[here]
-        for place, kind in enumerate(kinds):
-            worse = np.stack([corrupt(square, *kind, seed=row) for row, square in zip(rows, squares, strict=True)])
-            after = subject.embed_prepared(worse)
-            right[place, here] = head.predict(after) == images.labels[here]
-            drift[place, here] = _drift(after, before)
+        here, before = slice(rows.start, rows.stop), subject.embed_prepared(squares)
+        yield here, before, _embed_kinds(subject, squares, rows, kinds, work)
         progress.advance(len(rows))
     progress.finish()
-    return Corrupted(kinds, clean, right, drift)
+
+
+def _embed_kinds(
+    subject: Subject, squares: NDArray[np.uint8], rows: range, kinds: Sequence[tuple[str, int]], work: Worsen
+) -> Iterator[NDArray[np.float32]]:
+    for kind in kinds:
+        worse = np.stack([work(square, *kind, row) for row, square in zip(rows, squares, strict=True)])
+        yield subject.embed_prepared(worse)
 
 
 def _drift(after: NDArray[np.float32], before: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from robustfeat.progress import Progress
 from robustfeat.serving.heads.convert import scaler
-from robustfeat.serving.heads.fitting.fit import select, select_and_fit
+from robustfeat.serving.heads.fitting.fit import measure_held_out, select, select_and_fit
 from robustfeat.serving.heads.fitting.selection import C_GRID, hold_out
 from robustfeat.serving.heads.head import Head
 from robustfeat.serving.heads.kinds import KINDS, SCALINGS
@@ -78,6 +78,7 @@ def svm(
     cs: Sequence[float] = C_GRID,
     scalings: Sequence[str] = tuple(SCALINGS),
     method: str = "holdout",
+    calibrated: bool = False,
     threads: int | None = None,
     quiet: bool = True,
 ) -> Score:
@@ -86,6 +87,7 @@ def svm(
     Args:
         features: features of the task.
         cs, scalings, method: see `choose`; by default on a held-out tenth, the protocol of the published results.
+        calibrated: give the head probabilities and typicality, if rows were held out.
         threads: number of processors; by default all that the cgroup allows.
         quiet: hide progress.
     """
@@ -94,6 +96,10 @@ def svm(
         features.x, features.y, cs=cs, scalings=scalings, method=method, threads=threads, progress=progress
     )
     progress.finish()
+    if calibrated:
+        places = np.searchsorted(head.classes, features.y)
+        measured = measure_held_out(selection, features.x, np.arange(len(features.x)), places)
+        head = replace(head, arrays=dict(head.arrays) | measured)
     best = selection.best
     held_out = None if math.isnan(best.score) else best.score
     chosen = {"C": best.c, "scaling": best.scaling, "held_out": held_out, "converged": converged}

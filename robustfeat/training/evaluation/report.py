@@ -15,6 +15,7 @@ from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.figures import Curve, Panel, draw
 from robustfeat.training.evaluation.finetuning import finetune
 from robustfeat.training.evaluation.probes import few_shot, libsvm, naive_bayes, nearest_neighbours, svm
+from robustfeat.training.evaluation.robustness_card import Extent, measure_robustness
 from robustfeat.training.evaluation.subject import NetworkSubject, Subject
 from robustfeat.training.evaluation.tasks import Task, TaskFeatures, embed_task
 
@@ -30,6 +31,7 @@ def evaluate_task(
     with_few_shot: bool = True,
     with_libsvm: bool = False,
     with_corruptions: bool = False,
+    robustness: Extent | None = None,
     finetuned: NetworkSubject | None = None,
     finetuning: Mapping[str, Any] | None = None,
     threads: int | None = None,
@@ -45,6 +47,7 @@ def evaluate_task(
         with_few_shot: also compute the curve of few images per class.
         with_libsvm: also LIBSVM's one-against-one SVM on at most 5,000 training rows.
         with_corruptions: also the SVM's accuracy on corrupted test images (see `classify_corrupted`).
+        robustness: also the robustness card, to this extent (see `measure_robustness`).
         finetuned: the same model in PyTorch: also fine-tuned.
         finetuning: options of `finetune`.
         threads: number of processors; by default all that the cgroup allows.
@@ -55,7 +58,9 @@ def evaluate_task(
         fingerprint of the test images, and whether the SVM is right on each (see `pack`). Only scores use test labels.
     """
     features = embed_task(subject, task, cache=cache, quiet=quiet)
-    chosen = svm(features, method=selection, threads=threads, quiet=quiet)
+    chosen = svm(features, method=selection, calibrated=robustness is not None, threads=threads, quiet=quiet)
+    head = chosen.head
+    assert head is not None  # an SVM is one
     result: dict[str, Any] = {
         "model": subject.name,
         "identity": list(subject.fingerprint),
@@ -70,8 +75,9 @@ def evaluate_task(
         **second_opinions(features, with_few_shot=with_few_shot, with_libsvm=with_libsvm, threads=threads),
     }
     if with_corruptions:
-        assert chosen.head is not None  # an SVM is one
-        result["corruptions"] = classify_corrupted(subject, chosen.head, task.test, quiet=quiet).to_dict()
+        result["corruptions"] = classify_corrupted(subject, head, task.test, quiet=quiet).to_dict()
+    if robustness is not None:
+        result["robustness"] = measure_robustness(subject, task, features, head, robustness, cache=cache, quiet=quiet)
     if finetuned is not None:
         settings = dict(finetuning or {})
         errors = finetune(

@@ -19,7 +19,7 @@ from robustfeat.training.evaluation.arguments import require_task
 from robustfeat.training.evaluation.inputs import REPAIR
 from robustfeat.training.evaluation.subject import Subject
 
-__all__ = ["Task", "TaskFeatures", "embed_images", "embed_task", "open_task"]
+__all__ = ["Task", "TaskFeatures", "draw_images", "draw_rows", "embed_images", "embed_task", "open_task"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,12 @@ def draw_images(images: ImageSet, limit: int | None, seed: int = 0) -> ImageSet:
     """At most `limit` of the images, in their order; all of them by default."""
     if limit is None or limit >= len(images):
         return images
-    return images.subset(np.sort(np.random.default_rng(seed).permutation(len(images))[:limit]))
+    return images.subset(draw_rows(len(images), limit, seed))
+
+
+def draw_rows(count: int, limit: int, seed: int = 0) -> NDArray[np.int64]:
+    """The rows that `draw_images` draws of `count` images, ascending."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
 
 
 def embed_images(

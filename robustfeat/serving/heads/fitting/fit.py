@@ -30,7 +30,7 @@ from robustfeat.serving.heads.reports.intervals import wilson_interval
 from robustfeat.serving.heads.reports.report import Report
 from robustfeat.system import available_cpus
 
-__all__ = ["fit_head", "require_two", "select", "select_and_fit"]
+__all__ = ["fit_head", "measure_held_out", "require_two", "select", "select_and_fit"]
 
 
 def select_and_fit(
@@ -162,16 +162,10 @@ def fit_head(
         progress=progress,
     )
     progress.finish()
-    measured: dict[str, Array] = {}
-    if len(selection.held):
-        answers = targets[selection.held]
-        groups = targets if targets.ndim == 1 else np.zeros(len(targets), np.int64)
-        distances = fit_distance(features.values, labelled.rows, groups, selection.splits[0])
-        measured = calibrate(selection.margins, answers) | distances
     head = replace(
         head,
         classes=classes,
-        arrays=dict(head.arrays) | measured,
+        arrays=dict(head.arrays) | measure_held_out(selection, features.values, labelled.rows, targets),
         model=features.model,
         selection=_describe(selection, labelled, converged=converged),
     )
@@ -181,6 +175,27 @@ def fit_head(
     margins = head.both(selection.margins)
     report = Report.of_answers(Answers.of(head, margins, targets[selection.held], paths, classes), unseen=True)
     return replace(head, scores={"held_out": report.to_dict()}), replace(report, settings=_settings(head.selection))
+
+
+def measure_held_out(
+    selection: Selection, values: Rows, rows: NDArray[np.int64], targets: NDArray[Any]
+) -> dict[str, Array]:
+    """The arrays of a head for probabilities and typicality, from the rows that the selection held out.
+
+    Args:
+        selection: the selection of the head.
+        values: (n, D) features, possibly memory-mapped.
+        rows: (m,) the rows of the targets.
+        targets: (m,) int64 positions among the head's classes, or (m, K) bool.
+
+    Returns:
+        Nothing if no row was held out.
+    """
+    if not len(selection.held):
+        return {}
+    groups = targets if targets.ndim == 1 else np.zeros(len(targets), np.int64)
+    distances = fit_distance(values, rows, groups, selection.splits[0])
+    return calibrate(selection.margins, targets[selection.held]) | distances
 
 
 def require_two(place: str, labelled: LabelledRows) -> None:

@@ -33,16 +33,21 @@ class Reliability:
 
     @classmethod
     def of(cls, probabilities: Array, targets: NDArray[np.int64] | NDArray[np.bool_]) -> Reliability:
-        """Bins (m, K) probabilities with (m,) int64 or (m, K) bool targets, of which each label counts."""
+        """Ten bins of (m, K) probabilities with (m,) int64 or (m, K) bool targets, of which each label counts."""
         if targets.ndim == 1:
             confidence, right = probabilities.max(1), probabilities.argmax(1) == targets
         else:
             confidence = np.maximum(probabilities, 1 - probabilities).ravel()
             right = ((probabilities > 0.5) == targets).ravel()
-        bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
-        rows = np.bincount(bins, minlength=_BINS)
+        return cls.of_confidence(confidence, right)
+
+    @classmethod
+    def of_confidence(cls, confidence: Array, right: NDArray[np.bool_], count: int = _BINS) -> Reliability:
+        """Puts (m,) probabilities of predictions, and whether these are right, into `count` bins."""
+        bins = np.minimum((confidence * count).astype(np.int64), count - 1)
+        rows = np.bincount(bins, minlength=count)
         some = rows > 0
-        means = [np.bincount(bins, of, _BINS)[some] / rows[some] for of in (confidence, right.astype(np.float64))]
+        means = [np.bincount(bins, of, count)[some] / rows[some] for of in (confidence, right.astype(np.float64))]
         error = float((rows[some] * np.abs(means[0] - means[1])).sum() / rows.sum())
         return cls(means[0], means[1], rows[some], error)
 
