@@ -120,7 +120,7 @@ def test_the_calibration_error_is_that_of_a_plain_loop() -> None:
     for lowest in range(15):
         inside = [row for row in range(400) if lowest / 15 <= confidence[row] < (lowest + 1) / 15]
         if inside:
-            error += len(inside) / 400 * abs(np.mean(confidence[inside]) - np.mean(right[inside]))
+            error += len(inside) / 400 * float(abs(np.mean(confidence[inside]) - np.mean(right[inside])))
     assert Reliability.of_confidence(confidence, right, 15).error == pytest.approx(error)
 
 
