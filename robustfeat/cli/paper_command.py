@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from robustfeat.cli.rendering import Command
 from robustfeat.serving.engines.options import AUTO, DEVICES
 
+if TYPE_CHECKING:
+    from robustfeat.training.paper.scale import Scale
+
 _NAMES = (
-    "verdicts", "exploratory", "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5",
+    "gate", "verdicts", "exploratory", "table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5",
     "selection", "opinions", "corruptions",
 )  # fmt: skip
+_METHODS = ("erm", "erm-long", "el", "cl", "hrrl", "random", "balanced", "groupdro")
 _WITHOUT_DATA = {"table1", "fig2"}
 
 
@@ -21,13 +26,14 @@ _WITHOUT_DATA = {"table1", "fig2"}
 @click.option("--out", required=True, metavar="REPORT", help="Folder for runs, results and the report.")
 @click.option(
     "--scale",
-    type=click.Choice(["tiny", "paper"]),
+    type=click.Choice(["tiny", "saturated", "narrow", "paper"]),
     default="tiny",
     show_default=True,
-    help="Size of the study: tiny takes a day on two cores, paper has the sizes of the paper.",
+    help="Size of the study: tiny takes a day on two cores, saturated trains until ERM no longer gains, narrow has a "
+    "small network, paper has the sizes of the paper.",
 )
 @click.option("--quick", is_flag=True, help="Check the program in minutes. The numbers mean nothing.")
-@click.option("--benchmark", metavar="DATA", help="Images to pre-train on: Tiny ImageNet (tiny) or ImageNet (paper).")
+@click.option("--benchmark", metavar="DATA", help="Images to pre-train on: ImageNet (paper) or Tiny ImageNet (others).")
 @click.option(
     "--target",
     "targets",
@@ -37,6 +43,19 @@ _WITHOUT_DATA = {"table1", "fig2"}
 )
 @click.option("--biased", is_flag=True, help="Train on ImageNet's shares of concepts.")
 @click.option("--controls", is_flag=True, help="Also train the control methods.")
+@click.option(
+    "--method",
+    "methods",
+    metavar="METHOD",
+    multiple=True,
+    type=click.Choice(_METHODS),
+    help="Compare only this method with ERM. Repeatable.  [default: all of the scale]",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    help="Length of the runs if the gate of the scale saturated was not passed.  [default: by scale]",
+)
 @click.option(
     "--device",
     type=click.Choice([AUTO, *DEVICES]),
@@ -58,6 +77,8 @@ def command(
     targets: tuple[str, ...],
     biased: bool,
     controls: bool,
+    methods: tuple[str, ...],
+    epochs: int | None,
     device: str,
     threads: int | None,
     workers: int | None,
@@ -67,7 +88,8 @@ def command(
 
     EXHIBIT is table1 to table4, fig2 to fig5, verdicts (all comparisons with ERM), exploratory (the same with other
     statistics), selection (of tau and lambda), opinions (other classifiers), corruptions (of test images), or all.
-    table1 and fig2 need no data. docs/protocol.md describes the comparisons.
+    The scale saturated has gate, which must be passed first, and no exploratory. table1 and fig2 need no data.
+    docs/protocol.md describes the comparisons.
 
     Missing models are trained in REPORT/runs, and each result is kept in REPORT/cells. The command writes CSV,
     Markdown, PNG and SVG files and REPORT/index.html. To resume an interrupted run, rerun the command. On SIGINT or
@@ -76,22 +98,16 @@ def command(
     from robustfeat.errors import InputError
     from robustfeat.system import available_cpus
     from robustfeat.training.data.opening import require_place
-    from robustfeat.training.evaluation.arguments import parse_task
-    from robustfeat.training.paper.scale import SCALES
+    from robustfeat.training.paper.scale import open_scale
 
     if not out:
         raise InputError("--out: expected a folder; got an empty name")
     for place in (Path(out), *Path(out).parents):
         if place.exists() and not place.is_dir():
             raise InputError(f"--out {out}: {place} is a file; name a folder")
-    named = [parse_task(text, "targets") for text in targets]
-    places = dict(named)
-    if len(places) < len(named):
-        raise InputError("--target: expected one DATA per target; got a target twice")
-    chosen = SCALES["quick" if quick else scale]()
-    if unknown := sorted(set(places) - set(chosen.targets)):
-        raise InputError(f"--target {unknown[0]}: expected {', '.join(chosen.targets)}, such as cifar10=data/cifar10")
-    names = _NAMES if "all" in exhibits else tuple(name for name in _NAMES if name in exhibits)
+    chosen = open_scale(scale, quick=quick, epochs=epochs)
+    places = _parse_targets(targets, chosen)
+    names = _select(exhibits, chosen)
     if not set(names) <= _WITHOUT_DATA:
         for data in (*places.values(), *([benchmark] if benchmark else [])):
             require_place(data)
@@ -99,14 +115,18 @@ def command(
     import torch  # PyTorch and its users take seconds to import
 
     from robustfeat.training.paper.exhibits import EXHIBITS
+    from robustfeat.training.paper.gate import pass_gate
     from robustfeat.training.paper.measures import Measures
     from robustfeat.training.paper.render import markdown, write_exhibit, write_page
     from robustfeat.training.paper.study import Machine, Study
 
     torch.set_num_threads(threads or available_cpus())
     study = Study(Path(out), chosen, benchmark, places, Machine(device, threads, workers, quiet), biased=biased)
-    measures = Measures(study, controls=controls)
+    measures = Measures(study, controls=controls, methods=methods)
     measures.require_data(names)
+    refusal = pass_gate(measures) if "gate" in names else None
+    if refusal:
+        names = tuple(name for name in names if name == "gate" or name in _WITHOUT_DATA)
     measures.compute(names)
     page = Path(out) / f"index{study.suffix}.html"
     with study.locks.held("pages"):  # covers tables, too: some have the same name with and without --biased
@@ -121,4 +141,42 @@ def command(
         else:
             write_page(made, page, "HRRL: what needs no training")
     study.say(f"{page} shows the results")
+    if refusal:
+        raise refusal
     return 0
+
+
+def _parse_targets(targets: tuple[str, ...], scale: Scale) -> dict[str, str]:
+    """DATA by target.
+
+    Raises:
+        InputError: a target is unknown or named twice.
+    """
+    from robustfeat.errors import InputError
+    from robustfeat.training.evaluation.arguments import parse_task
+
+    named = [parse_task(text, "targets") for text in targets]
+    places = dict(named)
+    if len(places) < len(named):
+        raise InputError("--target: expected one DATA per target; got a target twice")
+    if unknown := sorted(set(places) - set(scale.targets)):
+        raise InputError(f"--target {unknown[0]}: expected {', '.join(scale.targets)}, such as cifar10=data/cifar10")
+    return places
+
+
+def _select(asked: tuple[str, ...], scale: Scale) -> tuple[str, ...]:
+    """The exhibits to make. The gate comes first wherever others are measured.
+
+    Raises:
+        InputError: the scale lacks one.
+    """
+    from robustfeat.errors import InputError
+
+    lacks = {"gate": scale.gate is None, "exploratory": scale.margin is not None}
+    available = tuple(name for name in _NAMES if not lacks.get(name))
+    if "all" in asked:
+        return available
+    if missing := sorted(set(asked) - set(available)):
+        raise InputError(f"{missing[0]}: expected {', '.join(available)} at this scale")
+    with_gate = scale.gate is not None and not set(asked) <= _WITHOUT_DATA
+    return tuple(name for name in available if name in asked or (with_gate and name == "gate"))

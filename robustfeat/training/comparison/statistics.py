@@ -9,10 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Comparison", "Difference", "compare", "holm", "image_interval", "paired", "pooled"]
+__all__ = [
+    "Comparison",
+    "Difference",
+    "compare",
+    "dunnett",
+    "equivalence_mark",
+    "holm",
+    "image_interval",
+    "paired",
+    "pooled",
+]
 
 _LEVEL = 0.95
 _RESAMPLES = 10_000
+_POINTS = 200  # per dimension of Dunnett's integral
+_NORMAL_RANGE = 8.0
+_TAIL = 1e-12
 
 Interval = tuple[float, float]
 
@@ -23,7 +36,7 @@ class Difference:
 
     Attributes:
         mean: the difference.
-        interval: Student's 95 % interval; None where no deviation is known.
+        interval: 95 % interval; None where no deviation is known.
         p: two-sided p-value of a difference of 0; None where no deviation is known.
     """
 
@@ -72,18 +85,111 @@ def pooled(accuracies: Mapping[str, Sequence[float]], baseline: str) -> dict[str
 
     Source: the error of a one-way analysis of variance, as in Dunnett, JASA 1955.
     """
+    estimates, degrees = _estimates(accuracies, baseline)
+    return {method: _student(mean, error, degrees) for method, (mean, error, _) in estimates.items()}
+
+
+def dunnett(
+    accuracies: Mapping[str, Sequence[float]], baseline: str, comparisons: int | None = None
+) -> dict[str, Difference]:
+    """Each method minus the baseline, with 95 % intervals that hold together for all comparisons.
+
+    The deviation is pooled as by `pooled`. The p-values are adjusted for all comparisons, too.
+
+    Args:
+        accuracies: of each method's runs, in any order.
+        baseline: a method of these.
+        comparisons: planned number; by default the methods here. Absent ones count as methods with the same number of
+            runs as the baseline.
+
+    Source: Dunnett, JASA 1955.
+    """
+    estimates, degrees = _estimates(accuracies, baseline)
+    loadings = [loading for _, _, loading in estimates.values()]
+    loadings += [float(np.sqrt(0.5))] * ((comparisons or 0) - len(loadings))
+    found = {}
+    for method, (mean, error, _) in estimates.items():
+        if not degrees:
+            found[method] = Difference(mean, None, None)
+            continue
+        half = _dunnett_limit(loadings, degrees) * error
+        p = 1 - _dunnett_share(abs(mean) / error, loadings, degrees) if error else float(mean == 0)
+        found[method] = Difference(mean, (mean - half, mean + half), min(1.0, max(0.0, p)))
+    return found
+
+
+def _estimates(
+    accuracies: Mapping[str, Sequence[float]], baseline: str
+) -> tuple[dict[str, tuple[float, float, float]], int]:
+    """By method its difference, the standard error, and the root of n / (n + n of the baseline); degrees of freedom."""
     groups = {method: np.asarray(values, np.float64) for method, values in accuracies.items()}
     degrees = sum(len(values) - 1 for values in groups.values())
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in groups.values())
     deviation = np.sqrt(squares / degrees) if degrees else 0.0
     base = groups[baseline]
-    return {
-        method: _student(
-            float(values.mean() - base.mean()), float(deviation * np.sqrt(1 / len(values) + 1 / len(base))), degrees
+    estimates = {
+        method: (
+            float(values.mean() - base.mean()),
+            float(deviation * np.sqrt(1 / len(values) + 1 / len(base))),
+            float(np.sqrt(len(values) / (len(values) + len(base)))),
         )
         for method, values in groups.items()
         if method != baseline
     }
+    return estimates, degrees
+
+
+def _dunnett_share(limit: float, loadings: Sequence[float], degrees: int) -> float:
+    """Probability that no |t| exceeds the limit if no method differs from the baseline.
+
+    The t have the baseline's normal z, whose part in each is its loading, and the deviation s in common. Given both,
+    they are independent. The sum over z and s is by Gauss and Legendre.
+    """
+    from scipy.special import ndtr
+    from scipy.stats import chi, norm
+
+    points, weights = np.polynomial.legendre.leggauss(_POINTS)
+    z = _NORMAL_RANGE * points
+    of_z = _NORMAL_RANGE * weights * norm.pdf(z)
+    low, high = chi.ppf(_TAIL, degrees), chi.isf(_TAIL, degrees)
+    root = low + (high - low) * (points + 1) / 2
+    of_s = (high - low) / 2 * weights * chi.pdf(root, degrees)
+    bound = limit * root[:, None] / np.sqrt(degrees)
+    inside = np.ones((_POINTS, _POINTS))
+    for loading in loadings:
+        rest = np.sqrt(1 - loading**2)
+        inside *= ndtr((bound - loading * z) / rest) - ndtr((-bound - loading * z) / rest)
+    return float(of_s @ inside @ of_z)
+
+
+def _dunnett_limit(loadings: Sequence[float], degrees: int) -> float:
+    """The |t| that none exceeds with a probability of 95 %. It lies between Student's and Bonferroni's."""
+    from scipy.optimize import brentq
+    from scipy.stats import t
+
+    student, bonferroni = (float(t.isf((1 - _LEVEL) / 2 / count, degrees)) for count in (1, len(loadings)))
+    if len(loadings) == 1:
+        return student
+    return float(brentq(lambda limit: _dunnett_share(limit, loadings, degrees) - _LEVEL, student, bonferroni))
+
+
+def equivalence_mark(interval: Interval | None, margin: float) -> str:
+    """What a difference's interval says of it.
+
+    Args:
+        interval: of the difference.
+        margin: largest difference, on both sides, that does not matter.
+
+    Returns:
+        equivalent (within the margin on both sides), holds (above 0), fails (below 0), or undecided. An interval within
+        the margin that excludes 0 has both marks.
+    """
+    if interval is None:
+        return "undecided"
+    marks = ["holds" if interval[0] > 0 else "fails"] if interval[0] > 0 or interval[1] < 0 else []
+    if -margin < interval[0] and interval[1] < margin:
+        marks.append("equivalent")
+    return ", ".join(marks) or "undecided"
 
 
 def _student(mean: float, error: float, degrees: int) -> Difference:
@@ -96,15 +202,20 @@ def _student(mean: float, error: float, degrees: int) -> Difference:
     return Difference(mean, (mean - half, mean + half), p)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], comparisons: int | None = None) -> list[float]:
     """P-values that hold together for all of a family.
+
+    Args:
+        p_values: of the family.
+        comparisons: planned size of the family; by default the p-values here. Absent ones count as 1.
 
     Source: Holm, Scandinavian Journal of Statistics 1979.
     """
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    factors = max(len(p), comparisons or 0) - np.arange(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * factors))
     return [float(value) for value in adjusted]
 
 

@@ -15,7 +15,9 @@ from robustfeat.training.recipe import Recipe
 
 __all__ = ["Cells"]
 
-_VERSIONS = {"held-out": 2, "svm": 2, "opinions": 3, "corruptions": 2, "finetune": 2, "steps": 2, "concepts": 2}
+_VERSIONS = {
+    "held-out": 2, "folds": 1, "svm": 2, "opinions": 3, "corruptions": 2, "finetune": 2, "steps": 2, "concepts": 2,
+}  # fmt: skip
 """Versions by kind of cell, raised whenever a change of code changes the contents of such cells."""
 _EARLIER = {kind: tuple(range(1, version)) for kind, version in _VERSIONS.items()}
 """Earlier versions by kind that are shown as they are. They lack the accuracies of their run. In the first `opinions`,

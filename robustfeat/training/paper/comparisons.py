@@ -12,6 +12,7 @@ from robustfeat.training.comparison.methods import Runs, compare_methods
 from robustfeat.training.comparison.statistics import Comparison, compare
 from robustfeat.training.comparison.tables import comparison_rows, forest, percent_interval, spread
 from robustfeat.training.evaluation.answers import unpack
+from robustfeat.training.paper.equivalence import cell_columns, compare_targets, equivalence
 from robustfeat.training.paper.exhibit import TITLES, Exhibit
 from robustfeat.training.paper.measures import Measures
 from robustfeat.training.paper.scale import CONTROLS, METHODS, PAPER_NUMBERS, TABLES
@@ -54,6 +55,7 @@ def accuracies(measures: Measures, table: str) -> Exhibit:
     target = TABLES[table]
     answers = _answers(measures, target)
     paper = PAPER_NUMBERS[target]
+    cells = None if measures.scale.margin is None else compare_targets(measures)
     rows = []
     for method, found in answers.items():
         against = None if method == "erm" else compare(found, answers["erm"])
@@ -65,23 +67,34 @@ def accuracies(measures: Measures, table: str) -> Exhibit:
             **fitted([measures.score(method, seed, target) for seed in measures.scale.seeds]),
             "paper, minus ERM": f"{paper[method][0] - paper['erm'][0]:+.2f}" if against and method in paper else "",
         }
-        rows.append({**row, **compared(against), "verdict": against.mark if against else ""})
-    tau, lam = measures.chosen
+        if cells is None:
+            row |= {**compared(against), "verdict": against.mark if against else ""}
+        else:
+            row |= cell_columns(cells.get((method, target)))
+        rows.append(row)
     return Exhibit(
         f"{table}{measures.study.suffix}",
         f"Table {table[-1]}: SVM accuracy in % on {measures.study.target_title(target)}; pre-trained on "
         f"{measures.study.title}",
         rows,
         notes=[
-            f"tau = {tau:g} and lambda = {lam:g}, chosen on held-out training images. "
-            "Deviations are over seeds (n - 1). Rules and intervals: docs/protocol.md.",
+            f"{_chosen(measures)}Deviations are over seeds (n - 1). Rules and intervals: docs/protocol.md.",
             fitted_note(rows),
         ],
     )
 
 
+def _chosen(measures: Measures) -> str:
+    """A sentence with the values that the methods of the table have."""
+    named = zip(("tau", "lambda"), measures.chosen, strict=True)
+    values = [f"{name} = {value:g}" for name, value in named if value is not None]
+    return f"{' and '.join(values)}, chosen on held-out training images. " if values else ""
+
+
 def verdicts(measures: Measures) -> Exhibit:
     """All comparisons with ERM, marked as docs/protocol.md says."""
+    if measures.scale.margin is not None:
+        return equivalence(measures)
     marks: dict[str, list[str]] = {method: [] for method in measures.methods if method != "erm"}
     rows: dict[str, dict[str, str]] = {method: {"method": TITLES[method]} for method in marks}
     for target in TABLES.values():
@@ -90,7 +103,7 @@ def verdicts(measures: Measures) -> Exhibit:
             result = compare(answers[method], answers["erm"])
             row[measures.study.target_title(target)] = f"{100 * result.difference:+.2f} {result.mark}"
             marks[method].append(result.mark)
-    of_paper = [mark for method in METHODS if method != "erm" for mark in marks[method]]
+    of_paper = [mark for method in METHODS for mark in marks.get(method, [])]
     counts = ", ".join(f"{of_paper.count(mark)} {mark}" for mark in ("holds", "fails", "undecided"))
     return Exhibit(
         f"verdicts{measures.study.suffix}",
@@ -98,7 +111,7 @@ def verdicts(measures: Measures) -> Exhibit:
         list(rows.values()),
         notes=[
             f"Of the paper's {len(of_paper)} comparisons: {counts}. docs/protocol.md defines these marks."
-            f"{' The other rows are controls.' if len(measures.methods) > len(METHODS) else ''}"
+            f"{' The other rows are controls.' if _has_controls(measures) else ''}"
         ],
     )
 
@@ -126,7 +139,8 @@ def exploratory(measures: Measures) -> Exhibit:
         {**row, "verdict": marks.get((result.task, result.method), "")}
         for row, result in zip(comparison_rows(results, erm), results, strict=True)
     ]
-    many = len(measures.methods) > len(METHODS)
+    many = _has_controls(measures)
+    count = len(TABLES) * sum(method in METHODS for method in measures.methods if method != "erm")
     return Exhibit(
         f"exploratory{measures.study.suffix}",
         f"Exploratory: SVM accuracy minus ERM's, in points, with a pooled deviation; pre-trained on "
@@ -136,10 +150,14 @@ def exploratory(measures: Measures) -> Exhibit:
         [
             f"Not preregistered. One deviation over seeds is pooled over the {len(measures.methods)} methods of a "
             "target, which assumes that it is equal for all. p is of the pooled interval. Holm's correction is for the "
-            f"paper's 9 comparisons{', and a second one for the controls' if many else ''}. The last rows "
+            f"paper's {count} comparisons{', and a second one for the controls' if many else ''}. The last rows "
             "join the targets. Verdicts are the preregistered marks of docs/protocol.md."
         ],
     )
+
+
+def _has_controls(measures: Measures) -> bool:
+    return not set(measures.methods) <= set(METHODS)
 
 
 def compared(result: Comparison | None) -> dict[str, str]:

@@ -16,8 +16,9 @@ from robustfeat.training.evaluation.probes import FEW_SHOTS
 from robustfeat.training.evaluation.report import libsvm_cell
 from robustfeat.training.paper.comparisons import accuracies, compared, exploratory, fitted, fitted_note, verdicts
 from robustfeat.training.paper.exhibit import TITLES, Exhibit
+from robustfeat.training.paper.gate import gate
 from robustfeat.training.paper.measures import Measures
-from robustfeat.training.paper.scale import CORRUPTED, TABLES
+from robustfeat.training.paper.scale import TABLES
 
 __all__ = ["EXHIBITS"]
 
@@ -67,7 +68,7 @@ def _figure3(measures: Measures) -> Exhibit:
     rows, panels = [], []
     for target in scale.targets:
         curves = []
-        for method in CORRUPTED:
+        for method in measures.corrupted_methods:
             cell = measures.finetuned(method, target)
             errors = [100 * error for error in cell["test_error"]]
             rows.append({"target": measures.study.target_title(target), "from": TITLES[method],
@@ -121,6 +122,8 @@ def _figure5(measures: Measures) -> Exhibit:
 
 
 def _selection(measures: Measures) -> Exhibit:
+    if measures.scale.folds:
+        return _selection_by_folds(measures)
     chosen = dict(zip(("el", "cl"), measures.chosen, strict=True))
     tried = [("erm", None), *dict.fromkeys((method, value) for method, value, _ in measures.grid())]
     rows = []
@@ -141,6 +144,28 @@ def _selection(measures: Measures) -> Exhibit:
         rows.append({**row, **(fitted([cells[0]]) if cells[0] else {})})
     title = f"Selection: SVM accuracy in % on held-out training images; {measures.study.selection_title}"
     return Exhibit("selection", title, rows, notes=[fitted_note(rows)])
+
+
+def _selection_by_folds(measures: Measures) -> Exhibit:
+    study, scale = measures.study, measures.scale
+    chosen = dict(zip(("el", "cl"), measures.chosen, strict=True))
+    rows = []
+    for method, value in dict.fromkeys(one[:2] for one in measures.grid()):
+        row = {"model": f"{TITLES[method]}, {'tau' if method == 'el' else 'lambda'} {value:g}"}
+        for target in scale.targets:
+            own = measures.fold_means(method, value, [target])
+            row[study.target_title(target)] = f"{100 * own.mean:.2f}" if own else "diverged"
+        scores = measures.fold_means(method, value)
+        row["mean"] = f"{100 * scores.mean:.2f}" if scores else ""
+        row["standard error"] = f"{100 * scores.error:.2f}" if scores else ""
+        row["chosen"] = "yes" if value == chosen[method] else ""
+        rows.append(row)
+    title = f"Selection: SVM accuracy in % on five folds of the training images; {study.selection_title_of_all_seeds}"
+    note = (
+        "Chosen is the smallest tau and the largest lambda within one standard error of the best mean. The error is "
+        "over the folds, each a mean over targets and seeds."
+    )
+    return Exhibit("selection", title, rows, notes=[note])
 
 
 def _opinions(measures: Measures) -> Exhibit:
@@ -174,7 +199,7 @@ def _corruptions(measures: Measures) -> Exhibit:
     rows, panels, scale = [], [], measures.scale
     for target in scale.targets:
         told, curves = {}, []
-        for method in CORRUPTED:
+        for method in measures.corrupted_methods:
             cells = [measures.corrupted(method, seed, target) for seed in scale.seeds]
             told[method] = [np.frombuffer(bytes.fromhex(cell["told"]), np.uint8) / _CORRUPTIONS for cell in cells]
             row = {"target": measures.study.target_title(target), "method": TITLES[method]}
@@ -205,6 +230,7 @@ def _corruptions(measures: Measures) -> Exhibit:
 
 
 EXHIBITS: dict[str, Callable[[Measures], Exhibit]] = {
+    "gate": gate,
     "verdicts": verdicts,
     "exploratory": exploratory,
     "table1": _table1,

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from robustfeat.errors import DataError, DivergedError
+from robustfeat.errors import DataError, DivergedError, InputError
+from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.evaluation.answers import pack
 from robustfeat.training.evaluation.corruptions import classify_corrupted
 from robustfeat.training.evaluation.finetuning import finetune
-from robustfeat.training.evaluation.probes import held_out_score, svm
+from robustfeat.training.evaluation.probes import fold_scores, held_out_score, svm
 from robustfeat.training.evaluation.report import second_opinions
 from robustfeat.training.evaluation.robustness import accuracy_by_step, class_hits
 from robustfeat.training.evaluation.subject import NetworkSubject, open_network
@@ -25,8 +26,9 @@ from robustfeat.training.evaluation.tasks import Task, TaskFeatures, draw_images
 from robustfeat.training.loop.checkpoint import Checkpoint, load_checkpoint, network_of
 from robustfeat.training.loop.journal import final_accuracies
 from robustfeat.training.paper.cells import Cells
+from robustfeat.training.paper.choice import FoldMeans, choose_within_one_error
 from robustfeat.training.paper.locks import BusyError
-from robustfeat.training.paper.scale import CONTROLS, CORRUPTED, METHODS, TABLES, WITH_LAMBDA, WITH_TAU
+from robustfeat.training.paper.scale import CONTROLS, CORRUPTED, TABLES, WITH_LAMBDA, WITH_TAU
 from robustfeat.training.paper.study import Study, identity
 from robustfeat.training.recipe import Recipe
 
@@ -36,6 +38,8 @@ _OF_ALL_TARGETS = {"verdicts", "exploratory"}
 """Exhibits that compare the methods on each target."""
 _CHOOSING = {*TABLES, *_OF_ALL_TARGETS, "fig3", "selection", "opinions", "corruptions"}
 """Exhibits that need tau and lambda, and so all targets."""
+_OF_RUNS = _CHOOSING | {"gate", "fig4", "fig5"}
+"""Exhibits that show more than the paper's own numbers and formulas."""
 _WORTH_SAYING = 1.0  # s that a result took
 _PATIENCE = 5.0  # s, when all that is left is with other processes
 
@@ -46,11 +50,21 @@ class Measures:
     Args:
         study: gets `cells/` and `features.db` in its folder.
         controls: the tables have the control methods, too.
+        methods: the only methods of the tables, besides ERM; by default all.
+
+    Raises:
+        InputError: a method is none of these, or the scale has no controls.
     """
 
-    def __init__(self, study: Study, *, controls: bool = False) -> None:
+    def __init__(self, study: Study, *, controls: bool = False, methods: Sequence[str] = ()) -> None:
         self.study, self.scale = study, study.scale
-        self.methods = METHODS + (CONTROLS if controls else ())
+        if controls and study.scale.margin is not None:
+            what = f"the scale {study.scale.name} has no control methods"
+            raise InputError(what, argument="controls", fix="leave `controls` out")
+        known = study.scale.methods + (CONTROLS if controls else ())
+        if unknown := [method for method in methods if method not in known]:
+            raise InputError(f"expected {', '.join(known)}", argument="method", value=unknown[0])
+        self.methods = tuple(method for method in known if not methods or method in {"erm", *methods})
         self.cells = Cells(study.folder / "cells", study.locks)
         self._cache = study.folder / "features.db"
         self._open: tuple[str, Recipe, NetworkSubject] | None = None  # the last one: results come run by run
@@ -63,7 +77,7 @@ class Measures:
         """
         if not self.needs_runs(exhibits):
             return
-        targets = list(self.scale.targets) if _CHOOSING & set(exhibits) else []
+        targets = list(self.scale.targets) if (_CHOOSING | {"gate"}) & set(exhibits) else []
         self.study.require_places(targets)
         for target in targets:
             self.study.task(target)
@@ -72,7 +86,12 @@ class Measures:
     @staticmethod
     def needs_runs(exhibits: Sequence[str]) -> bool:
         """Whether any of them shows more than the paper's own numbers and formulas."""
-        return bool((_CHOOSING | {"fig4", "fig5"}) & set(exhibits))
+        return bool(_OF_RUNS & set(exhibits))
+
+    @property
+    def corrupted_methods(self) -> tuple[str, ...]:
+        """Methods of the tables that are compared on corrupted images and by fine-tuning."""
+        return tuple(method for method in CORRUPTED if method in self.methods)
 
     def compute(self, exhibits: Sequence[str]) -> None:
         """Computes the cells that these need.
@@ -111,31 +130,84 @@ class Measures:
             raise failed
 
     def _needed(self, exhibits: set[str]) -> Iterator[Callable[[], object]]:
+        if "gate" in exhibits:
+            yield from (partial(self.main_folds, *run) for run in self.gate_runs())
         if _CHOOSING & exhibits:
-            yield from (partial(self.held_out, *tried) for tried in self.grid())
-        if "selection" in exhibits:
+            yield from itertools.chain.from_iterable(self._trial(*tried) for tried in self.grid())
+        if "selection" in exhibits and not self.scale.folds:
             yield from (partial(self.held_out, "erm", None, target) for target in self.scale.targets)
         if "fig4" in exhibits:
             yield from (partial(self.by_step, method, tau) for _, method, tau in self.step_models())
         if "fig5" in exhibits:
             yield from (partial(self.by_class, method, lam) for _, method, lam in self.concept_models())
-        tables = [target for name, target in TABLES.items() if {name, *_OF_ALL_TARGETS} & exhibits]
+        joined = _OF_ALL_TARGETS if self.scale.margin is None else _OF_ALL_TARGETS | set(TABLES)
+        tables = [target for name, target in TABLES.items() if {name, *joined} & exhibits]
         for seed, method in itertools.product(self.scale.seeds, self.methods):
             yield from (partial(self.score, method, seed, target) for target in tables)
             if "opinions" in exhibits:
                 yield from (partial(self.opinions, method, seed, target) for target in self.scale.targets)
-            if "corruptions" in exhibits and method in CORRUPTED:
+            if "corruptions" in exhibits and method in self.corrupted_methods:
                 yield from (partial(self.corrupted, method, seed, target) for target in self.scale.targets)
-            if "fig3" in exhibits and method in CORRUPTED and seed == self.scale.seeds[0]:
+            if "fig3" in exhibits and method in self.corrupted_methods and seed == self.scale.seeds[0]:
                 yield from (partial(self.finetuned, method, target) for target in self.scale.targets)
+
+    # The gate
+
+    def gate_runs(self) -> Iterator[tuple[str, int, str]]:
+        """Method, seed and target of the gate's cells; none for a scale without a gate."""
+        seeds = self.scale.gate.seeds if self.scale.gate else ()
+        for seed, method, target in itertools.product(seeds, ("erm", "erm-long"), self.scale.targets):
+            yield method, seed, target
+
+    def main_folds(self, method: str, seed: int, target: str) -> Mapping[str, Any]:
+        """The accuracy of a main run on folds of the target's training images. No test image is seen."""
+        name, recipe = self.main_run(method, seed)
+        images = self.study.task(target).train
+
+        def compute() -> dict[str, Any]:
+            return {**self._measure_folds(name, recipe, target, images), **self._accuracies(name)}
+
+        inputs = {**self.study.inputs(self.study.stage, recipe), "task": identity(images)}
+        return self.cells.get("folds", f"{target}-{name}", inputs, compute)
 
     # The choice of tau and lambda
 
     def grid(self) -> Iterator[tuple[str, float, str]]:
-        """The trials: method, value, target."""
-        for method, values in (("el", self.scale.taus), ("cl", self.scale.lams)):
-            for value, target in itertools.product(values, self.scale.targets):
-                yield method, value, target
+        """The trials: method, value, target. Only values that a method of the tables has are tried."""
+        for method, values, users in (("el", self.scale.taus, WITH_TAU), ("cl", self.scale.lams, WITH_LAMBDA)):
+            if set(users).intersection(self.methods):
+                for value, target in itertools.product(values, self.scale.targets):
+                    yield method, value, target
+
+    def _trial(self, method: str, value: float, target: str) -> Iterator[Callable[[], object]]:
+        """The cells of a trial."""
+        if self.scale.folds:
+            for seed in self.scale.selection_seeds:
+                yield partial(self.held_out_folds, method, value, target, seed)
+        else:
+            yield partial(self.held_out, method, value, target)
+
+    def held_out_folds(self, method: str, value: float, target: str, seed: int) -> list[float] | None:
+        """The SVM's accuracy on each fold of the target's training images; None where training diverged."""
+        name, recipe = self.study.selection_run(method, value, seed)
+        images = self.study.task(target).train
+        measure = partial(self._measure_folds, name, recipe, target, images)
+        found = self._of_selection_run("folds", name, recipe, measure, target, task=identity(images))
+        return None if found is None else list(found["folds"])
+
+    def fold_means(self, method: str, value: float, targets: Sequence[str] = ()) -> FoldMeans | None:
+        """Means over the targets, by default all, and the seeds of the selection. None if a training diverged."""
+        tried = itertools.product(targets or self.scale.targets, self.scale.selection_seeds)
+        runs = [self.held_out_folds(method, value, target, seed) for target, seed in tried]
+        told = [run for run in runs if run is not None]
+        return FoldMeans.of(told) if len(told) == len(runs) else None
+
+    def _measure_folds(self, name: str, recipe: Recipe, target: str, images: ImageSet) -> dict[str, Any]:
+        x = embed_images(self._subject(name, recipe), images, cache=self._cache, label=f"{name}: {target}", quiet=True)
+        found = fold_scores(x, images.labels, threads=self.study.machine.threads)
+        if not found["folds"]:
+            raise DataError(f"{target}: one image a class leaves no folds", fix="give it more")
+        return found
 
     def held_out(self, method: str, value: float | None, target: str) -> float | None:
         """The SVM's accuracy on held-out training images of the target; None where training diverged."""
@@ -162,23 +234,38 @@ class Measures:
         return self.cells.known("held-out", f"{target}-{name}", inputs)
 
     @cached_property
-    def chosen(self) -> tuple[float, float]:
+    def chosen(self) -> tuple[float | None, float | None]:
         """Tau and lambda, by the mean over the targets of the accuracy on held-out training images.
+
+        None where no method of the tables has the parameter.
 
         Raises:
             DivergedError: no value of one of them could be trained with.
         """
-        means: dict[str, dict[float, float]] = {"el": {}, "cl": {}}
+        if self.scale.folds:
+            return self._chosen_by_folds()
+        means: dict[str, dict[float, float]] = {method: {} for method in dict.fromkeys(one[0] for one in self.grid())}
         for (method, value), tried in itertools.groupby(self.grid(), key=lambda one: one[:2]):
             shares = [self.held_out(*one) for one in tried]
             if None not in shares:
                 means[method][value] = float(np.mean(np.array(shares, float)))
+        best = {}
         for method, found in means.items():
-            if not found:
-                what = f"{method}: every run of the selection diverged"
-                raise DivergedError(what, fix="try a smaller learning rate")
-        tau, lam = (max(found, key=lambda value: found[value]) for found in means.values())
-        return tau, lam
+            _require_some(method, found)
+            best[method] = max(found, key=found.__getitem__)
+        return best.get("el"), best.get("cl")
+
+    def _chosen_by_folds(self) -> tuple[float | None, float | None]:
+        means: dict[str, dict[float, FoldMeans]] = {}
+        for method, value in dict.fromkeys(one[:2] for one in self.grid()):
+            own = means.setdefault(method, {})
+            if (scores := self.fold_means(method, value)) is not None:
+                own[value] = scores
+        best = {}
+        for method, found in means.items():
+            _require_some(method, found)
+            best[method] = choose_within_one_error(found, min if method == "el" else max)
+        return best.get("el"), best.get("cl")
 
     def _of_selection_run(
         self,
@@ -349,3 +436,9 @@ class Measures:
 
     def _network(self, checkpoint: Checkpoint) -> nn.Module:
         return network_of(checkpoint).to(self.study.device)
+
+
+def _require_some(method: str, found: Mapping[float, object]) -> None:
+    """Refuses a selection without any trained value."""
+    if not found:
+        raise DivergedError(f"{method}: every run of the selection diverged", fix="try a smaller learning rate")

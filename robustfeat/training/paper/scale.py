@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from robustfeat.errors import InputError
 from robustfeat.training.recipe import Recipe, load_recipe
 
 __all__ = [
     "CONTROLS",
     "CORRUPTED",
+    "LONGER",
     "METHODS",
     "PAPER_NUMBERS",
     "SCALES",
     "TABLES",
     "WITH_LAMBDA",
     "WITH_TAU",
+    "Gate",
     "Scale",
     "Target",
+    "open_scale",
+    "stretch",
 ]
 
 METHODS = ("erm", "el", "cl", "hrrl")
@@ -26,6 +31,8 @@ WITH_LAMBDA = ("cl", "hrrl")
 """Methods that have the chosen tau and lambda."""
 CORRUPTED = ("erm", "hrrl")
 """Methods that are compared on corrupted images, and by fine-tuning."""
+LONGER = 1.68
+"""Time of a step of HRRL, in steps of ERM (docs/training.md), and so the factor of ERM's epochs for HRRL's time."""
 
 TABLES = {"table2": "cifar10", "table3": "sop", "table4": "svhn"}
 """The target of each of the paper's tables of accuracies."""
@@ -53,6 +60,25 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """What ERM must reach before methods are compared.
+
+    Attributes:
+        training_accuracy: least accuracy in the last epoch, a share of the cropped training images.
+        gain: ERM for HRRL's time must gain less than this share on held-out training images of the targets.
+        seeds: seeds of the runs of both, which are main runs.
+    """
+
+    training_accuracy: float
+    gain: float
+    seeds: tuple[int, ...]
+
+
+_OPEN_GATE = Gate(training_accuracy=0.0, gain=1.0, seeds=(0, 1))
+"""What runs of one epoch pass."""
+
+
+@dataclass(frozen=True)
 class Scale:
     """Everything that decides how large an experiment is.
 
@@ -66,7 +92,14 @@ class Scale:
         selection_rows: number of the benchmark's images for the selection; None for all.
         taus, lams: values to choose from.
         targets: by the names cifar10, sop and svhn.
+        methods: methods that are compared, ERM first.
         seeds: seeds of the runs.
+        selection_seeds: seeds of the runs that choose tau and lambda.
+        folds: choose by five folds and the one-standard-error rule; otherwise by the best held-out tenth.
+        gate: what ERM must reach first; None for no condition.
+        margin: a share. Differences whose Dunnett interval lies within it on both sides are equivalent. None marks
+            each target by the intervals over seeds and images.
+        concept_shares: draw the main runs' images with ImageNet's shares of concepts.
         biased_rows: images of the benchmark with ImageNet's shares of concepts; None if it has them itself.
         finetune_epochs, finetune_milestone: epochs of Figure 3, and the epoch at which lr falls to a tenth.
         finetune_rows: training images of a target in Figure 3; None for all.
@@ -84,7 +117,13 @@ class Scale:
     taus: tuple[float, ...]
     lams: tuple[float, ...]
     targets: dict[str, Target]
+    methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
+    selection_seeds: tuple[int, ...] = (100,)
+    folds: bool = False
+    gate: Gate | None = None
+    margin: float | None = None
+    concept_shares: bool = False
     biased_rows: int | None = 20_000
     finetune_epochs: int = 100
     finetune_milestone: int = 50
@@ -141,6 +180,57 @@ def _tiny() -> Scale:
     )
 
 
+def _saturated() -> Scale:
+    recipe = load_recipe("tiny-imagenet").replace(
+        method="erm", epochs=60, image_sizes=((0, 48),), validation_size=48, q_warmup_steps=50
+    )
+    return Scale(
+        name="saturated",
+        recipe=recipe,
+        rows=20_000,
+        concept_shares=True,
+        long_epochs=round(LONGER * recipe.epochs),
+        selection=recipe.replace(seed=100),
+        selection_rows=10_000,
+        selection_seeds=(100, 101),
+        folds=True,
+        taus=(0.1, 0.35, 1.0),
+        lams=(3.0, 10.0, 30.0),
+        targets={
+            "cifar10": Target("CIFAR-10", 5_000, 10_000),
+            "sop": Target("SOP"),
+            "svhn": Target("SVHN", 5_000, 5_000),
+        },
+        methods=("erm", "erm-long", "el", "cl", "hrrl"),
+        seeds=(0, 1, 2, 3, 4),
+        gate=Gate(training_accuracy=0.9, gain=0.005, seeds=(0, 1)),
+        margin=0.005,
+        biased_rows=None,
+        finetune_epochs=20,
+        finetune_milestone=10,
+        finetune_rows=2_000,
+        validation_rows=2_000,
+        corrupted_rows=2_000,
+    )
+
+
+def _narrow() -> Scale:
+    wide = _saturated()
+    recipe = wide.recipe.replace(width=16, epochs=30)
+    return replace(
+        wide,
+        name="narrow",
+        recipe=recipe,
+        rows=None,
+        concept_shares=False,
+        long_epochs=round(LONGER * recipe.epochs),
+        selection=recipe.replace(seed=100),
+        methods=("erm", "hrrl"),
+        seeds=(0, 1, 2),
+        gate=None,
+    )
+
+
 def _quick() -> Scale:
     recipe = load_recipe("tiny-imagenet").replace(
         method="erm", width=8, epochs=1, warmup_epochs=0.0, batch_size=16, image_sizes=((0, 24),), validation_size=24,
@@ -172,4 +262,62 @@ def _quick() -> Scale:
     )
 
 
-SCALES = {"paper": _paper, "tiny": _tiny, "quick": _quick}
+SCALES = {"paper": _paper, "tiny": _tiny, "saturated": _saturated, "narrow": _narrow, "quick": _quick}
+
+
+def open_scale(name: str, *, quick: bool = False, epochs: int | None = None) -> Scale:
+    """A scale, or a small one with the same rules.
+
+    Args:
+        name: one of `SCALES`.
+        quick: with sizes to check the programs by; the gate is open.
+        epochs: number of epochs of the runs in place of the scale's, for a scale with a gate.
+
+    Raises:
+        InputError: the scale has a fixed number of epochs.
+    """
+    scale = SCALES[name]()
+    if epochs is not None and scale.gate is None:
+        raise InputError(
+            f"the scale {name} has a fixed number of epochs",
+            argument="epochs",
+            value=epochs,
+            fix="leave `epochs` out",
+        )
+    if quick:
+        scale = _shrink(scale)
+    if epochs is None:
+        return scale
+    return replace(
+        scale,
+        recipe=stretch(scale.recipe, epochs),
+        selection=stretch(scale.selection, epochs),
+        long_epochs=round(LONGER * epochs),
+    )
+
+
+def _shrink(scale: Scale) -> Scale:
+    quick = _quick()
+    if scale.margin is None:
+        return quick
+    return replace(
+        quick,
+        rows=60 if scale.concept_shares else quick.rows,
+        concept_shares=scale.concept_shares,
+        biased_rows=None,
+        methods=scale.methods,
+        selection_seeds=scale.selection_seeds,
+        folds=scale.folds,
+        gate=scale.gate and _OPEN_GATE,
+        margin=scale.margin,
+    )
+
+
+def stretch(recipe: Recipe, epochs: int) -> Recipe:
+    """The recipe with this number of epochs. Changes at certain epochs come later by the same factor."""
+    factor = epochs / recipe.epochs
+    return recipe.replace(
+        epochs=epochs,
+        milestones=tuple(round(epoch * factor) for epoch in recipe.milestones),
+        image_sizes=tuple((round(epoch * factor), side) for epoch, side in recipe.image_sizes),
+    )

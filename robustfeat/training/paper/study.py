@@ -25,7 +25,7 @@ from robustfeat.training.loop.device import measuring_device
 from robustfeat.training.loop.run_folder import CHECKPOINT_NAME
 from robustfeat.training.loop.trainer import TrainingResult, train
 from robustfeat.training.paper.locks import Locks
-from robustfeat.training.paper.scale import WITH_LAMBDA, WITH_TAU, Scale
+from robustfeat.training.paper.scale import WITH_LAMBDA, WITH_TAU, Scale, stretch
 from robustfeat.training.paper.subsets import draw_by_concept, same_origin, write_subset
 from robustfeat.training.recipe import Recipe
 
@@ -72,7 +72,7 @@ class Study:
         biased: bool = False,
     ) -> None:
         if biased and scale.biased_rows is None:
-            what = f"at the scale {scale.name} the benchmark has ImageNet's shares itself"
+            what = f"the scale {scale.name} has no second benchmark with ImageNet's shares"
             raise InputError(what, argument="biased", fix="leave `biased` out")
         self.folder, self.scale, self.machine, self.biased = folder, scale, machine, biased
         self.locks = Locks(folder / "locks", self.say)
@@ -102,6 +102,11 @@ class Study:
         return "-biased" if self.biased else ""
 
     @property
+    def has_imagenet_shares(self) -> bool:
+        """Whether the images of the main runs were drawn with ImageNet's shares of concepts."""
+        return self.biased or self.scale.concept_shares
+
+    @property
     def rows(self) -> int:
         """Number of images in the main runs."""
         return len(self.images(self.stage)[0])
@@ -109,13 +114,24 @@ class Study:
     @property
     def title(self) -> str:
         """The pre-training data, for headings."""
-        recipe, shares = self.scale.recipe, ", with ImageNet's shares of concepts" if self.biased else ""
+        shares = ", with ImageNet's shares of concepts" if self.has_imagenet_shares else ""
+        recipe = self.scale.recipe
         return f"{self._seen(self.stage)}, {recipe.validation_size} px, {format_count(recipe.epochs, 'epoch')}{shares}"
 
     @property
     def selection_title(self) -> str:
-        """The pre-training data of the selection."""
-        return f"{self._seen('selection')}, {format_count(self.scale.selection.epochs, 'epoch')}, one seed"
+        """The pre-training data of the selection, for exhibits of one seed."""
+        return f"{self._selection_data}, one seed"
+
+    @property
+    def selection_title_of_all_seeds(self) -> str:
+        """The pre-training data of the selection, and its number of seeds."""
+        count = len(self.scale.selection_seeds)
+        return f"{self._selection_data}, {'one seed' if count == 1 else format_count(count, 'seed')}"
+
+    @property
+    def _selection_data(self) -> str:
+        return f"{self._seen('selection')}, {format_count(self.scale.selection.epochs, 'epoch')}"
 
     def _seen(self, stage: str) -> str:
         assert self._place is not None  # what has such a heading needs a benchmark
@@ -227,16 +243,19 @@ class Study:
         validation = draw_images(validation, scale.validation_rows)
         size = {"main": scale.rows, "selection": scale.selection_rows, "biased": scale.biased_rows}[stage]
         origin: dict[str, Any] = {"benchmark": identity(images), "validation": identity(validation)}
-        if stage == "main" and (size is None or len(images) <= size):
+        by_concept = stage == "biased" or (stage == "main" and scale.concept_shares)
+        if stage == "main" and not by_concept and (size is None or len(images) <= size):
             return place, origin
         if stage == "selection":
             origin = self._data_of("main")[1]
         origin = {"of": origin, "stage": stage, "rows": size}
+        if stage == "main" and by_concept:
+            origin["shares"] = "imagenet11"
         folder = self.folder / "data" / stage
         if not folder.exists():
             for line in dict.fromkeys(images.remarks + validation.remarks):
                 self.say(line)  # the sample no longer shows it
-            write_subset(images, self._draw(stage, images, size), validation, folder, origin)
+            write_subset(images, self._draw(images, size, by_concept=by_concept), validation, folder, origin)
         elif not same_origin(folder, origin):
             raise InputError(
                 f"{folder}: was drawn from another benchmark or at another scale",
@@ -255,9 +274,9 @@ class Study:
                 value=self._place,
             ) from exc
 
-    def _draw(self, stage: str, images: ImageSet, size: int | None) -> NDArray[np.int64]:
+    def _draw(self, images: ImageSet, size: int | None, *, by_concept: bool) -> NDArray[np.int64]:
         """Row numbers, ascending."""
-        if stage == "biased":
+        if by_concept:
             counts = np.bincount(images.labels, minlength=len(images.classes))
             concepts = assign_concepts(self.scale.recipe.concepts, images.classes, counts)
             return draw_by_concept(images.labels, concepts, _imagenet_shares(), size or len(images))
@@ -268,7 +287,7 @@ class Study:
         """The recipe of one run, with tau and lambda if the method has them."""
         recipe = self._recipe(stage)
         if method == "erm-long":
-            recipe, method = _stretched(recipe, self.scale.long_epochs), "erm"
+            recipe, method = stretch(recipe, self.scale.long_epochs), "erm"
         changes: dict[str, Any] = {"method": method, "seed": seed}
         if tau is not None and method in WITH_TAU:
             changes["tau"] = tau
@@ -285,11 +304,14 @@ class Study:
             return recipe.replace(parts=self.scale.recipe.parts)
         return recipe
 
-    def selection_run(self, method: str, value: float | None = None) -> tuple[str, Recipe]:
-        """Name and recipe of one run of the grid: EL with a tau, CL with a lambda, or ERM."""
+    def selection_run(self, method: str, value: float | None = None, seed: int | None = None) -> tuple[str, Recipe]:
+        """Name and recipe of one run of the grid: EL with a tau, CL with a lambda, or ERM.
+
+        The first seed of the selection is the default.
+        """
         tau, lam = value if method in WITH_TAU else None, value if method in WITH_LAMBDA else None
         suffix = "" if value is None else f"-{'lam' if tau is None else 'tau'}{value:g}"
-        seed = self.scale.selection.seed
+        seed = self.scale.selection_seeds[0] if seed is None else seed
         return f"selection-{method}{suffix}-s{seed}", self.recipe("selection", method, seed, tau, lam)
 
     def inputs(self, stage: str, recipe: Recipe) -> dict[str, Any]:
@@ -369,16 +391,6 @@ def identity(images: ImageSet) -> list[Any]:
 def _name(place: str) -> str:
     """DATA's own name: the last part of its path, in one line."""
     return " ".join(printable(Path(place).name or Path(place).resolve().name).split())
-
-
-def _stretched(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe with so many epochs, and what happens at certain epochs as much later."""
-    factor = epochs / recipe.epochs
-    return recipe.replace(
-        epochs=epochs,
-        milestones=tuple(round(epoch * factor) for epoch in recipe.milestones),
-        image_sizes=tuple((round(epoch * factor), side) for epoch, side in recipe.image_sizes),
-    )
 
 
 def _imagenet_shares() -> dict[str, float]:

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from robustfeat.training.comparison.statistics import compare, holm, image_interval, paired, pooled
+from robustfeat.training.comparison.statistics import (
+    compare,
+    dunnett,
+    equivalence_mark,
+    holm,
+    image_interval,
+    paired,
+    pooled,
+)
 
 
 def runs(rng: np.random.Generator, share: float, seeds: int = 3, images: int = 2000) -> list[np.ndarray]:
@@ -91,6 +99,83 @@ def test_holms_correction_is_the_published_one() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1, 1]
     assert holm([]) == []
+
+
+def test_holms_correction_counts_planned_comparisons_as_ones() -> None:
+    p = [0.01, 0.04, 0.03, 0.005]
+    assert holm(p, 9) == pytest.approx(holm([*p, *[1.0] * 5])[:4])
+    assert holm(p, 2) == holm(p)
+
+
+@pytest.mark.parametrize("counts", [(5, 5, 5, 5, 5), (5, 4, 3, 5, 2), (3, 3)])
+def test_dunnetts_intervals_are_scipys(counts: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(6)
+    groups = {
+        name: 0.5 + 0.01 * rng.standard_normal(count) + 0.005 * place
+        for place, (name, count) in enumerate(zip("abcde", counts, strict=False))
+    }
+    found = dunnett({name: list(values) for name, values in groups.items()}, "a")
+    others = [groups[name] for name in list(groups)[1:]]
+    reference = stats.dunnett(*others, control=groups["a"], rng=np.random.default_rng(0))
+    ends = reference.confidence_interval()
+    for place, one in enumerate(found.values()):
+        assert one.mean == pytest.approx(others[place].mean() - groups["a"].mean())
+        assert one.p == pytest.approx(reference.pvalue[place], abs=1e-3)  # SciPy's are simulated
+        assert one.interval == pytest.approx((ends.low[place], ends.high[place]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "degrees", "published"), [(1, 20, 2.09), (4, 20, 2.65), (3, 16, 2.59), (9, 5, 3.97)]
+)
+def test_dunnetts_limits_are_the_published_ones(comparisons: int, degrees: int, published: float) -> None:
+    """Dunnett, Biometrics 1964, two-sided, 95 %; the first is Student's."""
+    count = degrees // 2 + 1
+    baseline, other = (np.arange(count + extra, dtype=float) for extra in (0, degrees % 2))
+    (found,) = dunnett({"a": list(baseline), "b": list(other)}, "a", comparisons).values()
+    (alone,) = pooled({"a": list(baseline), "b": list(other)}, "a").values()
+    assert found.interval is not None
+    assert alone.interval is not None
+    error = (alone.interval[1] - alone.mean) / stats.t.isf(0.025, degrees)
+    assert (found.interval[1] - found.mean) / error == pytest.approx(published, abs=0.02)
+
+
+def test_dunnetts_intervals_hold_together_in_a_simulation() -> None:
+    """Of ties of four methods with the baseline, one in twenty has an interval without 0."""
+    rng, outside = np.random.default_rng(7), 0
+    (limit,) = dunnett({"a": [0.0, 1.0] * 5, "b": [0.0, 1.0] * 5}, "a", 4).values()
+    assert limit.interval is not None
+    half = limit.interval[1] / np.sqrt(10 * 0.25 * 2 / 18 * 2 / 10)  # 18 degrees of freedom
+    for _ in range(4000):
+        values = rng.standard_normal((5, 10))
+        error = np.sqrt(rng.chisquare(18) / 18 * 2 / 10)
+        outside += bool(np.abs(values[1:].mean(1) - values[0].mean()).max() > half * error)
+    assert outside / 4000 == pytest.approx(0.05, abs=0.012)  # 3.5 deviations of the simulation
+
+
+def test_dunnett_without_a_deviation() -> None:
+    assert dunnett({"a": [0.5], "b": [0.6]}, "a")["b"].interval is None
+    assert dunnett({"a": [0.5, 0.5], "b": [0.6, 0.6]}, "a")["b"].p == 0
+    assert dunnett({"a": [0.5, 0.5], "b": [0.5, 0.5]}, "a")["b"].p == 1
+    assert dunnett({"a": [0.5, 0.6]}, "a", 4) == {}
+
+
+@pytest.mark.parametrize(
+    ("interval", "mark"),
+    [
+        ((-0.004, 0.003), "equivalent"),
+        ((-0.005, 0.003), "undecided"),
+        ((-0.004, 0.006), "undecided"),
+        ((0.001, 0.004), "holds, equivalent"),
+        ((0.001, 0.006), "holds"),
+        ((-0.004, -0.001), "fails, equivalent"),
+        ((-0.01, -0.006), "fails"),
+        (None, "undecided"),
+    ],
+)
+def test_a_difference_is_equivalent_if_its_interval_lies_within_the_margin(
+    interval: tuple[float, float] | None, mark: str
+) -> None:
+    assert equivalence_mark(interval, 0.005) == mark
 
 
 def test_methods_with_other_numbers_of_runs_share_the_images() -> None:

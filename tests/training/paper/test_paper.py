@@ -283,6 +283,8 @@ def test_selection_sees_no_test_image(benchmark: Path, target: Path, tmp_path: P
         assert share is not None
         sums[method, value] = sums.get((method, value), 0.0) + share
     tau, lam = measures.chosen
+    assert tau is not None
+    assert lam is not None
     assert sums["el", tau] == max(sums["el", value] for value in study.scale.taus)
     assert sums["cl", lam] == max(sums["cl", value] for value in study.scale.lams)
 
