@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.command_server import CommandServer
-from tests.conftest import ROOT, hub_environment, shared_folder
+from tests.conftest import ROOT
 from tests.hub_server import FakeHub
 from tests.serving.http.conftest import wait_until
+from tests.shell import run_script
 
 DOCS = ROOT / "docs"
 SLOW = {"train", "distil", "publish", "search"}  # the first two train a network
 FENCE = re.compile(r"^( *)(?:<!-- (.+?) -->\n *)?```(bash|text)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-# The command, forked from a process that has imported its libraries: see `CommandServer`.
-PROGRAM = """\
-#!{python}
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from tests.command_server import CommandServer
-command = CommandServer(Path({root!r}), Path({folder!r})).start(sys.argv[1:], stderr=2, cwd=Path.cwd())
-signal.signal(signal.SIGTERM, lambda *_: command.send_signal(signal.SIGTERM))
-code = command.wait()
-print(*command.texts(), end="", flush=True)
-os._exit(code)
-"""
 
 
 @dataclass(frozen=True)
@@ -78,36 +61,12 @@ def test_the_commands_print_what_the_page_shows(
     path: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, commands: CommandServer, hub: FakeHub
 ) -> None:
     commands.run(["--version"])  # starts it
-    program = tmp_path / "bin" / "robustfeat"
-    program.parent.mkdir()
-    folder = str(shared_folder(tmp_path_factory) / "commands")
-    program.write_text(PROGRAM.format(python=sys.executable, root=str(ROOT), folder=folder))
-    program.chmod(0o755)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     page = read_page(path)
     assert "robustfeat " in page.script
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    places = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = hub_environment(hub, tmp_path / "home", PATH=places)
-    log = tmp_path / "log"
-    script = page.script.replace("8000", port) + "\necho; echo done\n"
-    with log.open("wb") as output:
-        shell = subprocess.Popen(
-            ["bash", "-e", "-c", script], cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            assert shell.wait(600) == 0, log.read_text("utf-8")
-            with contextlib.suppress(AssertionError):  # a server may say where it is after its first answer
-                wait_until(lambda: not missing_lines(page, log))
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # no server is left
-                os.killpg(shell.pid, signal.SIGTERM)
-    said = log.read_text("utf-8")
-    assert "done" in said.splitlines()
-    assert not missing_lines(page, log), said
+    started = run_script(page.script, tmp_path, tmp_path_factory, hub)
+    with started as log, contextlib.suppress(AssertionError):  # a server may say where it is after its first answer
+        wait_until(lambda: not missing_lines(page, log))
+    assert not missing_lines(page, log), log.read_text("utf-8")
 
 
 def test_the_tutorial_installs_as_readme_does() -> None:
