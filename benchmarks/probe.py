@@ -29,7 +29,7 @@ from robustfeat.serving.heads.fitting.fit import select_and_fit
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
 from robustfeat.training.export.folder import Backbone, write_model_folder
-from robustfeat.training.network import build_network
+from robustfeat.training.network import build_network, feature_network, feature_size
 
 C_GRID = (1e-4, 1e-3, 1e-2)
 
@@ -54,13 +54,23 @@ def network_features(folder: Path, way: str, data: ImageSet, rows: NDArray[np.in
 
 
 def untrained_folder(like: ModelConfig, target: Path) -> Path:
-    """A seeded, untrained ResNet-18 with the same preprocessing."""
+    """The seeded, untrained network of a model with the same preprocessing, and all its features."""
     torch.manual_seed(0)
-    network = build_network(like.num_classes)
-    state = network.state_dict()
-    network.fc = torch.nn.Identity()
-    config = like.replace(name="untrained", recipe={}, results={}, concepts=())
-    write_model_folder(Backbone(network.eval(), state, config), target, calibration=None)
+    name = like.architecture if like.architecture == "resnet18" else f"timm:{like.architecture}"
+    classes = max(like.num_classes, 1)
+    network = build_network(classes, name, image_size=like.preprocessing.image_size)
+    size, state = feature_size(network), network.state_dict()
+    config = like.replace(
+        name="untrained",
+        feature_size=size,
+        num_classes=classes,
+        components_of=0,
+        recipe={},
+        results={},
+        concepts=(),
+        int8={},
+    )
+    write_model_folder(Backbone(feature_network(network).eval(), state, config), target, calibration=None)
     return target
 
 

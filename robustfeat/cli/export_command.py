@@ -47,6 +47,12 @@ _OF_BOTH = ("run", "head", "out", "as_json", "quiet")
 @click.option("--image-size", type=int, help="Side of the network's input in pixels.  [default: the recipe's]")
 @click.option("--crop-pct", type=float, help="Share of the resized image that the crop keeps.  [default: the recipe's]")
 @click.option(
+    "--components",
+    type=int,
+    metavar="D",
+    help="Export D principal components of the network's features.  [default: the features]",
+)
+@click.option(
     "--calibration",
     metavar="FOLDER",
     help="Images to calibrate the int8 model.  [default: 256 of the run's training images]",
@@ -77,6 +83,7 @@ def command(
     name: str | None,
     image_size: int | None,
     crop_pct: float | None,
+    components: int | None,
     calibration: str | None,
     best: bool,
     no_int8: bool,
@@ -115,6 +122,7 @@ def command(
         name=name,
         image_size=image_size,
         crop_pct=crop_pct,
+        components=components,
         calibration=calibration,
         int8=not no_int8,
         compact=compact,

@@ -97,6 +97,7 @@ def _elsewhere(config: ModelConfig) -> str:
         return _with_transformers(config)
     if config.library != "timm":
         return f"timm has no such network and cannot load this folder. {_own_library(config)}\n"
+    without = "" if config.feature_outputs else ", num_classes=0"
     return f"""\
 With timm, which gives the same features:
 
@@ -105,7 +106,7 @@ import timm
 import torch
 from PIL import Image
 
-model = timm.create_model("hf-hub:{PLACE}", pretrained=True, num_classes=0).eval()
+model = timm.create_model("hf-hub:{PLACE}", pretrained=True{without}).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 with torch.no_grad():
     features = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
@@ -214,7 +215,8 @@ def _origin(config: ModelConfig) -> str:
     method = config.recipe.get("method")
     if not method:
         return f"Imported: {config.provenance.get('source', 'unknown')}."
-    grouped = f"in {config.num_classes} classes and" if config.num_classes else "in"
+    classes = 0 if config.components_of else config.num_classes
+    grouped = f"in {classes} classes and" if classes else "in"
     if not config.recipe.get("labels", True):
         grouped = "without labels, in"
     teacher, epoch = config.recipe.get("teacher"), config.provenance.get("epoch")
@@ -222,6 +224,12 @@ def _origin(config: ModelConfig) -> str:
         f"Pre-trained with {_method(str(method))} "
         f"on {config.provenance['data']['images']:,} images {grouped} {format_count(len(config.concepts), 'concept')}."
         + (f" It learned from the features of `{cell(str(teacher))}`." if teacher else "")
+        + (
+            f" The features are the first {config.feature_size} principal components of the network's "
+            f"{config.components_of:,}."
+            if config.components_of
+            else ""
+        )
         + (f" The weights are from epoch {epoch} of {config.recipe.get('epochs')}, the best." if epoch else "")
     )
 

@@ -63,7 +63,7 @@ class ModelConfig:
         architecture: timm's name of the network; `torchvision:NAME` or `robustfeat:NAME` if timm lacks it;
             `transformers:CLASS`; or `onnx:NAME` for a network that exists only as an ONNX file.
         feature_size: D, the length of a feature vector; 0 if only the network itself defines it.
-        num_classes: outputs of the classifier in model.safetensors; 0 for none.
+        num_classes: outputs of the last layer in model.safetensors, its classifier or its projection; 0 for none.
         preprocessing: the contract between image files and the network's input.
         first_conv, classifier: names of the first and the last layer, for libraries that adapt them.
         fixed_input_size: whether timm builds the network for one input size.
@@ -79,6 +79,8 @@ class ModelConfig:
         evaluations: measured numbers, as the Hub lists them.
         files: sha256 of every file except the card and config.json, by path within the folder.
         card_sha256: sha256 of the card as written, to detect later edits. It is not verified.
+        components_of: length of the network's own features where the model gives their principal components, which
+            the last layer in model.safetensors computes; 0 otherwise.
         outputs: outputs of a transformers network, from which features are made. None for robustfeat's own networks,
             which output `features`.
     """
@@ -101,6 +103,7 @@ class ModelConfig:
     evaluations: tuple[Evaluation, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     card_sha256: str = ""
+    components_of: int = 0
     outputs: Outputs | None = None
 
     @property
@@ -108,6 +111,11 @@ class ModelConfig:
         """The library that builds the network: timm, torchvision, transformers, robustfeat, or onnx (engines only)."""
         prefix, colon, _ = self.architecture.partition(":")
         return prefix if colon and prefix in _LIBRARIES else "timm"
+
+    @property
+    def feature_outputs(self) -> int:
+        """Timm's `num_classes` for a network that gives the features: 0, or the outputs of the projection."""
+        return self.num_classes if self.components_of else 0
 
     @property
     def int8_share(self) -> str:
@@ -129,7 +137,7 @@ class ModelConfig:
             **self.transformers,
             "architecture": self.architecture,
             "num_classes": self.num_classes,
-            "num_features": self.feature_size,
+            "num_features": self.components_of or self.feature_size,
             # without this entry, transformers would run fp16 weights in fp16
             "dtype": "float32",
             "pretrained_cfg": {
@@ -153,6 +161,7 @@ class ModelConfig:
                 "preprocessing": contract.to_dict(),
                 "preprocessing_hash": contract.hash,
                 **({"pooling": self.pooling} if self.pooling else {}),
+                **({"components_of": self.components_of} if self.components_of else {}),
                 "concepts": list(self.concepts),
                 "recipe": dict(self.recipe),
                 **({"int8": dict(self.int8)} if self.int8 else {}),
@@ -201,6 +210,7 @@ class ModelConfig:
                 fixed_input_size=timm_block.get("fixed_input_size") is True,
                 transformers={key: value for key, value in data.items() if key not in _KEYS},
                 pooling=str(block.get("pooling", "")),
+                components_of=int(block.get("components_of", 0)),
                 concepts=tuple(block["concepts"]),
                 recipe=dict(block["recipe"]),
                 int8=_int8(block.get("int8", {})),
@@ -214,6 +224,12 @@ class ModelConfig:
             raise ModelFolderError(f"{source}: the key {exc} is missing", fix="export the model again") from exc
         except (TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ModelFolderError(f"{source}: {exc}", fix="export the model again") from exc
+        if config.components_of and config.num_classes != config.feature_size:
+            raise ModelFolderError(
+                f"{source}: num_classes must be feature_size, {config.feature_size}, where components_of is set; "
+                f"got {config.num_classes}",
+                fix="export the model again",
+            )
         if block.get("preprocessing_hash") != config.preprocessing.hash:
             raise ModelFolderError(
                 f"{source}: preprocessing_hash must be {config.preprocessing.hash[:12]}... for these settings; "

@@ -3,10 +3,11 @@
     config.json  model.safetensors  onnx/model.onnx  onnx/model_int8.onnx
     golden/  preprocessor_config.json  training.json  README.md
 
-`onnx/model_fp16.onnx` is optional. Without it, fp16 is converted from fp32 at load time.
-In a compact folder, such as the built-in model, `model.onnx` lies beside `model.safetensors` and takes its weights from
-it. Without `model.safetensors`, only `onnx/model.onnx` has the weights. Folders in the layout of Optimum and
-transformers.js (`onnx_layout`) are read as they are.
+`classifier.safetensors` holds the classifier of the features where these are principal components, since the last
+layer of `model.safetensors` is then the projection. `onnx/model_fp16.onnx` is optional. Without it, fp16 is converted
+from fp32 at load time. In a compact folder, such as the built-in model, `model.onnx` lies beside `model.safetensors`
+and takes its weights from it. Without `model.safetensors`, only `onnx/model.onnx` has the weights. Folders in the
+layout of Optimum and transformers.js (`onnx_layout`) are read as they are.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ __all__ = ["ModelFolder", "file_sha256", "holds_code", "seal_folder", "weights_s
 CONFIG = "config.json"
 CARD = "README.md"
 WEIGHTS = "model.safetensors"
+CLASSIFIER = "classifier.safetensors"
 TRAINING = "training.json"
 PREPROCESSOR = "preprocessor_config.json"
 ONNX = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_int8.onnx"}

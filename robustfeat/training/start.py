@@ -150,6 +150,8 @@ def _open_start(init: str) -> _Start:
         raise InputError(exc.what, argument="init", value=init, fix=exc.fix) from exc
     config = folder.config
     state = {name: value.float() for name, value in load(weights).items()}
+    if config.components_of:  # its last layer is no classifier
+        state = {name: value for name, value in state.items() if not name.startswith(f"{config.classifier}.")}
     own, _, width = config.architecture.partition("resnet18-width")
     if own == "robustfeat:":
         return _Start(state, "resnet18", int(width), config.preprocessing)

@@ -11,7 +11,7 @@ from safetensors.numpy import load
 
 from robustfeat.errors import DataError, ModelFolderError, first_line
 from robustfeat.hub.catalog import resolve_model
-from robustfeat.hub.folder import TRAINING, WEIGHTS
+from robustfeat.hub.folder import CLASSIFIER, TRAINING, WEIGHTS
 from robustfeat.progress import remark
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.heads.shares import fit_shares
@@ -76,9 +76,10 @@ def estimate_reference(
     extractor = FeatureExtractor.open(folder)
     try:
         classes = json.loads(folder.read(TRAINING))["classes"]
-        state = load(folder.read(WEIGHTS))
-        parts = (state[f"{folder.config.classifier}.{part}"] for part in ("weight", "bias"))
-        weight, bias = (part.astype(np.float64) for part in parts)
+        projected = bool(folder.config.components_of)
+        state = load(folder.read(CLASSIFIER if projected else WEIGHTS))
+        prefix = "" if projected else f"{folder.config.classifier}."
+        weight, bias = (state[f"{prefix}{part}"].astype(np.float64) for part in ("weight", "bias"))
         if not all(isinstance(name, str) for name in classes) or weight.shape[:1] != (len(classes),):
             raise ValueError("its classes do not fit its classifier")
     except (ModelFolderError, OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as exc:

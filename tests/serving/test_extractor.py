@@ -71,15 +71,30 @@ def test_cut_outs_that_look_the_same_have_the_same_features(
     assert cosine(np.load(tmp_path / "f.npy"), features[:2]).min() > 0.999999
 
 
+def write_earlier_model(out: Path) -> None:
+    """A small network whose contract has version 1."""
+    import torch
+
+    from robustfeat.training.export.folder import Backbone, write_model_folder
+    from robustfeat.training.network import build_network, feature_network
+
+    torch.manual_seed(0)
+    network = build_network(2, width=8)
+    state, architecture = network.state_dict(), "robustfeat:resnet18-width8"
+    config = ModelConfig("earlier-v1", architecture, 64, 2, Preprocessing(32, 1.0, version=1))
+    write_model_folder(Backbone(feature_network(network), state, config), out, calibration=None)
+
+
 def test_models_of_version_1_see_what_they_saw(cut_outs: list[Path], tmp_path: Path) -> None:
-    """The built-in model's golden images hold it."""
-    extractor = FeatureExtractor.from_pretrained(threads=1)
+    earlier = tmp_path / "earlier"
+    write_earlier_model(earlier)
+    extractor = FeatureExtractor.from_pretrained(earlier, threads=1)
     assert extractor.config.preprocessing.version == 1
     opaque = [Image.open(file).convert("RGB") for file in cut_outs]
     seen = extractor.embed(opaque)
     assert cosine(seen[:1], seen[1:])[0] < 0.9
     assert (extractor.embed(cut_outs) == seen).all()
-    robustfeat.embed([cut_outs[0].parent], tmp_path / "f.npy", quiet=True)
+    robustfeat.embed([cut_outs[0].parent], tmp_path / "f.npy", model=earlier, quiet=True)
     assert cosine(np.load(tmp_path / "f.npy"), seen).min() > 0.999999
 
 

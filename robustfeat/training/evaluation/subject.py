@@ -234,7 +234,8 @@ def _network_of_folder(folder: ModelFolder) -> nn.Module:
         network.load_state_dict({name: value.float() for name, value in weights.items()})
     except RuntimeError as exc:
         raise InputError(f"{folder.path}: timm cannot make its {config.architecture} ({first_line(exc)})") from exc
-    network.reset_classifier(0)
+    if not config.feature_outputs:
+        network.reset_classifier(0)
     made: nn.Module = network
     return made
 

@@ -59,13 +59,16 @@ def import_images(folder: str | Path | None, contract: Preprocessing, *, int8: b
     return folder_images(folder, contract) if folder else []
 
 
-def training_images(data: Mapping[str, Any], recipe: Recipe, contract: Preprocessing) -> list[NDArray[np.uint8]]:
+def training_images(
+    data: Mapping[str, Any], recipe: Recipe, contract: Preprocessing, *, count: int = _IMAGES
+) -> list[NDArray[np.uint8]]:
     """Some of the images that a run was trained on, as (S, S, 3).
 
     Args:
         data: what its checkpoint says of them.
         recipe: the run's.
         contract: how they become squares.
+        count: how many at most. The first ones are the same for every count.
 
     Raises:
         DataError: they are not there any more, or have changed.
@@ -79,14 +82,14 @@ def training_images(data: Mapping[str, Any], recipe: Recipe, contract: Preproces
             labels=recipe.labels,
         )
     except (DataError, HubError) as exc:
-        raise DataError(f"int8 needs real images: {exc}", fix=_FIX) from exc
+        raise DataError(f"the export needs real images: {exc}", fix=_FIX) from exc
     if train.fingerprint != data["fingerprint"]:
         raise DataError(f"{data['root']}: has changed since training", fix=_FIX)
     train = train.decoded_by(recipe.preprocessing_version)
     order = np.random.default_rng(0).permutation(len(train))
     images: list[NDArray[np.uint8]] = []
-    for index in order[: 2 * _IMAGES]:
-        if len(images) == _IMAGES:
+    for index in order[: 2 * count]:
+        if len(images) == count:
             break
         try:
             images.append(resize_and_crop(train.image(int(index)), contract))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robustfeat.errors import ExportError
 from robustfeat.hub.config import ModelConfig
-from robustfeat.hub.folder import ONNX, WEIGHTS
+from robustfeat.hub.folder import CLASSIFIER, ONNX, WEIGHTS
 from robustfeat.progress import remark
 from robustfeat.serving.verify import compare
 from robustfeat.training.export.assembly import ExportReport, FolderParts, assemble_folder
@@ -37,12 +37,14 @@ class Backbone:
         state: the state dict with the classifier, as timm's namesake loads it.
         config: without `files`.
         training: the content of training.json.
+        classifier: `weight` (C, D) and `bias` of a classifier that `state` does not have.
     """
 
     network: nn.Module
     state: dict[str, Tensor]
     config: ModelConfig
     training: Mapping[str, Any] = field(default_factory=dict)
+    classifier: Mapping[str, Tensor] | None = None
 
 
 def write_model_folder(
@@ -70,6 +72,8 @@ def write_model_folder(
     def write(path: Path, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         remark(f"{name}: writing {WEIGHTS}; PyTorch embeds the golden images", quiet=quiet)
         expected = _write_weights(backbone, path / WEIGHTS, inputs, compact=compact)
+        if backbone.classifier:
+            _save(dict(backbone.classifier), path / CLASSIFIER)
         remark(f"{name}: writes {ONNX['fp32']}", quiet=quiet)
         export_onnx(network, backbone.config.preprocessing, path / ONNX["fp32"])
         # Engines hold the weights three times during loading, for which the folder's check needs memory.

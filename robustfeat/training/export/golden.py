@@ -60,7 +60,8 @@ def verify_with_timm(folder: ModelFolder) -> Check:
     images, expected = folder.golden()
     try:
         with quiet():
-            network = timm.create_model(f"local-dir:{folder.path}", pretrained=True, num_classes=0).eval()
+            outputs = folder.config.feature_outputs
+            network = timm.create_model(f"local-dir:{folder.path}", pretrained=True, num_classes=outputs).eval()
         transform = create_transform(**resolve_model_data_config(network))
         decoded = [decode(image, version=folder.config.preprocessing.version) for image in images]
         features = _features(network, torch.stack([transform(image) for image in decoded]))

@@ -142,7 +142,8 @@ def rebuild_features(config: ModelConfig, state: Mapping[str, Tensor]) -> nn.Mod
     if not config.num_classes:
         _drop_classifier(network, config.classifier)
     fill_network(network, state)
-    _drop_classifier(network, config.classifier)
+    if not config.feature_outputs:
+        _drop_classifier(network, config.classifier)
     return network.eval()
 
 

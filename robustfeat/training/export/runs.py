@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from robustfeat.errors import ExportError, InputError
 from robustfeat.hub.config import Evaluation, ModelConfig
+from robustfeat.progress import remark
 from robustfeat.training.export.calibration import folder_images, training_images
 from robustfeat.training.export.folder import Backbone, ExportReport, write_model_folder
+from robustfeat.training.export.principal import project_features
 from robustfeat.training.export.provenance import versions
 from robustfeat.training.loop.checkpoint import Checkpoint, features_of, load_checkpoint, network_of
 from robustfeat.training.loop.journal import read_metrics
@@ -19,6 +24,9 @@ from robustfeat.training.recipe import Recipe
 
 __all__ = ["export_run"]
 
+_COMPONENT_IMAGES = 4096
+"""Images that principal components are measured on, at most."""
+
 
 def export_run(
     run: str | Path,
@@ -27,6 +35,7 @@ def export_run(
     name: str | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
+    components: int | None = None,
     calibration: str | Path | None = None,
     int8: bool = True,
     compact: bool = False,
@@ -45,6 +54,8 @@ def export_run(
         out: the folder to make.
         name: the model's name, with its version; by default the run folder's name.
         image_size, crop_pct: settings of the preprocessing contract; by default the recipe's validation size and crop.
+        components: the model gives so many principal components of the network's features, measured on the run's own
+            training images; by default the features themselves.
         calibration: a folder of images for int8; by default the run's own training images.
         int8: also write onnx/model_int8.onnx.
         compact: weights once, in fp16, shared by model.safetensors and model.onnx.
@@ -66,17 +77,15 @@ def export_run(
     checkpoint = load_checkpoint(file)
     recipe = Recipe.from_dict(checkpoint.recipe)
     best = file.name == BEST_NAME
-    if checkpoint.epoch < recipe.epochs and not best:
-        raise ExportError(
-            f"{run}: training stands at epoch {checkpoint.epoch} of {recipe.epochs}",
-            fix="finish it with `robustfeat train --resume`",
-        )
+    if not best:
+        _require_finished(run, checkpoint, recipe)
     try:
         contract = recipe.preprocessing(image_size, crop_pct)
     except ValueError as exc:
         raise InputError(f"{run}: {exc}") from exc
     network = network_of(checkpoint)
     size, about = feature_size(network), timm_settings(network)
+    _require_fewer(components, size)
     _require_own_size(recipe, contract.image_size, fixed=about.get("fixed_input_size", False))
     config = ModelConfig(
         name=name or folder.resolve().name,
@@ -91,13 +100,40 @@ def export_run(
         evaluations=tuple(evaluations),
     )
     training = _history(checkpoint, config, folder)
-    images = None
-    if int8:
-        images = (
-            folder_images(calibration, contract) if calibration else training_images(checkpoint.data, recipe, contract)
-        )
-    backbone = Backbone(feature_network(network), features_of(checkpoint), config, training)
+    known = partial(training_images, checkpoint.data, recipe, contract)
+    images = (folder_images(calibration, contract) if calibration else known()) if int8 else None
+    if components is None:
+        backbone = Backbone(feature_network(network), features_of(checkpoint), config, training)
+    else:
+        remark(f"{config.name}: measures {components} principal components", quiet=quiet)
+        backbone = _components(checkpoint, network, config, training, components)
     return write_model_folder(backbone, out, calibration=images, compact=compact, quiet=quiet)
+
+
+def _require_finished(run: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    if checkpoint.epoch < recipe.epochs:
+        raise ExportError(
+            f"{run}: training stands at epoch {checkpoint.epoch} of {recipe.epochs}",
+            fix="finish it with `robustfeat train --resume`",
+        )
+
+
+def _require_fewer(components: int | None, size: int) -> None:
+    if components is not None and not 0 < components < size:
+        raise InputError(
+            f"must be at least 1 and less than the network's {size} features", argument="components", value=components
+        )
+
+
+def _components(
+    checkpoint: Checkpoint, network: nn.Module, config: ModelConfig, training: Mapping[str, Any], size: int
+) -> Backbone:
+    """The network with principal components as features, and the classifier of these."""
+    recipe = Recipe.from_dict(checkpoint.recipe)
+    measured = training_images(checkpoint.data, recipe, config.preprocessing, count=_COMPONENT_IMAGES)
+    classifier = project_features(network, measured, config.preprocessing, size)
+    made = config.replace(feature_size=size, num_classes=size, components_of=config.feature_size)
+    return Backbone(network, network.state_dict(), made, training, classifier if recipe.classifies else None)
 
 
 def _require_own_size(recipe: Recipe, image_size: int, *, fixed: bool) -> None:

@@ -38,7 +38,8 @@ from tests.training import small
 
 def timm_features(folder: Path, files: list[Path]) -> np.ndarray:
     """timm alone: its own loading and its own preprocessing."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    outputs = ModelFolder(folder).config.feature_outputs
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=outputs).eval()
     transform = create_transform(**resolve_model_data_config(model))
     from PIL import Image
 
