@@ -214,9 +214,14 @@ def _check_stable(recipe: Recipe) -> None:
             value=recipe.inner,
             fix="pass `inner=full` or `inner=half`",
         )
-    if recipe.stable_anchor == "start" and recipe.recalibrate:
+    if recipe.freeze_norms and not recipe.init:
         raise InputError(
-            "would replace the start's statistics, which BatchNorm keeps with `stable_anchor=start`",
+            "keeps the statistics of a start", argument="freeze_norms", value=True, fix="pass `init` or leave it out"
+        )
+    if recipe.recalibrate and (recipe.freeze_norms or recipe.stable_anchor == "start"):
+        keeps = "freeze_norms" if recipe.freeze_norms else "stable_anchor=start"
+        raise InputError(
+            f"would replace the start's statistics, which BatchNorm keeps with `{keeps}`",
             argument="recalibrate",
             value=recipe.recalibrate,
             fix="leave it out",

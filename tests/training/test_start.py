@@ -118,6 +118,38 @@ def test_a_run_is_a_start_with_its_classifier(dataset: Path, tmp_path: Path) -> 
     assert load_checkpoint(tmp_path / "next").recipe["width"] == before.recipe["width"]
 
 
+def norms(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if "running" in name}
+
+
+@pytest.mark.parametrize("method", ["erm", "hrrl"])
+def test_batch_norm_keeps_the_statistics_of_the_start(dataset: Path, tmp_path: Path, method: str) -> None:
+    run(dataset, tmp_path / "first", recipe(dataset, width=8, method="erm", lr=0.01))
+    before = load_checkpoint(tmp_path / "first").model
+    made = recipe(dataset, init=str(tmp_path / "first"), method=method, lr=0.01, epochs=2, ema=0.5, freeze_norms=True)
+    whole = run(dataset, tmp_path / "whole", made)
+    assert norms(before)
+    for name, value in norms(before).items():
+        assert torch.equal(whole[name], value)
+        assert torch.equal(load_checkpoint(tmp_path / "whole").result[name], value)
+    assert not torch.equal(whole["layer1.0.conv1.weight"], before["layer1.0.conv1.weight"])
+    loose = run(dataset, tmp_path / "loose", made.replace(freeze_norms=False))
+    assert not any(torch.equal(loose[name], value) for name, value in norms(before).items())
+    resumed = run_one_epoch(dataset, tmp_path / "parts", tmp_path / "whole", made)
+    parts = run(dataset, tmp_path / "parts", resumed, resume=True)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_kept_statistics_need_a_start_and_batch_norm(dataset: Path, weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="freeze_norms=True: keeps the statistics of a start; pass `init`"):
+        recipe(dataset, freeze_norms=True)
+    with pytest.raises(InputError, match=r"recalibrate=5: would replace the start's statistics, .* `freeze_norms`"):
+        recipe(dataset, freeze_norms=True, init=str(weights), recalibrate=5)
+    made = recipe(dataset, freeze_norms=True, init=str(weights), network="timm:test_convnext")
+    with pytest.raises(InputError, match="test_convnext has no BatchNorm, whose statistics are kept"):
+        run(dataset, tmp_path / "run", made)
+
+
 def test_the_builtin_model_is_a_start(tmp_path: Path) -> None:
     made, state = resolve_start(Recipe(init="builtin"))
     assert "conv1.weight" in state

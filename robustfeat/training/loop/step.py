@@ -139,13 +139,15 @@ class TrainingStep:
             require_side(network, recipe.network, side)
             if self.objective.example_level.half and self.objective.tau_at_224px:
                 require_side(network, recipe.network, (side + 1) // 2)
-        if recipe.recalibrate and not batch_norms(self._outputs.classifying):
-            raise InputError(
-                f"{recipe.network} has no BatchNorm, whose statistics are measured anew",
-                argument="recalibrate",
-                value=recipe.recalibrate,
-                fix="leave it out",
-            )
+        if not batch_norms(self._outputs.classifying):
+            for argument, what in (("recalibrate", "measured anew"), ("freeze_norms", "kept")):
+                if value := getattr(recipe, argument):
+                    raise InputError(
+                        f"{recipe.network} has no BatchNorm, whose statistics are {what}",
+                        argument=argument,
+                        value=value,
+                        fix="leave it out",
+                    )
 
     @property
     def result(self) -> Outputs:
@@ -189,7 +191,7 @@ class TrainingStep:
     def train(self) -> None:
         """To training mode. Beside a start's features, BatchNorm keeps the start's statistics, which those have."""
         self._outputs.train()
-        if self._start is not None:
+        if self._start is not None or self.recipe.freeze_norms:
             for layer in batch_norms(self.network):
                 layer.eval()
 
