@@ -205,7 +205,9 @@ def test_the_biased_benchmark_has_imagenets_shares(benchmark: Path, tmp_path: Pa
     study = Study(tmp_path, SCALES["quick"](), str(benchmark), {}, Machine("cpu", 1, 0, quiet=True), biased=True)
     images, _ = open_training_data(study.data("biased"))
     assert 56 <= len(images) <= 64  # each class has a whole number
-    assert study.title.endswith(f"benchmark0, {len(images)} images, 24 px, 1 epoch, with ImageNet's shares of concepts")
+    assert study.title.endswith(
+        f"{benchmark.name}, {len(images)} images, 24 px, 1 epoch, with ImageNet's shares of concepts"
+    )
     assert study.differences()[0].startswith(f"Pre-trained on {len(images)} images")
     concepts = assign_concepts("imagenet11", images.classes, np.bincount(images.labels))
     counts = dict(zip(concepts.names, concepts.counts.tolist(), strict=True))
