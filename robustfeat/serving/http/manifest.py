@@ -115,7 +115,7 @@ def read_manifest(path: Path) -> Manifest:
                     f"[{table}] {name}: expected NAME = \"PLACE\", the name of letters, digits, '.', '_' and '-' "
                     "(in quotes if it has a dot)"
                 )
-    if not any(content.values()):  # an editor or a tool may just have emptied the file
+    if not content:  # an editor or a tool may just have emptied the file
         raise InputError(
             "names no model, head or collection",
             argument="manifest",

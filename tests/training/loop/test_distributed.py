@@ -237,7 +237,8 @@ try:
         require_same({"init": None, "teacher": "the same"})
         require_same({"init": None, "teacher": sys.argv[1 + ranks.rank]})
 except RobustFeatError as exc:
-    sys.exit(f"{ranks.rank}: {exc}")
+    print(f"{ranks.rank}: {exc}", file=sys.stderr, flush=True)
+    os._exit(1)  # at an ordinary exit, PyTorch's libraries may report leaks of their own
 """
 
 
