@@ -28,6 +28,7 @@ robustfeat() {
     if [ -n "$SERVER" ]; then kill $SERVER; wait $SERVER || true; fi
     env robustfeat "$@" --port $PORT & SERVER=$!
     until curl -sf -o answer localhost:$PORT/health/ready; do kill -0 $SERVER; sleep 0.1; done ;;
+  train) env robustfeat "$@" $QUICK ;;
   *) env robustfeat "$@" ;;
   esac
 }
@@ -41,6 +42,14 @@ CLOTHES = "cp -r $CLOTHES clothes\n"
 MODEL = "cp -r $MODEL model\n"
 PUSHED_MODEL = "cp -r $MODEL sent; robustfeat push sent org/name --tag v1\n"
 PUSHED_HEAD = "robustfeat push $CLOTHES org/clothes --tag v1 --license cc0-1.0\n"
+TEACHER = "cp -r $MODEL teacher\n"
+CONVNEXT = (
+    'python -c "import timm; from safetensors.torch import save_file;'
+    " save_file(timm.create_model('test_convnext').state_dict(), 'w.safetensors')\"\n"
+    "robustfeat import timm:test_convnext --weights w.safetensors --image-size 32 --no-int8 --out convnext\n"
+)
+# The last of an option's values counts, so each training is a short one.
+QUICK = "QUICK='--epochs 1 --batch-size 8 --image-size 32 --lr 0.0001 --precision fp32 --workers 0 --quiet'\n"
 RUN = "mkdir -p runs && cp -r $RUN runs/a\n"
 FIXTURES = {"CLOTHES": "clothes", "MODEL": "model", "RUN": "finished_run"}
 
@@ -109,6 +118,10 @@ CASES: dict[Key, Case] = {
         CLOTHES
         + "printf '[heads]\\nclothes = \"clothes\"\\n' > served.toml; echo 'web 5tUgR0secretsecret' > keys.txt\n"
     ),
+    ("training", "runs/clothes"): Case(QUICK, slow=True),
+    ("training", "--set best=probe"): Case(PHOTOS + TEACHER + "ln -s examples/images pets\n" + QUICK, slow=True),
+    ("training-methods", "runs/unlabelled"): Case(PHOTOS + TEACHER + QUICK, slow=True),
+    ("training-methods", "runs/hardened"): Case(PHOTOS + TEACHER + CONVNEXT + QUICK, slow=True),
     ("triton", "--out repository"): Case(),
 }
 
@@ -185,11 +198,7 @@ LEFT_OUT: dict[Key, str] = {
         "robustness",
         "--card robustness.json",
     ): "takes minutes; tests/training/evaluation/test_robustness_card.py has the card",
-    ("training-methods", "runs/unlabelled"): HOURS,
-    ("training-methods", "runs/hardened"): HOURS,
     ("training", "--out RUN ..."): SYNOPSIS,
-    ("training", "runs/clothes"): "takes minutes; docs/how-to/train.md trains in this way",
-    ("training", "--set best=probe"): HOURS,
     ("training", "export RUN"): SYNOPSIS,
     ("triton", "tritonserver"): DOCKER,
 }
@@ -253,5 +262,5 @@ def test_the_commands_of_a_block_succeed(
     variables = {
         name: str(request.getfixturevalue(fixture)) for name, fixture in FIXTURES.items() if f"${name}" in script
     }
-    with run_script(FUNCTIONS + script, tmp_path, tmp_path_factory, hub, SERVER="", **variables) as log:
+    with run_script(FUNCTIONS + script, tmp_path, tmp_path_factory, hub, SERVER="", QUICK="", **variables) as log:
         assert "Traceback" not in log.read_text("utf-8")

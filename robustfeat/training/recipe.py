@@ -249,6 +249,8 @@ class Recipe:
         own = self.to_dict()
         if "image_sizes" in changes:
             del own["validation_size"]  # it follows from them, unless it is among the changes
+        if changes.get("init") and not self.init and self.network == "resnet18":
+            own["network"] = "auto"  # without a start, `resnet18` may just be the default
         return Recipe.from_dict({**own, **changes})
 
     def to_dict(self) -> dict[str, Any]:

@@ -180,3 +180,15 @@ def test_a_removed_key_with_another_value_is_refused(tmp_path: Path, name: str, 
     file.write_text(f"{name} = {str(value).lower() if isinstance(value, bool | int | float) else repr(value)}\n")
     with pytest.raises(InputError, match=rf"^config={file}: {name} is no longer supported; .*got {value!r}$"):
         load_recipe(str(file))
+
+
+def test_a_start_brings_its_network_unless_one_is_named() -> None:
+    shipped = load_recipe("tiny-imagenet-fast")
+    assert shipped.network == "resnet18"
+    assert shipped.override({"init": "model/"}).network == "auto"
+    assert shipped.override({"init": "model/", "network": "resnet18"}).network == "resnet18"
+    other = shipped.override({"network": "timm:test_resnet"})
+    assert other.override({"init": "model/"}).network == "timm:test_resnet"
+    assert shipped.override({"lr": 0.1}).network == "resnet18"
+    started = shipped.replace(init="run/", network="resnet18")
+    assert started.override({"init": "other/"}).network == "resnet18"
