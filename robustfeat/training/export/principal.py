@@ -23,8 +23,8 @@ def project_features(
 ) -> dict[str, Tensor]:
     """Replaces the classifier by the projection onto the first principal components of the features.
 
-    The network then gives (N, size). The mean is not subtracted, so the cosine of two images is about the one of all
-    features, and rounding moves it no more. timm's namesake with `num_classes=size` takes the state dict.
+    The network then gives (N, size), without subtracting the mean. timm's namesake with `num_classes=size` takes the
+    state dict.
 
     Args:
         network: a network from `build_network`, in evaluation mode.
