@@ -87,9 +87,11 @@ def describe(name: str, command: click.Command) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """A paragraph of help, with its options as code."""
-    plain = re.sub(r"([\\`*_<\[])", r"\\\1", " ".join(text.split()))
-    return re.sub(r"(?<![\w-])--[a-z][\w-]*", r"`\g<0>`", plain)
+    """A paragraph of help, with its options and what stands in backticks as code."""
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    plain = [re.sub(r"([\\`*_<\[])", r"\\\1", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"(?<![\w-])--[a-z][\w-]*", r"`\g<0>`", part) for part in plain]
+    return "".join(parts)
 
 
 def local_link(page: Path, link: re.Match[str]) -> str:

@@ -48,6 +48,7 @@ def options(command: click.Command) -> set[str]:
 def test_the_reference_has_every_name_and_option(site: Path) -> None:
     text = (site / "reference" / "commands.html").read_text("utf-8")
     assert not {name for name in options(cli) if f"{name}" not in text}
+    assert "`" not in re.sub(r"<pre.*?</pre>", "", text, flags=re.DOTALL)  # code is marked as such
     text = (site / "reference" / "api.html").read_text("utf-8")
     names = set(robustfeat.__all__) - {"__version__"}
     assert not {name for name in names if f'id="robustfeat.{name}"' not in text}
