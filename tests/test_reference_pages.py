@@ -153,6 +153,9 @@ HOURS = "takes hours"
 SYNOPSIS = "is a synopsis, whose forms other blocks show"
 # Blocks that no test runs. Their commands and options are checked all the same.
 LEFT_OUT: dict[Key, str] = {
+    ("built-in", "pip download"): NETWORK,
+    ("built-in", "git archive"): "needs the repository's history, which a clone may lack",
+    ("built-in", "runs/tiny"): HOURS,
     ("README", "<hub>"): NETWORK,
     ("README", "<tests>"): "runs these tests",
     ("embedding", "s3://"): "needs a bucket",
@@ -181,7 +184,7 @@ LEFT_OUT: dict[Key, str] = {
     ("models", "pip download"): NETWORK,
     ("paper", "paper gate"): HOURS,
     ("paper", "--method el"): HOURS,
-    ("results", "evaluate builtin"): HOURS,
+    ("results", "evaluate former"): HOURS,
     ("results", "paper all"): HOURS,
     ("robustness", "evaluate MODEL..."): SYNOPSIS,
     ("scaling", "scaling.py --images"): "tests/test_capacity.py calls the functions",
@@ -191,7 +194,6 @@ LEFT_OUT: dict[Key, str] = {
     ("training", "wandb"): NETWORK,
     ("training", "mlflow"): "needs MLflow",
     ("training", "timm:convnext_atto"): NETWORK,
-    ("training", "runs/tiny"): HOURS,
     ("training-methods", "pip download"): NETWORK,
     ("training-methods", "steady:Steady"): "tests/training/test_own_method.py trains with the method",
     (

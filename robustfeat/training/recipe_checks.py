@@ -17,7 +17,7 @@ __all__ = ["check_shapes", "check_values", "invalid"]
 
 _INTEGERS = frozenset({
     "width", "epochs", "batch_size", "q_warmup_steps", "replays", "recalibrate", "cache_px", "seed", "validation_size",
-    "teacher_crops", "stable_steps", "projection", "probe_every", "accumulate",
+    "teacher_crops", "stable_steps", "projection", "probe_every", "accumulate", "classifier_epochs",
     "preprocessing_version",
 })  # fmt: skip
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -31,6 +31,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("accumulate", 1, 100_000),
     ("ema", 0, 0.9999999),
     ("warmup_epochs", 0, 100_000),
+    ("classifier_epochs", 0, 100_000),
     ("preprocessing_version", 1, CONTRACT_VERSION),
     ("min_crop_area", 1e-6, 1),
     ("erasing", 0, 1),
@@ -214,10 +215,11 @@ def _check_stable(recipe: Recipe) -> None:
             value=recipe.inner,
             fix="pass `inner=full` or `inner=half`",
         )
-    if recipe.freeze_norms and not recipe.init:
-        raise InputError(
-            "keeps the statistics of a start", argument="freeze_norms", value=True, fix="pass `init` or leave it out"
-        )
+    for argument, what in (("freeze_norms", "statistics"), ("classifier_epochs", "features")):
+        if (value := getattr(recipe, argument)) and not recipe.init:
+            raise InputError(
+                f"keeps the {what} of a start", argument=argument, value=value, fix="pass `init` or leave it out"
+            )
     if recipe.recalibrate and (recipe.freeze_norms or recipe.stable_anchor == "start"):
         keeps = "freeze_norms" if recipe.freeze_norms else "stable_anchor=start"
         raise InputError(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from robustfeat import FeatureExtractor, Head
+from tests import built_in
 from tests.cli.test_hub import changing, one_line
 from tests.conftest import Run, files_of, hub_environment
 from tests.hub_server import FakeHub, Fault, card_problems
@@ -190,7 +191,7 @@ def test_pull_takes_heads(published: FakeHub, call: Call, clothes: Path, tmp_pat
     assert pulled.returncode == 0, pulled.stderr
     folder = Path(pulled.stdout.strip())
     assert sorted(file.name for file in folder.iterdir()) == ["head.json", "head.safetensors"]
-    assert "10 classes on robustfeat-resnet18-tiny-v1" in pulled.stderr
+    assert f"10 classes on {built_in.NAME}" in pulled.stderr
     about = json.loads(call("pull", "org/clothes", "--out", tmp_path / "own", "--json").stdout)
     assert about["path"] == str(tmp_path / "own")
     assert about["revision"] == published.model("org/clothes").branches["main"]
@@ -355,7 +356,7 @@ def test_info_shows_a_head(published: FakeHub, call: Call, clothes: Path) -> Non
     for result in (here, there):
         assert result.returncode == 0, result.stderr
         assert re.search(r"^classes: +10: dress, hat, ", result.stdout, re.MULTILINE)
-        assert re.search(r"^model: +robustfeat-resnet18-tiny-v1 \(builtin\)$", result.stdout, re.MULTILINE)
+        assert re.search(rf"^model: +{built_in.NAME} \(builtin\)$", result.stdout, re.MULTILINE)
         assert re.search(rf"^sha256: +{sha256(clothes)}$", result.stdout, re.MULTILINE)
     commit = published.model("org/clothes").branches["main"]
     assert re.search(rf"^revision: +{commit}$", there.stdout, re.MULTILINE)

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from robustfeat.files import FileLock
+from tests import built_in
 from tests.cli.test_cli import only_line
 from tests.conftest import EXAMPLES, ROOT, Run
 from tests.serving.http.conftest import wait_until
@@ -67,7 +68,7 @@ def test_a_head_is_two_files_and_reports(head: Path) -> None:
         "suspects.csv",
     ]
     about = json.loads((head / "head.json").read_text())
-    assert about["model"]["name"].startswith("robustfeat-resnet18")
+    assert about["model"]["name"] == built_in.NAME
     with Image.open(head / "confusion.png") as image:
         assert min(image.size) > 360
 

@@ -35,6 +35,8 @@ from robustfeat import FeatureExtractor
 from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square
 from robustfeat.serving import triton as triton_files
+from robustfeat.serving.extractor import default_batch_size
+from tests import built_in
 from tests.conftest import ROOT, Repositories, Run, build_once
 
 TEXT = (ROOT / "docs" / "triton.md").read_text("utf-8")
@@ -121,12 +123,12 @@ def test_the_options_reach_the_configuration(
     assert ModelInstanceGroup.Kind.Name(group.kind) == kind
     assert group.count == (2 if "--instances" in options else 1)
     assert config.parameters["precision"].string_value == precision
-    assert config.max_batch_size == (32 if kind == "KIND_CPU" else 128)
+    assert config.max_batch_size == default_batch_size(built_in.SIDE, "cpu" if kind == "KIND_CPU" else "cuda")
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert [one.name for one in accelerators] == (["tensorrt"] if "tensorrt" in options else [])
     for one in accelerators:
         assert one.parameters["precision_mode"] == "FP16"
-        assert one.parameters["trt_profile_max_shapes"] == "pixel_values:128x3x64x64"
+        assert one.parameters["trt_profile_max_shapes"] == f"pixel_values:128x3x{built_in.SIDE}x{built_in.SIDE}"
 
 
 def test_models_stand_side_by_side_and_none_is_replaced(robustfeat: Run, small_model: Path, tmp_path: Path) -> None:

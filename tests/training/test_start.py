@@ -140,6 +140,29 @@ def test_batch_norm_keeps_the_statistics_of_the_start(dataset: Path, tmp_path: P
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
 
 
+@pytest.mark.parametrize("method", ["erm", "hrrl"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_classifier_learns_first(dataset: Path, tmp_path: Path, method: str, optimizer: str) -> None:
+    run(dataset, tmp_path / "first", recipe(dataset, width=8, method="erm", lr=0.01))
+    before = load_checkpoint(tmp_path / "first").model
+    made = recipe(
+        dataset, init=str(tmp_path / "first"), method=method, optimizer=optimizer, lr=0.01, ema=0.5, classifier_epochs=1
+    )
+    state = run(dataset, tmp_path / "classifier", made)
+    average = load_checkpoint(tmp_path / "classifier").result
+    for name, value in before.items():
+        learned = name.startswith("fc.")
+        assert torch.equal(state[name], value) != learned
+        assert torch.equal(average[name], value) != learned
+    whole = run(dataset, tmp_path / "whole", made.replace(epochs=2))
+    assert not any(torch.equal(whole[name], value) for name, value in before.items() if "num_batches" not in name)
+    resumed = run_one_epoch(dataset, tmp_path / "parts", tmp_path / "whole", made.replace(epochs=2))
+    parts = run(dataset, tmp_path / "parts", resumed, resume=True)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    with pytest.raises(InputError, match="classifier_epochs=1: keeps the features of a start; pass `init`"):
+        recipe(dataset, classifier_epochs=1)
+
+
 def test_kept_statistics_need_a_start_and_batch_norm(dataset: Path, weights: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="freeze_norms=True: keeps the statistics of a start; pass `init`"):
         recipe(dataset, freeze_norms=True)
@@ -152,8 +175,8 @@ def test_kept_statistics_need_a_start_and_batch_norm(dataset: Path, weights: Pat
 
 def test_the_builtin_model_is_a_start(tmp_path: Path) -> None:
     made, state = resolve_start(Recipe(init="builtin"))
-    assert "conv1.weight" in state
-    assert (made.network, made.width) == ("resnet18", 64)
+    assert "conv_stem.weight" in state
+    assert (made.network, made.interpolation) == ("timm:tf_efficientnet_lite0", "bicubic")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +185,7 @@ def test_the_builtin_model_is_a_start(tmp_path: Path) -> None:
         ({"init": "{weights}"}, "does not say which network it belongs to; pass `network=timm:NAME`"),
         ({"init": "{weights}", "network": "timm:convnext_atto"}, "tensors do not fit, such as"),
         ({"init": "{weights}", "network": "resnet18"}, "tensors do not fit, such as conv1.weight"),
-        ({"init": "builtin", "network": "timm:test_convnext"}, "is resnet18, not timm:test_convnext"),
+        ({"init": "builtin", "network": "timm:test_convnext"}, "is timm:tf_efficientnet_lite0, not timm:test_convnext"),
         ({"init": "builtin", "init_sha256": "0" * 64}, "the recipe says 000000000000"),
         ({"init": "nowhere/at/all"}, "init=nowhere/at/all: "),
         ({"init": "{dataset}"}, "init=.*: "),

@@ -106,7 +106,7 @@ class EpochLoop:
         self._report.begin_epoch(self._position, side, steps)
         saved_at = time.monotonic()
         window = Window(run.device)
-        self._step.train()
+        self._step.train(epoch)
         first = self._position.step // replays
         for number, batch in enumerate(run.load(batches, range(first, len(batches))), first):
             due = time.monotonic() - saved_at > self._checkpoint_every_s

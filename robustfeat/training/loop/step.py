@@ -107,8 +107,11 @@ class TrainingStep:
         classes = len(concepts.of_class)
         network = build_network(classes, recipe.network, width=recipe.width, image_size=recipe.validation_size)
         self.network = network.to(memory_format=torch.channels_last).to(device)
+        classifier = classifier_of(network)
         if not recipe.labels:
-            classifier_of(network).requires_grad_(False)  # data parallelism waits for the gradients of all others
+            classifier.requires_grad_(False)  # data parallelism waits for the gradients of all others
+        learned = {id(parameter) for parameter in classifier.parameters()}
+        self._features = [parameter for parameter in network.parameters() if id(parameter) not in learned]
         self.objective: Objective = create_objective(recipe, concepts)
         heads = self.objective.create_heads(feature_size(network), classes)
         if recipe.projection:
@@ -188,10 +191,10 @@ class TrainingStep:
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
-    def train(self) -> None:
+    def train(self, epoch: int) -> None:
         """To training mode. Beside a start's features, BatchNorm keeps the start's statistics, which those have."""
         self._outputs.train()
-        if self._start is not None or self.recipe.freeze_norms:
+        if self._start is not None or self.recipe.freeze_norms or epoch < self.recipe.classifier_epochs:
             for layer in batch_norms(self.network):
                 layer.eval()
 
@@ -272,6 +275,9 @@ class TrainingStep:
                 for gradient in self._descent.gradients:
                     gradient.copy_(sum_over_ranks(gradient) / self._ranks.world)
             self._share_statistics(self._outputs)
+        if epoch < self.recipe.classifier_epochs:
+            for parameter in self._features:
+                parameter.grad = None  # which also stops its decay and momentum
         norm = self._descent.update(self.recipe.learning_rate(epoch))
         if self._average is not None:
             self._average.update(self._outputs)

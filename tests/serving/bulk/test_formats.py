@@ -13,6 +13,7 @@ from pyarrow import parquet
 from safetensors import safe_open
 
 from robustfeat import FeatureExtractor
+from tests import built_in
 
 Run = Callable[..., "CompletedProcess[str]"]
 
@@ -53,7 +54,7 @@ def test_every_format_holds_the_same_rows(out: Path, expected: np.ndarray) -> No
     elif out.suffix == ".safetensors":
         with safe_open(out, "np") as file:
             assert list(file.keys()) == ["features"]
-            assert file.metadata()["model"] == "robustfeat-resnet18-tiny-v1"
+            assert file.metadata()["model"] == built_in.NAME
             features = file.get_tensor("features")
     else:
         table = parquet.read_table(out)
@@ -62,7 +63,7 @@ def test_every_format_holds_the_same_rows(out: Path, expected: np.ndarray) -> No
         errors = table["error"].to_pylist()
         assert "not an image" in errors.pop(2)
         assert errors == [None] * 4
-        assert table.schema.metadata[b"model"] == b"robustfeat-resnet18-tiny-v1"
+        assert table.schema.metadata[b"model"] == built_in.NAME.encode()
         features = np.stack(table["features"].to_numpy())
     assert features.shape == (5, 512)
     assert features.dtype == np.float32

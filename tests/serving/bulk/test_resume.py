@@ -30,6 +30,7 @@ from robustfeat.serving.bulk.embedding import EmbeddingResult, embed_files
 from robustfeat.serving.bulk.storage import LocalFolder
 from robustfeat.serving.heads.features import open_features
 from robustfeat.serving.inputs.listing import list_inputs
+from tests import built_in
 from tests.conftest import Start, files_of
 
 Embed = Callable[..., EmbeddingResult]
@@ -144,7 +145,7 @@ def test_another_model_option_or_input_is_refused_with_the_reason(
     with list_inputs([root]) as inputs, pytest.raises(InputError, match="threads was 2, now 1"):
         embed_files(one, inputs, out, shard_rows=1, batch_size=1, quiet=True)
     other = FeatureExtractor.from_pretrained(threads=2, streams=2)
-    with list_inputs([root]) as inputs, pytest.raises(InputError, match=r'model was .*, now "robustfeat-resnet18-tiny'):
+    with list_inputs([root]) as inputs, pytest.raises(InputError, match=f'model was .*, now "{built_in.NAME}'):
         embed_files(other, inputs, out, shard_rows=1, batch_size=1, quiet=True)
     (root / "0000.jpg").rename(root / "zzz.jpg")
     with pytest.raises(InputError, match="inputs_sha256 was"):

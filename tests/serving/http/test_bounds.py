@@ -16,6 +16,7 @@ from robustfeat.serving.online.answers import JSON, NamedModel, choose_type
 from robustfeat.serving.online.content import data_of_uri
 from robustfeat.serving.online.errors import ApiError
 from robustfeat.serving.online.infer import infer_images, parse_infer
+from tests import built_in
 
 SIZE = 32 * 2**20
 MOST = 64
@@ -119,11 +120,11 @@ BINARY = json.dumps(
     [
         (given("images", "BYTES", "[1]", b'""'), None, "values"),
         (given("images", "BYTES", "[1]", b'"%s"' % (b"A" * 40)), None, "the shape promises 1, there are"),
-        (given("pixel_values", "FP32", "[1,3,64,64]", b'""'), None, "values"),
-        (given("pixel_values", "FP32", "[1,3,64,64]", b"0"), None, "12,288 numbers"),
-        (given("pixel_values", "FP32", "[1,3,64,64]", b"1e9"), None, "12,288 numbers"),
-        (given("pixel_values", "FP32", "[1,3,64,64]", b"[]"), None, "12,288 numbers"),
-        (given("pixel_values", "FP32", "[1,3,64,64]", b" "), None, "12,288 numbers"),
+        (given("pixel_values", "FP32", str(built_in.SHAPE), b'""'), None, "values"),
+        (given("pixel_values", "FP32", str(built_in.SHAPE), b"0"), None, f"{built_in.COUNT:,} numbers"),
+        (given("pixel_values", "FP32", str(built_in.SHAPE), b"1e9"), None, f"{built_in.COUNT:,} numbers"),
+        (given("pixel_values", "FP32", str(built_in.SHAPE), b"[]"), None, f"{built_in.COUNT:,} numbers"),
+        (given("pixel_values", "FP32", str(built_in.SHAPE), b" "), None, f"{built_in.COUNT:,} numbers"),
         (given("images", "BYTES", "[1]", b"0"), None, "images[0]: expected base64 text"),
         (lambda: filled(b'{"data":[0', b',"data":[0', b"]}"), None, "lists and objects"),
         (lambda: filled(b'{"data":', b" ", b"[0]}"), None, "inputs: Field required"),

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from robustfeat import FeatureExtractor
+from tests import built_in
 from tests.conftest import ROOT, Run
 from tests.serving.http.conftest import Load, alive, children, head_of, serving, slow_picture, wait_until
 
@@ -350,7 +351,7 @@ def test_limits_are_finite(robustfeat: Run, option: str, value: str) -> None:
 def test_a_head_of_another_model_is_refused_at_the_start(robustfeat: Run, clothes: Path, model: Path) -> None:
     result = robustfeat("serve", "--port", "0", "--head", clothes, "--model", model)
     assert result.returncode == 1
-    assert "the head clothes: needs features of robustfeat-resnet18" in result.stderr
+    assert f"the head clothes: needs features of {built_in.NAME}" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -16,6 +16,7 @@ import tritonclient.http as triton
 
 from robustfeat import FeatureExtractor
 from robustfeat.hub.preprocessing import normalise
+from tests import built_in
 from tests.serving.http.conftest import Answer, Server, assert_close, serving
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def infer(server: Server, given: dict[str, Any], rest: bytes = b"", **more: Any)
     return server.post("/v2/models/robustfeat/infer", head + rest, **headers)
 
 
-NUMBERS = {"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 64, 64]}
+NUMBERS = {"name": "pixel_values", "datatype": "FP32", "shape": built_in.SHAPE}
 IMAGES = {"name": "images", "datatype": "BYTES"}
 
 
@@ -174,19 +175,24 @@ IMAGES = {"name": "images", "datatype": "BYTES"}
             "images[0]: ends before its length",
         ),
         ({**IMAGES, "datatype": "FP32", "shape": [1], "data": [1]}, b"", 422, "images must be BYTES; got FP32"),
-        ({**NUMBERS, "shape": [1, 3, 32, 32], "data": [0]}, b"", 422, "must be (n, 3, 64, 64)"),
-        ({**NUMBERS, "data": [0, 1]}, b"", 422, "12,288 numbers"),
-        ({**NUMBERS, "data": ["a"] * 12_288}, b"", 422, "12,288 numbers"),
-        ({**NUMBERS, "data": [None] * 12_288}, b"", 422, "12,288 numbers"),
-        ({**NUMBERS, "data": ["1.5"] * 12_288}, b"", 422, "12,288 numbers"),
-        ({**NUMBERS, "data": [True] * 12_288}, b"", 422, "12,288 numbers"),
-        ({**NUMBERS, "data": [[[0]]] * 12_288}, b"", 422, "12,288 numbers"),
-        ({**NUMBERS, "data": [1e39] * 12_288}, b"", 422, "pixel_values[0]: not finite"),
-        ({**NUMBERS, "data": [3e38] * 12_288}, b"", 422, "pixel_values[0]: its features are not finite"),
-        ({**NUMBERS, "parameters": {"binary_data_size": 8}}, bytes(8), 422, "49,152 bytes"),
         (
-            {**NUMBERS, "parameters": {"binary_data_size": 49_152}},
-            np.full(12_288, np.inf, "<f4").tobytes(),
+            {**NUMBERS, "shape": [1, 3, 32, 32], "data": [0]},
+            b"",
+            422,
+            f"must be (n, 3, {built_in.SIDE}, ",
+        ),
+        ({**NUMBERS, "data": [0, 1]}, b"", 422, f"{built_in.COUNT:,} numbers"),
+        ({**NUMBERS, "data": ["a"] * built_in.COUNT}, b"", 422, f"{built_in.COUNT:,} numbers"),
+        ({**NUMBERS, "data": [None] * built_in.COUNT}, b"", 422, f"{built_in.COUNT:,} numbers"),
+        ({**NUMBERS, "data": ["1.5"] * built_in.COUNT}, b"", 422, f"{built_in.COUNT:,} numbers"),
+        ({**NUMBERS, "data": [True] * built_in.COUNT}, b"", 422, f"{built_in.COUNT:,} numbers"),
+        ({**NUMBERS, "data": [[[0]]] * built_in.COUNT}, b"", 422, f"{built_in.COUNT:,} numbers"),
+        ({**NUMBERS, "data": [1e39] * built_in.COUNT}, b"", 422, "pixel_values[0]: not finite"),
+        ({**NUMBERS, "data": [3e38] * built_in.COUNT}, b"", 422, "pixel_values[0]: its features are not finite"),
+        ({**NUMBERS, "parameters": {"binary_data_size": 8}}, bytes(8), 422, f"{4 * built_in.COUNT:,} bytes"),
+        (
+            {**NUMBERS, "parameters": {"binary_data_size": 4 * built_in.COUNT}},
+            np.full(built_in.COUNT, np.inf, "<f4").tobytes(),
             422,
             "pixel_values[0]: not finite",
         ),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import built_in
 from tests.conftest import Run, WriteFeatures
 from tests.serving.http.conftest import Server, serving
 
@@ -118,10 +119,7 @@ def test_collections_of_other_models_are_one_line_at_the_start(
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if "collection" in line]
     assert len(lines) == 1
-    assert (
-        "the collection digits: needs features of digits-v1, the model served of robustfeat-resnet18-tiny-v1"
-        in lines[0]
-    )
+    assert f"the collection digits: needs features of digits-v1, the model served of {built_in.NAME}" in lines[0]
     result = robustfeat("serve", "--port", "0", "--collection", tmp_path / "nowhere.npy")
     assert result.returncode == 1
     assert "nowhere.meta.json: no such file" in result.stderr

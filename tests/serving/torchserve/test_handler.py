@@ -22,6 +22,7 @@ from robustfeat.hub.folder import GOLDEN_FEATURES, ModelFolder, file_sha256
 from robustfeat.serving.engines.options import RunOptions
 from robustfeat.serving.torchserve.handler import Handler, Settings, visible_gpu
 from robustfeat.system import available_cpus
+from tests import built_in
 from tests.serving.http.conftest import children, slow_picture
 
 pytest.importorskip("ts", reason="TorchServe has no version for this Python")
@@ -132,7 +133,7 @@ def test_a_request_that_takes_too_long_fails_alone(photo: bytes) -> None:
     served = handler(decode_timeout_s=60)
     served._settings = dataclasses.replace(SETTINGS, timeout_s=1)  # which is long enough now that all has started
     stop_decoders(before)
-    tensor = {"name": "pixel_values", "datatype": "FP32", "shape": [1, 3, 64, 64], "data": [0.5] * (3 * 64 * 64)}
+    tensor = {"name": "pixel_values", "datatype": "FP32", "shape": built_in.SHAPE, "data": [0.5] * built_in.COUNT}
     context = Context(2, ["image/jpeg", "application/json"])
     late, good = served.answer([{"body": photo}, {"body": {"inputs": [tensor]}}], context)
     assert context.status == [503, 200]

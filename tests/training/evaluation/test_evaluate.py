@@ -25,6 +25,7 @@ from robustfeat.training.evaluation.probes import libsvm, svm
 from robustfeat.training.evaluation.report import evaluate_task
 from robustfeat.training.evaluation.subject import NetworkSubject, open_network, open_subject
 from robustfeat.training.evaluation.tasks import TaskFeatures, embed_images, embed_task, open_task
+from tests import built_in
 from tests.conftest import Run
 
 NETWORK = """
@@ -256,7 +257,7 @@ def test_the_command_prints_a_table_or_json(dataset: Path, tmp_path: Path, robus
     done = robustfeat("evaluate", "builtin", "--task", f"clothes={dataset}", "--out", out, "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "| robustfeat-resnet18-tiny-v1 | clothes |" in done.stdout
+    assert f"| {built_in.NAME} | clothes |" in done.stdout
     (result,) = json.loads(out.read_text())
     expected = evaluate_task(open_subject("builtin"), open_task("clothes", str(dataset)))
     assert result == expected

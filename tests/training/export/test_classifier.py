@@ -30,6 +30,7 @@ from robustfeat.serving.engines.options import RunOptions
 from robustfeat.training.export.classifier import export_classifier
 from robustfeat.training.export.graph_head import put_head
 from robustfeat.training.export.onnx_import import import_onnx
+from tests import built_in
 from tests.conftest import ROOT, Run
 from tests.training.export.bare_command import run_without_torch
 from tests.training.export.onnx_networks import convolutional
@@ -234,7 +235,7 @@ def test_the_lines_in_the_docs_give_the_answers_of_svm_predict(
 def test_mistakes_are_one_line_and_leave_nothing(clothes: Path, model: Path, robustfeat: Run, tmp_path: Path) -> None:
     out = tmp_path / "classifier.onnx"
     for arguments, code, reason in [
-        (["--head", clothes, "--out", out, "--model", model], 1, "needs features of robustfeat-resnet18-tiny-v1"),
+        (["--head", clothes, "--out", out, "--model", model], 1, f"needs features of {built_in.NAME}"),
         (["--head", tmp_path, "--out", out], 1, "not a head"),
         (["--head", clothes, "--out", tmp_path / "no" / "c.onnx"], 1, "make it first"),
         (["--head", clothes, "--out", ROOT / "README.md"], 2, "expected a name ending in .onnx"),
