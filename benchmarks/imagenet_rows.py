@@ -1,11 +1,11 @@
-"""Makes ImageNet weights of timm the start of a run on a subset of its classes, with the classifier's rows of these.
+"""Cuts the classifier of ImageNet weights of timm to the classes of DATA, as a start for training.
 
     python benchmarks/imagenet_rows.py MODEL DATA --out start.safetensors
     robustfeat train DATA --init start.safetensors --network timm:NAME ...
 
 MODEL is a folder from `robustfeat import` with 1,000 classes in ImageNet's order, and DATA has classes named by WordNet
-ids. A classifier with random weights would send random gradients into the network, and training would lose what
-ImageNet gave before the classifier has learned (Kumar et al., ICLR 2022).
+ids. A classifier with random weights would send random gradients into the network, and spoil ImageNet's
+features before it has learned (Kumar et al., ICLR 2022).
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ def main() -> None:
     others = [name for name in classes if name not in names]
     if others:
         parser.error(f"DATA={options.data}: {len(others)} classes are not ImageNet's, such as {others[0]}")
-    classifier = folder.config.classifier
+    classifier = f"{folder.config.classifier}."
+    given = state.get(f"{classifier}weight")
+    if folder.config.components_of or given is None or len(given) != len(names):
+        parser.error(f"MODEL={options.model}: has no classifier of ImageNet's 1,000 classes")
     rows = [names.index(name) for name in classes]
-    for kind in ("weight", "bias"):
-        state[f"{classifier}.{kind}"] = state[f"{classifier}.{kind}"][rows].contiguous()
+    for name in [name for name in state if name.startswith(classifier)]:
+        state[name] = state[name][rows].contiguous()
     save_file(state, options.out)
     print(f"{options.out}: {len(rows)} of {len(names)} classes")
 

@@ -5,8 +5,9 @@
     python benchmarks/int8.py FOLDERS --speed --json speed.json
 
 FOLDERS is a folder of model folders. `--make` adds the networks of `NETWORKS` that it lacks, at their own image
-sizes and calibrated on the golden images: ResNet-18 with the built-in model's weights, the others with `--weights` or
-with seeded ones, whose BatchNorm has seen the photographs. Seeded weights have no outliers, as trained ones do, and
+sizes (ResNet-18: 64 px) and calibrated on the golden images. Weights are given by `--weights`
+(`resnet18=former/model.safetensors`, see docs/built-in.md), or are seeded ones, whose BatchNorm has seen the
+photographs. Seeded weights have no outliers, as trained ones do, and
 their features hardly tell images apart. They show that int8 can be made and how fast it is, not how exact it is for a
 trained network.
 
@@ -35,7 +36,6 @@ from timm.data.config import resolve_model_data_config
 from machine import hardware
 from probe import draw, svm_accuracy
 from robustfeat.errors import RobustFeatError
-from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.folder import ModelFolder
 from robustfeat.hub.markdown import table
 from robustfeat.hub.preprocessing import Preprocessing, decode, preprocess
@@ -67,10 +67,7 @@ def make(root: Path, weights: dict[str, str], photos: Sequence[Path], only: Sequ
         options: dict[str, Any] = {"image_size": 224} if name == "dinov2" else {}
         given = weights.get(name)
         if name == "resnet18":
-            builtin = builtin_model()
-            contract = builtin.config.preprocessing
-            given = str(builtin.path / "model.safetensors")
-            options = {"image_size": contract.image_size, "crop_pct": contract.crop_pct}
+            options = {"image_size": 64, "crop_pct": 1.0}
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             file = given or str(seeded(source.partition(":")[2], photos, Path(scratch, "seeded.pt")))

@@ -1,4 +1,4 @@
-"""Long pre-training in pieces: cells of equal time for docs/training.md, and the run of the next built-in model.
+"""Long pre-training in pieces: cells of equal time for docs/training.md, and a long run with a teacher.
 
     python benchmarks/pretraining.py cells DATA --teacher MODEL --task NAME=DATA ... --out runs/pretraining
     python benchmarks/pretraining.py long DATA --teacher MODEL --out runs/pretraining [--method erm]
@@ -63,7 +63,7 @@ def cell_recipe(signal: str, method: str, seed: int, teacher: str) -> Recipe:
 
 
 def long_recipe(method: str, teacher: str) -> Recipe:
-    """How the next built-in model, or its ERM twin of equal time, is trained."""
+    """How the long run, or its ERM twin of equal time, is trained."""
     settings = {**COMMON, **LONG, "method": method, "epochs": LONG_EPOCHS[method]}
     if method == "erm":  # sizes change at the same share of the run
         share = LONG_EPOCHS["erm"] / LONG_EPOCHS["hrrl"]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 
 from robustfeat.hub.catalog import resolve_model
-from robustfeat.hub.folder import TRAINING, WEIGHTS
+from robustfeat.hub.folder import CLASSIFIER, TRAINING, WEIGHTS
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.heads.shares import fit_shares
 from robustfeat.training.concepts import assign_concepts
@@ -50,8 +50,10 @@ class Classifier:
     def __init__(self, model: str) -> None:
         folder = resolve_model(model)
         self._extractor = FeatureExtractor.open(folder)
-        state, name = load(folder.read(WEIGHTS)), folder.config.classifier
-        self._weight, self._bias = (state[f"{name}.{part}"].astype(np.float64) for part in ("weight", "bias"))
+        projected = bool(folder.config.components_of)
+        state = load(folder.read(CLASSIFIER if projected else WEIGHTS))
+        prefix = "" if projected else f"{folder.config.classifier}."
+        self._weight, self._bias = (state[f"{prefix}{part}"].astype(np.float64) for part in ("weight", "bias"))
         self.classes: list[str] = json.loads(folder.read(TRAINING))["classes"]
         self.concepts = assign_concepts("imagenet11", self.classes, np.ones(len(self.classes), np.int64))
         self._membership = np.eye(len(self.concepts.names))[self.concepts.of_class]

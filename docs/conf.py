@@ -87,7 +87,7 @@ def describe(name: str, command: click.Command) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """A paragraph of help, with its options and what stands in backticks as code."""
+    """A paragraph of help. Its options and the parts in backticks become code."""
     parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
     plain = [re.sub(r"([\\`*_<\[])", r"\\\1", part) for part in parts[::2]]
     parts[::2] = [re.sub(r"(?<![\w-])--[a-z][\w-]*", r"`\g<0>`", part) for part in plain]

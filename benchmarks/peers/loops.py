@@ -56,7 +56,11 @@ class Job:
         """The weights as timm loads them."""
         import timm
 
-        return timm.create_model(f"local-dir:{self.model}", pretrained=True, num_classes=0).eval()
+        block = json.loads((self.model / "config.json").read_text())["robustfeat"]
+        options: dict[str, Any] = (
+            {} if block.get("components_of") else {"num_classes": 0}
+        )  # a projection is the last layer
+        return timm.create_model(f"local-dir:{self.model}", pretrained=True, **options).eval()
 
 
 class _Photos:

@@ -59,7 +59,7 @@ class ModelConfig:
     """A model's identity and contract.
 
     Attributes:
-        name: name with version, such as `robustfeat-resnet18-tiny-v1`. A changed model gets a new name.
+        name: name with version, such as `robustfeat-lite0-v1`. A changed model gets a new name.
         architecture: timm's name of the network; `torchvision:NAME` or `robustfeat:NAME` if timm lacks it;
             `transformers:CLASS`; or `onnx:NAME` for a network that exists only as an ONNX file.
         feature_size: D, the length of a feature vector; 0 if only the network itself defines it.

@@ -94,8 +94,8 @@ class Recipe:
         q_baseline: see `ConceptAdversary`, `baseline`.
         target_rule: how q0 is estimated from a target's images: `mean` or `em` (see `estimate_reference`).
         reference: q0 as shares by concept, normalised to sum to 1 (None, the paper: N_k / N).
-        classifier_epochs: first epochs, in which only the classifier and other new layers learn, and the features stay
-            those of `init`.
+        classifier_epochs: first epochs, in which only the classifier and other new layers learn. The features stay as
+            in `init`.
         freeze_norms: BatchNorm keeps the start's statistics in training, which needs `init`.
         recalibrate: after the last epoch, measure BatchNorm's running statistics anew on so many batches of
             unperturbed images (0, the paper: they stay as training left them, on x~).

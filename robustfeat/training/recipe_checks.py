@@ -220,8 +220,20 @@ def _check_stable(recipe: Recipe) -> None:
             raise InputError(
                 f"keeps the {what} of a start", argument=argument, value=value, fix="pass `init` or leave it out"
             )
-    if recipe.recalibrate and (recipe.freeze_norms or recipe.stable_anchor == "start"):
-        keeps = "freeze_norms" if recipe.freeze_norms else "stable_anchor=start"
+    if recipe.classifier_epochs and not recipe.labels and not recipe.teacher:
+        raise InputError(
+            "leaves nothing that learns, without labels and a teacher",
+            argument="classifier_epochs",
+            value=recipe.classifier_epochs,
+            fix="leave it out",
+        )
+    kept = {
+        "freeze_norms": recipe.freeze_norms,
+        "stable_anchor=start": recipe.stable_anchor == "start",
+        f"classifier_epochs={recipe.classifier_epochs}": recipe.classifier_epochs >= recipe.epochs,
+    }
+    keeps = next((name for name, holds in kept.items() if holds), None)
+    if recipe.recalibrate and keeps:
         raise InputError(
             f"would replace the start's statistics, which BatchNorm keeps with `{keeps}`",
             argument="recalibrate",

@@ -35,7 +35,6 @@ from robustfeat import FeatureExtractor
 from robustfeat.hub.catalog import builtin_model
 from robustfeat.hub.preprocessing import Preprocessing, normalise, prepare_square
 from robustfeat.serving import triton as triton_files
-from robustfeat.serving.extractor import default_batch_size
 from tests import built_in
 from tests.conftest import ROOT, Repositories, Run, build_once
 
@@ -123,7 +122,7 @@ def test_the_options_reach_the_configuration(
     assert ModelInstanceGroup.Kind.Name(group.kind) == kind
     assert group.count == (2 if "--instances" in options else 1)
     assert config.parameters["precision"].string_value == precision
-    assert config.max_batch_size == default_batch_size(built_in.SIDE, "cpu" if kind == "KIND_CPU" else "cuda")
+    assert config.max_batch_size == (8 if kind == "KIND_CPU" else 128)
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert [one.name for one in accelerators] == (["tensorrt"] if "tensorrt" in options else [])
     for one in accelerators:

@@ -161,6 +161,11 @@ def test_the_classifier_learns_first(dataset: Path, tmp_path: Path, method: str,
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
     with pytest.raises(InputError, match="classifier_epochs=1: keeps the features of a start; pass `init`"):
         recipe(dataset, classifier_epochs=1)
+    with pytest.raises(InputError, match=r"recalibrate=5: would replace .* `classifier_epochs=1`"):
+        made.replace(recalibrate=5)
+    made.replace(recalibrate=5, epochs=2)
+    with pytest.raises(InputError, match="classifier_epochs=1: leaves nothing that learns"):
+        made.replace(method="stable", labels=False, stable_anchor="start")
 
 
 def test_kept_statistics_need_a_start_and_batch_norm(dataset: Path, weights: Path, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ class TrainingStep:
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
-    def train(self, epoch: int) -> None:
+    def train(self, epoch: int = 0) -> None:
         """To training mode. Beside a start's features, BatchNorm keeps the start's statistics, which those have."""
         self._outputs.train()
         if self._start is not None or self.recipe.freeze_norms or epoch < self.recipe.classifier_epochs:

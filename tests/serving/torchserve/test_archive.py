@@ -13,9 +13,7 @@ import pytest
 import yaml
 
 from robustfeat.hub.folder import ModelFolder
-from robustfeat.serving.extractor import default_batch_size
 from robustfeat.serving.torchserve.archive import claim_store
-from tests import built_in
 from tests.conftest import Run, files_of, hub_environment
 from tests.hub_server import FakeHub
 
@@ -47,7 +45,7 @@ def test_the_manifest_and_the_configuration_say_what_was_asked(unpacked: Path) -
     config = yaml.safe_load((unpacked / manifest["configFile"]).read_text())
     assert (config["minWorkers"], config["maxWorkers"]) == (3, 3)
     assert config["robustfeat"]["options"]["precision"] == "int8"
-    assert (config["deviceType"], config["batchSize"]) == ("cpu", default_batch_size(built_in.SIDE, "cpu"))
+    assert (config["deviceType"], config["batchSize"]) == ("cpu", 8)
     assert config["responseTimeout"] > config["robustfeat"]["timeout_s"] == 60
 
 
