@@ -19,7 +19,7 @@ def test_search_finds_the_image_and_the_one_most_like_it(python: Run, tmp_path: 
         assert result.returncode == 0, result.stderr
         printed.append(result.stdout.splitlines())
     assert printed[0] == printed[1]
-    assert printed[0][:2] == ["1.000  hat/hat-1.jpg", "0.893  hat/hat-2.jpg"]
+    assert printed[0][:2] == ["1.000  hat/hat-1.jpg", "0.574  hat/hat-2.jpg"]
     assert len(printed[0]) == 5
 
 

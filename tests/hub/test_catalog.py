@@ -84,7 +84,8 @@ def test_the_public_models_say_what_a_user_needs() -> None:
         assert listing.scores
         for accuracy in entry["accuracies"]:
             assert set(accuracy) - {"builtin"} == {"task", "percent", "kind", "source"}
-            assert accuracy.get("builtin", 0) < accuracy["percent"] < 100
+            assert 0 < accuracy.get("builtin", 1) < 100
+            assert 0 < accuracy["percent"] < 100
             assert accuracy["kind"] in {"published", "measured"}
             assert accuracy["source"].startswith("https://" if accuracy["kind"] == "published" else "docs/models.md")
     assert sum("measured" in " ".join(one.scores) for one in found) >= 2

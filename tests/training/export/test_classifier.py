@@ -192,14 +192,14 @@ def test_the_file_says_how_to_use_it(classifier: Path, clothes: Path) -> None:
     assert about["robustfeat.head"]["sha256"] == head.sha256
     assert about["robustfeat.head"]["multi_label"] is False
     assert about["robustfeat.classifier_version"] == 1
-    for name in ("pixel_values", "scores", "probabilities", "typicality", "the shorter side to 64 px"):
+    for name in ("pixel_values", "scores", "probabilities", "typicality", f"the shorter side to {built_in.SIDE} px"):
         assert name in about["robustfeat.usage"]
     model = onnx.load(classifier, load_external_data=False)
     assert not [tensor.name for tensor in model.graph.initializer if tensor.data_location]
     ends = [(one.name, one.type.tensor_type.shape.dim) for one in (*model.graph.input, *model.graph.output)]
     sides = {name: [side.dim_param or side.dim_value for side in dimensions] for name, dimensions in ends}
     assert sides == {
-        "pixel_values": ["batch", 3, 64, 64],
+        "pixel_values": ["batch", *built_in.SHAPE[1:]],
         "probabilities": ["batch", 10],
         "scores": ["batch", 10],
         "distance": ["batch"],
