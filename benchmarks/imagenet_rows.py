@@ -4,8 +4,8 @@
     robustfeat train DATA --init start.safetensors --network timm:NAME ...
 
 MODEL is a folder from `robustfeat import` with 1,000 classes in ImageNet's order, and DATA has classes named by WordNet
-ids. A classifier with random weights would send random gradients into the network, and spoil ImageNet's
-features before it has learned (Kumar et al., ICLR 2022).
+ids. A classifier with random weights would send random gradients into the network, and spoil ImageNet's features before
+it has learned (Kumar et al., ICLR 2022).
 """
 
 from __future__ import annotations

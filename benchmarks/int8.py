@@ -7,9 +7,8 @@
 FOLDERS is a folder of model folders. `--make` adds the networks of `NETWORKS` that it lacks, at their own image
 sizes (ResNet-18: 64 px) and calibrated on the golden images. Weights are given by `--weights`
 (`resnet18=former/model.safetensors`, see docs/built-in.md), or are seeded ones, whose BatchNorm has seen the
-photographs. Seeded weights have no outliers, as trained ones do, and
-their features hardly tell images apart. They show that int8 can be made and how fast it is, not how exact it is for a
-trained network.
+photographs. Seeded weights have no outliers, as trained ones do, and their features hardly tell images apart. They
+show that int8 can be made and how fast it is, not how exact it is for a trained network.
 
 `--features` compares int8 with ONNX Runtime's fp32 on the photographs. A linear SVM learns from `--train` rows of a
 task and is tested on `--test` others, as in benchmarks/probe.py. `--speed` times the model without decoding, with one
@@ -55,6 +54,7 @@ NETWORKS = {
     "vit": "timm:vit_small_patch16_224",
     "dinov2": "timm:vit_small_patch14_dinov2",
 }
+OPTIONS: dict[str, dict[str, Any]] = {"resnet18": {"image_size": 64, "crop_pct": 1.0}, "dinov2": {"image_size": 224}}
 ENGINES = ("onnxruntime", "openvino")
 SPEED_S = 2.0
 
@@ -64,10 +64,7 @@ def make(root: Path, weights: dict[str, str], photos: Sequence[Path], only: Sequ
     for name, source in NETWORKS.items():
         if (root / name).exists() or (only and name not in only):
             continue
-        options: dict[str, Any] = {"image_size": 224} if name == "dinov2" else {}
-        given = weights.get(name)
-        if name == "resnet18":
-            options = {"image_size": 64, "crop_pct": 1.0}
+        given, options = weights.get(name), OPTIONS.get(name, {})
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             file = given or str(seeded(source.partition(":")[2], photos, Path(scratch, "seeded.pt")))

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load
 
 from robustfeat.hub.catalog import resolve_model
-from robustfeat.hub.folder import CLASSIFIER, TRAINING, WEIGHTS
+from robustfeat.hub.folder import TRAINING
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.heads.shares import fit_shares
 from robustfeat.training.concepts import assign_concepts
 from robustfeat.training.data.image_set import ImageSet
 from robustfeat.training.data.opening import open_training_data
+from robustfeat.training.target import read_classifier
 
 Array = NDArray[np.float64]
 
@@ -50,10 +50,7 @@ class Classifier:
     def __init__(self, model: str) -> None:
         folder = resolve_model(model)
         self._extractor = FeatureExtractor.open(folder)
-        projected = bool(folder.config.components_of)
-        state = load(folder.read(CLASSIFIER if projected else WEIGHTS))
-        prefix = "" if projected else f"{folder.config.classifier}."
-        self._weight, self._bias = (state[f"{prefix}{part}"].astype(np.float64) for part in ("weight", "bias"))
+        self._weight, self._bias = read_classifier(folder)
         self.classes: list[str] = json.loads(folder.read(TRAINING))["classes"]
         self.concepts = assign_concepts("imagenet11", self.classes, np.ones(len(self.classes), np.int64))
         self._membership = np.eye(len(self.concepts.names))[self.concepts.of_class]

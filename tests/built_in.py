@@ -5,7 +5,6 @@ from robustfeat.hub.catalog import builtin_model
 _CONFIG = builtin_model().config
 
 NAME = _CONFIG.name
-FEATURES = _CONFIG.feature_size
 SIDE = _CONFIG.preprocessing.image_size
 SHAPE = [1, 3, SIDE, SIDE]
 COUNT = 3 * SIDE**2

@@ -57,9 +57,8 @@ class Job:
         import timm
 
         block = json.loads((self.model / "config.json").read_text())["robustfeat"]
-        options: dict[str, Any] = (
-            {} if block.get("components_of") else {"num_classes": 0}
-        )  # a projection is the last layer
+        # The last layer is a projection, which makes the features, or a classifier.
+        options: dict[str, Any] = {} if block.get("components_of") else {"num_classes": 0}
         return timm.create_model(f"local-dir:{self.model}", pretrained=True, **options).eval()
 
 

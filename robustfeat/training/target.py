@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from robustfeat.errors import DataError, ModelFolderError, first_line
 from robustfeat.hub.catalog import resolve_model
-from robustfeat.hub.folder import CLASSIFIER, TRAINING, WEIGHTS
+from robustfeat.hub.folder import CLASSIFIER, TRAINING, WEIGHTS, ModelFolder
 from robustfeat.progress import remark
 from robustfeat.serving.extractor import FeatureExtractor
 from robustfeat.serving.heads.shares import fit_shares
@@ -20,7 +21,7 @@ from robustfeat.serving.inputs.input_list import InputList
 from robustfeat.serving.inputs.listing import list_inputs
 from robustfeat.training.concepts import assign_concepts
 
-__all__ = ["estimate_reference"]
+__all__ = ["estimate_reference", "read_classifier"]
 
 _BATCH = 64
 _FLOOR = 0.1
@@ -39,6 +40,14 @@ def _batches(listed: InputList) -> Iterator[list[bytes]]:
             batch = []
     if batch:
         yield batch
+
+
+def read_classifier(folder: ModelFolder) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The weight (C, D) and the bias (C,) of the classifier of a model's features."""
+    projected = bool(folder.config.components_of)
+    state = load(folder.read(CLASSIFIER if projected else WEIGHTS))
+    prefix = "" if projected else f"{folder.config.classifier}."
+    return state[f"{prefix}weight"].astype(np.float64), state[f"{prefix}bias"].astype(np.float64)
 
 
 def estimate_reference(
@@ -76,10 +85,7 @@ def estimate_reference(
     extractor = FeatureExtractor.open(folder)
     try:
         classes = json.loads(folder.read(TRAINING))["classes"]
-        projected = bool(folder.config.components_of)
-        state = load(folder.read(CLASSIFIER if projected else WEIGHTS))
-        prefix = "" if projected else f"{folder.config.classifier}."
-        weight, bias = (state[f"{prefix}{part}"].astype(np.float64) for part in ("weight", "bias"))
+        weight, bias = read_classifier(folder)
         if not all(isinstance(name, str) for name in classes) or weight.shape[:1] != (len(classes),):
             raise ValueError("its classes do not fit its classifier")
     except (ModelFolderError, OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as exc:

@@ -44,7 +44,7 @@ def test_the_commands_give_what_they_show(documented: Server) -> None:
         for line in block.splitlines()
     )
     shown = re.findall(r'"embedding":\[(-?[\d.]+),(-?[\d.]+),', TEXT)[0]
-    assert embedded["data"][0]["embedding"][:2] == pytest.approx([float(number) for number in shown], abs=1e-3)
+    assert embedded["data"][0]["embedding"][:2] == pytest.approx([float(number) for number in shown], abs=1e-4)
     assert [sorted(item)[0] for item in mixed["data"]] == ["embedding", "error"]
     assert predicted["data"][0]["prediction"] == "hat"
 

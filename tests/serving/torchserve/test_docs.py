@@ -35,7 +35,7 @@ def test_the_blocks_give_what_they_show(torchserver: TorchServer) -> None:
         if line
     )
     shown = re.findall(r'"embedding":\[(-?[\d.]+),(-?[\d.]+),', TEXT)[0]
-    assert one["data"][0]["embedding"][:2] == pytest.approx([float(number) for number in shown], abs=1e-3)
+    assert one["data"][0]["embedding"][:2] == pytest.approx([float(number) for number in shown], abs=1e-4)
     assert [sorted(item)[0] for item in two["data"]] == ["embedding", "error"]
     assert run(torchserver, program[1], sys.executable, "-c").strip() == "(1, 512)"
     before = torchserver.key("inference")
